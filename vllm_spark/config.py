@@ -1,0 +1,356 @@
+"""Every setting of vllm_spark, described once.
+
+Command line flags (`--spark-*`), environment variables (`SPARK_*`), configuration files, their checks and the
+reference in docs/configuration.md are all made from `SparkConfig`.
+
+A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML or
+`additional_config["spark"]`), the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_spark.errors import ConfigurationError
+
+FLAG = "--spark"
+ENVIRONMENT_PREFIX = "SPARK_"
+ENABLE_VARIABLE = "SPARK_ENABLE"
+DEFAULT_PORT = 29650
+MINIMUM_SECRET_BYTES = 16
+
+Side = Literal["both", "leader", "follower"]
+
+
+def _setting(
+    default: Any,
+    description: str,
+    *,
+    side: Side = "both",
+    affects_compilation: bool = False,
+    **constraints: Any,
+) -> Any:
+    """A field of `SparkConfig`; `side` says on which machine it is given."""
+    extra = {"side": side, "affects_compilation": affects_compilation}
+    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
+
+
+class SparkConfig(BaseModel):
+    """The settings of vllm_spark. The leader's are sent to the follower, which gives only its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+    address: str | None = _setting(
+        None,
+        "IP address of this machine on the link to the other one; the leader listens there and nowhere else. "
+        "Default: the address of the RDMA device's network interface, or 127.0.0.1 on a machine without one.",
+        side="leader",
+    )
+    leader: str | None = _setting(
+        None,
+        "IP address at which the leader listens, optionally with :PORT. Default: this machine's own link "
+        "network is asked, or 127.0.0.1 on a machine without RDMA device.",
+        side="follower",
+    )
+    port: int = _setting(DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535)
+    secret_file: Path | None = _setting(
+        None,
+        "File with the secret that both machines share (at least 16 bytes, readable by its owner only). "
+        "The variable SPARK_SECRET may hold the secret itself instead. Needed except on a loopback address.",
+    )
+    join_timeout: float = _setting(
+        600.0,
+        "Seconds that the leader waits for its follower before it gives up.",
+        side="leader",
+        gt=0,
+        le=86400,
+    )
+    heartbeat_timeout: float = _setting(
+        5.0,
+        "Seconds without a sign of life after which the peer counts as dead.",
+        side="leader",
+        ge=0.5,
+        le=3600,
+    )
+    collective_timeout: float = _setting(
+        600.0,
+        "Seconds that one rank waits for the other inside a collective before both stop. A first start may "
+        "compile on one rank longer than on the other, so this is generous; a dead peer is noticed by heartbeat.",
+        side="leader",
+        gt=0,
+        le=86400,
+    )
+    max_frame_mib: int = _setting(
+        256, "Largest message accepted on the channel between the machines, in MiB.", ge=1, le=4096
+    )
+    transport: Literal["auto", "verbs", "loopback"] = _setting(
+        "auto",
+        "How ranks exchange data: `loopback` is shared memory between two processes of one machine, `verbs` is "
+        "RDMA over RoCE, `auto` takes what reaches the peer.",
+        side="leader",
+    )
+    loopback_mode: Literal["direct", "proxied"] = _setting(
+        "direct",
+        "Loopback only: `direct` stores straight into the peer's memory, `proxied` goes through the proxy thread "
+        "that posts RDMA writes.",
+        side="leader",
+    )
+    loopback_latency_us: float = _setting(
+        0.0, "Loopback, proxied: latency of the modelled wire, in microseconds.", side="leader", ge=0, le=1e6
+    )
+    loopback_gbytes_per_s: float = _setting(
+        0.0,
+        "Loopback, proxied: bandwidth of the modelled wire, in GB/s; 0 means unlimited.",
+        side="leader",
+        ge=0,
+        le=1e4,
+    )
+    slot_kib: int = _setting(
+        1024,
+        "Size of one slot for large messages, in KiB; larger messages go in chunks.",
+        side="leader",
+        ge=4,
+        le=65536,
+    )
+    packet_kib: int = _setting(
+        8,
+        "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag.",
+        side="leader",
+        ge=0,
+        le=1024,
+    )
+    depth: int = _setting(
+        4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64
+    )
+
+    @field_validator("address", "leader")
+    @classmethod
+    def _is_ip(cls, value: str | None, info: Any) -> str | None:
+        if value is None:
+            return None
+        host, port = split_endpoint(value)
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
+        if port is not None and info.field_name == "address":
+            raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+        return value
+
+    @field_validator("secret_file")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SparkConfig:
+        if self.transport == "verbs" and self.loopback_mode == "proxied":
+            raise ValueError(
+                f"{FLAG}-transport verbs and {FLAG}-loopback-mode proxied contradict each other; leave one out"
+            )
+        if self.loopback_mode == "direct" and (self.loopback_latency_us or self.loopback_gbytes_per_s):
+            raise ValueError(
+                f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out "
+                f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
+            )
+        if self.packet_kib > self.slot_kib:
+            raise ValueError(
+                f"{FLAG}-packet-kib {self.packet_kib} is more than {FLAG}-slot-kib {self.slot_kib}; "
+                "a packet message must fit into a slot"
+            )
+        return self
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        flags: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        file: Mapping[str, Any] | None = None,
+    ) -> SparkConfig:
+        """Merges the three sources, strongest first: `flags`, `environment` (`SPARK_*`), `file`.
+
+        Raises:
+            ConfigurationError: an unknown name or a value that cannot work; the sentence names both.
+        """
+        flags, file = dict(flags or {}), dict(file or {})
+        environment = os.environ if environment is None else environment
+        for name in file:
+            if name not in cls.model_fields:
+                raise ConfigurationError(
+                    f"the setting {name!r} does not exist{_near(name, cls.model_fields)}"
+                )
+        values: dict[str, Any] = dict(file)
+        origin = dict.fromkeys(file, "")
+        for name in cls.model_fields:
+            variable = environment_name(name)
+            if environment.get(variable, "") != "":
+                values[name], origin[name] = environment[variable], variable
+        for name, value in flags.items():
+            values[name], origin[name] = value, flag_name(name)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigurationError(_sentence(error, origin)) from None
+
+    def compilation_fields(self) -> dict[str, Any]:
+        """The settings that change compiled code: the part that belongs into vLLM's compile cache key."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if _extra(field, "affects_compilation")
+        }
+
+
+def split_endpoint(value: str) -> tuple[str, int | None]:
+    """Splits `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare IPv6 address into host and port (None if absent)."""
+    host, port = value, ""
+    if value.startswith("["):
+        host, _, port = value[1:].partition("]")
+        port = port.removeprefix(":")
+    elif value.count(":") == 1:
+        host, _, port = value.partition(":")
+    if not port:
+        return host, None
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{port!r} is not a port; ports go from 1 to 65535")
+    return host, int(port)
+
+
+def flag_name(field: str) -> str:
+    """`heartbeat_timeout` -> `--spark-heartbeat-timeout`."""
+    return f"{FLAG}-{field.replace('_', '-')}"
+
+
+def environment_name(field: str) -> str:
+    """`heartbeat_timeout` -> `SPARK_HEARTBEAT_TIMEOUT`."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def enabled_by_environment(environment: Mapping[str, str] | None = None) -> bool:
+    """True if SPARK_ENABLE asks for vllm_spark as the flag `--spark` does.
+
+    Raises:
+        ConfigurationError: SPARK_ENABLE holds something that is neither yes nor no.
+    """
+    value = (os.environ if environment is None else environment).get(ENABLE_VARIABLE, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise ConfigurationError(f"{ENABLE_VARIABLE}={value} is neither 1 nor 0; set it to 1, or unset it")
+
+
+def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """One sentence for each `SPARK_*` variable that looks like a misspelt one of ours.
+
+    Other software (Apache Spark) owns variables of that prefix too, so only near misses are named.
+    """
+    known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, "SPARK_SECRET"}
+    sentences = []
+    for name in os.environ if environment is None else environment:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                sentences.append(f"the variable {name} is not read; did you mean {near[0]}?")
+    return sentences
+
+
+def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> None:
+    """Adds one option per setting of the given sides to an argparse parser or group.
+
+    All defaults are None, so that a caller can tell what was given. A bad value ends in argparse's usual
+    one-line error and exit code 2.
+    """
+    wanted = set(sides)
+    for name, field in SparkConfig.model_fields.items():
+        if _extra(field, "side") not in wanted:
+            continue
+        default = "" if field.default is None else f" (default: {field.default})"
+        choices = _choices(field.annotation)
+        group.add_argument(
+            prefix + name.replace("_", "-"),
+            dest="spark_" + name,
+            type=_converter(name),
+            default=None,
+            metavar=name.upper() if choices is None else "{" + ",".join(choices) + "}",
+            help=(field.description or "").replace("%", "%%") + default,
+        )
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a parsed command line holds, by field name."""
+    values = {name: getattr(args, "spark_" + name, None) for name in SparkConfig.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def typed_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the settings whose flags stand literally in `argv` (not merged in from a file)."""
+    names = set()
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        for name in SparkConfig.model_fields:
+            if flag == flag_name(name):
+                names.add(name)
+    return names
+
+
+def _extra(field: Any, key: str) -> Any:
+    return typing.cast("dict[str, Any]", field.json_schema_extra)[key]
+
+
+def _choices(annotation: Any) -> tuple[str, ...] | None:
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
+
+
+def _converter(name: str) -> Any:
+    """An argparse `type` that checks one setting by its description in the model."""
+
+    def convert(text: str) -> Any:
+        try:
+            return getattr(SparkConfig.model_validate({**_neutral(name), name: text}), name)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(_sentence(error, {name: ""})) from None
+
+    convert.__name__ = name
+    return convert
+
+
+def _neutral(name: str) -> dict[str, Any]:
+    """Values under which `name` can be checked alone: combinations are checked once all are known."""
+    if name in ("loopback_latency_us", "loopback_gbytes_per_s"):
+        return {"loopback_mode": "proxied"}
+    if name == "packet_kib":
+        return {"slot_kib": 65536}
+    if name == "slot_kib":
+        return {"packet_kib": 0}
+    return {}
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists them all"
+
+
+def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first problem as one sentence: where it came from, the value, what is wrong."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    where = origin.get(name, "")
+    where = (
+        f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
+    )
+    return f"{where}{message}"

@@ -1,0 +1,40 @@
+"""The errors that a user may see: one sentence, an exit code, never a traceback."""
+
+from __future__ import annotations
+
+EXIT_USAGE = 2
+"""The command or its settings are wrong: nothing was started."""
+
+EXIT_REFUSED = 3
+"""The two machines do not fit together (version, model, weights, a follower too many)."""
+
+EXIT_LOST = 4
+"""The peer or the link went away while working together."""
+
+
+class SparkError(Exception):
+    """A failure that is explained by its message alone.
+
+    The message is one sentence that names the offending value and the remedy. `exit_code` is what a
+    command line returns for it.
+    """
+
+    exit_code: int = 1
+
+
+class ConfigurationError(SparkError):
+    """A setting, or a combination of settings, that cannot work."""
+
+    exit_code = EXIT_USAGE
+
+
+class RefusedError(SparkError):
+    """The peer was reached, but the two sides do not fit together."""
+
+    exit_code = EXIT_REFUSED
+
+
+class PeerLostError(SparkError):
+    """The peer died, froze or became unreachable."""
+
+    exit_code = EXIT_LOST

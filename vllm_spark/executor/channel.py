@@ -1,0 +1,175 @@
+"""Framed, authenticated messages between the leader and its follower.
+
+A `Lane` is one TLS connection carrying frames: a header of kind and length, then the payload. Two lanes join the
+machines: *calls* (worker calls and their replies, used by the thread that runs the model) and *control* (signs of
+life, failures, goodbyes, used by a thread of its own). A lane is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import socket
+import ssl
+import struct
+import time
+from typing import NamedTuple
+
+from vllm_spark.errors import PeerLostError
+
+MIB = 1 << 20
+_HEADER = struct.Struct("<BxxxI")
+
+
+class Kind(enum.IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1
+    """JSON: who connects, with which versions, for which lane."""
+    WELCOME = 2
+    """JSON: the connection was accepted."""
+    REFUSAL = 3
+    """JSON: why the connection was not accepted."""
+    OFFER = 4
+    """JSON: the model that the leader serves."""
+    ACCEPTANCE = 5
+    """Empty: the follower has that model."""
+    ASSIGNMENT = 6
+    """Pickle: configuration and environment of the follower's worker."""
+    EXCHANGE = 7
+    """Bytes: one side's half of a collective rendezvous."""
+    CALL = 8
+    """A worker call, without a reply."""
+    QUERY = 9
+    """A worker call that is answered by a REPLY."""
+    REPLY = 10
+    """Pickle: the outcome of a QUERY."""
+    BEAT = 11
+    """JSON: a sign of life, with the sender's counters."""
+    FAILURE = 12
+    """JSON: the sender cannot go on, and why."""
+    GOODBYE = 13
+    """JSON: the sender leaves in good order."""
+
+
+class Frame(NamedTuple):
+    """One message of a lane."""
+
+    kind: Kind
+    payload: bytes
+
+
+class ChannelError(PeerLostError):
+    """The lane is unusable: closed, timed out, or the peer does not speak the protocol."""
+
+
+class Lane:
+    """One authenticated connection that carries frames.
+
+    Args:
+        connection: an established TLS connection, owned by the lane from here on.
+        peer: how to name the other side in messages.
+        max_frame: largest payload accepted, in bytes; checked before anything is allocated.
+    """
+
+    def __init__(self, connection: ssl.SSLSocket, peer: str, max_frame: int) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        self._max_frame = max_frame
+        self.peer = peer
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for poll; -1 once closed."""
+        return self._connection.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """True if decrypted bytes wait inside the TLS layer, which poll cannot see."""
+        return self._connection.pending() > 0
+
+    def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
+        """Sends one frame.
+
+        Raises:
+            ChannelError: the peer is gone, or did not take the frame within `timeout` seconds.
+        """
+        if len(payload) > self._max_frame:
+            raise ChannelError(
+                f"a {kind.name} message of {len(payload)} bytes is over the limit of {self._max_frame}; "
+                "raise --spark-max-frame-mib"
+            )
+        try:
+            self._connection.settimeout(timeout)
+            # One write for header and payload: one TLS record, one wake-up of the receiver.
+            self._connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
+        except (OSError, ValueError) as error:
+            raise ChannelError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+
+    def receive(self, *, timeout: float | None = None) -> Frame:
+        """Receives one frame.
+
+        Raises:
+            ChannelError: the peer closed the lane, sent nothing for `timeout` seconds, or sent no valid frame.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline))
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise ChannelError(f"{self.peer} sent a message of unknown kind {number}") from None
+        if length > self._max_frame:
+            raise ChannelError(
+                f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self._max_frame}; "
+                "raise --spark-max-frame-mib on this machine"
+            )
+        return Frame(kind, self._read(length, deadline))
+
+    def expect(self, *kinds: Kind, timeout: float | None = None) -> Frame:
+        """Receives one frame that must be of one of `kinds`.
+
+        Raises:
+            ChannelError: as `receive`, or the frame is of another kind.
+        """
+        frame = self.receive(timeout=timeout)
+        if frame.kind not in kinds:
+            wanted = " or ".join(kind.name for kind in kinds)
+            raise ChannelError(f"{self.peer} sent {frame.kind.name} where {wanted} was due")
+        return frame
+
+    def interrupt(self) -> None:
+        """Ends a blocked `send` or `receive` of another thread with a ChannelError."""
+        with contextlib.suppress(OSError, ValueError):
+            # The plain socket's shutdown: SSLSocket's would drop the TLS object under the other thread.
+            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the connection; may be called again."""
+        self.interrupt()
+        self._connection.close()
+
+    def _read(self, size: int, deadline: float | None) -> bytes:
+        buffer = bytearray(size)
+        view, got = memoryview(buffer), 0
+        try:
+            if deadline is None:
+                self._connection.settimeout(None)
+            while got < size:
+                if deadline is not None:
+                    self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+                count = self._connection.recv_into(view[got:])
+                if count == 0:
+                    raise ChannelError(f"{self.peer} closed the connection")
+                got += count
+        except TimeoutError:
+            raise ChannelError(f"{self.peer} sent nothing in time") from None
+        except (OSError, ValueError) as error:
+            raise ChannelError(f"the connection to {self.peer} broke: {_reason(error)}") from None
+        return bytes(buffer)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,190 @@
+"""One shared secret, and the mutually authenticated TLS 1.3 that is made from it.
+
+Both machines derive the same certificate authority from the secret (HKDF-SHA256 to an Ed25519 key). Each process
+makes itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks
+the secret never gets past the handshake, so nobody unauthenticated reaches an unpickler.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import ssl
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509.oid import NameOID
+
+from vllm_spark.config import MINIMUM_SECRET_BYTES, SparkConfig
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.link import is_loopback
+
+Role = Literal["leader", "follower"]
+
+SECRET_VARIABLE = "SPARK_SECRET"
+# Certificates never expire: clocks of desks that were off for a year must not keep them apart.
+_VALID_FROM = datetime.datetime(2020, 1, 1)
+_VALID_UNTIL = datetime.datetime(2120, 1, 1)
+_AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
+
+
+def load_secret(
+    config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None
+) -> bytes:
+    """The secret that this process shares with its peer.
+
+    Taken from SPARK_SECRET, else from `config.secret_file`. On a loopback address, where only this machine's
+    users can connect, a secret of this user's own is made and kept if none is given.
+
+    Raises:
+        ConfigurationError: no secret, or one that is unreadable, readable by others, or too short.
+    """
+    environment = os.environ if environment is None else environment
+    if value := environment.get(SECRET_VARIABLE, ""):
+        return _long_enough(value.encode(), f"the secret in {SECRET_VARIABLE}")
+    if config.secret_file is not None:
+        return _read_secret(config.secret_file)
+    if is_loopback(link_address):
+        return _own_secret()
+    raise ConfigurationError(
+        f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
+        f"give it with --spark-secret-file FILE or in {SECRET_VARIABLE} "
+        "(make one: head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE; copy it to the other machine)"
+    )
+
+
+def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
+    """A context for `role`'s end of the channel: TLS 1.3, both sides authenticated by the secret."""
+    authority_key = Ed25519PrivateKey.from_private_bytes(
+        HKDF(hashes.SHA256(), 32, salt=b"vllm-spark", info=b"channel authority 1").derive(secret)
+    )
+    authority = _certificate(_AUTHORITY, authority_key, authority_key, is_authority=True)
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
+    certificate = _certificate(name, key, authority_key, is_authority=False)
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "leader" else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # The authority is derived from the secret and signs nothing else, so a name proves nothing more.
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=authority.public_bytes(serialization.Encoding.DER))
+    # A session ticket would let a peer come back without its certificate.
+    if role == "leader":
+        context.num_tickets = 0
+    _load_identity(context, certificate, key)
+    return context
+
+
+def peer_role(connection: ssl.SSLSocket) -> str:
+    """The role that the authenticated peer's certificate names."""
+    certificate = connection.getpeercert()
+    subject = certificate.get("subject", ()) if certificate else ()
+    for relative_name in subject:
+        for attribute in relative_name:
+            if attribute[0] == "commonName":
+                return str(attribute[1])
+    return ""
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
+        ) from None
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigurationError(
+            f"the secret file {path} is open to other users (mode {stat.S_IMODE(mode):04o}); chmod 600 {path}"
+        )
+    return _long_enough(content, f"the secret in {path}")
+
+
+def _long_enough(secret: bytes, what: str) -> bytes:
+    if len(secret) < MINIMUM_SECRET_BYTES:
+        raise ConfigurationError(
+            f"{what} has {len(secret)} bytes, and needs at least {MINIMUM_SECRET_BYTES}; "
+            "make one: head -c 32 /dev/urandom | base64"
+        )
+    return secret
+
+
+def _own_secret() -> bytes:
+    """This user's secret for loopback links, made on first use."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-spark"
+    path = folder / "loopback.secret"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Written aside and linked into place: two processes that start together agree on whichever came first.
+        draft = folder / f".loopback.{os.getpid()}.{secrets.token_hex(4)}"
+        draft.touch(mode=0o600, exist_ok=False)
+        try:
+            draft.write_text(secrets.token_hex(32))
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"no secret can be kept in {folder} ({error.strerror}); give one in {SECRET_VARIABLE}"
+        ) from None
+    return _read_secret(path)
+
+
+def _certificate(
+    subject: x509.Name, key: Ed25519PrivateKey, signer: Ed25519PrivateKey, *, is_authority: bool
+) -> x509.Certificate:
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "crl_sign",
+            "data_encipherment",
+            "decipher_only",
+            "encipher_only",
+            "key_agreement",
+            "key_encipherment",
+        ),
+        False,
+    )
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(_AUTHORITY)
+        .public_key(key.public_key())
+        .serial_number(1 if is_authority else x509.random_serial_number())
+        .not_valid_before(_VALID_FROM)
+        .not_valid_after(_VALID_UNTIL)
+        .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+        .add_extension(
+            x509.KeyUsage(digital_signature=not is_authority, key_cert_sign=is_authority, **usage),
+            critical=True,
+        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        .sign(signer, None)
+    )
+
+
+def _load_identity(context: ssl.SSLContext, certificate: x509.Certificate, key: Ed25519PrivateKey) -> None:
+    """The ssl module reads identities from files only: give it one that exists in memory alone."""
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ) + certificate.public_bytes(serialization.Encoding.PEM)
+    descriptor = os.memfd_create("vllm-spark-identity", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, pem)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)

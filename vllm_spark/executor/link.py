@@ -1,0 +1,104 @@
+"""Which address of this machine lies on the link to the other one."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+
+import psutil
+
+from vllm_spark.config import SparkConfig, split_endpoint
+from vllm_spark.errors import ConfigurationError
+
+LOOPBACK = "127.0.0.1"
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def leader_address(config: SparkConfig) -> str:
+    """The address on which the leader listens.
+
+    Raises:
+        ConfigurationError: the address is not this machine's, or there are several RDMA interfaces to choose from.
+    """
+    if config.address is not None:
+        if interface_of(config.address) is None:
+            raise ConfigurationError(
+                f"--spark-address {config.address} is no address of this machine; it has "
+                f"{', '.join(sorted(_own_addresses()))}"
+            )
+        return config.address
+    return _only(_rdma_addresses(), "--spark-address") or LOOPBACK
+
+
+def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
+    """Address and port at which a follower finds its leader.
+
+    Raises:
+        ConfigurationError: this machine has an RDMA link, so the leader is elsewhere and must be named.
+    """
+    if config.leader is not None:
+        host, port = split_endpoint(config.leader)
+        return host, config.port if port is None else port
+    if addresses := _rdma_addresses():
+        raise ConfigurationError(
+            f"this machine has the link address {addresses[0]}, but the leader's is not known; "
+            "give it with --leader ADDRESS or SPARK_LEADER"
+        )
+    return LOOPBACK, config.port
+
+
+def is_loopback(address: str) -> bool:
+    """True for addresses that only processes of this machine reach."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that holds `address`; None if it is not this machine's."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    # Every address of 127.0.0.0/8 is this machine's, though the interface lists only one.
+    if is_loopback(address) and ":" not in address:
+        return next(
+            (n for n, es in psutil.net_if_addrs().items() if any(e.address == LOOPBACK for e in es)), None
+        )
+    return None
+
+
+def source_interface(peer: str) -> str | None:
+    """Name of the interface through which this machine reaches `peer`; None if there is no route."""
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))
+        except OSError:
+            return None
+        return interface_of(probe.getsockname()[0])
+
+
+def _own_addresses() -> set[str]:
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {e.address for es in psutil.net_if_addrs().values() for e in es if e.family in families}
+
+
+def _rdma_addresses() -> list[str]:
+    """IPv4 addresses of the network interfaces that belong to RDMA devices."""
+    interfaces = set()
+    for entry in sorted(_RDMA_DEVICES.glob("*/ports/*/gid_attrs/ndevs/0")):
+        try:
+            interfaces.add(entry.read_text().strip())
+        except OSError:  # an unconfigured port has no netdev
+            continue
+    addresses = psutil.net_if_addrs()
+    return sorted(
+        e.address for name in interfaces for e in addresses.get(name, []) if e.family == socket.AF_INET
+    )
+
+
+def _only(addresses: list[str], flag: str) -> str | None:
+    if len(addresses) > 1:
+        raise ConfigurationError(
+            f"this machine has several link addresses ({', '.join(addresses)}); choose one with {flag}"
+        )
+    return addresses[0] if addresses else None
