@@ -1,0 +1,101 @@
+"""The command `vllm-spark`: one module per subcommand, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from vllm_spark import __version__
+from vllm_spark.errors import EXIT_USAGE, SparkError
+
+PROGRAM = "vllm-spark"
+COMMANDS = ("demo", "join", "patches", "config")
+"""Every subcommand, in the order of the help page; each is the module of that name in this package."""
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C: 128 + SIGINT, what a shell reports for a program that the signal ended."""
+
+
+class Command(Protocol):
+    """What the module of a subcommand provides."""
+
+    SUMMARY: str
+    """One line for the help page."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds the options of this subcommand."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Does the work and returns the exit code; raises SparkError for what a sentence explains."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vllm-spark ARGV` and returns its exit code; nothing is raised to the caller.
+
+    Exit codes: 0 done, 2 wrong usage, 130 interrupted by Ctrl-C, else the `exit_code` of the SparkError that
+    ended it, whose message is all that is printed of it.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as end:  # argparse: --help, or a usage error that it has already explained
+        return end.code if isinstance(end.code, int) else EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except SparkError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader left (`vllm-spark config | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else EXIT_USAGE
+    if name == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        near = difflib.get_close_matches(name, (*COMMANDS, "--help", "--version"), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}."
+        return _fail(f"there is no {kind} {name!r}; {hint}", EXIT_USAGE)
+    command = _load(name)
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}", description=command.SUMMARY, allow_abbrev=False
+    )
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words[1:]))
+
+
+def _load(name: str) -> Command:
+    return cast("Command", importlib.import_module(f"{__name__}.{name}"))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {_load(name).SUMMARY}" for name in COMMANDS]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [OPTION...]",
+            "",
+            "Serve one vLLM model on a pair of GB10 machines.",
+            "",
+            *lines,
+            "",
+            f"`{PROGRAM} COMMAND --help` shows the options of a command. The model itself is served by",
+            "`vllm serve MODEL --spark`.",
+        ]
+    )
+
+
+def _fail(sentence: str, exit_code: int) -> int:
+    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+    return exit_code
