@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -29,8 +30,16 @@ KILL_SECONDS = 10.0
 """How long the kernel may take to end what was sent SIGKILL: a process in a long disk read takes a moment."""
 
 
+FOREIGN = re.compile(r"(SPARK|VLLM)_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+"""Variables that would change what a server does: a caller's own settings, or those of a torchrun around it."""
+
+
 class ProcessError(SparkError):
-    """A program ended too early, or did not do in time what was waited for."""
+    """A program ended too early, or did not do in time what was waited for; `process` is that program."""
+
+    def __init__(self, message: str, process: Process | None = None) -> None:
+        super().__init__(message)
+        self.process = process
 
 
 class Process:
@@ -103,7 +112,7 @@ class Process:
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise ProcessError(f"{self.name} still runs after {timeout:g} s") from None
+            raise ProcessError(f"{self.name} still runs after {timeout:g} s", self) from None
 
     def wait_for_line(self, pattern: str, timeout: float) -> re.Match[str]:
         """Waits until its output holds a match of the regular expression, at most `timeout` seconds.
@@ -139,9 +148,9 @@ class Process:
             if value := condition():
                 return value
             if ended is not None:
-                raise ProcessError(f"{self.name} ended with exit code {ended} before it {what}")
+                raise ProcessError(f"{self.name} ended with exit code {ended} before it {what}", self)
             if time.monotonic() > deadline:
-                raise ProcessError(f"{self.name} has not {what} within {timeout:g} s")
+                raise ProcessError(f"{self.name} has not {what} within {timeout:g} s", self)
             time.sleep(POLL_SECONDS)
 
     def terminate(self, grace: float = 20.0) -> None:
@@ -171,13 +180,30 @@ class Process:
         while self.exit_code is None or self.descendants():
             if time.monotonic() > deadline:
                 left = [process.pid for process in self.descendants()]
-                raise ProcessError(f"{self.name} (process {self.pid}) survives SIGKILL, with children {left}")
+                raise ProcessError(f"{self.name} (process {self.pid}) survives SIGKILL, with children {left}", self)
             if self.exit_code is None:
                 self._popen.kill()
             for process in self.descendants():
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGKILL)
             time.sleep(POLL_SECONDS / 10)
+
+
+def program(name: str) -> str:
+    """Path of a console script that is installed beside the running Python.
+
+    Raises:
+        ProcessError: there is none of that name.
+    """
+    path = Path(sysconfig.get_path("scripts")) / name
+    if not path.exists():
+        raise ProcessError(f"the program `{name}` is not installed beside this Python: {path} does not exist")
+    return str(path)
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would change a server's mind."""
+    return {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
 
 
 def answers(url: str) -> bool:

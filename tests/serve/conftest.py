@@ -1,0 +1,101 @@
+"""Fixtures: two hosts, tiny models, servers that several tests share; and what a failure shows."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_spark.tiny_model import make_tiny_model
+
+from . import process, prompts
+from .hosts import Host, Hosts, two_hosts
+from .servers import Server, spark_tp2, stock_tp1
+
+LINES_SHOWN = 40
+WITHOUT_NAMESPACES = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the output of every process of the session."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="session")
+def hosts(logs: Path, pytestconfig: pytest.Config) -> Iterator[Hosts]:
+    """Two hosts: network namespaces, or 127.0.0.1 and 127.0.0.2 where those cannot be made."""
+    with two_hosts(logs) as (pair, reason):
+        if reason is not None:
+            pytestconfig.stash[WITHOUT_NAMESPACES] = reason
+        yield pair
+
+
+@pytest.fixture
+def namespaces(hosts: Hosts) -> Hosts:
+    """The two hosts, for tests that pull cables: skips where hosts are only loopback addresses."""
+    if hosts[0].namespace is None:
+        pytest.skip("needs network namespaces: run as root with iproute2 installed")
+    return hosts
+
+
+@pytest.fixture(scope="session")
+def host(hosts: Hosts) -> Host:
+    """The first host, where one is enough."""
+    return hosts[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-MoE."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-moe", "moe")
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-dense", "dense")
+
+
+@pytest.fixture(scope="session")
+def reference_tokens(host: Host, tiny_moe: Path) -> list[list[int]]:
+    """Greedy answers of one stock rank to `prompts.PROMPTS`: what every pair must answer, to the last id."""
+    with stock_tp1(host, tiny_moe) as server:
+        return prompts.greedy_tokens(server.client)
+
+
+@pytest.fixture(scope="module")
+def pair(hosts: Hosts, tiny_moe: Path) -> Iterator[Server]:
+    """The tiny MoE under `--spark` on the two hosts, shared by the tests of one module."""
+    with spark_tp2(hosts, tiny_moe) as server:
+        yield server
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds the last lines of every known process to the report of a failure."""
+    report = yield
+    if report.failed:
+        for program in process.started:
+            state = "running" if program.exit_code is None else f"exit code {program.exit_code}"
+            report.sections.append((f"{program.name} ({state}), {program.log}", program.tail(LINES_SHOWN)))
+    return report
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between modules, forgets the processes that have ended."""
+    if nextitem is None or nextitem.path != item.path:
+        process.forget_ended()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says loudly if the two hosts were not two."""
+    reason = config.stash.get(WITHOUT_NAMESPACES, None)
+    if reason is not None:
+        terminalreporter.section("TWO HOSTS WITHOUT NETWORK NAMESPACES", yellow=True)
+        terminalreporter.line(
+            f"{reason}: the two hosts were 127.0.0.1 and 127.0.0.2, and tests that pull cables were skipped."
+        )

@@ -1,0 +1,206 @@
+"""Two hosts on one machine: network namespaces joined by a bridge, or two loopback addresses.
+
+    root namespace      bridge 10.77.N.254 --+-- veth -- eth0 10.77.N.1  (host 0)
+    (tests, clients)                         +-- veth -- eth0 10.77.N.2  (host 1)
+
+Clients connect from the root namespace. Names carry the process id of the test session, so that sessions do
+not meet and the next one can delete what a killed one has left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import psutil
+
+from vllm_spark.cli.process import clean_environment
+
+from .process import Process, start
+
+PREFIX = "vsp"
+LEFTOVER = re.compile(rf"{PREFIX}(\d+)(h\d|r\d|b)")
+FREE_PORT = "import socket, sys; s = socket.socket(); s.bind((sys.argv[1], 0)); print(s.getsockname()[1])"
+
+
+@dataclass
+class Host:
+    """One machine of the pair, as far as a network can tell."""
+
+    index: int
+    address: str
+    interface: str
+    logs: Path
+    namespace: str | None = None
+    outside: str | None = None
+    """The bridge's end of this host's cable; None where hosts are only loopback addresses."""
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
+
+    def popen(self, argv: Sequence[str], env: Mapping[str, str] | None = None, name: str = "") -> Process:
+        """Starts a program on this host, with `env` on top of a clean environment; its log is in `logs`."""
+        name = name or Path(argv[0]).name
+        log = self.logs / f"host{self.index}-{next(self._numbers):02d}-{name.replace(' ', '-')}.log"
+        return start(f"{name} on host {self.index}", self._here(argv), log, clean_environment() | dict(env or {}))
+
+    def run(
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 60.0
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a program on this host to its end and returns its output; raises nothing for its exit code."""
+        return subprocess.run(
+            self._here(argv),
+            env=clean_environment() | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def free_port(self) -> int:
+        """A TCP port that nothing listens on at this host's address now."""
+        return int(self.run([sys.executable, "-c", FREE_PORT, self.address]).stdout)
+
+    def unplug(self) -> None:
+        """Pulls this host's cable: packets are lost, nobody is told. Needs namespaces."""
+        self._cable("down")
+
+    def plug(self) -> None:
+        """Puts the cable back."""
+        self._cable("up")
+
+    def _cable(self, state: str) -> None:
+        if self.outside is None:
+            raise RuntimeError("loopback addresses have no cable; use the fixture `namespaces`")
+        _ip("link", "set", self.outside, state)
+
+    def _here(self, argv: Sequence[str]) -> list[str]:
+        return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
+
+
+Hosts = tuple[Host, Host]
+
+
+@contextmanager
+def two_hosts(logs: Path) -> Iterator[tuple[Hosts, str | None]]:
+    """Makes the two hosts, and deletes them afterwards.
+
+    Yields:
+        The hosts, and None, or the reason why they are only two loopback addresses.
+    """
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(_namespaces(logs))
+        except CannotMake as reason:
+            yield _loopback(logs), str(reason)
+        else:
+            yield hosts, None
+
+
+class CannotMake(Exception):
+    """This machine does not let us make network namespaces; the message says why."""
+
+
+def _loopback(logs: Path) -> Hosts:
+    return Host(0, "127.0.0.1", "lo", logs), Host(1, "127.0.0.2", "lo", logs)
+
+
+@contextmanager
+def _namespaces(logs: Path) -> Iterator[Hosts]:
+    if shutil.which("ip") is None:
+        raise CannotMake("the program `ip` is missing (Debian package iproute2)")
+    if os.geteuid() != 0:
+        raise CannotMake("only root may make network namespaces")
+    with ExitStack() as stack:
+        try:
+            hosts = _make_namespaces(logs, stack)
+        except subprocess.CalledProcessError as error:
+            raise CannotMake(f"`{' '.join(error.cmd)}` failed: {error.stderr.strip()}") from error
+        yield hosts
+
+
+def _make_namespaces(logs: Path, stack: ExitStack) -> Hosts:
+    tag = f"{PREFIX}{os.getpid()}"
+    bridge = f"{tag}b"
+    with _one_at_a_time():
+        _delete_leftovers()
+        network = _free_network()
+        _ip("link", "add", "name", bridge, "type", "bridge")
+        stack.callback(_ip, "link", "delete", bridge)
+        _ip("address", "add", f"{network}.254/24", "dev", bridge)
+    _ip("link", "set", bridge, "up")
+    return _add_host(0, tag, network, logs, stack), _add_host(1, tag, network, logs, stack)
+
+
+def _add_host(index: int, tag: str, network: str, logs: Path, stack: ExitStack) -> Host:
+    namespace, outside = f"{tag}h{index}", f"{tag}r{index}"
+    address = f"{network}.{index + 1}"
+    _ip("netns", "add", namespace)
+    stack.callback(_delete_namespace, namespace)
+    _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    _ip("link", "set", outside, "master", f"{tag}b", "up")
+    _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+    for interface in ("lo", "eth0"):
+        _ip("-n", namespace, "link", "set", interface, "up")
+    return Host(index, address, "eth0", logs, namespace, outside)
+
+
+def _delete_namespace(name: str) -> None:
+    """Ends what still runs there, then deletes the namespace and with it its end of the cable."""
+    for pid in _ip("netns", "pids", name).split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    _ip("netns", "delete", name)
+
+
+def _delete_leftovers() -> None:
+    names = [entry["name"] for entry in json.loads(_ip("-j", "netns", "list") or "[]")]
+    for name in names:
+        if _orphaned(name):
+            _delete_namespace(name)
+    for name in [entry["ifname"] for entry in json.loads(_ip("-j", "link", "show", "type", "bridge") or "[]")]:
+        if _orphaned(name):
+            _ip("link", "delete", name)
+
+
+def _orphaned(name: str) -> bool:
+    match = LEFTOVER.fullmatch(name)
+    return match is not None and not psutil.pid_exists(int(match[1]))
+
+
+def _free_network() -> str:
+    """The first three numbers of a /24 network that no interface here is in."""
+    used = {
+        address["local"].rpartition(".")[0]
+        for interface in json.loads(_ip("-j", "-4", "address", "show"))
+        for address in interface["addr_info"]
+    }
+    free = next((f"10.77.{number}" for number in range(256) if f"10.77.{number}" not in used), None)
+    if free is None:
+        raise CannotMake("every network from 10.77.0.0/24 to 10.77.255.0/24 is in use")
+    return free
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keeps sessions that start together from choosing the same network."""
+    with (Path(tempfile.gettempdir()) / "vllm-spark-test-hosts.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(
+        ["ip", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True
+    ).stdout

@@ -1,0 +1,42 @@
+"""Real processes for tests: what runs is known, so that a failing test can show its output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vllm_spark.cli.process import POLL_SECONDS, Process, ProcessError
+
+__all__ = ["Process", "ProcessError", "assert_all_gone", "forget_ended", "start", "started"]
+
+started: list[Process] = []
+"""Every process that a test module has started, newest last; `forget_ended` shortens it between modules."""
+
+
+def start(name: str, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
+    """Starts a program whose output is shown if a test fails while it is known."""
+    process = Process(name, argv, log, environment)
+    started.append(process)
+    return process
+
+
+def forget_ended() -> None:
+    """Drops the processes that have ended: the next module's failures are not theirs."""
+    started[:] = [process for process in started if process.exit_code is None]
+
+
+def assert_all_gone(*processes: Process, timeout: float = 10.0) -> None:
+    """Fails the test if, `timeout` seconds from now, one of the processes or of their children still runs."""
+    deadline = time.monotonic() + timeout
+    while (left := list(_alive(processes))) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    assert not left, f"still running: {'; '.join(left)}"
+
+
+def _alive(processes: Sequence[Process]) -> Iterator[str]:
+    for process in processes:
+        if process.exit_code is None:
+            yield f"{process.name} (process {process.pid})"
+        for child in process.descendants():
+            yield f"a child of {process.name} (process {child.pid})"

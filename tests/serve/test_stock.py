@@ -1,0 +1,29 @@
+"""Stock vLLM on this machine: if this fails, the ground under all other tests is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import process, prompts
+from .hosts import Hosts
+from .servers import stock_tp2
+
+
+def test_one_rank_and_two_ranks_over_two_hosts_agree(
+    hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]
+) -> None:
+    with stock_tp2(hosts, tiny_moe) as server:
+        tokens = prompts.greedy_tokens(server.client)
+        assert all(rank.descendants() for rank in server.processes), "both hosts have a worker"
+    process.assert_all_gone(*server.processes)
+    assert tokens == reference_tokens
+    assert len({tuple(answer) for answer in tokens}) > len(tokens) // 2, "the answers differ from each other"
+
+
+def test_ports_and_addresses_belong_to_the_hosts(hosts: Hosts) -> None:
+    first, second = hosts
+    assert first.address != second.address
+    if first.namespace is not None:
+        listing = first.run(["ip", "-o", "-4", "address"]).stdout
+        assert first.address in listing
+        assert second.address not in listing

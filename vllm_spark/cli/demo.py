@@ -1,0 +1,554 @@
+"""`vllm-spark demo`: the product on one machine, with a tiny model and two real processes over loopback.
+
+What is started is what a user types: `vllm-spark join` and `vllm serve MODEL --spark`. Afterwards one stock rank
+(`vllm serve MODEL`) answers the same prompts, and the token ids must be equal. One server at a time, so that two
+cores are enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_spark.cli.process import Process, ProcessError, answers, clean_environment, program
+from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.tiny_model import ModelKind, make_tiny_model
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+SUMMARY = "show the product on this machine: a tiny model on two ranks over loopback, compared with one rank"
+
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # `auto` fails with two workers on one NUMA node
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM's CPU build needs so that two small ranks share one machine; the cache is 1 GiB for each."""
+
+LOOPBACK = "127.0.0.1"
+MODEL_NAME = "tiny"
+NEEDED = ("openai", "safetensors", "tokenizers", "torch", "prometheus_client")
+TOKEN_PROMPTS = (
+    "def main(",
+    "The cable between the two desks carries",
+    "1, 1, 2, 3, 5, 8, 13, ",
+    "class Process:\n    def __init__(self, name):\n        ",
+    "二つの机、一つのモデル。",
+    "if x == 0: return None\nelif",
+)
+PHASES = (
+    ("vLLM starts", r"."),
+    ("weights", r"Starting to load model"),
+    ("the engine warms up", r"Loading weights took"),
+)
+"""What the leader is doing, and the line of its log that tells."""
+
+TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What one rank has counted since it started: calls, bytes, and calls left to vLLM's own path."""
+
+    all_reduces: int
+    all_reduce_bytes: int
+    all_gathers: int
+    all_gather_bytes: int
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A server that answers at `url`, and the seconds that it took until then."""
+
+    url: str
+    process: Process
+    start_seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one server did: its token ids, prompt by prompt, and how long it took in seconds."""
+
+    tokens: list[list[int]]
+    start_seconds: float
+    token_seconds: float
+    ranks: tuple[Counters, ...] = ()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome as `--json` prints it; `all_reduces` and `all_gathers` are those of rank 0."""
+
+    ok: bool
+    tokens: int
+    identical: bool
+    all_reduces: int
+    all_gathers: int
+    fallbacks: int
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `vllm-spark demo`."""
+    kinds = get_args(ModelKind)
+    parser.add_argument(
+        "--model-kind", choices=kinds, default="moe", help="tiny Qwen3-MoE or tiny Qwen3 (default: moe)"
+    )
+    parser.add_argument("--prompt", default="What joins two desks?", help="the chat question (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive(int, most=512),
+        default=32,
+        metavar="N",
+        help="length of every answer, at most 512 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_positive(float, most=86400),
+        default=900.0,
+        metavar="SECONDS",
+        help="give up after this time (default: %(default)g)",
+    )
+    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the servers' output there and keep it")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object to standard output, all else to standard error"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; 0 if two ranks gave the token ids of one, 1 if not.
+
+    Raises:
+        SparkError: it could not be shown; the processes are ended and the logs kept.
+    """
+    console = Console(stderr=args.json, highlight=False)
+    try:
+        _check_installation()
+        with _termination_as_exception():
+            summary = _Demo(args, console).run()
+    except SparkError as error:
+        if args.json:
+            print(json.dumps({"ok": False, "error": str(error)}), flush=True)
+        raise
+    if args.json:
+        print(json.dumps(asdict(summary)), flush=True)
+    return 0 if summary.ok else 1
+
+
+class _Demo:
+    """One run of the demo."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self._kind: ModelKind = args.model_kind
+        self._prompt: str = args.prompt
+        self._max_tokens: int = args.max_tokens
+        self._keep_logs: Path | None = args.keep_logs
+        self._console = console
+        self._started = time.monotonic()
+        self._timeout: float = args.timeout
+
+    def run(self) -> Summary:
+        with tempfile.TemporaryDirectory(prefix="vllm-spark-demo-") as folder:
+            logs = self._keep_logs or Path(folder) / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            try:
+                return self._show(Path(folder) / f"tiny-{self._kind}", logs)
+            except SparkError as error:
+                self._explain(error, logs)
+                raise
+
+    def _show(self, model: Path, logs: Path) -> Summary:
+        say = self._console.print
+        say(f"[bold]1. A tiny {self._kind} model[/] with random weights: what it says is noise.")
+        make_tiny_model(model, self._kind)
+        say("[bold]2. The pair:[/] vllm-spark join, and vllm serve MODEL --spark")
+        with self._pair(model, logs) as server:
+            self._chat(server)
+            before = time.monotonic()
+            tokens = self._greedy(server)
+            pair = Run(tokens, server.start_seconds, time.monotonic() - before, read_counters(server))
+        say("[bold]3. One rank of stock vLLM[/] with the same model, to compare with: vllm serve MODEL")
+        with self._single(model, logs) as server:
+            before = time.monotonic()
+            tokens = self._greedy(server)
+            single = Run(tokens, server.start_seconds, time.monotonic() - before)
+        return self._conclude(pair, single)
+
+    @contextmanager
+    def _pair(self, model: Path, logs: Path) -> Iterator[_Server]:
+        """Follower and leader, while they serve."""
+        spark_port, http_port = _free_ports(2)
+        environment = clean_environment() | CPU_ENVIRONMENT
+        with ExitStack() as stack:
+            follower = Process(
+                "vllm-spark join",
+                [program("vllm-spark"), *follower_arguments(spark_port)],
+                logs / "follower.log",
+                environment,
+            )
+            stack.callback(_end, follower)
+            leader = Process(
+                "vllm serve --spark",
+                [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)],
+                logs / "leader.log",
+                environment,
+            )
+            stack.callback(_end, leader)
+            yield self._ready(leader, http_port, follower)
+            for process in (leader, follower):
+                if process.exit_code is not None:
+                    raise ProcessError(f"{process.name} ended early, exit code {process.exit_code}", process)
+
+    @contextmanager
+    def _single(self, model: Path, logs: Path) -> Iterator[_Server]:
+        """Stock vLLM, while it serves."""
+        (http_port,) = _free_ports(1)
+        with ExitStack() as stack:
+            server = Process(
+                "vllm serve",
+                [program("vllm"), *serve_arguments(model, http_port)],
+                logs / "single.log",
+                clean_environment() | CPU_ENVIRONMENT,
+            )
+            stack.callback(_end, server)
+            yield self._ready(server, http_port)
+
+    def _ready(self, process: Process, port: int, follower: Process | None = None) -> _Server:
+        """Waits until the server answers, showing what it does meanwhile."""
+        before = time.monotonic()
+        url = f"http://{LOOPBACK}:{port}"
+        with _Phases(self._console) as phases:
+            if follower is not None:
+                phases.enter("the follower waits for its leader")
+
+            def ready() -> bool:
+                if follower is not None and follower.exit_code is not None:
+                    raise ProcessError(
+                        f"{follower.name} ended while the leader started, exit code {follower.exit_code}", follower
+                    )
+                output = process.output()
+                for name, pattern in reversed(PHASES):
+                    if re.search(pattern, output):
+                        phases.enter(name)
+                        break
+                return answers(f"{url}/health")
+
+            process.wait_until(ready, self._remaining(), "become ready")
+            phases.enter("ready")
+        return _Server(url, process, time.monotonic() - before)
+
+    def _chat(self, server: _Server) -> None:
+        """Asks the chat question and prints the answer as it comes."""
+        self._console.print(f"   [cyan]You:[/] {_printable(self._prompt)}", markup=True)
+        self._console.print("   [cyan]Noise:[/] ", end="")
+        with self._client(server) as client:
+            stream = client.chat.completions.create(
+                model=MODEL_NAME,
+                messages=[{"role": "user", "content": self._prompt}],
+                max_tokens=self._max_tokens,
+                temperature=0,
+                stream=True,
+            )
+            for chunk in stream:
+                text = chunk.choices[0].delta.content if chunk.choices else None
+                self._console.print(_printable(text or ""), end="", markup=False, soft_wrap=True)
+        self._console.print()
+
+    def _greedy(self, server: _Server) -> list[list[int]]:
+        """The token ids of the greedy answers to the prompts."""
+        with self._client(server) as client:
+            return [self._greedy_answer(client, prompt) for prompt in (*TOKEN_PROMPTS, self._prompt)]
+
+    def _greedy_answer(self, client: OpenAI, prompt: str) -> list[int]:
+        completion = client.completions.create(
+            model=MODEL_NAME,
+            prompt=prompt,
+            max_tokens=self._max_tokens,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        return list((completion.choices[0].model_extra or {})["token_ids"])
+
+    @contextmanager
+    def _client(self, server: _Server) -> Iterator[OpenAI]:
+        """The official client; what goes wrong with it is an error of the server that it asks."""
+        from openai import DefaultHttpxClient, OpenAI, OpenAIError
+
+        client = OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="none",
+            timeout=self._remaining(),
+            max_retries=0,
+            http_client=DefaultHttpxClient(trust_env=False),  # a proxy has no business on loopback
+        )
+        try:
+            with client:
+                yield client
+        except OpenAIError as error:
+            raise ProcessError(f"{server.process.name} did not answer: {error}", server.process) from error
+
+    def _remaining(self) -> float:
+        """Seconds left of the time that the user gave, at least one: what is waited for then names itself."""
+        return max(1.0, self._started + self._timeout - time.monotonic())
+
+    def _conclude(self, pair: Run, single: Run) -> Summary:
+        rank0, rank1 = pair.ranks
+        identical = pair.tokens == single.tokens
+        summary = Summary(
+            ok=identical and rank0.all_reduces > 0 and rank1.all_reduces > 0,
+            tokens=sum(map(len, pair.tokens)),
+            identical=identical,
+            all_reduces=rank0.all_reduces,
+            all_gathers=rank0.all_gathers,
+            fallbacks=rank0.fallbacks + rank1.fallbacks,
+            seconds=round(time.monotonic() - self._started, 1),
+        )
+        self._console.print(_table(pair, single))
+        self._console.print("Times are of ranks that share this machine's cores: they say nothing about speed.")
+        if not identical:
+            self._console.print(f"[bold red]The tokens differ:[/] {_first_difference(pair.tokens, single.tokens)}")
+        elif not summary.ok:
+            self._console.print("[bold red]A rank has counted no all-reduce:[/] the pair did not work together.")
+        else:
+            self._console.print(
+                f"[bold green]All {summary.tokens} token ids of the pair are those of one rank.[/] "
+                f"{summary.seconds:.0f} s in all."
+            )
+        return summary
+
+    def _explain(self, error: SparkError, logs: Path) -> None:
+        """Shows the end of the log that matters, and moves the logs to where they outlive the demo."""
+        if isinstance(error, ProcessError) and error.process is not None:
+            self._console.rule(f"last lines of {error.process.name}", style="red")
+            self._console.print(error.process.tail(TAIL_LINES), markup=False)
+            self._console.rule(style="red")
+        if self._keep_logs is None:
+            logs = Path(shutil.move(logs, tempfile.mkdtemp(prefix="vllm-spark-demo-logs-")))
+        self._console.print(f"The logs are in {logs}")
+
+
+def follower_arguments(spark_port: int) -> list[str]:
+    """What follows `vllm-spark` on the second machine."""
+    return ["join", "--leader", LOOPBACK, "--port", str(spark_port)]
+
+
+def leader_arguments(spark_port: int) -> list[str]:
+    """What `--spark` adds to `vllm serve`."""
+    return [
+        *("--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)),
+        *("--spark-transport", "loopback"),
+    ]
+
+
+def serve_arguments(model: Path, http_port: int) -> list[str]:
+    """What follows `vllm` on any machine, with one rank or two."""
+    return [
+        *("serve", str(model), "--served-model-name", MODEL_NAME),
+        *("--host", LOOPBACK, "--port", str(http_port)),
+        *("--dtype", "float32"),  # with bfloat16, ties between a random model's logits are common
+        *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"),
+    ]
+
+
+def read_counters(server: _Server) -> tuple[Counters, Counters]:
+    """The counters of both ranks, from the leader's `/metrics`.
+
+    Raises:
+        ProcessError: it does not export them.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{server.url}/metrics", timeout=30) as response:
+            text = response.read().decode()
+    except OSError as error:
+        raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
+    values: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            values[sample.labels.get("rank", "")][sample.name] += int(sample.value)
+
+    def of_rank(rank: str) -> Counters:
+        names = {field.name: f"vllm_spark_{field.name}_total" for field in fields(Counters)}
+        for name in names.values():
+            if name not in values[rank]:
+                raise ProcessError(f"{server.process.name} exports no {name} for rank {rank}", server.process)
+        return Counters(**{field: values[rank][name] for field, name in names.items()})
+
+    return of_rank("0"), of_rank("1")
+
+
+class _Phases:
+    """Shows what is going on, phase by phase, each with the time that it takes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._name = ""
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("  "),
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Phases:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def enter(self, name: str) -> None:
+        """Ends the phase before and begins this one; does nothing if it has begun."""
+        if name == self._name:
+            return
+        self._finish()
+        self._name = name
+        self._task = self._progress.add_task(name, total=1)
+        if not self._console.is_terminal:  # a file or a pipe gets a line for each phase
+            self._console.print(f"   {name}")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=1)
+
+
+def _table(pair: Run, single: Run) -> Table:
+    table = Table("", "the pair", "one rank", title="Two ranks against one")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def both(name: str) -> str:
+        return " / ".join(f"{getattr(rank, name):,}" for rank in pair.ranks)
+
+    table.add_row("ranks", str(len(pair.ranks)), "1")
+    table.add_row("tokens compared", str(sum(map(len, pair.tokens))), str(sum(map(len, single.tokens))))
+    table.add_row("seconds to start", f"{pair.start_seconds:.1f}", f"{single.start_seconds:.1f}")
+    table.add_row("seconds for the tokens", f"{pair.token_seconds:.1f}", f"{single.token_seconds:.1f}")
+    table.add_section()
+    table.add_row("all-reduces, rank 0 / rank 1", both("all_reduces"), "")
+    table.add_row("bytes in them", both("all_reduce_bytes"), "")
+    table.add_row("all-gathers", both("all_gathers"), "")
+    table.add_row("bytes in them", both("all_gather_bytes"), "")
+    table.add_row("left to vLLM's own path", both("fallbacks"), "")
+    return table
+
+
+def _first_difference(pair: list[list[int]], single: list[list[int]]) -> str:
+    for number, (ours, theirs) in enumerate(zip(pair, single, strict=True), start=1):
+        for position, (our_token, their_token) in enumerate(zip(ours, theirs, strict=False), start=1):
+            if our_token != their_token:
+                return f"answer {number}, token {position} is {our_token} on the pair, {their_token} on one rank."
+        if len(ours) != len(theirs):
+            return f"answer {number} has {len(ours)} tokens on the pair, {len(theirs)} on one rank."
+    raise AssertionError("equal answers have no difference")
+
+
+def _check_installation() -> None:
+    """Says what is missing before anything is started.
+
+    Raises:
+        ConfigurationError: vLLM's CPU build, or a package of the extra `demo`, is not installed.
+    """
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigurationError(
+            "vLLM is not installed beside this Python; `make demo` in the source tree installs its CPU build"
+        ) from None
+    if "cpu" not in version:
+        raise ConfigurationError(
+            f"the demo puts two ranks on one machine, which needs vLLM's CPU build, and this is vllm {version}; "
+            "`make demo` in the source tree installs the CPU build into an environment of its own"
+        )
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigurationError(
+                f"the demo needs the package {package}; install it with: pip install 'vllm-spark[demo]'"
+            )
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nothing listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for open_socket in sockets:
+            open_socket.bind((LOOPBACK, 0))
+        return [int(open_socket.getsockname()[1]) for open_socket in sockets]
+
+
+@contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    """While active, SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that nothing is left behind."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    with _signals((signal.SIGTERM, signal.SIGHUP), leave):
+        yield
+
+
+def _end(process: Process) -> None:
+    """Ends a process and its children; a second Ctrl-C does not stop that half-way, for it is bounded."""
+    with _signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
+        process.terminate()
+
+
+@contextmanager
+def _signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _printable(text: str) -> str:
+    """`text` without what would move the cursor or ring the bell: a random model writes such bytes too."""
+    return "".join(letter if letter.isprintable() else "·" for letter in text)
+
+
+def _positive(kind: type[int] | type[float], most: float) -> Callable[[str], float]:
+    """An argparse `type`: a number above 0 and at most `most`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most {most:g}")
+        return value
+
+    return convert
