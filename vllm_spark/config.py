@@ -128,9 +128,7 @@ class SparkConfig(BaseModel):
         ge=0,
         le=1024,
     )
-    depth: int = _setting(
-        4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64
-    )
+    depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
 
     @field_validator("address", "leader")
     @classmethod
@@ -186,9 +184,7 @@ class SparkConfig(BaseModel):
         environment = os.environ if environment is None else environment
         for name in file:
             if name not in cls.model_fields:
-                raise ConfigurationError(
-                    f"the setting {name!r} does not exist{_near(name, cls.model_fields)}"
-                )
+                raise ConfigurationError(f"the setting {name!r} does not exist{_near(name, cls.model_fields)}")
         values: dict[str, Any] = dict(file)
         origin = dict.fromkeys(file, "")
         for name in cls.model_fields:
@@ -268,7 +264,7 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
 def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> None:
     """Adds one option per setting of the given sides to an argparse parser or group.
 
-    All defaults are None, so that a caller can tell what was given. A bad value ends in argparse's usual
+    What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in argparse's usual
     one-line error and exit code 2.
     """
     wanted = set(sides)
@@ -281,7 +277,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> No
             prefix + name.replace("_", "-"),
             dest="spark_" + name,
             type=_converter(name),
-            default=None,
+            default=argparse.SUPPRESS,
             metavar=name.upper() if choices is None else "{" + ",".join(choices) + "}",
             help=(field.description or "").replace("%", "%%") + default,
         )
@@ -350,7 +346,5 @@ def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
         return message
     name = str(first["loc"][0])
     where = origin.get(name, "")
-    where = (
-        f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
-    )
+    where = f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
     return f"{where}{message}"

@@ -60,9 +60,7 @@ def make_tiny_model(folder: Path, kind: ModelKind, seed: int = 0) -> Path:
         ValueError: `kind` is neither of the two.
     """
     if kind not in get_args(ModelKind):
-        raise ValueError(
-            f"there is no tiny model of kind {kind!r}; the kinds are {', '.join(get_args(ModelKind))}"
-        )
+        raise ValueError(f"there is no tiny model of kind {kind!r}; the kinds are {', '.join(get_args(ModelKind))}")
     import torch
     from safetensors.torch import save_file
 

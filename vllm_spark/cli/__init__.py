@@ -68,9 +68,7 @@ def _dispatch(words: list[str]) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}."
         return _fail(f"there is no {kind} {name!r}; {hint}", EXIT_USAGE)
     command = _load(name)
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} {name}", description=command.SUMMARY, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.SUMMARY, allow_abbrev=False)
     command.add_arguments(parser)
     return command.run(parser.parse_args(words[1:]))
 

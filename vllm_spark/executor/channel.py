@@ -74,18 +74,18 @@ class Lane:
 
     def __init__(self, connection: ssl.SSLSocket, peer: str, max_frame: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection = connection
-        self._max_frame = max_frame
+        self.connection = connection
+        self.max_frame = max_frame
         self.peer = peer
 
     def fileno(self) -> int:
         """The socket's descriptor, for poll; -1 once closed."""
-        return self._connection.fileno()
+        return self.connection.fileno()
 
     @property
     def pending(self) -> bool:
         """True if decrypted bytes wait inside the TLS layer, which poll cannot see."""
-        return self._connection.pending() > 0
+        return self.connection.pending() > 0
 
     def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
         """Sends one frame.
@@ -93,15 +93,15 @@ class Lane:
         Raises:
             ChannelError: the peer is gone, or did not take the frame within `timeout` seconds.
         """
-        if len(payload) > self._max_frame:
+        if len(payload) > self.max_frame:
             raise ChannelError(
-                f"a {kind.name} message of {len(payload)} bytes is over the limit of {self._max_frame}; "
+                f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
                 "raise --spark-max-frame-mib"
             )
         try:
-            self._connection.settimeout(timeout)
+            self.connection.settimeout(timeout)
             # One write for header and payload: one TLS record, one wake-up of the receiver.
-            self._connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
+            self.connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
         except (OSError, ValueError) as error:
             raise ChannelError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
@@ -117,9 +117,9 @@ class Lane:
             kind = Kind(number)
         except ValueError:
             raise ChannelError(f"{self.peer} sent a message of unknown kind {number}") from None
-        if length > self._max_frame:
+        if length > self.max_frame:
             raise ChannelError(
-                f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self._max_frame}; "
+                f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self.max_frame}; "
                 "raise --spark-max-frame-mib on this machine"
             )
         return Frame(kind, self._read(length, deadline))
@@ -140,23 +140,23 @@ class Lane:
         """Ends a blocked `send` or `receive` of another thread with a ChannelError."""
         with contextlib.suppress(OSError, ValueError):
             # The plain socket's shutdown: SSLSocket's would drop the TLS object under the other thread.
-            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the connection; may be called again."""
         self.interrupt()
-        self._connection.close()
+        self.connection.close()
 
     def _read(self, size: int, deadline: float | None) -> bytes:
         buffer = bytearray(size)
         view, got = memoryview(buffer), 0
         try:
             if deadline is None:
-                self._connection.settimeout(None)
+                self.connection.settimeout(None)
             while got < size:
                 if deadline is not None:
-                    self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-                count = self._connection.recv_into(view[got:])
+                    self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+                count = self.connection.recv_into(view[got:])
                 if count == 0:
                     raise ChannelError(f"{self.peer} closed the connection")
                 got += count

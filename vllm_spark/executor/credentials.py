@@ -35,9 +35,7 @@ _VALID_UNTIL = datetime.datetime(2120, 1, 1)
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
 
 
-def load_secret(
-    config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None
-) -> bytes:
+def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
     """The secret that this process shares with its peer.
 
     Taken from SPARK_SECRET, else from `config.secret_file`. On a loopback address, where only this machine's
@@ -170,9 +168,7 @@ def _certificate(
             critical=True,
         )
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         .sign(signer, None)
     )
 

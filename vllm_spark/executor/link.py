@@ -60,9 +60,7 @@ def interface_of(address: str) -> str | None:
             return name
     # Every address of 127.0.0.0/8 is this machine's, though the interface lists only one.
     if is_loopback(address) and ":" not in address:
-        return next(
-            (n for n, es in psutil.net_if_addrs().items() if any(e.address == LOOPBACK for e in es)), None
-        )
+        return next((n for n, es in psutil.net_if_addrs().items() if any(e.address == LOOPBACK for e in es)), None)
     return None
 
 
@@ -91,9 +89,7 @@ def _rdma_addresses() -> list[str]:
         except OSError:  # an unconfigured port has no netdev
             continue
     addresses = psutil.net_if_addrs()
-    return sorted(
-        e.address for name in interfaces for e in addresses.get(name, []) if e.family == socket.AF_INET
-    )
+    return sorted(e.address for name in interfaces for e in addresses.get(name, []) if e.family == socket.AF_INET)
 
 
 def _only(addresses: list[str], flag: str) -> str | None:

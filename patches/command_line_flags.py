@@ -1,0 +1,29 @@
+"""Adds the option group `Spark` to every command that takes engine arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: Any) -> Any:
+        from vllm_spark.activation import add_option_group
+
+        parser = original(parser)
+        add_option_group(parser)
+        return parser
+
+    return add_cli_args
+
+
+PATCH = Patch(
+    name="command-line-flags",
+    anchor=Anchor("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
+    reason="a platform sees the parser of some commands only, and a platform would be in use without --spark too",
+    feature="the flags --spark and --spark-*",
+    fingerprints={"d884a77f60d9": "0.26.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+)

@@ -1,0 +1,27 @@
+"""Chooses this project's executor when an engine configuration with spark settings is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_spark.activation import configure
+
+        return configure(self, lambda: original(self, *args, **kwargs))
+
+    return create_engine_config
+
+
+PATCH = Patch(
+    name="executor-choice",
+    anchor=Anchor("vllm.engine.arg_utils:EngineArgs.create_engine_config"),
+    reason="the executor must be known before ParallelConfig is built, which otherwise refuses two ranks on one device",
+    feature="serving on a pair (--spark)",
+    fingerprints={"47e28d3493ac": "0.26.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+)

@@ -1,0 +1,27 @@
+"""Carries the values of `--spark*` from the command line into vLLM's engine arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type, args: Any) -> Any:
+        from vllm_spark.activation import carry_settings
+
+        return carry_settings(original(cls, args), args)
+
+    return from_cli_args
+
+
+PATCH = Patch(
+    name="flags-to-settings",
+    anchor=Anchor("vllm.engine.arg_utils:EngineArgs.from_cli_args", scope="source"),
+    reason="it keeps only the options that are fields of EngineArgs and drops all others in silence",
+    feature="the flags --spark and --spark-*",
+    fingerprints={"bf29243cf535": "0.26.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+)

@@ -1,0 +1,27 @@
+"""Gives `vllm serve --spark` its second rank under torchrun, and sentences instead of tracebacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cmd(args: Any) -> None:
+        from vllm_spark.activation import serve
+
+        serve(args, original)
+
+    return cmd
+
+
+PATCH = Patch(
+    name="serve-command",
+    anchor=Anchor("vllm.entrypoints.cli.serve:ServeSubcommand.cmd"),
+    reason="a launcher starts the same command on both machines, and only the command itself can become a follower",
+    feature="vllm serve --spark under torchrun, and errors without a traceback",
+    fingerprints={"eeb99fc7f8bd": "0.26.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+)

@@ -1,0 +1,240 @@
+"""What happens when vLLM is started with `--spark`: settings are read, checked, and made vLLM's own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from vllm_spark import __version__
+from vllm_spark.compat import check_vllm
+from vllm_spark.config import (
+    FLAG,
+    SparkConfig,
+    add_flags,
+    enabled_by_environment,
+    given_flags,
+    misspelt_variables,
+    typed_flags,
+)
+from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.settings import SECTION, attach_settings
+
+logger = logging.getLogger("vllm_spark")
+
+EXECUTOR = "vllm_spark.executor.SparkExecutor"
+TENSOR_PARALLEL_SIZE = 2
+
+
+def add_option_group(parser: Any) -> None:
+    """Adds `--spark` and its options to one of vLLM's parsers, in a group that `--help=Spark` shows."""
+    group = parser.add_argument_group(
+        title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
+    )
+    group.add_argument(FLAG, action="store_true", default=argparse.SUPPRESS, help="Serve on this machine and its follower together.")
+    add_flags(group, ["leader", "both"])
+
+
+def carry_settings(engine_args: Any, args: Any) -> Any:
+    """Puts the settings of a parsed command line into `engine_args`, if they ask for vllm_spark.
+
+    Raises:
+        ConfigurationError: a bad or contradictory setting.
+    """
+    config = settings_of_command_line(args)
+    if config is not None:
+        engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
+    return engine_args
+
+
+def settings_of_command_line(args: Any) -> SparkConfig | None:
+    """The settings that a parsed command line and the environment give; None without `--spark`.
+
+    Raises:
+        ConfigurationError: a bad or contradictory setting.
+    """
+    given = given_flags(args)
+    if not (getattr(args, "spark", None) or enabled_by_environment()):
+        if given:
+            name = next(iter(given)).replace("_", "-")
+            raise ConfigurationError(f"{FLAG}-{name} was given without {FLAG}; add {FLAG}, or leave it out")
+        return None
+    # vLLM merges its --config file into the command line. What was not typed came from there, and yields to
+    # the environment.
+    typed = typed_flags(sys.argv) if any(word.startswith("--config") for word in sys.argv) else given.keys()
+    return SparkConfig.resolve(
+        flags={name: value for name, value in given.items() if name in typed},
+        file={name: value for name, value in given.items() if name not in typed},
+    )
+
+
+def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """Makes vLLM's configuration; with spark settings in `engine_args`, one that runs on the pair.
+
+    Raises:
+        ConfigurationError: something that a pair cannot do.
+    """
+    section = (engine_args.additional_config or {}).get(SECTION)
+    if section is None:
+        return create()
+    check_vllm()
+    if not isinstance(section, (SparkConfig, dict)):
+        raise ConfigurationError(
+            f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
+        )
+    config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
+    share_vllms_log()
+    for sentence in misspelt_variables():
+        logger.warning("%s", sentence[:1].upper() + sentence[1:])
+    refuse_what_a_pair_cannot_do(engine_args)
+
+    from vllm_spark.platform import activate
+
+    activate()
+    engine_args.tensor_parallel_size = TENSOR_PARALLEL_SIZE
+    engine_args.distributed_executor_backend = EXECUTOR
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        SECTION: {"version": __version__, **config.compilation_fields()},
+    }
+    try:
+        vllm_config = create()
+    except ValueError as error:
+        if "divisible" in str(error):
+            raise ConfigurationError(_indivisible(str(error))) from None
+        raise
+    refuse_indivisible_shards(vllm_config)
+    check_link(config)
+    attach_settings(vllm_config, config)
+
+    from vllm_spark.metrics import publish_counters
+
+    publish_counters()
+    return vllm_config
+
+
+def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
+    """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
+    refusals = (
+        ("tensor_parallel_size", (1, TENSOR_PARALLEL_SIZE), "a pair has exactly two ranks; leave it out"),
+        ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
+        ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_start_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
+        ("node_rank", (0,), "the pair is formed by vllm-spark join; leave it out"),
+        ("decode_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("prefill_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("kv_transfer_config", (None,), "KV connectors need vLLM's own executors; leave it out"),
+        ("ec_transfer_config", (None,), "encoder-cache connectors need vLLM's own executors; leave it out"),
+        ("distributed_executor_backend", (None, EXECUTOR), "--spark brings an executor of its own; leave it out"),
+        ("mm_processor_cache_type", (None, "lru"), "a shared-memory cache does not reach the other machine; use lru"),
+    )
+    for field, allowed, remedy in refusals:
+        value = getattr(engine_args, field, allowed[0])
+        if value not in allowed:
+            raise ConfigurationError(f"--{field.replace('_', '-')} {value} does not go with {FLAG}: {remedy}")
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size not in (None, "", "1", str(TENSOR_PARALLEL_SIZE)):
+        raise ConfigurationError(
+            f"WORLD_SIZE is {world_size}, and a pair has {TENSOR_PARALLEL_SIZE} ranks; "
+            "launch one process on each of two machines"
+        )
+
+
+def refuse_indivisible_shards(vllm_config: Any) -> None:
+    """Raises ConfigurationError if the model cannot be cut into two equal halves."""
+    model = vllm_config.model_config.hf_text_config
+    dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
+    if vllm_config.parallel_config.enable_expert_parallel:
+        dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
+    for dimension in dimensions:
+        size = getattr(model, dimension, None)
+        if isinstance(size, int) and size % TENSOR_PARALLEL_SIZE:
+            raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
+
+
+def check_link(config: SparkConfig) -> None:
+    """Finds out early, in the process that the user started, what the engine would find out late.
+
+    Raises:
+        ConfigurationError: no usable address, port or secret.
+    """
+    from vllm_spark.executor.credentials import load_secret
+    from vllm_spark.executor.handshake import bind
+    from vllm_spark.executor.link import leader_address
+
+    address = leader_address(config)
+    load_secret(config, address)
+    bind(address, config.port).close()
+
+
+def serve(args: Any, original: Callable[[Any], None]) -> None:
+    """`vllm serve`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences."""
+    try:
+        config = settings_of_command_line(args)
+        if config is None:
+            original(args)
+            return
+        if getattr(args, "headless", False):
+            raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
+        if os.environ.get("RANK", "0") != "0":
+            _follow_launcher(config)
+        original(args)
+    except SparkError as error:
+        _exit_with(error)
+    except RuntimeError:
+        # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
+        error = _engine_failure()
+        if error is None:
+            raise
+        _exit_with(error)
+
+
+def share_vllms_log() -> None:
+    """Lets this project's messages appear like vLLM's, in its format and at its level."""
+    theirs = logging.getLogger("vllm")
+    ours = logging.getLogger("vllm_spark")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers, ours.propagate = theirs.handlers, False
+        ours.setLevel(theirs.level)
+
+
+def _follow_launcher(config: SparkConfig) -> NoReturn:
+    """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
+    from vllm_spark.cli.join import follow_leaders
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark rank 1] %(message)s")
+    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if rank != "1" or world_size != str(TENSOR_PARALLEL_SIZE):
+        raise ConfigurationError(
+            f"RANK={rank} of WORLD_SIZE={world_size or 'unset'} cannot be placed; "
+            "a pair is RANK 0 and RANK 1 of WORLD_SIZE 2"
+        )
+    if config.leader is None and not master:
+        raise ConfigurationError("RANK is 1, but MASTER_ADDR is not set; set it to the leader's address")
+    if config.leader is None:
+        config = SparkConfig.resolve(file={**config.model_dump(), "leader": master})
+    sys.exit(follow_leaders(config, once=True))
+
+
+def _engine_failure() -> SparkError | None:
+    from vllm_spark.executor.counters import CounterBoard
+
+    with contextlib.suppress(OSError):
+        return CounterBoard.from_environment().failure()
+    return None
+
+
+def _exit_with(error: SparkError) -> NoReturn:
+    print(f"vllm serve {FLAG}: {error}.", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def _indivisible(what: str) -> str:
+    detail = what.strip().splitlines()[-1].strip() if "\n" in what else what
+    return f"this model cannot be cut into two equal halves ({detail}); serve it without {FLAG}"

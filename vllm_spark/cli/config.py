@@ -1,0 +1,49 @@
+"""`vllm-spark config`: the reference of all settings, as text or as the page docs/configuration.md."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+
+from vllm_spark.config import ENABLE_VARIABLE, SparkConfig, environment_name, flag_name
+from vllm_spark.executor.credentials import SECRET_VARIABLE
+
+SUMMARY = "print the reference of all settings"
+
+_PREFACE = f"""# Settings
+
+Made from `vllm_spark/config.py` by `vllm-spark config`.
+
+A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML, or
+`additional_config={{"spark": {{...}}}}` in `LLM(...)`), the default. `--spark` itself may also be given as
+`{ENABLE_VARIABLE}=1` or `spark: true`. The secret may stand in `{SECRET_VARIABLE}` instead of a file.
+
+The leader's settings are sent to the follower. `vllm-spark join` takes the settings of the sides *follower* and
+*both*, with flags without the prefix `spark-`.
+
+| flag | variable | side | default | meaning |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the reference."""
+    print(reference(), end="")
+    return 0
+
+
+def reference() -> str:
+    """The page, as Markdown."""
+    return _PREFACE + "".join(_row(name) for name in SparkConfig.model_fields)
+
+
+def _row(name: str) -> str:
+    field = SparkConfig.model_fields[name]
+    side = typing.cast("dict[str, str]", field.json_schema_extra)["side"]
+    flag = f"`--{name.replace('_', '-')}` (join)" if side == "follower" else f"`{flag_name(name)}`"
+    default = "" if field.default is None else f"`{field.default}`"
+    return f"| {flag} | `{environment_name(name)}` | {side} | {default} | {field.description} |\n"

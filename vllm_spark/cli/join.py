@@ -1,0 +1,120 @@
+"""`vllm-spark join`: be the second machine of the pair."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from vllm_spark.compat import check_vllm
+from vllm_spark.config import SparkConfig, add_flags, given_flags
+from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
+from vllm_spark.executor.credentials import load_secret
+from vllm_spark.executor.follower import CONFIG_VARIABLE
+from vllm_spark.executor.link import leader_endpoint
+
+SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
+
+logger = logging.getLogger("vllm_spark")
+
+_PR_SET_PDEATHSIG = 1
+_STOP_GRACE = 3.0  # seconds for a session to say goodbye
+_SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
+_LONGEST_PAUSE = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The follower's own settings; all others come from the leader."""
+    add_flags(parser, ["follower", "both"], prefix="--")
+    parser.add_argument("--once", action="store_true", help="end when the first leader leaves")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Follows one leader after the other. Returns the exit code when stopped or refused."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark join] %(message)s")
+    config = SparkConfig.resolve(flags=given_flags(args))
+    return follow_leaders(config, once=args.once)
+
+
+def follow_leaders(config: SparkConfig, *, once: bool) -> int:
+    """Runs a session process per leader until refused, stopped, or (with `once`) the first leader left."""
+    check_vllm()
+    load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
+    sessions = _Sessions(config)
+    pause = 1.0
+    while True:
+        started = time.monotonic()
+        code = sessions.run_one()
+        if sessions.stopped:
+            return 0
+        if code in (EXIT_USAGE, EXIT_REFUSED):
+            return code
+        if once:
+            return code
+        if code in (0, EXIT_LOST):
+            pause = 1.0
+            continue
+        logger.error("The session ended with exit code %d; waiting for the next leader.", code)
+        if time.monotonic() - started < _SHORT_SESSION:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+class _Sessions:
+    """Starts session processes and makes sure that none outlives this one."""
+
+    def __init__(self, config: SparkConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+
+    def run_one(self) -> int:
+        """Runs a session to its end and returns its exit code (negative for a signal)."""
+        if self.stopped:
+            return 0
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_spark.executor.follower"],
+            env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_end_with_parent(os.getpid()),
+        )
+        self._process = process
+        try:
+            return process.wait()
+        finally:
+            # Compilers and other helpers that the session may have left.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_with_parent(parent: int) -> object:
+    """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def arrange() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the kernel was asked
+            os._exit(EXIT_LOST)
+
+    return arrange

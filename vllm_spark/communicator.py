@@ -1,0 +1,93 @@
+"""vLLM's communicators, with every collective that the runtime takes routed through it.
+
+What it does not take (a type, a size, another group of ranks) goes to vLLM's own path and is counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+
+from vllm_spark.collective import Runtime, installed
+
+fallbacks: Counter[str] = Counter()
+"""Collectives between the two ranks that went to vLLM's own path in this process, by kind."""
+
+_ROUTED_GROUPS = ("tp", "ep")
+
+
+class _Routing:
+    """Mixed into a vLLM communicator: the runtime first, the base class for the rest."""
+
+    unique_name: str
+    world_size: int
+    rank_in_group: int
+
+    @property
+    def _runtime(self) -> Runtime | None:
+        """The runtime, for the groups that consist of its two ranks and are used by the model."""
+        runtime = installed()
+        if runtime is None or self.world_size != runtime.world_size:
+            return None
+        return runtime if self.unique_name.partition(":")[0] in _ROUTED_GROUPS else None
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        """The sum over both ranks as a fresh tensor; `input_` stays as it is."""
+        runtime = self._runtime
+        if runtime is not None and runtime.accepts_all_reduce(input_):
+            return runtime.all_reduce(input_)
+        self._count("all_reduce")
+        # vLLM's CPU communicator reduces in place, which compiled graphs must not see.
+        return super().all_reduce(input_.clone())  # type: ignore[misc, no-any-return]
+
+    def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Both ranks' inputs, concatenated along `dim` in rank order."""
+        runtime = self._runtime
+        if runtime is not None and runtime.accepts_all_gather(input_, dim):
+            return runtime.all_gather(input_, dim)
+        self._count("all_gather")
+        return super().all_gather(input_, dim)  # type: ignore[misc, no-any-return]
+
+    def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
+        """As `all_gather`, on rank `dst` alone; None on the other."""
+        runtime = self._runtime
+        if runtime is not None and runtime.accepts_all_gather(input_, dim):
+            gathered = runtime.all_gather(input_, dim)
+            return gathered if self.rank_in_group == dst else None
+        self._count("gather")
+        return super().gather(input_, dst, dim)  # type: ignore[misc, no-any-return]
+
+    def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """vLLM's own, counted."""
+        self._count("reduce_scatter")
+        return super().reduce_scatter(input_, dim)  # type: ignore[misc, no-any-return]
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """vLLM's own, counted."""
+        self._count("broadcast")
+        return super().broadcast(tensor, src)  # type: ignore[misc, no-any-return]
+
+    def _count(self, kind: str) -> None:
+        if self.world_size > 1:
+            fallbacks[kind] += 1
+
+
+class SparkCpuCommunicator(_Routing, CpuCommunicator):
+    """CPU tensors: the runtime's CPU reduce, else gloo."""
+
+    def _all_group_ranks_share_shm_group_name(self) -> bool:
+        """False: vLLM's own shared-memory path would take both ranks to be on one host."""
+        return False
+
+
+class SparkCudaCommunicator(_Routing, CudaCommunicator):
+    """CUDA tensors. The runtime has no CUDA kernels yet, so all of them go to NCCL and are counted."""
+
+    def all_reduce(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """vLLM's own path, which is out of place already."""
+        self._count("all_reduce")
+        return CudaCommunicator.all_reduce(self, input_, *args, **kwargs)  # type: ignore[no-any-return]

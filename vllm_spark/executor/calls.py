@@ -1,0 +1,75 @@
+"""Worker calls as bytes.
+
+A call is what vLLM's executors call a collective RPC: a worker method's name (or a function), its arguments, and
+whether an answer is wanted. The leader's token ledger rides along: 16 bytes before the pickle.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from vllm_spark.errors import SparkError
+
+_LEDGER = struct.Struct("<Q8s")
+
+STEP_METHODS = frozenset({"execute_model", "sample_tokens", "take_draft_token_ids"})
+"""Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
+multiprocessing executor does), so the follower does not answer."""
+
+
+class Call(NamedTuple):
+    """One worker call with the leader's ledger at the time it was sent."""
+
+    step: int
+    digest: bytes
+    method: str | bytes
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class RemoteError(SparkError):
+    """A worker call failed on the follower; the message carries what it raised there."""
+
+
+def encode_call(
+    ledger: tuple[int, bytes], method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bytes:
+    """The bytes of a call. Functions go through cloudpickle, as in vLLM's executors."""
+    named = method if isinstance(method, str) else cloudpickle.dumps(method)
+    return _LEDGER.pack(*ledger) + pickle.dumps((named, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode_call(payload: bytes) -> Call:
+    """The call in `payload`, which must come from an authenticated peer."""
+    step, digest = _LEDGER.unpack_from(payload)
+    method, args, kwargs = pickle.loads(memoryview(payload)[_LEDGER.size :])
+    return Call(step, digest, method, args, kwargs)
+
+
+def encode_result(result: Any) -> bytes:
+    """The bytes of a successful reply."""
+    return pickle.dumps((True, result, ""), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def encode_error(error: BaseException) -> bytes:
+    """The bytes of a failed reply."""
+    details = "".join(traceback.format_exception(error))
+    return pickle.dumps((False, f"{type(error).__name__}: {error}", details), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode_reply(payload: bytes) -> Any:
+    """The result in a reply.
+
+    Raises:
+        RemoteError: the call failed on the follower.
+    """
+    succeeded, result, details = pickle.loads(payload)
+    if not succeeded:
+        raise RemoteError(f"the follower's worker raised {result}\n{details}")
+    return result

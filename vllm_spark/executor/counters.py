@@ -1,0 +1,139 @@
+"""Both ranks' counters, and the board on which the engine shows them to the API server's `/metrics`.
+
+The board is one page of anonymous shared memory, opened by the API server before the engine starts: gone with
+its processes, however they end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import sys
+import zlib
+from typing import Any
+
+import msgspec
+
+from vllm_spark.errors import SparkError
+
+BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
+RANKS = (0, 1)
+_FAILURE = len(RANKS)
+_SLOTS = len(RANKS) + 1
+_SLOT = 4096
+# Length and checksum of a record: a reader that catches it half written sees that they do not match, whatever
+# order the stores became visible in.
+_HEADER = struct.Struct("<II")
+_READ_ATTEMPTS = 100
+
+
+class _Failure(msgspec.Struct):
+    sentence: str
+    exit_code: int
+
+
+class RankCounters(msgspec.Struct):
+    """One rank's work so far."""
+
+    rank: int
+    steps: int = 0
+    digest: str = ""
+    all_reduces: int = 0
+    all_gathers: int = 0
+    all_reduce_bytes: int = 0
+    all_gather_bytes: int = 0
+    fallbacks: int = 0
+    wait_seconds: float = 0.0
+
+
+def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
+    """This process's counters."""
+    from vllm_spark.collective import installed
+
+    counters = RankCounters(rank, steps=ledger[0], digest=ledger[1].hex())
+    if runtime := installed():
+        runs = runtime.counters()
+        counters.all_reduces, counters.all_gathers = runs.all_reduces, runs.all_gathers
+        counters.all_reduce_bytes, counters.all_gather_bytes = runs.all_reduce_bytes, runs.all_gather_bytes
+        counters.wait_seconds = runs.wait_seconds
+    # Only if the communicator is in use: importing it here would load vLLM's.
+    if communicator := sys.modules.get("vllm_spark.communicator"):
+        counters.fallbacks = sum(communicator.fallbacks.values())
+    return counters
+
+
+class CounterBoard:
+    """One record per rank, and one for a failed start. One process writes, others read; neither ever waits."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._map = None if descriptor is None else mmap.mmap(descriptor, _SLOT * _SLOTS)
+
+    @classmethod
+    def create(cls) -> CounterBoard:
+        """A new board, announced to the processes that this one starts from now on."""
+        descriptor = os.memfd_create("vllm-spark-counters", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, _SLOT * _SLOTS)
+        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return cls(descriptor)
+
+    @classmethod
+    def from_environment(cls) -> CounterBoard:
+        """The board that a parent process announced; one that forgets everything if there is none."""
+        path = os.environ.get(BOARD_VARIABLE)
+        if not path:
+            return cls(None)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return cls(None)
+        try:
+            return cls(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def fail(self, error: SparkError) -> None:
+        """Leaves the reason why the engine did not start."""
+        self._put(_FAILURE, _Failure(str(error), error.exit_code))
+
+    def failure(self) -> SparkError | None:
+        """The reason that the engine left, with its exit code; None if it left none."""
+        payload = self._get(_FAILURE)
+        if payload is None:
+            return None
+        record = msgspec.json.decode(payload, type=_Failure)
+        error = SparkError(record.sentence)
+        error.exit_code = record.exit_code
+        return error
+
+    def write(self, counters: RankCounters | dict[str, Any]) -> None:
+        """Replaces the record of the rank that `counters` names."""
+        record = msgspec.convert(counters, RankCounters) if isinstance(counters, dict) else counters
+        self._put(record.rank, record)
+
+    def read(self) -> list[RankCounters]:
+        """The ranks' records written so far."""
+        payloads = [self._get(rank) for rank in RANKS]
+        return [msgspec.json.decode(payload, type=RankCounters) for payload in payloads if payload is not None]
+
+    def _put(self, slot: int, record: msgspec.Struct) -> None:
+        if self._map is None:
+            return
+        payload = msgspec.json.encode(record)[: _SLOT - _HEADER.size]
+        start = slot * _SLOT
+        self._map[start : start + _HEADER.size + len(payload)] = (
+            _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+        )
+
+    def _get(self, slot: int) -> bytes | None:
+        if self._map is None:
+            return None
+        for _ in range(_READ_ATTEMPTS):
+            length, checksum = _HEADER.unpack_from(self._map, slot * _SLOT)
+            if length == 0:
+                return None
+            start = slot * _SLOT + _HEADER.size
+            payload = self._map[start : start + min(length, _SLOT - _HEADER.size)]
+            if zlib.crc32(payload) == checksum:
+                return payload
+        return None

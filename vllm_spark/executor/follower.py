@@ -1,0 +1,275 @@
+"""The follower's half: waits for a leader, loads the other half of its model, runs what the leader runs.
+
+One process per leader. Whatever a session leaves behind (device memory, process groups, threads stuck in a
+collective) ends with its process; `vllm-spark join` starts the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import pickle
+import queue
+import sys
+import threading
+import time
+from typing import Any
+
+import msgspec
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import EXIT_LOST, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.calls import STEP_METHODS, decode_call, encode_error, encode_result
+from vllm_spark.executor.channel import MIB, Kind, Lane
+from vllm_spark.executor.counters import local_counters
+from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
+from vllm_spark.executor.link import leader_endpoint
+from vllm_spark.executor.lockstep import TokenLedger
+from vllm_spark.executor.model_identity import ModelIdentity, find_model
+from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.session import (
+    Assignment,
+    connect_runtime,
+    local_address_towards,
+    prepare_process_group,
+)
+
+logger = logging.getLogger("vllm_spark")
+
+FOLLOWER_RANK = 1
+CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
+
+_RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
+_NOTE_INTERVAL = 60.0  # seconds between two lines that say for whom it waits
+_OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
+_ASSIGNMENT_TIMEOUT = 120.0
+_CAUSE_GRACE = 0.5
+
+
+class FollowerSession:
+    """One leader's follower, from the first connection to the last call."""
+
+    def __init__(self, config: SparkConfig) -> None:
+        self._config = config
+        self._ledger = TokenLedger()
+        self._ended = threading.Event()
+        self._running_model = False
+        self._worker: Any = None
+        self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Waits for a leader and follows it until it leaves. Returns only by an exception or by ending the process.
+
+        Raises:
+            SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
+        """
+        host, port = leader_endpoint(self._config)
+        context = tls_context(load_secret(self._config, host), "follower")
+        _load_vllm()
+        caller = Caller(host, port, context, self._config.max_frame_mib * MIB)
+        control = wait_for_leader(caller)
+        offer = self._accept_offer(caller, control)
+        calls = caller.connect(CALLS)
+        if calls is None:
+            raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
+        self._pulse = Pulse(
+            control, offer.heartbeat_timeout, report=self._report, on_report=self._compare, on_end=self._leader_ended
+        )
+        self._pulse.start()
+        try:
+            self._follow(calls, host, port)
+        except Exception as error:
+            self._give_up(error)
+
+    def _accept_offer(self, caller: Caller, control: Lane) -> Offer:
+        offer = decode(control.expect(Kind.OFFER, timeout=_OFFER_TIMEOUT), Offer)
+        logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
+        try:
+            folder = find_model(offer.model, offer.revision)
+            mine = ModelIdentity.of(folder, with_weights=bool(offer.identity.weights))
+            if difference := mine.difference(offer.identity):
+                raise RefusedError(f"{difference} ({folder}), compared with the leader; copy the leader's model here")
+        except RefusedError as error:
+            control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=5.0)
+            raise
+        control.send(Kind.ACCEPTANCE, timeout=5.0)
+        return offer
+
+    def _follow(self, calls: Lane, host: str, port: int) -> None:
+        assignment: Assignment = pickle.loads(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
+        _adopt_environment(assignment.environment)
+        prepare_process_group(
+            FOLLOWER_RANK, assignment.store_address, assignment.store_port, local_address_towards(host, port)
+        )
+        from vllm_spark.platform import activate
+
+        activate()
+        connect_runtime(FOLLOWER_RANK, assignment.config, calls)
+        self._worker = _load_worker(assignment.vllm_config)
+        threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
+        logger.info("The follower's half of the model is loaded.")
+        while True:
+            frame = calls.expect(Kind.CALL, Kind.QUERY)
+            self._run_call(frame.payload, calls if frame.kind is Kind.QUERY else None)
+
+    def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
+        from vllm.v1.serial_utils import run_method
+
+        call = decode_call(payload)
+        self._ledger.compare(call.step, call.digest)
+        if not self._running_model and call.method in STEP_METHODS:
+            self._running_model = True
+            self._pulse.model_runs()
+        if reply_to is None:
+            self._outputs.put(run_method(self._worker, call.method, call.args, call.kwargs))
+            return
+        try:
+            result = run_method(self._worker, call.method, call.args, call.kwargs)
+            if hasattr(result, "get_output"):
+                result = result.get_output()
+            answer = encode_result(result)
+        except Exception as error:
+            # The leader decides what a failed control call means; its own rank may have failed alike.
+            logger.exception("The worker failed in %s.", call.method)
+            answer = encode_error(error)
+        reply_to.send(Kind.REPLY, answer)
+
+    def _read_outputs(self) -> None:
+        """Notes what each step sampled, off the thread that runs the model: it may still be on the device."""
+        try:
+            while True:
+                output = self._outputs.get()
+                if hasattr(output, "get_output"):
+                    output = output.get_output()
+                if output is not None:
+                    self._ledger.record(output)
+        except Exception as error:
+            self._give_up(error)
+
+    def _report(self) -> dict[str, Any]:
+        counters = local_counters(FOLLOWER_RANK, self._ledger.state())
+        return {"counters": msgspec.to_builtins(counters)}
+
+    def _compare(self, theirs: Any) -> None:
+        self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
+
+    def _leader_ended(self, error: SparkError | None) -> None:
+        """The common work is over: this process with it, whatever its other threads are stuck in."""
+        self._ended.set()
+        if error is None:
+            _exit(0)
+        if isinstance(error, PeerLostError):
+            logger.error("The leader is lost: %s.", error)
+            _exit(EXIT_LOST)
+        self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Tells the leader why, and ends the process."""
+        if isinstance(error, PeerLostError) or self._ended.wait(_CAUSE_GRACE):
+            # What surfaced is a symptom of the leader's end; the control thread reports that.
+            self._ended.wait(_CAUSE_GRACE)
+        if isinstance(error, SparkError):
+            logger.error("The follower ends: %s.", error)
+            details = ""
+        else:
+            logger.error("The follower's worker failed.", exc_info=error)
+            import traceback
+
+            details = "".join(traceback.format_exception(error))
+        sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
+        self._pulse.say(Kind.FAILURE, Reason(sentence, details))
+        self._pulse.stop(timeout=2.0)
+        _exit(getattr(error, "exit_code", 1))
+
+
+def wait_for_leader(caller: Caller) -> Lane:
+    """Looks for a leader until one answers, saying now and then for whom it waits.
+
+    Raises:
+        SparkError: what answers has another secret, other versions, or a follower already.
+    """
+    start = time.monotonic()
+    next_note = 0.0
+    while True:
+        waited = time.monotonic() - start
+        if waited >= next_note:
+            logger.info(
+                "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark",
+                caller.endpoint,
+                waited,
+            )
+            next_note = waited + _NOTE_INTERVAL
+        lane = caller.connect(CONTROL)
+        if lane is not None:
+            return lane
+        time.sleep(_RETRY_INTERVAL)
+
+
+def main() -> int:
+    """Entry of a session's process; the settings come as JSON in the environment."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark join] %(message)s")
+    config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
+    try:
+        FollowerSession(config).run()
+    except SparkError as error:
+        logger.error("%s.", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _load_vllm() -> None:
+    """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
+    from vllm_spark.compat import check_vllm
+
+    check_vllm()
+    importlib.import_module("vllm.v1.worker.worker_base")
+
+
+def _adopt_environment(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        mine = os.environ.get(name)
+        if mine is not None and mine != value:
+            logger.warning("%s is %r here and %r on the leader; the leader's counts.", name, mine, value)
+        os.environ[name] = value
+
+
+def _load_worker(vllm_config: Any) -> Any:
+    """vLLM's worker for rank 1, with its half of the model loaded."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.
+    worker = WorkerWrapperBase(rpc_rank=0, global_rank=FOLLOWER_RANK)
+    worker.init_worker(
+        [
+            {
+                "vllm_config": vllm_config,
+                "local_rank": 0,
+                "rank": FOLLOWER_RANK,
+                "distributed_init_method": "env://",
+                "is_driver_worker": False,
+                "shared_worker_lock": None,
+            }
+        ]
+    )
+    worker.init_device()
+    worker.load_model()
+    current_platform.update_block_size_for_backend(vllm_config)
+    return worker
+
+
+def _exit(code: int) -> None:
+    """Ends the process at once: other threads may be stuck in a collective or in a process group."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""How a follower finds its leader, and how each makes sure that the other fits.
+
+Everything here is JSON over an authenticated connection: nothing is unpickled before both sides have agreed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import queue
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import TypeVar
+
+import msgspec
+
+from vllm_spark import __version__
+from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
+from vllm_spark.executor.credentials import peer_role
+from vllm_spark.executor.model_identity import ModelIdentity
+
+logger = logging.getLogger("vllm_spark")
+
+CHANNEL_VERSION = 1
+"""Version of the messages between leader and follower."""
+
+CONTROL, CALLS = "control", "calls"
+
+_GREETING_LIMIT = 64 << 10  # bytes; a greeting is small, whoever sends more is no follower
+_GREETING_TIMEOUT = 5.0  # seconds for one connection to authenticate and to say who it is
+_OFFER_TIMEOUT = 300.0  # seconds for the follower to read through its model's weight files
+_GREETERS = 8  # connections that may be greeted at once; more wait in the kernel's queue
+
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What must be the same on both machines, for pickles and for numbers."""
+
+    channel: str
+    vllm_spark: str
+    vllm: str
+    torch: str
+    python: str
+
+    @classmethod
+    def of_this_process(cls) -> Versions:
+        """The versions installed here; a package that is absent counts as `none`."""
+        return cls(
+            channel=str(CHANNEL_VERSION),
+            vllm_spark=__version__,
+            vllm=_installed("vllm"),
+            torch=_installed("torch").partition("+")[0],
+            python=".".join(platform.python_version_tuple()[:2]),
+        )
+
+    def difference(self, other: Versions, here: str, there: str) -> str | None:
+        """A sentence part naming the first differing field and both values; None if all agree."""
+        for field in self.__struct_fields__:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field} is {mine} on {here} and {theirs} on {there}; install the same version on both"
+        return None
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """A follower's first words on each lane."""
+
+    lane: str
+    session: str
+    host: str
+    process: int
+    versions: Versions
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """The leader's answer to a Hello that it takes."""
+
+    host: str
+    process: int
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why a connection, a model or the common work was ended."""
+
+    sentence: str
+    details: str = ""
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What the leader serves; the follower must have the same."""
+
+    model: str
+    revision: str | None
+    load_format: str
+    identity: ModelIdentity
+    heartbeat_timeout: float
+
+
+class Follower(msgspec.Struct):
+    """An accepted follower: its two lanes and how to call it."""
+
+    name: str
+    control: Lane
+    calls: Lane
+
+
+class Listener:
+    """The leader's ear: greets every connection, hands on one follower, turns the rest away with a sentence.
+
+    Args:
+        address, port: where to listen, and nowhere else.
+        context: TLS context of the leader.
+        max_frame: limit of one message once a follower is accepted, in bytes.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+
+    def __init__(self, address: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
+        self._context, self._max_frame = context, max_frame
+        self._versions = Versions.of_this_process()
+        self._lock = threading.Lock()
+        self._claimant: Hello | None = None
+        self._claimed_at = 0.0
+        self._control: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
+        self._greeters = threading.BoundedSemaphore(_GREETERS)
+        self._closed = False
+        self._socket = bind(address, port)
+        self._socket.listen(32)
+        self.endpoint = format_endpoint(address, self._socket.getsockname()[1])
+        threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()
+
+    def wait_for_follower(self, offer: Offer, timeout: float, on_waiting: Callable[[float], None]) -> Follower:
+        """Waits for a follower that has the offered model.
+
+        A follower that does not fit is told why, logged, and waited past. `on_waiting` is called with the
+        seconds waited so far, at first and every ten seconds.
+
+        Raises:
+            PeerLostError: nobody fitting came within `timeout` seconds.
+        """
+        start = time.monotonic()
+        next_note, last_problem = 0.0, ""
+        while (waited := time.monotonic() - start) < timeout:
+            if waited >= next_note:
+                on_waiting(waited)
+                next_note = waited + 10.0
+            try:
+                hello, control = self._control.get(timeout=min(1.0, timeout - waited))
+            except queue.Empty:
+                continue
+            try:
+                return self._settle(hello, control, offer)
+            except SparkError as error:
+                last_problem = f"; the last one that came did not fit: {error}"
+                logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
+                control.close()
+                self._release()
+        raise PeerLostError(
+            f"no follower came to {self.endpoint} within {timeout:.0f} s{last_problem}; on the other machine run: "
+            f"vllm-spark join --leader {self.endpoint}"
+        )
+
+    def close(self) -> None:
+        """Stops listening; connections already handed on stay open."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower:
+        control.send(Kind.OFFER, msgspec.json.encode(offer), timeout=_GREETING_TIMEOUT)
+        answer = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, timeout=_OFFER_TIMEOUT)
+        if answer.kind is Kind.FAILURE:
+            raise RefusedError(decode(answer, Reason).sentence)
+        try:
+            _, calls = self._calls.get(timeout=_GREETING_TIMEOUT)
+        except queue.Empty:
+            raise PeerLostError("it opened no second connection") from None
+        return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls)
+
+    def _release(self) -> None:
+        with self._lock:
+            self._claimant = None
+        while not self._calls.empty():
+            self._calls.get()[1].close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            self._greeters.acquire()
+            try:
+                connection, address = self._socket.accept()
+            except OSError:
+                self._greeters.release()
+                if not self._closed:
+                    time.sleep(0.05)  # out of descriptors: the next try may find one
+                continue
+            threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
+
+    def _greet(self, plain: socket.socket, peer: str) -> None:
+        lane: Lane | None = None
+        try:
+            plain.settimeout(_GREETING_TIMEOUT)
+            lane = Lane(self._context.wrap_socket(plain, server_side=True), peer, _GREETING_LIMIT)
+            if (role := peer_role(lane.connection)) != "follower":
+                raise ChannelError(f"it authenticated as {role!r}, not as a follower")
+            hello = decode(lane.expect(Kind.HELLO, timeout=_GREETING_TIMEOUT), Hello)
+            if refusal := self._judge(hello):
+                lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=_GREETING_TIMEOUT)
+                logger.warning("Refused a follower on %s (process %d): %s.", hello.host, hello.process, refusal)
+                lane.close()
+                return
+            lane.send(Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=_GREETING_TIMEOUT)
+            lane.max_frame = self._max_frame
+            lane.peer = f"the follower on {hello.host}"
+            (self._control if hello.lane == CONTROL else self._calls).put((hello, lane))
+        except (OSError, SparkError) as error:
+            # Port scanners, other secrets, broken clients: worth a line, never worth the server.
+            logger.warning("Turned away a connection from %s: %s.", peer, _handshake_reason(error))
+            if lane is not None:
+                lane.close()
+            plain.close()
+        finally:
+            self._greeters.release()
+
+    def _judge(self, hello: Hello) -> str | None:
+        """Why `hello` is refused; None if it is taken, in which case its session holds the place."""
+        if difference := self._versions.difference(hello.versions, "the leader", "the follower"):
+            return difference
+        with self._lock:
+            if hello.lane == CALLS:
+                if self._claimant is None or self._claimant.session != hello.session:
+                    return "its session is not the one that was accepted"
+                return None
+            if self._claimant is not None:
+                held = time.monotonic() - self._claimed_at
+                return (
+                    f"this leader has a follower already, on {self._claimant.host} "
+                    f"(process {self._claimant.process}), for {held:.0f} s; stop that one first"
+                )
+            self._claimant, self._claimed_at = hello, time.monotonic()
+            return None
+
+
+class Caller:
+    """The follower's mouth: connects both lanes to a leader."""
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
+        self._host, self._port, self._context, self._max_frame = host, port, context, max_frame
+        self._session = secrets.token_hex(16)
+        self._versions = Versions.of_this_process()
+        self.endpoint = format_endpoint(host, port)
+
+    def connect(self, lane: str) -> Lane | None:
+        """Opens one lane; None if nobody listens there now.
+
+        Raises:
+            ConfigurationError: the leader has another secret, or is no vllm-spark leader.
+            RefusedError: the leader gave a reason.
+        """
+        try:
+            plain = socket.create_connection((self._host, self._port), timeout=_GREETING_TIMEOUT)
+        except OSError:
+            return None
+        try:
+            connection = self._context.wrap_socket(plain)
+            if (role := peer_role(connection)) != "leader":
+                raise ConfigurationError(f"{self.endpoint} authenticated as {role!r}, not as a leader")
+            opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
+            hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
+            opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=_GREETING_TIMEOUT)
+            answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=_GREETING_TIMEOUT)
+        except ssl.SSLError as error:
+            plain.close()
+            raise ConfigurationError(f"{self.endpoint}: {_handshake_reason(error)}") from None
+        except (OSError, ChannelError):
+            plain.close()
+            return None
+        if answer.kind is Kind.REFUSAL:
+            opened.close()
+            raise RefusedError(f"the leader at {self.endpoint} refused: {decode(answer, Reason).sentence}")
+        return opened
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """A TCP socket bound to `address`:`port` and to nothing else.
+
+    Raises:
+        ConfigurationError: it is taken or not allowed; the sentence says which flag to change.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((address, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(
+            f"cannot listen on {format_endpoint(address, port)} ({error.strerror}); "
+            "choose another port with --spark-port, or end the process that holds it"
+        ) from None
+    return bound
+
+
+def decode(frame: Frame, kind: type[Message]) -> Message:
+    """The JSON message in `frame`.
+
+    Raises:
+        ChannelError: it is none of that type.
+    """
+    try:
+        return msgspec.json.decode(frame.payload, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ChannelError(f"a {frame.kind.name} message could not be read: {error}") from None
+
+
+def format_endpoint(host: str, port: int) -> str:
+    """`10.0.0.1:29650`, `[fe80::1]:29650`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def host_name() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _handshake_reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "the other side has another secret; give both machines the same (--spark-secret-file or SPARK_SECRET)"
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or "").upper()
+        if "UNKNOWN_CA" in reason or "DECRYPT_ERROR" in reason or "CERTIFICATE" in reason:
+            return (
+                "the other side has another secret; give both machines the same (--spark-secret-file or SPARK_SECRET)"
+            )
+        return f"what is there does not speak this protocol ({reason.replace('_', ' ').lower() or error})"
+    if isinstance(error, OSError):
+        return f"the connection broke before it was authenticated ({error.strerror or error})"
+    return str(error)

@@ -1,0 +1,93 @@
+"""Do both machines hold the same model? Compared by digests of its configuration and weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from vllm_spark.errors import RefusedError
+
+MIB = 1 << 20
+_CONFIGURATION = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_WHOLE_UP_TO = 64 * MIB
+_EDGE = 1 * MIB
+_SAMPLES = 64
+_SAMPLE = 64 << 10
+
+
+class ModelIdentity(msgspec.Struct, frozen=True):
+    """Digests by file name; equal identities mean the same model, up to sampling of very large files."""
+
+    configuration: dict[str, str]
+    weights: dict[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, *, with_weights: bool = True) -> ModelIdentity:
+        """Reads the model in `folder`; without weights if they are not loaded from there (dummy weights)."""
+        configuration = {name: _digest(folder / name) for name in _CONFIGURATION if (folder / name).is_file()}
+        files = {path for pattern in _WEIGHTS for path in folder.glob(pattern)} if with_weights else set()
+        return cls(configuration, {path.name: _digest(path) for path in sorted(files)})
+
+    def difference(self, other: ModelIdentity) -> str | None:
+        """A sentence part that names what differs, read as "here" (self) and "there" (other); None if nothing."""
+        for what, mine, theirs in (
+            ("configuration", self.configuration, other.configuration),
+            ("weight", self.weights, other.weights),
+        ):
+            for name in sorted(mine.keys() | theirs.keys()):
+                if name not in mine:
+                    return f"the {what} file {name} is missing here"
+                if name not in theirs:
+                    return f"the {what} file {name} exists only here"
+                if mine[name] != theirs[name]:
+                    return f"the {what} file {name} has other content here"
+        return None
+
+
+def find_model(model: str, revision: str | None) -> Path:
+    """The folder of `model` on this machine: a path, or a model of the hub that was downloaded before.
+
+    Raises:
+        RefusedError: it is not there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or model.startswith((".", "~")):
+        raise RefusedError(f"there is no model in {model} on this machine; copy it there from the leader")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise RefusedError(f"{model} is no folder on this machine; copy the model to the same path") from None
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        raise RefusedError(
+            f"the model {model} is not on this machine; download it here too: hf download {model}"
+        ) from None
+
+
+def _digest(path: Path) -> str:
+    """BLAKE2b over size and content; files over 64 MiB are sampled: both ends and 64 pieces between.
+
+    Weight files are tens of gigabytes. Another checkpoint, quantization or fine-tune differs all over, and the
+    start of a safetensors file lists every tensor; a single flipped byte may go unseen.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(str(size).encode())
+        if size <= _WHOLE_UP_TO:
+            while block := file.read(MIB):
+                digest.update(block)
+        else:
+            pieces = [(0, _EDGE), (size - _EDGE, _EDGE)]
+            pieces += [(_EDGE + i * (size - 2 * _EDGE) // _SAMPLES, _SAMPLE) for i in range(_SAMPLES)]
+            for offset, length in pieces:
+                digest.update(os.pread(file.fileno(), length, offset))
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""The control lane's thread: signs of life, failures and goodbyes in both directions.
+
+One thread owns the lane, because a TLS connection must not be read and written by two threads. Others hand it
+messages with `say`. It also watches the parent process, whose death nobody else would notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.handshake import Reason, decode
+
+logger = logging.getLogger("vllm_spark")
+
+STARTUP_TIMEOUT = 60.0
+"""Seconds without a beat that are allowed before the first step: loading and compiling may hold Python's
+interpreter lock for many seconds. Shorter heartbeat time-outs count only once the model runs."""
+
+_BEATS_PER_TIMEOUT = 5
+
+
+class Pulse(threading.Thread):
+    """Beats on the control lane and listens for the peer's beats until stopped.
+
+    Args:
+        lane: the control lane, owned by this thread from `start` on.
+        timeout: seconds without a sign of life after which the peer counts as dead.
+        report: called for every beat; the JSON-able object goes to the peer.
+        on_report: called with the peer's object.
+        on_end: called once, from this thread, when the common work is over, with the reason: PeerLostError if the
+            peer or the parent died or froze, SparkError if the peer reported a failure, None after its goodbye.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        timeout: float,
+        report: Callable[[], Any],
+        on_report: Callable[[Any], None],
+        on_end: Callable[[SparkError | None], None],
+        parent: int | None = None,
+    ) -> None:
+        super().__init__(name="spark-pulse", daemon=True)
+        self._lane, self._timeout = lane, timeout
+        self._interval = timeout / _BEATS_PER_TIMEOUT
+        self._report, self._on_report, self._on_end = report, on_report, on_end
+        self._outbox: deque[tuple[Kind, bytes]] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._parent = None if parent is None else _pidfd(parent)
+        self._running_model = False
+        self._stopping = False
+
+    def model_runs(self) -> None:
+        """From now on the short heartbeat time-out counts."""
+        self._running_model = True
+
+    def say(self, kind: Kind, message: msgspec.Struct) -> None:
+        """Queues a message for the peer."""
+        self._outbox.append((kind, msgspec.json.encode(message)))
+        self._nudge()
+
+    def stop(self, goodbye: Reason | None = None, timeout: float = 1.0) -> None:
+        """Ends the thread, saying goodbye first if there is something to say; waits at most `timeout` seconds."""
+        if goodbye is not None:
+            self._outbox.append((Kind.GOODBYE, msgspec.json.encode(goodbye)))
+        self._stopping = True
+        self._nudge()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(timeout)
+
+    def run(self) -> None:
+        """The thread's loop."""
+        end: SparkError | None = None
+        try:
+            end = self._beat_and_listen()
+        except SparkError as error:
+            end = error
+        except Exception as error:  # a bug here must end the work too, not only this thread
+            logger.exception("The control thread failed.")
+            end = SparkError(f"the control thread failed: {error}")
+        if not self._stopping:
+            self._on_end(end)
+
+    def _beat_and_listen(self) -> SparkError | None:
+        poll = select.poll()
+        poll.register(self._lane.fileno(), select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        if self._parent is not None:
+            poll.register(self._parent, select.POLLIN)
+        now = time.monotonic()
+        heard, next_beat, last_turn = now, now, now
+        while True:
+            now = time.monotonic()
+            if now - last_turn > 2 * self._interval:
+                # This process itself was stopped or starved: the peer's silence proves nothing yet.
+                heard = now
+            last_turn = now
+            self._flush()
+            if self._stopping:
+                return None
+            if now >= next_beat:
+                self._lane.send(Kind.BEAT, msgspec.json.encode(self._report()), timeout=self._timeout)
+                next_beat = now + self._interval
+            limit = self._timeout if self._running_model else max(self._timeout, STARTUP_TIMEOUT)
+            if now - heard > limit:
+                raise PeerLostError(f"{self._lane.peer} gave no sign of life for {now - heard:.1f} s")
+            ready = [] if self._lane.pending else poll.poll(max(0.0, next_beat - now) * 1000)
+            descriptors = [descriptor for descriptor, _ in ready]
+            if self._wake in descriptors:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._wake)
+            if self._parent is not None and self._parent in descriptors:
+                return PeerLostError("the process that started this one is gone")
+            if self._lane.pending or self._lane.fileno() in descriptors:
+                frame = self._lane.receive(timeout=self._timeout)
+                heard = time.monotonic()
+                if frame.kind is Kind.BEAT:
+                    self._on_report(msgspec.json.decode(frame.payload))
+                elif frame.kind is Kind.GOODBYE:
+                    logger.info("%s left: %s.", self._lane.peer, decode(frame, Reason).sentence)
+                    return None
+                elif frame.kind is Kind.FAILURE:
+                    reason = decode(frame, Reason)
+                    if reason.details:
+                        logger.error("%s failed:\n%s", self._lane.peer, reason.details)
+                    return SparkError(f"{self._lane.peer} failed: {reason.sentence}")
+                else:
+                    raise ChannelError(f"{self._lane.peer} sent {frame.kind.name} on the control lane")
+
+    def _flush(self) -> None:
+        while self._outbox:
+            kind, payload = self._outbox.popleft()
+            self._lane.send(kind, payload, timeout=self._timeout)
+
+    def _nudge(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+
+def _pidfd(process: int) -> int | None:
+    try:
+        return os.pidfd_open(process)
+    except OSError:
+        return None

@@ -1,0 +1,152 @@
+"""What both ranks do alike once they are joined: the rendezvous of the runtime, and vLLM's process groups."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from vllm_spark import __version__, collective
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.executor.channel import Kind, Lane
+from vllm_spark.executor.handshake import bind, host_name
+from vllm_spark.executor.link import interface_of, source_interface
+
+WORLD_SIZE = 2
+
+_EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
+
+# Variables of vLLM that describe a machine or a process rather than the work.
+_LOCAL_VARIABLES = frozenset(
+    {
+        "VLLM_HOST_IP",
+        "VLLM_PORT",
+        "VLLM_RPC_BASE_PATH",
+        "VLLM_CACHE_ROOT",
+        "VLLM_CONFIG_ROOT",
+        "VLLM_ASSETS_CACHE",
+        "VLLM_API_KEY",
+        "VLLM_DIST_IDENT",
+        "VLLM_PLUGINS",
+        "VLLM_LOGGING_CONFIG_PATH",
+        "VLLM_TUNED_CONFIG_FOLDER",
+        "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_WORKER_MULTIPROC_METHOD",
+    }
+)
+
+
+class Assignment(msgspec.Struct):
+    """What the leader gives its follower to work with; travels pickled, after both sides agreed."""
+
+    vllm_config: Any
+    config: SparkConfig
+    environment: dict[str, str]
+    store_address: str
+    store_port: int
+
+
+def travelling_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """vLLM's variables that must hold on both ranks: they do not travel with its configuration."""
+    environment = os.environ if environment is None else environment
+    return {
+        name: value for name, value in environment.items() if name.startswith("VLLM_") and name not in _LOCAL_VARIABLES
+    }
+
+
+def serve_store(address: str) -> Any:
+    """The key-value store through which torch's process groups find each other, on the link's address alone.
+
+    The socket is bound here, so that no other process can take the port between choosing and using it.
+    """
+    from torch.distributed import TCPStore
+
+    listening = bind(address, 0)
+    listening.listen(64)
+    port = listening.getsockname()[1]
+    # torch takes over the descriptor and closes it with the store.
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def prepare_process_group(rank: int, store_address: str, store_port: int, local_address: str | None) -> None:
+    """Sets what torch's `env://` rendezvous and gloo read, as an external launcher would.
+
+    Args:
+        local_address: this side's address on the link; None to ask the routing table.
+    """
+    interface = interface_of(local_address) if local_address else source_interface(store_address)
+    os.environ.update(
+        MASTER_ADDR=store_address,
+        MASTER_PORT=str(store_port),
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(WORLD_SIZE),
+        # The store exists already, on the leader: nobody else is to open one.
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
+    """A rendezvous' `exchange` over the calls lane: gives this side's bytes, returns the other's."""
+
+    def exchange(mine: bytes) -> bytes:
+        lane.send(Kind.EXCHANGE, mine, timeout=_EXCHANGE_TIMEOUT)
+        return lane.expect(Kind.EXCHANGE, timeout=_EXCHANGE_TIMEOUT).payload
+
+    return exchange
+
+
+def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Runtime:
+    """Joins both ranks' collective runtimes and makes this one the process's.
+
+    Raises:
+        ConfigurationError: this build has no transport of the wanted kind.
+        SparkError: the two sides do not agree, or cannot reach each other's memory.
+    """
+    if config.transport == "verbs":
+        raise ConfigurationError(
+            "--spark-transport verbs: this version has no RDMA transport yet; "
+            "use --spark-transport loopback, with both ranks on one machine"
+        )
+    options = collective.RuntimeOptions(
+        transport="loopback",
+        loopback_mode=config.loopback_mode,
+        wire_latency_us=config.loopback_latency_us,
+        wire_gbytes_per_s=config.loopback_gbytes_per_s,
+        slot_bytes=config.slot_kib << 10,
+        packet_bytes=config.packet_kib << 10,
+        depth=config.depth,
+        timeout_s=config.collective_timeout,
+    )
+    try:
+        runtime = collective.Runtime.connect(
+            rank,
+            WORLD_SIZE,
+            exchange_over(lane, rank),
+            options,
+            agreement={"package": __version__},
+            description=f"{host_name()} (process {os.getpid()})",
+        )
+    except collective.CollectiveError as error:
+        raise SparkError(str(error)) from None
+    collective.install(runtime)
+    return runtime
+
+
+def local_address_towards(host: str, port: int) -> str | None:
+    """This machine's address on the way to `host`; None without a route."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

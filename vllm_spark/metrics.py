@@ -1,0 +1,50 @@
+"""Both ranks' counters on vLLM's `/metrics`, as `vllm_spark_*`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm_spark.executor.counters import CounterBoard
+
+_COUNTERS = {
+    "steps": "Steps whose tokens went into the ranks' digest",
+    "all_reduces": "All-reduces through the runtime",
+    "all_gathers": "All-gathers through the runtime",
+    "all_reduce_bytes": "Bytes that this rank gave to all-reduces",
+    "all_gather_bytes": "Bytes that this rank gave to all-gathers",
+    "fallbacks": "Collectives between the two ranks that went to vLLM's own path",
+    "wait_seconds": "Seconds spent waiting for the peer inside collectives",
+}
+
+
+class SparkCollector:
+    """A prometheus_client collector that reads the engine's counter board when it is scraped."""
+
+    def __init__(self, board: CounterBoard) -> None:
+        self._board = board
+
+    def collect(self) -> Iterator[Any]:
+        """Yields one counter family per kind, with a sample per rank."""
+        from prometheus_client.core import CounterMetricFamily
+
+        records = list(self._board.read())
+        for field, description in _COUNTERS.items():
+            family = CounterMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])
+            for record in records:
+                family.add_metric([str(record.rank)], getattr(record, field))
+            yield family
+
+
+_board: CounterBoard | None = None
+
+
+def publish_counters() -> None:
+    """Opens a counter board for the engine that is about to start, and exports it from this process, once."""
+    global _board
+    if _board is not None:
+        return
+    from prometheus_client import REGISTRY
+
+    _board = CounterBoard.create()
+    REGISTRY.register(SparkCollector(_board))  # type: ignore[arg-type]

@@ -1,0 +1,196 @@
+"""Every change to vLLM for which it has no hook: found, checked against the installed source, applied.
+
+One change is one file in the folder `patches/`, which names the symbol, says why no hook serves, and lists the
+fingerprints of the sources that it was written against. An unknown fingerprint disables that one feature with a
+sentence, and never vLLM.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger("vllm_spark")
+
+_MARK = "_vllm_spark_patch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A piece of vLLM's source that something here relies on.
+
+    `symbol` is `module:qualified.name`. With `scope="signature"` only its name and parameters count (enough for a
+    wrapper), with `"source"` its whole text.
+    """
+
+    symbol: str
+    scope: Literal["signature", "source"] = "signature"
+
+    @property
+    def module(self) -> str:
+        """The module's dotted name."""
+        return self.symbol.partition(":")[0]
+
+    @property
+    def qualified_name(self) -> str:
+        """The name within the module."""
+        return self.symbol.partition(":")[2]
+
+    def fingerprint(self, source: str) -> str | None:
+        """Twelve hexadecimal digits over the anchor's text in `source`; None if the symbol is not there.
+
+        Indentation, blank lines and line breaks do not count.
+        """
+        text = _text_of(source, self.qualified_name, self.scope)
+        if text is None:
+            return None
+        return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One change to vLLM.
+
+    Attributes:
+        name: short name, for messages.
+        anchor: the function or method that is replaced.
+        reason: why no hook of vLLM serves.
+        feature: what is lost while the patch is disabled.
+        fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
+        replace: takes the original callable, returns the replacement.
+    """
+
+    name: str
+    anchor: Anchor
+    reason: str
+    feature: str
+    fingerprints: Mapping[str, str]
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM missing"]
+
+
+def all_patches() -> list[Patch]:
+    """The patches of the folder `patches/`, by file name."""
+    return [_load(path) for path in sorted(patch_folder().glob("*.py")) if not path.name.startswith("_")]
+
+
+def patch_folder() -> Path:
+    """Where the patch files are: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    installed = package / "data" / "patches"
+    return installed if installed.is_dir() else package.parent / "patches"
+
+
+def state_of(patch: Patch) -> State:
+    """Whether `patch` fits the installed vLLM, and whether it is in force in this process."""
+    source = installed_source(patch.anchor.module)
+    if source is None:
+        return "vLLM missing"
+    fingerprint = patch.anchor.fingerprint(source)
+    if fingerprint is None:
+        return "symbol missing"
+    if fingerprint not in patch.fingerprints:
+        return "unknown source"
+    return "applied" if patch.name in _applied else "ready"
+
+
+def apply_all() -> None:
+    """Applies every patch that fits the installed vLLM; says which do not. May be called again."""
+    for patch in all_patches():
+        if patch.name in _applied:
+            continue
+        state = state_of(patch)
+        if state == "ready":
+            _apply(patch)
+        else:
+            logger.warning(
+                "vllm_spark cannot offer %s: %s of %s in this vLLM is not one that it knows (%s).",
+                patch.feature,
+                patch.anchor.qualified_name,
+                patch.anchor.module,
+                state,
+            )
+
+
+def installed_source(module: str) -> str | None:
+    """The source text of an installed module, without importing it; None if it is not there."""
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for root in spec.submodule_search_locations:
+        base = Path(root, *rest.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+    return None
+
+
+_applied: set[str] = set()
+
+
+def _apply(patch: Patch) -> None:
+    owner: Any = importlib.import_module(patch.anchor.module)
+    *path, name = patch.anchor.qualified_name.split(".")
+    for step in path:
+        owner = getattr(owner, step)
+    # As it stands in the class: bound methods would lose whether it is static, a class method or plain.
+    original = vars(owner)[name]
+    if isinstance(original, (staticmethod, classmethod)):
+        kind = type(original)
+        if hasattr(original.__func__, _MARK):
+            return
+        replacement: Any = kind(_marked(patch, original.__func__))
+    else:
+        if hasattr(original, _MARK):
+            return
+        replacement = _marked(patch, original)
+    setattr(owner, name, replacement)
+    _applied.add(patch.name)
+
+
+def _marked(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
+    replacement = functools.wraps(original)(patch.replace(original))
+    setattr(replacement, _MARK, patch.name)
+    return replacement
+
+
+def _load(path: Path) -> Patch:
+    spec = importlib.util.spec_from_file_location(f"vllm_spark.data.patches.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    patch: Patch = module.PATCH
+    return patch
+
+
+def _text_of(source: str, qualified_name: str, scope: str) -> str | None:
+    node: ast.AST = ast.parse(source)
+    for name in qualified_name.split("."):
+        found = next((child for child in _definitions(node) if child.name == name), None)
+        if found is None:
+            return None
+        node = found
+    lines = source.splitlines()
+    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    decorators = [decorator.lineno for decorator in node.decorator_list]
+    first = min([node.lineno, *decorators])
+    last = node.end_lineno if scope == "source" else max(node.body[0].lineno - 1, node.lineno)
+    return textwrap.dedent("\n".join(lines[first - 1 : last]))
+
+
+def _definitions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [child for child in ast.iter_child_nodes(node) if isinstance(child, kinds)]

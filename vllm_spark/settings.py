@@ -1,0 +1,38 @@
+"""Where a running vLLM keeps this project's settings.
+
+The settings that change compiled code are part of vLLM's `additional_config`, and so of its compile cache key;
+the others (addresses, ports, time-outs) ride on the configuration object itself, so that another port compiles
+nothing anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError
+
+SECTION = "spark"
+_ATTRIBUTE = "spark_config"
+
+
+def attach_settings(vllm_config: Any, config: SparkConfig) -> None:
+    """Makes `config` travel with vLLM's configuration, through pickles too."""
+    object.__setattr__(vllm_config, _ATTRIBUTE, config)
+
+
+def settings_of(vllm_config: Any) -> SparkConfig:
+    """The settings that were attached to vLLM's configuration.
+
+    Raises:
+        ConfigurationError: none were: this vLLM was not started with `--spark`.
+    """
+    config = getattr(vllm_config, _ATTRIBUTE, None)
+    if isinstance(config, SparkConfig):
+        return config
+    section = (vllm_config.additional_config or {}).get(SECTION)
+    if isinstance(section, dict):
+        return SparkConfig.resolve(file=section)
+    raise ConfigurationError(
+        "SparkExecutor was started without settings; use --spark, or LLM(..., additional_config={'spark': {}})"
+    )
