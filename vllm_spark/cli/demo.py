@@ -66,7 +66,13 @@ PHASES = (
 )
 """What the leader is doing, and the line of its log that tells."""
 
-TAIL_LINES = 25
+TAIL_LINES = 12
+ERROR_LINES = 6
+ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*)", re.MULTILINE)
+"""The last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only its wrapper."""
+
+COUNTER_SECONDS = 10.0
+"""How long both ranks' counters may take to show on the leader's `/metrics`."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,7 @@ class _Demo:
         self._console = console
         self._started = time.monotonic()
         self._timeout: float = args.timeout
+        self._stage: list[Process] = []
 
     def run(self) -> Summary:
         with tempfile.TemporaryDirectory(prefix="vllm-spark-demo-") as folder:
@@ -177,8 +184,8 @@ class _Demo:
             logs.mkdir(parents=True, exist_ok=True)
             try:
                 return self._show(Path(folder) / f"tiny-{self._kind}", logs)
-            except SparkError as error:
-                self._explain(error, logs)
+            except SparkError:
+                self._explain(logs)
                 raise
 
     def _show(self, model: Path, logs: Path) -> Summary:
@@ -218,6 +225,7 @@ class _Demo:
                 environment,
             )
             stack.callback(_end, leader)
+            self._stage = [follower, leader]
             yield self._ready(leader, http_port, follower)
             for process in (leader, follower):
                 if process.exit_code is not None:
@@ -235,6 +243,7 @@ class _Demo:
                 clean_environment() | CPU_ENVIRONMENT,
             )
             stack.callback(_end, server)
+            self._stage = [server]
             yield self._ready(server, http_port)
 
     def _ready(self, process: Process, port: int, follower: Process | None = None) -> _Server:
@@ -340,15 +349,16 @@ class _Demo:
             )
         return summary
 
-    def _explain(self, error: SparkError, logs: Path) -> None:
-        """Shows the end of the log that matters, and moves the logs to where they outlive the demo."""
-        if isinstance(error, ProcessError) and error.process is not None:
-            self._console.rule(f"last lines of {error.process.name}", style="red")
-            self._console.print(error.process.tail(TAIL_LINES), markup=False)
-            self._console.rule(style="red")
+    def _explain(self, logs: Path) -> None:
+        """Shows what the logs of the last stage say about a failure, and moves them to where they stay."""
+        for process in self._stage:
+            self._console.rule(f"{process.name}: errors and last lines of its log", style="red", align="left")
+            for line in (*_errors(process.output()), "...", *process.tail(TAIL_LINES).splitlines()):
+                self._console.print(_printable(line), markup=False, soft_wrap=True)
+        self._console.rule(style="red")
         if self._keep_logs is None:
             logs = Path(shutil.move(logs, tempfile.mkdtemp(prefix="vllm-spark-demo-logs-")))
-        self._console.print(f"The logs are in {logs}")
+        self._console.print(f"The logs are in {logs}", soft_wrap=True)
 
 
 def follower_arguments(spark_port: int) -> list[str]:
@@ -375,32 +385,40 @@ def serve_arguments(model: Path, http_port: int) -> list[str]:
 
 
 def read_counters(server: _Server) -> tuple[Counters, Counters]:
-    """The counters of both ranks, from the leader's `/metrics`.
+    """The counters of both ranks, from the leader's `/metrics`; a rank shows its own some time after its work.
 
     Raises:
         ProcessError: it does not export them.
     """
+
+    def both_ranks() -> tuple[Counters, Counters] | None:
+        samples = _samples(server.url)
+        ranks = [samples.get(rank, {}) for rank in ("0", "1")]
+        if not all(name in rank for name in names.values() for rank in ranks):
+            return None
+        first, second = (Counters(**{field: rank[name] for field, name in names.items()}) for rank in ranks)
+        return first, second
+
+    names = {field.name: f"vllm_spark_{field.name}_total" for field in fields(Counters)}
+    try:
+        return server.process.wait_until(both_ranks, COUNTER_SECONDS, "shown the counters of both ranks")
+    except OSError as error:
+        raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
+
+
+def _samples(url: str) -> dict[str, dict[str, int]]:
+    """The samples of a server's `/metrics` that belong to a rank, by rank and name."""
     from prometheus_client.parser import text_string_to_metric_families
 
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{server.url}/metrics", timeout=30) as response:
-            text = response.read().decode()
-    except OSError as error:
-        raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
-    values: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+    with opener.open(f"{url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    samples: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            values[sample.labels.get("rank", "")][sample.name] += int(sample.value)
-
-    def of_rank(rank: str) -> Counters:
-        names = {field.name: f"vllm_spark_{field.name}_total" for field in fields(Counters)}
-        for name in names.values():
-            if name not in values[rank]:
-                raise ProcessError(f"{server.process.name} exports no {name} for rank {rank}", server.process)
-        return Counters(**{field: values[rank][name] for field, name in names.items()})
-
-    return of_rank("0"), of_rank("1")
+            if "rank" in sample.labels:
+                samples[sample.labels["rank"]][sample.name] = int(sample.value)
+    return samples
 
 
 class _Phases:
@@ -472,6 +490,11 @@ def _first_difference(pair: list[list[int]], single: list[list[int]]) -> str:
         if len(ours) != len(theirs):
             return f"answer {number} has {len(ours)} tokens on the pair, {len(theirs)} on one rank."
     raise AssertionError("equal answers have no difference")
+
+
+def _errors(output: str) -> list[str]:
+    """The first few different exceptions in a log: the cause stands above what it caused."""
+    return list(dict.fromkeys(ERROR.findall(output)))[:ERROR_LINES]
 
 
 def _check_installation() -> None:

@@ -137,7 +137,7 @@ class Process:
         Args:
             condition: asked ten times a second.
             timeout: seconds.
-            what: the condition in words, as in "the server has not WHAT".
+            what: the condition in words, as in "the server has not WHAT": a participle.
 
         Raises:
             ProcessError: the program ended before, or the time is over.
@@ -148,7 +148,7 @@ class Process:
             if value := condition():
                 return value
             if ended is not None:
-                raise ProcessError(f"{self.name} ended with exit code {ended} before it {what}", self)
+                raise ProcessError(f"{self.name} ended with exit code {ended} before it had {what}", self)
             if time.monotonic() > deadline:
                 raise ProcessError(f"{self.name} has not {what} within {timeout:g} s", self)
             time.sleep(POLL_SECONDS)
