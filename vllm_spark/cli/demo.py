@@ -475,9 +475,9 @@ def _table(pair: Run, single: Run) -> Table:
     table.add_row("seconds for the tokens", f"{pair.token_seconds:.1f}", f"{single.token_seconds:.1f}")
     table.add_section()
     table.add_row("all-reduces, rank 0 / rank 1", both("all_reduces"), "")
-    table.add_row("bytes in them", both("all_reduce_bytes"), "")
+    table.add_row("bytes all-reduced", both("all_reduce_bytes"), "")
     table.add_row("all-gathers", both("all_gathers"), "")
-    table.add_row("bytes in them", both("all_gather_bytes"), "")
+    table.add_row("bytes all-gathered", both("all_gather_bytes"), "")
     table.add_row("left to vLLM's own path", both("fallbacks"), "")
     return table
 
