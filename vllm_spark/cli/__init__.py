@@ -95,5 +95,6 @@ def _help() -> str:
 
 
 def _fail(sentence: str, exit_code: int) -> int:
-    print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+    end = "" if sentence.endswith((".", "?", "!")) else "."
+    print(f"{PROGRAM}: {sentence}{end}", file=sys.stderr)
     return exit_code
