@@ -35,7 +35,9 @@ def add_option_group(parser: Any) -> None:
     group = parser.add_argument_group(
         title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
     )
-    group.add_argument(FLAG, action="store_true", default=argparse.SUPPRESS, help="Serve on this machine and its follower together.")
+    group.add_argument(
+        FLAG, action="store_true", default=argparse.SUPPRESS, help="Serve on this machine and its follower together."
+    )
     add_flags(group, ["leader", "both"])
 
 
@@ -168,6 +170,11 @@ def check_link(config: SparkConfig) -> None:
     from vllm_spark.executor.handshake import bind
     from vllm_spark.executor.link import leader_address
 
+    if config.transport == "verbs":
+        raise ConfigurationError(
+            f"{FLAG}-transport verbs: this version has no RDMA transport yet; "
+            f"use {FLAG}-transport loopback, with both ranks on one machine"
+        )
     address = leader_address(config)
     load_secret(config, address)
     bind(address, config.port).close()
@@ -185,14 +192,17 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             _follow_launcher(config)
         original(args)
+        if failure := _engine_failure():
+            # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
+            _exit_with(failure)
     except SparkError as error:
         _exit_with(error)
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
-        error = _engine_failure()
-        if error is None:
+        failure = _engine_failure()
+        if failure is None:
             raise
-        _exit_with(error)
+        _exit_with(failure)
 
 
 def share_vllms_log() -> None:

@@ -56,10 +56,25 @@ class SparkExecutor(ExecutorWithExternalLauncher):
         """Finds the follower, hands it its work, and loads this rank's half of the model.
 
         Raises:
-            SparkError: no follower came, or it does not fit; the sentence says why.
+            SparkError: no follower came, or it does not fit; the sentence says why. An engine in a process of its
+                own leaves the sentence for the API server and ends instead, which spares the user vLLM's traceback.
         """
+        self._board = CounterBoard.from_environment()
+        try:
+            self._start()
+        except SparkError as error:
+            if _parent_process() is None:
+                self.shutdown()
+                raise
+            self._board.fail(error)
+            logger.error("The engine does not start: %s.", error)
+            os._exit(error.exit_code)
+
+    def _start(self) -> None:
+        from vllm_spark.activation import share_vllms_log
         from vllm_spark.platform import activate
 
+        share_vllms_log()
         self.driver_worker = None
         self._failure: SparkError | None = None
         self._failure_callback: Callable[[], None] | None = None
@@ -68,7 +83,6 @@ class SparkExecutor(ExecutorWithExternalLauncher):
         self._ledger = TokenLedger()
         self._running_model = False
         self._config = settings_of(self.vllm_config)
-        self._board = CounterBoard.from_environment()
 
         activate()
         self._join_follower(self._config)
@@ -221,6 +235,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):
         self._failure = error
         self._failed.set()
         logger.error("Serving ends: %s.", error)
+        self._board.fail(error)
         runtime = getattr(self, "_runtime", None)
         if runtime is not None:
             runtime.abort(str(error))

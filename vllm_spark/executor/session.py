@@ -11,7 +11,7 @@ import msgspec
 
 from vllm_spark import __version__, collective
 from vllm_spark.config import SparkConfig
-from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import bind, host_name
 from vllm_spark.executor.link import interface_of, source_interface
@@ -108,14 +108,8 @@ def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Ru
     """Joins both ranks' collective runtimes and makes this one the process's.
 
     Raises:
-        ConfigurationError: this build has no transport of the wanted kind.
         SparkError: the two sides do not agree, or cannot reach each other's memory.
     """
-    if config.transport == "verbs":
-        raise ConfigurationError(
-            "--spark-transport verbs: this version has no RDMA transport yet; "
-            "use --spark-transport loopback, with both ranks on one machine"
-        )
     options = collective.RuntimeOptions(
         transport="loopback",
         loopback_mode=config.loopback_mode,
