@@ -18,20 +18,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from vllm_spark.cli.process import clean_environment
+from vllm_spark.cli.process import POLL_SECONDS, clean_environment
 
 from .process import Process, start
 
 PREFIX = "vsp"
 LEFTOVER = re.compile(rf"{PREFIX}(\d+)(h\d|r\d|b)")
+CARRIER_SECONDS = 10.0
 FREE_PORT = "import socket, sys; s = socket.socket(); s.bind((sys.argv[1], 0)); print(s.getsockname()[1])"
 
 
@@ -73,17 +76,22 @@ class Host:
         return int(self.run([sys.executable, "-c", FREE_PORT, self.address]).stdout)
 
     def unplug(self) -> None:
-        """Pulls this host's cable: packets are lost, nobody is told. Needs namespaces."""
+        """Pulls this host's cable: its own interface loses the carrier, the other host is told nothing."""
         self._cable("down")
 
     def plug(self) -> None:
-        """Puts the cable back."""
+        """Puts the cable back, and waits until the interface has its carrier."""
         self._cable("up")
 
-    def _cable(self, state: str) -> None:
-        if self.outside is None:
+    def _cable(self, state: Literal["up", "down"]) -> None:
+        if self.outside is None or self.namespace is None:
             raise RuntimeError("loopback addresses have no cable; use the fixture `namespaces`")
         _ip("link", "set", self.outside, state)
+        deadline = time.monotonic() + CARRIER_SECONDS
+        while ((seen := _operational_state(self.namespace, self.interface)) == "UP") != (state == "up"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.interface} of host {self.index} is {seen}, its cable is {state}")
+            time.sleep(POLL_SECONDS)
 
     def _here(self, argv: Sequence[str]) -> list[str]:
         return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
@@ -149,11 +157,17 @@ def _add_host(index: int, tag: str, network: str, logs: Path, stack: ExitStack) 
     _ip("netns", "add", namespace)
     stack.callback(_delete_namespace, namespace)
     _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    stack.callback(_ip, "link", "delete", outside)  # with the namespace it would go too, but some time later
     _ip("link", "set", outside, "master", f"{tag}b", "up")
     _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
     for interface in ("lo", "eth0"):
         _ip("-n", namespace, "link", "set", interface, "up")
     return Host(index, address, "eth0", logs, namespace, outside)
+
+
+def _operational_state(namespace: str, interface: str) -> str:
+    (link,) = json.loads(_ip("-n", namespace, "-j", "link", "show", interface))
+    return str(link["operstate"])
 
 
 def _delete_namespace(name: str) -> None:
