@@ -85,10 +85,20 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Between modules, forgets the processes that have ended."""
-    if nextitem is None or nextitem.path != item.path:
-        process.forget_ended()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """After a module and its fixtures, ends what its tests have left running."""
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or nextitem.path != item.path:
+            process.end_all()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """The same for a session that ended early."""
+    process.end_all()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

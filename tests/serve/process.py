@@ -8,10 +8,10 @@ from pathlib import Path
 
 from vllm_spark.cli.process import POLL_SECONDS, Process, ProcessError
 
-__all__ = ["Process", "ProcessError", "assert_all_gone", "forget_ended", "start", "started"]
+__all__ = ["Process", "ProcessError", "assert_all_gone", "end_all", "start", "started"]
 
 started: list[Process] = []
-"""Every process that a test module has started, newest last; `forget_ended` shortens it between modules."""
+"""Every process that a test module has started, newest last; `end_all` empties it between modules."""
 
 
 def start(name: str, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
@@ -21,9 +21,10 @@ def start(name: str, argv: Sequence[str], log: Path, environment: Mapping[str, s
     return process
 
 
-def forget_ended() -> None:
-    """Drops the processes that have ended: the next module's failures are not theirs."""
-    started[:] = [process for process in started if process.exit_code is None]
+def end_all() -> None:
+    """Ends what a module's tests have left running, and forgets them: the next failures are not theirs."""
+    while started:
+        started.pop().kill9()
 
 
 def assert_all_gone(*processes: Process, timeout: float = 10.0) -> None:
