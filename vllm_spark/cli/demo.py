@@ -181,7 +181,10 @@ class _Demo:
     def run(self) -> Summary:
         with tempfile.TemporaryDirectory(prefix="vllm-spark-demo-") as folder:
             logs = self._keep_logs or Path(folder) / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
+            try:
+                logs.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(f"--keep-logs {logs}: {error.strerror}") from error
             try:
                 return self._show(Path(folder) / f"tiny-{self._kind}", logs)
             except SparkError:
