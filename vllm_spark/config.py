@@ -40,7 +40,7 @@ def _setting(
     **constraints: Any,
 ) -> Any:
     """A field of `SparkConfig`; `side` says on which machine it is given."""
-    extra = {"side": side, "affects_compilation": affects_compilation}
+    extra: dict[str, Any] = {"side": side, "affects_compilation": affects_compilation}
     return Field(default=default, description=description, json_schema_extra=extra, **constraints)
 
 
@@ -264,8 +264,8 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
 def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> None:
     """Adds one option per setting of the given sides to an argparse parser or group.
 
-    What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in argparse's usual
-    one-line error and exit code 2.
+    What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in
+    argparse's usual one-line error and exit code 2.
     """
     wanted = set(sides)
     for name, field in SparkConfig.model_fields.items():

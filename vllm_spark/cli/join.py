@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from vllm_spark.compat import check_vllm
@@ -108,7 +109,7 @@ class _Sessions:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _end_with_parent(parent: int) -> object:
+def _end_with_parent(parent: int) -> Callable[[], None]:
     """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
     libc = ctypes.CDLL(None, use_errno=True)
 

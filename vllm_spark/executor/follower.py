@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -161,10 +161,11 @@ class FollowerSession:
         self._ended.set()
         if error is None:
             _exit(0)
-        if isinstance(error, PeerLostError):
+        elif isinstance(error, PeerLostError):
             logger.error("The leader is lost: %s.", error)
             _exit(EXIT_LOST)
-        self._give_up(error)
+        else:
+            self._give_up(error)
 
     def _give_up(self, error: BaseException) -> None:
         """Tells the leader why, and ends the process."""
@@ -263,7 +264,7 @@ def _load_worker(vllm_config: Any) -> Any:
     return worker
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     """Ends the process at once: other threads may be stuck in a collective or in a process group."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -15,7 +15,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
 from importlib import metadata
 from typing import TypeVar
 
@@ -37,6 +36,7 @@ CONTROL, CALLS = "control", "calls"
 _GREETING_LIMIT = 64 << 10  # bytes; a greeting is small, whoever sends more is no follower
 _GREETING_TIMEOUT = 5.0  # seconds for one connection to authenticate and to say who it is
 _OFFER_TIMEOUT = 300.0  # seconds for the follower to read through its model's weight files
+_NOTE_INTERVAL = 15.0  # seconds between two lines that say for whom the leader waits
 _GREETERS = 8  # connections that may be greeted at once; more wait in the kernel's queue
 
 
@@ -141,11 +141,10 @@ class Listener:
         self.endpoint = format_endpoint(address, self._socket.getsockname()[1])
         threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()
 
-    def wait_for_follower(self, offer: Offer, timeout: float, on_waiting: Callable[[float], None]) -> Follower:
+    def wait_for_follower(self, offer: Offer, timeout: float) -> Follower:
         """Waits for a follower that has the offered model.
 
-        A follower that does not fit is told why, logged, and waited past. `on_waiting` is called with the
-        seconds waited so far, at first and every ten seconds.
+        A follower that does not fit is told why, logged, and waited past. What it waits for is logged now and then.
 
         Raises:
             PeerLostError: nobody fitting came within `timeout` seconds.
@@ -154,8 +153,8 @@ class Listener:
         next_note, last_problem = 0.0, ""
         while (waited := time.monotonic() - start) < timeout:
             if waited >= next_note:
-                on_waiting(waited)
-                next_note = waited + 10.0
+                self._announce(waited, timeout)
+                next_note = waited + _NOTE_INTERVAL
             try:
                 hello, control = self._control.get(timeout=min(1.0, timeout - waited))
             except queue.Empty:
@@ -170,6 +169,15 @@ class Listener:
         raise PeerLostError(
             f"no follower came to {self.endpoint} within {timeout:.0f} s{last_problem}; on the other machine run: "
             f"vllm-spark join --leader {self.endpoint}"
+        )
+
+    def _announce(self, waited: float, timeout: float) -> None:
+        logger.info(
+            "Waiting for the follower at %s (%.0f s of %.0f s). On the other machine run: vllm-spark join --leader %s",
+            self.endpoint,
+            waited,
+            timeout,
+            self.endpoint,
         )
 
     def close(self) -> None:

@@ -87,8 +87,10 @@ class WorkerRandomState:
         import numpy
         import torch
 
-        self._numpy, self._generator = numpy.random, torch.default_generator
-        self._worker_bits = numpy.random.get_bit_generator()
+        # NumPy's stubs do not list get_bit_generator and set_bit_generator.
+        self._numpy: Any = numpy.random
+        self._generator = torch.default_generator
+        self._worker_bits = self._numpy.get_bit_generator()
         self._outer_bits: Any = numpy.random.MT19937()
         self._worker_state = self._generator.get_state()
         self._outer_state = torch.Generator().get_state()

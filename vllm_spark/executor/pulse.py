@@ -1,7 +1,7 @@
 """The control lane's thread: signs of life, failures and goodbyes in both directions.
 
 One thread owns the lane, because a TLS connection must not be read and written by two threads. Others hand it
-messages with `say`. It also watches the parent process, whose death nobody else would notice.
+messages with `say`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pulse(threading.Thread):
         report: called for every beat; the JSON-able object goes to the peer.
         on_report: called with the peer's object.
         on_end: called once, from this thread, when the common work is over, with the reason: PeerLostError if the
-            peer or the parent died or froze, SparkError if the peer reported a failure, None after its goodbye.
+            peer died or froze, SparkError if the peer reported a failure, None after its goodbye.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class Pulse(threading.Thread):
         report: Callable[[], Any],
         on_report: Callable[[Any], None],
         on_end: Callable[[SparkError | None], None],
-        parent: int | None = None,
     ) -> None:
         super().__init__(name="spark-pulse", daemon=True)
         self._lane, self._timeout = lane, timeout
@@ -58,7 +57,6 @@ class Pulse(threading.Thread):
         self._report, self._on_report, self._on_end = report, on_report, on_end
         self._outbox: deque[tuple[Kind, bytes]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._parent = None if parent is None else _pidfd(parent)
         self._running_model = False
         self._stopping = False
 
@@ -97,8 +95,6 @@ class Pulse(threading.Thread):
         poll = select.poll()
         poll.register(self._lane.fileno(), select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        if self._parent is not None:
-            poll.register(self._parent, select.POLLIN)
         now = time.monotonic()
         heard, next_beat, last_turn = now, now, now
         while True:
@@ -121,8 +117,6 @@ class Pulse(threading.Thread):
             if self._wake in descriptors:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
-            if self._parent is not None and self._parent in descriptors:
-                return PeerLostError("the process that started this one is gone")
             if self._lane.pending or self._lane.fileno() in descriptors:
                 frame = self._lane.receive(timeout=self._timeout)
                 heard = time.monotonic()
@@ -147,10 +141,3 @@ class Pulse(threading.Thread):
     def _nudge(self) -> None:
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
-
-
-def _pidfd(process: int) -> int | None:
-    try:
-        return os.pidfd_open(process)
-    except OSError:
-        return None

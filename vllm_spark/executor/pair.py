@@ -1,0 +1,187 @@
+"""The leader's end of a working pair: finds the follower, calls it, and knows why it broke.
+
+Knows nothing of vLLM but that its configuration and its calls can be pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.calls import decode_reply, encode_call
+from vllm_spark.executor.channel import MIB, ChannelError, Kind
+from vllm_spark.executor.counters import CounterBoard, local_counters
+from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.handshake import Follower, Listener, Offer, Reason
+from vllm_spark.executor.link import leader_address
+from vllm_spark.executor.lockstep import TokenLedger
+from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.session import (
+    Assignment,
+    connect_runtime,
+    prepare_process_group,
+    serve_store,
+    travelling_environment,
+)
+
+logger = logging.getLogger("vllm_spark")
+
+LEADER_RANK = 0
+
+_CAUSE_GRACE = 0.5  # seconds in which the control lane may explain an error that surfaced elsewhere first
+_ASSIGNMENT_TIMEOUT = 60.0
+
+
+class Pair:
+    """A leader and its follower at work. Made by `form`, ended by `close` or by a failure.
+
+    Its methods may be called from one thread at a time; a failure comes from any.
+    """
+
+    def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, board: CounterBoard) -> None:
+        self.ledger = TokenLedger()
+        self._listener, self._follower, self._board = listener, follower, board
+        self._runtime: Any = None
+        self._failure: SparkError | None = None
+        self._failed = threading.Event()
+        self._on_failure: list[Callable[[], None]] = []
+        self._closing = False
+        self._running_model = False
+        self._pulse = Pulse(
+            follower.control,
+            config.heartbeat_timeout,
+            report=self._report,
+            on_report=lambda theirs: board.write(theirs["counters"]),
+            on_end=lambda error: self.fail(error or PeerLostError(f"{follower.name} left")),
+        )
+
+    @classmethod
+    def form(cls, config: SparkConfig, offer: Offer, vllm_config: Any, board: CounterBoard) -> Pair:
+        """Waits for a follower that has the offered model, hands it its work, and joins the collective runtimes.
+
+        Raises:
+            SparkError: nobody came in time, or the two sides do not fit.
+        """
+        address = leader_address(config)
+        context = tls_context(load_secret(config, address), "leader")
+        listener = Listener(address, config.port, context, config.max_frame_mib * MIB)
+        try:
+            follower = listener.wait_for_follower(offer, config.join_timeout)
+        except BaseException:
+            listener.close()
+            raise
+        logger.info("%s joined.", follower.name.capitalize())
+        pair = cls(config, listener, follower, board)
+        pair._pulse.start()
+        with pair.explained():
+            pair._start_work(config, address, vllm_config)
+        return pair
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has the follower run a worker method of the decode loop; it does not answer.
+
+        Raises:
+            SparkError: the pair is broken.
+        """
+        if not self._running_model:
+            self._running_model = True
+            self._pulse.model_runs()
+        self._send(Kind.CALL, method, args, kwargs)
+
+    def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has the follower run a worker method whose result `answer` returns.
+
+        Raises:
+            SparkError: the pair is broken.
+        """
+        self._send(Kind.QUERY, method, args, kwargs)
+
+    def answer(self, timeout: float | None) -> Any:
+        """The result of the last `ask`, which must be fetched also if this rank failed.
+
+        Raises:
+            RemoteError: the follower's worker raised.
+            SparkError: the pair broke, or no answer came within `timeout` seconds.
+        """
+        return decode_reply(self._follower.calls.expect(Kind.REPLY, timeout=timeout).payload)
+
+    def drain(self, timeout: float | None) -> None:
+        """Fetches and drops the answer of the last `ask`, whatever it is."""
+        with contextlib.suppress(SparkError):
+            self.answer(timeout)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Replaces an error by its cause, if the control lane knows it: what surfaces first is often a symptom."""
+        try:
+            yield
+        except Exception as error:
+            self._failed.wait(_CAUSE_GRACE)
+            if self._failure is not None and self._failure is not error:
+                raise self._failure from error
+            if isinstance(error, ChannelError):
+                self.fail(error)
+            raise
+
+    def check(self) -> None:
+        """Raises the reason if the pair is broken."""
+        if self._failure is not None:
+            raise self._failure
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """`callback` is called once when the pair breaks, at once if it has."""
+        self._on_failure.append(callback)
+        if self._failure is not None:
+            callback()
+
+    def fail(self, error: SparkError) -> None:
+        """Ends everything that waits, once, for the reason `error`. Called from any thread."""
+        if self._failed.is_set() or self._closing:
+            return
+        self._failure = error
+        self._failed.set()
+        logger.error("Serving ends: %s.", error)
+        self._board.fail(error)
+        if self._runtime is not None:
+            self._runtime.abort(str(error))
+        self._follower.calls.interrupt()
+        for callback in self._on_failure:
+            callback()
+
+    def close(self, farewell: str) -> None:
+        """Tells the follower why, and releases everything; may be called again."""
+        if self._closing:
+            return
+        self._closing = True
+        self._pulse.stop(Reason(farewell))
+        self._listener.close()
+        self._follower.calls.close()
+        self._follower.control.close()
+        if self._runtime is not None:
+            self._runtime.abort(farewell)
+            self._runtime.close()
+
+    def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
+        # Kept: the store lives as long as this object.
+        self._store = serve_store(address)
+        assignment = Assignment(vllm_config, config, travelling_environment(), address, self._store.port)
+        self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
+        prepare_process_group(LEADER_RANK, address, self._store.port, address)
+        self._runtime = connect_runtime(LEADER_RANK, config, self._follower.calls)
+
+    def _send(
+        self, kind: Kind, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.check()
+        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs))
+
+    def _report(self) -> dict[str, Any]:
+        step, digest = self.ledger.state()
+        self._board.write(local_counters(LEADER_RANK, (step, digest)))
+        return {"step": step, "digest": digest.hex()}
