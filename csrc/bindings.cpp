@@ -1,0 +1,122 @@
+// The runtime as the Python module `vllm_spark._native`: raw pointers in, exceptions out, no Python lock while waiting.
+#include <pybind11/chrono.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "errors.hpp"
+#include "runtime.hpp"
+
+namespace py = pybind11;
+
+namespace spark {
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+std::chrono::nanoseconds nanoseconds(double seconds) {
+  return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
+}
+
+Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
+                     double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
+                     uint64_t largest_message) {
+  Options options;
+  options.rank = rank;
+  options.sizes = {slot_bytes, packet_bytes, 2 * depth};
+  options.depth = depth;
+  options.proxied = proxied;
+  options.wire = {nanoseconds(wire_latency_s), wire_bytes_per_s * 1e-9};
+  options.timeout = nanoseconds(timeout_s);
+  options.first_sequence = first_sequence;
+  options.largest_message = largest_message;
+  return options;
+}
+
+py::dict counters_of(const Runtime& runtime) {
+  const Counters& counters = runtime.counters();
+  auto read = [](const std::atomic<uint64_t>& counter) { return counter.load(std::memory_order_relaxed); };
+  py::dict values;
+  values["all_reduces"] = read(counters.all_reduce.operations);
+  values["all_reduce_bytes"] = read(counters.all_reduce.bytes);
+  values["all_gathers"] = read(counters.all_gather.operations);
+  values["all_gather_bytes"] = read(counters.all_gather.bytes);
+  values["packet_messages"] = read(counters.packet_messages);
+  values["payload_messages"] = read(counters.payload_messages);
+  values["chunked_operations"] = read(counters.chunked_operations);
+  values["wait_seconds"] = static_cast<double>(read(counters.wait_ns)) * 1e-9;
+  values["longest_wait_seconds"] = static_cast<double>(read(counters.longest_wait_ns)) * 1e-9;
+  const ProxyCounters* proxy = runtime.proxy_counters();
+  values["proxy_posts"] = proxy ? read(proxy->posts) : 0;
+  values["proxy_coalesced"] = proxy ? read(proxy->coalesced) : 0;
+  values["proxy_sleeps"] = proxy ? read(proxy->sleeps) : 0;
+  values["last_sequence"] = runtime.last_sequence();
+  return values;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The native collective runtime; see vllm_spark.collective for the public interface.";
+
+  auto collective_error = py::register_exception<CollectiveError>(module, "CollectiveError", PyExc_RuntimeError);
+  py::register_exception<UsageError>(module, "UsageError", collective_error);
+  py::register_exception<MismatchError>(module, "MismatchError", collective_error);
+  py::register_exception<TimeoutError>(module, "CollectiveTimeoutError", collective_error);
+  py::register_exception<AbortedError>(module, "CollectiveAbortedError", collective_error);
+  py::register_exception<PoisonedError>(module, "PoisonedError", collective_error);
+
+  py::enum_<DType>(module, "DType")
+      .value("FLOAT32", DType::kFloat32)
+      .value("FLOAT16", DType::kFloat16)
+      .value("BFLOAT16", DType::kBFloat16);
+
+  module.attr("WORLD_SIZE") = kWorldSize;
+  module.attr("REGION_VERSION") = kRegionVersion;
+  module.attr("MAX_DEPTH") = kMaxSlots / 2;
+
+  py::class_<Runtime>(module, "Runtime")
+      .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
+                       double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
+                       uint64_t largest_message) {
+             return std::make_unique<Runtime>(make_options(rank, slot_bytes, packet_bytes, depth, proxied,
+                                                           wire_latency_s, wire_bytes_per_s, timeout_s,
+                                                           first_sequence, largest_message));
+           }),
+           py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
+           py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("timeout_s"),
+           py::arg("first_sequence"), py::arg("largest_message"))
+      .def("address",
+           [](const Runtime& runtime) {
+             Address address = runtime.address();
+             return py::make_tuple(address.process, address.descriptor, address.nonce[0], address.nonce[1]);
+           })
+      .def(
+          "connect",
+          [](Runtime& runtime, pid_t process, int descriptor, uint64_t nonce0, uint64_t nonce1,
+             const std::string& description) {
+            runtime.connect({process, descriptor, {nonce0, nonce1}}, description);
+          },
+          Unlocked())
+      .def(
+          "all_reduce",
+          [](Runtime& runtime, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype) {
+            runtime.all_reduce(pointer(in), pointer(out), elements, dtype);
+          },
+          Unlocked())
+      .def(
+          "all_gather",
+          [](Runtime& runtime, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes) {
+            runtime.all_gather(pointer(in), pointer(out), outer, inner_bytes);
+          },
+          Unlocked())
+      .def("abort", &Runtime::abort, Unlocked())
+      .def("close", &Runtime::close, Unlocked())
+      .def("hold_proxy", &Runtime::hold_proxy)
+      .def("counters", &counters_of)
+      .def_property_readonly("closed", &Runtime::closed)
+      .def_property_readonly("poison", &Runtime::poison);
+}
+
+}  // namespace spark

@@ -1,0 +1,54 @@
+// What two ranks must agree on for one message: the operation's tag.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace spark {
+
+enum class Kind : uint32_t { kAllReduce = 1, kAllGather = 2 };
+
+enum class DType : uint32_t { kBytes = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+constexpr uint32_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return 2;
+    case DType::kBytes:
+      return 1;
+  }
+  return 1;
+}
+
+// A whole operation, packed into the 32 bits that travel with every message: kind in 2 bits, dtype in 3, the
+// number of elements modulo 2^27 in the rest. It is compared on arrival, so that ranks whose programs went apart
+// get an error instead of a wrong sum.
+struct Operation {
+  Kind kind;
+  DType dtype;
+  uint64_t elements;
+
+  constexpr uint32_t tag() const {
+    return static_cast<uint32_t>(kind) << 30 | static_cast<uint32_t>(dtype) << 27 |
+           static_cast<uint32_t>(elements & kElementMask);
+  }
+
+  static constexpr Operation from_tag(uint32_t tag) {
+    return {static_cast<Kind>(tag >> 30), static_cast<DType>(tag >> 27 & 7u), tag & kElementMask};
+  }
+
+  std::string describe() const {
+    const char* kinds[] = {"nothing", "all_reduce", "all_gather", "an unknown collective"};
+    const char* dtypes[] = {"bytes", "float32", "float16", "bfloat16"};
+    uint32_t type = static_cast<uint32_t>(dtype);
+    return std::string(kinds[static_cast<uint32_t>(kind) & 3u]) + " of " + std::to_string(elements) + " " +
+           (type < 4 ? dtypes[type] : "unknown elements");
+  }
+
+  static constexpr uint32_t kElementMask = (1u << 27) - 1;
+};
+
+}  // namespace spark

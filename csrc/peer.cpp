@@ -1,0 +1,22 @@
+#include "peer.hpp"
+
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <utility>
+
+namespace spark {
+
+Peer::Peer(int rank, pid_t process, std::string description)
+    : name_("rank " + std::to_string(rank) + (description.empty() ? "" : " on " + description)),
+      // A descriptor of the process, not its number: numbers are used again.
+      process_(static_cast<int>(syscall(SYS_pidfd_open, process, 0))) {}
+
+bool Peer::alive() const {
+  if (process_.get() < 0) return true;
+  pollfd ended{process_.get(), POLLIN, 0};
+  return poll(&ended, 1, 0) <= 0;
+}
+
+}  // namespace spark

@@ -1,0 +1,24 @@
+// What a rank knows about the other one beyond its memory: is it still there?
+#pragma once
+
+#include <string>
+
+#include "shared_memory.hpp"
+
+namespace spark {
+
+class Peer {
+ public:
+  Peer() = default;
+  Peer(int rank, pid_t process, std::string description);
+
+  // False once the process has ended. True also where this machine cannot tell.
+  bool alive() const;
+  const std::string& name() const { return name_; }
+
+ private:
+  std::string name_;
+  FileDescriptor process_;
+};
+
+}  // namespace spark

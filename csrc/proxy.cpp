@@ -1,0 +1,89 @@
+#include "proxy.hpp"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace spark {
+namespace {
+
+// A sleeping proxy looks around this often even if nobody wakes it: a bound, not a mechanism.
+constexpr timespec kLongestSleep{0, 100'000'000};
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &kLongestSleep, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+Proxy::Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last, const BackoffTimes& times)
+    : region_(region), transport_(std::move(transport)), last_(last), times_(times) {
+  thread_ = std::thread([this] { run(); });
+}
+
+Proxy::~Proxy() {
+  stopping_.store(true, std::memory_order_seq_cst);
+  futex_wake(region_.control().doorbell);
+  thread_.join();  // bounded: the thread never waits longer than kLongestSleep
+}
+
+void Proxy::ring(uint32_t sequence) {
+  Control& control = region_.control();
+  // Release: the proxy acquires the doorbell and must then see the staged message and its descriptor.
+  control.doorbell.store(sequence, std::memory_order_release);
+  // Either the proxy's last look, after it announced its sleep, sees this doorbell, or this load sees the
+  // announcement. Both sides store, then load the other's word: only a full fence between forbids both missing.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (control.proxy_asleep.load(std::memory_order_relaxed) != 0) futex_wake(control.doorbell);
+}
+
+void Proxy::run() {
+  Control& control = region_.control();
+  Backoff backoff(times_);
+  Clock::time_point idle_since = Clock::now();
+  while (!stopping_.load(std::memory_order_relaxed)) {
+    // Acquire: pairs with the release in `ring` (and, from a kernel, with its system-scope release).
+    uint32_t rung = control.doorbell.load(std::memory_order_acquire);
+    bool busy = !held_.load(std::memory_order_relaxed) && post_up_to(rung);
+    busy = transport_->progress() || busy;
+    if (busy) {
+      backoff = Backoff(times_);
+      idle_since = Clock::now();
+    } else if (backoff.step() && Clock::now() - idle_since > times_.spin + times_.yield) {
+      sleep_on_doorbell();
+    }
+  }
+}
+
+bool Proxy::post_up_to(uint32_t rung) {
+  // The doorbell is a level: a rank may ring k+1 before this thread woke for k. Signed distance, since it wraps.
+  uint32_t posted = 0;
+  while (static_cast<int32_t>(rung - last_) > 0) {
+    ++last_;
+    transport_->post(last_, region_.descriptor(last_));
+    ++posted;
+  }
+  if (posted == 0) return false;
+  counters_.posts.fetch_add(posted, std::memory_order_relaxed);
+  counters_.coalesced.fetch_add(posted - 1, std::memory_order_relaxed);
+  return true;
+}
+
+void Proxy::sleep_on_doorbell() {
+  Control& control = region_.control();
+  control.proxy_asleep.store(1, std::memory_order_relaxed);
+  // See `ring`: the announcement must be visible before the last look at the doorbell.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (!stopping_.load(std::memory_order_relaxed)) {
+    counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
+    // The kernel compares the word itself: a doorbell rung since then ends the wait at once.
+    futex_wait(control.doorbell, last_);
+  }
+  control.proxy_asleep.store(0, std::memory_order_relaxed);
+}
+
+}  // namespace spark

@@ -1,0 +1,51 @@
+// The proxy: a thread that watches the doorbell and posts what was staged.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+
+#include "backoff.hpp"
+#include "transport/transport.hpp"
+
+namespace spark {
+
+struct ProxyCounters {
+  std::atomic<uint64_t> posts{0};
+  std::atomic<uint64_t> coalesced{0};  // posts beyond the first of one look at the doorbell
+  std::atomic<uint64_t> sleeps{0};
+};
+
+class Proxy {
+ public:
+  // Posts sequence numbers after `last` as the doorbell of `region` rises, until destroyed.
+  Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last, const BackoffTimes& times);
+  ~Proxy();
+  Proxy(const Proxy&) = delete;
+  Proxy& operator=(const Proxy&) = delete;
+
+  // Rings the doorbell: everything up to `sequence` is staged.
+  void ring(uint32_t sequence);
+
+  // Test hook: while held, the proxy posts nothing, as if it had not been scheduled.
+  void hold(bool held) { held_.store(held, std::memory_order_relaxed); }
+
+  const ProxyCounters& counters() const { return counters_; }
+
+ private:
+  void run();
+  bool post_up_to(uint32_t rung);
+  void sleep_on_doorbell();
+
+  Region region_;
+  std::unique_ptr<Transport> transport_;
+  uint32_t last_;
+  BackoffTimes times_;
+  ProxyCounters counters_;
+  std::atomic<bool> held_{false};
+  std::atomic<bool> stopping_{false};
+  std::thread thread_;
+};
+
+}  // namespace spark

@@ -1,0 +1,416 @@
+#include "runtime.hpp"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "errors.hpp"
+#include "reduce.hpp"
+
+namespace spark {
+namespace {
+
+constexpr auto kPeerCheckInterval = std::chrono::milliseconds(20);
+
+Options checked(const Options& options) {
+  auto refuse = [](const std::string& what) { throw UsageError(what); };
+  if (options.rank < 0 || options.rank >= kWorldSize) {
+    refuse("rank " + std::to_string(options.rank) + " does not exist; a pair has ranks 0 and 1");
+  }
+  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 || options.depth == 0 ||
+      options.sizes.slots > kMaxSlots) {
+    // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
+    refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
+           std::to_string(kMaxSlots / 2));
+  }
+  if (options.sizes.slot_bytes < 64 || options.sizes.slot_bytes % 64 != 0) {
+    refuse("slot_bytes " + std::to_string(options.sizes.slot_bytes) + " is not a positive multiple of 64");
+  }
+  if (options.sizes.packet_bytes > options.sizes.slot_bytes) {
+    refuse("packet_bytes " + std::to_string(options.sizes.packet_bytes) + " is more than slot_bytes " +
+           std::to_string(options.sizes.slot_bytes));
+  }
+  return options;
+}
+
+}  // namespace
+
+// One caller at a time: collectives are ordered, and two threads have no order.
+class Runtime::Use {
+ public:
+  explicit Use(Runtime& runtime) : runtime_(runtime) {
+    // Acquire and release: the next caller, on another thread, must see what this one left in plain members.
+    if (runtime_.in_use_.exchange(true, std::memory_order_acquire)) {
+      throw UsageError("two threads called collectives at the same time; the ranks' order would be lost, so call "
+                       "them from one thread");
+    }
+    try {
+      runtime_.check_usable();
+    } catch (...) {
+      runtime_.in_use_.store(false, std::memory_order_release);
+      throw;
+    }
+  }
+  ~Use() { runtime_.in_use_.store(false, std::memory_order_release); }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  Runtime& runtime_;
+};
+
+// One bounded wait for the peer.
+class Runtime::Wait {
+ public:
+  Wait(Runtime& runtime, const Operation& operation, uint32_t sequence)
+      : runtime_(runtime), operation_(operation), sequence_(sequence), backoff_(runtime.options_.backoff) {}
+
+  ~Wait() {
+    if (start_ == Clock::time_point{}) return;
+    auto waited = static_cast<uint64_t>((Clock::now() - start_).count());
+    Counters& counters = runtime_.counters_;
+    counters.wait_ns.fetch_add(waited, std::memory_order_relaxed);
+    if (waited > counters.longest_wait_ns.load(std::memory_order_relaxed)) {
+      counters.longest_wait_ns.store(waited, std::memory_order_relaxed);  // one caller at a time: no race
+    }
+  }
+
+  // Between two looks at the awaited word. Throws when waiting makes no sense any more.
+  void step() {
+    if (start_ == Clock::time_point{}) start_ = next_peer_check_ = Clock::now();
+    runtime_.check_abort();
+    if (!backoff_.step()) return;
+    Clock::time_point now = Clock::now();
+    if (now - start_ > runtime_.options_.timeout) runtime_.timed_out(operation_, sequence_, false);
+    if (now < next_peer_check_) return;
+    next_peer_check_ = now + kPeerCheckInterval;
+    look_for_other_operation();
+    if (peer_was_gone_) runtime_.timed_out(operation_, sequence_, true);
+    // Its last message may have arrived since the last look: fail only if it is still missing at the next check.
+    peer_was_gone_ = !runtime_.peer_.alive();
+  }
+
+ private:
+  // The peer may have called something of a size that travels by the other protocol.
+  void look_for_other_operation() {
+    uint64_t flag = runtime_.mine_->recv_flag(sequence_).load(std::memory_order_acquire);
+    if (flag_sequence(flag) == sequence_) runtime_.check_tag(operation_, sequence_, flag_tag(flag));
+    uint64_t header = runtime_.mine_->recv_packets(sequence_)[0].load(std::memory_order_relaxed);
+    if (half_arrived(header, sequence_)) runtime_.check_tag(operation_, sequence_, half_data(header));
+  }
+
+  Runtime& runtime_;
+  Operation operation_;
+  uint32_t sequence_;
+  Backoff backoff_;
+  Clock::time_point start_{};
+  Clock::time_point next_peer_check_{};
+  bool peer_was_gone_ = false;
+};
+
+Runtime::Runtime(const Options& options)
+    : options_(checked(options)),
+      layout_(options.sizes),
+      memory_(SharedMemory::create(layout_.total())),
+      mine_(std::make_unique<Region>(memory_.data(), options.sizes)),
+      scratch_(new std::byte[packet_count(options.sizes.packet_bytes) * kPacketData]),
+      process_(getpid()),
+      received_(options.first_sequence - 1),
+      sequence_(options.first_sequence - 1) {
+  RegionHeader& header = mine_->header();
+  header.magic = kRegionMagic;
+  header.version = kRegionVersion;
+  header.sizes = options_.sizes;
+  if (getrandom(header.nonce, sizeof header.nonce, 0) != sizeof header.nonce) {
+    throw CollectiveError("the kernel gave no random bytes; try again");
+  }
+  mine_->control().doorbell.store(options_.first_sequence - 1, std::memory_order_relaxed);
+  // Fresh memory is all zero, and zero is a sequence number too: mark every flag as half the circle away.
+  uint32_t never = options_.first_sequence + (1u << 31);
+  for (uint32_t slot = 0; slot < options_.sizes.slots; ++slot) {
+    mine_->recv_flag(slot).store(payload_flag(never, 0), std::memory_order_relaxed);
+    std::atomic<uint64_t>* packets = mine_->recv_packets(slot);
+    for (size_t half = 0; half < layout_.packet_area() / sizeof(uint64_t); ++half) {
+      packets[half].store(packet_half(0, never), std::memory_order_relaxed);
+    }
+  }
+}
+
+Runtime::~Runtime() {
+  close();
+  delete poison_.load(std::memory_order_relaxed);
+}
+
+Address Runtime::address() const {
+  Address address{process_, memory_.descriptor(), {}};
+  std::memcpy(address.nonce, mine_->header().nonce, sizeof address.nonce);
+  return address;
+}
+
+void Runtime::connect(const Address& peer, const std::string& description) {
+  int peer_rank = kWorldSize - 1 - options_.rank;
+  SharedMemory opened = SharedMemory::open(peer.process, peer.descriptor, layout_.total());
+  Region region(opened.data(), options_.sizes);
+  const RegionHeader& header = region.header();
+  if (header.magic != kRegionMagic || header.version != kRegionVersion || !(header.sizes == options_.sizes) ||
+      std::memcmp(header.nonce, peer.nonce, sizeof header.nonce) != 0) {
+    throw CollectiveError("process " + std::to_string(peer.process) +
+                          " of this machine is not the peer; the loopback transport needs both ranks on one machine");
+  }
+  peer_memory_ = std::move(opened);
+  theirs_ = std::make_unique<Region>(peer_memory_.data(), options_.sizes);
+  peer_ = Peer(peer_rank, peer.process, description);
+  if (options_.proxied) {
+    proxy_ = std::make_unique<Proxy>(*mine_, std::make_unique<LoopbackTransport>(*mine_, *theirs_, options_.wire),
+                                     options_.first_sequence - 1, options_.backoff);
+  }
+}
+
+void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype) {
+  Use use(*this);
+  if (dtype == DType::kBytes) throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
+  uint64_t bytes = elements * size_of(dtype);
+  if (bytes > options_.largest_message) {
+    throw UsageError("an all_reduce of " + std::to_string(bytes) + " bytes is over the limit of " +
+                     std::to_string(options_.largest_message) + "; split it");
+  }
+  const std::byte* source = static_cast<const std::byte*>(in);
+  std::byte* target = static_cast<std::byte*>(out);
+  bool first_is_mine = options_.rank == 0;
+  exchange({Kind::kAllReduce, dtype, elements}, source, bytes,
+           [&](const std::byte* theirs, uint64_t offset, size_t length) {
+             const std::byte* mine = source + offset;
+             reduce(first_is_mine ? mine : theirs, first_is_mine ? theirs : mine, target + offset,
+                    length / size_of(dtype), dtype);
+           });
+  counters_.all_reduce.operations.fetch_add(1, std::memory_order_relaxed);
+  counters_.all_reduce.bytes.fetch_add(bytes, std::memory_order_relaxed);
+}
+
+void Runtime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes) {
+  Use use(*this);
+  uint64_t bytes = outer * inner_bytes;
+  if (bytes > options_.largest_message) {
+    throw UsageError("an all_gather of " + std::to_string(bytes) + " bytes is over the limit of " +
+                     std::to_string(options_.largest_message) + "; split it");
+  }
+  const std::byte* source = static_cast<const std::byte*>(in);
+  std::byte* target = static_cast<std::byte*>(out);
+  // Copies input bytes [offset, offset + length) of one rank to where they belong in the concatenation.
+  auto place = [&](int rank, const std::byte* data, uint64_t offset, size_t length) {
+    while (length > 0) {
+      uint64_t row = offset / inner_bytes, column = offset % inner_bytes;
+      size_t piece = static_cast<size_t>(std::min<uint64_t>(length, inner_bytes - column));
+      uint64_t start = (row * kWorldSize + static_cast<uint64_t>(rank)) * inner_bytes + column;
+      std::memcpy(target + start, data, piece);
+      data += piece;
+      offset += piece;
+      length -= piece;
+    }
+  };
+  exchange({Kind::kAllGather, DType::kBytes, bytes}, source, bytes,
+           [&](const std::byte* theirs, uint64_t offset, size_t length) {
+             place(options_.rank, source + offset, offset, length);
+             place(kWorldSize - 1 - options_.rank, theirs, offset, length);
+           });
+  counters_.all_gather.operations.fetch_add(1, std::memory_order_relaxed);
+  counters_.all_gather.bytes.fetch_add(bytes, std::memory_order_relaxed);
+}
+
+template <typename Consume>
+void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume) {
+  if (bytes == 0) return;  // nothing to wait for; the ranks' order is kept by the operations that have data
+  uint64_t chunk = options_.sizes.slot_bytes;
+  uint64_t chunks = (bytes + chunk - 1) / chunk;
+  if (chunks > 1) counters_.chunked_operations.fetch_add(1, std::memory_order_relaxed);
+  auto length = [&](uint64_t index) { return static_cast<size_t>(std::min(chunk, bytes - index * chunk)); };
+  uint32_t base = sequence_.load(std::memory_order_relaxed) + 1;
+  try {
+    uint64_t sent = 0;
+    for (uint64_t index = 0; index < chunks; ++index) {
+      // Sequence j goes out only after the peer's j - depth was consumed: so whoever receives j knows that its own
+      // j - depth has been read, and 2 * depth slots are never overwritten too early (docs/protocol.md).
+      for (; sent < std::min(chunks, index + options_.depth); ++sent) {
+        send(operation, in + sent * chunk, length(sent));
+      }
+      const std::byte* theirs = receive(operation, base + static_cast<uint32_t>(index), length(index));
+      consume(theirs, index * chunk, length(index));
+    }
+  } catch (const CollectiveError& error) {
+    set_poison(error.what());
+    // The peer waits for what will not come: tell it why, unless it told us.
+    if (dynamic_cast<const AbortedError*>(&error) == nullptr) {
+      write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " stopped: " + error.what());
+    }
+    throw;
+  }
+}
+
+uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
+  uint32_t sequence = sequence_.load(std::memory_order_relaxed) + 1;
+  uint32_t tag = operation.tag();
+  bool as_packets = bytes <= options_.sizes.packet_bytes;
+  if (as_packets) {
+    std::atomic<uint64_t>* packets = proxy_ ? mine_->send_packets(sequence) : theirs_->recv_packets(sequence);
+    auto put = [&](size_t half, uint32_t word) {
+      // Relaxed: word and flag travel together, and the reader trusts nothing else. Proxied, the doorbell's
+      // release orders these stores before the proxy's loads.
+      packets[half].store(packet_half(word, sequence), std::memory_order_relaxed);
+    };
+    // Release: this message tells the peer that an earlier one of its own was read, and so lets it write that slot
+    // again. Our loads from there must not sink below this store.
+    packets[0].store(packet_half(tag, sequence), std::memory_order_release);
+    put(1, static_cast<uint32_t>(bytes));
+    for (size_t word = 0; word * sizeof(uint32_t) < bytes; ++word) {
+      uint32_t value = 0;
+      std::memcpy(&value, data + word * sizeof value, std::min(sizeof value, bytes - word * sizeof value));
+      put(2 + word, value);
+    }
+    if (bytes % kPacketData != 0 && bytes % kPacketData <= sizeof(uint32_t)) {
+      put(2 + (bytes + sizeof(uint32_t) - 1) / sizeof(uint32_t), 0);  // the last packet's second half
+    }
+    counters_.packet_messages.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    if (proxy_) {
+      std::memcpy(mine_->send_payload(sequence), data, bytes);
+    } else {
+      deliver_payload(data, theirs_->recv_payload(sequence), bytes, theirs_->recv_flag(sequence),
+                      payload_flag(sequence, tag));
+    }
+    counters_.payload_messages.fetch_add(1, std::memory_order_relaxed);
+  }
+  if (proxy_) {
+    mine_->descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes};
+    proxy_->ring(sequence);
+  }
+  sequence_.store(sequence, std::memory_order_relaxed);
+  return sequence;
+}
+
+const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {
+  const std::byte* data = bytes <= options_.sizes.packet_bytes ? receive_packets(operation, sequence, bytes)
+                                                               : receive_payload(operation, sequence);
+  received_ = sequence;
+  return data;
+}
+
+const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t sequence, size_t bytes) {
+  const std::atomic<uint64_t>* packets = mine_->recv_packets(sequence);
+  Wait wait(*this, operation, sequence);
+  auto take = [&](size_t half, std::memory_order order) {
+    uint64_t value = packets[half].load(order);
+    while (!half_arrived(value, sequence)) {
+      wait.step();
+      value = packets[half].load(order);
+    }
+    return half_data(value);
+  };
+  // Acquire: pairs with the release in `send`. Only with it may this rank write the slot that the peer has read.
+  check_tag(operation, sequence, take(0, std::memory_order_acquire));
+  size_t words = 2 * (packet_count(bytes) - 1);
+  for (size_t word = 0; word < words; ++word) {
+    uint32_t value = take(2 + word, std::memory_order_relaxed);
+    std::memcpy(scratch_.get() + word * sizeof value, &value, sizeof value);
+  }
+  return scratch_.get();
+}
+
+const std::byte* Runtime::receive_payload(const Operation& operation, uint32_t sequence) {
+  Wait wait(*this, operation, sequence);
+  // Acquire: pairs with the release (or the NIC's ordered write) of the flag after the payload.
+  uint64_t flag = mine_->recv_flag(sequence).load(std::memory_order_acquire);
+  while (flag_sequence(flag) != sequence) {
+    wait.step();
+    flag = mine_->recv_flag(sequence).load(std::memory_order_acquire);
+  }
+  check_tag(operation, sequence, flag_tag(flag));
+  return mine_->recv_payload(sequence);
+}
+
+void Runtime::check_usable() const {
+  if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
+    throw PoisonedError("this runtime stopped working earlier: " + *reason);
+  }
+  if (closed()) throw UsageError("the runtime is closed");
+  if (!theirs_) throw UsageError("the runtime is not connected; exchange addresses and call connect first");
+  if (getpid() != process_) {
+    throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
+                     std::to_string(getpid()) + "; connect a new one there");
+  }
+  check_abort();
+}
+
+void Runtime::check_abort() const {
+  // Acquire: the reason was written before the word became kAborted.
+  if (mine_->control().abort.load(std::memory_order_acquire) == kAborted) {
+    throw AbortedError(mine_->control().abort_reason);
+  }
+}
+
+void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
+  if (tag == operation.tag()) return;
+  throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) + ": rank " +
+                      std::to_string(options_.rank) + " an " + operation.describe() + ", " + peer_.name() + " an " +
+                      Operation::from_tag(tag).describe());
+}
+
+void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const {
+  double seconds = std::chrono::duration<double>(options_.timeout).count();
+  std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + peer_.name() + " in an " +
+                       operation.describe() + ", sequence " + std::to_string(sequence) + " (last seen " +
+                       std::to_string(received_) + "), over loopback, " + (options_.proxied ? "proxied" : "direct");
+  if (peer_gone) throw TimeoutError(waited + ": that process has ended");
+  char limit[32];
+  std::snprintf(limit, sizeof limit, "%.1f", seconds);
+  throw TimeoutError(waited + ": it did not come within " + limit + " s, though its process is " +
+                     (peer_.alive() ? "alive" : "gone"));
+}
+
+void Runtime::abort(const std::string& reason) {
+  set_poison(reason);
+  write_abort(*mine_, reason);
+  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " stopped: " + reason);
+}
+
+void Runtime::write_abort(Region region, const std::string& reason) {
+  Control& control = region.control();
+  // The first reason counts: whoever claims the word writes it.
+  uint32_t none = kRunning;
+  if (!control.abort.compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
+  size_t length = std::min(reason.size(), sizeof control.abort_reason - 1);
+  std::memcpy(control.abort_reason, reason.data(), length);
+  control.abort_reason[length] = '\0';
+  // Release: whoever sees it reads the reason.
+  control.abort.store(kAborted, std::memory_order_release);
+}
+
+void Runtime::set_poison(const std::string& reason) {
+  const std::string* none = nullptr;
+  const std::string* mine = new std::string(reason);
+  // Release: readers dereference the pointer. The first failure is the cause; later ones are its echoes.
+  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed)) delete mine;
+}
+
+std::string Runtime::poison() const {
+  const std::string* reason = poison_.load(std::memory_order_acquire);
+  return reason == nullptr ? "" : *reason;
+}
+
+void Runtime::close() {
+  if (closed_.exchange(true)) return;
+  if (getpid() != process_) return;  // a fork has neither the thread nor the right
+  write_abort(*mine_, "the runtime was closed");
+  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " closed its runtime");
+  // A caller that waits leaves now; its memory must outlive it.
+  while (in_use_.load(std::memory_order_acquire)) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  proxy_.reset();
+}
+
+void Runtime::hold_proxy(bool held) {
+  if (proxy_) proxy_->hold(held);
+}
+
+}  // namespace spark

@@ -1,0 +1,45 @@
+// The loopback transport: two processes of one machine, the peer's region mapped, and a model of the wire between.
+#pragma once
+
+#include <chrono>
+#include <deque>
+
+#include "../backoff.hpp"
+#include "transport.hpp"
+
+namespace spark {
+
+struct WireModel {
+  std::chrono::nanoseconds latency{0};
+  double bytes_per_ns = 0;  // 0: unlimited
+};
+
+// Stores a message straight into the peer's receive slots. What a NIC's RDMA write does, done by a CPU.
+void deliver_packets(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t packets);
+void deliver_payload(const std::byte* from, std::byte* to, size_t bytes, std::atomic<uint64_t>& flag,
+                     uint64_t flag_value);
+
+class LoopbackTransport final : public Transport {
+ public:
+  LoopbackTransport(Region mine, Region peer, const WireModel& wire) : mine_(mine), peer_(peer), wire_(wire) {}
+
+  void post(uint32_t sequence, const SendDescriptor& descriptor) override;
+  bool progress() override;
+
+ private:
+  struct Write {
+    uint32_t sequence;
+    SendDescriptor descriptor;
+    Clock::time_point due;
+  };
+
+  void deliver(const Write& write);
+
+  Region mine_;
+  Region peer_;
+  WireModel wire_;
+  Clock::time_point wire_free_{};
+  std::deque<Write> under_way_;
+};
+
+}  // namespace spark

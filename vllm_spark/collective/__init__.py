@@ -1,0 +1,38 @@
+"""Collectives between two ranks: an all-reduce and an all-gather that cost little more than the wire.
+
+Knows nothing of vLLM. Two processes connect by any means of exchanging a few hundred bytes, and then call the same
+collectives in the same order:
+
+    runtime = Runtime.connect(rank, 2, exchange)
+    total = runtime.all_reduce(tensor)
+    both = runtime.all_gather(tensor, dim=-1)
+"""
+
+from vllm_spark.collective.errors import (
+    AgreementError,
+    CollectiveAbortedError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    MismatchError,
+    PoisonedError,
+    UsageError,
+)
+from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.registry import install, installed, uninstall
+from vllm_spark.collective.runtime import Counters, Runtime
+
+__all__ = [
+    "AgreementError",
+    "CollectiveAbortedError",
+    "CollectiveError",
+    "CollectiveTimeoutError",
+    "Counters",
+    "MismatchError",
+    "PoisonedError",
+    "Runtime",
+    "RuntimeOptions",
+    "UsageError",
+    "install",
+    "installed",
+    "uninstall",
+]

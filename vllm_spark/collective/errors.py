@@ -1,0 +1,25 @@
+"""What can go wrong in the runtime; every message is one sentence with the offending value."""
+
+from vllm_spark._native import (
+    CollectiveAbortedError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    MismatchError,
+    PoisonedError,
+    UsageError,
+)
+
+
+class AgreementError(CollectiveError):
+    """The two ranks were set up differently; the message names the setting and both values."""
+
+
+__all__ = [
+    "AgreementError",
+    "CollectiveAbortedError",
+    "CollectiveError",
+    "CollectiveTimeoutError",
+    "MismatchError",
+    "PoisonedError",
+    "UsageError",
+]

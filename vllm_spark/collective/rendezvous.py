@@ -1,0 +1,103 @@
+"""How two ranks meet: they compare what must be equal, swap addresses, and wait until both have connected.
+
+The bytes travel by a callable that the caller brings, `exchange(mine) -> theirs`, called three times on each side.
+They are JSON, never pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from vllm_spark._native import REGION_VERSION
+from vllm_spark.collective.errors import AgreementError, CollectiveError
+
+Exchange = Callable[[bytes], bytes]
+
+PROTOCOL_VERSION = 1
+
+_Message = TypeVar("_Message", bound=msgspec.Struct)
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """What both ranks must agree on, and who each is."""
+
+    rank: int
+    world_size: int
+    description: str
+    agreement: dict[str, str]
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where a rank's region is to be found on this machine."""
+
+    boot: str
+    process: int
+    descriptor: int
+    nonce: tuple[str, str]
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The outcome of connecting: empty, or why it failed."""
+
+    problem: str = ""
+
+
+def agree(exchange: Exchange, mine: Terms) -> Terms:
+    """Compares `mine` with the peer's terms and returns the peer's.
+
+    Raises:
+        AgreementError: on both ranks, naming the first difference and both values.
+    """
+    own = {"protocol": str(PROTOCOL_VERSION), "region": str(REGION_VERSION), **mine.agreement}
+    mine = msgspec.structs.replace(mine, agreement=own)
+    theirs = _swap(exchange, mine, Terms)
+    if mine.world_size != theirs.world_size:
+        raise AgreementError(_difference("world size", mine.rank, mine.world_size, theirs.rank, theirs.world_size))
+    if {mine.rank, theirs.rank} != {0, 1}:
+        raise AgreementError(f"both processes say that they are rank {mine.rank}; one must be rank 0, the other rank 1")
+    for name in sorted(mine.agreement.keys() | theirs.agreement.keys()):
+        here, there = mine.agreement.get(name, "absent"), theirs.agreement.get(name, "absent")
+        if here != there:
+            raise AgreementError(_difference(name, mine.rank, here, theirs.rank, there))
+    return theirs
+
+
+def swap_addresses(exchange: Exchange, mine: Address) -> Address:
+    """Gives this rank's address and returns the peer's.
+
+    Raises:
+        CollectiveError: the peer is on another machine.
+    """
+    theirs = _swap(exchange, mine, Address)
+    if mine.boot != theirs.boot:
+        raise CollectiveError(
+            "the peer runs on another machine, and the loopback transport joins two processes of one; "
+            "start both there, or use a transport that crosses machines"
+        )
+    return theirs
+
+
+def both_ready(exchange: Exchange, problem: str) -> None:
+    """Waits until both ranks have connected.
+
+    Raises:
+        CollectiveError: one of them could not.
+    """
+    theirs = _swap(exchange, Ready(problem), Ready)
+    if problem or theirs.problem:
+        raise CollectiveError(problem or f"the peer could not connect: {theirs.problem}")
+
+
+def _swap(exchange: Exchange, mine: msgspec.Struct, kind: type[_Message]) -> _Message:
+    answer = exchange(msgspec.json.encode(mine))
+    try:
+        return msgspec.json.decode(answer, type=kind)
+    except msgspec.MsgspecError as error:
+        raise CollectiveError(f"the peer's {kind.__name__} message could not be read ({error})") from None
+
+
+def _difference(name: str, rank: int, here: object, peer_rank: int, there: object) -> str:
+    return f"the ranks differ in {name}: {here} on rank {rank}, {there} on rank {peer_rank}; set both alike"

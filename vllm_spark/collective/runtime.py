@@ -1,0 +1,234 @@
+"""One rank's end of a pair of ranks, on torch tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from vllm_spark import _native
+from vllm_spark.collective.errors import CollectiveError, UsageError
+from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.rendezvous import Address, Exchange, Terms, agree, both_ready, swap_addresses
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a runtime has done so far; bytes are those of this rank's inputs."""
+
+    all_reduces: int
+    all_reduce_bytes: int
+    all_gathers: int
+    all_gather_bytes: int
+    packet_messages: int
+    payload_messages: int
+    chunked_operations: int
+    wait_seconds: float
+    longest_wait_seconds: float
+    proxy_posts: int
+    proxy_coalesced: int
+    proxy_sleeps: int
+    last_sequence: int
+
+
+class Runtime:
+    """Collectives with one peer. Made by `connect`; both ranks must call the same ones in the same order.
+
+    Not for several threads at once: their order would be lost, and the second caller gets a UsageError.
+    """
+
+    def __init__(self, native: _native.Runtime, rank: int, options: RuntimeOptions) -> None:
+        self._native = native
+        self.rank = rank
+        self.world_size = _native.WORLD_SIZE
+        self.options = options
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        world_size: int,
+        exchange: Exchange,
+        options: RuntimeOptions | None = None,
+        agreement: Mapping[str, str] | None = None,
+        description: str = "",
+    ) -> Runtime:
+        """Joins this rank with its peer.
+
+        Args:
+            rank: 0 or 1.
+            world_size: 2; other sizes are refused.
+            exchange: gives the peer this rank's bytes and returns the peer's; called three times on both ranks.
+            options: the same on both ranks.
+            agreement: whatever else must be equal on both ranks, by name.
+            description: how the peer shall call this rank in messages, such as a host name.
+
+        Raises:
+            UsageError: an impossible rank, size or option.
+            AgreementError: the ranks were set up differently; raised on both.
+            CollectiveError: the peer's memory cannot be reached.
+        """
+        if world_size != _native.WORLD_SIZE:
+            raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
+        options = options or RuntimeOptions()
+        native = _native.Runtime(
+            rank=rank,
+            slot_bytes=options.slot_bytes,
+            packet_bytes=options.packet_bytes,
+            depth=options.depth,
+            proxied=options.loopback_mode == "proxied",
+            wire_latency_s=options.wire_latency_us * 1e-6,
+            wire_bytes_per_s=options.wire_gbytes_per_s * 1e9,
+            timeout_s=options.timeout_s,
+            first_sequence=options.first_sequence,
+            largest_message=options.largest_message,
+        )
+        terms = Terms(rank, world_size, description, {**options.agreement(), **(agreement or {})})
+        peer = agree(exchange, terms)
+        process, descriptor, *nonce = native.address()
+        address = Address(_boot_id(), process, descriptor, (hex(nonce[0]), hex(nonce[1])))
+        theirs = swap_addresses(exchange, address)
+        problem = ""
+        try:
+            nonces = [int(part, 16) for part in theirs.nonce]
+            native.connect(theirs.process, theirs.descriptor, *nonces, peer.description)
+        except CollectiveError as error:
+            problem = str(error)
+        both_ready(exchange, problem)
+        return cls(native, rank, options)
+
+    def accepts_all_reduce(self, tensor: torch.Tensor) -> bool:
+        """True if `all_reduce` takes this tensor: on the CPU, float32, float16 or bfloat16, of at most 64 MiB."""
+        return _dtypes().get(tensor.dtype) is not None and self._accepts(tensor)
+
+    def accepts_all_gather(self, tensor: torch.Tensor, dim: int = -1) -> bool:
+        """True if `all_gather` takes this tensor: on the CPU, of any plain dtype, of at most 64 MiB."""
+        return -tensor.dim() <= dim < tensor.dim() and self._accepts(tensor)
+
+    def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of both ranks' tensors, added in float32 in rank order: both ranks get the same bits.
+
+        Args:
+            tensor: any shape and strides; float32, float16 or bfloat16; the same shape and dtype on both ranks.
+            out: where to put the sum, contiguous and of the same shape and dtype; may be `tensor` itself. A fresh
+                contiguous tensor by default.
+
+        Raises:
+            UsageError: a tensor that `accepts_all_reduce` does not accept.
+            CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
+        """
+        import torch
+
+        dtype = _dtypes().get(tensor.dtype)
+        if dtype is None or not self._accepts(tensor):
+            raise UsageError(
+                f"all_reduce does not take {_describe(tensor)}; it takes float32, float16 and bfloat16 on the CPU, "
+                f"up to {self.options.largest_message} bytes"
+            )
+        source = tensor.contiguous()
+        if out is None:
+            out = torch.empty_like(source)
+        elif out.shape != tensor.shape or out.dtype != tensor.dtype or not out.is_contiguous():
+            raise UsageError(f"all_reduce cannot put {_describe(tensor)} into {_describe(out)}; make it alike")
+        self._native.all_reduce(source.data_ptr(), out.data_ptr(), source.numel(), dtype)
+        return out
+
+    def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Both ranks' tensors, concatenated along `dim` in rank order, as a fresh contiguous tensor.
+
+        Raises:
+            UsageError: a tensor that `accepts_all_gather` does not accept.
+            CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
+        """
+        if not self.accepts_all_gather(tensor, dim):
+            raise UsageError(
+                f"all_gather does not take {_describe(tensor)} along dimension {dim}; it takes tensors of at least "
+                f"one dimension on the CPU, up to {self.options.largest_message} bytes"
+            )
+        dim %= tensor.dim()
+        source = tensor.contiguous()
+        shape = list(source.shape)
+        outer = 1
+        for size in shape[:dim]:
+            outer *= size
+        total = source.numel() * source.element_size()
+        shape[dim] *= self.world_size
+        gathered = source.new_empty(shape)
+        if total:
+            self._native.all_gather(source.data_ptr(), gathered.data_ptr(), outer, total // outer)
+        else:
+            self._native.all_gather(0, 0, 0, 0)
+        return gathered
+
+    def counters(self) -> Counters:
+        """What was done so far."""
+        values: dict[str, Any] = self._native.counters()
+        return Counters(**values)
+
+    def abort(self, reason: str) -> None:
+        """Ends every wait on both ranks with `reason`; the runtime is unusable then. From any thread."""
+        self._native.abort(reason)
+
+    def close(self) -> None:
+        """Releases everything; may be called again, and while another thread waits, whose wait ends."""
+        self._native.close()
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._native.closed
+
+    @property
+    def poisoned(self) -> str | None:
+        """Why the runtime is unusable; None if it is not."""
+        return self._native.poison or None
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _accepts(self, tensor: torch.Tensor) -> bool:
+        return (
+            tensor.device.type == "cpu"
+            and not tensor.is_sparse
+            and not tensor.is_quantized
+            and tensor.numel() * tensor.element_size() <= self.options.largest_message
+        )
+
+
+_dtype_table: dict[Any, _native.DType] = {}
+
+
+def _dtypes() -> dict[Any, _native.DType]:
+    """torch's dtypes that have a sum here; made at first use, so that importing this package needs no torch."""
+    if not _dtype_table:
+        import torch
+
+        _dtype_table.update(
+            {
+                torch.float32: _native.DType.FLOAT32,
+                torch.float16: _native.DType.FLOAT16,
+                torch.bfloat16: _native.DType.BFLOAT16,
+            }
+        )
+    return _dtype_table
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"a {tuple(tensor.shape)} tensor of {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _boot_id() -> str:
+    """Tells machines apart: a random number that the kernel draws at boot. The process namespace belongs to it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
