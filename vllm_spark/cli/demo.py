@@ -71,8 +71,11 @@ ERROR_LINES = 6
 ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*)", re.MULTILINE)
 """The last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only its wrapper."""
 
-COUNTER_SECONDS = 10.0
-"""How long both ranks' counters may take to show on the leader's `/metrics`."""
+COUNTER_SECONDS = 15.0
+"""How long both ranks' counters may take to come to rest on the leader's `/metrics`."""
+
+REST_SECONDS = 2.0
+"""Counters that have not changed for so long are at rest: longer than a rank takes to report."""
 
 
 @dataclass(frozen=True)
@@ -388,25 +391,32 @@ def serve_arguments(model: Path, http_port: int) -> list[str]:
 
 
 def read_counters(server: _Server) -> tuple[Counters, Counters]:
-    """The counters of both ranks, from the leader's `/metrics`; a rank shows its own some time after its work.
+    """The counters of both ranks, from the `/metrics` of a leader that has nothing to do.
+
+    A rank shows its counters some time after its work, so they are read until they stand still.
 
     Raises:
-        ProcessError: it does not export them.
+        ProcessError: they are not exported, or do not come to rest.
     """
-
-    def both_ranks() -> tuple[Counters, Counters] | None:
-        samples = _samples(server.url)
-        ranks = [samples.get(rank, {}) for rank in ("0", "1")]
-        if not all(name in rank for name in names.values() for rank in ranks):
-            return None
-        first, second = (Counters(**{field: rank[name] for field, name in names.items()}) for rank in ranks)
-        return first, second
-
     names = {field.name: f"vllm_spark_{field.name}_total" for field in fields(Counters)}
+    seen: list[dict[str, int]] = []
+    seen_since = time.monotonic()
+
+    def at_rest() -> bool:
+        nonlocal seen, seen_since
+        samples = _samples(server.url)
+        now = [samples.get(rank, {}) for rank in ("0", "1")]
+        if now != seen:
+            seen, seen_since = now, time.monotonic()
+        complete = all(name in rank for rank in seen for name in names.values())
+        return complete and time.monotonic() - seen_since >= REST_SECONDS
+
     try:
-        return server.process.wait_until(both_ranks, COUNTER_SECONDS, "shown the counters of both ranks")
+        server.process.wait_until(at_rest, COUNTER_SECONDS, "shown counters at rest of both ranks")
     except OSError as error:
         raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
+    first, second = (Counters(**{field: rank[name] for field, name in names.items()}) for rank in seen)
+    return first, second
 
 
 def _samples(url: str) -> dict[str, dict[str, int]]:
