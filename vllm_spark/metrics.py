@@ -26,7 +26,7 @@ class SparkCollector:
 
     def collect(self) -> Iterator[Any]:
         """Yields one counter family per kind, with a sample per rank."""
-        from prometheus_client.core import CounterMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         records = list(self._board.read())
         for field, description in _COUNTERS.items():
@@ -34,6 +34,15 @@ class SparkCollector:
             for record in records:
                 family.add_metric([str(record.rank)], getattr(record, field))
             yield family
+        digest = GaugeMetricFamily(
+            "vllm_spark_token_digest",
+            "Rolling digest of every sampled token (48 of its bits); the same on both ranks after the same steps",
+            labels=["rank"],
+        )
+        for record in records:
+            # 48 bits, because a Prometheus value is a float64.
+            digest.add_metric([str(record.rank)], int(record.digest[:12] or "0", 16))
+        yield digest
 
 
 _board: CounterBoard | None = None

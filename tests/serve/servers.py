@@ -147,21 +147,42 @@ def spark_tp2(
         wait: False yields at once, for tests of what happens during the start.
     """
     first, second = hosts
-    port, spark_port = first.free_port(), str(first.free_port())
-    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)} | dict(env or {})
+    spark_port = str(first.free_port())
+    environment = {"SPARK_SECRET": secrets.token_hex(16)} | dict(env or {})
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", spark_port, *join_args]
-    serve = [
+    with ExitStack() as stack:
+        follower = second.popen(join, CPU_ENVIRONMENT | environment, "vllm-spark join")
+        stack.callback(follower.terminate)
+        leader = stack.enter_context(spark_leader(hosts, model, spark_port, extra_args, environment, wait=False))
+        server = Server(leader.url, leader.leader, follower)
+        if wait:
+            server.wait_until_healthy()
+        yield server
+
+
+@contextmanager
+def spark_leader(
+    hosts: Hosts,
+    model: Path,
+    spark_port: str,
+    extra_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    wait: bool = True,
+) -> Iterator[Server]:
+    """`vllm serve MODEL --spark` on host 0 alone, for a follower that looks for it at `spark_port`."""
+    first = hosts[0]
+    port = first.free_port()
+    argv = [
         *_serve(first, model, port),
         *("--spark", "--spark-address", first.address, "--spark-port", spark_port),
         *("--spark-transport", "loopback"),
         *extra_args,
     ]
     with ExitStack() as stack:
-        follower = second.popen(join, environment, "vllm-spark join")
-        stack.callback(follower.terminate)
-        leader = first.popen(serve, environment, "vllm serve --spark")
+        leader = first.popen(argv, CPU_ENVIRONMENT | dict(env or {}), "vllm serve --spark")
         stack.callback(leader.terminate)
-        server = Server(f"http://{first.address}:{port}", leader, follower)
+        server = Server(f"http://{first.address}:{port}", leader)
         if wait:
             server.wait_until_healthy()
         yield server

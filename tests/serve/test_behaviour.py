@@ -1,0 +1,180 @@
+"""What stock vLLM answers on two ranks, the pair answers too."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import APIError
+
+from . import prompts
+from .hosts import Hosts
+from .questions import QUESTIONS, ask_all
+from .servers import Server, spark_tp2, stock_tp2
+
+# Small batches of tokens: a prompt of 900 is prefilled in four chunks.
+ARGUMENTS = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--enable-prefix-caching")
+EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.PlantedDrift")
+DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+MIXED_REQUESTS = 200
+
+
+def mixed_requests(server: Server) -> list[list[int]]:
+    """200 requests of mixed length, half of them sampled with a seed, sent at random times within some seconds."""
+    chance = random.Random(3)
+    model = server.client.models.list().data[0].id
+    plans = [
+        {
+            "prompt": [chance.randrange(5, 1900) for _ in range(chance.choice((1, 5, 40, 200)))],
+            "max_tokens": chance.choice((1, 3, 8, 16)),
+            "temperature": number % 2 * 0.8,
+            "seed": number,
+            "delay": chance.uniform(0, 6),
+        }
+        for number in range(MIXED_REQUESTS)
+    ]
+    start = time.monotonic()
+
+    def ask(plan: dict[str, Any]) -> list[int]:
+        time.sleep(max(0.0, start + plan["delay"] - time.monotonic()))
+        options = {name: value for name, value in plan.items() if name != "delay"}
+        answer = server.client.completions.create(
+            model=model, extra_body={"return_token_ids": True, "ignore_eos": True}, **options
+        )
+        tokens: list[int] = (answer.choices[0].model_extra or {})["token_ids"]
+        return tokens
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(ask, sorted(plans, key=lambda plan: plan["delay"])))
+
+
+@pytest.fixture(scope="module")
+def expected(hosts: Hosts, tiny_moe: Path) -> dict[str, Any]:
+    """Stock vLLM's answers on the same two hosts."""
+    with stock_tp2(hosts, tiny_moe, ARGUMENTS) as server:
+        return {**ask_all(server.client), "mixed": mixed_requests(server)}
+
+
+@pytest.fixture(scope="module")
+def pair(hosts: Hosts, tiny_moe: Path, expected: dict[str, Any]) -> Iterator[Server]:
+    """The pair, with vLLM's development endpoints and an extension that can plant a drift."""
+    with spark_tp2(hosts, tiny_moe, [*ARGUMENTS, *EXTENSION], DEVELOPMENT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def answers(pair: Server) -> dict[str, Any]:
+    return ask_all(pair.client)
+
+
+@pytest.mark.parametrize("question", list(QUESTIONS))
+def test_same_answer_as_stock_vllm(question: str, answers: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert answers[question] == expected[question]
+
+
+def test_answers_mean_something(answers: dict[str, Any]) -> None:
+    assert len(answers["n=2"]) == 2
+    assert answers["n=2"][0] != answers["n=2"][1]
+    assert answers["seeds"][0] == answers["seeds"][2] != answers["seeds"][1]
+    assert answers["stop string"][1] == "stop"
+    assert answers["bad requests"] == [400, 400, 400]
+
+
+def test_mixed_requests(pair: Server, expected: dict[str, Any]) -> None:
+    assert mixed_requests(pair) == expected["mixed"]
+    assert_nothing_left(pair)
+
+
+def test_a_client_that_leaves_in_the_middle(pair: Server) -> None:
+    model = pair.client.models.list().data[0].id
+    for _ in range(3):
+        stream = pair.client.completions.create(
+            model=model, prompt="never ends", max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+    assert_nothing_left(pair)
+    assert pair.client.completions.create(model=model, prompt="after", max_tokens=4).choices[0].text
+
+
+def test_ranks_stay_in_step_when_sampling_without_a_seed(pair: Server) -> None:
+    model = pair.client.models.list().data[0].id
+
+    def ask(number: int) -> str:
+        answer = pair.client.completions.create(
+            model=model, prompt=f"dice {number}", max_tokens=32, temperature=1.2, extra_body={"ignore_eos": True}
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(16)))
+    assert len(set(texts)) == len(texts), "random answers differ"
+    assert_nothing_left(pair)
+
+
+def test_sleep_and_wake_up(pair: Server) -> None:
+    """vLLM's CPU worker ignores sleep; the calls must reach both ranks and change nothing."""
+    before = prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2])
+    for path in ("/sleep?level=1", "/wake_up"):
+        assert post(pair, path) in (200, 404)
+    assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_planted_drift_ends_in_an_error(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
+    """One draw too many on one rank: found within one step of the one that it changed."""
+    with spark_tp2(hosts, tiny_moe, EXTENSION, DEVELOPMENT) as server:
+        model = server.client.models.list().data[0].id
+        stream = server.client.completions.create(
+            model=model, prompt="dice", max_tokens=900, temperature=1.0, stream=True, extra_body={"ignore_eos": True}
+        )
+        iterator = iter(stream)
+        for _ in range(3):
+            next(iterator)
+        assert post(server, "/collective_rpc", {"method": "draw_once_on", "args": [rank]}) == 200
+        with pytest.raises(APIError):
+            for _ in iterator:
+                pass
+        message = server.leader.wait_for_line(r"sampled different tokens at step (\d+)", 10)
+        assert int(message[1]) >= 3
+        assert server.leader.wait(30) != 0
+
+
+def test_ngram_speculation(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4})
+    with spark_tp2(hosts, tiny_moe, ["--speculative-config", speculation]) as server:
+        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:6], max_tokens=32) == [
+            tokens[:32] for tokens in reference_tokens[:6]
+        ]
+        assert server.metrics("vllm:spec_decode_num_draft_tokens")["vllm:spec_decode_num_draft_tokens_total"][""] > 0
+
+
+def assert_nothing_left(server: Server) -> None:
+    """No request runs or waits, and both ranks have sampled the same tokens in every step."""
+
+    def idle() -> bool:
+        values = server.metrics("")
+        waiting = values["vllm:num_requests_running"][""] + values["vllm:num_requests_waiting"][""]
+        steps, digests = values["vllm_spark_steps_total"], values["vllm_spark_token_digest"]
+        return waiting == 0 and steps["0"] == steps["1"] > 0 and digests["0"] == digests["1"]
+
+    server.leader.wait_until(idle, 20.0, "ended every request with both ranks in step")
+
+
+def post(server: Server, path: str, body: Any = None) -> int:
+    """Posts JSON to one of vLLM's own endpoints and returns the status."""
+    data = b"" if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"}, method="POST")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code

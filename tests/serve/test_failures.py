@@ -1,0 +1,169 @@
+"""Whatever dies, the other side ends or waits again within seconds, the client hears of it, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_spark.cli.demo import CPU_ENVIRONMENT
+from vllm_spark.cli.process import program
+
+from . import prompts
+from .hosts import Hosts
+from .process import Process, assert_all_gone
+from .servers import Server, spark_leader
+
+NOTICE_SECONDS = 5.0 + 3.0  # the promise is 5 s; the rest is for two busy cores
+
+
+class Follower:
+    """One `vllm-spark join` that outlives its leaders."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self.port = str(hosts[0].free_port())
+        self.environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)}
+        argv = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", self.port]
+        self.process: Process = hosts[1].popen(argv, self.environment, "vllm-spark join")
+
+    def waits(self) -> int:
+        """How often it has said that it waits."""
+        return self.process.output().count("Waiting for a leader at")
+
+    def session(self) -> psutil.Process:
+        """The process that follows the present leader."""
+        (session,) = (
+            child for child in self.process.descendants() if "vllm_spark.executor.follower" in child.cmdline()
+        )
+        return session
+
+
+@pytest.fixture(scope="module")
+def follower(hosts: Hosts) -> Iterator[Follower]:
+    joined = Follower(hosts)
+    yield joined
+    joined.process.terminate()
+
+
+@contextmanager
+def leader(hosts: Hosts, follower: Follower, model: Path) -> Iterator[Server]:
+    """A leader for `follower`, with a heartbeat time-out of 4 s."""
+    with spark_leader(hosts, model, follower.port, ["--spark-heartbeat-timeout", "4"], follower.environment) as server:
+        yield server
+
+
+class Stream:
+    """A streamed answer that is read in a thread; it never ends by itself."""
+
+    def __init__(self, server: Server) -> None:
+        self.tokens = 0
+        self.error: Exception | None = None
+        self._client = server.client
+        self._model = server.client.models.list().data[0].id
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + 60
+        while self.tokens < 5 and self._thread.is_alive():
+            assert time.monotonic() < deadline, "no token in a minute"
+            time.sleep(0.05)
+
+    def _read(self) -> None:
+        try:
+            for _ in self._client.completions.create(
+                model=self._model, prompt="x", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+            ):
+                self.tokens += 1
+        except Exception as error:  # whatever tells the client that it will get no more
+            self.error = error
+
+    def failed(self) -> bool:
+        """True if the client was told of an error within the promised time."""
+        self._thread.join(NOTICE_SECONDS)
+        return not self._thread.is_alive() and self.error is not None
+
+
+def engine_of(server: Server) -> psutil.Process:
+    """The engine's process, which vLLM calls VLLM::EngineCore."""
+    (engine,) = (child for child in server.leader.descendants() if "EngineCore" in " ".join(child.cmdline()))
+    return engine
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("victim", ["API server", "engine"])
+def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim: str, busy: bool) -> None:
+    with leader(hosts, follower, tiny_moe) as server:
+        stream = Stream(server) if busy else None
+        waits, engine = follower.waits(), engine_of(server)
+        os.kill(server.leader.pid if victim == "API server" else engine.pid, signal.SIGKILL)
+        follower.process.wait_until(lambda: follower.waits() > waits, NOTICE_SECONDS, "gone back to waiting")
+        if stream is not None:
+            assert stream.failed(), "the client was left in silence"
+        assert_all_gone(server.leader, timeout=20)
+    assert not shared_memory(), shared_memory()
+
+
+def test_next_leader_works_with_the_same_follower(
+    hosts: Hosts, follower: Follower, tiny_moe: Path, reference_tokens: list[list[int]]
+) -> None:
+    with leader(hosts, follower, tiny_moe) as server:
+        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:4]) == reference_tokens[:4]
+        waits = follower.waits()
+        server.leader.terminate()
+    follower.process.wait_until(lambda: follower.waits() > waits, NOTICE_SECONDS, "gone back to waiting")
+    assert follower.process.exit_code is None
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy: bool) -> None:
+    with leader(hosts, follower, tiny_moe) as server:
+        stream = Stream(server) if busy else None
+        os.kill(follower.session().pid, signal.SIGKILL)
+        server.leader.wait_for_line("Serving ends: the follower on .* closed the connection|broke", NOTICE_SECONDS)
+        if stream is not None:
+            assert stream.failed(), "the client was left in silence"
+        assert server.leader.wait(30) != 0, "a supervisor must see that it failed"
+        assert_all_gone(server.leader)
+
+
+@pytest.mark.parametrize("side", ["leader", "follower"])
+def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str) -> None:
+    with leader(hosts, follower, tiny_moe) as server:
+        prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=4)  # from now on the short time-out counts
+        waits = follower.waits()
+        frozen = engine_of(server) if side == "leader" else follower.session()
+        frozen.suspend()
+        try:
+            if side == "leader":
+                follower.process.wait_until(
+                    lambda: follower.waits() > waits, 4 + NOTICE_SECONDS, "gone back to waiting"
+                )
+                assert "gave no sign of life for" in follower.process.output()
+            else:
+                server.leader.wait_for_line("Serving ends: .* gave no sign of life for", 4 + NOTICE_SECONDS)
+                assert server.leader.wait(30) != 0
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                frozen.kill()
+
+
+def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
+    joined = Follower(hosts)
+    with leader(hosts, joined, tiny_moe) as server:
+        stream = Stream(server)
+        os.kill(joined.process.pid, signal.SIGKILL)
+        assert stream.failed()
+        assert_all_gone(joined.process)
+        assert server.leader.wait(30) != 0
+
+
+def shared_memory() -> list[str]:
+    """What of ours stands in /dev/shm, where nothing of ours belongs."""
+    return [path.name for path in Path("/dev/shm").iterdir() if "spark" in path.name]

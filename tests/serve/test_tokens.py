@@ -1,0 +1,72 @@
+"""The pair answers with one rank's tokens, and every collective goes through the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from . import prompts
+from .hosts import Host, Hosts
+from .process import assert_all_gone
+from .servers import Server, spark_tp2, stock_tp1
+
+LAYERS = 4
+ALL_REDUCES_PER_FORWARD = 1 + 2 * LAYERS  # the embedding; after attention and after the experts of each layer
+SETTLE_SECONDS = 15.0
+
+
+def settled(server: Server, done: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
+    """The counters once `done` holds: they are published with every heartbeat, about once a second."""
+
+    def look() -> dict[str, dict[str, float]] | None:
+        values = server.metrics()
+        return values if done(values) else None
+
+    return server.leader.wait_until(look, SETTLE_SECONDS, "settled its counters")
+
+
+@pytest.mark.parametrize("concurrency", [1, 16])
+def test_greedy_tokens_equal_those_of_one_rank(
+    pair: Server, reference_tokens: list[list[int]], concurrency: int
+) -> None:
+    assert len(prompts.PROMPTS) >= 16
+    assert prompts.greedy_tokens(pair.client, concurrency=concurrency) == reference_tokens
+
+
+def test_every_collective_of_a_forward_goes_through_the_runtime(pair: Server) -> None:
+    before = settled(
+        pair, lambda values: values["vllm_spark_steps_total"]["0"] == values["vllm_spark_steps_total"]["1"]
+    )
+    prompts.greedy_tokens(pair.client, prompts.PROMPTS[:1], max_tokens=32, concurrency=1)
+    steps = before["vllm_spark_steps_total"]["0"] + 32
+    after = settled(pair, lambda values: set(values["vllm_spark_steps_total"].values()) == {steps})
+    for rank in ("0", "1"):
+        delta = {name: after[name][rank] - before[name][rank] for name in after if name in before}
+        assert delta["vllm_spark_all_reduces_total"] == 32 * ALL_REDUCES_PER_FORWARD
+        assert delta["vllm_spark_all_gathers_total"] == 32
+        assert after["vllm_spark_fallbacks_total"][rank] == 0
+
+
+def test_dense_model(hosts: Hosts, host: Host, tiny_dense: Path) -> None:
+    with stock_tp1(host, tiny_dense) as server:
+        expected = prompts.greedy_tokens(server.client)
+    with spark_tp2(hosts, tiny_dense) as server:
+        assert prompts.greedy_tokens(server.client, concurrency=16) == expected
+        assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
+    assert_all_gone(*server.processes)
+
+
+def test_compiled_model(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    """Compiled graphs see collectives as opaque operators that leave their input alone."""
+    with spark_tp2(hosts, tiny_moe, ["--no-enforce-eager"]) as server:
+        assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
+        assert "CompilationMode.DYNAMO_TRACE_ONCE" in server.leader.output(), "compiled, as far as the CPU build goes"
+        assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
+
+
+def test_proxied_over_a_modelled_wire(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    wire = ["--spark-loopback-mode", "proxied", "--spark-loopback-latency-us", "3.2"]
+    with spark_tp2(hosts, tiny_moe, [*wire, "--spark-loopback-gbytes-per-s", "24"]) as server:
+        assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens

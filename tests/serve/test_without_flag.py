@@ -1,0 +1,46 @@
+"""Without `--spark`, an installed vllm_spark changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import prompts
+from .hosts import Host
+from .servers import stock_tp1
+
+LOOK = """
+import json, sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.executor.abstract import Executor
+config = EngineArgs(model=sys.argv[1], enforce_eager=True).create_engine_config()
+print(json.dumps({
+    "platform": type(current_platform).__module__,
+    "communicator": current_platform.get_device_communicator_cls(),
+    "executor": Executor.get_class(config).__module__,
+    "ours": sorted(name for name in sys.modules if name.startswith("vllm_spark")),
+    "additional_config": config.additional_config,
+}))
+"""
+
+
+def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
+    import sys
+
+    result = host.run([sys.executable, "-c", LOOK, str(tiny_moe)], timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert seen["platform"] == "vllm.platforms.cpu"
+    assert seen["communicator"].startswith("vllm.")
+    assert seen["executor"].startswith("vllm.v1.executor.")
+    assert seen["additional_config"] == {}
+    assert "vllm_spark.patches" in seen["ours"], "the plugin was loaded"
+    assert "vllm_spark._native" not in seen["ours"]
+    assert not [name for name in seen["ours"] if name.startswith(("vllm_spark.collective", "vllm_spark.executor"))]
+
+
+def test_same_tokens_with_the_plugin_shut_out(host: Host, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    """`reference_tokens` come from a server that loaded the plugin; VLLM_PLUGINS="" lets none in."""
+    with stock_tp1(host, tiny_moe, env={"VLLM_PLUGINS": ""}) as server:
+        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:8]) == reference_tokens[:8]
