@@ -56,4 +56,4 @@ def publish_counters() -> None:
     from prometheus_client import REGISTRY
 
     _board = CounterBoard.create()
-    REGISTRY.register(SparkCollector(_board))  # type: ignore[arg-type]
+    REGISTRY.register(SparkCollector(_board))

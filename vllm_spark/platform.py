@@ -14,7 +14,7 @@ from vllm.platforms.interface import Platform
 from vllm_spark.errors import ConfigurationError
 
 
-class SparkCpuPlatform(CpuPlatform):
+class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]
     """CPU: collectives through `SparkCpuCommunicator`."""
 
     @classmethod
@@ -53,7 +53,7 @@ def _extended(kind: type[Platform]) -> type[Platform]:
 def _cuda_platform(kind: type[Platform]) -> type[Platform]:
     """The CUDA platform is NVML-based or not, which vLLM decides at import: extend whichever it is."""
 
-    class SparkCudaPlatform(kind):  # type: ignore[valid-type, misc]
+    class SparkCudaPlatform(kind):  # type: ignore[misc]
         """CUDA: collectives through `SparkCudaCommunicator`."""
 
         @classmethod

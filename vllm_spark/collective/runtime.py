@@ -96,8 +96,8 @@ class Runtime:
         theirs = swap_addresses(exchange, address)
         problem = ""
         try:
-            nonces = [int(part, 16) for part in theirs.nonce]
-            native.connect(theirs.process, theirs.descriptor, *nonces, peer.description)
+            first, second = (int(part, 16) for part in theirs.nonce)
+            native.connect(theirs.process, theirs.descriptor, first, second, peer.description)
         except CollectiveError as error:
             problem = str(error)
         both_ready(exchange, problem)

@@ -18,7 +18,14 @@ from vllm_spark.errors import SparkError
 
 _LEDGER = struct.Struct("<Q8s")
 
-STEP_METHODS = frozenset({"execute_model", "sample_tokens", "take_draft_token_ids"})
+EXECUTE, SAMPLE = "execute_model", "sample_tokens"
+
+EXECUTE_AND_SAMPLE = "execute_model, then sample_tokens(None)"
+"""Two calls in one message. The decode loop samples right after it executed unless the model's output is there
+already, and with nothing to say about it unless an answer's form is prescribed: so the follower need not wait to be
+told, and a step costs one message."""
+
+STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
 multiprocessing executor does), so the follower does not answer."""
 

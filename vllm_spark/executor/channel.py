@@ -7,15 +7,14 @@ life, failures, goodbyes, used by a thread of its own). A lane is used by one th
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import socket
 import ssl
 import struct
 import time
 from typing import NamedTuple
 
 from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.tls import TlsConnection
 
 MIB = 1 << 20
 _HEADER = struct.Struct("<BxxxI")
@@ -72,20 +71,24 @@ class Lane:
         max_frame: largest payload accepted, in bytes; checked before anything is allocated.
     """
 
-    def __init__(self, connection: ssl.SSLSocket, peer: str, max_frame: int) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection = connection
+    def __init__(self, connection: TlsConnection, peer: str, max_frame: int) -> None:
+        self._connection = connection
         self.max_frame = max_frame
         self.peer = peer
 
+    @property
+    def peer_role(self) -> str:
+        """The role that the peer authenticated as."""
+        return self._connection.peer_name
+
     def fileno(self) -> int:
         """The socket's descriptor, for poll; -1 once closed."""
-        return self.connection.fileno()
+        return self._connection.fileno()
 
     @property
     def pending(self) -> bool:
-        """True if decrypted bytes wait inside the TLS layer, which poll cannot see."""
-        return self.connection.pending() > 0
+        """True if bytes have been read from the socket already, which poll cannot see."""
+        return self._connection.pending
 
     def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
         """Sends one frame.
@@ -99,9 +102,8 @@ class Lane:
                 "raise --spark-max-frame-mib"
             )
         try:
-            self.connection.settimeout(timeout)
-            # One write for header and payload: one TLS record, one wake-up of the receiver.
-            self.connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
+            # One write for header and payload: one system call, one wake-up of the receiver.
+            self._connection.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
         except (OSError, ValueError) as error:
             raise ChannelError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
@@ -138,28 +140,18 @@ class Lane:
 
     def interrupt(self) -> None:
         """Ends a blocked `send` or `receive` of another thread with a ChannelError."""
-        with contextlib.suppress(OSError, ValueError):
-            # The plain socket's shutdown: SSLSocket's would drop the TLS object under the other thread.
-            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+        self._connection.interrupt()
 
     def close(self) -> None:
         """Closes the connection; may be called again."""
-        self.interrupt()
-        self.connection.close()
+        self._connection.close()
 
     def _read(self, size: int, deadline: float | None) -> bytes:
         buffer = bytearray(size)
-        view, got = memoryview(buffer), 0
         try:
-            if deadline is None:
-                self.connection.settimeout(None)
-            while got < size:
-                if deadline is not None:
-                    self.connection.settimeout(max(deadline - time.monotonic(), 1e-3))
-                count = self.connection.recv_into(view[got:])
-                if count == 0:
-                    raise ChannelError(f"{self.peer} closed the connection")
-                got += count
+            self._connection.receive_into(memoryview(buffer), deadline)
+        except EOFError:
+            raise ChannelError(f"{self.peer} closed the connection") from None
         except TimeoutError:
             raise ChannelError(f"{self.peer} sent nothing in time") from None
         except (OSError, ValueError) as error:

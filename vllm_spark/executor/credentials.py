@@ -81,17 +81,6 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
     return context
 
 
-def peer_role(connection: ssl.SSLSocket) -> str:
-    """The role that the authenticated peer's certificate names."""
-    certificate = connection.getpeercert()
-    subject = certificate.get("subject", ()) if certificate else ()
-    for relative_name in subject:
-        for attribute in relative_name:
-            if attribute[0] == "commonName":
-                return str(attribute[1])
-    return ""
-
-
 def _read_secret(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode

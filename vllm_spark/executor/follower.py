@@ -21,7 +21,15 @@ import msgspec
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, PeerLostError, RefusedError, SparkError
-from vllm_spark.executor.calls import STEP_METHODS, decode_call, encode_error, encode_result
+from vllm_spark.executor.calls import (
+    EXECUTE,
+    EXECUTE_AND_SAMPLE,
+    SAMPLE,
+    Call,
+    decode_call,
+    encode_error,
+    encode_result,
+)
 from vllm_spark.executor.channel import MIB, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
@@ -120,11 +128,8 @@ class FollowerSession:
 
         call = decode_call(payload)
         self._ledger.compare(call.step, call.digest)
-        if not self._running_model and call.method in STEP_METHODS:
-            self._running_model = True
-            self._pulse.model_runs()
         if reply_to is None:
-            self._outputs.put(run_method(self._worker, call.method, call.args, call.kwargs))
+            self._run_step(call)
             return
         try:
             result = run_method(self._worker, call.method, call.args, call.kwargs)
@@ -136,6 +141,18 @@ class FollowerSession:
             logger.exception("The worker failed in %s.", call.method)
             answer = encode_error(error)
         reply_to.send(Kind.REPLY, answer)
+
+    def _run_step(self, call: Call) -> None:
+        from vllm.v1.serial_utils import run_method
+
+        if not self._running_model:
+            self._running_model = True
+            self._pulse.model_runs()
+        method = EXECUTE if call.method == EXECUTE_AND_SAMPLE else call.method
+        output = run_method(self._worker, method, call.args, call.kwargs)
+        if output is None and call.method == EXECUTE_AND_SAMPLE:
+            output = run_method(self._worker, SAMPLE, (None,), {})
+        self._outputs.put(output)
 
     def _read_outputs(self) -> None:
         """Notes what each step sampled, off the thread that runs the model: it may still be on the device."""

@@ -23,8 +23,8 @@ import msgspec
 from vllm_spark import __version__
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
-from vllm_spark.executor.credentials import peer_role
 from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.tls import TlsConnection
 
 logger = logging.getLogger("vllm_spark")
 
@@ -219,9 +219,9 @@ class Listener:
     def _greet(self, plain: socket.socket, peer: str) -> None:
         lane: Lane | None = None
         try:
-            plain.settimeout(_GREETING_TIMEOUT)
-            lane = Lane(self._context.wrap_socket(plain, server_side=True), peer, _GREETING_LIMIT)
-            if (role := peer_role(lane.connection)) != "follower":
+            connection = TlsConnection(plain, self._context, server_side=True, timeout=_GREETING_TIMEOUT)
+            lane = Lane(connection, peer, _GREETING_LIMIT)
+            if (role := lane.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
             hello = decode(lane.expect(Kind.HELLO, timeout=_GREETING_TIMEOUT), Hello)
             if refusal := self._judge(hello):
@@ -282,10 +282,10 @@ class Caller:
         except OSError:
             return None
         try:
-            connection = self._context.wrap_socket(plain)
-            if (role := peer_role(connection)) != "leader":
-                raise ConfigurationError(f"{self.endpoint} authenticated as {role!r}, not as a leader")
+            connection = TlsConnection(plain, self._context, server_side=False, timeout=_GREETING_TIMEOUT)
             opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
+            if (role := opened.peer_role) != "leader":
+                raise ConfigurationError(f"{self.endpoint} authenticated as {role!r}, not as a leader")
             hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
             opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=_GREETING_TIMEOUT)
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=_GREETING_TIMEOUT)

@@ -20,7 +20,7 @@ from vllm.v1.serial_utils import run_method
 
 from vllm_spark.activation import share_vllms_log
 from vllm_spark.errors import EXIT_LOST, SparkError
-from vllm_spark.executor.calls import STEP_METHODS
+from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, STEP_METHODS
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
 from vllm_spark.executor.lockstep import WorkerRandomState
@@ -35,7 +35,7 @@ logger = logging.getLogger("vllm_spark")
 _LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
 
 
-class SparkExecutor(ExecutorWithExternalLauncher):
+class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
     """Runs every worker method on both ranks; vLLM's scheduler exists here alone."""
 
     def _init_executor(self) -> None:
@@ -48,6 +48,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):
         self.driver_worker = None
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
+        self._sampling_announced = False
         board = CounterBoard.from_environment()
         share_vllms_log()
         watch_parent(self._parent_died)
@@ -104,7 +105,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):
 
     def _step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], non_block: bool) -> Any:
         # Before it runs here: the worker changes its arguments in place.
-        pair.call(method, args, kwargs)
+        self._announce_step(pair, method, args, kwargs)
         with self._random_state:
             output = run_method(self.driver_worker, method, args, kwargs)
         if isinstance(output, AsyncModelRunnerOutput):
@@ -112,6 +113,18 @@ class SparkExecutor(ExecutorWithExternalLauncher):
                 return _StepFuture(output, pair)
             output = output.get_output()
         return _noted(pair, output)
+
+    def _announce_step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tells the follower what comes, and of a sampling that is sure to come already with its step."""
+        announced, self._sampling_announced = self._sampling_announced, False
+        if method == SAMPLE and announced:
+            if args == (None,) and not kwargs:
+                return
+            raise SparkError("a step's sampling was announced without a grammar, and came with one; report this")
+        if method == EXECUTE and not args[0].has_structured_output_requests:
+            self._sampling_announced = True
+            method = EXECUTE_AND_SAMPLE
+        pair.call(method, args, kwargs)
 
     def _query(
         self,

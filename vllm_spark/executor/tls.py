@@ -1,0 +1,120 @@
+"""TLS over a socket, with one system call for a message each way.
+
+`ssl.SSLSocket` reads every record with two system calls and writes through several layers of Python. Here OpenSSL works
+on memory, and the socket is read and written in whole messages: a decode step's call reaches the follower sooner
+(benchmarks/channel.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from typing import cast
+
+_READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
+
+
+class TlsConnection:
+    """An authenticated connection. Owns the socket. For one thread at a time, but for `interrupt`.
+
+    Args:
+        plain: a connected socket.
+        context: how to authenticate.
+        server_side: True on the side that accepted the connection.
+        timeout: seconds for the handshake.
+
+    Raises:
+        ssl.SSLError: the peer is not who it should be, or does not speak TLS.
+        OSError: the connection broke, or the handshake took too long (TimeoutError). The socket is closed then.
+    """
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext, *, server_side: bool, timeout: float) -> None:
+        self._socket = plain
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._buffer = memoryview(bytearray(_READ))
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._shake_hands(time.monotonic() + timeout)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._flush()  # tells the peer why
+            plain.close()
+            raise
+
+    @property
+    def peer_name(self) -> str:
+        """The common name in the peer's certificate."""
+        certificate = self._tls.getpeercert() or {}
+        for relative_name in certificate.get("subject", ()):
+            for attribute in relative_name:
+                if attribute[0] == "commonName":
+                    return str(attribute[1])
+        return ""
+
+    @property
+    def pending(self) -> bool:
+        """True if bytes wait here, which a poll of the socket cannot see."""
+        return self._tls.pending() > 0 or self._incoming.pending > 0
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once closed."""
+        return self._socket.fileno()
+
+    def send(self, data: bytes, timeout: float | None) -> None:
+        """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
+        self._socket.settimeout(timeout)
+        self._tls.write(data)
+        self._flush()
+
+    def receive_into(self, view: memoryview, deadline: float | None) -> None:
+        """Fills `view`. Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError."""
+        got = 0
+        while got < len(view):
+            try:
+                got += self._read(view[got:])
+            except ssl.SSLWantReadError:
+                self._fill(deadline)
+            except ssl.SSLZeroReturnError:
+                raise EOFError from None
+
+    def interrupt(self) -> None:
+        """Ends a blocked call of another thread with an error."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket; may be called again."""
+        self.interrupt()
+        self._socket.close()
+
+    def _shake_hands(self, deadline: float) -> None:
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+                try:
+                    self._fill(deadline)
+                except EOFError:
+                    raise ConnectionResetError("the peer hung up") from None
+            else:
+                self._flush()
+                return
+
+    def _read(self, view: memoryview) -> int:
+        # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
+        return cast("int", self._tls.read(len(view), view))
+
+    def _fill(self, deadline: float | None) -> None:
+        self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
+        count = self._socket.recv_into(self._buffer)
+        if count == 0:
+            raise EOFError
+        self._incoming.write(self._buffer[:count])
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._socket.sendall(self._outgoing.read())
