@@ -1,4 +1,5 @@
-// The runtime as the Python module `vllm_spark._native`: raw pointers in, exceptions out, no Python lock while waiting.
+// The runtime as the Python module `vllm_spark._native`: raw pointers in, exceptions out, no Python lock
+// while waiting.
 #include <pybind11/chrono.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,15 +14,17 @@ namespace {
 
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+void* pointer(uintptr_t address) {
+  return reinterpret_cast<void*>(address);
+}
 
 std::chrono::nanoseconds nanoseconds(double seconds) {
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
 }
 
 Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                     double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
-                     uint64_t largest_message) {
+                     double wire_latency_s, double wire_bytes_per_s, double timeout_s,
+                     uint32_t first_sequence, uint64_t largest_message) {
   Options options;
   options.rank = rank;
   options.sizes = {slot_bytes, packet_bytes, 2 * depth};
@@ -60,7 +63,8 @@ py::dict counters_of(const Runtime& runtime) {
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The native collective runtime; see vllm_spark.collective for the public interface.";
 
-  auto collective_error = py::register_exception<CollectiveError>(module, "CollectiveError", PyExc_RuntimeError);
+  auto collective_error =
+      py::register_exception<CollectiveError>(module, "CollectiveError", PyExc_RuntimeError);
   py::register_exception<UsageError>(module, "UsageError", collective_error);
   py::register_exception<MismatchError>(module, "MismatchError", collective_error);
   py::register_exception<TimeoutError>(module, "CollectiveTimeoutError", collective_error);
@@ -78,8 +82,8 @@ PYBIND11_MODULE(_native, module) {
 
   py::class_<Runtime>(module, "Runtime")
       .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                       double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
-                       uint64_t largest_message) {
+                       double wire_latency_s, double wire_bytes_per_s, double timeout_s,
+                       uint32_t first_sequence, uint64_t largest_message) {
              return std::make_unique<Runtime>(make_options(rank, slot_bytes, packet_bytes, depth, proxied,
                                                            wire_latency_s, wire_bytes_per_s, timeout_s,
                                                            first_sequence, largest_message));

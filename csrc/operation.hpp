@@ -24,8 +24,8 @@ constexpr uint32_t size_of(DType dtype) {
 }
 
 // A whole operation, packed into the 32 bits that travel with every message: kind in 2 bits, dtype in 3, the
-// number of elements modulo 2^27 in the rest. It is compared on arrival, so that ranks whose programs went apart
-// get an error instead of a wrong sum.
+// number of elements modulo 2^27 in the rest. It is compared on arrival, so that ranks whose programs went
+// apart get an error instead of a wrong sum.
 struct Operation {
   Kind kind;
   DType dtype;

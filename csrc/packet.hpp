@@ -1,9 +1,9 @@
 // Flagged packets: small messages whose every 8 bytes say for themselves that they have arrived.
 //
-// A packet is 16 bytes: data, flag, data, flag, each 4 bytes. Each half is written and read as one aligned 8-byte
-// word, and its flag is the message's sequence number. So nothing is assumed about the order in which words arrive,
-// only that 8 bytes stay together, which RDMA writes, PCIe and the CPU's and GPU's aligned accesses all grant.
-// The idea is NCCL's LL protocol and mscclpp's LL16 packets.
+// A packet is 16 bytes: data, flag, data, flag, each 4 bytes. Each half is written and read as one aligned
+// 8-byte word, and its flag is the message's sequence number. So nothing is assumed about the order in which
+// words arrive, only that 8 bytes stay together, which RDMA writes, PCIe and the CPU's and GPU's aligned
+// accesses all grant. The idea is NCCL's LL protocol and mscclpp's LL16 packets.
 #pragma once
 
 #include <cstddef>
@@ -25,18 +25,26 @@ constexpr bool half_arrived(uint64_t half, uint32_t sequence) {
   return static_cast<uint32_t>(half >> 32) == sequence;
 }
 
-constexpr uint32_t half_data(uint64_t half) { return static_cast<uint32_t>(half); }
+constexpr uint32_t half_data(uint64_t half) {
+  return static_cast<uint32_t>(half);
+}
 
 // Packets that a message of `bytes` takes: one header packet (operation tag, length), then the data.
-constexpr size_t packet_count(size_t bytes) { return 1 + (bytes + kPacketData - 1) / kPacketData; }
+constexpr size_t packet_count(size_t bytes) {
+  return 1 + (bytes + kPacketData - 1) / kPacketData;
+}
 
 // The flag of a message that goes as payload, then flag.
 constexpr uint64_t payload_flag(uint32_t sequence, uint32_t tag) {
   return static_cast<uint64_t>(sequence) << 32 | tag;
 }
 
-constexpr uint32_t flag_sequence(uint64_t flag) { return static_cast<uint32_t>(flag >> 32); }
+constexpr uint32_t flag_sequence(uint64_t flag) {
+  return static_cast<uint32_t>(flag >> 32);
+}
 
-constexpr uint32_t flag_tag(uint64_t flag) { return static_cast<uint32_t>(flag); }
+constexpr uint32_t flag_tag(uint64_t flag) {
+  return static_cast<uint32_t>(flag);
+}
 
 }  // namespace spark

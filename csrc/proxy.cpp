@@ -7,6 +7,9 @@
 namespace spark {
 namespace {
 
+// How long what was rung before the end may take to be delivered.
+constexpr auto kDrainTime = std::chrono::seconds(1);
+
 // A sleeping proxy looks around this often even if nobody wakes it: a bound, not a mechanism.
 constexpr timespec kLongestSleep{0, 100'000'000};
 
@@ -28,7 +31,7 @@ Proxy::Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last,
 Proxy::~Proxy() {
   stopping_.store(true, std::memory_order_seq_cst);
   futex_wake(region_.control().doorbell);
-  thread_.join();  // bounded: the thread never waits longer than kLongestSleep
+  thread_.join();  // bounded: by kLongestSleep and kDrainTime
 }
 
 void Proxy::ring(uint32_t sequence) {
@@ -36,7 +39,8 @@ void Proxy::ring(uint32_t sequence) {
   // Release: the proxy acquires the doorbell and must then see the staged message and its descriptor.
   control.doorbell.store(sequence, std::memory_order_release);
   // Either the proxy's last look, after it announced its sleep, sees this doorbell, or this load sees the
-  // announcement. Both sides store, then load the other's word: only a full fence between forbids both missing.
+  // announcement. Both sides store, then load the other's word: only a full fence between forbids both
+  // missing.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (control.proxy_asleep.load(std::memory_order_relaxed) != 0) futex_wake(control.doorbell);
 }
@@ -57,10 +61,16 @@ void Proxy::run() {
       sleep_on_doorbell();
     }
   }
+  // The peer may still wait for what was staged before the end.
+  post_up_to(control.doorbell.load(std::memory_order_acquire));
+  for (Clock::time_point end = Clock::now() + kDrainTime; transport_->progress() && Clock::now() < end;) {
+    std::this_thread::yield();
+  }
 }
 
 bool Proxy::post_up_to(uint32_t rung) {
-  // The doorbell is a level: a rank may ring k+1 before this thread woke for k. Signed distance, since it wraps.
+  // The doorbell is a level: a rank may ring k+1 before this thread woke for k. Signed distance, since it
+  // wraps.
   uint32_t posted = 0;
   while (static_cast<int32_t>(rung - last_) > 0) {
     ++last_;

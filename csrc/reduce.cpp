@@ -56,8 +56,9 @@ struct Float16 {
     uint32_t bits = bit_cast<uint32_t>(value);
     uint32_t sign = bits >> 16 & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<Storage>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));  // NaN
-    if (magnitude >= 0x477ff000u) return static_cast<Storage>(sign | 0x7c00u);  // rounds beyond 65504
+    if (magnitude > 0x7f800000u)
+      return static_cast<Storage>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));  // NaN
+    if (magnitude >= 0x477ff000u) return static_cast<Storage>(sign | 0x7c00u);   // rounds beyond 65504
     if (magnitude < 0x38800000u) {
       // Subnormal: adding 0.5 lets the float adder round to a multiple of 2^-24, to nearest even.
       float aligned = bit_cast<float>(magnitude) + 0.5f;

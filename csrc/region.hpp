@@ -1,4 +1,5 @@
-// The memory that two ranks share: one region per rank, laid out alike, written by the peer (or the NIC for it).
+// The memory that two ranks share: one region per rank, laid out alike, written by the peer (or the NIC for
+// it).
 //
 //   header   what this is, and its sizes
 //   control  doorbell, abort word, send descriptors: between a rank's own threads, kernels and proxy
@@ -69,7 +70,9 @@ struct Flag {
   alignas(kLine) std::atomic<uint64_t> value;
 };
 
-constexpr size_t round_up(size_t value, size_t step) { return (value + step - 1) / step * step; }
+constexpr size_t round_up(size_t value, size_t step) {
+  return (value + step - 1) / step * step;
+}
 
 // Where everything lies, in bytes from the region's start. One description for C++, CUDA and Python.
 class RegionLayout {
@@ -78,13 +81,21 @@ class RegionLayout {
 
   constexpr size_t control() const { return kPage; }
   constexpr size_t recv_flags() const { return control() + round_up(sizeof(Control), kPage); }
-  constexpr size_t recv_packets() const { return recv_flags() + round_up(sizes_.slots * sizeof(Flag), kPage); }
-  constexpr size_t recv_payload() const { return recv_packets() + round_up(sizes_.slots * packet_area(), kPage); }
+  constexpr size_t recv_packets() const {
+    return recv_flags() + round_up(sizes_.slots * sizeof(Flag), kPage);
+  }
+  constexpr size_t recv_payload() const {
+    return recv_packets() + round_up(sizes_.slots * packet_area(), kPage);
+  }
   constexpr size_t send_packets() const { return recv_payload() + sizes_.slots * payload_area(); }
-  constexpr size_t send_payload() const { return send_packets() + round_up(sizes_.slots * packet_area(), kPage); }
+  constexpr size_t send_payload() const {
+    return send_packets() + round_up(sizes_.slots * packet_area(), kPage);
+  }
   constexpr size_t total() const { return send_payload() + sizes_.slots * payload_area(); }
 
-  constexpr size_t packet_area() const { return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine); }
+  constexpr size_t packet_area() const {
+    return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
+  }
   constexpr size_t payload_area() const { return round_up(sizes_.slot_bytes, kPage); }
 
  private:

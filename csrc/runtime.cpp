@@ -20,8 +20,8 @@ Options checked(const Options& options) {
   if (options.rank < 0 || options.rank >= kWorldSize) {
     refuse("rank " + std::to_string(options.rank) + " does not exist; a pair has ranks 0 and 1");
   }
-  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 || options.depth == 0 ||
-      options.sizes.slots > kMaxSlots) {
+  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 ||
+      options.depth == 0 || options.sizes.slots > kMaxSlots) {
     // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
     refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
            std::to_string(kMaxSlots / 2));
@@ -44,8 +44,9 @@ class Runtime::Use {
   explicit Use(Runtime& runtime) : runtime_(runtime) {
     // Acquire and release: the next caller, on another thread, must see what this one left in plain members.
     if (runtime_.in_use_.exchange(true, std::memory_order_acquire)) {
-      throw UsageError("two threads called collectives at the same time; the ranks' order would be lost, so call "
-                       "them from one thread");
+      throw UsageError(
+          "two threads called collectives at the same time; the ranks' order would be lost, so call "
+          "them from one thread");
     }
     try {
       runtime_.check_usable();
@@ -81,15 +82,19 @@ class Runtime::Wait {
   // Between two looks at the awaited word. Throws when waiting makes no sense any more.
   void step() {
     if (start_ == Clock::time_point{}) start_ = next_peer_check_ = Clock::now();
-    runtime_.check_abort();
-    if (!backoff_.step()) return;
+    if (abort_seen_) runtime_.check_abort();
+    // What was sent before the abort word is visible once that has been acquired: look once more before
+    // giving up.
+    abort_seen_ = runtime_.aborted();
+    if (abort_seen_ || !backoff_.step()) return;
     Clock::time_point now = Clock::now();
     if (now - start_ > runtime_.options_.timeout) runtime_.timed_out(operation_, sequence_, false);
     if (now < next_peer_check_) return;
     next_peer_check_ = now + kPeerCheckInterval;
     look_for_other_operation();
     if (peer_was_gone_) runtime_.timed_out(operation_, sequence_, true);
-    // Its last message may have arrived since the last look: fail only if it is still missing at the next check.
+    // Its last message may have arrived since the last look: fail only if it is still missing at the next
+    // check.
     peer_was_gone_ = !runtime_.peer_.alive();
   }
 
@@ -109,6 +114,7 @@ class Runtime::Wait {
   Clock::time_point start_{};
   Clock::time_point next_peer_check_{};
   bool peer_was_gone_ = false;
+  bool abort_seen_ = false;
 };
 
 Runtime::Runtime(const Options& options)
@@ -157,21 +163,24 @@ void Runtime::connect(const Address& peer, const std::string& description) {
   const RegionHeader& header = region.header();
   if (header.magic != kRegionMagic || header.version != kRegionVersion || !(header.sizes == options_.sizes) ||
       std::memcmp(header.nonce, peer.nonce, sizeof header.nonce) != 0) {
-    throw CollectiveError("process " + std::to_string(peer.process) +
-                          " of this machine is not the peer; the loopback transport needs both ranks on one machine");
+    throw CollectiveError(
+        "process " + std::to_string(peer.process) +
+        " of this machine is not the peer; the loopback transport needs both ranks on one machine");
   }
   peer_memory_ = std::move(opened);
   theirs_ = std::make_unique<Region>(peer_memory_.data(), options_.sizes);
   peer_ = Peer(peer_rank, peer.process, description);
   if (options_.proxied) {
-    proxy_ = std::make_unique<Proxy>(*mine_, std::make_unique<LoopbackTransport>(*mine_, *theirs_, options_.wire),
-                                     options_.first_sequence - 1, options_.backoff);
+    proxy_ =
+        std::make_unique<Proxy>(*mine_, std::make_unique<LoopbackTransport>(*mine_, *theirs_, options_.wire),
+                                options_.first_sequence - 1, options_.backoff);
   }
 }
 
 void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype) {
   Use use(*this);
-  if (dtype == DType::kBytes) throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
+  if (dtype == DType::kBytes)
+    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
   uint64_t bytes = elements * size_of(dtype);
   if (bytes > options_.largest_message) {
     throw UsageError("an all_reduce of " + std::to_string(bytes) + " bytes is over the limit of " +
@@ -231,8 +240,9 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
   try {
     uint64_t sent = 0;
     for (uint64_t index = 0; index < chunks; ++index) {
-      // Sequence j goes out only after the peer's j - depth was consumed: so whoever receives j knows that its own
-      // j - depth has been read, and 2 * depth slots are never overwritten too early (docs/protocol.md).
+      // Sequence j goes out only after the peer's j - depth was consumed: so whoever receives j knows that
+      // its own j - depth has been read, and 2 * depth slots are never overwritten too early
+      // (docs/protocol.md).
       for (; sent < std::min(chunks, index + options_.depth); ++sent) {
         send(operation, in + sent * chunk, length(sent));
       }
@@ -260,8 +270,8 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
       // release orders these stores before the proxy's loads.
       packets[half].store(packet_half(word, sequence), std::memory_order_relaxed);
     };
-    // Release: this message tells the peer that an earlier one of its own was read, and so lets it write that slot
-    // again. Our loads from there must not sink below this store.
+    // Release: this message tells the peer that an earlier one of its own was read, and so lets it write that
+    // slot again. Our loads from there must not sink below this store.
     packets[0].store(packet_half(tag, sequence), std::memory_order_release);
     put(1, static_cast<uint32_t>(bytes));
     for (size_t word = 0; word * sizeof(uint32_t) < bytes; ++word) {
@@ -308,7 +318,8 @@ const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t s
     }
     return half_data(value);
   };
-  // Acquire: pairs with the release in `send`. Only with it may this rank write the slot that the peer has read.
+  // Acquire: pairs with the release in `send`. Only with it may this rank write the slot that the peer has
+  // read.
   check_tag(operation, sequence, take(0, std::memory_order_acquire));
   size_t words = 2 * (packet_count(bytes) - 1);
   for (size_t word = 0; word < words; ++word) {
@@ -343,25 +354,29 @@ void Runtime::check_usable() const {
   check_abort();
 }
 
+bool Runtime::aborted() const {
+  // Acquire: the reason, and whatever the aborting rank sent before, was written before the word became
+  // kAborted.
+  return mine_->control().abort.load(std::memory_order_acquire) == kAborted;
+}
+
 void Runtime::check_abort() const {
-  // Acquire: the reason was written before the word became kAborted.
-  if (mine_->control().abort.load(std::memory_order_acquire) == kAborted) {
-    throw AbortedError(mine_->control().abort_reason);
-  }
+  if (aborted()) throw AbortedError(mine_->control().abort_reason);
 }
 
 void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
   if (tag == operation.tag()) return;
-  throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) + ": rank " +
-                      std::to_string(options_.rank) + " an " + operation.describe() + ", " + peer_.name() + " an " +
-                      Operation::from_tag(tag).describe());
+  throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) +
+                      ": rank " + std::to_string(options_.rank) + " an " + operation.describe() + ", " +
+                      peer_.name() + " an " + Operation::from_tag(tag).describe());
 }
 
 void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const {
   double seconds = std::chrono::duration<double>(options_.timeout).count();
   std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + peer_.name() + " in an " +
                        operation.describe() + ", sequence " + std::to_string(sequence) + " (last seen " +
-                       std::to_string(received_) + "), over loopback, " + (options_.proxied ? "proxied" : "direct");
+                       std::to_string(received_) + "), over loopback, " +
+                       (options_.proxied ? "proxied" : "direct");
   if (peer_gone) throw TimeoutError(waited + ": that process has ended");
   char limit[32];
   std::snprintf(limit, sizeof limit, "%.1f", seconds);
@@ -391,7 +406,8 @@ void Runtime::set_poison(const std::string& reason) {
   const std::string* none = nullptr;
   const std::string* mine = new std::string(reason);
   // Release: readers dereference the pointer. The first failure is the cause; later ones are its echoes.
-  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed)) delete mine;
+  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed))
+    delete mine;
 }
 
 std::string Runtime::poison() const {
@@ -403,10 +419,10 @@ void Runtime::close() {
   if (closed_.exchange(true)) return;
   if (getpid() != process_) return;  // a fork has neither the thread nor the right
   write_abort(*mine_, "the runtime was closed");
-  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " closed its runtime");
   // A caller that waits leaves now; its memory must outlive it.
   while (in_use_.load(std::memory_order_acquire)) std::this_thread::sleep_for(std::chrono::microseconds(100));
-  proxy_.reset();
+  proxy_.reset();  // delivers what was sent
+  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " closed its runtime");
 }
 
 void Runtime::hold_proxy(bool held) {

@@ -1,4 +1,5 @@
-// The collective runtime of one rank: two ranks exchange whole inputs, and each reduces or concatenates for itself.
+// The collective runtime of one rank: two ranks exchange whole inputs, and each reduces or concatenates for
+// itself.
 #pragma once
 
 #include <atomic>
@@ -96,6 +97,7 @@ class Runtime {
   void exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume);
 
   void check_usable() const;
+  bool aborted() const;
   void check_abort() const;
   void check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const;
   void write_abort(Region region, const std::string& reason);

@@ -22,7 +22,9 @@ FileDescriptor& FileDescriptor::operator=(FileDescriptor&& other) noexcept {
   return *this;
 }
 
-int FileDescriptor::release() { return std::exchange(value_, -1); }
+int FileDescriptor::release() {
+  return std::exchange(value_, -1);
+}
 
 SharedMemory::~SharedMemory() {
   if (data_ != nullptr) munmap(data_, size_);
@@ -55,12 +57,12 @@ SharedMemory SharedMemory::open(pid_t process, int descriptor, size_t bytes) {
   std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(descriptor);
   SharedMemory memory;
   memory.descriptor_ = FileDescriptor(::open(path.c_str(), O_RDWR | O_CLOEXEC));
-  struct stat status {};
+  struct stat status{};
   if (memory.descriptor_.get() < 0 || fstat(memory.descriptor_.get(), &status) != 0) {
-    throw CollectiveError("cannot open the memory of process " + std::to_string(process) + " (" +
-                          std::strerror(errno) +
-                          "); the loopback transport joins two processes of one machine, one user and one process "
-                          "namespace");
+    throw CollectiveError(
+        "cannot open the memory of process " + std::to_string(process) + " (" + std::strerror(errno) +
+        "); the loopback transport joins two processes of one machine, one user and one process "
+        "namespace");
   }
   if (static_cast<size_t>(status.st_size) != bytes) {
     throw CollectiveError("the memory of process " + std::to_string(process) + " has " +

@@ -35,7 +35,8 @@ class SharedMemory {
 
   // Fresh zeroed memory of this process. Throws CollectiveError.
   static SharedMemory create(size_t bytes);
-  // Another process's memory, by its process id and descriptor. Throws CollectiveError, with what loopback needs.
+  // Another process's memory, by its process id and descriptor. Throws CollectiveError, with what loopback
+  // needs.
   static SharedMemory open(pid_t process, int descriptor, size_t bytes);
 
   std::byte* data() const { return data_; }

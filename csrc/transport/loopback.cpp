@@ -28,7 +28,8 @@ void LoopbackTransport::post(uint32_t sequence, const SendDescriptor& descriptor
     uint64_t on_wire = descriptor.protocol == Protocol::kPackets
                            ? packet_count(descriptor.bytes) * sizeof(Packet)
                            : descriptor.bytes + sizeof(uint64_t);
-    start += std::chrono::nanoseconds(static_cast<int64_t>(static_cast<double>(on_wire) / wire_.bytes_per_ns));
+    start +=
+        std::chrono::nanoseconds(static_cast<int64_t>(static_cast<double>(on_wire) / wire_.bytes_per_ns));
   }
   wire_free_ = start;
   under_way_.push_back({sequence, descriptor, start + wire_.latency});

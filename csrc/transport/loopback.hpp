@@ -1,4 +1,5 @@
-// The loopback transport: two processes of one machine, the peer's region mapped, and a model of the wire between.
+// The loopback transport: two processes of one machine, the peer's region mapped, and a model of the wire
+// between.
 #pragma once
 
 #include <chrono>
@@ -21,7 +22,8 @@ void deliver_payload(const std::byte* from, std::byte* to, size_t bytes, std::at
 
 class LoopbackTransport final : public Transport {
  public:
-  LoopbackTransport(Region mine, Region peer, const WireModel& wire) : mine_(mine), peer_(peer), wire_(wire) {}
+  LoopbackTransport(Region mine, Region peer, const WireModel& wire)
+      : mine_(mine), peer_(peer), wire_(wire) {}
 
   void post(uint32_t sequence, const SendDescriptor& descriptor) override;
   bool progress() override;

@@ -44,6 +44,10 @@ class RuntimeOptions:
             raise UsageError(f"loopback_mode {self.loopback_mode!r} does not exist; use 'direct' or 'proxied'")
         if self.loopback_mode == "direct" and (self.wire_latency_us or self.wire_gbytes_per_s):
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
+        if self.slot_bytes % 64:
+            raise UsageError(f"slot_bytes {self.slot_bytes} is not a multiple of 64")
+        if self.depth & (self.depth - 1):
+            raise UsageError(f"depth {self.depth} is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
         for name, lowest, highest in (
             ("wire_latency_us", 0.0, 1e9),
             ("wire_gbytes_per_s", 0.0, 1e6),
@@ -57,10 +61,6 @@ class RuntimeOptions:
             value = getattr(self, name)
             if not lowest <= value <= highest:
                 raise UsageError(f"{name} {value} is out of range; it goes from {lowest} to {highest}")
-        if self.depth & (self.depth - 1):
-            raise UsageError(f"depth {self.depth} is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
-        if self.slot_bytes % 64:
-            raise UsageError(f"slot_bytes {self.slot_bytes} is not a multiple of 64")
 
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""

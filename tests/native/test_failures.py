@@ -1,0 +1,325 @@
+"""What goes wrong ends in a sentence on both ranks, soon, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_spark.collective import (
+    AgreementError,
+    CollectiveAbortedError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    MismatchError,
+    PoisonedError,
+    Runtime,
+    RuntimeOptions,
+    UsageError,
+)
+
+from .pair import Pipe, connect, run_pair, values
+
+SMALL = torch.ones(8)
+
+
+def different_calls(rank: int, exchange: Pipe, calls: tuple[tuple[str, int, str], tuple[str, int, str]]) -> None:
+    kind, count, dtype = calls[rank]
+    runtime = connect(rank, exchange)
+    tensor = torch.ones(count, dtype=getattr(torch, dtype))
+    runtime.all_reduce(tensor) if kind == "all_reduce" else runtime.all_gather(tensor)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        (("all_reduce", 100, "float32"), ("all_gather", 100, "float32")),
+        (("all_reduce", 100, "float32"), ("all_reduce", 101, "float32")),
+        (("all_reduce", 100, "float16"), ("all_reduce", 100, "bfloat16")),
+        (("all_reduce", 100, "float32"), ("all_reduce", 10_000, "float32")),  # packets here, payload there
+        (("all_reduce", 3_000_000, "float32"), ("all_reduce", 3_000_001, "float32")),
+    ],
+    ids=["kind", "size", "dtype", "protocol", "chunks"],
+)
+def test_ranks_that_call_different_collectives(calls: Any) -> None:
+    outcomes = run_pair(different_calls, calls)
+    assert any(isinstance(outcome.error, MismatchError) for outcome in outcomes), outcomes
+    for outcome in outcomes:
+        assert isinstance(outcome.error, (MismatchError, CollectiveAbortedError)), outcome
+        assert "the ranks called different collectives at sequence" in outcome.message
+        for kind, count, _ in calls:
+            elements = count if kind == "all_reduce" else 4 * count
+            assert f"{kind} of {elements}" in outcome.message
+
+
+def differing_terms(rank: int, exchange: Pipe, changed: dict[str, Any]) -> None:
+    options = changed if rank == 1 else {}
+    if "loopback_mode" in options or "wire_latency_us" in options:
+        options = {"loopback_mode": "proxied", **options}
+    connect(rank, exchange, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("slot_bytes", 1 << 16),
+        ("packet_bytes", 1024),
+        ("depth", 8),
+        ("timeout_s", 29.0),
+        ("first_sequence", 7),
+        ("largest_message", 1 << 20),
+        ("loopback_mode", "proxied"),
+    ],
+)
+def test_every_option_must_agree(name: str, value: Any) -> None:
+    for rank, outcome in enumerate(run_pair(differing_terms, {name: value})):
+        assert isinstance(outcome.error, AgreementError), outcome
+        assert f"the ranks differ in {name}" in outcome.message
+        assert f"{value} on rank 1" in outcome.message, rank
+
+
+def own_terms(rank: int, exchange: Pipe) -> None:
+    Runtime.connect(rank, 2, exchange, agreement={"package": f"0.{rank}"})
+
+
+def same_rank(rank: int, exchange: Pipe) -> None:
+    connect(0, exchange)
+
+
+def test_callers_terms_and_ranks_must_agree() -> None:
+    for outcome in run_pair(own_terms):
+        assert isinstance(outcome.error, AgreementError)
+        assert "package: 0." in outcome.message
+    for outcome in run_pair(same_rank):
+        assert "both processes say that they are rank 0" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 3},
+        {"depth": 128},
+        {"slot_bytes": 100},
+        {"packet_bytes": 1 << 21},
+        {"timeout_s": 0.0},
+        {"wire_latency_us": 1.0},
+        {"loopback_mode": "magic"},
+        {"transport": "pigeon"},
+        {"largest_message": 65 << 20},
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(UsageError, match="a modelled wire" if name.startswith("wire") else name):
+        RuntimeOptions(**options)
+
+
+def test_other_world_sizes_are_refused() -> None:
+    with pytest.raises(UsageError, match="world size 4"):
+        Runtime.connect(0, 4, lambda mine: mine)
+
+
+def lonely(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange, timeout_s=0.5)
+    if rank == 0:
+        try:
+            runtime.all_reduce(SMALL)
+        finally:
+            exchange(b"done")
+    exchange(b"done")
+
+
+def test_waiting_is_bounded_and_explained() -> None:
+    waiting, _ = run_pair(lonely)
+    assert isinstance(waiting.error, CollectiveTimeoutError)
+    for part in ("rank 0 waited for rank 1 on test rank 1", "all_reduce of 8 float32", "sequence 1", "within 0.5 s"):
+        assert part in waiting.message
+    assert "alive" in waiting.message
+
+
+def aborted(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    if rank == 1:
+        exchange(b"connected")
+        runtime.abort("the fuse blew")
+        with pytest.raises(PoisonedError, match="the fuse blew"):
+            runtime.all_reduce(SMALL)
+        assert runtime.poisoned == "the fuse blew"
+        return
+    exchange(b"connected")
+    runtime.all_reduce(SMALL)
+
+
+def test_abort_ends_the_peers_wait_with_the_reason() -> None:
+    waiting, aborting = run_pair(aborted)
+    assert aborting.error is None, aborting
+    assert isinstance(waiting.error, CollectiveAbortedError)
+    assert waiting.message == "rank 1 stopped: the fuse blew"
+
+
+def aborted_here(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    if rank == 0:
+        timer = threading.Timer(0.3, runtime.abort, ["changed my mind"])
+        timer.start()
+        with pytest.raises(CollectiveAbortedError, match="changed my mind"):
+            runtime.all_reduce(SMALL)
+        with pytest.raises(PoisonedError, match="changed my mind"):
+            runtime.all_gather(SMALL)
+    exchange(b"done")
+
+
+def test_abort_from_another_thread() -> None:
+    values(aborted_here)
+
+
+def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
+    runtime = connect(rank, exchange, loopback_mode=mode)
+    runtime.all_reduce(SMALL)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(CollectiveTimeoutError, match="that process has ended"):
+        runtime.all_reduce(SMALL)
+    runtime.close()
+    del runtime
+    maps = Path("/proc/self/maps").read_text()
+    return [line for line in maps.splitlines() if "vllm-spark-region" in line]
+
+
+@pytest.mark.parametrize("mode", ["direct", "proxied"])
+def test_killed_peer_is_noticed_and_no_memory_is_left(mode: str) -> None:
+    survivor, victim = run_pair(killed, mode)
+    assert victim.exit_code == -signal.SIGKILL
+    assert survivor.error is None, survivor
+    assert survivor.value == [], "the survivor's mappings are gone after close"
+    assert not [path for path in Path("/dev/shm").iterdir() if "spark" in path.name]
+
+
+def last_words(rank: int, exchange: Pipe, options: dict[str, Any]) -> None:
+    for size in (1, 5000, 600_000):
+        runtime = connect(rank, exchange, **options)
+        total = runtime.all_reduce(torch.full((size,), 1.0 + rank))
+        runtime.close()  # the other rank may still wait for what this one has sent
+        assert torch.equal(total, torch.full((size,), 3.0))
+        exchange(b"next")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"loopback_mode": "proxied", "wire_latency_us": 20_000.0}], ids=["direct", "wire"]
+)
+def test_closing_does_not_take_back_what_was_sent(options: dict[str, Any]) -> None:
+    values(last_words, options)
+
+
+def two_threads(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    if rank == 0:
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                runtime.all_reduce(SMALL)
+            except CollectiveError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 10
+        while not errors and time.monotonic() < deadline:
+            time.sleep(0.01)
+        exchange(b"one was refused")
+        for thread in threads:
+            thread.join()
+        assert [type(error) for error in errors] == [UsageError]
+        assert "two threads" in str(errors[0])
+        return
+    exchange(b"one was refused")
+    runtime.all_reduce(SMALL)
+
+
+def test_two_threads_at_once_are_an_error_not_a_race() -> None:
+    values(two_threads)
+
+
+def forked(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    child = os.fork()
+    if child == 0:
+        try:
+            runtime.all_reduce(SMALL)
+        except UsageError as error:
+            os._exit(0 if "not to its fork" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(runtime.all_reduce(SMALL), SMALL * 2), "the parent goes on"
+
+
+def test_a_fork_may_not_use_the_runtime() -> None:
+    values(forked)
+
+
+def coalesced(rank: int, exchange: Pipe) -> int:
+    with connect(rank, exchange, loopback_mode="proxied", slot_bytes=4096, packet_bytes=1024, depth=4) as runtime:
+        runtime.all_reduce(SMALL)
+        if rank == 0:
+            runtime._native.hold_proxy(True)
+            threading.Timer(0.3, runtime._native.hold_proxy, [False]).start()
+        total = runtime.all_reduce(torch.full((4096,), 1.0 + rank))  # four chunks, all rung while the proxy is held
+        assert torch.equal(total, torch.full((4096,), 3.0))
+        exchange(b"read")
+        return runtime.counters().proxy_coalesced
+
+
+def test_the_doorbell_is_a_level() -> None:
+    held, _ = values(coalesced)
+    assert held >= 3, "the proxy found several sequence numbers at one look, and posted each"
+
+
+def wrong_memory(rank: int, exchange: Pipe) -> None:
+    def tamper(mine: bytes) -> bytes:
+        theirs = exchange(mine)
+        if rank == 1 or b"nonce" not in theirs:
+            return theirs
+        message = json.loads(theirs)
+        message["nonce"][0] = hex(int(message["nonce"][0], 16) ^ 1)
+        return json.dumps(message).encode()
+
+    connect(rank, tamper)  # type: ignore[arg-type]
+
+
+def other_machine(rank: int, exchange: Pipe) -> None:
+    def tamper(mine: bytes) -> bytes:
+        return exchange(mine).replace(b'"boot":"', b'"boot":"another-')
+
+    connect(rank, tamper)  # type: ignore[arg-type]
+
+
+def test_memory_that_is_not_the_peers_is_refused() -> None:
+    first, second = run_pair(wrong_memory)
+    assert "is not the peer" in first.message
+    assert "the peer could not connect" in second.message
+    for outcome in run_pair(other_machine):
+        assert "the peer runs on another machine" in outcome.message
+
+
+def closed(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    runtime.all_reduce(SMALL)
+    exchange(b"done")
+    runtime.close()
+    runtime.close()
+    assert runtime.closed
+    with pytest.raises(UsageError, match="closed"):
+        runtime.all_reduce(SMALL)
+
+
+def test_close_may_be_called_again() -> None:
+    values(closed)
