@@ -36,13 +36,11 @@ Proxy::~Proxy() {
 
 void Proxy::ring(uint32_t sequence) {
   Control& control = region_.control();
-  // Release: the proxy acquires the doorbell and must then see the staged message and its descriptor.
-  control.doorbell.store(sequence, std::memory_order_release);
   // Either the proxy's last look, after it announced its sleep, sees this doorbell, or this load sees the
-  // announcement. Both sides store, then load the other's word: only a full fence between forbids both
-  // missing.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (control.proxy_asleep.load(std::memory_order_relaxed) != 0) futex_wake(control.doorbell);
+  // announcement: both sides store, then load the other's word, and only sequential consistency forbids that
+  // both miss. The store is also the release that the proxy acquires before it reads the staged message.
+  control.doorbell.store(sequence, std::memory_order_seq_cst);
+  if (control.proxy_asleep.load(std::memory_order_seq_cst) != 0) futex_wake(control.doorbell);
 }
 
 void Proxy::run() {
@@ -85,12 +83,12 @@ bool Proxy::post_up_to(uint32_t rung) {
 
 void Proxy::sleep_on_doorbell() {
   Control& control = region_.control();
-  control.proxy_asleep.store(1, std::memory_order_relaxed);
-  // See `ring`: the announcement must be visible before the last look at the doorbell.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
-  if (!stopping_.load(std::memory_order_relaxed)) {
+  // See `ring`: the announcement comes before the last look at the doorbell, in the single order of all four.
+  control.proxy_asleep.store(1, std::memory_order_seq_cst);
+  bool quiet = control.doorbell.load(std::memory_order_seq_cst) == last_;
+  if (quiet && !stopping_.load(std::memory_order_seq_cst)) {
     counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
-    // The kernel compares the word itself: a doorbell rung since then ends the wait at once.
+    // The kernel compares the word once more: a doorbell rung since then ends the wait at once.
     futex_wait(control.doorbell, last_);
   }
   control.proxy_asleep.store(0, std::memory_order_relaxed);

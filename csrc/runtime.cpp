@@ -168,8 +168,16 @@ void Runtime::connect(const Address& peer, const std::string& description) {
         " of this machine is not the peer; the loopback transport needs both ranks on one machine");
   }
   peer_memory_ = std::move(opened);
-  theirs_ = std::make_unique<Region>(peer_memory_.data(), options_.sizes);
-  peer_ = Peer(peer_rank, peer.process, description);
+  attach(region, Peer(peer_rank, peer.process, description));
+}
+
+void Runtime::connect_in_process(const Runtime& peer) {
+  attach(*peer.mine_, Peer(peer.options_.rank, process_, "this process"));
+}
+
+void Runtime::attach(Region peer_region, Peer peer) {
+  theirs_ = std::make_unique<Region>(peer_region);
+  peer_ = std::move(peer);
   if (options_.proxied) {
     proxy_ =
         std::make_unique<Proxy>(*mine_, std::make_unique<LoopbackTransport>(*mine_, *theirs_, options_.wire),

@@ -65,6 +65,11 @@ class Runtime {
   // Opens the peer's region. Both ranks must have connected before either calls a collective.
   void connect(const Address& peer, const std::string& description);
 
+  // As `connect`, for two ranks in one process. Both see the same mapping of each region, which is what
+  // thread sanitizers need to follow one rank's writes to the other's reads. The peer must outlive this
+  // rank's use.
+  void connect_in_process(const Runtime& peer);
+
   // out = sum over ranks of `elements` numbers. Any alignment; `out` may be `in`.
   void all_reduce(const void* in, void* out, uint64_t elements, DType dtype);
 
@@ -96,6 +101,7 @@ class Runtime {
   template <typename Consume>
   void exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume);
 
+  void attach(Region peer_region, Peer peer);
   void check_usable() const;
   bool aborted() const;
   void check_abort() const;
