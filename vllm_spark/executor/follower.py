@@ -76,8 +76,9 @@ class FollowerSession:
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
-        _load_vllm()
         caller = Caller(host, port, context, self._config.max_frame_mib * MIB)
+        _announce_waiting(caller, 0.0)
+        _load_vllm()
         control = wait_for_leader(caller)
         offer = self._accept_offer(caller, control)
         calls = caller.connect(CALLS)
@@ -210,20 +211,24 @@ def wait_for_leader(caller: Caller) -> Lane:
         SparkError: what answers has another secret, other versions, or a follower already.
     """
     start = time.monotonic()
-    next_note = 0.0
+    next_note = _NOTE_INTERVAL
     while True:
         waited = time.monotonic() - start
         if waited >= next_note:
-            logger.info(
-                "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark",
-                caller.endpoint,
-                waited,
-            )
+            _announce_waiting(caller, waited)
             next_note = waited + _NOTE_INTERVAL
         lane = caller.connect(CONTROL)
         if lane is not None:
             return lane
         time.sleep(_RETRY_INTERVAL)
+
+
+def _announce_waiting(caller: Caller, waited: float) -> None:
+    logger.info(
+        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark",
+        caller.endpoint,
+        waited,
+    )
 
 
 def main() -> int:

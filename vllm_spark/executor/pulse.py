@@ -75,7 +75,11 @@ class Pulse(threading.Thread):
             self._outbox.append((Kind.GOODBYE, msgspec.json.encode(goodbye)))
         self._stopping = True
         self._nudge()
-        if self.is_alive() and threading.current_thread() is not self:
+        if threading.current_thread() is self:
+            # From `on_end`: the loop that would send what is queued has ended.
+            with contextlib.suppress(ChannelError):
+                self._flush()
+        elif self.is_alive():
             self.join(timeout)
 
     def run(self) -> None:
