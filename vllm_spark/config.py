@@ -57,8 +57,8 @@ class SparkConfig(BaseModel):
     )
     leader: str | None = _setting(
         None,
-        "IP address at which the leader listens, optionally with :PORT. Default: this machine's own link "
-        "network is asked, or 127.0.0.1 on a machine without RDMA device.",
+        "IP address at which the leader listens, optionally with :PORT. "
+        "Default: 127.0.0.1 on a machine without RDMA device; with one, it must be given.",
         side="follower",
     )
     port: int = _setting(DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535)
@@ -142,6 +142,13 @@ class SparkConfig(BaseModel):
             raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
         if port is not None and info.field_name == "address":
             raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+        return value
+
+    @field_validator("depth")
+    @classmethod
+    def _is_power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("it is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
         return value
 
     @field_validator("secret_file")

@@ -60,14 +60,7 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
 
 def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
     """A context for `role`'s end of the channel: TLS 1.3, both sides authenticated by the secret."""
-    authority_key = Ed25519PrivateKey.from_private_bytes(
-        HKDF(hashes.SHA256(), 32, salt=b"vllm-spark", info=b"channel authority 1").derive(secret)
-    )
-    authority = _certificate(_AUTHORITY, authority_key, authority_key, is_authority=True)
-    key = Ed25519PrivateKey.generate()
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
-    certificate = _certificate(name, key, authority_key, is_authority=False)
-
+    authority, certificate, key = _identity(secret, role)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "leader" else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # The authority is derived from the secret and signs nothing else, so a name proves nothing more.
@@ -79,6 +72,17 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
         context.num_tickets = 0
     _load_identity(context, certificate, key)
     return context
+
+
+def _identity(secret: bytes, role: str) -> tuple[x509.Certificate, x509.Certificate, Ed25519PrivateKey]:
+    """The authority that follows from the secret, and a fresh certificate of it for `role` with its key."""
+    authority_key = Ed25519PrivateKey.from_private_bytes(
+        HKDF(hashes.SHA256(), 32, salt=b"vllm-spark", info=b"channel authority 1").derive(secret)
+    )
+    authority = _certificate(_AUTHORITY, authority_key, authority_key, is_authority=True)
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
+    return authority, _certificate(name, key, authority_key, is_authority=False), key
 
 
 def _read_secret(path: Path) -> bytes:

@@ -1,0 +1,473 @@
+"""The channel: who gets in, and what happens to whoever sends nonsense. Real sockets, real TLS, real processes."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor import credentials, handshake
+from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.credentials import Role, load_secret, tls_context
+from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Follower, Listener, Offer, Reason, Versions
+from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.tls import TlsConnection
+
+SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
+LIMIT = 1 << 20
+OFFER = Offer("model", None, "auto", ModelIdentity({}, {}), 5.0)
+
+
+def wait_for(condition: Callable[[], Any], what: str, bound: float = 20.0) -> Any:
+    deadline = time.monotonic() + bound
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {bound} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def connected(
+    left: tuple[Role, bytes] = ("leader", SECRET), right: tuple[Role, bytes] = ("follower", SECRET)
+) -> tuple[TlsConnection, TlsConnection]:
+    """Two ends of a TLS connection; the first accepts. Raises what either end raises."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        ends = (server.accept()[0], near)
+    results: list[Any] = [None, None]
+
+    def shake(index: int, who: tuple[Role, bytes]) -> None:
+        try:
+            context = tls_context(who[1], who[0])
+            results[index] = TlsConnection(ends[index], context, server_side=index == 0, timeout=5)
+        except (OSError, ssl.SSLError) as error:
+            results[index] = error
+
+    thread = threading.Thread(target=shake, args=(0, left))
+    thread.start()
+    shake(1, right)
+    thread.join(10)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results[0], results[1]
+
+
+def lanes(limit: int = LIMIT) -> tuple[Lane, Lane]:
+    left, right = connected()
+    return Lane(left, "the follower", limit), Lane(right, "the leader", limit)
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
+    yield made
+    made.close()
+
+
+def port_of(listener: Listener) -> int:
+    return int(listener.endpoint.rpartition(":")[2])
+
+
+def caller(listener: Listener, secret: bytes = SECRET) -> Caller:
+    return Caller("127.0.0.1", port_of(listener), tls_context(secret, "follower"), LIMIT)
+
+
+def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -> tuple[Lane, Lane | None]:
+    """What a follower does until it is accepted, or refuses the offer."""
+    speaker = caller(listener)
+    control = wait_for(lambda: speaker.connect(CONTROL), "the listener answers")
+    control.expect(Kind.OFFER, timeout=10)
+    control.send(answer, msgspec.json.encode(Reason(reason)) if reason else b"")
+    return control, speaker.connect(CALLS) if answer is Kind.ACCEPTANCE else None
+
+
+def accept(listener: Listener, timeout: float = 20.0) -> Follower:
+    return listener.wait_for_follower(OFFER, timeout)
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_where_a_secret_comes_from(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("from the file, long enough\n")
+    file.chmod(0o600)
+    config = SparkConfig(secret_file=file)
+    assert load_secret(config, "10.0.0.1", {}) == b"from the file, long enough"
+    assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": "from the environment"}) == b"from the environment"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "part"),
+    [
+        ("short", 0o600, "has 5 bytes"),
+        ("x" * 40, 0o644, "open to other users (mode 0644)"),
+        (None, 0, "cannot be read"),
+    ],
+)
+def test_a_secret_file_that_will_not_do(tmp_path: Path, content: str | None, mode: int, part: str) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_text(content)
+        file.chmod(mode)
+    with pytest.raises(ConfigurationError) as caught:
+        load_secret(SparkConfig(secret_file=file), "10.0.0.1", {})
+    assert part in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="--spark-secret-file"):
+        load_secret(SparkConfig(), "10.0.0.1", {})
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    own = load_secret(SparkConfig(), "127.0.0.1", {})
+    assert len(own) == 64
+    assert (tmp_path / "vllm-spark" / "loopback.secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_processes_that_start_together_make_one_secret(tmp_path: Path) -> None:
+    look = (
+        "from vllm_spark.config import SparkConfig\n"
+        "from vllm_spark.executor.credentials import load_secret\n"
+        "print(load_secret(SparkConfig(), '127.0.0.1', {}).decode())"
+    )
+    environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    programs = [
+        subprocess.Popen([sys.executable, "-c", look], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    secrets = {program.communicate(timeout=60)[0].strip() for program in programs}
+    assert len(secrets) == 1
+    assert len(secrets.pop()) == 64
+    assert [path.name for path in (tmp_path / "vllm-spark").iterdir()] == ["loopback.secret"]
+
+
+# --- who gets in -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_secret_connects() -> None:
+    left, right = connected()
+    assert (left.peer_name, right.peer_name) == ("follower", "leader")
+
+
+def test_another_secret_does_not() -> None:
+    with pytest.raises(ssl.SSLError):
+        connected(right=("follower", OTHER))
+
+
+def test_nobody_gets_in_without_a_certificate(listener: Listener) -> None:
+    anonymous = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    anonymous.check_hostname, anonymous.verify_mode = False, ssl.CERT_NONE
+    plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+    with pytest.raises((EOFError, OSError)):
+        greet_anonymously(plain, anonymous)
+    assert_usable(listener)
+
+
+def greet_anonymously(plain: socket.socket, context: ssl.SSLContext) -> None:
+    connection = TlsConnection(plain, context, server_side=False, timeout=5)
+    connection.send(bytes(100), 5)
+    connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
+
+
+def test_old_tls_is_refused(listener: Listener) -> None:
+    old = tls_context(SECRET, "follower")
+    old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
+    plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+    with pytest.raises(ssl.SSLError):
+        TlsConnection(plain, old, server_side=False, timeout=5)
+    assert_usable(listener)
+
+
+def test_a_leader_cannot_join_a_leader(listener: Listener) -> None:
+    """With the right secret, but in the wrong role."""
+    _, certificate, key = credentials._identity(SECRET, "leader")
+    impostor = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    impostor.check_hostname, impostor.verify_mode = False, ssl.CERT_NONE
+    credentials._load_identity(impostor, certificate, key)
+    speaker = caller(listener)
+    speaker._context = impostor
+    with pytest.raises(ConfigurationError, match="authenticated as"):
+        speaker.connect(CONTROL)
+    assert_usable(listener)
+
+
+def test_both_sides_say_that_the_secret_is_another(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigurationError, match="the other side has another secret"):
+        caller(listener, OTHER).connect(CONTROL)
+    wait_for(lambda: "Turned away a connection" in caplog.text, "the leader's line")
+    assert "another secret" in caplog.text
+    assert_usable(listener)
+
+
+def test_a_recorded_handshake_is_worth_nothing(listener: Listener) -> None:
+    """Everything that a genuine follower sent, sent again byte for byte."""
+    recorded = bytearray()
+    relay = socket.create_server(("127.0.0.1", 0))
+
+    def record() -> None:
+        near, _ = relay.accept()
+        far = socket.create_connection(("127.0.0.1", port_of(listener)))
+
+        def back() -> None:
+            while data := far.recv(65536):
+                near.sendall(data)
+
+        threading.Thread(target=back, daemon=True).start()
+        while data := near.recv(65536):
+            recorded.extend(data)
+            far.sendall(data)
+
+    threading.Thread(target=record, daemon=True).start()
+    genuine = Caller("127.0.0.1", relay.getsockname()[1], tls_context(SECRET, "follower"), LIMIT)
+    lane = genuine.connect(CONTROL)
+    assert lane is not None
+    lane.close()
+    assert len(recorded) > 500
+    listener._release()
+    with socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10) as replay:
+        replay.sendall(recorded)
+        replay.settimeout(10)
+        received = bytearray()
+        while data := replay.recv(65536):
+            received.extend(data)
+    assert listener._control.qsize() == 1, "the genuine one, and no other"
+    assert b"WELCOME" not in received
+
+
+# --- nonsense --------------------------------------------------------------------------------------------------------
+
+
+def assert_usable(listener: Listener) -> None:
+    """A genuine follower gets in after whatever happened."""
+    thread = threading.Thread(target=join, args=(listener,), daemon=True)
+    thread.start()
+    follower = accept(listener)
+    assert "the follower on" in follower.name
+    thread.join(10)
+    follower.control.close()
+    follower.calls.close()
+    listener._release()
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"x" * 70_000, bytes(1000)]
+)
+def test_garbage_and_port_scanners(listener: Listener, garbage: bytes) -> None:
+    for _ in range(30):
+        with socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10) as plain:
+            try:
+                plain.sendall(garbage)
+            except OSError:
+                continue
+    assert_usable(listener)
+
+
+def test_idle_connections_keep_nobody_out(listener: Listener) -> None:
+    idle = [socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10) for _ in range(20)]
+    try:
+        assert_usable(listener)
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+@pytest.mark.parametrize("size", [1 << 17, 0xFFFFFFF0])
+def test_an_oversized_greeting_is_refused_before_it_is_stored(listener: Listener, size: int) -> None:
+    plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+    connection = TlsConnection(plain, tls_context(SECRET, "follower"), server_side=False, timeout=5)
+    connection.send(bytes([Kind.HELLO, 0, 0, 0]) + size.to_bytes(4, "little") + b"x" * 1000, 5)
+    with pytest.raises((EOFError, OSError)):
+        connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
+    assert_usable(listener)
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=70_000)), min_size=1, max_size=5))
+def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, bytes]]) -> None:
+    left, right = lanes()
+    for kind, payload in frames:
+        thread = threading.Thread(target=left.send, args=(kind, payload))
+        thread.start()
+        assert right.receive(timeout=10) == (kind, payload)
+        thread.join(10)
+    left.close()
+    with pytest.raises(ChannelError, match="closed the connection"):
+        right.receive(timeout=10)
+
+
+def test_limits_and_kinds() -> None:
+    left, right = lanes(limit=1000)
+    with pytest.raises(ChannelError, match=r"1001 bytes is over the limit of 1000; raise --spark-max-frame-mib"):
+        left.send(Kind.CALL, bytes(1001))
+    left.max_frame = 10_000
+    left.send(Kind.CALL, bytes(1001))
+    with pytest.raises(ChannelError, match=r"the leader sent a CALL message of 1001 bytes, over the limit of 1000"):
+        right.receive(timeout=10)
+    left, right = lanes()
+    left._connection.send(b"\xee\0\0\0\0\0\0\0", 5)
+    with pytest.raises(ChannelError, match="unknown kind 238"):
+        right.receive(timeout=10)
+    left.send(Kind.BEAT)
+    with pytest.raises(ChannelError, match="sent BEAT where CALL or QUERY was due"):
+        right.expect(Kind.CALL, Kind.QUERY, timeout=10)
+
+
+def test_waiting_for_a_frame_is_bounded_and_can_be_interrupted() -> None:
+    _left, right = lanes()
+    with pytest.raises(ChannelError, match="sent nothing in time"):
+        right.receive(timeout=0.1)
+    threading.Timer(0.1, right.interrupt).start()
+    with pytest.raises(ChannelError):
+        right.receive(timeout=30)
+
+
+# --- leader and follower ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", Versions.__struct_fields__)
+def test_versions_must_agree(listener: Listener, field: str) -> None:
+    speaker = caller(listener)
+    speaker._versions = msgspec.structs.replace(speaker._versions, **{field: "0.0.1"})
+    with pytest.raises(RefusedError) as caught:
+        speaker.connect(CONTROL)
+    mine = getattr(Versions.of_this_process(), field)
+    assert f"{field} is {mine} on the leader and 0.0.1 on the follower" in str(caught.value)
+    assert_usable(listener)
+
+
+def test_a_second_follower_is_told_who_is_there(listener: Listener) -> None:
+    threading.Thread(target=join, args=(listener,), daemon=True).start()
+    accept(listener)
+    with pytest.raises(RefusedError, match=r"has a follower already, on .* \(process \d+\), for \d+ s; stop that one"):
+        caller(listener).connect(CONTROL)
+
+
+def test_a_follower_that_does_not_fit_is_waited_past(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    threading.Thread(target=join, args=(listener, Kind.FAILURE, "other weights"), daemon=True).start()
+    later = threading.Thread(
+        target=lambda: (wait_for(lambda: "other weights" in caplog.text, "the refusal is logged"), join(listener)),
+        daemon=True,
+    )
+    later.start()
+    accept(listener)
+    assert "does not fit: other weights. Still waiting." in caplog.text
+
+
+def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dies after the offer, one accepts but opens no second lane: the next one gets the place."""
+    monkeypatch.setattr(handshake, "_GREETING_TIMEOUT", 0.5)
+
+    def die_after_offer() -> None:
+        control = caller(listener).connect(CONTROL)
+        assert control is not None
+        control.expect(Kind.OFFER, timeout=10)
+        control.close()
+
+    def only_one_lane() -> None:
+        speaker = caller(listener)
+        control = wait_for(lambda: _unless_refused(speaker), "a free place")
+        control.expect(Kind.OFFER, timeout=10)
+        control.send(Kind.ACCEPTANCE)
+
+    def in_turn() -> None:
+        die_after_offer()
+        only_one_lane()
+        wait_for(lambda: _unless_refused(caller(listener), then=listener), "a free place")
+
+    threading.Thread(target=in_turn, daemon=True).start()
+    accept(listener, timeout=30)
+
+
+def _unless_refused(speaker: Caller, then: Listener | None = None) -> Lane | None:
+    try:
+        control = speaker.connect(CONTROL)
+    except RefusedError:
+        return None
+    if control is not None and then is not None:
+        control.expect(Kind.OFFER, timeout=10)
+        control.send(Kind.ACCEPTANCE)
+        assert speaker.connect(CALLS) is not None
+    return control
+
+
+def test_waiting_for_a_follower_is_bounded_and_says_what_to_type(listener: Listener) -> None:
+    with pytest.raises(PeerLostError) as caught:
+        accept(listener, timeout=0.2)
+    assert f"vllm-spark join --leader {listener.endpoint}" in str(caught.value)
+
+
+def test_a_port_in_use(listener: Listener) -> None:
+    with pytest.raises(ConfigurationError, match=r"Address already in use.*--spark-port"):
+        Listener("127.0.0.1", port_of(listener), tls_context(SECRET, "leader"), LIMIT)
+
+
+# --- the pulse -------------------------------------------------------------------------------------------------------
+
+
+def beat(lane: Lane, timeout: float = 1.0, report: Any = None) -> tuple[Pulse, list[Any], list[SparkError | None]]:
+    reports: list[Any] = []
+    ends: list[SparkError | None] = []
+    pulse = Pulse(lane, timeout, lambda: report, reports.append, ends.append)
+    pulse.start()
+    return pulse, reports, ends
+
+
+def test_beats_carry_reports_and_a_goodbye_ends_them() -> None:
+    left, right = lanes()
+    first, first_reports, _ = beat(left, report={"step": 1})
+    _second, second_reports, second_ends = beat(right, report=[2])
+    wait_for(lambda: len(first_reports) > 2 and len(second_reports) > 2, "beats both ways")
+    assert first_reports[0] == [2]
+    assert second_reports[0] == {"step": 1}
+    first.stop(Reason("done"))
+    wait_for(lambda: second_ends, "the goodbye")
+    assert second_ends == [None]
+    assert not first.is_alive()
+
+
+def test_a_failure_is_passed_on_with_its_sentence() -> None:
+    left, right = lanes()
+    first, _, _ = beat(left)
+    _, _, ends = beat(right)
+    first.say(Kind.FAILURE, Reason("the worker fell over", "Traceback ..."))
+    first.stop()
+    wait_for(lambda: ends, "the failure")
+    assert str(ends[0]) == "the leader failed: the worker fell over"
+
+
+def test_silence_counts_once_the_model_runs() -> None:
+    left, right = lanes()
+    pulse, _, ends = beat(right, timeout=0.5)
+    time.sleep(0.8)
+    assert ends == [], "a start may take longer"
+    pulse.model_runs()
+    wait_for(lambda: ends, "silence is noticed")
+    assert isinstance(ends[0], PeerLostError)
+    assert "gave no sign of life for" in str(ends[0])
+    left.close()
+
+
+def test_a_closed_peer_is_lost() -> None:
+    left, right = lanes()
+    _, _, ends = beat(right)
+    left.close()
+    wait_for(lambda: ends, "the end")
+    assert isinstance(ends[0], PeerLostError)

@@ -1,0 +1,164 @@
+"""Settings: where they come from, which win, and how a bad one is explained."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_spark.cli.config import reference
+from vllm_spark.config import (
+    SparkConfig,
+    add_flags,
+    enabled_by_environment,
+    environment_name,
+    flag_name,
+    given_flags,
+    misspelt_variables,
+    split_endpoint,
+    typed_flags,
+)
+from vllm_spark.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+
+# Three different good values of every setting: for the file, the environment and the flag.
+GOOD: dict[str, tuple[Any, Any, Any]] = {
+    "address": ("10.0.0.1", "10.0.0.2", "10.0.0.3"),
+    "leader": ("10.0.0.1", "10.0.0.2:5", "[fe80::1]:7"),
+    "port": (1000, 2000, 3000),
+    "secret_file": (Path("/a"), Path("/b"), Path("/c")),
+    "join_timeout": (1.0, 2.0, 3.0),
+    "heartbeat_timeout": (1.0, 2.0, 3.0),
+    "collective_timeout": (1.0, 2.0, 3.0),
+    "max_frame_mib": (1, 2, 3),
+    "transport": ("auto", "verbs", "loopback"),
+    "loopback_mode": ("direct", "proxied", "direct"),
+    "loopback_latency_us": (1.0, 2.0, 3.0),
+    "loopback_gbytes_per_s": (1.0, 2.0, 3.0),
+    "slot_kib": (64, 128, 256),
+    "packet_kib": (1, 2, 4),
+    "depth": (1, 2, 8),
+}
+
+
+def neutral(name: str) -> dict[str, Any]:
+    """What else must be set for `name` to make sense alone."""
+    return {"loopback_mode": "proxied"} if name.startswith("loopback_") and name != "loopback_mode" else {}
+
+
+def test_every_setting_is_covered_here() -> None:
+    assert GOOD.keys() == SparkConfig.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
+    file, environment, flag = GOOD[name]
+    base = neutral(name)
+
+    def resolve(**sources: Any) -> Any:
+        config = SparkConfig.resolve(
+            file={**base, **sources.get("file", {})},
+            environment=sources.get("environment", {}),
+            flags=sources.get("flags", {}),
+        )
+        return getattr(config, name)
+
+    default = SparkConfig.model_fields[name].default
+    assert resolve() == (base.get(name, default))
+    assert resolve(file={name: file}) == file
+    variable = {environment_name(name): str(environment)}
+    assert resolve(file={name: file}, environment=variable) == environment
+    assert resolve(file={name: file}, environment=variable, flags={name: flag}) == flag
+
+
+@pytest.mark.parametrize(
+    ("sources", "parts"),
+    [
+        ({"flags": {"port": 0}}, ["--spark-port 0", "greater than or equal to 1"]),
+        ({"environment": {"SPARK_PORT": "http"}}, ["SPARK_PORT http", "integer"]),
+        ({"flags": {"heartbeat_timeout": 0.1}}, ["--spark-heartbeat-timeout 0.1", "0.5"]),
+        ({"environment": {"SPARK_TRANSPORT": "ib"}}, ["SPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
+        ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),
+        ({"flags": {"address": "10.0.0.1:5"}}, ["has a port", "--spark-port"]),
+        ({"flags": {"leader": "10.0.0.1:99999"}}, ["99999", "1 to 65535"]),
+        ({"flags": {"depth": 3}}, ["--spark-depth 3", "power of two"]),
+        ({"file": {"adress": "x"}}, ["'adress' does not exist", "did you mean 'address'"]),
+        ({"file": {"zzz": 1}}, ["'zzz' does not exist", "vllm-spark config"]),
+        ({"flags": {"loopback_latency_us": 3.0}}, ["needs the proxy", "--spark-loopback-mode proxied"]),
+        ({"flags": {"transport": "verbs", "loopback_mode": "proxied"}}, ["contradict"]),
+        ({"flags": {"packet_kib": 8, "slot_kib": 4}}, ["--spark-packet-kib 8", "--spark-slot-kib 4"]),
+    ],
+)
+def test_a_bad_setting_is_explained_in_one_sentence(sources: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        SparkConfig.resolve(**{"environment": {}, **sources})
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="test")
+    add_flags(made, ["leader", "follower", "both"])
+    return made
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_setting_has_a_flag(name: str) -> None:
+    value = GOOD[name][2]
+    args = parser().parse_args([flag_name(name), str(value)])
+    assert given_flags(args) == {name: value}
+    assert typed_flags([flag_name(name) + "=x"]) == {name}
+    assert typed_flags([flag_name(name).replace("-", "_").replace("__", "--", 1)]) == {name}
+
+
+def test_what_is_not_given_leaves_no_trace() -> None:
+    assert given_flags(parser().parse_args([])) == {}
+
+
+def test_a_bad_flag_ends_like_any_other_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--spark-port", "70000"])
+    assert caught.value.code == 2
+    assert "--spark-port: port 70000: input should be less than or equal to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("1", True), ("true", True), ("ON", True), ("0", False), ("", False), ("no", False)]
+)
+def test_spark_enable(value: str, expected: bool) -> None:
+    assert enabled_by_environment({"SPARK_ENABLE": value}) is expected
+    assert enabled_by_environment({}) is False
+
+
+def test_spark_enable_that_is_neither() -> None:
+    with pytest.raises(ConfigurationError, match="SPARK_ENABLE=maybe is neither"):
+        enabled_by_environment({"SPARK_ENABLE": "maybe"})
+
+
+def test_misspelt_variables_are_named_and_those_of_others_are_not() -> None:
+    assert misspelt_variables({"SPARK_ADRESS": "x"}) == [
+        "the variable SPARK_ADRESS is not read; did you mean SPARK_ADDRESS?"
+    ]
+    others = {"SPARK_HOME": "", "SPARK_MASTER": "", "SPARK_LOCAL_IP": "", "SPARK_CONF_DIR": "", "PATH": ""}
+    assert misspelt_variables({**others, **{environment_name(name): "" for name in GOOD}, "SPARK_SECRET": ""}) == []
+
+
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_endpoints_split_as_they_are_written(address: Any, port: int) -> None:
+    host = str(address)
+    assert split_endpoint(host) == (host, None)
+    written = f"[{host}]:{port}" if address.version == 6 else f"{host}:{port}"
+    assert split_endpoint(written) == (host, port)
+
+
+def test_the_reference_in_the_documents_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
+        "run: vllm-spark config > docs/configuration.md"
+    )

@@ -1,0 +1,145 @@
+"""The ranks' digests, and generators that nobody else advances."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_spark.executor.lockstep import DriftError, TokenLedger, WorkerRandomState
+
+Step = list[list[int]]
+steps = st.lists(
+    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3), min_size=1, max_size=3), min_size=1, max_size=12
+)
+
+
+def output(tokens: Step) -> Any:
+    return SimpleNamespace(req_ids=[f"r{i}" for i in range(len(tokens))], sampled_token_ids=tokens)
+
+
+@given(steps)
+def test_same_steps_same_digest(history: list[Step]) -> None:
+    mine, theirs = TokenLedger(), TokenLedger()
+    for step in history:
+        mine.record(output(step))
+        theirs.record(output([list(tokens) for tokens in step]))
+        mine.compare(*theirs.state())
+    assert mine.state() == theirs.state()
+    assert mine.state()[0] == len(history)
+
+
+@given(steps, st.data())
+def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(history) - 1))
+    other = [[list(tokens) for tokens in step] for step in history]
+    other[at][0][0] += 1
+    theirs = TokenLedger()
+    states = []
+    for step in other:
+        theirs.record(output(step))
+        states.append(theirs.state())
+    mine = TokenLedger()
+    for number, step in enumerate(history):
+        mine.record(output(step))
+        if number < at:
+            mine.compare(*states[number])
+            continue
+        with pytest.raises(DriftError, match=f"at step {at + 1} "):
+            mine.compare(*states[number])
+        break
+
+
+def test_the_peers_digest_may_come_first() -> None:
+    theirs = TokenLedger()
+    theirs.record(output([[1]]))
+    mine = TokenLedger()
+    mine.compare(*theirs.state())
+    with pytest.raises(DriftError):
+        mine.record(output([[2]]))
+
+
+def test_steps_without_tokens_do_not_count() -> None:
+    ledger = TokenLedger()
+    ledger.record(output([]))
+    ledger.record(SimpleNamespace(pooler_output=[1]))
+    assert ledger.state() == (0, bytes(8))
+    ledger.compare(0, b"whatever")
+
+
+def test_history_is_bounded() -> None:
+    ledger = TokenLedger()
+    for _ in range(10_000):
+        ledger.record(output([[1]]))
+    assert len(ledger._mine) <= 4096
+
+
+def test_ledger_is_safe_between_threads() -> None:
+    mine, theirs = TokenLedger(), TokenLedger()
+    states = []
+    for number in range(2000):
+        theirs.record(output([[number]]))
+        states.append(theirs.state())
+    errors: list[Exception] = []
+
+    def compare() -> None:
+        try:
+            for state in states:
+                mine.compare(*state)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=compare)
+    thread.start()
+    for number in range(2000):
+        mine.record(output([[number]]))
+    thread.join(30)
+    assert errors == []
+
+
+def draws(state: WorkerRandomState, disturb: bool) -> list[float]:
+    import numpy
+    import torch
+
+    values = []
+    for number in range(5):
+        with state:
+            values += [torch.rand(1).item(), float(numpy.random.random())]
+            if number == 2:
+                torch.manual_seed(5)
+                numpy.random.seed(5)
+        if disturb:
+            torch.rand(number + 1)
+            numpy.random.random(number + 3)
+            torch.manual_seed(99)
+            numpy.random.seed(99)
+    return values
+
+
+def test_draws_outside_do_not_change_those_inside() -> None:
+    import numpy
+    import torch
+
+    torch.manual_seed(1)
+    numpy.random.seed(1)
+    undisturbed = draws(WorkerRandomState(), disturb=False)
+    torch.manual_seed(1)
+    numpy.random.seed(1)
+    # The worker's NumPy generator is the process's original one: seed that, not the outer one.
+    assert draws(WorkerRandomState(), disturb=True)[0] == undisturbed[0]
+
+
+def test_an_error_inside_leaves_the_outer_generators_in_force() -> None:
+    import torch
+
+    state = WorkerRandomState()
+    torch.manual_seed(3)
+    expected = torch.rand(1).item()
+    torch.manual_seed(3)
+    with pytest.raises(ZeroDivisionError), state:
+        _ = torch.rand(100).sum().item() and 1 / 0
+    assert torch.rand(1).item() == expected
