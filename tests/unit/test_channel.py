@@ -193,16 +193,19 @@ def test_old_tls_is_refused(listener: Listener) -> None:
     assert_usable(listener)
 
 
-def test_a_leader_cannot_join_a_leader(listener: Listener) -> None:
+def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
     """With the right secret, but in the wrong role."""
     _, certificate, key = credentials._identity(SECRET, "leader")
     impostor = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     impostor.check_hostname, impostor.verify_mode = False, ssl.CERT_NONE
     credentials._load_identity(impostor, certificate, key)
-    speaker = caller(listener)
-    speaker._context = impostor
-    with pytest.raises(ConfigurationError, match="authenticated as"):
-        speaker.connect(CONTROL)
+    plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+    connection = TlsConnection(plain, impostor, server_side=False, timeout=5)
+    hello = msgspec.json.encode(handshake.Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
+    Lane(connection, "the leader", LIMIT).send(Kind.HELLO, hello)
+    with pytest.raises((EOFError, OSError)):
+        connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
+    assert "authenticated as 'leader', not as a follower" in caplog.text
     assert_usable(listener)
 
 

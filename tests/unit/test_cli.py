@@ -1,0 +1,91 @@
+"""The command `vllm-spark`: exit codes and sentences, never a traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_spark.cli import main
+from vllm_spark.cli.process import Process, clean_environment, program
+
+
+def spark(tmp_path: Path, *argv: str, **environment: str) -> Process:
+    return Process(
+        "vllm-spark", [program("vllm-spark"), *argv], tmp_path / "output.log", clean_environment() | environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["joni"], ["joni", "join"]),
+        (["join", "--leader", "spark-1"], ["--leader", "spark-1", "not an IP address"]),
+        (["join", "--leader", "10.0.0.1"], ["10.0.0.1", "secret-file"]),
+        (["join", "--port", "0"], ["--port", "greater than or equal to 1"]),
+        (["join", "--secret-file", "/no/such/file"], ["/no/such/file", "cannot be read"]),
+        (["join", "--wait"], ["--wait"]),
+    ],
+)
+def test_bad_input(argv: list[str], parts: list[str], tmp_path: Path) -> None:
+    process = spark(tmp_path, *argv)
+    assert process.wait(60) == 2
+    output = process.output()
+    assert "Traceback" not in output
+    for part in parts:
+        assert part in output
+
+
+def test_bad_environment(tmp_path: Path) -> None:
+    process = spark(tmp_path, "join", SPARK_PORT="http")
+    assert process.wait(60) == 2
+    assert "SPARK_PORT http: input should be a valid integer" in process.output()
+    assert "Traceback" not in process.output()
+
+
+def test_reference_and_patches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert "--spark-heartbeat-timeout" in capsys.readouterr().out
+    pytest.importorskip("vllm")
+    assert main(["patches"]) == 0
+    assert "executor-choice" in capsys.readouterr().out
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Process:
+    """A follower that waits for a leader that never comes."""
+    pytest.importorskip("vllm")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    process = spark(tmp_path, "join", "--port", port)
+    process.wait_for_line("Waiting for a leader at 127.0.0.1", 60)
+    assert "On that machine run: vllm serve MODEL --spark" in process.output()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_waiting_follower_stops_when_asked(waiting: Process, number: signal.Signals) -> None:
+    session = waiting.descendants()
+    assert session
+    os.kill(waiting.pid, number)
+    assert waiting.wait(30) == 0
+    wait_until_gone(session)
+    assert "Traceback" not in waiting.output()
+
+
+def test_a_killed_follower_leaves_no_session(waiting: Process) -> None:
+    session = waiting.descendants()
+    os.kill(waiting.pid, signal.SIGKILL)
+    wait_until_gone(session)
+
+
+def wait_until_gone(processes: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 10
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.05)

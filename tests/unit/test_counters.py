@@ -1,0 +1,62 @@
+"""The board on which the engine shows its counters to another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.counters import BOARD_VARIABLE, CounterBoard, RankCounters
+from vllm_spark.metrics import SparkCollector
+
+ENGINE = """
+from vllm_spark.executor.counters import CounterBoard, RankCounters
+from vllm_spark.errors import PeerLostError
+board = CounterBoard.from_environment()
+board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
+board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45})
+board.fail(PeerLostError("the follower left"))
+"""
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> CounterBoard:
+    monkeypatch.setenv(BOARD_VARIABLE, "")
+    return CounterBoard.create()
+
+
+def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None:
+    assert board.read() == []
+    assert board.failure() is None
+    subprocess.run([sys.executable, "-c", ENGINE], check=True, timeout=60)
+    assert [(record.rank, record.steps, record.all_reduces) for record in board.read()] == [(0, 5, 45), (1, 5, 45)]
+    failure = board.failure()
+    assert str(failure) == "the follower left"
+    assert failure is not None
+    assert failure.exit_code == PeerLostError.exit_code
+    samples = {
+        (sample.name, sample.labels.get("rank")): sample.value
+        for family in SparkCollector(board).collect()
+        for sample in family.samples
+    }
+    assert samples["vllm_spark_all_reduces_total", "1"] == 45
+    assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
+
+
+def test_a_torn_record_is_not_believed(board: CounterBoard) -> None:
+    board.write(RankCounters(0, steps=7))
+    assert board._map is not None
+    board._map[12] ^= 1
+    assert board.read() == []
+
+
+def test_without_a_board_everything_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BOARD_VARIABLE, raising=False)
+    lonely = CounterBoard.from_environment()
+    lonely.write(RankCounters(0))
+    assert lonely.read() == []
+    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999")
+    assert CounterBoard.from_environment().read() == []

@@ -1,0 +1,77 @@
+"""Same model, or not: digests of configuration and weight files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_spark.errors import RefusedError
+from vllm_spark.executor.model_identity import ModelIdentity, find_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    (folder / "model-1.safetensors").write_bytes(bytes(1000))
+    (folder / "model-2.safetensors").write_bytes(bytes(2000))
+    return folder
+
+
+def difference(before: ModelIdentity, folder: Path) -> str | None:
+    return ModelIdentity.of(folder).difference(before)
+
+
+def test_every_kind_of_difference_is_named(model: Path) -> None:
+    before = ModelIdentity.of(model)
+    assert difference(before, model) is None
+    (model / "README.md").write_text("not part of a model")
+    assert difference(before, model) is None
+    (model / "model-2.safetensors").write_bytes(bytes(1999) + b"\1")
+    assert difference(before, model) == "the weight file model-2.safetensors has other content here"
+    (model / "model-2.safetensors").unlink()
+    assert difference(before, model) == "the weight file model-2.safetensors is missing here"
+    (model / "model-2.safetensors").write_bytes(bytes(2000))
+    (model / "extra.bin").write_bytes(b"x")
+    assert difference(before, model) == "the weight file extra.bin exists only here"
+    (model / "config.json").write_text('{"hidden_size": 9}')
+    assert difference(before, model) == "the configuration file config.json has other content here"
+
+
+def test_dummy_weights_are_not_compared(model: Path) -> None:
+    assert ModelIdentity.of(model, with_weights=False).weights == {}
+
+
+@pytest.mark.parametrize("offset", [100, (200 << 20) - 5])
+def test_large_files_are_sampled_at_both_ends(tmp_path: Path, offset: int) -> None:
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(200 << 20)
+    before = ModelIdentity.of(tmp_path)
+    with weights.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\1")
+    assert difference(before, tmp_path) == "the weight file model.safetensors has other content here"
+
+
+def test_another_checkpoint_of_the_same_size_differs_in_the_middle(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(200 << 20)
+    before = ModelIdentity.of(tmp_path)
+    with weights.open("r+b") as file:
+        for megabyte in range(2, 198):
+            file.seek(megabyte << 20)
+            file.write(b"\1" * (1 << 20))
+    assert difference(before, tmp_path) is not None
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_model(str(tmp_path), None) == tmp_path
+    with pytest.raises(RefusedError, match="there is no model in /no/such/model on this machine; copy it"):
+        find_model("/no/such/model", None)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RefusedError, match="the model nobody/nothing is not on this machine; download it here"):
+        find_model("nobody/nothing", None)
