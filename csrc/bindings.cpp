@@ -24,7 +24,7 @@ std::chrono::nanoseconds nanoseconds(double seconds) {
 
 Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
                      double wire_latency_s, double wire_bytes_per_s, double timeout_s,
-                     uint32_t first_sequence, uint64_t largest_message) {
+                     uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
   Options options;
   options.rank = rank;
   options.sizes = {slot_bytes, packet_bytes, 2 * depth};
@@ -34,6 +34,7 @@ Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint3
   options.timeout = nanoseconds(timeout_s);
   options.first_sequence = first_sequence;
   options.largest_message = largest_message;
+  options.clear_interval = clear_interval;
   return options;
 }
 
@@ -65,7 +66,8 @@ PYBIND11_MODULE(_native, module) {
 
   auto collective_error =
       py::register_exception<CollectiveError>(module, "CollectiveError", PyExc_RuntimeError);
-  py::register_exception<UsageError>(module, "UsageError", collective_error);
+  py::object value_error = py::reinterpret_borrow<py::object>(PyExc_ValueError);
+  py::register_exception<UsageError>(module, "UsageError", py::make_tuple(collective_error, value_error));
   py::register_exception<MismatchError>(module, "MismatchError", collective_error);
   py::register_exception<TimeoutError>(module, "CollectiveTimeoutError", collective_error);
   py::register_exception<AbortedError>(module, "CollectiveAbortedError", collective_error);
@@ -83,14 +85,15 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Runtime>(module, "Runtime")
       .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
                        double wire_latency_s, double wire_bytes_per_s, double timeout_s,
-                       uint32_t first_sequence, uint64_t largest_message) {
+                       uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
              return std::make_unique<Runtime>(make_options(rank, slot_bytes, packet_bytes, depth, proxied,
                                                            wire_latency_s, wire_bytes_per_s, timeout_s,
-                                                           first_sequence, largest_message));
+                                                           first_sequence, largest_message, clear_interval));
            }),
            py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
            py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("timeout_s"),
-           py::arg("first_sequence"), py::arg("largest_message"))
+           py::arg("first_sequence"), py::arg("largest_message"),
+           py::arg("clear_interval") = Options().clear_interval)
       .def("address",
            [](const Runtime& runtime) {
              Address address = runtime.address();

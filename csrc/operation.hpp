@@ -4,13 +4,15 @@
 #include <cstdint>
 #include <string>
 
+#include "host_device.hpp"
+
 namespace spark {
 
 enum class Kind : uint32_t { kAllReduce = 1, kAllGather = 2 };
 
 enum class DType : uint32_t { kBytes = 0, kFloat32 = 1, kFloat16 = 2, kBFloat16 = 3 };
 
-constexpr uint32_t size_of(DType dtype) {
+SPARK_HOST_DEVICE constexpr uint32_t size_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
       return 4;
@@ -31,7 +33,7 @@ struct Operation {
   DType dtype;
   uint64_t elements;
 
-  constexpr uint32_t tag() const {
+  SPARK_HOST_DEVICE constexpr uint32_t tag() const {
     return static_cast<uint32_t>(kind) << 30 | static_cast<uint32_t>(dtype) << 27 |
            static_cast<uint32_t>(elements & kElementMask);
   }

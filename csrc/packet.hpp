@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "host_device.hpp"
+
 namespace spark {
 
 struct alignas(16) Packet {
@@ -17,33 +19,33 @@ struct alignas(16) Packet {
 
 constexpr size_t kPacketData = 8;
 
-constexpr uint64_t packet_half(uint32_t data, uint32_t sequence) {
+SPARK_HOST_DEVICE constexpr uint64_t packet_half(uint32_t data, uint32_t sequence) {
   return static_cast<uint64_t>(sequence) << 32 | data;
 }
 
-constexpr bool half_arrived(uint64_t half, uint32_t sequence) {
+SPARK_HOST_DEVICE constexpr bool half_arrived(uint64_t half, uint32_t sequence) {
   return static_cast<uint32_t>(half >> 32) == sequence;
 }
 
-constexpr uint32_t half_data(uint64_t half) {
+SPARK_HOST_DEVICE constexpr uint32_t half_data(uint64_t half) {
   return static_cast<uint32_t>(half);
 }
 
-// Packets that a message of `bytes` takes: one header packet (operation tag, length), then the data.
-constexpr size_t packet_count(size_t bytes) {
+// Packets that a message of `bytes` takes: one header packet (operation tag, bytes), then the data.
+SPARK_HOST_DEVICE constexpr size_t packet_count(size_t bytes) {
   return 1 + (bytes + kPacketData - 1) / kPacketData;
 }
 
 // The flag of a message that goes as payload, then flag.
-constexpr uint64_t payload_flag(uint32_t sequence, uint32_t tag) {
+SPARK_HOST_DEVICE constexpr uint64_t payload_flag(uint32_t sequence, uint32_t tag) {
   return static_cast<uint64_t>(sequence) << 32 | tag;
 }
 
-constexpr uint32_t flag_sequence(uint64_t flag) {
+SPARK_HOST_DEVICE constexpr uint32_t flag_sequence(uint64_t flag) {
   return static_cast<uint32_t>(flag >> 32);
 }
 
-constexpr uint32_t flag_tag(uint64_t flag) {
+SPARK_HOST_DEVICE constexpr uint32_t flag_tag(uint64_t flag) {
   return static_cast<uint32_t>(flag);
 }
 

@@ -30,37 +30,35 @@ Proxy::Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last,
 
 Proxy::~Proxy() {
   stopping_.store(true, std::memory_order_seq_cst);
-  futex_wake(region_.control().doorbell);
+  futex_wake(region_.doorbell());
   thread_.join();  // bounded: by kLongestSleep and kDrainTime
 }
 
 void Proxy::ring(uint32_t sequence) {
-  Control& control = region_.control();
   // Either the proxy's last look, after it announced its sleep, sees this doorbell, or this load sees the
   // announcement: both sides store, then load the other's word, and only sequential consistency forbids that
   // both miss. The store is also the release that the proxy acquires before it reads the staged message.
-  control.doorbell.store(sequence, std::memory_order_seq_cst);
-  if (control.proxy_asleep.load(std::memory_order_seq_cst) != 0) futex_wake(control.doorbell);
+  region_.doorbell().store(sequence, std::memory_order_seq_cst);
+  if (region_.proxy_asleep().load(std::memory_order_seq_cst) != 0) futex_wake(region_.doorbell());
 }
 
 void Proxy::run() {
-  Control& control = region_.control();
   Backoff backoff(times_);
   Clock::time_point idle_since = Clock::now();
   while (!stopping_.load(std::memory_order_relaxed)) {
     // Acquire: pairs with the release in `ring` (and, from a kernel, with its system-scope release).
-    uint32_t rung = control.doorbell.load(std::memory_order_acquire);
+    uint32_t rung = region_.doorbell().load(std::memory_order_acquire);
     bool busy = !held_.load(std::memory_order_relaxed) && post_up_to(rung);
-    busy = transport_->progress() || busy;
+    bool under_way = transport_->progress();
     if (busy) {
       backoff = Backoff(times_);
       idle_since = Clock::now();
-    } else if (backoff.step() && Clock::now() - idle_since > times_.spin + times_.yield) {
+    } else if (backoff.step() && !under_way && Clock::now() - idle_since > times_.spin + times_.yield) {
       sleep_on_doorbell();
     }
   }
   // The peer may still wait for what was staged before the end.
-  post_up_to(control.doorbell.load(std::memory_order_acquire));
+  post_up_to(region_.doorbell().load(std::memory_order_acquire));
   for (Clock::time_point end = Clock::now() + kDrainTime; transport_->progress() && Clock::now() < end;) {
     std::this_thread::yield();
   }
@@ -82,16 +80,15 @@ bool Proxy::post_up_to(uint32_t rung) {
 }
 
 void Proxy::sleep_on_doorbell() {
-  Control& control = region_.control();
   // See `ring`: the announcement comes before the last look at the doorbell, in the single order of all four.
-  control.proxy_asleep.store(1, std::memory_order_seq_cst);
-  bool quiet = control.doorbell.load(std::memory_order_seq_cst) == last_;
+  region_.proxy_asleep().store(1, std::memory_order_seq_cst);
+  bool quiet = region_.doorbell().load(std::memory_order_seq_cst) == last_;
   if (quiet && !stopping_.load(std::memory_order_seq_cst)) {
     counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
     // The kernel compares the word once more: a doorbell rung since then ends the wait at once.
-    futex_wait(control.doorbell, last_);
+    futex_wait(region_.doorbell(), last_);
   }
-  control.proxy_asleep.store(0, std::memory_order_relaxed);
+  region_.proxy_asleep().store(0, std::memory_order_relaxed);
 }
 
 }  // namespace spark

@@ -21,10 +21,13 @@ To bit_cast(From value) {
   return result;
 }
 
+// Number formats: `widen` to float is exact, `narrow` rounds to nearest even. Every NaN becomes the same
+// quiet one: which of two NaNs an addition keeps depends on how the compiler arranged its loop, and both
+// ranks must get the same bits.
 struct Float32 {
   using Storage = uint32_t;
   static float widen(Storage bits) { return bit_cast<float>(bits); }
-  static Storage narrow(float value) { return bit_cast<uint32_t>(value); }
+  static Storage narrow(float value) { return value == value ? bit_cast<uint32_t>(value) : 0x7fc00000u; }
 };
 
 struct BFloat16 {
@@ -32,11 +35,9 @@ struct BFloat16 {
   static float widen(Storage bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
   static Storage narrow(float value) {
     uint32_t bits = bit_cast<uint32_t>(value);
-    // Rounding could carry a NaN's payload into infinity: keep it a quiet NaN.
-    uint32_t quiet_nan = bits >> 16 | 0x40u;
     uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    return static_cast<Storage>(is_nan ? quiet_nan : rounded);
+    return static_cast<Storage>(is_nan ? 0x7fc0u : rounded);
   }
 };
 
@@ -56,9 +57,8 @@ struct Float16 {
     uint32_t bits = bit_cast<uint32_t>(value);
     uint32_t sign = bits >> 16 & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u)
-      return static_cast<Storage>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));  // NaN
-    if (magnitude >= 0x477ff000u) return static_cast<Storage>(sign | 0x7c00u);   // rounds beyond 65504
+    if (magnitude > 0x7f800000u) return 0x7e00u;
+    if (magnitude >= 0x477ff000u) return static_cast<Storage>(sign | 0x7c00u);  // rounds beyond 65504
     if (magnitude < 0x38800000u) {
       // Subnormal: adding 0.5 lets the float adder round to a multiple of 2^-24, to nearest even.
       float aligned = bit_cast<float>(magnitude) + 0.5f;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <thread>
 
@@ -33,7 +34,20 @@ Options checked(const Options& options) {
     refuse("packet_bytes " + std::to_string(options.sizes.packet_bytes) + " is more than slot_bytes " +
            std::to_string(options.sizes.slot_bytes));
   }
+  if (options.clear_interval < options.sizes.slots ||
+      (options.clear_interval & (options.clear_interval - 1)) != 0) {
+    refuse("clear_interval " + std::to_string(options.clear_interval) +
+           " is not a power of two of at least " + std::to_string(options.sizes.slots) +
+           ", the number of slots");
+  }
   return options;
+}
+
+// How much of UTF-8 `text` fits into `limit` bytes without cutting a character in two.
+size_t whole_characters(const std::string& text, size_t limit) {
+  if (text.size() <= limit) return text.size();
+  while (limit > 0 && (static_cast<unsigned char>(text[limit]) & 0xc0u) == 0x80u) --limit;
+  return limit;
 }
 
 }  // namespace
@@ -133,15 +147,10 @@ Runtime::Runtime(const Options& options)
   if (getrandom(header.nonce, sizeof header.nonce, 0) != sizeof header.nonce) {
     throw CollectiveError("the kernel gave no random bytes; try again");
   }
-  mine_->control().doorbell.store(options_.first_sequence - 1, std::memory_order_relaxed);
-  // Fresh memory is all zero, and zero is a sequence number too: mark every flag as half the circle away.
-  uint32_t never = options_.first_sequence + (1u << 31);
+  mine_->doorbell().store(options_.first_sequence - 1, std::memory_order_relaxed);
+  // Fresh memory is all zero, and zero is a sequence number too.
   for (uint32_t slot = 0; slot < options_.sizes.slots; ++slot) {
-    mine_->recv_flag(slot).store(payload_flag(never, 0), std::memory_order_relaxed);
-    std::atomic<uint64_t>* packets = mine_->recv_packets(slot);
-    for (size_t half = 0; half < layout_.packet_area() / sizeof(uint64_t); ++half) {
-      packets[half].store(packet_half(0, never), std::memory_order_relaxed);
-    }
+    mine_->clear_recv(options_.first_sequence + slot);
   }
 }
 
@@ -256,6 +265,7 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
       }
       const std::byte* theirs = receive(operation, base + static_cast<uint32_t>(index), length(index));
       consume(theirs, index * chunk, length(index));
+      clear_now_and_then(base + static_cast<uint32_t>(index));
     }
   } catch (const CollectiveError& error) {
     set_poison(error.what());
@@ -329,6 +339,8 @@ const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t s
   // Acquire: pairs with the release in `send`. Only with it may this rank write the slot that the peer has
   // read.
   check_tag(operation, sequence, take(0, std::memory_order_acquire));
+  // Implied by the tag and the place in it. Read nevertheless, so that nothing of this message comes later.
+  take(1, std::memory_order_relaxed);
   size_t words = 2 * (packet_count(bytes) - 1);
   for (size_t word = 0; word < words; ++word) {
     uint32_t value = take(2 + word, std::memory_order_relaxed);
@@ -349,7 +361,14 @@ const std::byte* Runtime::receive_payload(const Operation& operation, uint32_t s
   return mine_->recv_payload(sequence);
 }
 
-void Runtime::check_usable() const {
+void Runtime::clear_now_and_then(uint32_t sequence) {
+  // Sequence numbers come round after 2^32 messages, which is days of decoding. A word that no later message
+  // happened to overwrite would then be taken for a new one. So each slot is cleared four times in that time,
+  // after its message was read, and before the peer learns of that.
+  if (sequence % options_.clear_interval < options_.sizes.slots) mine_->clear_recv(sequence);
+}
+
+void Runtime::check_usable() {
   if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
     throw PoisonedError("this runtime stopped working earlier: " + *reason);
   }
@@ -359,17 +378,20 @@ void Runtime::check_usable() const {
     throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
                      std::to_string(getpid()) + "; connect a new one there");
   }
-  check_abort();
+  if (aborted()) {
+    set_poison(mine_->abort_reason());
+    check_abort();
+  }
 }
 
 bool Runtime::aborted() const {
   // Acquire: the reason, and whatever the aborting rank sent before, was written before the word became
   // kAborted.
-  return mine_->control().abort.load(std::memory_order_acquire) == kAborted;
+  return mine_->abort().load(std::memory_order_acquire) == kAborted;
 }
 
 void Runtime::check_abort() const {
-  if (aborted()) throw AbortedError(mine_->control().abort_reason);
+  if (aborted()) throw AbortedError(mine_->abort_reason());
 }
 
 void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
@@ -399,15 +421,14 @@ void Runtime::abort(const std::string& reason) {
 }
 
 void Runtime::write_abort(Region region, const std::string& reason) {
-  Control& control = region.control();
   // The first reason counts: whoever claims the word writes it.
   uint32_t none = kRunning;
-  if (!control.abort.compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
-  size_t length = std::min(reason.size(), sizeof control.abort_reason - 1);
-  std::memcpy(control.abort_reason, reason.data(), length);
-  control.abort_reason[length] = '\0';
+  if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
+  size_t length = whole_characters(reason, Region::abort_reason_size() - 1);
+  std::memcpy(region.abort_reason(), reason.data(), length);
+  region.abort_reason()[length] = '\0';
   // Release: whoever sees it reads the reason.
-  control.abort.store(kAborted, std::memory_order_release);
+  region.abort().store(kAborted, std::memory_order_release);
 }
 
 void Runtime::set_poison(const std::string& reason) {

@@ -28,6 +28,7 @@ struct Options {
   std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
   uint32_t first_sequence = 1;
   uint64_t largest_message = 64ull << 20;  // bytes
+  uint32_t clear_interval = 1u << 30;      // messages between two clearings of the slots; a power of two
   BackoffTimes backoff;
 };
 
@@ -101,8 +102,9 @@ class Runtime {
   template <typename Consume>
   void exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume);
 
+  void clear_now_and_then(uint32_t sequence);
   void attach(Region peer_region, Peer peer);
-  void check_usable() const;
+  void check_usable();
   bool aborted() const;
   void check_abort() const;
   void check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const;

@@ -44,8 +44,10 @@ SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
 
 SharedMemory SharedMemory::create(size_t bytes) {
   SharedMemory memory;
-  memory.descriptor_ = FileDescriptor(memfd_create("vllm-spark-region", MFD_CLOEXEC));
-  if (memory.descriptor_.get() < 0 || ftruncate(memory.descriptor_.get(), static_cast<off_t>(bytes)) != 0) {
+  memory.descriptor_ = FileDescriptor(memfd_create("vllm-spark-region", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  // Sealed: memory that shrank under the other rank's hands would end it with SIGBUS.
+  if (memory.descriptor_.get() < 0 || ftruncate(memory.descriptor_.get(), static_cast<off_t>(bytes)) != 0 ||
+      fcntl(memory.descriptor_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     throw CollectiveError("cannot make " + std::to_string(bytes) + " bytes of shared memory (" +
                           std::strerror(errno) + "); use smaller slots or free some memory");
   }

@@ -46,6 +46,7 @@ void run_pair(bool proxied, int operations) {
   options.proxied = proxied;
   options.timeout = std::chrono::seconds(60);
   options.first_sequence = 0xffffff00u;  // wraps soon
+  options.clear_interval = 16;           // clears often
   spark::Options other = options;
   other.rank = 1;
   if (proxied) options.wire = other.wire = {std::chrono::microseconds(3), 24.0};
@@ -57,7 +58,7 @@ void run_pair(bool proxied, int operations) {
   run_rank(left, 0, operations);
   peer.join();
 
-  // One rank waits for what never comes; a third thread ends that.
+  // One rank waits for what never comes, or is about to; a third thread ends that.
   std::thread waiting([&] {
     float value = 1;
     try {

@@ -164,6 +164,24 @@ def test_abort_ends_the_peers_wait_with_the_reason() -> None:
     assert waiting.message == "rank 1 stopped: the fuse blew"
 
 
+def aborted_before(rank: int, exchange: Pipe) -> None:
+    runtime = connect(rank, exchange)
+    if rank == 1:
+        runtime.abort("\N{BATTERY}" * 1000)
+        exchange(b"aborted")
+        return
+    exchange(b"aborted")
+    with pytest.raises(CollectiveAbortedError, match=r"rank 1 stopped: \N{BATTERY}+$"):
+        runtime.all_reduce(SMALL)
+    assert runtime.poisoned is not None
+    with pytest.raises(PoisonedError):
+        runtime.all_reduce(SMALL)
+
+
+def test_an_abort_is_seen_at_the_next_call_with_whole_characters() -> None:
+    values(aborted_before)
+
+
 def aborted_here(rank: int, exchange: Pipe) -> None:
     runtime = connect(rank, exchange)
     if rank == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from typing import Any
 
 import pytest
@@ -63,6 +65,68 @@ def test_all_reduce_at_every_boundary(mode: str) -> None:
     sizes = [edge for edge in edges for _ in DTYPES]
     first, second = values(reduces, MODES[mode], sizes)
     assert first == second, "both ranks have the same bits"
+
+
+def reduces_nans(rank: int, exchange: Pipe, dtype: torch.dtype) -> bytes:
+    """Every NaN is another one on each rank: sign and payload differ."""
+    width = torch.tensor([], dtype=dtype).element_size()
+    integers = torch.int32 if width == 4 else torch.int16
+    nans = {torch.float32: 0x7F800001, torch.float16: 0x7C01, torch.bfloat16: 0x7F81}[dtype]
+    signed = nans - (1 << (8 * width))  # as a negative number: with the sign bit, were it set
+    mine = torch.tensor([nans + 3 * rank, signed | -(1 << (8 * width - 1))] * 500, dtype=torch.int64).to(integers)
+    with connect(rank, exchange) as runtime:
+        total = runtime.all_reduce(mine.view(dtype))
+    assert bool(total.isnan().all())
+    return bytes(bits(total).numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ranks_have_the_same_nan(dtype: torch.dtype) -> None:
+    """Which of two NaNs an addition keeps depends on the processor and on the order of its operands."""
+    first, second = values(reduces_nans, dtype)
+    assert first == second
+
+
+def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
+    """How many words of the first 40 sequence numbers this rank's memory still holds after as many collectives."""
+    from vllm_spark import _native
+
+    native = _native.Runtime(
+        rank=rank,
+        slot_bytes=SLOT,
+        packet_bytes=PACKETS,
+        depth=2,
+        proxied=proxied,
+        wire_latency_s=0.0,
+        wire_bytes_per_s=0.0,
+        timeout_s=30.0,
+        first_sequence=1_000_000,
+        largest_message=1 << 20,
+        clear_interval=interval,
+    )
+    process, descriptor, *nonce = native.address()
+    theirs = struct.unpack("<QQQQ", exchange(struct.pack("<QQQQ", process, descriptor, *nonce)))
+    native.connect(*theirs, "the other")
+    exchange(b"connected")
+    for size in (3, 100, 900, 2000) * 10:
+        source, target = torch.full((size,), 1.0 + rank), torch.empty(size)
+        native.all_reduce(source.data_ptr(), target.data_ptr(), size, _native.DType.FLOAT32)
+        assert bool((target == 3.0).all())
+    exchange(b"quiet")
+    memory = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    received = memory[: len(memory) // 2]  # what the peer writes lies before what this rank stages
+    words = struct.unpack(f"<{len(received) // 8}Q", received[: len(received) // 8 * 8])
+    native.close()
+    return sum(1_000_000 <= word >> 32 < 1_000_100 for word in words)
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_old_words_are_cleared_before_their_number_comes_round(proxied: bool) -> None:
+    """After 2^32 messages a word of an old one would pass for new; with an interval of 4, all 4 slots stay clear."""
+    assert values(leftovers, 4, proxied) == (0, 0)
+    first, second = values(leftovers, 1 << 30, proxied)
+    assert first > 100
+    assert second > 100, "the test finds what is not cleared"
 
 
 @pytest.mark.parametrize("depth", [1, 2, 8, 64])

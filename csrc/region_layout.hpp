@@ -1,0 +1,110 @@
+// The memory that two ranks share, as plain structs and offsets: for the CPU, kernels and the NIC alike.
+// region.hpp is the CPU's view of it, with atomics.
+//
+//   header   what this is, and its sizes
+//   control  doorbell, abort word, send descriptors: between a rank's own threads, kernels and proxy
+//   recv     flags, packets and payloads that the peer writes
+//   send     packets and payloads staged for the proxy
+//
+// Packets and payloads never share memory: payload bytes must not be taken for a packet's flags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "host_device.hpp"
+#include "packet.hpp"
+
+namespace spark {
+
+constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
+constexpr uint32_t kRegionVersion = 2;
+constexpr uint32_t kMaxSlots = 128;
+// Two cache lines: adjacent-line prefetchers would otherwise move a neighbour's flag along.
+constexpr size_t kLine = 128;
+constexpr size_t kPage = 4096;
+
+struct RegionSizes {
+  uint64_t slot_bytes;    // payload bytes of one slot
+  uint64_t packet_bytes;  // largest message, in data bytes, that goes as packets
+  uint32_t slots;
+
+  SPARK_HOST_DEVICE constexpr bool operator==(const RegionSizes& other) const {
+    return slot_bytes == other.slot_bytes && packet_bytes == other.packet_bytes && slots == other.slots;
+  }
+};
+
+struct RegionHeader {
+  uint32_t magic;
+  uint32_t version;
+  uint64_t nonce[2];
+  RegionSizes sizes;
+};
+
+enum class Protocol : uint32_t { kPackets = 1, kPayload = 2 };
+
+// What the proxy must post for one sequence number; written before the doorbell is rung.
+struct SendDescriptor {
+  Protocol protocol;
+  uint32_t tag;
+  uint64_t bytes;
+};
+
+enum AbortState : uint32_t { kRunning = 0, kAbortClaimed = 1, kAborted = 2 };
+
+// The words here are atomics: Region gives the CPU's view of them, a kernel uses system-scope accesses.
+struct Control {
+  // Level, not queue: the last sequence number staged. The proxy posts everything up to it.
+  alignas(kLine) uint32_t doorbell;
+  // Nonzero while the proxy sleeps on the doorbell, so that ringing it costs a system call only then.
+  alignas(kLine) uint32_t proxy_asleep;
+  // An AbortState; kAborted ends every wait, and `abort_reason` is valid once it is seen.
+  alignas(kLine) uint32_t abort;
+  char abort_reason[512];
+  alignas(kLine) SendDescriptor send[kMaxSlots];
+};
+
+// The sequence and tag of a message that goes as payload, then flag.
+struct alignas(kLine) Flag {
+  uint64_t value;
+};
+
+SPARK_HOST_DEVICE constexpr size_t round_up(size_t value, size_t step) {
+  return (value + step - 1) / step * step;
+}
+
+// Where everything lies, in bytes from the region's start.
+class RegionLayout {
+ public:
+  SPARK_HOST_DEVICE explicit constexpr RegionLayout(const RegionSizes& sizes) : sizes_(sizes) {}
+
+  SPARK_HOST_DEVICE constexpr size_t control() const { return kPage; }
+  SPARK_HOST_DEVICE constexpr size_t recv_flags() const {
+    return control() + round_up(sizeof(Control), kPage);
+  }
+  SPARK_HOST_DEVICE constexpr size_t recv_packets() const {
+    return recv_flags() + round_up(sizes_.slots * sizeof(Flag), kPage);
+  }
+  SPARK_HOST_DEVICE constexpr size_t recv_payload() const {
+    return recv_packets() + round_up(sizes_.slots * packet_area(), kPage);
+  }
+  SPARK_HOST_DEVICE constexpr size_t send_packets() const {
+    return recv_payload() + sizes_.slots * payload_area();
+  }
+  SPARK_HOST_DEVICE constexpr size_t send_payload() const {
+    return send_packets() + round_up(sizes_.slots * packet_area(), kPage);
+  }
+  SPARK_HOST_DEVICE constexpr size_t total() const { return send_payload() + sizes_.slots * payload_area(); }
+
+  // Bytes from one slot to the next, and which slot a sequence number uses.
+  SPARK_HOST_DEVICE constexpr size_t packet_area() const {
+    return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
+  }
+  SPARK_HOST_DEVICE constexpr size_t payload_area() const { return round_up(sizes_.slot_bytes, kPage); }
+  SPARK_HOST_DEVICE constexpr uint32_t slot(uint32_t sequence) const { return sequence % sizes_.slots; }
+
+ private:
+  RegionSizes sizes_;
+};
+
+}  // namespace spark
