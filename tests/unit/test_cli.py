@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -56,13 +57,16 @@ def test_reference_and_patches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "executor-choice" in capsys.readouterr().out
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 @pytest.fixture
 def waiting(tmp_path: Path) -> Process:
     """A follower that waits for a leader that never comes."""
     pytest.importorskip("vllm")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    process = spark(tmp_path, "join", "--port", port)
+    process = spark(tmp_path, "join", "--port", free_port())
     process.wait_for_line("Waiting for a leader at 127.0.0.1", 60)
     assert "On that machine run: vllm serve MODEL --spark" in process.output()
     return process
@@ -76,6 +80,43 @@ def test_a_waiting_follower_stops_when_asked(waiting: Process, number: signal.Si
     assert waiting.wait(30) == 0
     wait_until_gone(session)
     assert "Traceback" not in waiting.output()
+
+
+PATIENT = """
+import sys
+from vllm_spark.cli import join, main
+{}
+sys.exit(main(["join", "--port", sys.argv[1]]))
+"""
+
+
+def patient(tmp_path: Path, port: str, setting: str) -> Process:
+    """`vllm-spark join` with a limit of its own set so high that a test which meets it fails."""
+    argv = [sys.executable, "-c", PATIENT.format(setting), port]
+    return Process("vllm-spark join", argv, tmp_path / "patient.log", clean_environment())
+
+
+def test_a_session_that_ends_when_asked_is_not_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    process = patient(tmp_path, free_port(), "join._STOP_GRACE = 600")
+    try:
+        process.wait_for_line("Waiting for a leader", 60)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill9()
+
+
+def test_a_follower_stops_when_asked_between_two_sessions(tmp_path: Path) -> None:
+    """Sessions that crash at once are restarted slowly; SIGTERM does not wait for that."""
+    pytest.importorskip("vllm")
+    process = patient(tmp_path, free_port(), "join._FIRST_PAUSE = 600; join.sys.executable = '/bin/false'")
+    try:
+        process.wait_for_line("The session ended with exit code 1; waiting for the next leader", 60)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill9()
 
 
 def test_a_killed_follower_leaves_no_session(waiting: Process) -> None:

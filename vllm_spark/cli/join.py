@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ logger = logging.getLogger("vllm_spark")
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
-_LONGEST_PAUSE = 30.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
     sessions = _Sessions(config)
-    pause = 1.0
+    pause = _FIRST_PAUSE
     while True:
         started = time.monotonic()
         code = sessions.run_one()
@@ -60,11 +61,11 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
         if once:
             return code
         if code in (0, EXIT_LOST):
-            pause = 1.0
+            pause = _FIRST_PAUSE
             continue
         logger.error("The session ended with exit code %d; waiting for the next leader.", code)
         if time.monotonic() - started < _SHORT_SESSION:
-            time.sleep(pause)
+            sessions.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -73,8 +74,10 @@ class _Sessions:
 
     def __init__(self, config: SparkConfig) -> None:
         self._config = config
-        self._process: subprocess.Popen[bytes] | None = None
         self.stopped = False
+        # A signal is one byte in this pipe: whatever the main thread waits for, it wakes up and sees `stopped`.
+        self._signalled, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
 
@@ -89,24 +92,31 @@ class _Sessions:
             start_new_session=True,
             preexec_fn=_end_with_parent(os.getpid()),
         )
-        self._process = process
+        end = os.pidfd_open(process.pid)
         try:
-            return process.wait()
+            while not self.stopped and end not in self._wait([end, self._signalled], None):
+                pass
+            if self.stopped:
+                process.terminate()
+                self._wait([end], _STOP_GRACE)
         finally:
-            # Compilers and other helpers that the session may have left.
+            os.close(end)
+            # Also compilers and other helpers that the session may have left.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def pause(self, seconds: float) -> None:
+        """Waits, but not on when asked to stop."""
+        if not self.stopped:
+            self._wait([self._signalled], seconds)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
-        process = self._process
-        if process is None or process.poll() is not None:
-            return
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_GRACE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+
+    @staticmethod
+    def _wait(descriptors: list[int], timeout: float | None) -> list[int]:
+        return select.select(descriptors, [], [], timeout)[0]
 
 
 def _end_with_parent(parent: int) -> Callable[[], None]:
