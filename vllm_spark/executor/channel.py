@@ -107,14 +107,14 @@ class Lane:
         except (OSError, ValueError) as error:
             raise ChannelError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
-    def receive(self, *, timeout: float | None = None) -> Frame:
-        """Receives one frame.
+    def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
+        """Receives one frame; looks for it without sleeping for the first `awake` seconds.
 
         Raises:
             ChannelError: the peer closed the lane, sent nothing for `timeout` seconds, or sent no valid frame.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline))
+        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, awake))
         try:
             kind = Kind(number)
         except ValueError:
@@ -126,13 +126,13 @@ class Lane:
             )
         return Frame(kind, self._read(length, deadline))
 
-    def expect(self, *kinds: Kind, timeout: float | None = None) -> Frame:
+    def expect(self, *kinds: Kind, timeout: float | None = None, awake: float = 0.0) -> Frame:
         """Receives one frame that must be of one of `kinds`.
 
         Raises:
             ChannelError: as `receive`, or the frame is of another kind.
         """
-        frame = self.receive(timeout=timeout)
+        frame = self.receive(timeout=timeout, awake=awake)
         if frame.kind not in kinds:
             wanted = " or ".join(kind.name for kind in kinds)
             raise ChannelError(f"{self.peer} sent {frame.kind.name} where {wanted} was due")
@@ -146,10 +146,10 @@ class Lane:
         """Closes the connection; may be called again."""
         self._connection.close()
 
-    def _read(self, size: int, deadline: float | None) -> bytes:
+    def _read(self, size: int, deadline: float | None, awake: float = 0.0) -> bytes:
         buffer = bytearray(size)
         try:
-            self._connection.receive_into(memoryview(buffer), deadline)
+            self._connection.receive_into(memoryview(buffer), deadline, awake)
         except EOFError:
             raise ChannelError(f"{self.peer} closed the connection") from None
         except TimeoutError:

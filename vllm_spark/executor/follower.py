@@ -55,6 +55,7 @@ _NOTE_INTERVAL = 60.0  # seconds between two lines that say for whom it waits
 _OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
 _ASSIGNMENT_TIMEOUT = 120.0
 _CAUSE_GRACE = 0.5
+_AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
 
 
 class FollowerSession:
@@ -121,7 +122,7 @@ class FollowerSession:
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("The follower's half of the model is loaded.")
         while True:
-            frame = calls.expect(Kind.CALL, Kind.QUERY)
+            frame = calls.expect(Kind.CALL, Kind.QUERY, awake=_AWAKE)
             self._run_call(frame.payload, calls if frame.kind is Kind.QUERY else None)
 
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:

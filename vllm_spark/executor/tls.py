@@ -2,12 +2,15 @@
 
 `ssl.SSLSocket` reads every record with two system calls and writes through several layers of Python. Here OpenSSL works
 on memory, and the socket is read and written in whole messages: a decode step's call reaches the follower sooner
-(benchmarks/channel.py).
+(benchmarks/channel.py). Who waits for the next step's call does not fall asleep at once: waking up costs about as much
+as the message itself (benchmarks/spine.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import socket
 import ssl
 import time
@@ -37,7 +40,9 @@ class TlsConnection:
         self._buffer = memoryview(bytearray(_READ))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.settimeout(timeout)
             self._shake_hands(time.monotonic() + timeout)
+            plain.settimeout(None)
         except BaseException:
             with contextlib.suppress(OSError):
                 self._flush()  # tells the peer why
@@ -65,18 +70,27 @@ class TlsConnection:
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
-        self._socket.settimeout(timeout)
         self._tls.write(data)
-        self._flush()
+        if timeout is None:
+            self._flush()
+            return
+        self._socket.settimeout(timeout)
+        try:
+            self._flush()
+        finally:
+            self._socket.settimeout(None)
 
-    def receive_into(self, view: memoryview, deadline: float | None) -> None:
-        """Fills `view`. Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError."""
+    def receive_into(self, view: memoryview, deadline: float | None, awake: float = 0.0) -> None:
+        """Fills `view`, looking for what comes without sleeping for the first `awake` seconds.
+
+        Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError.
+        """
         got = 0
         while got < len(view):
             try:
                 got += self._read(view[got:])
             except ssl.SSLWantReadError:
-                self._fill(deadline)
+                self._fill(deadline, awake)
             except ssl.SSLZeroReturnError:
                 raise EOFError from None
 
@@ -108,12 +122,32 @@ class TlsConnection:
         # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
         return cast("int", self._tls.read(len(view), view))
 
-    def _fill(self, deadline: float | None) -> None:
-        self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
-        count = self._socket.recv_into(self._buffer)
+    def _fill(self, deadline: float | None, awake: float = 0.0) -> None:
+        count = self._look_for(awake) if awake else None
+        if count is None:
+            self._sleep_until_readable(deadline)
+            count = self._socket.recv_into(self._buffer)
         if count == 0:
             raise EOFError
         self._incoming.write(self._buffer[:count])
+
+    def _look_for(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    return None
+                os.sched_yield()  # whoever else needs this core has it
+
+    def _sleep_until_readable(self, deadline: float | None) -> None:
+        if deadline is None:
+            return  # the socket blocks
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1e3):
+            raise TimeoutError("timed out")
 
     def _flush(self) -> None:
         if self._outgoing.pending:
