@@ -113,10 +113,14 @@ def test_an_unknown_source_disables_that_feature_alone(
 
 
 def test_the_plugin_loads_neither_torch_nor_the_native_module() -> None:
-    look = (
-        "import sys; from vllm_spark.plugin import register; import vllm_spark.patches as p\n"
-        "p.all_patches = lambda: []; register(); print(sorted(m for m in sys.modules if m in ('torch', 'vllm', 'vllm_spark._native')))"
-    )
+    look = """
+import sys
+import vllm_spark.patches
+from vllm_spark.plugin import register
+vllm_spark.patches.all_patches = lambda: []
+register()
+print(sorted({"torch", "vllm", "vllm_spark._native"} & sys.modules.keys()))
+"""
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
 
