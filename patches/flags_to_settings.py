@@ -12,7 +12,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, args: Any) -> Any:
         from vllm_spark.activation import carry_settings
 
-        return carry_settings(original(cls, args), args)
+        return carry_settings(lambda: original(cls, args), args)
 
     return from_cli_args
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -21,17 +22,23 @@ from vllm_spark.config import (
     misspelt_variables,
     typed_flags,
 )
+from vllm_spark.config_file import check_config_file
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.refusals import (
+    EXECUTOR,
+    TENSOR_PARALLEL_SIZE,
+    refuse_indivisible_shards,
+    refuse_what_a_pair_cannot_do,
+    vllms_objections,
+)
 from vllm_spark.settings import SECTION, attach_settings
 
 logger = logging.getLogger("vllm_spark")
 
-EXECUTOR = "vllm_spark.executor.SparkExecutor"
-TENSOR_PARALLEL_SIZE = 2
-
 
 def add_option_group(parser: Any) -> None:
     """Adds `--spark` and its options to one of vLLM's parsers, in a group that `--help=Spark` shows."""
+    check_config_file(parser, sys.argv)
     group = parser.add_argument_group(
         title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
     )
@@ -41,15 +48,18 @@ def add_option_group(parser: Any) -> None:
     add_flags(group, ["leader", "both"])
 
 
-def carry_settings(engine_args: Any, args: Any) -> Any:
-    """Puts the settings of a parsed command line into `engine_args`, if they ask for vllm_spark.
+def carry_settings(create: Callable[[], Any], args: Any) -> Any:
+    """Makes vLLM's engine arguments with the settings of a parsed command line in them, if it asks for vllm_spark.
 
     Raises:
-        ConfigurationError: a bad or contradictory setting.
+        ConfigurationError: a bad or contradictory setting, or arguments that vLLM does not take.
     """
     config = settings_of_command_line(args)
-    if config is not None:
-        engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
+    if config is None:
+        return create()
+    with vllms_objections(getattr(args, "model", None)):
+        engine_args = create()
+    engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
     return engine_args
 
 
@@ -103,12 +113,8 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
         **engine_args.additional_config,
         SECTION: {"version": __version__, **config.compilation_fields()},
     }
-    try:
+    with vllms_objections(engine_args.model):
         vllm_config = create()
-    except ValueError as error:
-        if "divisible" in str(error):
-            raise ConfigurationError(_indivisible(str(error))) from None
-        raise
     refuse_indivisible_shards(vllm_config)
     check_link(config)
     attach_settings(vllm_config, config)
@@ -117,47 +123,6 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
 
     publish_counters()
     return vllm_config
-
-
-def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
-    """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
-    refusals = (
-        ("tensor_parallel_size", (1, TENSOR_PARALLEL_SIZE), "a pair has exactly two ranks; leave it out"),
-        ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
-        ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
-        ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
-        ("data_parallel_start_rank", (None,), "a pair serves one copy of the model; leave it out"),
-        ("nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
-        ("node_rank", (0,), "the pair is formed by vllm-spark join; leave it out"),
-        ("decode_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
-        ("prefill_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
-        ("kv_transfer_config", (None,), "KV connectors need vLLM's own executors; leave it out"),
-        ("ec_transfer_config", (None,), "encoder-cache connectors need vLLM's own executors; leave it out"),
-        ("distributed_executor_backend", (None, EXECUTOR), "--spark brings an executor of its own; leave it out"),
-        ("mm_processor_cache_type", (None, "lru"), "a shared-memory cache does not reach the other machine; use lru"),
-    )
-    for field, allowed, remedy in refusals:
-        value = getattr(engine_args, field, allowed[0])
-        if value not in allowed:
-            raise ConfigurationError(f"--{field.replace('_', '-')} {value} does not go with {FLAG}: {remedy}")
-    world_size = os.environ.get("WORLD_SIZE")
-    if world_size not in (None, "", "1", str(TENSOR_PARALLEL_SIZE)):
-        raise ConfigurationError(
-            f"WORLD_SIZE is {world_size}, and a pair has {TENSOR_PARALLEL_SIZE} ranks; "
-            "launch one process on each of two machines"
-        )
-
-
-def refuse_indivisible_shards(vllm_config: Any) -> None:
-    """Raises ConfigurationError if the model cannot be cut into two equal halves."""
-    model = vllm_config.model_config.hf_text_config
-    dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
-    if vllm_config.parallel_config.enable_expert_parallel:
-        dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
-    for dimension in dimensions:
-        size = getattr(model, dimension, None)
-        if isinstance(size, int) and size % TENSOR_PARALLEL_SIZE:
-            raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
 
 
 def check_link(config: SparkConfig) -> None:
@@ -197,6 +162,16 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
             _exit_with(failure)
     except SparkError as error:
         _exit_with(error)
+    except OSError as error:
+        # vLLM binds its port before anything else; no other part of the start raises these.
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+            raise
+        _exit_with(
+            ConfigurationError(
+                f"the server cannot listen at --host {args.host or '0.0.0.0'} --port {args.port} "
+                f"({os.strerror(error.errno).lower()}); choose another port, or end what uses it"
+            )
+        )
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
         failure = _engine_failure()
@@ -243,8 +218,3 @@ def _engine_failure() -> SparkError | None:
 def _exit_with(error: SparkError) -> NoReturn:
     print(f"vllm serve {FLAG}: {error}.", file=sys.stderr, flush=True)
     sys.exit(error.exit_code)
-
-
-def _indivisible(what: str) -> str:
-    detail = what.strip().splitlines()[-1].strip() if "\n" in what else what
-    return f"this model cannot be cut into two equal halves ({detail}); serve it without {FLAG}"

@@ -5,17 +5,13 @@ What it does not take (a type, a size, another group of ranks) goes to vLLM's ow
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
-from vllm_spark.collective import Runtime, installed
-
-fallbacks: Counter[str] = Counter()
-"""Collectives between the two ranks that went to vLLM's own path in this process, by kind."""
+from vllm_spark.collective import Runtime, count_fallback, installed
 
 _ROUTED_GROUPS = ("tp", "ep")
 
@@ -40,7 +36,7 @@ class _Routing:
         runtime = self._runtime
         if runtime is not None and runtime.accepts_all_reduce(input_):
             return runtime.all_reduce(input_)
-        self._count("all_reduce")
+        self._count()
         # vLLM's CPU communicator reduces in place, which compiled graphs must not see.
         return super().all_reduce(input_.clone())  # type: ignore[misc]
 
@@ -49,7 +45,7 @@ class _Routing:
         runtime = self._runtime
         if runtime is not None and runtime.accepts_all_gather(input_, dim):
             return runtime.all_gather(input_, dim)
-        self._count("all_gather")
+        self._count()
         return super().all_gather(input_, dim)  # type: ignore[misc]
 
     def gather(self, input_: torch.Tensor, dst: int = 0, dim: int = -1) -> torch.Tensor | None:
@@ -58,22 +54,22 @@ class _Routing:
         if runtime is not None and runtime.accepts_all_gather(input_, dim):
             gathered = runtime.all_gather(input_, dim)
             return gathered if self.rank_in_group == dst else None
-        self._count("gather")
+        self._count()
         return super().gather(input_, dst, dim)  # type: ignore[misc]
 
     def reduce_scatter(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """vLLM's own, counted."""
-        self._count("reduce_scatter")
+        self._count()
         return super().reduce_scatter(input_, dim)  # type: ignore[misc]
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         """vLLM's own, counted."""
-        self._count("broadcast")
+        self._count()
         return super().broadcast(tensor, src)  # type: ignore[misc]
 
-    def _count(self, kind: str) -> None:
+    def _count(self) -> None:
         if self.world_size > 1:
-            fallbacks[kind] += 1
+            count_fallback()
 
 
 class SparkCpuCommunicator(_Routing, CpuCommunicator):  # type: ignore[misc]
@@ -89,5 +85,5 @@ class SparkCudaCommunicator(_Routing, CudaCommunicator):  # type: ignore[misc]
 
     def all_reduce(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """vLLM's own path, which is out of place already."""
-        self._count("all_reduce")
+        self._count()
         return CudaCommunicator.all_reduce(self, input_, *args, **kwargs)

@@ -18,7 +18,7 @@ from vllm_spark.collective.errors import (
     UsageError,
 )
 from vllm_spark.collective.options import RuntimeOptions
-from vllm_spark.collective.registry import install, installed, uninstall
+from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed, uninstall
 from vllm_spark.collective.runtime import Counters, Runtime
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "Runtime",
     "RuntimeOptions",
     "UsageError",
+    "count_fallback",
+    "fallbacks",
     "install",
     "installed",
     "uninstall",

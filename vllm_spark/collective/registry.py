@@ -1,4 +1,8 @@
-"""The runtime of this process: made by whoever joins the ranks, found by whoever runs collectives."""
+"""The runtime of this process: made by whoever joins the ranks, found by whoever runs collectives.
+
+Here too: how many collectives between the ranks it did not take. Other threads read that while a model is loading,
+so it must not live in a module that imports the model's world.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from vllm_spark.collective.errors import UsageError
 from vllm_spark.collective.runtime import Runtime
 
 _installed: Runtime | None = None
+_fallbacks = 0
 
 
 def install(runtime: Runtime) -> None:
@@ -29,3 +34,14 @@ def uninstall() -> None:
     """Forgets the process's runtime, without closing it."""
     global _installed
     _installed = None
+
+
+def count_fallback() -> None:
+    """Notes one collective between the two ranks that went another way. For the thread that runs the model."""
+    global _fallbacks
+    _fallbacks += 1
+
+
+def fallbacks() -> int:
+    """How many have been noted in this process."""
+    return _fallbacks

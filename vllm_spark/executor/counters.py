@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import sys
 import zlib
 from typing import Any
 
@@ -49,17 +48,14 @@ class RankCounters(msgspec.Struct):
 
 def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
     """This process's counters."""
-    from vllm_spark.collective import installed
+    from vllm_spark.collective import fallbacks, installed
 
-    counters = RankCounters(rank, steps=ledger[0], digest=ledger[1].hex())
+    counters = RankCounters(rank, steps=ledger[0], digest=ledger[1].hex(), fallbacks=fallbacks())
     if runtime := installed():
         runs = runtime.counters()
         counters.all_reduces, counters.all_gathers = runs.all_reduces, runs.all_gathers
         counters.all_reduce_bytes, counters.all_gather_bytes = runs.all_reduce_bytes, runs.all_gather_bytes
         counters.wait_seconds = runs.wait_seconds
-    # Only if the communicator is in use: importing it here would load vLLM's.
-    if communicator := sys.modules.get("vllm_spark.communicator"):
-        counters.fallbacks = sum(communicator.fallbacks.values())
     return counters
 
 

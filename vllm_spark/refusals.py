@@ -1,0 +1,105 @@
+"""What a pair does not do, and what vLLM does not take, each in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_spark.config import FLAG
+from vllm_spark.errors import ConfigurationError, SparkError
+
+logger = logging.getLogger("vllm_spark")
+
+EXECUTOR = "vllm_spark.executor.SparkExecutor"
+TENSOR_PARALLEL_SIZE = 2
+
+
+def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
+    """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
+    refusals = (
+        ("tensor_parallel_size", (1, TENSOR_PARALLEL_SIZE), "a pair has exactly two ranks; leave it out"),
+        ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
+        ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_start_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
+        ("node_rank", (0,), "the pair is formed by vllm-spark join; leave it out"),
+        ("decode_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("prefill_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("kv_transfer_config", (None,), "KV connectors need vLLM's own executors; leave it out"),
+        ("ec_transfer_config", (None,), "encoder-cache connectors need vLLM's own executors; leave it out"),
+        ("distributed_executor_backend", (None, EXECUTOR), "--spark brings an executor of its own; leave it out"),
+        ("mm_processor_cache_type", (None, "lru"), "a shared-memory cache does not reach the other machine; use lru"),
+    )
+    for field, allowed, remedy in refusals:
+        value = getattr(engine_args, field, allowed[0])
+        if value not in allowed:
+            shown = getattr(value, "kv_connector", None) or getattr(value, "ec_connector", None) or value
+            raise ConfigurationError(f"--{field.replace('_', '-')} {shown} does not go with {FLAG}: {remedy}")
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size not in (None, "", "1", str(TENSOR_PARALLEL_SIZE)):
+        raise ConfigurationError(
+            f"WORLD_SIZE is {world_size}, and a pair has {TENSOR_PARALLEL_SIZE} ranks; "
+            "launch one process on each of two machines"
+        )
+
+
+def refuse_indivisible_shards(vllm_config: Any) -> None:
+    """Raises ConfigurationError if the model cannot be cut into two equal halves."""
+    model = vllm_config.model_config.hf_text_config
+    dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
+    if vllm_config.parallel_config.enable_expert_parallel:
+        dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
+    for dimension in dimensions:
+        size = getattr(model, dimension, None)
+        if isinstance(size, int) and size % TENSOR_PARALLEL_SIZE:
+            raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
+    heads = getattr(model, "num_key_value_heads", None)
+    if isinstance(heads, int) and heads > 1 and heads % TENSOR_PARALLEL_SIZE:  # a single one is on both ranks
+        raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
+
+
+@contextlib.contextmanager
+def vllms_objections(model: Any) -> Iterator[None]:
+    """Turns what vLLM raises for arguments that it does not take into one sentence.
+
+    Raises:
+        ConfigurationError: in place of a ValueError (pydantic's included) or OSError (a model that is not there).
+    """
+    try:
+        yield
+    except SparkError:
+        raise
+    except (ValueError, OSError) as error:
+        logger.debug("vLLM's own words:", exc_info=error)
+        objection = _first_objection(error)
+        if "divisible" in objection:
+            raise ConfigurationError(_indivisible(objection)) from error
+        if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
+            raise ConfigurationError(_model_not_found(str(model), objection)) from error
+        raise ConfigurationError(f"{objection.rstrip('.')} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+
+
+def _indivisible(what: str) -> str:
+    return f"this model cannot be cut into two equal halves ({what.rstrip('.')}); serve it without {FLAG}"
+
+
+def _first_objection(error: Exception) -> str:
+    """The first line of what vLLM complains about; pydantic wraps it in three."""
+    if callable(errors := getattr(error, "errors", None)):
+        first = errors()[0]
+        text, field = str(first["msg"]).removeprefix("Value error, "), first["loc"]
+        text = f"{'.'.join(map(str, field))}: {text}" if field else text
+    else:
+        text = str(error) or type(error).__name__
+    return text.strip().splitlines()[0]
+
+
+def _model_not_found(model: str, objection: str) -> str:
+    if Path(model).is_dir() or not (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        return f"the model {model} cannot be loaded ({objection.rstrip('.')})"
+    return f"there is no folder {model}; give a model's folder, or its name on the hub"
