@@ -1,6 +1,6 @@
 """What a message from leader to follower costs: our TLS lane against ZeroMQ with CURVE, and both without encryption.
 
-    python benchmarks/channel.py [--messages 3000] [--json FILE]
+    python -m benchmarks.channel [--messages 3000] [--json FILE]
 
 Two processes on one machine over 127.0.0.1, one message of a decode step's size (600 bytes; 8,800 for a batch of 128)
 at a time, a pause between them as between decode steps. Reported: how long the sender is busy, and how long after the
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import socket
 import ssl
@@ -26,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.samples import machine, percentile
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.tls import TlsConnection
@@ -110,10 +110,6 @@ def follower(ports: dict[str, int], keys: Any, messages: int, results: Any) -> N
     results.send(lags)
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 def run(messages: int) -> dict[str, Any]:
     import zmq
 
@@ -160,8 +156,8 @@ def run(messages: int) -> dict[str, Any]:
                     "lag_ratio": statistics.median(lags[key]) / statistics.median(lags[f"{CANDIDATES[1]} {size}"]),
                 }
             )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {ssl.OPENSSL_VERSION}"
-    return {"machine": machine, "zeromq": zmq.zmq_version(), "messages": messages, "rows": rows}
+    where = machine(f"Python {platform.python_version()}", ssl.OPENSSL_VERSION)
+    return {"machine": where, "zeromq": zmq.zmq_version(), "messages": messages, "rows": rows}
 
 
 def main() -> None:

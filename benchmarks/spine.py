@@ -1,6 +1,6 @@
 """What an executor costs per decode step: ours and stock vLLM's for two nodes, with a worker that does nothing.
 
-    python benchmarks/spine.py [--rounds 3] [--tokens 300] [--json FILE]
+    python -m benchmarks.spine [--rounds 3] [--tokens 300] [--json FILE]
 
 A real vLLM engine with its real scheduler runs in one process (rank 0's side), the other rank in another; both on this
 machine over 127.0.0.1. Per decode step: *host time*, from the call of execute_model until sample_tokens has returned,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -23,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.samples import machine, ratios, summary
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (1, 32)
@@ -122,7 +123,17 @@ def run_round(executor: str, model: str, tokens: int) -> dict[str, dict[str, lis
         )
         try:
             output = Path(folder, "result.json")
-            mine = [sys.executable, __file__, "--measure", executor, model, str(port), str(tokens), str(output)]
+            mine = [
+                sys.executable,
+                "-m",
+                "benchmarks.spine",
+                "--measure",
+                executor,
+                model,
+                str(port),
+                str(tokens),
+                str(output),
+            ]
             done = subprocess.run(
                 mine, env=environment, capture_output=True, text=True, timeout=START_SECONDS, check=False
             )
@@ -133,10 +144,6 @@ def run_round(executor: str, model: str, tokens: int) -> dict[str, dict[str, lis
         finally:
             os.killpg(other.pid, signal.SIGKILL)
             other.wait()
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def main() -> None:
@@ -163,27 +170,23 @@ def main() -> None:
         model = str(make_tiny_model(Path(folder, "model"), "dense"))
         for executor in track(list(EXECUTORS) * args.rounds, "measuring", transient=True):
             rounds[executor].append(run_round(executor, model, args.tokens))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, vLLM {vllm.__version__}, load {os.getloadavg()[0]:.1f}"
-    table = Table(title=f"One decode step with a worker that does nothing ({machine})")
+    where = machine(f"vLLM {vllm.__version__}")
+    table = Table(title=f"One decode step with a worker that does nothing ({where})")
     for column in ("", "batch", "ours, median us", "p99", "stock, median us", "p99", "ours / stock"):
         table.add_column(column, justify="left" if not column else "right")
     rows = []
     for what, label in (("host_us", "host time on the leader"), ("lag_us", "lag of the other rank")):
         for batch in map(str, BATCHES):
-            ratios = [
-                statistics.median(ours[batch][what]) / statistics.median(stock[batch][what])
-                for ours, stock in zip(rounds["spark"], rounds["stock"], strict=True)
-            ]
-            pooled = {name: [value for one in rounds[name] for value in one[batch][what]] for name in EXECUTORS}
-            row = {"what": label, "batch": int(batch), "ratio": statistics.median(ratios), "ratios": ratios}
-            for name in EXECUTORS:
-                row[name] = {"median": statistics.median(pooled[name]), "p99": percentile(pooled[name], 0.99)}
+            samples = {name: [one[batch][what] for one in rounds[name]] for name in EXECUTORS}
+            each = ratios(samples["spark"], samples["stock"])
+            row: dict[str, Any] = {"what": label, "batch": int(batch), "ratio": statistics.median(each), "ratios": each}
+            row |= {name: summary(samples[name]) for name in EXECUTORS}
             rows.append(row)
             figures = [f"{row[name][key]:.0f}" for name in EXECUTORS for key in ("median", "p99")]
             table.add_row(label, batch, *figures, f"{row['ratio']:.2f}")
     Console(width=120).print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps({"machine": where, "rounds": args.rounds, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

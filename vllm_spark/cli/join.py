@@ -26,6 +26,8 @@ SUMMARY = "wait for a leader, follow it, wait for the next (run this on the seco
 
 logger = logging.getLogger("vllm_spark")
 
+# A folder named vllm_spark where the user happens to be must not become a session's package (Python 3.11 and later).
+_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 _PR_SET_PDEATHSIG = 1
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
@@ -86,7 +88,7 @@ class _Sessions:
         if self.stopped:
             return 0
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_spark.executor.follower"],
+            [sys.executable, *_SAFE_PATH, "-m", "vllm_spark.executor.follower"],
             env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -20,15 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one row per patch. Returns 0 if all fit the installed vLLM, 1 if not."""
-    table = Table(title=f"vLLM {vllm_version() or 'not installed'} (this version works with {SUPPORTED})")
-    for column in ("patch", "replaces", "state", "without it", "why no hook serves"):
-        table.add_column(column, overflow="fold")
+    """Prints each patch with its state. Returns 0 if all fit the installed vLLM, 1 if not."""
+    console = Console(highlight=False)
+    console.print(f"vLLM {vllm_version() or 'not installed'} (this version works with {SUPPORTED})")
     states = []
     for patch in all_patches():
         states.append(state_of(patch))
-        table.add_row(
-            patch.name, f"{patch.anchor.module}\n{patch.anchor.qualified_name}", states[-1], patch.feature, patch.reason
-        )
-    Console().print(table)
+        console.print(f"\n[bold]{patch.name}[/bold]: [{'green' if states[-1] in _FITS else 'red'}]{states[-1]}[/]")
+        details = Table.grid(padding=(0, 2))
+        details.add_row("  replaces", f"{patch.anchor.module}:{patch.anchor.qualified_name}")
+        details.add_row("  gives", patch.feature)
+        details.add_row("  no hook serves", f"because {patch.reason}")
+        console.print(details)
     return 0 if all(state in _FITS for state in states) else 1

@@ -1,0 +1,61 @@
+"""The pair started by other means than two commands: a launcher's environment, and offline from Python."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from pathlib import Path
+
+from vllm_spark.cli.demo import CPU_ENVIRONMENT
+from vllm_spark.cli.process import program
+
+from . import prompts
+from .hosts import Hosts
+from .process import assert_all_gone
+from .servers import COMMON_ARGUMENTS, Server
+
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+model, prompts, settings = json.loads(sys.argv[1])
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings})
+outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True), use_tqdm=False)
+print("\\n" + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    """torchrun's variables: the same command on both machines, and RANK decides who leads."""
+    first, second = hosts
+    http, port = str(first.free_port()), str(first.free_port())
+    command = [
+        *(program("vllm"), "serve", str(tiny_moe), *COMMON_ARGUMENTS, "--host", first.address, "--port", http),
+        *("--spark", "--spark-transport", "loopback", "--spark-port", port),
+    ]
+    common = {"SPARK_SECRET": secrets.token_hex(16), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    common |= {"MASTER_ADDR": first.address, "MASTER_PORT": "29500", "SPARK_ADDRESS": first.address}
+    rank1 = second.popen(command, CPU_ENVIRONMENT | common | {"RANK": "1"}, "vllm serve, rank 1")
+    rank0 = first.popen(command, CPU_ENVIRONMENT | common | {"RANK": "0"}, "vllm serve, rank 0")
+    server = Server(f"http://{first.address}:{http}", rank0, rank1)
+    server.wait_until_healthy()
+    assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
+    rank0.terminate()
+    assert rank1.wait(30) == 0, "rank 1 ends with its leader: a launcher waits for both"
+    assert_all_gone(rank0, rank1)
+
+
+def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+    first, second = hosts
+    port = first.free_port()
+    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)}
+    join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port), "--once"]
+    follower = second.popen(join, environment, "vllm-spark join")
+    settings = {"address": first.address, "port": port, "transport": "loopback"}
+    arguments = json.dumps([str(tiny_moe), prompts.PROMPTS, settings])
+    leader = first.popen([sys.executable, "-c", OFFLINE, arguments], environment, "offline")
+    assert leader.wait(300) == 0
+    (tokens,) = (line for line in leader.output().splitlines() if line.startswith("[["))
+    assert json.loads(tokens) == reference_tokens
+    assert follower.wait(30) == 0
+    assert_all_gone(leader, follower)
