@@ -1,0 +1,72 @@
+"""A wheel is complete (native module, patches, tables) and works outside the source tree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+LOOK = """
+import json, sys
+import vllm_spark
+from vllm_spark._native import REGION_VERSION
+from vllm_spark.patches import all_patches
+print(json.dumps([vllm_spark.__file__, REGION_VERSION, sorted(patch.name for patch in all_patches())]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this source tree, made as pip makes it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    copy = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(copy, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_a_wheel_has_everything(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder in ("patches", "configs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                assert f"vllm_spark/data/{path.relative_to(ROOT)}" in names
+    assert any(name.startswith("vllm_spark/_native.") and name.endswith(".so") for name in names)
+    assert {"vllm_spark/py.typed", "vllm_spark/_native.pyi"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+
+
+def test_a_wheel_works_outside_the_source_tree(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    where, version, patches = json.loads(done.stdout)
+    assert Path(where).parent == tmp_path / "vllm_spark"
+    assert version >= 2
+    assert patches == ["command-line-flags", "executor-choice", "flags-to-settings", "serve-command"]
