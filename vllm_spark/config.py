@@ -272,7 +272,8 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> No
     """Adds one option per setting of the given sides to an argparse parser or group.
 
     What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in
-    argparse's usual one-line error and exit code 2.
+    argparse's usual one-line error and exit code 2. With another `prefix`, the names under which messages know the
+    settings work too.
     """
     wanted = set(sides)
     for name, field in SparkConfig.model_fields.items():
@@ -281,7 +282,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> No
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
         group.add_argument(
-            prefix + name.replace("_", "-"),
+            *dict.fromkeys((prefix + name.replace("_", "-"), flag_name(name))),
             dest="spark_" + name,
             type=_converter(name),
             default=argparse.SUPPRESS,

@@ -72,7 +72,7 @@ def assert_untouched(serving: Serving, reference_tokens: list[list[int]]) -> Non
 
 def test_strangers_at_a_serving_pair(hosts: Hosts, serving: Serving, reference_tokens: list[list[int]]) -> None:
     assert_told(join(hosts, serving.port, {"SPARK_SECRET": "another one, also long"}), 2, "has another secret")
-    assert_told(join(hosts, serving.port, {}), 2, "SPARK_SECRET", "--secret-file")
+    assert_told(join(hosts, serving.port, {}), 2, "SPARK_SECRET", "--spark-secret-file")
     assert_told(join(hosts, serving.port), 3, "has a follower already")
     assert_untouched(serving, reference_tokens)
 
@@ -112,12 +112,12 @@ def test_followers_that_do_not_fit_are_waited_past(
                 {**SECRET, "PYTHONPATH": str(older)},
                 python=MAIN,
             ),
-            *(3, "vllm_spark 0.0.9", vllm_spark.__version__),
+            *(3, f"vllm_spark is {vllm_spark.__version__} on the leader and 0.0.9 on the follower"),
         )
         if hosts[0].namespace is not None:  # with it comes a mount namespace, in which the follower sees other files
             for name, sentence in (
-                ("weights", "the weights differ"),
-                ("config", "config.json differs"),
+                ("weights", "the weight file model.safetensors has other content here"),
+                ("config", "the configuration file config.json has other content here"),
                 ("none", "there is no model"),
             ):
                 other = other_model(tiny_moe, tmp_path, name)
