@@ -96,23 +96,22 @@ def patient(tmp_path: Path, port: str, setting: str) -> Process:
     return Process("vllm-spark join", argv, tmp_path / "patient.log", clean_environment())
 
 
-def test_a_session_that_ends_when_asked_is_not_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "state"),
+    [
+        ("join._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
+        (
+            "join._FIRST_PAUSE = 600; join.sys.executable = '/bin/false'",  # sessions that crash are restarted slowly
+            "The session ended with exit code 1; waiting for the next leader",
+        ),
+    ],
+    ids=["waiting", "pausing"],
+)
+def test_a_follower_stops_at_once_when_asked(tmp_path: Path, setting: str, state: str) -> None:
     pytest.importorskip("vllm")
-    process = patient(tmp_path, free_port(), "join._STOP_GRACE = 600")
+    process = patient(tmp_path, free_port(), setting)
     try:
-        process.wait_for_line("Waiting for a leader", 60)
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill9()
-
-
-def test_a_follower_stops_when_asked_between_two_sessions(tmp_path: Path) -> None:
-    """Sessions that crash at once are restarted slowly; SIGTERM does not wait for that."""
-    pytest.importorskip("vllm")
-    process = patient(tmp_path, free_port(), "join._FIRST_PAUSE = 600; join.sys.executable = '/bin/false'")
-    try:
-        process.wait_for_line("The session ended with exit code 1; waiting for the next leader", 60)
+        process.wait_for_line(state, 60)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) == 0
     finally:
