@@ -149,9 +149,12 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
     """`vllm serve`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences."""
     try:
         config = settings_of_command_line(args)
-        if config is None:
-            original(args)
-            return
+    except SparkError as error:
+        _exit_with(error)
+    if config is None:
+        original(args)
+        return
+    try:
         if getattr(args, "headless", False):
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
         if os.environ.get("RANK", "0") != "0":
@@ -163,8 +166,8 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
     except SparkError as error:
         _exit_with(error)
     except OSError as error:
-        # vLLM binds its port before anything else; no other part of the start raises these.
-        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+        # vLLM binds its port before anything else. With a file's name it is about something else.
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) or error.filename is not None:
             raise
         _exit_with(
             ConfigurationError(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+
+from vllm_spark.cli.demo import CPU_ENVIRONMENT
+from vllm_spark.cli.process import program
 
 from . import prompts
 from .hosts import Host
@@ -26,8 +30,6 @@ print(json.dumps({
 
 
 def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
-    import sys
-
     result = host.run([sys.executable, "-c", LOOK, str(tiny_moe)], timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     seen = json.loads(result.stdout.splitlines()[-1])
@@ -38,6 +40,15 @@ def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
     assert "vllm_spark.patches" in seen["ours"], "the plugin was loaded"
     assert "vllm_spark._native" not in seen["ours"]
     assert not [name for name in seen["ours"] if name.startswith(("vllm_spark.collective", "vllm_spark.executor"))]
+
+
+def test_vllms_errors_stay_vllms(host: Host, tiny_moe: Path) -> None:
+    """An address of another machine: with `--spark` a sentence of ours, without it vLLM's own words."""
+    argv = [program("vllm"), "serve", str(tiny_moe), "--host", "192.0.2.1", "--port", "1234"]
+    result = host.run(argv, CPU_ENVIRONMENT, timeout=120)
+    assert result.returncode == 1
+    assert "Cannot assign requested address" in result.stderr
+    assert "--spark" not in result.stdout + result.stderr
 
 
 def test_same_tokens_with_the_plugin_shut_out(host: Host, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
