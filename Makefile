@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
 PYTHON_FILES := vllm_spark tests tools $(wildcard setup.py benchmarks)
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
+CPP_FILES := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
 	-o -name '*.cuh' 2>/dev/null)
 
 .PHONY: help demo test test-unit test-native test-serve lint install clean
