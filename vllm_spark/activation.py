@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from vllm_spark.config import (
     typed_flags,
 )
 from vllm_spark.config_file import check_config_file
-from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
 from vllm_spark.refusals import (
     EXECUTOR,
     TENSOR_PARALLEL_SIZE,
@@ -175,6 +176,8 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
                 f"({os.strerror(error.errno).lower()}); choose another port, or end what uses it"
             )
         )
+    except KeyboardInterrupt:
+        _exit_with(_engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
         failure = _engine_failure()

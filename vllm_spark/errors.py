@@ -38,3 +38,11 @@ class PeerLostError(SparkError):
     """The peer died, froze or became unreachable."""
 
     exit_code = EXIT_LOST
+
+
+class StoppedError(SparkError):
+    """A signal ended the work; the exit code is a shell's for that signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -164,6 +164,17 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
         assert server.leader.wait(30) != 0
 
 
+def test_ctrl_c_ends_a_leader_that_waits(hosts: Hosts, tiny_moe: Path) -> None:
+    """A terminal sends SIGINT to every process of the group."""
+    port = str(hosts[0].free_port())
+    with spark_leader(hosts, tiny_moe, port, env={"SPARK_SECRET": secrets.token_hex(16)}, wait=False) as server:
+        server.leader.wait_for_line("Waiting for the follower", 120)
+        os.killpg(server.leader.pid, signal.SIGINT)
+        assert server.leader.wait(20) == 128 + signal.SIGINT
+        assert "vllm serve --spark: stopped" in server.leader.output()
+        assert_all_gone(server.leader)
+
+
 def shared_memory() -> list[str]:
     """What of ours stands in /dev/shm, where nothing of ours belongs."""
     return [path.name for path in Path("/dev/shm").iterdir() if "spark" in path.name]

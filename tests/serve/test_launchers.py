@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllm_spark.cli.demo import CPU_ENVIRONMENT
 from vllm_spark.cli.process import program
+from vllm_spark.errors import EXIT_LOST
 
 from . import prompts
 from .hosts import Hosts
@@ -41,7 +42,8 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
     server.wait_until_healthy()
     assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
     rank0.terminate()
-    assert rank1.wait(30) == 0, "rank 1 ends with its leader: a launcher waits for both"
+    # A launcher waits for both. vLLM gives an engine no time to take its leave, so rank 1 may count it as lost.
+    assert rank1.wait(30) in (0, EXIT_LOST)
     assert_all_gone(rank0, rank1)
 
 

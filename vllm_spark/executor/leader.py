@@ -6,12 +6,15 @@ the call is sent to the follower, which runs it there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from types import FrameType
 from typing import Any
 
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
@@ -19,7 +22,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 
 from vllm_spark.activation import share_vllms_log
-from vllm_spark.errors import EXIT_LOST, SparkError
+from vllm_spark.errors import EXIT_LOST, SparkError, StoppedError
 from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, STEP_METHODS
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
@@ -53,7 +56,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         share_vllms_log()
         watch_parent(self._parent_died)
         try:
-            self._start(board)
+            with _ended_by_signals():
+                self._start(board)
         except SparkError as error:
             if parent_process() is None:
                 self.shutdown()
@@ -221,6 +225,30 @@ def _finished(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM end a starting engine, which may wait for its follower for minutes.
+
+    vLLM's engine only takes a note of them until it has started.
+
+    Raises:
+        StoppedError: one of them came.
+    """
+    if parent_process() is None or threading.current_thread() is not threading.main_thread():
+        yield  # in the user's own process they are the user's
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise StoppedError(f"stopped by {signal.Signals(number).name} before it served", number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_process_soon() -> None:
