@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config import DEFAULT_PORT, SparkConfig
 from vllm_spark.errors import EXIT_LOST, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.calls import (
     EXECUTE,
@@ -225,10 +225,12 @@ def wait_for_leader(caller: Caller) -> Lane:
 
 
 def _announce_waiting(caller: Caller, waited: float) -> None:
+    port = "" if caller.port == DEFAULT_PORT else f" --spark-port {caller.port}"
     logger.info(
-        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark",
+        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark%s",
         caller.endpoint,
         waited,
+        port,
     )
 
 

@@ -265,7 +265,7 @@ class Caller:
     """The follower's mouth: connects both lanes to a leader."""
 
     def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
-        self._host, self._port, self._context, self._max_frame = host, port, context, max_frame
+        self._host, self.port, self._context, self._max_frame = host, port, context, max_frame
         self._session = secrets.token_hex(16)
         self._versions = Versions.of_this_process()
         self.endpoint = format_endpoint(host, port)
@@ -278,7 +278,7 @@ class Caller:
             RefusedError: the leader gave a reason.
         """
         try:
-            plain = socket.create_connection((self._host, self._port), timeout=_GREETING_TIMEOUT)
+            plain = socket.create_connection((self._host, self.port), timeout=_GREETING_TIMEOUT)
         except OSError:
             return None
         try:
