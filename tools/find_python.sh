@@ -46,7 +46,7 @@ for candidate in $candidates; do
     esac
 done
 if [ -z "$python" ]; then
-    [ -n "${1:-}" ] && fail "$problem."
+    [ -n "${1:-}" ] && fail "$problem; name another with make PYTHON=..., or leave it out."
     fail "${first_problem:-no Python 3.10 to 3.13 was found; install one (Debian: apt-get install python3 python3-venv python3-dev), or name yours with make PYTHON=...}."
 fi
 

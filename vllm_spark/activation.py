@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import logging
 import os
@@ -25,6 +24,8 @@ from vllm_spark.config import (
 )
 from vllm_spark.config_file import check_config_file
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
+from vllm_spark.executor.counters import engine_failure
+from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.refusals import (
     EXECUTOR,
     TENSOR_PARALLEL_SIZE,
@@ -33,6 +34,7 @@ from vllm_spark.refusals import (
     vllms_objections,
 )
 from vllm_spark.settings import SECTION, attach_settings
+from vllm_spark.stopping import raise_on_stop_signals
 
 logger = logging.getLogger("vllm_spark")
 
@@ -58,6 +60,9 @@ def carry_settings(create: Callable[[], Any], args: Any) -> Any:
     config = settings_of_command_line(args)
     if config is None:
         return create()
+    if _serving:
+        # Here and not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
+        raise_on_stop_signals()
     with vllms_objections(getattr(args, "model", None)):
         engine_args = create()
     engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
@@ -104,6 +109,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     for sentence in misspelt_variables():
         logger.warning("%s", sentence[:1].upper() + sentence[1:])
     refuse_what_a_pair_cannot_do(engine_args)
+    _make_paths_absolute(engine_args)
 
     from vllm_spark.platform import activate
 
@@ -126,6 +132,17 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     return vllm_config
 
 
+def _make_paths_absolute(engine_args: Any) -> None:
+    """A relative path means nothing in the other machine's working folder; clients still see what was typed."""
+    model = engine_args.model
+    if not os.path.isdir(model) or os.path.isabs(model):
+        return
+    if engine_args.tokenizer == model:
+        engine_args.tokenizer = os.path.abspath(model)
+    engine_args.served_model_name = engine_args.served_model_name or model
+    engine_args.model = os.path.abspath(model)
+
+
 def check_link(config: SparkConfig) -> None:
     """Finds out early, in the process that the user started, what the engine would find out late.
 
@@ -146,8 +163,12 @@ def check_link(config: SparkConfig) -> None:
     bind(address, config.port).close()
 
 
+_serving = False
+
+
 def serve(args: Any, original: Callable[[Any], None]) -> None:
     """`vllm serve`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences."""
+    global _serving
     try:
         config = settings_of_command_line(args)
     except SparkError as error:
@@ -160,8 +181,10 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
         if os.environ.get("RANK", "0") != "0":
             _follow_launcher(config)
+        check_link(config)
+        _serving = True
         original(args)
-        if failure := _engine_failure():
+        if failure := engine_failure():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
             _exit_with(failure)
     except SparkError as error:
@@ -177,29 +200,20 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
             )
         )
     except KeyboardInterrupt:
-        _exit_with(_engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
+        _exit_with(engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
-        failure = _engine_failure()
+        failure = engine_failure()
         if failure is None:
             raise
         _exit_with(failure)
-
-
-def share_vllms_log() -> None:
-    """Lets this project's messages appear like vLLM's, in its format and at its level."""
-    theirs = logging.getLogger("vllm")
-    ours = logging.getLogger("vllm_spark")
-    if theirs.handlers and not ours.handlers:
-        ours.handlers, ours.propagate = theirs.handlers, False
-        ours.setLevel(theirs.level)
 
 
 def _follow_launcher(config: SparkConfig) -> NoReturn:
     """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
     from vllm_spark.cli.join import follow_leaders
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark rank 1] %(message)s")
+    log_as("vllm-spark rank 1")
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if rank != "1" or world_size != str(TENSOR_PARALLEL_SIZE):
         raise ConfigurationError(
@@ -211,14 +225,6 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
     if config.leader is None:
         config = SparkConfig.resolve(file={**config.model_dump(), "leader": master})
     sys.exit(follow_leaders(config, once=True))
-
-
-def _engine_failure() -> SparkError | None:
-    from vllm_spark.executor.counters import CounterBoard
-
-    with contextlib.suppress(OSError):
-        return CounterBoard.from_environment().failure()
-    return None
 
 
 def _exit_with(error: SparkError) -> NoReturn:

@@ -5,6 +5,7 @@ What it does not take (a type, a size, another group of ranks) goes to vLLM's ow
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
 from vllm_spark.collective import Runtime, count_fallback, installed
+
+logger = logging.getLogger("vllm_spark")
 
 _ROUTED_GROUPS = ("tp", "ep")
 
@@ -22,6 +25,11 @@ class _Routing:
     unique_name: str
     world_size: int
     rank_in_group: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if (runtime := self._runtime) is not None:
+            logger.info("Group %s: collectives go through vllm_spark (%s).", self.unique_name, runtime.options.path)
 
     @property
     def _runtime(self) -> Runtime | None:

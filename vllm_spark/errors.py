@@ -40,6 +40,10 @@ class PeerLostError(SparkError):
     exit_code = EXIT_LOST
 
 
+class PeerLeftError(PeerLostError):
+    """The peer said goodbye: it was stopped in good order."""
+
+
 class StoppedError(SparkError):
     """A signal ended the work; the exit code is a shell's for that signal."""
 

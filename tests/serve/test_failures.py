@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from vllm_spark.cli.demo import CPU_ENVIRONMENT
 from vllm_spark.cli.process import program
+from vllm_spark.errors import EXIT_LOST
 
 from . import prompts
 from .hosts import Hosts
@@ -129,7 +131,9 @@ def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy:
         server.leader.wait_for_line("Serving ends: the follower on .* closed the connection|broke", NOTICE_SECONDS)
         if stream is not None:
             assert stream.failed(), "the client was left in silence"
-        assert server.leader.wait(30) != 0, "a supervisor must see that it failed"
+            assert "start it again if it ended" in str(stream.error)
+        assert server.leader.wait(30) == EXIT_LOST, "a supervisor must see that it failed"
+        assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
 
 
@@ -164,15 +168,40 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
         assert server.leader.wait(30) != 0
 
 
-def test_ctrl_c_ends_a_leader_that_waits(hosts: Hosts, tiny_moe: Path) -> None:
-    """A terminal sends SIGINT to every process of the group."""
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGINT, os.killpg),  # a terminal's Ctrl-C: to every process of the group
+        (signal.SIGTERM, os.killpg),  # systemd's stop
+        (signal.SIGTERM, os.kill),  # a supervisor's: to the process that it started
+        (signal.SIGINT, os.kill),
+    ],
+)
+def test_one_signal_ends_a_leader_that_waits(
+    hosts: Hosts, tiny_moe: Path, number: signal.Signals, to: Callable[[int, int], None]
+) -> None:
     port = str(hosts[0].free_port())
     with spark_leader(hosts, tiny_moe, port, env={"SPARK_SECRET": secrets.token_hex(16)}, wait=False) as server:
         server.leader.wait_for_line("Waiting for the follower", 120)
-        os.killpg(server.leader.pid, signal.SIGINT)
-        assert server.leader.wait(20) == 128 + signal.SIGINT
-        assert "vllm serve --spark: stopped" in server.leader.output()
+        to(server.leader.pid, number)
+        assert server.leader.wait(20) == 128 + number
+        assert f"vllm serve --spark: stopped by {number.name} before it served" in server.leader.output()
+        assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.Signals) -> None:
+    joined = Follower(hosts)
+    with leader(hosts, joined, tiny_moe) as server:
+        os.kill(joined.process.pid, number)
+        assert joined.process.wait(10) == 0
+        assert f"Stopped by {number.name}." in joined.process.output()
+        assert server.leader.wait(30) == EXIT_LOST
+        assert re.search(
+            "vllm serve --spark: the follower on .* left: it was stopped there; see what", server.leader.output()
+        )
+        assert_all_gone(joined.process, server.leader)
 
 
 def shared_memory() -> list[str]:

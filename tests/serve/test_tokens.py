@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,24 @@ from .servers import Server, spark_tp2, stock_tp1
 
 LAYERS = 4
 ALL_REDUCES_PER_FORWARD = 1 + 2 * LAYERS  # the embedding; after attention and after the experts of each layer
-SETTLE_SECONDS = 15.0
+SETTLE_SECONDS = 30.0
+QUIET_SECONDS = 2.5
 
 
-def settled(server: Server, done: Callable[[dict[str, dict[str, float]]], bool]) -> dict[str, dict[str, float]]:
-    """The counters once `done` holds: they are published with every heartbeat, about once a second."""
+def settled(server: Server) -> dict[str, dict[str, float]]:
+    """The counters of an idle pair: the same steps on both ranks, and no change for longer than a heartbeat.
+
+    Each rank's counters are published with its own heartbeat, once a second: equal ones alone may be equally old.
+    """
+    seen: list[tuple[float, dict[str, dict[str, float]]]] = []
 
     def look() -> dict[str, dict[str, float]] | None:
-        values = server.metrics()
-        return values if done(values) else None
+        now, values = time.monotonic(), server.metrics()
+        if seen and values["vllm_spark_steps_total"] != seen[-1][1]["vllm_spark_steps_total"]:
+            seen.clear()
+        seen.append((now, values))
+        steps = values["vllm_spark_steps_total"]
+        return values if steps["0"] == steps["1"] and now - seen[0][0] > QUIET_SECONDS else None
 
     return server.leader.wait_until(look, SETTLE_SECONDS, "settled its counters")
 
@@ -36,14 +45,12 @@ def test_greedy_tokens_equal_those_of_one_rank(
 
 
 def test_every_collective_of_a_forward_goes_through_the_runtime(pair: Server) -> None:
-    before = settled(
-        pair, lambda values: values["vllm_spark_steps_total"]["0"] == values["vllm_spark_steps_total"]["1"]
-    )
+    before = settled(pair)
     prompts.greedy_tokens(pair.client, prompts.PROMPTS[:1], max_tokens=32, concurrency=1)
-    steps = before["vllm_spark_steps_total"]["0"] + 32
-    after = settled(pair, lambda values: set(values["vllm_spark_steps_total"].values()) == {steps})
+    after = settled(pair)
     for rank in ("0", "1"):
         delta = {name: after[name][rank] - before[name][rank] for name in after if name in before}
+        assert delta["vllm_spark_steps_total"] == 32
         assert delta["vllm_spark_all_reduces_total"] == 32 * ALL_REDUCES_PER_FORWARD
         assert delta["vllm_spark_all_gathers_total"] == 32
         assert after["vllm_spark_fallbacks_total"][rank] == 0

@@ -73,5 +73,5 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RefusedError, match="there is no model in /no/such/model on this machine; copy it"):
         find_model("/no/such/model", None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RefusedError, match="the model nobody/nothing is not on this machine; download it here"):
+    with pytest.raises(RefusedError, match="nobody/nothing is not on this machine; download it here"):
         find_model("nobody/nothing", None)

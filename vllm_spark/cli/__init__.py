@@ -55,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    name = words[0] if words else "--help"
+    if not words:
+        print(_help(), end="\n\n")
+        return _fail(f"a command is missing; the commands are {', '.join(COMMANDS)}", EXIT_USAGE)
+    name = words[0]
     if name in ("-h", "--help", "help"):
         print(_help())
-        return 0 if words else EXIT_USAGE
+        return 0
     if name == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0

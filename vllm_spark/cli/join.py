@@ -16,11 +16,12 @@ from collections.abc import Callable
 from types import FrameType
 
 from vllm_spark.compat import check_vllm
-from vllm_spark.config import SparkConfig, add_flags, given_flags
+from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
 from vllm_spark.executor.credentials import load_secret
 from vllm_spark.executor.follower import CONFIG_VARIABLE
 from vllm_spark.executor.link import leader_endpoint
+from vllm_spark.logs import log_as
 
 SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
 
@@ -42,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Follows one leader after the other. Returns the exit code when stopped or refused."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark join] %(message)s")
+    log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))
+    for sentence in misspelt_variables():
+        logger.warning("%s", sentence[:1].upper() + sentence[1:])
     return follow_leaders(config, once=args.once)
 
 
@@ -57,6 +60,7 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
         started = time.monotonic()
         code = sessions.run_one()
         if sessions.stopped:
+            logger.info("Stopped by %s.", sessions.stopped.name)
             return 0
         if code in (EXIT_USAGE, EXIT_REFUSED):
             return code
@@ -76,7 +80,7 @@ class _Sessions:
 
     def __init__(self, config: SparkConfig) -> None:
         self._config = config
-        self.stopped = False
+        self.stopped: signal.Signals | None = None
         # A signal is one byte in this pipe: whatever the main thread waits for, it wakes up and sees `stopped`.
         self._signalled, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -114,7 +118,7 @@ class _Sessions:
             self._wait([self._signalled], seconds)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        self.stopped = True
+        self.stopped = signal.Signals(number)
 
     @staticmethod
     def _wait(descriptors: list[int], timeout: float | None) -> list[int]:

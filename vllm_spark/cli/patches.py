@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from rich.console import Console
-from rich.table import Table
 
 from vllm_spark.compat import SUPPORTED, vllm_version
 from vllm_spark.patches import all_patches, state_of
@@ -27,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
     for patch in all_patches():
         states.append(state_of(patch))
         console.print(f"\n[bold]{patch.name}[/bold]: [{'green' if states[-1] in _FITS else 'red'}]{states[-1]}[/]")
-        details = Table.grid(padding=(0, 2))
-        details.add_row("  replaces", f"{patch.anchor.module}:{patch.anchor.qualified_name}")
-        details.add_row("  gives", patch.feature)
-        details.add_row("  no hook serves", f"because {patch.reason}")
-        console.print(details)
+        for label, text in (
+            ("replaces", f"{patch.anchor.module}:{patch.anchor.qualified_name}"),
+            ("gives", patch.feature),
+            ("no hook serves", f"because {patch.reason}"),
+        ):
+            indent = " " * 18
+            lines = textwrap.wrap(text, max(20, console.width - len(indent)), break_long_words=False)
+            console.print(f"  {label:<16}" + f"\n{indent}".join(lines), soft_wrap=True)
     return 0 if all(state in _FITS for state in states) else 1

@@ -62,6 +62,11 @@ class RuntimeOptions:
             if not lowest <= value <= highest:
                 raise UsageError(f"{name} {value} is out of range; it goes from {lowest} to {highest}")
 
+    @property
+    def path(self) -> str:
+        """What messages take, in words: `loopback, direct`."""
+        return f"{self.transport}, {self.loopback_mode}"
+
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
         return {field.name: str(getattr(self, field.name)) for field in fields(self)}

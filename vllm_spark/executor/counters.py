@@ -6,6 +6,7 @@ its processes, however they end.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -133,3 +134,10 @@ class CounterBoard:
             if zlib.crc32(payload) == checksum:
                 return payload
         return None
+
+
+def engine_failure() -> SparkError | None:
+    """Why the engine that this process started, or is, did not start or stopped; None if no reason was left."""
+    with contextlib.suppress(OSError):
+        return CounterBoard.from_environment().failure()
+    return None

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import sys
 import threading
 import time
@@ -19,8 +20,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vllm_spark.config import DEFAULT_PORT, SparkConfig
-from vllm_spark.errors import EXIT_LOST, PeerLostError, RefusedError, SparkError
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import EXIT_LOST, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.calls import (
     EXECUTE,
     EXECUTE_AND_SAMPLE,
@@ -34,6 +35,7 @@ from vllm_spark.executor.channel import MIB, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
+from vllm_spark.executor.invitation import serve_command
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
@@ -43,7 +45,9 @@ from vllm_spark.executor.session import (
     connect_runtime,
     local_address_towards,
     prepare_process_group,
+    share_cores,
 )
+from vllm_spark.logs import log_as
 
 logger = logging.getLogger("vllm_spark")
 
@@ -51,9 +55,11 @@ FOLLOWER_RANK = 1
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 
 _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
-_NOTE_INTERVAL = 60.0  # seconds between two lines that say for whom it waits
+# Seconds between two lines that say for whom it waits: twice as long each time.
+_FIRST_NOTE, _LONGEST_NOTE = 15.0, 900.0
 _OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
 _ASSIGNMENT_TIMEOUT = 120.0
+_LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
 _CAUSE_GRACE = 0.5
 _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
 
@@ -66,6 +72,7 @@ class FollowerSession:
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._running_model = False
+        self._pulse: Pulse | None = None
         self._worker: Any = None
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -78,9 +85,10 @@ class FollowerSession:
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
         caller = Caller(host, port, context, self._config.max_frame_mib * MIB)
-        _announce_waiting(caller, 0.0)
+        invitation = serve_command(host, port, self._config)
+        _announce_waiting(caller, 0.0, invitation)
         _load_vllm()
-        control = wait_for_leader(caller)
+        control = wait_for_leader(caller, invitation)
         offer = self._accept_offer(caller, control)
         calls = caller.connect(CALLS)
         if calls is None:
@@ -118,9 +126,10 @@ class FollowerSession:
 
         activate()
         connect_runtime(FOLLOWER_RANK, assignment.config, calls)
+        share_cores(assignment.config)
         self._worker = _load_worker(assignment.vllm_config)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
-        logger.info("The follower's half of the model is loaded.")
+        logger.info("This rank's half of the model is loaded.")
         while True:
             frame = calls.expect(Kind.CALL, Kind.QUERY, awake=_AWAKE)
             self._run_call(frame.payload, calls if frame.kind is Kind.QUERY else None)
@@ -138,6 +147,8 @@ class FollowerSession:
             if hasattr(result, "get_output"):
                 result = result.get_output()
             answer = encode_result(result)
+            if call.method == _LAST_CALL_OF_THE_START:
+                logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike.
             logger.exception("The worker failed in %s.", call.method)
@@ -147,7 +158,7 @@ class FollowerSession:
     def _run_step(self, call: Call) -> None:
         from vllm.v1.serial_utils import run_method
 
-        if not self._running_model:
+        if not self._running_model and self._pulse is not None:
             self._running_model = True
             self._pulse.model_runs()
         method = EXECUTE if call.method == EXECUTE_AND_SAMPLE else call.method
@@ -175,16 +186,24 @@ class FollowerSession:
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
 
-    def _leader_ended(self, error: SparkError | None) -> None:
+    def _leader_ended(self, error: SparkError) -> None:
         """The common work is over: this process with it, whatever its other threads are stuck in."""
         self._ended.set()
-        if error is None:
+        if isinstance(error, PeerLeftError):
+            logger.info("The session ends: %s.", error)
             _exit(0)
         elif isinstance(error, PeerLostError):
             logger.error("The leader is lost: %s.", error)
             _exit(EXIT_LOST)
         else:
             self._give_up(error)
+
+    def stop(self, number: signal.Signals) -> NoReturn:
+        """Says goodbye to the leader, if there is one, and ends the process. Called from a thread of its own."""
+        self._ended.set()
+        if self._pulse is not None:
+            self._pulse.stop(Reason("it was stopped there"))
+        _exit(128 + number)
 
     def _give_up(self, error: BaseException) -> None:
         """Tells the leader why, and ends the process."""
@@ -200,52 +219,70 @@ class FollowerSession:
 
             details = "".join(traceback.format_exception(error))
         sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
-        self._pulse.say(Kind.FAILURE, Reason(sentence, details))
-        self._pulse.stop(timeout=2.0)
+        if self._pulse is not None:
+            self._pulse.say(Kind.FAILURE, Reason(sentence, details))
+            self._pulse.stop(timeout=2.0)
         _exit(getattr(error, "exit_code", 1))
 
 
-def wait_for_leader(caller: Caller) -> Lane:
+def wait_for_leader(caller: Caller, invitation: str) -> Lane:
     """Looks for a leader until one answers, saying now and then for whom it waits.
+
+    Args:
+        caller: connects to the leader.
+        invitation: the command that starts the leader.
 
     Raises:
         SparkError: what answers has another secret, other versions, or a follower already.
     """
     start = time.monotonic()
-    next_note = _NOTE_INTERVAL
+    next_note = interval = _FIRST_NOTE
     while True:
         waited = time.monotonic() - start
         if waited >= next_note:
-            _announce_waiting(caller, waited)
-            next_note = waited + _NOTE_INTERVAL
+            _announce_waiting(caller, waited, invitation)
+            interval = min(2 * interval, _LONGEST_NOTE)
+            next_note = waited + interval
         lane = caller.connect(CONTROL)
         if lane is not None:
             return lane
         time.sleep(_RETRY_INTERVAL)
 
 
-def _announce_waiting(caller: Caller, waited: float) -> None:
-    port = "" if caller.port == DEFAULT_PORT else f" --spark-port {caller.port}"
+def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
     logger.info(
-        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: vllm serve MODEL --spark%s",
+        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: %s",
         caller.endpoint,
         waited,
-        port,
+        invitation,
     )
 
 
 def main() -> int:
     """Entry of a session's process; the settings come as JSON in the environment."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[vllm-spark join] %(message)s")
+    log_as("vllm-spark join")
     config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
+    session = FollowerSession(config)
+    _stop_on_signal(session)
     try:
-        FollowerSession(config).run()
+        session.run()
     except SparkError as error:
         logger.error("%s.", error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _stop_on_signal(session: FollowerSession) -> None:
+    """Has a thread wait for SIGTERM: the main thread may be in a collective when it comes."""
+    awaited = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before any other thread exists: they inherit it
+
+    def wait() -> None:
+        session.stop(signal.Signals(signal.sigwait(awaited)))
+
+    threading.Thread(target=wait, name="spark-stop", daemon=True).start()
 
 
 def _load_vllm() -> None:

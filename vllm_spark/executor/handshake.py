@@ -16,6 +16,7 @@ import ssl
 import threading
 import time
 from importlib import metadata
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ import msgspec
 from vllm_spark import __version__
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
+from vllm_spark.executor.invitation import join_command
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.tls import TlsConnection
 
@@ -121,13 +123,17 @@ class Listener:
         address, port: where to listen, and nowhere else.
         context: TLS context of the leader.
         max_frame: limit of one message once a follower is accepted, in bytes.
+        secret_file: where the secret came from, for the command that is suggested for the other machine.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
 
-    def __init__(self, address: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
+    def __init__(
+        self, address: str, port: int, context: ssl.SSLContext, max_frame: int, secret_file: Path | None = None
+    ) -> None:
         self._context, self._max_frame = context, max_frame
+        self._last_problem = ""
         self._versions = Versions.of_this_process()
         self._lock = threading.Lock()
         self._claimant: Hello | None = None
@@ -139,6 +145,7 @@ class Listener:
         self._socket = bind(address, port)
         self._socket.listen(32)
         self.endpoint = format_endpoint(address, self._socket.getsockname()[1])
+        self._invitation = join_command(self.endpoint, secret_file)
         threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()
 
     def wait_for_follower(self, offer: Offer, timeout: float) -> Follower:
@@ -150,7 +157,7 @@ class Listener:
             PeerLostError: nobody fitting came within `timeout` seconds.
         """
         start = time.monotonic()
-        next_note, last_problem = 0.0, ""
+        next_note = 0.0
         while (waited := time.monotonic() - start) < timeout:
             if waited >= next_note:
                 self._announce(waited, timeout)
@@ -162,22 +169,22 @@ class Listener:
             try:
                 return self._settle(hello, control, offer)
             except SparkError as error:
-                last_problem = f"; the last one that came did not fit: {error}"
+                self._last_problem = f"; the last one that came did not fit: {error}"
                 logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
                 control.close()
                 self._release()
         raise PeerLostError(
-            f"no follower came to {self.endpoint} within {timeout:.0f} s{last_problem}; on the other machine run: "
-            f"vllm-spark join --leader {self.endpoint}"
+            f"no follower came to {self.endpoint} within {timeout:.0f} s{self._last_problem}; "
+            f"on the other machine run: {self._invitation}"
         )
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(
-            "Waiting for the follower at %s (%.0f s of %.0f s). On the other machine run: vllm-spark join --leader %s",
+            "Waiting for the follower at %s (%.0f s of %.0f s). On the other machine run: %s",
             self.endpoint,
             waited,
             timeout,
-            self.endpoint,
+            self._invitation,
         )
 
     def close(self) -> None:
@@ -227,6 +234,7 @@ class Listener:
             if refusal := self._judge(hello):
                 lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=_GREETING_TIMEOUT)
                 logger.warning("Refused a follower on %s (process %d): %s.", hello.host, hello.process, refusal)
+                self._last_problem = f"; the last one that came, from {hello.host}, was refused: {refusal}"
                 lane.close()
                 return
             lane.send(Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=_GREETING_TIMEOUT)
@@ -235,7 +243,9 @@ class Listener:
             (self._control if hello.lane == CONTROL else self._calls).put((hello, lane))
         except (OSError, SparkError) as error:
             # Port scanners, other secrets, broken clients: worth a line, never worth the server.
-            logger.warning("Turned away a connection from %s: %s.", peer, _handshake_reason(error))
+            reason = _handshake_reason(error)
+            logger.warning("Turned away a connection from %s: %s.", peer, reason)
+            self._last_problem = f"; the last one that came, from {peer}, was turned away: {reason}"
             if lane is not None:
                 lane.close()
             plain.close()
@@ -265,7 +275,7 @@ class Caller:
     """The follower's mouth: connects both lanes to a leader."""
 
     def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
-        self._host, self.port, self._context, self._max_frame = host, port, context, max_frame
+        self.host, self.port, self._context, self._max_frame = host, port, context, max_frame
         self._session = secrets.token_hex(16)
         self._versions = Versions.of_this_process()
         self.endpoint = format_endpoint(host, port)
@@ -278,7 +288,7 @@ class Caller:
             RefusedError: the leader gave a reason.
         """
         try:
-            plain = socket.create_connection((self._host, self.port), timeout=_GREETING_TIMEOUT)
+            plain = socket.create_connection((self.host, self.port), timeout=_GREETING_TIMEOUT)
         except OSError:
             return None
         try:

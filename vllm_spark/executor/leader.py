@@ -9,20 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from types import FrameType
 from typing import Any
 
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 
-from vllm_spark.activation import share_vllms_log
-from vllm_spark.errors import EXIT_LOST, SparkError, StoppedError
+from vllm_spark.errors import EXIT_LOST, SparkError
 from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, STEP_METHODS
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
@@ -30,8 +27,11 @@ from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import LEADER_RANK, Pair
 from vllm_spark.executor.parent import parent_process, watch_parent
+from vllm_spark.executor.session import share_cores
+from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
 from vllm_spark.settings import settings_of
+from vllm_spark.stopping import ended_by_signals
 
 logger = logging.getLogger("vllm_spark")
 
@@ -56,7 +56,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         share_vllms_log()
         watch_parent(self._parent_died)
         try:
-            with _ended_by_signals():
+            # In the user's own process signals are the user's.
+            with contextlib.nullcontext() if parent_process() is None else ended_by_signals():
                 self._start(board)
         except SparkError as error:
             if parent_process() is None:
@@ -72,6 +73,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, board)
         if parent_process() is not None:
             self._pair.on_failure(_end_process_soon)
+        share_cores(settings_of(self.vllm_config))
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
             UniProcExecutor._init_executor(self)
@@ -225,30 +227,6 @@ def _finished(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM end a starting engine, which may wait for its follower for minutes.
-
-    vLLM's engine only takes a note of them until it has started.
-
-    Raises:
-        StoppedError: one of them came.
-    """
-    if parent_process() is None or threading.current_thread() is not threading.main_thread():
-        yield  # in the user's own process they are the user's
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise StoppedError(f"stopped by {signal.Signals(number).name} before it served", number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end_process_soon() -> None:

@@ -67,9 +67,7 @@ def find_model(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        raise RefusedError(
-            f"the model {model} is not on this machine; download it here too: hf download {model}"
-        ) from None
+        raise RefusedError(f"{model} is not on this machine; download it here too: hf download {model}") from None
 
 
 def _digest(path: Path) -> str:

@@ -34,6 +34,7 @@ logger = logging.getLogger("vllm_spark")
 
 LEADER_RANK = 0
 
+_REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _CAUSE_GRACE = 0.5  # seconds in which the control lane may explain an error that surfaced elsewhere first
 _ASSIGNMENT_TIMEOUT = 60.0
 
@@ -50,6 +51,7 @@ class Pair:
         self._runtime: Any = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
+        self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
         self._running_model = False
@@ -58,7 +60,7 @@ class Pair:
             config.heartbeat_timeout,
             report=self._report,
             on_report=lambda theirs: board.write(theirs["counters"]),
-            on_end=lambda error: self.fail(error or PeerLostError(f"{follower.name} left")),
+            on_end=self.fail,
         )
 
     @classmethod
@@ -70,7 +72,7 @@ class Pair:
         """
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
-        listener = Listener(address, config.port, context, config.max_frame_mib * MIB)
+        listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
         try:
             follower = listener.wait_for_follower(offer, config.join_timeout)
         except BaseException:
@@ -123,10 +125,10 @@ class Pair:
             yield
         except Exception as error:
             self._failed.wait(_CAUSE_GRACE)
-            if self._failure is not None and self._failure is not error:
-                raise self._failure from error
             if isinstance(error, ChannelError):
                 self.fail(error)
+            if self._failure is not None and self._failure is not error:
+                raise self._failure from error
             raise
 
     def check(self) -> None:
@@ -142,10 +144,13 @@ class Pair:
 
     def fail(self, error: SparkError) -> None:
         """Ends everything that waits, once, for the reason `error`. Called from any thread."""
-        if self._failed.is_set() or self._closing:
-            return
-        self._failure = error
-        self._failed.set()
+        if isinstance(error, PeerLostError):
+            error = PeerLostError(f"{error}; {_REMEDY}")
+        with self._fail_lock:  # both threads may see the follower go
+            if self._failed.is_set() or self._closing:
+                return
+            self._failure = error
+            self._failed.set()
         logger.error("Serving ends: %s.", error)
         self._board.fail(error)
         if self._runtime is not None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.handshake import Reason, decode
 
@@ -40,7 +40,7 @@ class Pulse(threading.Thread):
         report: called for every beat; the JSON-able object goes to the peer.
         on_report: called with the peer's object.
         on_end: called once, from this thread, when the common work is over, with the reason: PeerLostError if the
-            peer died or froze, SparkError if the peer reported a failure, None after its goodbye.
+            peer died or froze, PeerLeftError after its goodbye, SparkError if the peer reported a failure.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Pulse(threading.Thread):
         timeout: float,
         report: Callable[[], Any],
         on_report: Callable[[Any], None],
-        on_end: Callable[[SparkError | None], None],
+        on_end: Callable[[SparkError], None],
     ) -> None:
         super().__init__(name="spark-pulse", daemon=True)
         self._lane, self._timeout = lane, timeout
@@ -84,7 +84,6 @@ class Pulse(threading.Thread):
 
     def run(self) -> None:
         """The thread's loop."""
-        end: SparkError | None = None
         try:
             end = self._beat_and_listen()
         except SparkError as error:
@@ -92,7 +91,7 @@ class Pulse(threading.Thread):
         except Exception as error:  # a bug here must end the work too, not only this thread
             logger.exception("The control thread failed.")
             end = SparkError(f"the control thread failed: {error}")
-        if not self._stopping:
+        if end is not None and not self._stopping:
             self._on_end(end)
 
     def _beat_and_listen(self) -> SparkError | None:
@@ -127,8 +126,7 @@ class Pulse(threading.Thread):
                 if frame.kind is Kind.BEAT:
                     self._on_report(msgspec.json.decode(frame.payload))
                 elif frame.kind is Kind.GOODBYE:
-                    logger.info("%s left: %s.", self._lane.peer, decode(frame, Reason).sentence)
-                    return None
+                    return PeerLeftError(f"{self._lane.peer} left: {decode(frame, Reason).sentence}")
                 elif frame.kind is Kind.FAILURE:
                     reason = decode(frame, Reason)
                     if reason.details:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import bind, host_name
 from vllm_spark.executor.link import interface_of, source_interface
+
+logger = logging.getLogger("vllm_spark")
 
 WORLD_SIZE = 2
 
@@ -133,6 +136,26 @@ def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Ru
         raise SparkError(str(error)) from None
     collective.install(runtime)
     return runtime
+
+
+def share_cores(config: SparkConfig) -> None:
+    """Halves torch's threads if both ranks compute on the cores of this machine.
+
+    OpenMP's threads spin while they wait: two ranks with a thread per core each are some 15 times slower than one.
+    A number of threads that the user chose (OMP_NUM_THREADS) stays.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if config.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // WORLD_SIZE))
+    logger.info(
+        "Both ranks are on this machine: each computes with %d of %d threads (OMP_NUM_THREADS sets another number).",
+        torch.get_num_threads(),
+        threads,
+    )
 
 
 def local_address_towards(host: str, port: int) -> str | None:

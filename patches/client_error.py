@@ -1,0 +1,29 @@
+"""Tells clients why the pair broke, in place of "see stack trace (above)"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_spark.executor.counters import engine_failure
+
+        original(self, *args, **kwargs)
+        if failure := engine_failure():
+            self.args = (f"{failure}.",)
+
+    return __init__
+
+
+PATCH = Patch(
+    name="client-error",
+    anchor=Anchor("vllm.v1.engine.exceptions:EngineDeadError.__init__"),
+    reason="the reason stays in the engine's process, and the text that clients get is fixed",
+    feature="the reason of a lost follower in the answer to clients",
+    fingerprints={"1c35b5aa0ca1": "0.26.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+)
