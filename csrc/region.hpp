@@ -20,8 +20,11 @@ class Region {
   char* abort_reason() const { return control().abort_reason; }
   static constexpr size_t abort_reason_size() { return sizeof(Control::abort_reason); }
 
-  std::atomic<uint64_t>& recv_flag(uint32_t sequence) const {
-    return word(at<Flag>(layout_.recv_flags())[layout_.slot(sequence)].value);
+  std::atomic<uint64_t>& recv_flag(uint32_t sequence, uint32_t piece = 0) const {
+    return word(at<Flag>(layout_.recv_flags())[layout_.slot(sequence) * kMaxPieces + piece].value);
+  }
+  Flag& send_flag(uint32_t sequence, uint32_t piece) const {
+    return at<Flag>(layout_.send_flags())[layout_.slot(sequence) * kMaxPieces + piece];
   }
   std::atomic<uint64_t>* recv_packets(uint32_t sequence) const {
     return at<std::atomic<uint64_t>>(layout_.recv_packets() + layout_.slot(sequence) * layout_.packet_area());
@@ -42,10 +45,22 @@ class Region {
     uint32_t never = sequence + (1u << 31);
     // Relaxed: the next message that this rank sends is what lets the peer write here again, and releases
     // these stores.
-    recv_flag(sequence).store(payload_flag(never, 0), std::memory_order_relaxed);
-    std::atomic<uint64_t>* halves = recv_packets(sequence);
+    for (uint32_t piece = 0; piece < kMaxPieces; ++piece) {
+      recv_flag(sequence, piece).store(payload_flag(never, 0), std::memory_order_relaxed);
+    }
     for (size_t half = 0; half < layout_.packet_area() / sizeof(uint64_t); ++half) {
-      halves[half].store(packet_half(0, never), std::memory_order_relaxed);
+      recv_packets(sequence)[half].store(packet_half(0, never), std::memory_order_relaxed);
+    }
+  }
+
+  // The same for the send slot, which a kernel fills and this rank's proxy looks through.
+  void clear_send(uint32_t sequence) const {
+    uint32_t never = sequence + (1u << 31);
+    for (uint32_t piece = 0; piece < kMaxPieces; ++piece) {
+      word(send_flag(sequence, piece).value).store(payload_flag(never, 0), std::memory_order_relaxed);
+    }
+    for (size_t half = 0; half < layout_.packet_area() / sizeof(uint64_t); ++half) {
+      send_packets(sequence)[half].store(packet_half(0, never), std::memory_order_relaxed);
     }
   }
 

@@ -4,7 +4,7 @@
 //   header   what this is, and its sizes
 //   control  doorbell, abort word, send descriptors: between a rank's own threads, kernels and proxy
 //   recv     flags, packets and payloads that the peer writes
-//   send     packets and payloads staged for the proxy
+//   send     flags, packets and payloads staged for the proxy
 //
 // Packets and payloads never share memory: payload bytes must not be taken for a packet's flags.
 #pragma once
@@ -18,8 +18,11 @@
 namespace spark {
 
 constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
-constexpr uint32_t kRegionVersion = 2;
+constexpr uint32_t kRegionVersion = 3;
 constexpr uint32_t kMaxSlots = 128;
+// Pieces that one slot's payload may be sent in, each with a flag of its own: a kernel's blocks do not wait
+// for each other. A CPU sends one.
+constexpr uint32_t kMaxPieces = 64;
 // Two cache lines: adjacent-line prefetchers would otherwise move a neighbour's flag along.
 constexpr size_t kLine = 128;
 constexpr size_t kPage = 4096;
@@ -64,9 +67,13 @@ struct Control {
   alignas(kLine) SendDescriptor send[kMaxSlots];
 };
 
-// The sequence and tag of a message that goes as payload, then flag.
+// The sequence and tag of a message that goes as payload, then flag. The rest is for the sender's proxy:
+// which part of the slot is staged, and in how many such parts.
 struct alignas(kLine) Flag {
   uint64_t value;
+  uint32_t offset;  // bytes from the slot's start
+  uint32_t bytes;
+  uint32_t pieces;
 };
 
 SPARK_HOST_DEVICE constexpr size_t round_up(size_t value, size_t step) {
@@ -83,13 +90,16 @@ class RegionLayout {
     return control() + round_up(sizeof(Control), kPage);
   }
   SPARK_HOST_DEVICE constexpr size_t recv_packets() const {
-    return recv_flags() + round_up(sizes_.slots * sizeof(Flag), kPage);
+    return recv_flags() + flag_area() * sizes_.slots;
   }
   SPARK_HOST_DEVICE constexpr size_t recv_payload() const {
     return recv_packets() + round_up(sizes_.slots * packet_area(), kPage);
   }
-  SPARK_HOST_DEVICE constexpr size_t send_packets() const {
+  SPARK_HOST_DEVICE constexpr size_t send_flags() const {
     return recv_payload() + sizes_.slots * payload_area();
+  }
+  SPARK_HOST_DEVICE constexpr size_t send_packets() const {
+    return send_flags() + flag_area() * sizes_.slots;
   }
   SPARK_HOST_DEVICE constexpr size_t send_payload() const {
     return send_packets() + round_up(sizes_.slots * packet_area(), kPage);
@@ -97,6 +107,7 @@ class RegionLayout {
   SPARK_HOST_DEVICE constexpr size_t total() const { return send_payload() + sizes_.slots * payload_area(); }
 
   // Bytes from one slot to the next, and which slot a sequence number uses.
+  SPARK_HOST_DEVICE static constexpr size_t flag_area() { return kMaxPieces * sizeof(Flag); }
   SPARK_HOST_DEVICE constexpr size_t packet_area() const {
     return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
   }

@@ -1,8 +1,5 @@
 #include "runtime.hpp"
 
-#include <sys/random.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -15,40 +12,6 @@ namespace spark {
 namespace {
 
 constexpr auto kPeerCheckInterval = std::chrono::milliseconds(20);
-
-Options checked(const Options& options) {
-  auto refuse = [](const std::string& what) { throw UsageError(what); };
-  if (options.rank < 0 || options.rank >= kWorldSize) {
-    refuse("rank " + std::to_string(options.rank) + " does not exist; a pair has ranks 0 and 1");
-  }
-  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 ||
-      options.depth == 0 || options.sizes.slots > kMaxSlots) {
-    // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
-    refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
-           std::to_string(kMaxSlots / 2));
-  }
-  if (options.sizes.slot_bytes < 64 || options.sizes.slot_bytes % 64 != 0) {
-    refuse("slot_bytes " + std::to_string(options.sizes.slot_bytes) + " is not a positive multiple of 64");
-  }
-  if (options.sizes.packet_bytes > options.sizes.slot_bytes) {
-    refuse("packet_bytes " + std::to_string(options.sizes.packet_bytes) + " is more than slot_bytes " +
-           std::to_string(options.sizes.slot_bytes));
-  }
-  if (options.clear_interval < options.sizes.slots ||
-      (options.clear_interval & (options.clear_interval - 1)) != 0) {
-    refuse("clear_interval " + std::to_string(options.clear_interval) +
-           " is not a power of two of at least " + std::to_string(options.sizes.slots) +
-           ", the number of slots");
-  }
-  return options;
-}
-
-// How much of UTF-8 `text` fits into `limit` bytes without cutting a character in two.
-size_t whole_characters(const std::string& text, size_t limit) {
-  if (text.size() <= limit) return text.size();
-  while (limit > 0 && (static_cast<unsigned char>(text[limit]) & 0xc0u) == 0x80u) --limit;
-  return limit;
-}
 
 }  // namespace
 
@@ -63,7 +26,7 @@ class Runtime::Use {
           "them from one thread");
     }
     try {
-      runtime_.check_usable();
+      runtime_.endpoint_.check_usable();
     } catch (...) {
       runtime_.in_use_.store(false, std::memory_order_release);
       throw;
@@ -96,10 +59,10 @@ class Runtime::Wait {
   // Between two looks at the awaited word. Throws when waiting makes no sense any more.
   void step() {
     if (start_ == Clock::time_point{}) start_ = next_peer_check_ = Clock::now();
-    if (abort_seen_) runtime_.check_abort();
+    if (abort_seen_) runtime_.endpoint_.check_abort();
     // What was sent before the abort word is visible once that has been acquired: look once more before
     // giving up.
-    abort_seen_ = runtime_.aborted();
+    abort_seen_ = runtime_.endpoint_.aborted();
     if (abort_seen_ || !backoff_.step()) return;
     Clock::time_point now = Clock::now();
     if (now - start_ > runtime_.options_.timeout) runtime_.timed_out(operation_, sequence_, false);
@@ -109,15 +72,15 @@ class Runtime::Wait {
     if (peer_was_gone_) runtime_.timed_out(operation_, sequence_, true);
     // Its last message may have arrived since the last look: fail only if it is still missing at the next
     // check.
-    peer_was_gone_ = !runtime_.peer_.alive();
+    peer_was_gone_ = !runtime_.endpoint_.peer().alive();
   }
 
  private:
   // The peer may have called something of a size that travels by the other protocol.
   void look_for_other_operation() {
-    uint64_t flag = runtime_.mine_->recv_flag(sequence_).load(std::memory_order_acquire);
+    uint64_t flag = runtime_.mine_.recv_flag(sequence_).load(std::memory_order_acquire);
     if (flag_sequence(flag) == sequence_) runtime_.check_tag(operation_, sequence_, flag_tag(flag));
-    uint64_t header = runtime_.mine_->recv_packets(sequence_)[0].load(std::memory_order_relaxed);
+    uint64_t header = runtime_.mine_.recv_packets(sequence_)[0].load(std::memory_order_relaxed);
     if (half_arrived(header, sequence_)) runtime_.check_tag(operation_, sequence_, half_data(header));
   }
 
@@ -132,64 +95,32 @@ class Runtime::Wait {
 };
 
 Runtime::Runtime(const Options& options)
-    : options_(checked(options)),
-      layout_(options.sizes),
-      memory_(SharedMemory::create(layout_.total())),
-      mine_(std::make_unique<Region>(memory_.data(), options.sizes)),
+    : endpoint_(options),
+      options_(endpoint_.options()),
+      mine_(endpoint_.mine()),
       scratch_(new std::byte[packet_count(options.sizes.packet_bytes) * kPacketData]),
-      process_(getpid()),
       received_(options.first_sequence - 1),
-      sequence_(options.first_sequence - 1) {
-  RegionHeader& header = mine_->header();
-  header.magic = kRegionMagic;
-  header.version = kRegionVersion;
-  header.sizes = options_.sizes;
-  if (getrandom(header.nonce, sizeof header.nonce, 0) != sizeof header.nonce) {
-    throw CollectiveError("the kernel gave no random bytes; try again");
-  }
-  mine_->doorbell().store(options_.first_sequence - 1, std::memory_order_relaxed);
-  // Fresh memory is all zero, and zero is a sequence number too.
-  for (uint32_t slot = 0; slot < options_.sizes.slots; ++slot) {
-    mine_->clear_recv(options_.first_sequence + slot);
-  }
-}
+      sequence_(options.first_sequence - 1) {}
 
 Runtime::~Runtime() {
   close();
-  delete poison_.load(std::memory_order_relaxed);
-}
-
-Address Runtime::address() const {
-  Address address{process_, memory_.descriptor(), {}};
-  std::memcpy(address.nonce, mine_->header().nonce, sizeof address.nonce);
-  return address;
 }
 
 void Runtime::connect(const Address& peer, const std::string& description) {
-  int peer_rank = kWorldSize - 1 - options_.rank;
-  SharedMemory opened = SharedMemory::open(peer.process, peer.descriptor, layout_.total());
-  Region region(opened.data(), options_.sizes);
-  const RegionHeader& header = region.header();
-  if (header.magic != kRegionMagic || header.version != kRegionVersion || !(header.sizes == options_.sizes) ||
-      std::memcmp(header.nonce, peer.nonce, sizeof header.nonce) != 0) {
-    throw CollectiveError(
-        "process " + std::to_string(peer.process) +
-        " of this machine is not the peer; the loopback transport needs both ranks on one machine");
-  }
-  peer_memory_ = std::move(opened);
-  attach(region, Peer(peer_rank, peer.process, description));
+  endpoint_.connect(peer, description);
+  start();
 }
 
 void Runtime::connect_in_process(const Runtime& peer) {
-  attach(*peer.mine_, Peer(peer.options_.rank, process_, "this process"));
+  endpoint_.connect_in_process(peer.endpoint_);
+  start();
 }
 
-void Runtime::attach(Region peer_region, Peer peer) {
-  theirs_ = std::make_unique<Region>(peer_region);
-  peer_ = std::move(peer);
+void Runtime::start() {
+  theirs_ = std::make_unique<Region>(endpoint_.theirs());
   if (options_.proxied) {
     proxy_ =
-        std::make_unique<Proxy>(*mine_, std::make_unique<LoopbackTransport>(*mine_, *theirs_, options_.wire),
+        std::make_unique<Proxy>(mine_, std::make_unique<LoopbackTransport>(mine_, *theirs_, options_.wire),
                                 options_.first_sequence - 1, options_.backoff);
   }
 }
@@ -268,11 +199,9 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
       clear_now_and_then(base + static_cast<uint32_t>(index));
     }
   } catch (const CollectiveError& error) {
-    set_poison(error.what());
+    endpoint_.poison(error.what());
     // The peer waits for what will not come: tell it why, unless it told us.
-    if (dynamic_cast<const AbortedError*>(&error) == nullptr) {
-      write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " stopped: " + error.what());
-    }
+    if (dynamic_cast<const AbortedError*>(&error) == nullptr) endpoint_.tell_peer(error.what());
     throw;
   }
 }
@@ -282,7 +211,7 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
   uint32_t tag = operation.tag();
   bool as_packets = bytes <= options_.sizes.packet_bytes;
   if (as_packets) {
-    std::atomic<uint64_t>* packets = proxy_ ? mine_->send_packets(sequence) : theirs_->recv_packets(sequence);
+    std::atomic<uint64_t>* packets = proxy_ ? mine_.send_packets(sequence) : theirs_->recv_packets(sequence);
     auto put = [&](size_t half, uint32_t word) {
       // Relaxed: word and flag travel together, and the reader trusts nothing else. Proxied, the doorbell's
       // release orders these stores before the proxy's loads.
@@ -303,7 +232,7 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     counters_.packet_messages.fetch_add(1, std::memory_order_relaxed);
   } else {
     if (proxy_) {
-      std::memcpy(mine_->send_payload(sequence), data, bytes);
+      std::memcpy(mine_.send_payload(sequence), data, bytes);
     } else {
       deliver_payload(data, theirs_->recv_payload(sequence), bytes, theirs_->recv_flag(sequence),
                       payload_flag(sequence, tag));
@@ -311,7 +240,7 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     counters_.payload_messages.fetch_add(1, std::memory_order_relaxed);
   }
   if (proxy_) {
-    mine_->descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes};
+    mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes};
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
@@ -326,7 +255,7 @@ const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence,
 }
 
 const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t sequence, size_t bytes) {
-  const std::atomic<uint64_t>* packets = mine_->recv_packets(sequence);
+  const std::atomic<uint64_t>* packets = mine_.recv_packets(sequence);
   Wait wait(*this, operation, sequence);
   auto take = [&](size_t half, std::memory_order order) {
     uint64_t value = packets[half].load(order);
@@ -352,106 +281,48 @@ const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t s
 const std::byte* Runtime::receive_payload(const Operation& operation, uint32_t sequence) {
   Wait wait(*this, operation, sequence);
   // Acquire: pairs with the release (or the NIC's ordered write) of the flag after the payload.
-  uint64_t flag = mine_->recv_flag(sequence).load(std::memory_order_acquire);
+  uint64_t flag = mine_.recv_flag(sequence).load(std::memory_order_acquire);
   while (flag_sequence(flag) != sequence) {
     wait.step();
-    flag = mine_->recv_flag(sequence).load(std::memory_order_acquire);
+    flag = mine_.recv_flag(sequence).load(std::memory_order_acquire);
   }
   check_tag(operation, sequence, flag_tag(flag));
-  return mine_->recv_payload(sequence);
+  return mine_.recv_payload(sequence);
 }
 
 void Runtime::clear_now_and_then(uint32_t sequence) {
   // Sequence numbers come round after 2^32 messages, which is days of decoding. A word that no later message
   // happened to overwrite would then be taken for a new one. So each slot is cleared four times in that time,
   // after its message was read, and before the peer learns of that.
-  if (sequence % options_.clear_interval < options_.sizes.slots) mine_->clear_recv(sequence);
-}
-
-void Runtime::check_usable() {
-  if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
-    throw PoisonedError("this runtime stopped working earlier: " + *reason);
-  }
-  if (closed()) throw UsageError("the runtime is closed");
-  if (!theirs_) throw UsageError("the runtime is not connected; exchange addresses and call connect first");
-  if (getpid() != process_) {
-    throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
-                     std::to_string(getpid()) + "; connect a new one there");
-  }
-  if (aborted()) {
-    set_poison(mine_->abort_reason());
-    check_abort();
-  }
-}
-
-bool Runtime::aborted() const {
-  // Acquire: the reason, and whatever the aborting rank sent before, was written before the word became
-  // kAborted.
-  return mine_->abort().load(std::memory_order_acquire) == kAborted;
-}
-
-void Runtime::check_abort() const {
-  if (aborted()) throw AbortedError(mine_->abort_reason());
+  if (sequence % options_.clear_interval < options_.sizes.slots) mine_.clear_recv(sequence);
 }
 
 void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
   if (tag == operation.tag()) return;
   throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) +
                       ": rank " + std::to_string(options_.rank) + " an " + operation.describe() + ", " +
-                      peer_.name() + " an " + Operation::from_tag(tag).describe());
+                      endpoint_.peer().name() + " an " + Operation::from_tag(tag).describe());
 }
 
 void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const {
   double seconds = std::chrono::duration<double>(options_.timeout).count();
-  std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + peer_.name() + " in an " +
-                       operation.describe() + ", sequence " + std::to_string(sequence) + " (last seen " +
-                       std::to_string(received_) + "), over loopback, " +
+  std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + endpoint_.peer().name() +
+                       " in an " + operation.describe() + ", sequence " + std::to_string(sequence) +
+                       " (last seen " + std::to_string(received_) + "), over loopback, " +
                        (options_.proxied ? "proxied" : "direct");
   if (peer_gone) throw TimeoutError(waited + ": that process has ended");
   char limit[32];
   std::snprintf(limit, sizeof limit, "%.1f", seconds);
   throw TimeoutError(waited + ": it did not come within " + limit + " s, though its process is " +
-                     (peer_.alive() ? "alive" : "gone"));
-}
-
-void Runtime::abort(const std::string& reason) {
-  set_poison(reason);
-  write_abort(*mine_, reason);
-  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " stopped: " + reason);
-}
-
-void Runtime::write_abort(Region region, const std::string& reason) {
-  // The first reason counts: whoever claims the word writes it.
-  uint32_t none = kRunning;
-  if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
-  size_t length = whole_characters(reason, Region::abort_reason_size() - 1);
-  std::memcpy(region.abort_reason(), reason.data(), length);
-  region.abort_reason()[length] = '\0';
-  // Release: whoever sees it reads the reason.
-  region.abort().store(kAborted, std::memory_order_release);
-}
-
-void Runtime::set_poison(const std::string& reason) {
-  const std::string* none = nullptr;
-  const std::string* mine = new std::string(reason);
-  // Release: readers dereference the pointer. The first failure is the cause; later ones are its echoes.
-  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed))
-    delete mine;
-}
-
-std::string Runtime::poison() const {
-  const std::string* reason = poison_.load(std::memory_order_acquire);
-  return reason == nullptr ? "" : *reason;
+                     (endpoint_.peer().alive() ? "alive" : "gone"));
 }
 
 void Runtime::close() {
-  if (closed_.exchange(true)) return;
-  if (getpid() != process_) return;  // a fork has neither the thread nor the right
-  write_abort(*mine_, "the runtime was closed");
+  if (!endpoint_.close()) return;
   // A caller that waits leaves now; its memory must outlive it.
   while (in_use_.load(std::memory_order_acquire)) std::this_thread::sleep_for(std::chrono::microseconds(100));
   proxy_.reset();  // delivers what was sent
-  if (theirs_) write_abort(*theirs_, "rank " + std::to_string(options_.rank) + " closed its runtime");
+  endpoint_.tell_peer("it closed its runtime");
 }
 
 void Runtime::hold_proxy(bool held) {

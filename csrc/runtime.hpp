@@ -1,5 +1,4 @@
-// The collective runtime of one rank: two ranks exchange whole inputs, and each reduces or concatenates for
-// itself.
+// Collectives on CPU memory: two ranks exchange whole inputs, and each reduces or concatenates for itself.
 #pragma once
 
 #include <atomic>
@@ -7,37 +6,11 @@
 #include <memory>
 #include <string>
 
-#include "backoff.hpp"
+#include "endpoint.hpp"
 #include "operation.hpp"
-#include "peer.hpp"
 #include "proxy.hpp"
-#include "region.hpp"
-#include "shared_memory.hpp"
-#include "transport/loopback.hpp"
 
 namespace spark {
-
-constexpr int kWorldSize = 2;
-
-struct Options {
-  int rank = 0;
-  RegionSizes sizes{1 << 20, 8 << 10, 8};
-  uint32_t depth = 4;  // chunks in flight; half of `sizes.slots`
-  bool proxied = false;
-  WireModel wire;
-  std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
-  uint32_t first_sequence = 1;
-  uint64_t largest_message = 64ull << 20;  // bytes
-  uint32_t clear_interval = 1u << 30;      // messages between two clearings of the slots; a power of two
-  BackoffTimes backoff;
-};
-
-// Where a rank's region can be opened; exchanged out of band.
-struct Address {
-  pid_t process;
-  int descriptor;
-  uint64_t nonce[2];
-};
 
 struct KindCounters {
   std::atomic<uint64_t> operations{0};
@@ -62,13 +35,11 @@ class Runtime {
   Runtime(const Runtime&) = delete;
   Runtime& operator=(const Runtime&) = delete;
 
-  Address address() const;
-  // Opens the peer's region. Both ranks must have connected before either calls a collective.
+  Address address() const { return endpoint_.address(); }
+  // See Endpoint.
   void connect(const Address& peer, const std::string& description);
 
-  // As `connect`, for two ranks in one process. Both see the same mapping of each region, which is what
-  // thread sanitizers need to follow one rank's writes to the other's reads. The peer must outlive this
-  // rank's use.
+  // Thread sanitizers can follow one rank's writes to the other's reads only in one mapping.
   void connect_in_process(const Runtime& peer);
 
   // out = sum over ranks of `elements` numbers. Any alignment; `out` may be `in`.
@@ -78,13 +49,13 @@ class Runtime {
   void all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes);
 
   // Ends every wait of both ranks with `reason`. From any thread.
-  void abort(const std::string& reason);
+  void abort(const std::string& reason) { endpoint_.abort(reason); }
 
   // Nothing is allowed afterwards. From any thread, also while another one waits: that wait ends.
   void close();
 
-  bool closed() const { return closed_.load(std::memory_order_relaxed); }
-  std::string poison() const;
+  bool closed() const { return endpoint_.closed(); }
+  std::string poison() const { return endpoint_.poison(); }
   uint32_t last_sequence() const { return sequence_.load(std::memory_order_relaxed); }
   const Counters& counters() const { return counters_; }
   const ProxyCounters* proxy_counters() const { return proxy_ ? &proxy_->counters() : nullptr; }
@@ -103,30 +74,19 @@ class Runtime {
   void exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume);
 
   void clear_now_and_then(uint32_t sequence);
-  void attach(Region peer_region, Peer peer);
-  void check_usable();
-  bool aborted() const;
-  void check_abort() const;
+  void start();
   void check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const;
-  void write_abort(Region region, const std::string& reason);
   [[noreturn]] void timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const;
-  void set_poison(const std::string& reason);
 
-  Options options_;
-  RegionLayout layout_;
-  SharedMemory memory_;
-  SharedMemory peer_memory_;
-  std::unique_ptr<Region> mine_;
+  Endpoint endpoint_;
+  const Options& options_;
+  Region mine_;
   std::unique_ptr<Region> theirs_;
-  Peer peer_;
   std::unique_ptr<Proxy> proxy_;
   std::unique_ptr<std::byte[]> scratch_;  // a packet message's data, unpacked
-  pid_t process_;
-  uint32_t received_ = 0;  // last sequence seen from the peer
+  uint32_t received_ = 0;                 // last sequence seen from the peer
   std::atomic<uint32_t> sequence_;
   std::atomic<bool> in_use_{false};
-  std::atomic<bool> closed_{false};
-  std::atomic<const std::string*> poison_{nullptr};
   Counters counters_;
 };
 

@@ -46,10 +46,8 @@ class _OneSentence(logging.Filter):
 
 
 def _explanation(error: BaseException) -> str | None:
-    """The sentence that explains `error`, if there is one: its own, or what the engine left before it died."""
+    """The sentence that explains `error`, if there is one: its own, or why the pair broke, which caused it."""
     from vllm_spark.executor.counters import engine_failure
 
-    if isinstance(error, SparkError):
-        return str(error)
-    failure = engine_failure() if type(error).__name__ == "EngineDeadError" else None
+    failure = error if isinstance(error, SparkError) else engine_failure()
     return None if failure is None else str(failure)

@@ -1,4 +1,5 @@
-// What a kernel knows about its rank: both regions, its own progress, and how to give up.
+// What a kernel knows about its rank: where to send, where to receive, its own progress, and how to give up.
+// For host and device: the host fills it in, kernels get it as a parameter.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +8,26 @@
 
 namespace spark::device {
 
+// What was done so far, for the host to read.
+struct Totals {
+  uint64_t all_reduces;
+  uint64_t all_reduce_bytes;
+  uint64_t all_gathers;
+  uint64_t all_gather_bytes;
+  uint64_t packet_messages;
+  uint64_t payload_messages;
+  uint64_t chunked_operations;
+  uint64_t sequence;
+};
+
 // In device memory, advanced by the kernels themselves: replaying a graph needs no host.
-// Aligned, so that a kernel gets all of it with one load: it is the first thing that each one waits for.
-struct alignas(16) Progress {
+// Aligned, so that a kernel gets the first four words with one load: it is what each one waits for first.
+struct alignas(128) Progress {
   uint32_t sequence;  // of the last message
   uint32_t poisoned;  // nonzero: every later kernel returns at once
   uint32_t arrived;   // blocks of the running kernel that are through
   uint32_t unused;
+  alignas(64) Totals totals;
 };
 
 // In host memory: what a kernel that gave up waited for. Written once, `code` last.
@@ -25,14 +39,42 @@ struct Failure {
   uint32_t seen_tag;
 };
 
+// In host memory, written by kernels.
+struct Report {
+  alignas(kLine) Failure failure;
+  alignas(kLine) Totals totals;  // each word whole, no two of the same moment
+};
+
+// One direction of the exchange: first slot of each kind.
+struct Lane {
+  unsigned char* flags;
+  unsigned char* packets;
+  unsigned char* payload;
+};
+
 struct Rank {
-  unsigned char* mine;  // device addresses of the two regions
-  unsigned char* peer;
+  Lane out;  // the peer's receive slots, or this rank's send slots if a proxy forwards them
+  Lane in;   // this rank's receive slots
+  const uint32_t* abort;
   Progress* progress;
-  Failure* failure;
-  RegionSizes sizes;
+  Report* report;
   uint64_t timeout_ns;
-  uint32_t index;  // 0 or 1
+  uint32_t slots;           // a power of two
+  uint32_t ahead;           // messages that a block may send before it receives: below half of the slots
+  uint32_t packet_area;     // bytes from one slot to the next
+  uint32_t payload_area;    // the same
+  uint32_t clear_interval;  // messages between two clearings of the slots; a power of two
+  uint32_t index;           // 0 or 1
+};
+
+// One collective, the same for all of its blocks.
+struct Call {
+  const unsigned char* in;
+  unsigned char* out;
+  uint64_t bytes;  // of the input
+  uint32_t inner;  // all-gather: bytes of a row, as long as the rows of both ranks alternate in `out`
+  uint32_t tag;
+  uint32_t chunk;  // payload only: bytes of one message, a multiple of the blocks' pieces
 };
 
 }  // namespace spark::device

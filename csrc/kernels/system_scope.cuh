@@ -35,12 +35,6 @@ __device__ inline uint64_t load_acquire(const uint64_t* from) {
   return value;
 }
 
-__device__ inline uint64_t load_relaxed(const uint64_t* from) {
-  uint64_t value;
-  asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
-  return value;
-}
-
 __device__ inline uint32_t load_acquire(const uint32_t* from) {
   uint32_t value;
   asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
@@ -53,6 +47,10 @@ __device__ inline void store_release(uint64_t* to, uint64_t value) {
 
 __device__ inline void store_release(uint32_t* to, uint32_t value) {
   asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+__device__ inline void store_relaxed(uint64_t* to, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
 
 __device__ inline void store_relaxed(uint32_t* to, uint32_t value) {

@@ -10,10 +10,11 @@ namespace spark::device {
 __device__ inline void give_up(const Rank& rank, FailureCode code, uint32_t sequence, uint32_t expected,
                                uint32_t seen) {
   if (atomicExch(&rank.progress->poisoned, 1u) != 0) return;
-  store_relaxed(&rank.failure->sequence, sequence);
-  store_relaxed(&rank.failure->expected_tag, expected);
-  store_relaxed(&rank.failure->seen_tag, seen);
-  store_release(&rank.failure->code, static_cast<uint32_t>(code));  // whoever sees the code reads the rest
+  Failure& failure = rank.report->failure;
+  store_relaxed(&failure.sequence, sequence);
+  store_relaxed(&failure.expected_tag, expected);
+  store_relaxed(&failure.seen_tag, seen);
+  store_release(&failure.code, static_cast<uint32_t>(code));  // whoever sees the code reads the rest
 }
 
 class Wait {
@@ -27,8 +28,7 @@ class Wait {
     uint64_t time = now();
     if (deadline_ == 0) deadline_ = time + rank_.timeout_ns;
     if (*const_cast<volatile uint32_t*>(&rank_.progress->poisoned) != 0) return false;  // another thread did
-    auto* control = reinterpret_cast<const Control*>(rank_.mine + RegionLayout(rank_.sizes).control());
-    if (load_acquire(&control->abort) != kRunning) {
+    if (load_acquire(rank_.abort) != kRunning) {
       give_up(rank_, kAbortSeen, sequence_, tag_, 0);
       return false;
     }

@@ -168,6 +168,9 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
         if self._pair is not None:
             self._pair.close("the leader is shutting down")
+            if self._pair.failed and parent_process() is not None:
+                # All was said, to clients and in the log; vLLM's engine would end in a traceback.
+                os._exit(EXIT_LOST)
         worker, self.driver_worker = self.driver_worker, None
         if worker is not None:
             worker.shutdown()

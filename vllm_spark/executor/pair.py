@@ -136,6 +136,11 @@ class Pair:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def failed(self) -> bool:
+        """True once the pair is broken."""
+        return self._failed.is_set()
+
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the pair breaks, at once if it has."""
         self._on_failure.append(callback)

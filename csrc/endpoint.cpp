@@ -1,0 +1,179 @@
+#include "endpoint.hpp"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "errors.hpp"
+
+namespace spark {
+namespace {
+
+Options checked(const Options& options) {
+  auto refuse = [](const std::string& what) { throw UsageError(what); };
+  if (options.rank < 0 || options.rank >= kWorldSize) {
+    refuse("rank " + std::to_string(options.rank) + " does not exist; a pair has ranks 0 and 1");
+  }
+  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 ||
+      options.depth == 0 || options.sizes.slots > kMaxSlots) {
+    // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
+    refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
+           std::to_string(kMaxSlots / 2));
+  }
+  if (options.sizes.slot_bytes < 64 || options.sizes.slot_bytes % 64 != 0) {
+    refuse("slot_bytes " + std::to_string(options.sizes.slot_bytes) + " is not a positive multiple of 64");
+  }
+  if (options.sizes.packet_bytes > options.sizes.slot_bytes) {
+    refuse("packet_bytes " + std::to_string(options.sizes.packet_bytes) + " is more than slot_bytes " +
+           std::to_string(options.sizes.slot_bytes));
+  }
+  if (options.clear_interval < options.sizes.slots ||
+      (options.clear_interval & (options.clear_interval - 1)) != 0) {
+    refuse("clear_interval " + std::to_string(options.clear_interval) +
+           " is not a power of two of at least " + std::to_string(options.sizes.slots) +
+           ", the number of slots");
+  }
+  return options;
+}
+
+// How much of UTF-8 `text` fits into `limit` bytes without cutting a character in two.
+size_t whole_characters(const std::string& text, size_t limit) {
+  if (text.size() <= limit) return text.size();
+  while (limit > 0 && (static_cast<unsigned char>(text[limit]) & 0xc0u) == 0x80u) --limit;
+  return limit;
+}
+
+}  // namespace
+
+Endpoint::Endpoint(const Options& options)
+    : options_(checked(options)),
+      layout_(options.sizes),
+      memory_(SharedMemory::create(layout_.total())),
+      process_(getpid()) {
+  Region region = mine();
+  RegionHeader& header = region.header();
+  header.magic = kRegionMagic;
+  header.version = kRegionVersion;
+  header.sizes = options_.sizes;
+  if (getrandom(header.nonce, sizeof header.nonce, 0) != sizeof header.nonce) {
+    throw CollectiveError("the kernel gave no random bytes; try again");
+  }
+  region.doorbell().store(options_.first_sequence - 1, std::memory_order_relaxed);
+  // Fresh memory is all zero, and zero is a sequence number too.
+  for (uint32_t slot = 0; slot < options_.sizes.slots; ++slot) {
+    region.clear_recv(options_.first_sequence + slot);
+    region.clear_send(options_.first_sequence + slot);
+  }
+}
+
+Endpoint::~Endpoint() {
+  delete poison_.load(std::memory_order_relaxed);
+}
+
+Address Endpoint::address() const {
+  Address address{process_, memory_.descriptor(), {}};
+  std::memcpy(address.nonce, mine().header().nonce, sizeof address.nonce);
+  return address;
+}
+
+void Endpoint::connect(const Address& peer, const std::string& description) {
+  int peer_rank = kWorldSize - 1 - options_.rank;
+  SharedMemory opened = SharedMemory::open(peer.process, peer.descriptor, layout_.total());
+  Region region(opened.data(), options_.sizes);
+  const RegionHeader& header = region.header();
+  if (header.magic != kRegionMagic || header.version != kRegionVersion || !(header.sizes == options_.sizes) ||
+      std::memcmp(header.nonce, peer.nonce, sizeof header.nonce) != 0) {
+    throw CollectiveError(
+        "process " + std::to_string(peer.process) +
+        " of this machine is not the peer; the loopback transport needs both ranks on one machine");
+  }
+  peer_memory_ = std::move(opened);
+  theirs_base_ = peer_memory_.data();
+  theirs_ = std::make_unique<Region>(region);
+  peer_ = Peer(peer_rank, peer.process, description);
+}
+
+void Endpoint::connect_in_process(const Endpoint& peer) {
+  theirs_base_ = peer.memory();
+  theirs_ = std::make_unique<Region>(peer.mine());
+  peer_ = Peer(peer.options_.rank, process_, "this process");
+}
+
+bool Endpoint::owned_by_this_process() const {
+  return getpid() == process_;
+}
+
+void Endpoint::check_usable() {
+  if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
+    throw PoisonedError("this runtime stopped working earlier: " + *reason);
+  }
+  if (closed()) throw UsageError("the runtime is closed");
+  if (!theirs_) throw UsageError("the runtime is not connected; exchange addresses and call connect first");
+  if (!owned_by_this_process()) {
+    throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
+                     std::to_string(getpid()) + "; connect a new one there");
+  }
+  if (aborted()) {
+    poison(mine().abort_reason());
+    check_abort();
+  }
+}
+
+void Endpoint::check_size(const char* collective, uint64_t bytes) const {
+  if (bytes <= options_.largest_message) return;
+  throw UsageError("an " + std::string(collective) + " of " + std::to_string(bytes) +
+                   " bytes is over the limit of " + std::to_string(options_.largest_message) + "; split it");
+}
+
+void Endpoint::abort(const std::string& reason) {
+  poison(reason);
+  write_abort(mine(), reason);
+  tell_peer(reason);
+}
+
+void Endpoint::tell_peer(const std::string& reason) {
+  if (theirs_) write_abort(*theirs_, rank_name() + " stopped: " + reason);
+}
+
+bool Endpoint::aborted() const {
+  // Acquire: the reason, and whatever the aborting rank sent before, was written before the word became
+  // kAborted.
+  return mine().abort().load(std::memory_order_acquire) == kAborted;
+}
+
+void Endpoint::check_abort() const {
+  if (aborted()) throw AbortedError(mine().abort_reason());
+}
+
+void Endpoint::write_abort(Region region, const std::string& reason) {
+  // The first reason counts: whoever claims the word writes it.
+  uint32_t none = kRunning;
+  if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
+  size_t length = whole_characters(reason, Region::abort_reason_size() - 1);
+  std::memcpy(region.abort_reason(), reason.data(), length);
+  region.abort_reason()[length] = '\0';
+  // Release: whoever sees it reads the reason.
+  region.abort().store(kAborted, std::memory_order_release);
+}
+
+void Endpoint::poison(const std::string& reason) {
+  const std::string* none = nullptr;
+  const std::string* mine = new std::string(reason);
+  // Release: readers dereference the pointer. The first failure is the cause; later ones are its echoes.
+  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed))
+    delete mine;
+}
+
+std::string Endpoint::poison() const {
+  const std::string* reason = poison_.load(std::memory_order_acquire);
+  return reason == nullptr ? "" : *reason;
+}
+
+bool Endpoint::close() {
+  if (closed_.exchange(true) || !owned_by_this_process()) return false;
+  write_abort(mine(), "the runtime was closed");
+  return true;
+}
+
+}  // namespace spark

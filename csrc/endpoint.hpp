@@ -1,0 +1,102 @@
+// One rank's end of a pair: its region, the peer's, and whether the pair still works. What computes where
+// (CPU or GPU) is built on it.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "backoff.hpp"
+#include "peer.hpp"
+#include "region.hpp"
+#include "shared_memory.hpp"
+#include "transport/loopback.hpp"
+
+namespace spark {
+
+constexpr int kWorldSize = 2;
+
+struct Options {
+  int rank = 0;
+  RegionSizes sizes{1 << 20, 8 << 10, 8};
+  uint32_t depth = 4;  // chunks in flight; half of `sizes.slots`
+  bool proxied = false;
+  WireModel wire;
+  std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
+  uint32_t first_sequence = 1;
+  uint64_t largest_message = 64ull << 20;  // bytes
+  uint32_t clear_interval = 1u << 30;      // messages between two clearings of the slots; a power of two
+  BackoffTimes backoff;
+};
+
+// Where a rank's region can be opened; exchanged out of band.
+struct Address {
+  pid_t process;
+  int descriptor;
+  uint64_t nonce[2];
+};
+
+class Endpoint {
+ public:
+  // Makes this rank's region. Throws UsageError for impossible options.
+  explicit Endpoint(const Options& options);
+  ~Endpoint();
+  Endpoint(const Endpoint&) = delete;
+  Endpoint& operator=(const Endpoint&) = delete;
+
+  Address address() const;
+  // Opens the peer's region. Both ranks must have connected before either calls a collective.
+  void connect(const Address& peer, const std::string& description);
+  // As `connect`, for two ranks in one process that see the same mapping of each region. The peer must
+  // outlive this rank's use.
+  void connect_in_process(const Endpoint& peer);
+
+  const Options& options() const { return options_; }
+  const RegionLayout& layout() const { return layout_; }
+  Region mine() const { return Region(memory_.data(), options_.sizes); }
+  Region theirs() const { return *theirs_; }
+  const Peer& peer() const { return peer_; }
+  std::byte* memory() const { return memory_.data(); }
+  std::byte* peer_memory() const { return theirs_base_; }
+  bool owned_by_this_process() const;
+
+  // Throws unless collectives may be called now.
+  void check_usable();
+  // Throws UsageError if an input of `bytes` is over the limit.
+  void check_size(const char* collective, uint64_t bytes) const;
+
+  // Ends every wait of both ranks with `reason`. From any thread.
+  void abort(const std::string& reason);
+  // Tells the peer, which may wait for what will not come, and leaves this rank's word alone.
+  void tell_peer(const std::string& reason);
+  bool aborted() const;
+  // Throws AbortedError with the reason if `aborted`.
+  void check_abort() const;
+
+  // From now on every collective fails for `reason`, if there is no earlier one.
+  void poison(const std::string& reason);
+  std::string poison() const;
+
+  // Ends this rank's waits. False if it was called before, or in a fork, which has no right to.
+  bool close();
+  bool closed() const { return closed_.load(std::memory_order_relaxed); }
+
+ private:
+  static void write_abort(Region region, const std::string& reason);
+  std::string rank_name() const { return "rank " + std::to_string(options_.rank); }
+
+  Options options_;
+  RegionLayout layout_;
+  SharedMemory memory_;
+  SharedMemory peer_memory_;
+  std::byte* theirs_base_ = nullptr;
+  std::unique_ptr<Region> theirs_;
+  Peer peer_;
+  pid_t process_;
+  std::atomic<bool> closed_{false};
+  std::atomic<const std::string*> poison_{nullptr};
+};
+
+}  // namespace spark

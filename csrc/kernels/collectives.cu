@@ -1,0 +1,30 @@
+// Every kernel of the runtime, by the name under which the host finds it (csrc/device/kernels.cpp).
+#include "packets.cuh"
+#include "payload.cuh"
+
+namespace {
+
+using spark::device::BFloat16;
+using spark::device::Call;
+using spark::device::Concatenation;
+using spark::device::Float16;
+using spark::device::Float32;
+using spark::device::Rank;
+using spark::device::Sum;
+
+}  // namespace
+
+#define SPARK_KERNEL(name, exchange, ...)                                          \
+  extern "C" __global__ void __launch_bounds__(512, 1)                             \
+      name(const __grid_constant__ Rank rank, const __grid_constant__ Call call) { \
+    spark::device::exchange<__VA_ARGS__>(rank, call);                              \
+  }
+
+SPARK_KERNEL(all_reduce_packets_float32, exchange_packets, Sum<Float32>)
+SPARK_KERNEL(all_reduce_packets_float16, exchange_packets, Sum<Float16>)
+SPARK_KERNEL(all_reduce_packets_bfloat16, exchange_packets, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_packets, exchange_packets, Concatenation)
+SPARK_KERNEL(all_reduce_payload_float32, exchange_payload, Sum<Float32>)
+SPARK_KERNEL(all_reduce_payload_float16, exchange_payload, Sum<Float16>)
+SPARK_KERNEL(all_reduce_payload_bfloat16, exchange_payload, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_payload, exchange_payload, Concatenation)
