@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,18 +15,45 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 DATA_FOLDERS = ("patches", "configs")
 WARNINGS = ["-Wall", "-Wextra"]
+KERNEL_ARCHITECTURES = ("90", "121")  # H100 and H200, on which it is measured; GB10, for which it is made
+OLDEST_ARCHITECTURE = "80"
 
 
 class BuildNative(build_ext):
     """Says what is missing in a sentence, and whether CUDA kernels are part of this build."""
 
+    kernels: Path | None = None
+
     def build_extensions(self) -> None:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler.split()[0]) is None:
             sys.exit(f"vllm-spark needs a C++17 compiler, and there is no {compiler}; install g++ (apt install g++)")
-        nvcc = shutil.which("nvcc")
-        print(f"vllm-spark: nvcc {'at ' + nvcc if nvcc else 'not found'}; this version has no CUDA kernels to build")
         super().build_extensions()
+        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        if nvcc is None:
+            print("vllm-spark: nvcc was not found, so collectives on GPU tensors are not part of this build")
+            return
+        self.build_kernels(nvcc)
+
+    def build_kernels(self, nvcc: str) -> None:
+        """Compiles the kernels into one image beside the native module."""
+        target = Path(self.get_ext_fullpath("vllm_spark._native")).with_name("kernels.fatbin")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        architectures = [name for name in KERNEL_ARCHITECTURES if f"compute_{name}" in listed]
+        print(f"vllm-spark: building kernels with {nvcc} for sm_{', sm_'.join(architectures)} and later GPUs")
+        code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+        # The oldest as PTX too, for every GPU that has no code of its own.
+        code.append(f"-gencode=arch=compute_{OLDEST_ARCHITECTURE},code=compute_{OLDEST_ARCHITECTURE}")
+        source = ROOT / "csrc" / "kernels" / "collectives.cu"
+        subprocess.run([nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", str(target), str(source)], check=True)
+        self.kernels = target
+
+    def copy_extensions_to_source(self) -> None:
+        """For a checkout used in place: the kernels go where the native module goes."""
+        super().copy_extensions_to_source()
+        if self.kernels is not None:
+            shutil.copy2(self.kernels, ROOT / "vllm_spark")
 
 
 class BuildPackage(build_py):
@@ -44,7 +72,7 @@ ParallelCompile("SPARK_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 setup(
     packages=find_packages(include=["vllm_spark", "vllm_spark.*"]),
-    package_data={"vllm_spark": ["py.typed", "*.pyi"]},
+    package_data={"vllm_spark": ["py.typed", "*.pyi", "kernels.fatbin"]},
     ext_modules=[
         Pybind11Extension(
             "vllm_spark._native",

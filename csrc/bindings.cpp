@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "device/runtime.hpp"
 #include "errors.hpp"
 #include "runtime.hpp"
 
@@ -38,9 +39,18 @@ Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint3
   return options;
 }
 
+uint64_t read(const std::atomic<uint64_t>& counter) {
+  return counter.load(std::memory_order_relaxed);
+}
+
+void put_proxy_counters(py::dict& values, const ProxyCounters* proxy) {
+  values["proxy_posts"] = proxy ? read(proxy->posts) : 0;
+  values["proxy_coalesced"] = proxy ? read(proxy->coalesced) : 0;
+  values["proxy_sleeps"] = proxy ? read(proxy->sleeps) : 0;
+}
+
 py::dict counters_of(const Runtime& runtime) {
   const Counters& counters = runtime.counters();
-  auto read = [](const std::atomic<uint64_t>& counter) { return counter.load(std::memory_order_relaxed); };
   py::dict values;
   values["all_reduces"] = read(counters.all_reduce.operations);
   values["all_reduce_bytes"] = read(counters.all_reduce.bytes);
@@ -51,12 +61,55 @@ py::dict counters_of(const Runtime& runtime) {
   values["chunked_operations"] = read(counters.chunked_operations);
   values["wait_seconds"] = static_cast<double>(read(counters.wait_ns)) * 1e-9;
   values["longest_wait_seconds"] = static_cast<double>(read(counters.longest_wait_ns)) * 1e-9;
-  const ProxyCounters* proxy = runtime.proxy_counters();
-  values["proxy_posts"] = proxy ? read(proxy->posts) : 0;
-  values["proxy_coalesced"] = proxy ? read(proxy->coalesced) : 0;
-  values["proxy_sleeps"] = proxy ? read(proxy->sleeps) : 0;
+  put_proxy_counters(values, runtime.proxy_counters());
   values["last_sequence"] = runtime.last_sequence();
   return values;
+}
+
+py::dict counters_of(const device::DeviceRuntime& runtime) {
+  device::Totals totals = runtime.totals();
+  py::dict values;
+  values["all_reduces"] = totals.all_reduces;
+  values["all_reduce_bytes"] = totals.all_reduce_bytes;
+  values["all_gathers"] = totals.all_gathers;
+  values["all_gather_bytes"] = totals.all_gather_bytes;
+  values["packet_messages"] = totals.packet_messages;
+  values["payload_messages"] = totals.payload_messages;
+  values["chunked_operations"] = totals.chunked_operations;
+  values["wait_seconds"] = 0.0;
+  values["longest_wait_seconds"] = 0.0;
+  put_proxy_counters(values, runtime.proxy_counters());
+  values["last_sequence"] = static_cast<uint32_t>(totals.sequence);
+  return values;
+}
+
+device::Stream stream(uintptr_t handle) {
+  return reinterpret_cast<device::Stream>(handle);
+}
+
+template <typename AnyRuntime>
+py::tuple address_of(const AnyRuntime& runtime) {
+  Address address = runtime.address();
+  return py::make_tuple(address.process, address.descriptor, address.nonce[0], address.nonce[1]);
+}
+
+// What both runtimes have in common.
+template <typename AnyRuntime>
+void bind_common(py::class_<AnyRuntime>& bound) {
+  bound.def("address", &address_of<AnyRuntime>)
+      .def(
+          "connect",
+          [](AnyRuntime& runtime, pid_t process, int descriptor, uint64_t nonce0, uint64_t nonce1,
+             const std::string& description) {
+            runtime.connect({process, descriptor, {nonce0, nonce1}}, description);
+          },
+          Unlocked())
+      .def("abort", &AnyRuntime::abort, Unlocked())
+      .def("close", &AnyRuntime::close, Unlocked())
+      .def("hold_proxy", &AnyRuntime::hold_proxy)
+      .def("counters", [](const AnyRuntime& runtime) { return counters_of(runtime); })
+      .def_property_readonly("closed", &AnyRuntime::closed)
+      .def_property_readonly("poison", &AnyRuntime::poison);
 }
 
 }  // namespace
@@ -82,48 +135,68 @@ PYBIND11_MODULE(_native, module) {
   module.attr("REGION_VERSION") = kRegionVersion;
   module.attr("MAX_DEPTH") = kMaxSlots / 2;
 
-  py::class_<Runtime>(module, "Runtime")
-      .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                       double wire_latency_s, double wire_bytes_per_s, double timeout_s,
-                       uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
-             return std::make_unique<Runtime>(make_options(rank, slot_bytes, packet_bytes, depth, proxied,
-                                                           wire_latency_s, wire_bytes_per_s, timeout_s,
-                                                           first_sequence, largest_message, clear_interval));
-           }),
-           py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
-           py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("timeout_s"),
-           py::arg("first_sequence"), py::arg("largest_message"),
-           py::arg("clear_interval") = Options().clear_interval)
-      .def("address",
-           [](const Runtime& runtime) {
-             Address address = runtime.address();
-             return py::make_tuple(address.process, address.descriptor, address.nonce[0], address.nonce[1]);
-           })
-      .def(
-          "connect",
-          [](Runtime& runtime, pid_t process, int descriptor, uint64_t nonce0, uint64_t nonce1,
-             const std::string& description) {
-            runtime.connect({process, descriptor, {nonce0, nonce1}}, description);
-          },
-          Unlocked())
+  auto runtime = py::class_<Runtime>(module, "Runtime");
+  runtime.def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
+                          double wire_latency_s, double wire_bytes_per_s, double timeout_s,
+                          uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
+                return std::make_unique<Runtime>(make_options(
+                    rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
+                    timeout_s, first_sequence, largest_message, clear_interval));
+              }),
+              py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"),
+              py::arg("depth"), py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"),
+              py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
+              py::arg("clear_interval") = Options().clear_interval);
+  bind_common(runtime);
+  runtime
       .def(
           "all_reduce",
-          [](Runtime& runtime, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype) {
-            runtime.all_reduce(pointer(in), pointer(out), elements, dtype);
+          [](Runtime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype) {
+            self.all_reduce(pointer(in), pointer(out), elements, dtype);
           },
           Unlocked())
       .def(
           "all_gather",
-          [](Runtime& runtime, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes) {
-            runtime.all_gather(pointer(in), pointer(out), outer, inner_bytes);
+          [](Runtime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes) {
+            self.all_gather(pointer(in), pointer(out), outer, inner_bytes);
           },
-          Unlocked())
-      .def("abort", &Runtime::abort, Unlocked())
-      .def("close", &Runtime::close, Unlocked())
-      .def("hold_proxy", &Runtime::hold_proxy)
-      .def("counters", &counters_of)
-      .def_property_readonly("closed", &Runtime::closed)
-      .def_property_readonly("poison", &Runtime::poison);
+          Unlocked());
+
+  using device::DeviceRuntime;
+  using device::LaunchShape;
+  auto device_runtime = py::class_<DeviceRuntime>(module, "DeviceRuntime");
+  device_runtime.def(
+      py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
+                  double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
+                  uint64_t largest_message, uint32_t packet_threads, uint32_t payload_threads,
+                  uint32_t payload_blocks, uint32_t payload_bytes_per_block, bool dependent_launch,
+                  const py::bytes& kernels, uint32_t clear_interval) {
+        return std::make_unique<DeviceRuntime>(
+            make_options(rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
+                         timeout_s, first_sequence, largest_message, clear_interval),
+            LaunchShape{packet_threads, payload_threads, payload_blocks, payload_bytes_per_block,
+                        dependent_launch},
+            kernels);
+      }),
+      py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
+      py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("timeout_s"),
+      py::arg("first_sequence"), py::arg("largest_message"), py::arg("packet_threads"),
+      py::arg("payload_threads"), py::arg("payload_blocks"), py::arg("payload_bytes_per_block"),
+      py::arg("dependent_launch"), py::arg("kernels"), py::arg("clear_interval") = Options().clear_interval);
+  bind_common(device_runtime);
+  // These launch a kernel and return: microseconds, for which the interpreter lock need not be handed around.
+  device_runtime
+      .def("all_reduce",
+           [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype,
+              uintptr_t handle) {
+             self.all_reduce(pointer(in), pointer(out), elements, dtype, stream(handle));
+           })
+      .def("all_gather",
+           [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes,
+              uintptr_t handle) {
+             self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
+           })
+      .def("check", &DeviceRuntime::check);
 }
 
 }  // namespace spark

@@ -26,6 +26,9 @@ class Region {
   Flag& send_flag(uint32_t sequence, uint32_t piece) const {
     return at<Flag>(layout_.send_flags())[layout_.slot(sequence) * kMaxPieces + piece];
   }
+  std::atomic<uint64_t>& send_flag_value(uint32_t sequence, uint32_t piece) const {
+    return word(send_flag(sequence, piece).value);
+  }
   std::atomic<uint64_t>* recv_packets(uint32_t sequence) const {
     return at<std::atomic<uint64_t>>(layout_.recv_packets() + layout_.slot(sequence) * layout_.packet_area());
   }
@@ -57,7 +60,7 @@ class Region {
   void clear_send(uint32_t sequence) const {
     uint32_t never = sequence + (1u << 31);
     for (uint32_t piece = 0; piece < kMaxPieces; ++piece) {
-      word(send_flag(sequence, piece).value).store(payload_flag(never, 0), std::memory_order_relaxed);
+      send_flag_value(sequence, piece).store(payload_flag(never, 0), std::memory_order_relaxed);
     }
     for (size_t half = 0; half < layout_.packet_area() / sizeof(uint64_t); ++half) {
       send_packets(sequence)[half].store(packet_half(0, never), std::memory_order_relaxed);

@@ -51,6 +51,9 @@ struct SendDescriptor {
   Protocol protocol;
   uint32_t tag;
   uint64_t bytes;
+  // Payload only: which piece of the slot this is. A CPU sends a slot in one piece.
+  uint32_t piece = 0;
+  uint32_t offset = 0;  // bytes from the slot's start
 };
 
 enum AbortState : uint32_t { kRunning = 0, kAbortClaimed = 1, kAborted = 2 };

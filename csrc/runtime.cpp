@@ -240,7 +240,7 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     counters_.payload_messages.fetch_add(1, std::memory_order_relaxed);
   }
   if (proxy_) {
-    mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes};
+    mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes, 0, 0};
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);

@@ -15,7 +15,7 @@ using spark::device::Sum;
 }  // namespace
 
 #define SPARK_KERNEL(name, exchange, ...)                                          \
-  extern "C" __global__ void __launch_bounds__(512, 1)                             \
+  extern "C" __global__ void __launch_bounds__(544, 1)                             \
       name(const __grid_constant__ Rank rank, const __grid_constant__ Call call) { \
     spark::device::exchange<__VA_ARGS__>(rank, call);                              \
   }

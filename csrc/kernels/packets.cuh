@@ -9,13 +9,16 @@
 namespace spark::device {
 
 // Packet 0 is the header (tag, bytes) and is handled like any other, so that nobody waits for two in a row.
-// `in` and `out` are aligned to 8 bytes; there are as many threads as packets, or more.
+// `in` and `out` are aligned to 8 bytes; there are as many threads as packets, or more, and in each block one
+// more warp, for what nobody should wait for.
 template <typename Output>
 __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
-  const uint32_t packet = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t senders = blockDim.x - kWarp;
+  const uint32_t packet = blockIdx.x * senders + threadIdx.x;
   const uint32_t packets = static_cast<uint32_t>(packet_count(call.bytes));
-  const bool mine = packet < packets, header = packet == 0;
+  const bool mine = threadIdx.x < senders && packet < packets, header = mine && packet == 0;
   const uint64_t at = static_cast<uint64_t>(packet - 1) * kPacketData, left = call.bytes - at;
+  wait_for_kernel_before();
   // Input and progress are asked for together: neither waits for the other.
   Words<2> own{call.tag, static_cast<uint32_t>(call.bytes)};
   if (mine && !header) own = load_words<2>(call.in + at, left);
@@ -28,7 +31,8 @@ __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
     store_relaxed(reinterpret_cast<Halves*>(rank.out.packets + slot * rank.packet_area) + packet,
                   Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
   }
-  if (header) count(rank, call, 1, true);
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && threadIdx.x == senders) count(rank, call, sequence, 1, true);
   if (mine) {
     if (Output::kKeepsOwn && !header) {
       store_words(call.out + Output::place(rank, call, at, true), left, own);
@@ -49,7 +53,10 @@ __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
       store_words(call.out + Output::place(rank, call, at, false), left, result);
     }
   }
-  clear_now_and_then(rank, sequence);
+  if (clears(rank, sequence) && threadIdx.x < senders) {
+    clear(rank, rank.out, sequence, packets, 0, packet, gridDim.x * senders);
+    clear(rank, rank.in, sequence, 0, 0, packet, gridDim.x * senders);
+  }
   advance(rank, sequence);
 }
 

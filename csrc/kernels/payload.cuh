@@ -27,6 +27,11 @@ class Pieces {
   __device__ bool exchange() {
     for (uint32_t turn = 0; turn < messages_ + rank_.ahead; ++turn) {
       if (turn < messages_) send(turn);
+      if (turn == 0) {
+        let_next_kernel_start();
+        // While the first thread waits for the peer.
+        if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1) count(rank_, call_, first_, messages_, false);
+      }
       if (turn >= rank_.ahead && !receive(turn - rank_.ahead)) return false;
     }
     return true;
@@ -143,7 +148,11 @@ class Pieces {
         store_words(call_.out + Output::place(rank_, call_, from + at, false), bytes - at, result);
       }
     }
-    clear_now_and_then(rank_, sequence);
+    if (clears(rank_, sequence)) {
+      const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+      clear(rank_, rank_.out, sequence, 0, pieces(index), thread, threads);
+      clear(rank_, rank_.in, sequence, 0, 0, thread, threads);
+    }
     return true;
   }
 
@@ -165,10 +174,10 @@ class Pieces {
 // once.
 template <typename Output>
 __device__ inline void exchange_payload(const Rank& rank, const Call& call) {
+  wait_for_kernel_before();
   const Start start = start_of(rank);
   if (start.poisoned) return;
   Pieces<Output> pieces(rank, call, start.sequence);
-  if (blockIdx.x == 0 && threadIdx.x == 0) count(rank, call, pieces.messages(), false);
   pieces.exchange();
   advance(rank, start.sequence + pieces.messages() - 1);
 }

@@ -26,12 +26,12 @@ struct alignas(128) Progress {
   uint32_t sequence;  // of the last message
   uint32_t poisoned;  // nonzero: every later kernel returns at once
   uint32_t arrived;   // blocks of the running kernel that are through
-  uint32_t unused;
+  uint32_t running;   // nonzero while a kernel runs
   alignas(64) Totals totals;
 };
 
 // In host memory: what a kernel that gave up waited for. Written once, `code` last.
-enum FailureCode : uint32_t { kNoFailure = 0, kTimedOut = 1, kMismatch = 2, kAbortSeen = 3 };
+enum FailureCode : uint32_t { kNoFailure = 0, kTimedOut = 1, kMismatch = 2, kAbortSeen = 3, kConcurrent = 4 };
 struct Failure {
   uint32_t code;
   uint32_t sequence;

@@ -49,8 +49,10 @@ void LoopbackTransport::deliver(const Write& write) {
     deliver_packets(mine_.send_packets(write.sequence), peer_.recv_packets(write.sequence),
                     packet_count(descriptor.bytes));
   } else {
-    deliver_payload(mine_.send_payload(write.sequence), peer_.recv_payload(write.sequence), descriptor.bytes,
-                    peer_.recv_flag(write.sequence), payload_flag(write.sequence, descriptor.tag));
+    deliver_payload(mine_.send_payload(write.sequence) + descriptor.offset,
+                    peer_.recv_payload(write.sequence) + descriptor.offset, descriptor.bytes,
+                    peer_.recv_flag(write.sequence, descriptor.piece),
+                    payload_flag(write.sequence, descriptor.tag));
   }
 }
 

@@ -14,8 +14,8 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
-  // Starts moving the message staged under `sequence` in this rank's send slots. Messages arrive in the order
-  // of their posting; within a payload message, the flag arrives after the payload.
+  // Starts moving the message, or the piece of one, staged under `sequence` in this rank's send slots. They
+  // arrive in the order of their posting; within a piece of payload, the flag arrives after the payload.
   virtual void post(uint32_t sequence, const SendDescriptor& descriptor) = 0;
 
   // Advances what was posted. Returns true while something is still under way.

@@ -6,8 +6,11 @@ collectives in the same order:
     runtime = Runtime.connect(rank, 2, exchange)
     total = runtime.all_reduce(tensor)
     both = runtime.all_gather(tensor, dim=-1)
+
+`DeviceRuntime` in place of `Runtime` is the same for CUDA tensors.
 """
 
+from vllm_spark.collective.device_runtime import DeviceRuntime, LaunchShape
 from vllm_spark.collective.errors import (
     AgreementError,
     CollectiveAbortedError,
@@ -27,6 +30,8 @@ __all__ = [
     "CollectiveError",
     "CollectiveTimeoutError",
     "Counters",
+    "DeviceRuntime",
+    "LaunchShape",
     "MismatchError",
     "PoisonedError",
     "Runtime",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,12 +39,15 @@ class Counters:
 
 
 class Runtime:
-    """Collectives with one peer. Made by `connect`; both ranks must call the same ones in the same order.
+    """Collectives on CPU tensors with one peer. Made by `connect`; both ranks call the same ones in the same order.
 
     Not for several threads at once: their order would be lost, and the second caller gets a UsageError.
     """
 
-    def __init__(self, native: _native.Runtime, rank: int, options: RuntimeOptions) -> None:
+    device = "cpu"
+    """The kind of torch device whose tensors it takes."""
+
+    def __init__(self, native: Any, rank: int, options: RuntimeOptions) -> None:
         self._native = native
         self.rank = rank
         self.world_size = _native.WORLD_SIZE
@@ -77,19 +81,8 @@ class Runtime:
         if world_size != _native.WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
         options = options or RuntimeOptions()
-        native = _native.Runtime(
-            rank=rank,
-            slot_bytes=options.slot_bytes,
-            packet_bytes=options.packet_bytes,
-            depth=options.depth,
-            proxied=options.loopback_mode == "proxied",
-            wire_latency_s=options.wire_latency_us * 1e-6,
-            wire_bytes_per_s=options.wire_gbytes_per_s * 1e9,
-            timeout_s=options.timeout_s,
-            first_sequence=options.first_sequence,
-            largest_message=options.largest_message,
-        )
-        terms = Terms(rank, world_size, description, {**options.agreement(), **(agreement or {})})
+        native = cls._make_native(rank, options)
+        terms = Terms(rank, world_size, description, {"device": cls.device, **options.agreement(), **(agreement or {})})
         peer = agree(exchange, terms)
         process, descriptor, *nonce = native.address()
         address = Address(_boot_id(), process, descriptor, (hex(nonce[0]), hex(nonce[1])))
@@ -103,12 +96,16 @@ class Runtime:
         both_ready(exchange, problem)
         return cls(native, rank, options)
 
+    @classmethod
+    def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
+        return _native.Runtime(rank=rank, **native_options(options))
+
     def accepts_all_reduce(self, tensor: torch.Tensor) -> bool:
-        """True if `all_reduce` takes this tensor: on the CPU, float32, float16 or bfloat16, of at most 64 MiB."""
+        """True if `all_reduce` takes this tensor: on `device`, float32, float16 or bfloat16, of at most 64 MiB."""
         return _dtypes().get(tensor.dtype) is not None and self._accepts(tensor)
 
     def accepts_all_gather(self, tensor: torch.Tensor, dim: int = -1) -> bool:
-        """True if `all_gather` takes this tensor: on the CPU, of any plain dtype, of at most 64 MiB."""
+        """True if `all_gather` takes this tensor: on `device`, of any plain dtype, of at most 64 MiB."""
         return -tensor.dim() <= dim < tensor.dim() and self._accepts(tensor)
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -128,15 +125,15 @@ class Runtime:
         dtype = _dtypes().get(tensor.dtype)
         if dtype is None or not self._accepts(tensor):
             raise UsageError(
-                f"all_reduce does not take {_describe(tensor)}; it takes float32, float16 and bfloat16 on the CPU, "
-                f"up to {self.options.largest_message} bytes"
+                f"all_reduce does not take {_describe(tensor)}; it takes float32, float16 and bfloat16 on "
+                f"{self.device}, up to {self.options.largest_message} bytes"
             )
-        source = tensor.contiguous()
+        source = self._readable(tensor)
         if out is None:
             out = torch.empty_like(source)
         elif out.shape != tensor.shape or out.dtype != tensor.dtype or not out.is_contiguous():
             raise UsageError(f"all_reduce cannot put {_describe(tensor)} into {_describe(out)}; make it alike")
-        self._native.all_reduce(source.data_ptr(), out.data_ptr(), source.numel(), dtype)
+        self._run_all_reduce(source, out, dtype)
         return out
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -149,22 +146,25 @@ class Runtime:
         if not self.accepts_all_gather(tensor, dim):
             raise UsageError(
                 f"all_gather does not take {_describe(tensor)} along dimension {dim}; it takes tensors of at least "
-                f"one dimension on the CPU, up to {self.options.largest_message} bytes"
+                f"one dimension on {self.device}, up to {self.options.largest_message} bytes"
             )
         dim %= tensor.dim()
-        source = tensor.contiguous()
+        source = self._readable(tensor)
         shape = list(source.shape)
-        outer = 1
-        for size in shape[:dim]:
-            outer *= size
-        total = source.numel() * source.element_size()
+        outer = math.prod(shape[:dim])
         shape[dim] *= self.world_size
         gathered = source.new_empty(shape)
-        if total:
-            self._native.all_gather(source.data_ptr(), gathered.data_ptr(), outer, total // outer)
-        else:
-            self._native.all_gather(0, 0, 0, 0)
+        self._run_all_gather(source, gathered, outer)
         return gathered
+
+    def check(self) -> None:
+        """Raises what made an earlier collective fail; results since then are worth nothing.
+
+        Raises:
+            CollectiveError: as the collectives.
+        """
+        if (reason := self.poisoned) is not None:
+            raise CollectiveError(reason)
 
     def counters(self) -> Counters:
         """What was done so far."""
@@ -182,12 +182,12 @@ class Runtime:
     @property
     def closed(self) -> bool:
         """True after `close`."""
-        return self._native.closed
+        return bool(self._native.closed)
 
     @property
     def poisoned(self) -> str | None:
         """Why the runtime is unusable; None if it is not."""
-        return self._native.poison or None
+        return str(self._native.poison) or None
 
     def __enter__(self) -> Runtime:
         return self
@@ -197,13 +197,39 @@ class Runtime:
     ) -> None:
         self.close()
 
+    def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` itself if the native side can read it where it is, else a copy."""
+        return tensor.contiguous()
+
+    def _run_all_reduce(self, source: torch.Tensor, out: torch.Tensor, dtype: _native.DType) -> None:
+        self._native.all_reduce(source.data_ptr(), out.data_ptr(), source.numel(), dtype)
+
+    def _run_all_gather(self, source: torch.Tensor, out: torch.Tensor, outer: int) -> None:
+        """`source` is [outer, inner] and `out` [outer, ranks, inner], both contiguous."""
+        inner_bytes = source.numel() * source.element_size() // max(outer, 1)
+        self._native.all_gather(source.data_ptr(), out.data_ptr(), outer, inner_bytes)
+
     def _accepts(self, tensor: torch.Tensor) -> bool:
-        return (
-            tensor.device.type == "cpu"
+        return bool(
+            tensor.device.type == self.device
             and not tensor.is_sparse
             and not tensor.is_quantized
             and tensor.numel() * tensor.element_size() <= self.options.largest_message
         )
+
+
+def native_options(options: RuntimeOptions) -> dict[str, Any]:
+    return {
+        "slot_bytes": options.slot_bytes,
+        "packet_bytes": options.packet_bytes,
+        "depth": options.depth,
+        "proxied": options.loopback_mode == "proxied",
+        "wire_latency_s": options.wire_latency_us * 1e-6,
+        "wire_bytes_per_s": options.wire_gbytes_per_s * 1e9,
+        "timeout_s": options.timeout_s,
+        "first_sequence": options.first_sequence,
+        "largest_message": options.largest_message,
+    }
 
 
 _dtype_table: dict[Any, _native.DType] = {}

@@ -1,0 +1,101 @@
+#include "forwarder.hpp"
+
+#include <sched.h>
+
+namespace spark::device {
+namespace {
+
+// How long what was staged before the end may take to be delivered.
+constexpr auto kDrainTime = std::chrono::seconds(1);
+// A kernel cannot wake a sleeping thread. So this one only dozes, and only once the model is idle: the first
+// message after that waits for it.
+constexpr auto kAwake = std::chrono::seconds(1);
+constexpr auto kDoze = std::chrono::microseconds(50);
+
+}  // namespace
+
+Forwarder::Forwarder(Region region, std::unique_ptr<Transport> transport, uint32_t last)
+    : region_(region), transport_(std::move(transport)), last_(last) {
+  thread_ = std::thread([this] { run(); });
+}
+
+Forwarder::~Forwarder() {
+  stopping_.store(true, std::memory_order_relaxed);
+  thread_.join();  // bounded: by kDoze and kDrainTime
+}
+
+void Forwarder::run() {
+  Clock::time_point busy_at = Clock::now();
+  while (!stopping_.load(std::memory_order_relaxed)) {
+    bool busy = !held_.load(std::memory_order_relaxed) && look();
+    if (transport_->progress() || busy) {
+      busy_at = Clock::now();
+    } else if (Clock::now() - busy_at > kAwake) {
+      counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
+      std::this_thread::sleep_for(kDoze);
+    } else {
+      cpu_relax();
+    }
+  }
+  // The peer may still wait for what was staged before the end.
+  while (look()) {
+  }
+  for (Clock::time_point end = Clock::now() + kDrainTime; transport_->progress() && Clock::now() < end;) {
+    sched_yield();
+  }
+}
+
+bool Forwarder::look() {
+  uint32_t next = last_ + 1;
+  return look_for_packets(next) || look_for_pieces(next);
+}
+
+bool Forwarder::look_for_packets(uint32_t sequence) {
+  const std::atomic<uint64_t>* halves = region_.send_packets(sequence);
+  // Acquire: what the previous kernels read from receive slots was read before these packets were stored, and
+  // the transport's writes that follow tell the peer so.
+  auto arrived = [&](size_t half) {
+    return half_arrived(halves[half].load(std::memory_order_acquire), sequence);
+  };
+  if (!arrived(0) || !arrived(1)) return false;
+  uint32_t tag = half_data(halves[0].load(std::memory_order_relaxed));
+  uint32_t bytes = half_data(halves[1].load(std::memory_order_relaxed));
+  size_t count = 2 * packet_count(bytes);
+  while (arrived_halves_ < count && arrived(arrived_halves_)) ++arrived_halves_;
+  if (arrived_halves_ < count) return false;
+  transport_->post(sequence, {Protocol::kPackets, tag, bytes, 0, 0});
+  counters_.posts.fetch_add(1, std::memory_order_relaxed);
+  finish(sequence);
+  return true;
+}
+
+bool Forwarder::look_for_pieces(uint32_t sequence) {
+  auto staged = [&](uint32_t piece) {
+    // Acquire: pairs with the kernel's release after the payload and the rest of the flag.
+    return flag_sequence(region_.send_flag_value(sequence, piece).load(std::memory_order_acquire)) ==
+           sequence;
+  };
+  if (!staged(0)) return false;
+  const uint32_t pieces = region_.send_flag(sequence, 0).pieces;
+  uint32_t posted = 0;
+  for (uint32_t piece = 0; piece < pieces; ++piece) {
+    if ((posted_pieces_ >> piece & 1) != 0 || !staged(piece)) continue;
+    const Flag& flag = region_.send_flag(sequence, piece);
+    transport_->post(sequence, {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
+    posted_pieces_ |= uint64_t{1} << piece;
+    ++posted;
+  }
+  if (posted == 0) return false;
+  counters_.posts.fetch_add(posted, std::memory_order_relaxed);
+  counters_.coalesced.fetch_add(posted - 1, std::memory_order_relaxed);
+  if (static_cast<uint32_t>(__builtin_popcountll(posted_pieces_)) == pieces) finish(sequence);
+  return true;
+}
+
+void Forwarder::finish(uint32_t sequence) {
+  last_ = sequence;
+  arrived_halves_ = 0;
+  posted_pieces_ = 0;
+}
+
+}  // namespace spark::device

@@ -1,0 +1,46 @@
+#include "kernels.hpp"
+
+namespace spark::device {
+
+Kernels::Kernels(const std::string& image) {
+  const Driver& driver = Driver::get();
+  driver.check(driver.library_load(&library_, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+               "load this project's kernels; they are built for compute capability 8.0 and later");
+  struct Entry {
+    Kind kind;
+    DType dtype;
+    const char* suffix;
+  };
+  const Entry entries[] = {{Kind::kAllReduce, DType::kFloat32, "_float32"},
+                           {Kind::kAllReduce, DType::kFloat16, "_float16"},
+                           {Kind::kAllReduce, DType::kBFloat16, "_bfloat16"},
+                           {Kind::kAllGather, DType::kBytes, ""}};
+  try {
+    for (Protocol protocol : {Protocol::kPackets, Protocol::kPayload}) {
+      for (const Entry& entry : entries) {
+        std::string name = entry.kind == Kind::kAllReduce ? "all_reduce" : "all_gather";
+        name += protocol == Protocol::kPackets ? "_packets" : "_payload";
+        name += entry.suffix;
+        Kernel kernel = nullptr;
+        driver.check(driver.library_kernel(&kernel, library_, name.c_str()), "find the kernel " + name);
+        // Loads it now. Left to the first launch, that would wait for all that runs on the GPU, perhaps a
+        // kernel that waits for this one, and would end a capture.
+        driver.check(driver.kernel_function(&functions_[index(protocol, entry.kind, entry.dtype)], kernel),
+                     "load the kernel " + name);
+      }
+    }
+  } catch (...) {
+    driver.library_unload(library_);
+    throw;
+  }
+}
+
+Kernels::~Kernels() {
+  Driver::get().library_unload(library_);
+}
+
+Function Kernels::get(Protocol protocol, Kind kind, DType dtype) const {
+  return functions_[index(protocol, kind, dtype)];
+}
+
+}  // namespace spark::device

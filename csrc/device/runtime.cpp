@@ -1,0 +1,209 @@
+#include "runtime.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+
+#include "../errors.hpp"
+
+namespace spark::device {
+namespace {
+
+// A vector of the kernels. Pieces of payload are multiples of it, and so are slots.
+constexpr uint64_t kVector = 16;
+constexpr uint64_t kWarp = 32;
+
+template <typename T>
+T load_acquire(const T& word) {
+  static_assert(std::atomic<T>::is_always_lock_free && sizeof(std::atomic<T>) == sizeof(T));
+  return reinterpret_cast<const std::atomic<T>&>(word).load(std::memory_order_acquire);
+}
+
+Progress first_progress(const Options& options) {
+  Progress progress{};
+  progress.sequence = options.first_sequence - 1;
+  return progress;
+}
+
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVector == 0;
+}
+
+}  // namespace
+
+DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image)
+    : endpoint_(options),
+      context_(current_context()),
+      shape_(shape),
+      kernels_(image),
+      mine_(std::make_unique<RegisteredMemory>(endpoint_.memory(), endpoint_.layout().total())),
+      report_(sizeof(Report)),
+      progress_([&] {
+        Progress progress = first_progress(options);
+        return DeviceMemory(&progress, sizeof progress);
+      }()) {}
+
+DeviceRuntime::~DeviceRuntime() {
+  close();
+}
+
+void DeviceRuntime::connect(const Address& peer, const std::string& description) {
+  endpoint_.connect(peer, description);
+  const Options& options = endpoint_.options();
+  const RegionLayout& layout = endpoint_.layout();
+  theirs_ = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
+  rank_.in = receive_lane(mine_->on_device());
+  rank_.out = options.proxied ? send_lane(mine_->on_device()) : receive_lane(theirs_->on_device());
+  rank_.abort =
+      reinterpret_cast<const uint32_t*>(mine_->on_device() + layout.control() + offsetof(Control, abort));
+  rank_.progress = reinterpret_cast<Progress*>(progress_.on_device());
+  rank_.report = reinterpret_cast<Report*>(report_.on_device());
+  rank_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
+  rank_.slots = options.sizes.slots;
+  rank_.ahead = std::min(2u, options.depth - 1);
+  rank_.packet_area = static_cast<uint32_t>(layout.packet_area());
+  rank_.payload_area = static_cast<uint32_t>(layout.payload_area());
+  rank_.clear_interval = options.clear_interval;
+  rank_.index = static_cast<uint32_t>(options.rank);
+  if (options.proxied) {
+    forwarder_ = std::make_unique<Forwarder>(
+        endpoint_.mine(),
+        std::make_unique<LoopbackTransport>(endpoint_.mine(), endpoint_.theirs(), options.wire),
+        options.first_sequence - 1);
+  }
+}
+
+Lane DeviceRuntime::receive_lane(unsigned char* base) const {
+  const RegionLayout& layout = endpoint_.layout();
+  return {base + layout.recv_flags(), base + layout.recv_packets(), base + layout.recv_payload()};
+}
+
+Lane DeviceRuntime::send_lane(unsigned char* base) const {
+  const RegionLayout& layout = endpoint_.layout();
+  return {base + layout.send_flags(), base + layout.send_packets(), base + layout.send_payload()};
+}
+
+void DeviceRuntime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream) {
+  if (dtype == DType::kBytes) {
+    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
+  }
+  uint64_t bytes = elements * size_of(dtype);
+  endpoint_.check_size("all_reduce", bytes);
+  Call call{static_cast<const unsigned char*>(in), static_cast<unsigned char*>(out), bytes, 0, 0, 0};
+  launch({Kind::kAllReduce, dtype, elements}, call, stream);
+}
+
+void DeviceRuntime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes,
+                               Stream stream) {
+  uint64_t bytes = outer * inner_bytes;
+  endpoint_.check_size("all_gather", bytes);
+  if (inner_bytes % kVector != 0) {
+    throw UsageError("an all_gather of rows of " + std::to_string(inner_bytes) +
+                     " bytes is not possible on a GPU; they must be a multiple of " +
+                     std::to_string(kVector));
+  }
+  Call call{static_cast<const unsigned char*>(in),
+            static_cast<unsigned char*>(out),
+            bytes,
+            static_cast<uint32_t>(inner_bytes),
+            0,
+            0};
+  launch({Kind::kAllGather, DType::kBytes, bytes}, call, stream);
+}
+
+void DeviceRuntime::launch(const Operation& operation, const Call& arguments, Stream stream) {
+  endpoint_.check_usable();
+  check();
+  if (arguments.bytes == 0) return;  // nothing to wait for
+  if (!aligned(arguments.in) || !aligned(arguments.out)) {
+    throw UsageError("a collective's tensors on a GPU must be aligned to 16 bytes");
+  }
+  const RegionSizes& sizes = endpoint_.options().sizes;
+  Call call = arguments;
+  call.tag = operation.tag();
+  Protocol protocol = call.bytes <= sizes.packet_bytes ? Protocol::kPackets : Protocol::kPayload;
+  uint64_t blocks, threads;
+  if (protocol == Protocol::kPackets) {
+    uint64_t packets = packet_count(call.bytes);
+    blocks = (packets + shape_.packet_threads - 1) / shape_.packet_threads;
+    threads = round_up((packets + blocks - 1) / blocks, kWarp) + kWarp;
+  } else {
+    // The whole message in as few chunks as slots allow, each cut into as many pieces as there are blocks.
+    blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, shape_.payload_blocks);
+    uint64_t chunks = (call.bytes + sizes.slot_bytes - 1) / sizes.slot_bytes;
+    uint64_t piece = round_up((call.bytes + chunks * blocks - 1) / (chunks * blocks), kVector);
+    piece = std::min(piece, sizes.slot_bytes / blocks / kVector * kVector);
+    call.chunk = static_cast<uint32_t>(piece * blocks);
+    threads = std::min<uint64_t>(shape_.payload_threads, round_up((piece + kVector - 1) / kVector, kWarp));
+  }
+  void* parameters[] = {&rank_, &call};
+  LaunchAttribute dependent{kProgrammaticStreamSerialization, 0, {}};
+  dependent.value.allowed = 1;
+  LaunchConfig config{
+      static_cast<unsigned>(blocks),    1, 1, static_cast<unsigned>(threads), 1, 1, 0, stream, &dependent,
+      shape_.dependent_launch ? 1u : 0u};
+  const Driver& driver = Driver::get();
+  driver.check(
+      driver.launch(&config, kernels_.get(protocol, operation.kind, operation.dtype), parameters, nullptr),
+      "launch an " + operation.describe());
+}
+
+void DeviceRuntime::check() {
+  const Failure& failure = report().failure;
+  // Acquire: pairs with the kernel's release of the code after the other words.
+  uint32_t code = load_acquire(failure.code);
+  if (code == kNoFailure || !endpoint_.poison().empty()) return;
+  const Options& options = endpoint_.options();
+  std::string rank = "rank " + std::to_string(options.rank);
+  std::string where = "an " + Operation::from_tag(failure.expected_tag).describe() + ", sequence " +
+                      std::to_string(failure.sequence);
+  auto fail = [&](auto error) {
+    endpoint_.poison(error.what());
+    endpoint_.tell_peer(error.what());
+    throw error;
+  };
+  switch (code) {
+    case kMismatch:
+      fail(MismatchError(
+          "the ranks called different collectives at sequence " + std::to_string(failure.sequence) + ": " +
+          rank + " an " + Operation::from_tag(failure.expected_tag).describe() + ", " +
+          endpoint_.peer().name() + " an " + Operation::from_tag(failure.seen_tag).describe()));
+      break;
+    case kConcurrent:
+      fail(UsageError("collectives were launched on two streams at the same time (" + where +
+                      "); the ranks' order would be lost, so use one stream, or let one wait for the other"));
+      break;
+    case kAbortSeen:
+      endpoint_.poison(endpoint_.mine().abort_reason());
+      endpoint_.check_abort();
+      break;
+    default: {
+      char limit[32];
+      std::snprintf(limit, sizeof limit, "%.1f", std::chrono::duration<double>(options.timeout).count());
+      fail(TimeoutError(rank + " waited for " + endpoint_.peer().name() + " in " + where +
+                        ", over loopback, " + (options.proxied ? "proxied" : "direct") +
+                        ", on the GPU: it did not come within " + limit + " s, though its process is " +
+                        (endpoint_.peer().alive() ? "alive" : "gone")));
+    }
+  }
+}
+
+void DeviceRuntime::close() {
+  if (!endpoint_.close()) return;
+  CurrentContext current(context_);
+  // What still runs sees the abort word and ends: only then may its memory go.
+  Driver::get().context_synchronize();
+  forwarder_.reset();  // delivers what was sent
+  endpoint_.tell_peer("it closed its runtime");
+}
+
+Totals DeviceRuntime::totals() const {
+  // Relaxed words of different moments: these are for people.
+  return report().totals;
+}
+
+void DeviceRuntime::hold_proxy(bool held) {
+  if (forwarder_) forwarder_->hold(held);
+}
+
+}  // namespace spark::device

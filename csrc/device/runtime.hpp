@@ -1,0 +1,81 @@
+// Collectives on GPU memory: each is one kernel launch on the caller's stream, and nothing else. So they may
+// be captured into CUDA graphs; what is replayed needs no host.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "../endpoint.hpp"
+#include "../kernels/rank.hpp"
+#include "../operation.hpp"
+#include "driver.hpp"
+#include "forwarder.hpp"
+#include "kernels.hpp"
+
+namespace spark::device {
+
+// How large a launch is, by bytes: measured on the device, else a default (docs/decisions.md).
+struct LaunchShape {
+  uint32_t packet_threads = 512;  // most threads of a block; one packet each
+  uint32_t payload_threads = 512;
+  uint32_t payload_blocks = 32;             // most blocks, up to kMaxPieces
+  uint32_t payload_bytes_per_block = 4096;  // fewer blocks, rather than less than this for each
+  bool dependent_launch = true;             // start a kernel while the one before it still runs
+};
+
+class DeviceRuntime {
+ public:
+  // Makes this rank's region and its state on the current CUDA device. `image` holds the kernels. Throws
+  // UsageError for impossible options and where there is no driver, CollectiveError for what the driver
+  // refuses.
+  DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image);
+  ~DeviceRuntime();
+  DeviceRuntime(const DeviceRuntime&) = delete;
+  DeviceRuntime& operator=(const DeviceRuntime&) = delete;
+
+  Address address() const { return endpoint_.address(); }
+  // See Endpoint.
+  void connect(const Address& peer, const std::string& description);
+
+  // out = sum over ranks of `elements` numbers, once `stream` gets there. Both aligned to 16 bytes, and
+  // apart.
+  void all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream);
+
+  // `in` is [outer, inner_bytes], `out` is [outer, ranks, inner_bytes]; both aligned to 16 bytes, and so is
+  // `inner_bytes`.
+  void all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes, Stream stream);
+
+  // Throws what made a kernel give up, if one has; kernels cannot throw themselves.
+  void check();
+
+  // Ends every wait of both ranks with `reason`. From any thread.
+  void abort(const std::string& reason) { endpoint_.abort(reason); }
+
+  // Nothing is allowed afterwards. Waits until the kernels that still run have given up.
+  void close();
+
+  bool closed() const { return endpoint_.closed(); }
+  std::string poison() const { return endpoint_.poison(); }
+  // What kernels have begun so far.
+  Totals totals() const;
+  const ProxyCounters* proxy_counters() const { return forwarder_ ? &forwarder_->counters() : nullptr; }
+  void hold_proxy(bool held);
+
+ private:
+  void launch(const Operation& operation, const Call& call, Stream stream);
+  Lane receive_lane(unsigned char* base) const;
+  Lane send_lane(unsigned char* base) const;
+  const Report& report() const { return *static_cast<const Report*>(report_.on_host()); }
+
+  Endpoint endpoint_;
+  void* context_;
+  LaunchShape shape_;
+  Kernels kernels_;
+  std::unique_ptr<RegisteredMemory> mine_, theirs_;
+  MappedMemory report_;
+  DeviceMemory progress_;
+  Rank rank_{};
+  std::unique_ptr<Forwarder> forwarder_;
+};
+
+}  // namespace spark::device

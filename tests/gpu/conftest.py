@@ -1,0 +1,42 @@
+"""What the tests on GPUs need; where there is none, or no kernels, they are skipped with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _reason_to_skip()
+    if reason is not None:
+        for item in items:
+            if "tests/gpu/" in item.path.as_posix() and "needs_no_gpu" not in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _reason_to_skip() -> str | None:
+    import torch
+
+    from vllm_spark.collective.device_runtime import KERNELS
+
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    return None if KERNELS.is_file() else "vllm_spark was built without nvcc and has no kernels"
+
+
+@pytest.fixture
+def make_pair() -> Iterator[Callable[..., Any]]:
+    """Makes connected pairs with the given options, and closes them."""
+    from .pair import Pair
+
+    pairs: list[Pair] = []
+
+    def make(**options: Any) -> Pair:
+        pairs.append(Pair(**options))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()

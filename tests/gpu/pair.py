@@ -1,0 +1,114 @@
+"""Runs a function on two ranks in this process: a thread each, on two GPUs, or on two streams of the only one.
+
+On one GPU two processes would take turns by time slices of milliseconds, and each wait would last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from vllm_spark.collective import DeviceRuntime, RuntimeOptions
+
+MIB = 1 << 20
+BOUND = 60.0
+"""Seconds after which a rank counts as hung."""
+
+
+class Exchange:
+    """A rendezvous' exchange between two threads."""
+
+    def __init__(self, mine: queue.Queue[bytes], theirs: queue.Queue[bytes]) -> None:
+        self._mine, self._theirs = mine, theirs
+
+    def __call__(self, message: bytes) -> bytes:
+        self._theirs.put(message)
+        return self._mine.get(timeout=BOUND)
+
+
+class Pair:
+    """Two connected ranks."""
+
+    def __init__(self, **options: Any) -> None:
+        queues: tuple[queue.Queue[bytes], queue.Queue[bytes]] = (queue.Queue(), queue.Queue())
+        self.devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in (0, 1)]
+        self.streams = [torch.cuda.Stream(device) for device in self.devices]
+        self.runtimes: list[DeviceRuntime] = []
+        self.barrier = threading.Barrier(2, timeout=BOUND)
+        self._capturing = threading.Lock()
+        self.run(_fill_allocator)
+
+        def connect(rank: int) -> DeviceRuntime:
+            settings = RuntimeOptions(**{"timeout_s": 5.0, **options})
+            exchange = Exchange(queues[rank], queues[1 - rank])
+            return DeviceRuntime.connect(rank, 2, exchange, settings, description=f"test rank {rank}")
+
+        self.runtimes = self.run(connect)
+
+    def run(self, body: Callable[[int], Any]) -> list[Any]:
+        """`[body(0), body(1)]`, both at once, each on its rank's stream; raises the first error, if there is one."""
+        results: list[Any] = [None, None]
+        errors: list[BaseException] = []
+
+        def work(rank: int) -> None:
+            try:
+                with torch.cuda.device(self.devices[rank]), torch.cuda.stream(self.streams[rank]):
+                    results[rank] = body(rank)
+                    self.streams[rank].synchronize()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(BOUND)
+            assert not thread.is_alive(), "a rank hangs"
+        if errors:
+            raise errors[0]
+        return results
+
+    def outcomes(self, body: Callable[[int], Any]) -> list[Any]:
+        """As `run`, but an error takes the place of its rank's result."""
+
+        def caught(rank: int) -> Any:
+            try:
+                return body(rank)
+            except Exception as error:
+                return error
+
+        return self.run(caught)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """Captures what the calling rank does, one rank at a time, and lets both go on together.
+
+        Ending or beginning a capture waits for the whole device, which another capture, or a kernel that waits for
+        this rank, does not survive.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with (
+            self._capturing,
+            torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"),
+        ):
+            yield graph
+        self.barrier.wait()
+
+    def close(self) -> None:
+        """Closes both ranks."""
+        self.run(lambda rank: self.runtimes[rank].close())
+
+
+def _fill_allocator(rank: int) -> None:
+    """Gives this rank's stream memory in advance.
+
+    On one GPU, an allocation that goes to the driver waits for the other rank's kernel, which waits for this rank.
+    """
+    kept = [torch.empty(MIB // 2, dtype=torch.uint8, device="cuda") for _ in range(128)]
+    kept += [torch.empty(32 * MIB, dtype=torch.uint8, device="cuda") for _ in range(16)]
+    kept.clear()

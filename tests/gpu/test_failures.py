@@ -1,0 +1,125 @@
+"""Kernels that give up: bounded waits, a sentence on both ranks, and a runtime that is unusable afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vllm_spark.collective import (
+    CollectiveAbortedError,
+    CollectiveError,
+    CollectiveTimeoutError,
+    MismatchError,
+    PoisonedError,
+    UsageError,
+)
+
+from .pair import Pair
+
+MakePair = Callable[..., Pair]
+
+
+def ones(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.bfloat16, device="cuda")
+
+
+def wait_for(pair: Pair, rank: int) -> None:
+    """Waits for the rank's stream, then raises what its kernels met."""
+    pair.streams[rank].synchronize()
+    pair.runtimes[rank].check()
+
+
+@pytest.mark.parametrize("size", [64, 1 << 18], ids=["packets", "payload"])
+def test_peer_that_does_not_come(make_pair: MakePair, size: int) -> None:
+    pair = make_pair(timeout_s=0.5)
+
+    def body(rank: int) -> None:
+        if rank == 0:
+            pair.runtimes[0].all_reduce(ones(size))
+            wait_for(pair, 0)
+
+    start = time.monotonic()
+    first, second = pair.outcomes(body)
+    assert isinstance(first, CollectiveTimeoutError)
+    assert second is None
+    assert "rank 0 waited for rank 1 on test rank 1" in str(first)
+    assert f"an all_reduce of {size} bfloat16, sequence 1" in str(first)
+    assert "within 0.5 s, though its process is alive" in str(first)
+    assert time.monotonic() - start < 5
+    with pytest.raises(PoisonedError, match="waited for rank 1"):
+        pair.run(lambda rank: pair.runtimes[0].all_reduce(ones(8)) if rank == 0 else None)
+    with pytest.raises(CollectiveError, match="rank 0 stopped: rank 0 waited"):
+        pair.run(lambda rank: pair.runtimes[1].all_reduce(ones(8)) if rank == 1 else None)
+
+
+def test_different_sizes(make_pair: MakePair) -> None:
+    pair = make_pair(timeout_s=5.0)
+
+    def body(rank: int) -> None:
+        pair.runtimes[rank].all_reduce(ones(64 + 64 * rank))
+        wait_for(pair, rank)
+
+    outcomes = pair.outcomes(body)
+    assert all(isinstance(outcome, CollectiveError) for outcome in outcomes)
+    mismatch = next(outcome for outcome in outcomes if isinstance(outcome, MismatchError))
+    assert "an all_reduce of 64 bfloat16" in str(mismatch)
+    assert "an all_reduce of 128 bfloat16" in str(mismatch)
+
+
+@pytest.mark.parametrize("size", [64, 1 << 18], ids=["packets", "payload"])
+def test_abort_ends_a_wait(make_pair: MakePair, size: int) -> None:
+    pair = make_pair(timeout_s=60.0)
+
+    def body(rank: int) -> None:
+        if rank == 0:
+            pair.runtimes[0].all_reduce(ones(size))
+            wait_for(pair, 0)
+        else:
+            time.sleep(0.3)
+            pair.runtimes[1].abort("a reason")
+
+    start = time.monotonic()
+    first, _ = pair.outcomes(body)
+    assert isinstance(first, CollectiveAbortedError)
+    assert str(first) == "rank 1 stopped: a reason"
+    assert time.monotonic() - start < 5
+
+
+def test_two_streams_at_once(make_pair: MakePair) -> None:
+    pair = make_pair(timeout_s=2.0)
+
+    def body(rank: int) -> None:
+        if rank == 0:
+            second = torch.cuda.Stream()
+            tensors = ones(64), ones(64)
+            torch.cuda.synchronize()
+            pair.runtimes[0].all_reduce(tensors[0])
+            with torch.cuda.stream(second):
+                pair.runtimes[0].all_reduce(tensors[1])
+            second.synchronize()
+            wait_for(pair, 0)
+
+    first, _ = pair.outcomes(body)
+    assert isinstance(first, UsageError)
+    assert "on two streams at the same time" in str(first)
+
+
+def test_proxy_that_is_not_scheduled(make_pair: MakePair) -> None:
+    """The peer waits, and goes on when the proxy comes back."""
+    pair = make_pair(loopback_mode="proxied", timeout_s=20.0)
+    pair.runtimes[0]._native.hold_proxy(True)
+
+    def body(rank: int) -> torch.Tensor:
+        result = pair.runtimes[rank].all_reduce(ones(2048))
+        if rank == 0:
+            time.sleep(0.5)
+            pair.runtimes[0]._native.hold_proxy(False)
+        return result
+
+    for result in pair.run(body):
+        assert result.eq(2).all()
+    for runtime in pair.runtimes:
+        runtime.check()

@@ -1,0 +1,150 @@
+"""What collectives on CUDA tensors compute, eager and in CUDA graphs, direct and through the proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from .pair import Pair
+
+KIB, MIB = 1 << 10, 1 << 20
+MODES = [
+    pytest.param({}, id="direct"),
+    pytest.param({"loopback_mode": "proxied"}, id="proxied"),
+    pytest.param({"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0}, id="modelled wire"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+MakePair = Callable[..., Pair]
+
+
+def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Random numbers that are the same wherever they are made, on the CPU."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+def expected_sum(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    both = [values(rank, shape, dtype, seed).float() for rank in (0, 1)]
+    return (both[0] + both[1]).to(dtype)
+
+
+def all_reduced(pair: Pair, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    def body(rank: int) -> torch.Tensor:
+        return pair.runtimes[rank].all_reduce(values(rank, shape, dtype, seed).cuda())
+
+    return [result.cpu() for result in pair.run(body)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_reduce_of_every_kind_of_size(make_pair: MakePair, mode: dict[str, Any], dtype: torch.dtype) -> None:
+    pair = make_pair(**mode)
+    sizes = [0, 1, 3, 5, 64, 2048, 4095, 4096, 4097, 20_001, MIB // 2 + 7, 3 * MIB + 1]
+    for seed, size in enumerate(sizes):
+        expected = expected_sum((size,), dtype, seed)
+        for result in all_reduced(pair, (size,), dtype, seed):
+            assert torch.equal(result, expected), f"{size} elements"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_operations_in_a_row(make_pair: MakePair, mode: dict[str, Any]) -> None:
+    """Slots are used again and again, by messages of all sizes; nothing waits for the host in between."""
+    pair = make_pair(slot_bytes=64 * KIB, depth=2, **mode)
+    generator = torch.Generator().manual_seed(7)
+    sizes = [int(2 ** (19 * float(torch.rand(1, generator=generator)))) for _ in range(300)]
+
+    def body(rank: int) -> list[torch.Tensor]:
+        inputs = [values(rank, (size,), torch.bfloat16, seed).cuda() for seed, size in enumerate(sizes)]
+        torch.cuda.current_stream().synchronize()
+        return [pair.runtimes[rank].all_reduce(tensor) for tensor in inputs]
+
+    results = pair.run(body)
+    for rank in (0, 1):
+        pair.runtimes[rank].check()
+        for seed, size in enumerate(sizes):
+            assert torch.equal(results[rank][seed].cpu(), expected_sum((size,), torch.bfloat16, seed))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((4, 37_984), 1), ((1, 75_968), -1), ((6, 40), 0), ((3, 5, 16), 1), ((3, 5), 1), ((7,), 0), ((2, 0), 1)],
+)
+def test_all_gather(make_pair: MakePair, mode: dict[str, Any], shape: tuple[int, ...], dim: int) -> None:
+    pair = make_pair(**mode)
+    for dtype in (torch.bfloat16, torch.int64, torch.uint8):
+        expected = torch.cat([values(rank, shape, dtype) for rank in (0, 1)], dim)
+        for result in pair.run(
+            lambda rank, t=dtype: pair.runtimes[rank].all_gather(values(rank, shape, t).cuda(), dim)
+        ):
+            assert torch.equal(result.cpu(), expected)
+
+
+def test_inputs_that_are_strided_or_misaligned(make_pair: MakePair) -> None:
+    pair = make_pair()
+    for cut in (lambda x: x.t(), lambda x: x[:, 3:], lambda x: x.view(-1)[1:]):
+        whole = [values(rank, (64, 96), torch.float16) for rank in (0, 1)]
+        expected = (cut(whole[0]).float() + cut(whole[1]).float()).half()
+        for result in pair.run(lambda rank, c=cut, w=whole: pair.runtimes[rank].all_reduce(c(w[rank].cuda()))):
+            assert torch.equal(result.cpu(), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_and_eager_calls_interleaved(make_pair: MakePair, mode: dict[str, Any]) -> None:
+    """Two graphs, replayed in changing order with eager calls between; inputs change between replays."""
+    pair = make_pair(**mode)
+    small, large = (4, 512), (64, 2048)
+
+    def capture(rank: int) -> Any:
+        runtime = pair.runtimes[rank]
+        inputs = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for shape in (small, large)]
+        graphs, outputs = [], []
+        for tensor in inputs:
+            with pair.capture() as graph:
+                first = runtime.all_reduce(tensor)
+                outputs.append(runtime.all_gather(runtime.all_reduce(first), 0))
+            graphs.append(graph)
+        return inputs, graphs, outputs
+
+    captured = pair.run(capture)
+    for turn, which in enumerate([0, 1, 1, 0, 0, 1, 0]):
+        shape = (small, large)[which]
+
+        def replay(rank: int, which: int = which, shape: tuple[int, ...] = shape, turn: int = turn) -> Any:
+            inputs, graphs, outputs = captured[rank]
+            inputs[which].copy_(values(rank, shape, torch.bfloat16, turn))
+            graphs[which].replay()
+            eager = pair.runtimes[rank].all_reduce(inputs[which])
+            return outputs[which].clone(), eager
+
+        once = expected_sum(shape, torch.bfloat16, turn)
+        twice = (once.float() + once.float()).bfloat16()
+        for in_graph, eager in pair.run(replay):
+            assert torch.equal(in_graph.cpu(), torch.cat([twice, twice]))
+            assert torch.equal(eager.cpu(), once)
+
+
+def test_sequence_numbers_wrap_around(make_pair: MakePair) -> None:
+    pair = make_pair(first_sequence=2**32 - 3, slot_bytes=64 * KIB)
+    for seed in range(12):
+        for result in all_reduced(pair, (3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed):
+            assert torch.equal(result, expected_sum((3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed))
+
+
+def test_counters(make_pair: MakePair) -> None:
+    pair = make_pair(slot_bytes=64 * KIB)
+    for _ in range(3):
+        all_reduced(pair, (2048,), torch.bfloat16)
+    all_reduced(pair, (100 * KIB,), torch.bfloat16)
+    pair.run(lambda rank: pair.runtimes[rank].all_gather(values(rank, (8, 8), torch.float32).cuda()))
+    for runtime in pair.runtimes:
+        counters = runtime.counters()
+        assert (counters.all_reduces, counters.all_reduce_bytes) == (4, 3 * 4096 + 200 * KIB)
+        assert (counters.all_gathers, counters.all_gather_bytes) == (1, 256)
+        assert (counters.packet_messages, counters.payload_messages, counters.chunked_operations) == (4, 4, 1)
+        assert counters.last_sequence == 8

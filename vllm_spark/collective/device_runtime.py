@@ -1,0 +1,108 @@
+"""One rank's end of a pair of ranks, on CUDA tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_spark import _native
+from vllm_spark.collective.errors import UsageError
+from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.runtime import Runtime, native_options
+
+if TYPE_CHECKING:
+    import torch
+
+KERNELS = Path(_native.__file__).with_name("kernels.fatbin")
+"""The compiled kernels; absent from a build without nvcc."""
+
+_ALIGNMENT = 16  # bytes: a kernel's vector
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How many threads and blocks a collective gets. The defaults are the best of an H100 (benchmarks/NOTES.md)."""
+
+    packet_threads: int = 512
+    """Flagged packets: most threads of a block, a multiple of 32 up to 512; each sends one packet of 8 bytes."""
+    payload_threads: int = 512
+    """Payload, then flag: most threads of a block, as above."""
+    payload_blocks: int = 32
+    """Payload, then flag: most blocks, 1 to 64. All must be resident at once, beside what else runs."""
+    payload_bytes_per_block: int = 4096
+    """Payload, then flag: a block gets at least this much."""
+    dependent_launch: bool = True
+    """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
+
+
+class DeviceRuntime(Runtime):
+    """Collectives on CUDA tensors with one peer: each is one kernel on the current stream, also in a CUDA graph.
+
+    Kernels cannot raise. What makes one give up (a peer that does not come, calls something else, or aborts) is raised
+    by the next call or by `check`, and everything computed since is worth nothing. All calls must be ordered among
+    themselves, by one stream or by events; two at once fail.
+    """
+
+    device = "cuda"
+    shape = LaunchShape()
+
+    @classmethod
+    def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
+        import torch
+
+        try:
+            kernels = KERNELS.read_bytes()
+        except FileNotFoundError:
+            raise UsageError(
+                "this vllm_spark was built without nvcc and has no kernels; "
+                "install the CUDA toolkit, then vllm_spark anew"
+            ) from None
+        torch.zeros(1, device="cuda")  # makes the device's context current for this thread
+        return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(cls.shape), **native_options(options))
+
+    def check(self) -> None:
+        """Raises what made a kernel give up, if one has; results since then are worth nothing.
+
+        Raises:
+            CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
+        """
+        self._native.check()
+        super().check()
+
+    def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        source = tensor.contiguous()
+        return source if source.data_ptr() % _ALIGNMENT == 0 else source.clone()
+
+    def _run_all_reduce(self, source: torch.Tensor, out: torch.Tensor, dtype: _native.DType) -> None:
+        if out.data_ptr() % _ALIGNMENT:
+            fresh = out.new_empty(out.shape)
+            self._run_all_reduce(source, fresh, dtype)
+            out.copy_(fresh)
+            return
+        self._native.all_reduce(source.data_ptr(), out.data_ptr(), source.numel(), dtype, _stream())
+
+    def _run_all_gather(self, source: torch.Tensor, out: torch.Tensor, outer: int) -> None:
+        total = source.numel() * source.element_size()
+        if total == 0:
+            return
+        if total // outer % _ALIGNMENT == 0:
+            self._native.all_gather(source.data_ptr(), out.data_ptr(), outer, total // outer, _stream())
+            return
+        # Rows that end within a vector: gathered as one padded row, then put in order by torch.
+        import torch
+
+        padded = source.new_zeros(math.ceil(total / _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)
+        flat = source.reshape(-1).view(torch.uint8)
+        padded[:total].copy_(flat)
+        both = padded.new_empty((self.world_size, padded.numel()))
+        self._native.all_gather(padded.data_ptr(), both.data_ptr(), 1, padded.numel(), _stream())
+        rows = both[:, :total].reshape(self.world_size, outer, total // outer).transpose(0, 1)
+        out.view(-1).view(torch.uint8).copy_(rows.reshape(-1))
+
+
+def _stream() -> int:
+    import torch
+
+    return int(torch.cuda.current_stream().cuda_stream)
