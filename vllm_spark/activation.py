@@ -116,6 +116,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     activate()
     engine_args.tensor_parallel_size = TENSOR_PARALLEL_SIZE
     engine_args.distributed_executor_backend = EXECUTOR
+    engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
     engine_args.additional_config = {
         **engine_args.additional_config,
         SECTION: {"version": __version__, **config.compilation_fields()},

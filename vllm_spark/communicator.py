@@ -45,8 +45,7 @@ class _Routing:
         if runtime is not None and runtime.accepts_all_reduce(input_):
             return runtime.all_reduce(input_)
         self._count()
-        # vLLM's CPU communicator reduces in place, which compiled graphs must not see.
-        return super().all_reduce(input_.clone())  # type: ignore[misc]
+        return super().all_reduce(input_)  # type: ignore[misc]
 
     def all_gather(self, input_: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Both ranks' inputs, concatenated along `dim` in rank order."""
@@ -80,7 +79,15 @@ class _Routing:
             count_fallback()
 
 
-class SparkCpuCommunicator(_Routing, CpuCommunicator):  # type: ignore[misc]
+class _OutOfPlace(CpuCommunicator):  # type: ignore[misc]
+    """vLLM's CPU communicator reduces in place, which compiled graphs must not see."""
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        """The sum over the group's ranks as a fresh tensor."""
+        return super().all_reduce(input_.clone())
+
+
+class SparkCpuCommunicator(_Routing, _OutOfPlace):
     """CPU tensors: the runtime's CPU reduce, else gloo."""
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:
@@ -89,9 +96,4 @@ class SparkCpuCommunicator(_Routing, CpuCommunicator):  # type: ignore[misc]
 
 
 class SparkCudaCommunicator(_Routing, CudaCommunicator):  # type: ignore[misc]
-    """CUDA tensors. The runtime has no CUDA kernels yet, so all of them go to NCCL and are counted."""
-
-    def all_reduce(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """vLLM's own path, which is out of place already."""
-        self._count()
-        return CudaCommunicator.all_reduce(self, input_, *args, **kwargs)
+    """CUDA tensors: the runtime's kernels, else NCCL."""

@@ -125,7 +125,7 @@ class FollowerSession:
         from vllm_spark.platform import activate
 
         activate()
-        connect_runtime(FOLLOWER_RANK, assignment.config, calls)
+        self._runtime = connect_runtime(FOLLOWER_RANK, assignment.config, calls)
         share_cores(assignment.config)
         self._worker = _load_worker(assignment.vllm_config)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
@@ -175,6 +175,7 @@ class FollowerSession:
                 if hasattr(output, "get_output"):
                     output = output.get_output()
                 if output is not None:
+                    self._runtime.check()  # kernels that give up cannot raise; their tokens are worth nothing
                     self._ledger.record(output)
         except Exception as error:
             self._give_up(error)

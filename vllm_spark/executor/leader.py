@@ -222,7 +222,7 @@ def _offer(vllm_config: Any) -> Offer:
 def _noted(pair: Pair, output: Any) -> Any:
     """Puts what a step sampled into the ledger, on its way to the scheduler."""
     if output is not None:
-        pair.ledger.record(output)
+        pair.record(output)
     return output
 
 

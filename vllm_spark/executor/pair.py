@@ -141,6 +141,16 @@ class Pair:
         """True once the pair is broken."""
         return self._failed.is_set()
 
+    def record(self, output: Any) -> None:
+        """Puts what a step sampled into the ledger.
+
+        Raises:
+            CollectiveError: a kernel of the step gave up, so that its tokens are worth nothing.
+            DriftError: the follower sampled other tokens.
+        """
+        self._runtime.check()
+        self.ledger.record(output)
+
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the pair breaks, at once if it has."""
         self._on_failure.append(callback)

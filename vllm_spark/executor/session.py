@@ -108,7 +108,7 @@ def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
 
 
 def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Runtime:
-    """Joins both ranks' collective runtimes and makes this one the process's.
+    """Joins both ranks' collective runtimes, for the device that vLLM uses, and makes this one the process's.
 
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
@@ -123,8 +123,11 @@ def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Ru
         depth=config.depth,
         timeout_s=config.collective_timeout,
     )
+    from vllm.platforms import current_platform
+
+    kind = collective.DeviceRuntime if current_platform.is_cuda() else collective.Runtime
     try:
-        runtime = collective.Runtime.connect(
+        runtime = kind.connect(
             rank,
             WORLD_SIZE,
             exchange_over(lane, rank),
