@@ -24,7 +24,6 @@ from vllm_spark.config import (
 )
 from vllm_spark.config_file import check_config_file
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
-from vllm_spark.executor.counters import engine_failure
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.refusals import (
     EXECUTOR,
@@ -177,6 +176,8 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
     if config is None:
         original(args)
         return
+    from vllm_spark.executor.counters import engine_failure
+
     try:
         if getattr(args, "headless", False):
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spark.config import SparkConfig
-from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor import credentials, handshake
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.credentials import Role, load_secret, tls_context
@@ -213,6 +213,8 @@ def test_both_sides_say_that_the_secret_is_another(listener: Listener, caplog: p
     with pytest.raises(ConfigurationError, match="the other side has another secret"):
         caller(listener, OTHER).connect(CONTROL)
     wait_for(lambda: "Turned away a connection" in caplog.text, "the leader's line")
+    with pytest.raises(PeerLostError, match=r"from 127\.0\.0\.1, was turned away: the other side has another secret"):
+        accept(listener, timeout=0.1)
     assert "another secret" in caplog.text
     assert_usable(listener)
 
@@ -425,9 +427,9 @@ def test_a_port_in_use(listener: Listener) -> None:
 # --- the pulse -------------------------------------------------------------------------------------------------------
 
 
-def beat(lane: Lane, timeout: float = 1.0, report: Any = None) -> tuple[Pulse, list[Any], list[SparkError | None]]:
+def beat(lane: Lane, timeout: float = 1.0, report: Any = None) -> tuple[Pulse, list[Any], list[SparkError]]:
     reports: list[Any] = []
-    ends: list[SparkError | None] = []
+    ends: list[SparkError] = []
     pulse = Pulse(lane, timeout, lambda: report, reports.append, ends.append)
     pulse.start()
     return pulse, reports, ends
@@ -442,7 +444,8 @@ def test_beats_carry_reports_and_a_goodbye_ends_them() -> None:
     assert second_reports[0] == {"step": 1}
     first.stop(Reason("done"))
     wait_for(lambda: second_ends, "the goodbye")
-    assert second_ends == [None]
+    assert isinstance(second_ends[0], PeerLeftError)
+    assert str(second_ends[0]).endswith(" left: done")
     assert not first.is_alive()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -49,6 +50,7 @@ def test_a_wheel_has_everything(wheel: Path) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 assert f"vllm_spark/data/{path.relative_to(ROOT)}" in names
     assert any(name.startswith("vllm_spark/_native.") and name.endswith(".so") for name in names)
+    assert ("vllm_spark/kernels.fatbin" in names) == (shutil.which("nvcc") is not None)
     assert {"vllm_spark/py.typed", "vllm_spark/_native.pyi"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
 
@@ -69,4 +71,4 @@ def test_a_wheel_works_outside_the_source_tree(wheel: Path, tmp_path: Path) -> N
     where, version, patches = json.loads(done.stdout)
     assert Path(where).parent == tmp_path / "vllm_spark"
     assert version >= 2
-    assert patches == ["command-line-flags", "executor-choice", "flags-to-settings", "serve-command"]
+    assert patches == ["client-error", "command-line-flags", "executor-choice", "flags-to-settings", "serve-command"]

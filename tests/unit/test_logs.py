@@ -1,0 +1,58 @@
+"""vLLM's tracebacks about failures that a sentence explains."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.counters import CounterBoard
+from vllm_spark.logs import share_vllms_log
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What the logger `vllm` prints, as `share_vllms_log` arranges it."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_spark")
+    for logger in (theirs, ours):
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "propagate", False)
+        monkeypatch.setattr(logger, "level", logging.INFO)
+    theirs.handlers.append(handler)
+    monkeypatch.setenv("_SPARK_COUNTER_BOARD", "")
+    share_vllms_log()
+    share_vllms_log()
+    return text
+
+
+def fail(error: Exception) -> None:
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("vllm").exception("It failed after %d s.", 3)
+
+
+def test_a_failure_of_ours_is_one_line(log: io.StringIO) -> None:
+    fail(PeerLostError("the follower is gone; start it"))
+    assert log.getvalue() == "It failed after 3 s. the follower is gone; start it.\n"
+
+
+def test_other_failures_keep_their_traceback(log: io.StringIO) -> None:
+    fail(RuntimeError("a bug"))
+    assert "Traceback" in log.getvalue()
+
+
+def test_once_the_pair_is_broken_all_is_explained_by_that(log: io.StringIO) -> None:
+    CounterBoard.create().fail(PeerLostError("the follower is gone"))
+    fail(RuntimeError("a symptom"))
+    assert log.getvalue() == "It failed after 3 s. the follower is gone.\n"
+
+
+def test_debugging_shows_everything(log: io.StringIO) -> None:
+    logging.getLogger("vllm").setLevel(logging.DEBUG)
+    fail(PeerLostError("the follower is gone"))
+    assert "Traceback" in log.getvalue()
