@@ -11,6 +11,7 @@ constexpr auto kDrainTime = std::chrono::seconds(1);
 // message after that waits for it.
 constexpr auto kAwake = std::chrono::seconds(1);
 constexpr auto kDoze = std::chrono::microseconds(50);
+constexpr size_t kPrefetchHalves = 64;  // eight cache lines
 
 }  // namespace
 
@@ -61,7 +62,11 @@ bool Forwarder::look_for_packets(uint32_t sequence) {
   uint32_t tag = half_data(halves[0].load(std::memory_order_relaxed));
   uint32_t bytes = half_data(halves[1].load(std::memory_order_relaxed));
   size_t count = 2 * packet_count(bytes);
-  while (arrived_halves_ < count && arrived(arrived_halves_)) ++arrived_halves_;
+  while (arrived_halves_ < count && arrived(arrived_halves_)) {
+    // What the GPU wrote is in no cache of this core: ask for it in time.
+    __builtin_prefetch(halves + arrived_halves_ + kPrefetchHalves);
+    ++arrived_halves_;
+  }
   if (arrived_halves_ < count) return false;
   transport_->post(sequence, {Protocol::kPackets, tag, bytes, 0, 0});
   counters_.posts.fetch_add(1, std::memory_order_relaxed);

@@ -1,5 +1,5 @@
 // Two ranks as two threads of one process, for the sanitizers: random collectives, each checked, then an
-// abort.
+// abort; and a GPU rank's proxy.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -7,6 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/device/forwarder.hpp"
+#include "../../csrc/endpoint.hpp"
 #include "../../csrc/errors.hpp"
 #include "../../csrc/runtime.hpp"
 
@@ -76,11 +78,88 @@ void run_pair(bool proxied, int operations) {
   closing.join();
 }
 
+// Stages a message as kernels do: packets without any order among them, or pieces of payload, each with its
+// flag after it.
+void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
+  if (as_packets) {
+    std::atomic<uint64_t>* halves = region.send_packets(sequence);
+    for (uint32_t half = 2 * static_cast<uint32_t>(spark::packet_count(words * 4)); half-- > 2;) {
+      halves[half].store(spark::packet_half(sequence + half - 2, sequence), std::memory_order_relaxed);
+    }
+    halves[1].store(spark::packet_half(words * 4, sequence), std::memory_order_relaxed);
+    halves[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
+    return;
+  }
+  uint32_t step = words / pieces;
+  for (uint32_t piece = pieces; piece-- > 0;) {
+    auto* payload = reinterpret_cast<uint32_t*>(region.send_payload(sequence));
+    for (uint32_t word = piece * step; word < (piece + 1) * step; ++word) payload[word] = sequence + word;
+    spark::Flag& flag = region.send_flag(sequence, piece);
+    flag.offset = piece * step * 4;
+    flag.bytes = step * 4;
+    flag.pieces = pieces;
+    region.send_flag_value(sequence, piece)
+        .store(spark::payload_flag(sequence, 7), std::memory_order_release);
+  }
+}
+
+// Waits for that message on the other side, and checks it.
+void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
+  auto wait_until = [&](auto arrived) {
+    for (auto start = spark::Clock::now(); !arrived(); std::this_thread::yield()) {
+      if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("a staged message did not come", 0);
+    }
+  };
+  if (as_packets) {
+    const std::atomic<uint64_t>* halves = region.recv_packets(sequence);
+    for (uint32_t half = 0; half < 2 * spark::packet_count(words * 4); ++half) {
+      wait_until([&] { return spark::half_arrived(halves[half].load(std::memory_order_acquire), sequence); });
+      uint32_t wanted = half == 0 ? 7 : half == 1 ? words * 4 : sequence + half - 2;
+      if (spark::half_data(halves[half].load(std::memory_order_relaxed)) != wanted) fail("wrong packet", 0);
+    }
+    return;
+  }
+  for (uint32_t piece = 0; piece < pieces; ++piece) {
+    wait_until([&] {
+      return spark::flag_sequence(region.recv_flag(sequence, piece).load(std::memory_order_acquire)) ==
+             sequence;
+    });
+  }
+  const auto* payload = reinterpret_cast<const uint32_t*>(region.recv_payload(sequence));
+  for (uint32_t word = 0; word < words / pieces * pieces; ++word) {
+    if (payload[word] != sequence + word) fail("wrong payload", 0);
+  }
+}
+
+// The proxy of a GPU rank, with this thread in the kernel's place.
+void run_forwarder(int messages) {
+  spark::Options options;
+  options.sizes = {4096, 512, 4};
+  options.depth = 2;
+  options.first_sequence = 0xfffffff0u;  // wraps soon
+  spark::Endpoint left(options), right(options);
+  left.connect_in_process(right);
+  spark::WireModel wire{std::chrono::microseconds(3), 24.0};
+  spark::device::Forwarder forwarder(
+      left.mine(), std::make_unique<spark::LoopbackTransport>(left.mine(), left.theirs(), wire),
+      options.first_sequence - 1);
+  std::mt19937 chance(9);
+  for (int message = 0; message < messages; ++message) {
+    uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);
+    bool as_packets = chance() % 2 == 0;
+    uint32_t words = as_packets ? 2 * (chance() % 65) : 64 * (1 + chance() % 16);
+    uint32_t pieces = 1 + chance() % 64;
+    stage(left.mine(), sequence, words, as_packets, pieces);
+    expect(right.mine(), sequence, words, as_packets, pieces);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   int operations = argc > 1 ? std::atoi(argv[1]) : 3000;
   run_pair(false, operations);
   run_pair(true, operations);
+  run_forwarder(operations);
   std::puts("ok");
 }
