@@ -83,11 +83,12 @@ void run_pair(bool proxied, int operations) {
 void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
   if (as_packets) {
     std::atomic<uint64_t>* halves = region.send_packets(sequence);
+    // The header first: the proxy must not take it for the whole message.
+    halves[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
+    halves[1].store(spark::packet_half(words * 4, sequence), std::memory_order_relaxed);
     for (uint32_t half = 2 * static_cast<uint32_t>(spark::packet_count(words * 4)); half-- > 2;) {
       halves[half].store(spark::packet_half(sequence + half - 2, sequence), std::memory_order_relaxed);
     }
-    halves[1].store(spark::packet_half(words * 4, sequence), std::memory_order_relaxed);
-    halves[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
     return;
   }
   uint32_t step = words / pieces;
