@@ -164,6 +164,7 @@ def check_link(config: SparkConfig) -> None:
 
 
 _serving = False
+"""True in a process that becomes `vllm serve`'s only API server."""
 
 
 def serve(args: Any, original: Callable[[Any], None]) -> None:
@@ -184,7 +185,8 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             _follow_launcher(config)
         check_link(config)
-        _serving = True
+        # With several API servers the process that starts them has, and keeps, handlers of its own.
+        _serving = (getattr(args, "api_server_count", None) or 1) == 1
         original(args)
         if failure := engine_failure():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
