@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.samples import machine, percentile
+from vllm_spark.bench.samples import machine, percentile
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.tls import TlsConnection

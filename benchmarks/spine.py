@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.samples import machine, ratios, summary
+from vllm_spark.bench.samples import machine, ratios, summary
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (1, 32)

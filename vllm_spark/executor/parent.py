@@ -1,4 +1,4 @@
-"""Ends an engine whose API server is gone: vLLM's engine would live on, holding the model's memory."""
+"""Notices that the process that started this one is gone: vLLM's engine would live on, holding the model's memory."""
 
 from __future__ import annotations
 

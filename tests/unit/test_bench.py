@@ -1,0 +1,119 @@
+"""`vllm-spark bench` on CPU tensors: real ranks, real figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vllm_spark.bench.ranks import Rank, run_ranks
+from vllm_spark.bench.report import format_size
+from vllm_spark.cli import main
+from vllm_spark.cli.process import program
+from vllm_spark.errors import SparkError
+
+BENCH = [program("vllm-spark"), "bench", "collective", "--device", "cpu"]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("collective", ["all_reduce", "all_gather"])
+def test_collective(collective: str, tmp_path: Path) -> None:
+    files = ["--json", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "figures.png")]
+    done = bench("--collective", collective, "--sizes", "1KiB,64KiB", "--samples", "2", *files)
+    assert done.returncode == 0, done.stderr
+    assert "64 KiB" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    rows = {(row["candidate"], row["bytes"]): row for row in figures["rows"]}
+    assert rows.keys() == {
+        (name, size) for name in ("direct", "proxied", "wire", "gloo") for size in (1 << 10, 64 << 10)
+    }
+    for row in rows.values():
+        assert 0 < row["minimum"] <= row["median"] <= row["p99"]
+    # Not about speed: a message of 3.2 us of wire cannot take less.
+    assert rows["wire", 1 << 10]["minimum"] > 3.2
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
+        (["--sizes", "65MiB"], "65MiB is out of range"),
+        (["--samples", "0"], "'0' is no number of samples"),
+        (["--latency-us", "-1"], "'-1' is no number from 0"),
+        (["--plot", "figures.abc"], "--plot figures.abc must end in .png, .svg, .pdf"),
+        (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--device", "cuda"], "--device cuda needs 2 GPUs, one for each rank, and this machine has"),
+    ],
+)
+def test_bad_input(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        pytest.skip("this machine has two GPUs")
+    assert main(["bench", "collective", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_ctrl_c_and_kill_leave_no_rank() -> None:
+    for number in (signal.SIGINT, signal.SIGKILL):
+        started = subprocess.Popen([*BENCH, "--samples", "100000"], stdout=subprocess.DEVNULL)
+        ranks = wait_for_ranks(started.pid)
+        os.kill(started.pid, number)
+        started.wait(20)
+        assert not psutil.wait_procs(ranks, 20)[1]
+
+
+def wait_for_ranks(parent: int) -> list[psutil.Process]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        children = psutil.Process(parent).children(recursive=True)
+        ranks = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        if len(ranks) == 2:
+            return ranks
+        time.sleep(0.1)
+    raise AssertionError("no ranks in a minute")
+
+
+def fail_on_one_rank(rank: Rank) -> None:
+    if rank.index == 1:
+        raise SparkError("a reason")
+    rank.exchange(b"")
+
+
+def die_on_one_rank(rank: Rank) -> None:
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.exchange(b"")
+
+
+def hang(rank: Rank) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (fail_on_one_rank, "rank (1 failed: a reason|0 failed: the other rank ended)"),
+        (die_on_one_rank, "rank (1 ended without a word|0 failed: the other rank ended)"),
+        (hang, "did not end within 2 s"),
+    ],
+)
+def test_ranks_that_fail(body: Any, sentence: str) -> None:
+    with pytest.raises(SparkError, match=sentence):
+        run_ranks(body, timeout=2.0 if body is hang else 60.0, on_report=lambda value: None)
+
+
+@pytest.mark.parametrize(("size", "text"), [(2, "2 B"), (1024, "1 KiB"), (1536, "1536 B"), (8 << 20, "8 MiB")])
+def test_sizes_in_words(size: int, text: str) -> None:
+    assert format_size(size) == text

@@ -1,0 +1,253 @@
+"""How long one collective takes: this project's, and the one that vLLM would use, in the same run.
+
+On GPUs the peer is NCCL, once as it chooses (NVLink, where there is one) and once over host memory, which is the only
+path that two machines have; on CPUs it is gloo. Both ranks take turns with all candidates, size by size, so that
+whatever else the machine does falls on all of them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vllm_spark.bench.ranks import WORLD_SIZE, Rank, run_ranks
+from vllm_spark.bench.samples import percentile
+from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.errors import ConfigurationError, SparkError
+
+if TYPE_CHECKING:
+    import torch
+
+KIB, MIB = 1 << 10, 1 << 20
+DEFAULT_SIZES = tuple(1 << power for power in range(10, 27, 2))
+CALLS_PER_TOKEN = 97
+"""All-reduces of one decode step of a 48-layer model; a graph holds as many."""
+
+_LARGE = MIB  # above it a sample has fewer calls
+_CALLS_WHEN_LARGE = 10
+_WARM_UP = 3  # samples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        device: `cuda` (one GPU for each rank) or `cpu`.
+        sizes: bytes of each rank's input.
+        samples: timings for each size, candidate and mode.
+        latency_us, gbytes_per_s: of the modelled wire.
+    """
+
+    device: str
+    sizes: tuple[int, ...] = DEFAULT_SIZES
+    samples: int = 60
+    latency_us: float = 3.2
+    gbytes_per_s: float = 24.0
+    collective: str = "all_reduce"
+
+
+class Row(msgspec.Struct):
+    """One candidate at one size and in one mode; times in microseconds for one call."""
+
+    candidate: str
+    mode: str
+    bytes: int
+    minimum: float
+    median: float
+    p99: float
+
+    @property
+    def gbytes_per_s(self) -> float:
+        """Bytes of the input over the median time."""
+        return self.bytes / self.median / 1e3
+
+
+@dataclass
+class Report:
+    """All rows, and where they come from."""
+
+    settings: Settings
+    machine: str
+    rows: list[Row] = field(default_factory=list)
+    copy_gbytes_per_s: float = 0.0
+    """The limit: what one large copy reaches, from the GPU to host memory or within a CPU's memory."""
+
+    def median(self, candidate: str, mode: str, size: int) -> float | None:
+        """Microseconds; None if that was not measured."""
+        for row in self.rows:
+            if (row.candidate, row.mode, row.bytes) == (candidate, mode, size):
+                return row.median
+        return None
+
+
+def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> Report:
+    """Runs the ranks and returns what they measured; `on_row` sees each row as it comes.
+
+    Raises:
+        SparkError: a rank failed.
+    """
+    report = Report(settings, machine)
+
+    def take(value: Any) -> None:
+        if isinstance(value, Row):
+            report.rows.append(value)
+            on_row(value)
+        else:
+            report.copy_gbytes_per_s = value
+
+    run_ranks(_measure_rank, settings, True, on_report=take)
+    if settings.device == "cuda":
+        # NCCL reads this once in a process's life.
+        run_ranks(_measure_rank, settings, False, environment={"NCCL_P2P_DISABLE": "1"}, on_report=take)
+    return report
+
+
+def rows_to_come(settings: Settings) -> int:
+    """How many rows `measure` will report."""
+    modes = 2 if settings.device == "cuda" else 1
+    candidates = 5 if settings.device == "cuda" else 4
+    return modes * candidates * len(settings.sizes)
+
+
+def check_gpus() -> None:
+    """Raises ConfigurationError if there is not a GPU for each rank."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < WORLD_SIZE:
+        raise ConfigurationError(
+            f"--device cuda needs {WORLD_SIZE} GPUs, one for each rank, and this machine has {count}; "
+            "--device cpu measures collectives on CPU tensors"
+        )
+
+
+Call = Callable[["torch.Tensor"], Any]
+
+
+def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
+    """One rank's process."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if settings.device == "cuda":
+        torch.cuda.set_device(rank.index)
+    dist.init_process_group(
+        "nccl" if settings.device == "cuda" else "gloo",
+        f"tcp://127.0.0.1:{rank.port}",
+        rank=rank.index,
+        world_size=WORLD_SIZE,
+    )
+    candidates = dict(_ours(rank, settings)) if with_ours else {}
+    candidates[_peer_name(settings, with_ours)] = _peer(settings)
+    if with_ours and rank.index == 0:
+        rank.report(_copy_bandwidth(settings.device))
+    timers: dict[str, Callable[[Call, torch.Tensor, int], float]] = (
+        {"eager": _time_on_gpu, "graph": _GraphTimer()} if settings.device == "cuda" else {"eager": _time_on_cpu}
+    )
+    for size in settings.sizes:
+        tensor = torch.ones(size // 2, dtype=torch.bfloat16, device=settings.device)
+        calls = CALLS_PER_TOKEN if size <= _LARGE else _CALLS_WHEN_LARGE
+        samples: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in candidates for mode in timers}
+        for _ in range(_WARM_UP + settings.samples):
+            for (name, mode), taken in samples.items():
+                taken.append(timers[mode](candidates[name], tensor, calls))
+        if rank.index == 0:
+            for (name, mode), taken in samples.items():
+                kept = taken[_WARM_UP:]
+                rank.report(Row(name, mode, size, min(kept), statistics.median(kept), percentile(kept, 0.99)))
+    dist.destroy_process_group()
+
+
+def _ours(rank: Rank, settings: Settings) -> Iterator[tuple[str, Call]]:
+    from vllm_spark import collective
+
+    kind = collective.DeviceRuntime if settings.device == "cuda" else collective.Runtime
+    proxied = RuntimeOptions(loopback_mode="proxied")
+    wire = replace(proxied, wire_latency_us=settings.latency_us, wire_gbytes_per_s=settings.gbytes_per_s)
+    for name, options in (("direct", RuntimeOptions()), ("proxied", proxied), ("wire", wire)):
+        try:
+            runtime = kind.connect(rank.index, WORLD_SIZE, rank.exchange, options)
+        except collective.CollectiveError as error:
+            raise SparkError(str(error)) from None
+        yield name, getattr(runtime, settings.collective)
+
+
+def _peer_name(settings: Settings, as_it_chooses: bool) -> str:
+    if settings.device == "cpu":
+        return "gloo"
+    return "nccl" if as_it_chooses else "nccl, host memory"
+
+
+def _peer(settings: Settings) -> Call:
+    import torch.distributed as dist
+
+    if settings.collective == "all_reduce":
+        return lambda tensor: dist.all_reduce(tensor.clone())
+
+    # torch 2.13 has a new name for it, and 2.11 does not know that one.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor")
+
+    def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+        both = tensor.new_empty(WORLD_SIZE * tensor.numel())
+        dist.all_gather_into_tensor(both, tensor)
+        return both
+
+    return all_gather
+
+
+def _time_on_cpu(call: Call, tensor: torch.Tensor, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call(tensor)
+    return (time.perf_counter() - start) * 1e6 / calls
+
+
+def _time_on_gpu(call: Call, tensor: torch.Tensor, calls: int) -> float:
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(calls):
+        call(tensor)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3 / calls
+
+
+class _GraphTimer:
+    """Times a graph of calls; captures it when it sees a call or a tensor for the first time."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, int], Any] = {}
+
+    def __call__(self, call: Call, tensor: torch.Tensor, calls: int) -> float:
+        import torch
+
+        graph = self._graphs.get((id(call), tensor.data_ptr()))
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                for _ in range(calls):
+                    call(tensor)
+            self._graphs[id(call), tensor.data_ptr()] = graph
+        return _time_on_gpu(lambda _: graph.replay(), tensor, 1) / calls
+
+
+def _copy_bandwidth(device: str) -> float:
+    """GB/s of copies of 64 MiB, the median of ten."""
+    import torch
+
+    source = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
+    target = torch.empty(64 * MIB, dtype=torch.uint8, pin_memory=device == "cuda")
+    timer = _time_on_gpu if device == "cuda" else _time_on_cpu
+    times = [timer(lambda tensor: target.copy_(tensor, non_blocking=True), source, 1) for _ in range(12)]
+    return 64 * MIB / statistics.median(times[2:]) / 1e3
