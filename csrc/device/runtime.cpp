@@ -129,7 +129,8 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
     threads = round_up((packets + blocks - 1) / blocks, kWarp) + kWarp;
   } else {
     // The whole message in as few chunks as slots allow, each cut into as many pieces as there are blocks.
-    blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, shape_.payload_blocks);
+    uint64_t most = std::min<uint64_t>(shape_.payload_blocks, sizes.slot_bytes / kVector);
+    blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, most);
     uint64_t chunks = (call.bytes + sizes.slot_bytes - 1) / sizes.slot_bytes;
     uint64_t piece = round_up((call.bytes + chunks * blocks - 1) / (chunks * blocks), kVector);
     piece = std::min(piece, sizes.slot_bytes / blocks / kVector * kVector);

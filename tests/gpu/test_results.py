@@ -136,6 +136,13 @@ def test_sequence_numbers_wrap_around(make_pair: MakePair) -> None:
             assert torch.equal(result, expected_sum((3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed))
 
 
+def test_slots_smaller_than_a_block(make_pair: MakePair) -> None:
+    pair = make_pair(slot_bytes=64, packet_bytes=0)
+    for size in (1, 33, 40_000):
+        for result in all_reduced(pair, (size,), torch.bfloat16):
+            assert torch.equal(result, expected_sum((size,), torch.bfloat16))
+
+
 def test_counters(make_pair: MakePair) -> None:
     pair = make_pair(slot_bytes=64 * KIB)
     for _ in range(3):
