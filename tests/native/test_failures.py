@@ -18,6 +18,7 @@ from vllm_spark.collective import (
     CollectiveAbortedError,
     CollectiveError,
     CollectiveTimeoutError,
+    LaunchShape,
     MismatchError,
     PoisonedError,
     Runtime,
@@ -119,6 +120,16 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(UsageError, match="a modelled wire" if name.startswith("wire") else name):
         RuntimeOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"packet_threads": 1024}, {"payload_threads": 100}, {"payload_blocks": 65}, {"payload_bytes_per_block": 8}],
+)
+def test_impossible_launch_shapes_are_refused(shape: dict[str, Any]) -> None:
+    (name,) = shape
+    with pytest.raises(UsageError, match=name):
+        LaunchShape(**shape)
 
 
 def test_other_world_sizes_are_refused() -> None:

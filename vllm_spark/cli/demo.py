@@ -68,8 +68,9 @@ PHASES = (
 
 TAIL_LINES = 12
 ERROR_LINES = 6
-ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*)", re.MULTILINE)
-"""The last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only its wrapper."""
+ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*|vllm serve --spark: .*)", re.MULTILINE)
+"""A sentence of ours, or the last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only
+its wrapper."""
 
 COUNTER_SECONDS = 15.0
 """How long both ranks' counters may take to come to rest on the leader's `/metrics`."""

@@ -36,6 +36,17 @@ class LaunchShape:
     dependent_launch: bool = True
     """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
 
+    def __post_init__(self) -> None:
+        for name, lowest, highest, step in (
+            ("packet_threads", 32, 512, 32),
+            ("payload_threads", 32, 512, 32),
+            ("payload_blocks", 1, 64, 1),
+            ("payload_bytes_per_block", 16, 1 << 20, 16),
+        ):
+            value = getattr(self, name)
+            if not lowest <= value <= highest or value % step:
+                raise UsageError(f"{name} {value} does not do; it goes from {lowest} to {highest} in steps of {step}")
+
 
 class DeviceRuntime(Runtime):
     """Collectives on CUDA tensors with one peer: each is one kernel on the current stream, also in a CUDA graph.
