@@ -41,10 +41,10 @@ Driver load() {
   find(library, "cuMemAlloc_v2", driver.allocate);
   find(library, "cuMemFree_v2", driver.release);
   find(library, "cuMemcpyHtoD_v2", driver.copy_to_device);
-  find(library, "cuLibraryLoadData", driver.library_load);
-  find(library, "cuLibraryUnload", driver.library_unload);
-  find(library, "cuLibraryGetKernel", driver.library_kernel);
-  find(library, "cuKernelGetFunction", driver.kernel_function);
+  find(library, "cuLibraryLoadData", driver.load_library);
+  find(library, "cuLibraryUnload", driver.unload_library);
+  find(library, "cuLibraryGetKernel", driver.find_kernel);
+  find(library, "cuKernelGetFunction", driver.load_kernel);
   find(library, "cuLaunchKernelEx", driver.launch);
   return driver;
 }

@@ -50,10 +50,10 @@ struct Driver {
   Result (*allocate)(DevicePointer*, size_t);
   Result (*release)(DevicePointer);
   Result (*copy_to_device)(DevicePointer, const void*, size_t);
-  Result (*library_load)(Library*, const void*, void*, void*, unsigned, void*, void*, unsigned);
-  Result (*library_unload)(Library);
-  Result (*library_kernel)(Kernel*, Library, const char*);
-  Result (*kernel_function)(Function*, Kernel);
+  Result (*load_library)(Library*, const void*, void*, void*, unsigned, void*, void*, unsigned);
+  Result (*unload_library)(Library);
+  Result (*find_kernel)(Kernel*, Library, const char*);
+  Result (*load_kernel)(Function*, Kernel);
   Result (*launch)(const LaunchConfig*, Function, void**, void**);
 
   // The process's driver. Throws UsageError where there is none.

@@ -4,7 +4,7 @@ namespace spark::device {
 
 Kernels::Kernels(const std::string& image) {
   const Driver& driver = Driver::get();
-  driver.check(driver.library_load(&library_, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
+  driver.check(driver.load_library(&library_, image.data(), nullptr, nullptr, 0, nullptr, nullptr, 0),
                "load this project's kernels; they are built for compute capability 8.0 and later");
   struct Entry {
     Kind kind;
@@ -22,21 +22,21 @@ Kernels::Kernels(const std::string& image) {
         name += protocol == Protocol::kPackets ? "_packets" : "_payload";
         name += entry.suffix;
         Kernel kernel = nullptr;
-        driver.check(driver.library_kernel(&kernel, library_, name.c_str()), "find the kernel " + name);
+        driver.check(driver.find_kernel(&kernel, library_, name.c_str()), "find the kernel " + name);
         // Loads it now. Left to the first launch, that would wait for all that runs on the GPU, perhaps a
         // kernel that waits for this one, and would end a capture.
-        driver.check(driver.kernel_function(&functions_[index(protocol, entry.kind, entry.dtype)], kernel),
+        driver.check(driver.load_kernel(&functions_[index(protocol, entry.kind, entry.dtype)], kernel),
                      "load the kernel " + name);
       }
     }
   } catch (...) {
-    driver.library_unload(library_);
+    driver.unload_library(library_);
     throw;
   }
 }
 
 Kernels::~Kernels() {
-  Driver::get().library_unload(library_);
+  Driver::get().unload_library(library_);
 }
 
 Function Kernels::get(Protocol protocol, Kind kind, DType dtype) const {

@@ -51,7 +51,8 @@ class DeviceRuntime {
   // Ends every wait of both ranks with `reason`. From any thread.
   void abort(const std::string& reason) { endpoint_.abort(reason); }
 
-  // Nothing is allowed afterwards. Waits until the kernels that still run have given up.
+  // Nothing is allowed afterwards. Waits for all that runs on the GPU: kernels of this runtime give up at
+  // once, for others there is no bound.
   void close();
 
   bool closed() const { return endpoint_.closed(); }
