@@ -4,11 +4,18 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <thread>
+#include <utility>
 
 #include "errors.hpp"
 
 namespace spark {
 namespace {
+
+constexpr uint64_t kLargestSlot = 1 << 30;
+constexpr uint32_t kLongestClearInterval = 1u << 30;
+// How long another rank may take to write down why this one shall stop.
+constexpr auto kReasonTime = std::chrono::milliseconds(20);
 
 Options checked(const Options& options) {
   auto refuse = [](const std::string& what) { throw UsageError(what); };
@@ -24,6 +31,10 @@ Options checked(const Options& options) {
   if (options.sizes.slot_bytes < 64 || options.sizes.slot_bytes % 64 != 0) {
     refuse("slot_bytes " + std::to_string(options.sizes.slot_bytes) + " is not a positive multiple of 64");
   }
+  if (options.sizes.slot_bytes > kLargestSlot) {
+    refuse("slot_bytes " + std::to_string(options.sizes.slot_bytes) + " is more than " +
+           std::to_string(kLargestSlot));  // kernels count in 32 bits
+  }
   if (options.sizes.packet_bytes > options.sizes.slot_bytes) {
     refuse("packet_bytes " + std::to_string(options.sizes.packet_bytes) + " is more than slot_bytes " +
            std::to_string(options.sizes.slot_bytes));
@@ -34,6 +45,11 @@ Options checked(const Options& options) {
            " is not a power of two of at least " + std::to_string(options.sizes.slots) +
            ", the number of slots");
   }
+  if (options.clear_interval > kLongestClearInterval) {
+    refuse("clear_interval " + std::to_string(options.clear_interval) + " is more than " +
+           std::to_string(kLongestClearInterval) + ", a quarter of the sequence numbers");
+  }
+  if (options.timeout <= std::chrono::nanoseconds(0)) refuse("the time-out is not more than 0 s");
   return options;
 }
 
@@ -89,27 +105,38 @@ void Endpoint::connect(const Address& peer, const std::string& description) {
         " of this machine is not the peer; the loopback transport needs both ranks on one machine");
   }
   peer_memory_ = std::move(opened);
-  theirs_base_ = peer_memory_.data();
-  theirs_ = std::make_unique<Region>(region);
-  peer_ = Peer(peer_rank, peer.process, description);
+  publish_peer(peer_memory_.data(), region, Peer(peer_rank, peer.process, description));
 }
 
 void Endpoint::connect_in_process(const Endpoint& peer) {
-  theirs_base_ = peer.memory();
-  theirs_ = std::make_unique<Region>(peer.mine());
-  peer_ = Peer(peer.options_.rank, process_, "this process");
+  publish_peer(peer.memory(), peer.mine(), Peer(peer.options_.rank, process_, "this process"));
+}
+
+void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
+  theirs_base_ = base;
+  theirs_ = std::make_unique<Region>(region);
+  peer_ = std::move(peer);
+  // In the single order of all: `abort` poisons, then looks whether there is a peer to tell. Either it sees
+  // this one, or this looks and sees the poison.
+  connected_.store(true, std::memory_order_seq_cst);
+  if (const std::string* reason = poison_.load(std::memory_order_seq_cst)) tell_peer(*reason);
 }
 
 bool Endpoint::owned_by_this_process() const {
   return getpid() == process_;
 }
 
-void Endpoint::check_usable() {
+void Endpoint::check_poison() const {
   if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
     throw PoisonedError("this runtime stopped working earlier: " + *reason);
   }
+}
+
+void Endpoint::check_usable() {
+  check_poison();
   if (closed()) throw UsageError("the runtime is closed");
-  if (!theirs_) throw UsageError("the runtime is not connected; exchange addresses and call connect first");
+  if (!connected_.load(std::memory_order_acquire))
+    throw UsageError("the runtime is not connected; exchange addresses and call connect first");
   if (!owned_by_this_process()) {
     throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
                      std::to_string(getpid()) + "; connect a new one there");
@@ -128,12 +155,19 @@ void Endpoint::check_size(const char* collective, uint64_t bytes) const {
 
 void Endpoint::abort(const std::string& reason) {
   poison(reason);
-  write_abort(mine(), reason);
+  end_waits(reason);
   tell_peer(reason);
 }
 
+void Endpoint::end_waits(const std::string& reason) {
+  if (write_abort(mine(), reason)) return;
+  // The peer was first, and may have died or been stopped while it wrote: this rank's waits end all the same.
+  for (auto end = Clock::now() + kReasonTime; !aborted() && Clock::now() < end;) std::this_thread::yield();
+  mine().abort().store(kAborted, std::memory_order_release);
+}
+
 void Endpoint::tell_peer(const std::string& reason) {
-  if (theirs_) write_abort(*theirs_, rank_name() + " stopped: " + reason);
+  if (connected_.load(std::memory_order_seq_cst)) write_abort(*theirs_, rank_name() + " stopped: " + reason);
 }
 
 bool Endpoint::aborted() const {
@@ -146,23 +180,24 @@ void Endpoint::check_abort() const {
   if (aborted()) throw AbortedError(mine().abort_reason());
 }
 
-void Endpoint::write_abort(Region region, const std::string& reason) {
+bool Endpoint::write_abort(Region region, const std::string& reason) {
   // The first reason counts: whoever claims the word writes it.
   uint32_t none = kRunning;
-  if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return;
+  if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return false;
   size_t length = whole_characters(reason, Region::abort_reason_size() - 1);
   std::memcpy(region.abort_reason(), reason.data(), length);
   region.abort_reason()[length] = '\0';
   // Release: whoever sees it reads the reason.
   region.abort().store(kAborted, std::memory_order_release);
+  return true;
 }
 
 void Endpoint::poison(const std::string& reason) {
   const std::string* none = nullptr;
   const std::string* mine = new std::string(reason);
-  // Release: readers dereference the pointer. The first failure is the cause; later ones are its echoes.
-  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_release, std::memory_order_relaxed))
-    delete mine;
+  // Readers dereference the pointer; see also publish_peer. The first failure is the cause; later ones are
+  // its echoes.
+  if (!poison_.compare_exchange_strong(none, mine, std::memory_order_seq_cst)) delete mine;
 }
 
 std::string Endpoint::poison() const {
@@ -172,7 +207,7 @@ std::string Endpoint::poison() const {
 
 bool Endpoint::close() {
   if (closed_.exchange(true) || !owned_by_this_process()) return false;
-  write_abort(mine(), "the runtime was closed");
+  end_waits("the runtime was closed");
   return true;
 }
 

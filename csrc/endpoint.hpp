@@ -62,6 +62,8 @@ class Endpoint {
   std::byte* peer_memory() const { return theirs_base_; }
   bool owned_by_this_process() const;
 
+  // Throws PoisonedError if `poison` was called.
+  void check_poison() const;
   // Throws unless collectives may be called now.
   void check_usable();
   // Throws UsageError if an input of `bytes` is over the limit.
@@ -72,6 +74,8 @@ class Endpoint {
   // Tells the peer, which may wait for what will not come, and leaves this rank's word alone.
   void tell_peer(const std::string& reason);
   bool aborted() const;
+  // Ends this rank's waits with `reason`, as if the peer had said so.
+  void end_waits(const std::string& reason);
   // Throws AbortedError with the reason if `aborted`.
   void check_abort() const;
 
@@ -81,10 +85,13 @@ class Endpoint {
 
   // Ends this rank's waits. False if it was called before, or in a fork, which has no right to.
   bool close();
-  bool closed() const { return closed_.load(std::memory_order_relaxed); }
+  // In the single order of all, for what must not be taken away from under a caller.
+  bool closed() const { return closed_.load(std::memory_order_seq_cst); }
 
  private:
-  static void write_abort(Region region, const std::string& reason);
+  void publish_peer(std::byte* base, const Region& region, Peer peer);
+  // False if the word was taken already.
+  static bool write_abort(Region region, const std::string& reason);
   std::string rank_name() const { return "rank " + std::to_string(options_.rank); }
 
   Options options_;
@@ -93,6 +100,7 @@ class Endpoint {
   SharedMemory peer_memory_;
   std::byte* theirs_base_ = nullptr;
   std::unique_ptr<Region> theirs_;
+  std::atomic<bool> connected_{false};  // `theirs_` may be read
   Peer peer_;
   pid_t process_;
   std::atomic<bool> closed_{false};

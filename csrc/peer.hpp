@@ -14,6 +14,8 @@ class Peer {
 
   // False once the process has ended. True also where this machine cannot tell.
   bool alive() const;
+  // A descriptor that is readable once the process has ended; negative where this machine has none.
+  int process() const { return process_.get(); }
   const std::string& name() const { return name_; }
 
  private:

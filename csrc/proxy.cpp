@@ -28,7 +28,8 @@ Proxy::Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last,
   thread_ = std::thread([this] { run(); });
 }
 
-Proxy::~Proxy() {
+void Proxy::stop() {
+  if (!thread_.joinable()) return;
   stopping_.store(true, std::memory_order_seq_cst);
   futex_wake(region_.doorbell());
   thread_.join();  // bounded: by kLongestSleep and kDrainTime
@@ -45,7 +46,8 @@ void Proxy::ring(uint32_t sequence) {
 void Proxy::run() {
   Backoff backoff(times_);
   Clock::time_point idle_since = Clock::now();
-  while (!stopping_.load(std::memory_order_relaxed)) {
+  // Acquire: what was rung before the end is seen by the last look below.
+  while (!stopping_.load(std::memory_order_acquire)) {
     // Acquire: pairs with the release in `ring` (and, from a kernel, with its system-scope release).
     uint32_t rung = region_.doorbell().load(std::memory_order_acquire);
     bool busy = !held_.load(std::memory_order_relaxed) && post_up_to(rung);

@@ -19,11 +19,14 @@ struct ProxyCounters {
 
 class Proxy {
  public:
-  // Posts sequence numbers after `last` as the doorbell of `region` rises, until destroyed.
+  // Posts sequence numbers after `last` as the doorbell of `region` rises, until stopped.
   Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last, const BackoffTimes& times);
-  ~Proxy();
+  ~Proxy() { stop(); }
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
+
+  // Delivers what was rung, then ends the thread. The counters stay.
+  void stop();
 
   // Rings the doorbell: everything up to `sequence` is staged.
   void ring(uint32_t sequence);

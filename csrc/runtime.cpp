@@ -20,7 +20,9 @@ class Runtime::Use {
  public:
   explicit Use(Runtime& runtime) : runtime_(runtime) {
     // Acquire and release: the next caller, on another thread, must see what this one left in plain members.
-    if (runtime_.in_use_.exchange(true, std::memory_order_acquire)) {
+    // In the single order of all: this stores in_use_, then loads closed_; `close` stores closed_, then loads
+    // in_use_. Were both to miss, the proxy would be taken away from under a caller.
+    if (runtime_.in_use_.exchange(true, std::memory_order_seq_cst)) {
       throw UsageError(
           "two threads called collectives at the same time; the ranks' order would be lost, so call "
           "them from one thread");
@@ -320,8 +322,8 @@ void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer
 void Runtime::close() {
   if (!endpoint_.close()) return;
   // A caller that waits leaves now; its memory must outlive it.
-  while (in_use_.load(std::memory_order_acquire)) std::this_thread::sleep_for(std::chrono::microseconds(100));
-  proxy_.reset();  // delivers what was sent
+  while (in_use_.load(std::memory_order_seq_cst)) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  if (proxy_) proxy_->stop();  // delivers what was sent
   endpoint_.tell_peer("it closed its runtime");
 }
 

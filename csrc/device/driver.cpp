@@ -78,11 +78,10 @@ void* current_context() {
   return context;
 }
 
-CurrentContext::CurrentContext(void* context) {
-  Driver::get().context_push(context);
-}
+CurrentContext::CurrentContext(void* context) : pushed_(Driver::get().context_push(context) == 0) {}
 
 CurrentContext::~CurrentContext() {
+  if (!pushed_) return;
   void* context = nullptr;
   Driver::get().context_pop(&context);
 }

@@ -70,6 +70,9 @@ class CurrentContext {
   ~CurrentContext();
   CurrentContext(const CurrentContext&) = delete;
   CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  bool pushed_;
 };
 
 // The calling thread's context. Throws UsageError if it has none.

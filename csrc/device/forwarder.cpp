@@ -20,14 +20,16 @@ Forwarder::Forwarder(Region region, std::unique_ptr<Transport> transport, uint32
   thread_ = std::thread([this] { run(); });
 }
 
-Forwarder::~Forwarder() {
-  stopping_.store(true, std::memory_order_relaxed);
+void Forwarder::stop() {
+  if (!thread_.joinable()) return;
+  // Release: the last look sees whatever the caller knows to be staged.
+  stopping_.store(true, std::memory_order_release);
   thread_.join();  // bounded: by kDoze and kDrainTime
 }
 
 void Forwarder::run() {
   Clock::time_point busy_at = Clock::now();
-  while (!stopping_.load(std::memory_order_relaxed)) {
+  while (!stopping_.load(std::memory_order_acquire)) {
     bool busy = !held_.load(std::memory_order_relaxed) && look();
     if (transport_->progress() || busy) {
       busy_at = Clock::now();
@@ -80,10 +82,14 @@ bool Forwarder::look_for_pieces(uint32_t sequence) {
     return flag_sequence(region_.send_flag_value(sequence, piece).load(std::memory_order_acquire)) ==
            sequence;
   };
-  if (!staged(0)) return false;
-  const uint32_t pieces = region_.send_flag(sequence, 0).pieces;
+  if (pieces_ == 0) {
+    if (!staged(0)) return false;
+    pieces_ = region_.send_flag(sequence, 0).pieces;
+  }
+  // From here on piece 0 may be anything: once a piece is posted, its block goes on by itself, and with few
+  // slots it is back in this one while another block's piece is still missing.
   uint32_t posted = 0;
-  for (uint32_t piece = 0; piece < pieces; ++piece) {
+  for (uint32_t piece = 0; piece < pieces_; ++piece) {
     if ((posted_pieces_ >> piece & 1) != 0 || !staged(piece)) continue;
     const Flag& flag = region_.send_flag(sequence, piece);
     transport_->post(sequence, {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
@@ -93,13 +99,14 @@ bool Forwarder::look_for_pieces(uint32_t sequence) {
   if (posted == 0) return false;
   counters_.posts.fetch_add(posted, std::memory_order_relaxed);
   counters_.coalesced.fetch_add(posted - 1, std::memory_order_relaxed);
-  if (static_cast<uint32_t>(__builtin_popcountll(posted_pieces_)) == pieces) finish(sequence);
+  if (static_cast<uint32_t>(__builtin_popcountll(posted_pieces_)) == pieces_) finish(sequence);
   return true;
 }
 
 void Forwarder::finish(uint32_t sequence) {
   last_ = sequence;
   arrived_halves_ = 0;
+  pieces_ = 0;
   posted_pieces_ = 0;
 }
 

@@ -18,11 +18,14 @@ namespace spark::device {
 class Forwarder {
  public:
   // Posts what is staged in `region` under the sequence numbers after `last`, in their order, until
-  // destroyed.
+  // stopped.
   Forwarder(Region region, std::unique_ptr<Transport> transport, uint32_t last);
-  ~Forwarder();
+  ~Forwarder() { stop(); }
   Forwarder(const Forwarder&) = delete;
   Forwarder& operator=(const Forwarder&) = delete;
+
+  // Delivers what is staged, then ends the thread. The counters stay.
+  void stop();
 
   // Test hook: while held, nothing is posted, as if the thread had not been scheduled.
   void hold(bool held) { held_.store(held, std::memory_order_relaxed); }
@@ -41,6 +44,7 @@ class Forwarder {
   std::unique_ptr<Transport> transport_;
   uint32_t last_;
   size_t arrived_halves_ = 0;   // of the next message's packets
+  uint32_t pieces_ = 0;         // of the next message's payload; 0: not known yet
   uint64_t posted_pieces_ = 0;  // of the next message's payload, one bit each
   ProxyCounters counters_;
   std::atomic<bool> held_{false};

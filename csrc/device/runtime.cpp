@@ -32,32 +32,39 @@ bool aligned(const void* pointer) {
 }  // namespace
 
 DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image)
-    : endpoint_(options),
-      context_(current_context()),
-      shape_(shape),
-      kernels_(image),
-      mine_(std::make_unique<RegisteredMemory>(endpoint_.memory(), endpoint_.layout().total())),
-      report_(sizeof(Report)),
-      progress_([&] {
+    : endpoint_(options), context_(current_context()), shape_(shape), gpu_([&] {
         Progress progress = first_progress(options);
-        return DeviceMemory(&progress, sizeof progress);
+        return new Lent{Kernels(image), RegisteredMemory(endpoint_.memory(), endpoint_.layout().total()),
+                        nullptr, MappedMemory(sizeof(Report)), DeviceMemory(&progress, sizeof progress)};
       }()) {}
 
 DeviceRuntime::~DeviceRuntime() {
+  if (!endpoint_.owned_by_this_process()) {
+    // A fork has a copy of this object, but neither its threads nor its context; the eventfd is shared.
+    static_cast<void>(peer_watch_.release());
+    static_cast<void>(forwarder_.release());
+    static_cast<void>(gpu_.release());
+    return;
+  }
   close();
+  // The last reference may go on a thread without a context. And a graph may have been replayed after
+  // `close`: nothing is freed before that is through.
+  CurrentContext current(context_);
+  Driver::get().context_synchronize();
+  gpu_.reset();
 }
 
 void DeviceRuntime::connect(const Address& peer, const std::string& description) {
   endpoint_.connect(peer, description);
   const Options& options = endpoint_.options();
   const RegionLayout& layout = endpoint_.layout();
-  theirs_ = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
-  rank_.in = receive_lane(mine_->on_device());
-  rank_.out = options.proxied ? send_lane(mine_->on_device()) : receive_lane(theirs_->on_device());
+  gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
+  rank_.in = receive_lane(gpu_->mine.on_device());
+  rank_.out = options.proxied ? send_lane(gpu_->mine.on_device()) : receive_lane(gpu_->theirs->on_device());
   rank_.abort =
-      reinterpret_cast<const uint32_t*>(mine_->on_device() + layout.control() + offsetof(Control, abort));
-  rank_.progress = reinterpret_cast<Progress*>(progress_.on_device());
-  rank_.report = reinterpret_cast<Report*>(report_.on_device());
+      reinterpret_cast<const uint32_t*>(gpu_->mine.on_device() + layout.control() + offsetof(Control, abort));
+  rank_.progress = reinterpret_cast<Progress*>(gpu_->progress.on_device());
+  rank_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
   rank_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
   rank_.slots = options.sizes.slots;
   rank_.ahead = std::min(2u, options.depth - 1);
@@ -71,6 +78,10 @@ void DeviceRuntime::connect(const Address& peer, const std::string& description)
         std::make_unique<LoopbackTransport>(endpoint_.mine(), endpoint_.theirs(), options.wire),
         options.first_sequence - 1);
   }
+  peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
+    // Whatever it sent before it ended has arrived: kernels look once more after they see the abort word.
+    endpoint_.end_waits(endpoint_.peer().name() + ": that process has ended");
+  });
 }
 
 Lane DeviceRuntime::receive_lane(unsigned char* base) const {
@@ -112,6 +123,7 @@ void DeviceRuntime::all_gather(const void* in, void* out, uint64_t outer, uint64
 }
 
 void DeviceRuntime::launch(const Operation& operation, const Call& arguments, Stream stream) {
+  std::lock_guard<std::mutex> launching(launching_);
   endpoint_.check_usable();
   check();
   if (arguments.bytes == 0) return;  // nothing to wait for
@@ -144,16 +156,17 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
       static_cast<unsigned>(blocks),    1, 1, static_cast<unsigned>(threads), 1, 1, 0, stream, &dependent,
       shape_.dependent_launch ? 1u : 0u};
   const Driver& driver = Driver::get();
-  driver.check(
-      driver.launch(&config, kernels_.get(protocol, operation.kind, operation.dtype), parameters, nullptr),
-      "launch an " + operation.describe());
+  driver.check(driver.launch(&config, gpu_->kernels.get(protocol, operation.kind, operation.dtype),
+                             parameters, nullptr),
+               "launch an " + operation.describe());
 }
 
 void DeviceRuntime::check() {
   const Failure& failure = report().failure;
   // Acquire: pairs with the kernel's release of the code after the other words.
   uint32_t code = load_acquire(failure.code);
-  if (code == kNoFailure || !endpoint_.poison().empty()) return;
+  endpoint_.check_poison();
+  if (code == kNoFailure) return;
   const Options& options = endpoint_.options();
   std::string rank = "rank " + std::to_string(options.rank);
   std::string where = "an " + Operation::from_tag(failure.expected_tag).describe() + ", sequence " +
@@ -176,8 +189,7 @@ void DeviceRuntime::check() {
       break;
     case kAbortSeen:
       endpoint_.poison(endpoint_.mine().abort_reason());
-      endpoint_.check_abort();
-      break;
+      throw AbortedError(endpoint_.mine().abort_reason());
     default: {
       char limit[32];
       std::snprintf(limit, sizeof limit, "%.1f", std::chrono::duration<double>(options.timeout).count());
@@ -191,10 +203,11 @@ void DeviceRuntime::check() {
 
 void DeviceRuntime::close() {
   if (!endpoint_.close()) return;
+  std::lock_guard<std::mutex> launching(launching_);
   CurrentContext current(context_);
   // What still runs sees the abort word and ends: only then may its memory go.
   Driver::get().context_synchronize();
-  forwarder_.reset();  // delivers what was sent
+  if (forwarder_) forwarder_->stop();  // delivers what was sent
   endpoint_.tell_peer("it closed its runtime");
 }
 

@@ -3,18 +3,21 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "../endpoint.hpp"
 #include "../kernels/rank.hpp"
 #include "../operation.hpp"
+#include "../peer_watch.hpp"
 #include "driver.hpp"
 #include "forwarder.hpp"
 #include "kernels.hpp"
 
 namespace spark::device {
 
-// How large a launch is, by bytes: measured on the device, else a default (docs/decisions.md).
+// How large a launch is, by bytes, in the bounds that vllm_spark.collective.LaunchShape sets: measured on the
+// device, else a default (docs/decisions.md).
 struct LaunchShape {
   uint32_t packet_threads = 512;  // most threads of a block; one packet each
   uint32_t payload_threads = 512;
@@ -29,6 +32,7 @@ class DeviceRuntime {
   // UsageError for impossible options and where there is no driver, CollectiveError for what the driver
   // refuses.
   DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image);
+  // Frees nothing before the GPU is through with it.
   ~DeviceRuntime();
   DeviceRuntime(const DeviceRuntime&) = delete;
   DeviceRuntime& operator=(const DeviceRuntime&) = delete;
@@ -45,7 +49,8 @@ class DeviceRuntime {
   // `inner_bytes`.
   void all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes, Stream stream);
 
-  // Throws what made a kernel give up, if one has; kernels cannot throw themselves.
+  // Throws what made a kernel give up, if one has, and what poisoned the runtime otherwise; kernels cannot
+  // throw themselves.
   void check();
 
   // Ends every wait of both ranks with `reason`. From any thread.
@@ -66,17 +71,25 @@ class DeviceRuntime {
   void launch(const Operation& operation, const Call& call, Stream stream);
   Lane receive_lane(unsigned char* base) const;
   Lane send_lane(unsigned char* base) const;
-  const Report& report() const { return *static_cast<const Report*>(report_.on_host()); }
+  const Report& report() const { return *static_cast<const Report*>(gpu_->report.on_host()); }
+
+  // What the driver lends, and takes back only in the context it came from.
+  struct Lent {
+    Kernels kernels;
+    RegisteredMemory mine;
+    std::unique_ptr<RegisteredMemory> theirs;  // once connected
+    MappedMemory report;
+    DeviceMemory progress;
+  };
 
   Endpoint endpoint_;
   void* context_;
   LaunchShape shape_;
-  Kernels kernels_;
-  std::unique_ptr<RegisteredMemory> mine_, theirs_;
-  MappedMemory report_;
-  DeviceMemory progress_;
+  std::unique_ptr<Lent> gpu_;
   Rank rank_{};
   std::unique_ptr<Forwarder> forwarder_;
+  std::unique_ptr<PeerWatch> peer_watch_;
+  std::mutex launching_;  // between a launch and the end: no kernel starts once `close` waits for the GPU
 };
 
 }  // namespace spark::device

@@ -14,17 +14,18 @@ using spark::device::Sum;
 
 }  // namespace
 
-#define SPARK_KERNEL(name, exchange, ...)                                          \
-  extern "C" __global__ void __launch_bounds__(544, 1)                             \
+#define SPARK_KERNEL(name, threads, exchange, ...)                                 \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                         \
       name(const __grid_constant__ Rank rank, const __grid_constant__ Call call) { \
     spark::device::exchange<__VA_ARGS__>(rank, call);                              \
   }
 
-SPARK_KERNEL(all_reduce_packets_float32, exchange_packets, Sum<Float32>)
-SPARK_KERNEL(all_reduce_packets_float16, exchange_packets, Sum<Float16>)
-SPARK_KERNEL(all_reduce_packets_bfloat16, exchange_packets, Sum<BFloat16>)
-SPARK_KERNEL(all_gather_packets, exchange_packets, Concatenation)
-SPARK_KERNEL(all_reduce_payload_float32, exchange_payload, Sum<Float32>)
-SPARK_KERNEL(all_reduce_payload_float16, exchange_payload, Sum<Float16>)
-SPARK_KERNEL(all_reduce_payload_bfloat16, exchange_payload, Sum<BFloat16>)
-SPARK_KERNEL(all_gather_payload, exchange_payload, Concatenation)
+// One warp more than senders of packets (csrc/device/runtime.hpp).
+SPARK_KERNEL(all_reduce_packets_float32, 544, exchange_packets, Sum<Float32>)
+SPARK_KERNEL(all_reduce_packets_float16, 544, exchange_packets, Sum<Float16>)
+SPARK_KERNEL(all_reduce_packets_bfloat16, 544, exchange_packets, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_packets, 544, exchange_packets, Concatenation)
+SPARK_KERNEL(all_reduce_payload_float32, 512, exchange_payload, Sum<Float32>)
+SPARK_KERNEL(all_reduce_payload_float16, 512, exchange_payload, Sum<Float16>)
+SPARK_KERNEL(all_reduce_payload_bfloat16, 512, exchange_payload, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_payload, 512, exchange_payload, Concatenation)

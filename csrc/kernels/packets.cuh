@@ -28,7 +28,7 @@ __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
   // Relaxed: data and flag travel in the same 8 bytes. That the slot may be written is known from the
   // previous kernels, which received what the peer sent after it had read this slot.
   if (mine) {
-    store_relaxed(reinterpret_cast<Halves*>(rank.out.packets + slot * rank.packet_area) + packet,
+    store_relaxed(reinterpret_cast<Halves*>(rank.out.packets + slot * size_t{rank.packet_area}) + packet,
                   Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
   }
   let_next_kernel_start();
@@ -37,7 +37,8 @@ __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
     if (Output::kKeepsOwn && !header) {
       store_words(call.out + Output::place(rank, call, at, true), left, own);
     }
-    const auto* from = reinterpret_cast<const Halves*>(rank.in.packets + slot * rank.packet_area) + packet;
+    const auto* from =
+        reinterpret_cast<const Halves*>(rank.in.packets + slot * size_t{rank.packet_area}) + packet;
     Wait wait(rank, sequence, call.tag);
     Halves value = load_relaxed(from);
     bool good = true;

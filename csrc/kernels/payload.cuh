@@ -10,7 +10,9 @@
 namespace spark::device {
 
 // One block's share of the exchange: the same piece of every message, each with a flag of its own, so that
-// blocks wait for nobody but the block of the same index on the peer.
+// blocks wait for nobody but the block of the same index on the peer. Pieces of the last message may be
+// empty; their flags travel nevertheless: what a slot may be overwritten by follows from the flags of all
+// blocks.
 template <typename Output>
 class Pieces {
  public:
@@ -51,12 +53,6 @@ class Pieces {
                ? 0
                : static_cast<uint32_t>(min(static_cast<uint64_t>(piece_), call_.bytes - from));
   }
-  // Pieces of message `index` that are not empty.
-  __device__ uint32_t pieces(uint32_t index) const {
-    const uint64_t bytes =
-        min(static_cast<uint64_t>(call_.chunk), call_.bytes - static_cast<uint64_t>(index) * call_.chunk);
-    return static_cast<uint32_t>((bytes + piece_ - 1) / piece_);
-  }
   __device__ uint32_t slot(uint32_t index) const { return (first_ + index) & (rank_.slots - 1); }
   __device__ Flag* flag(const Lane& lane, uint32_t index) const {
     return reinterpret_cast<Flag*>(lane.flags) + slot(index) * kMaxPieces + blockIdx.x;
@@ -67,7 +63,6 @@ class Pieces {
 
   __device__ void send(uint32_t index) {
     const uint32_t bytes = length(index);
-    if (bytes == 0) return;
     const uint64_t from = begin(index);
     unsigned char* to = payload(rank_.out, index);
     const uint32_t step = blockDim.x * sizeof(Vector);
@@ -95,7 +90,7 @@ class Pieces {
       Flag* staged = flag(rank_.out, index);
       store_relaxed(&staged->offset, blockIdx.x * piece_);
       store_relaxed(&staged->bytes, bytes);
-      store_relaxed(&staged->pieces, pieces(index));
+      store_relaxed(&staged->pieces, gridDim.x);
       // Release, and cumulative through the barrier: who sees the flag sees what all threads of the block
       // stored.
       store_release(&staged->value, payload_flag(first_ + index, call_.tag));
@@ -104,7 +99,6 @@ class Pieces {
 
   __device__ bool receive(uint32_t index) {
     const uint32_t bytes = length(index);
-    if (bytes == 0) return true;
     const uint32_t sequence = first_ + index;
     bool good = true;
     if (threadIdx.x == 0) {
@@ -150,7 +144,7 @@ class Pieces {
     }
     if (clears(rank_, sequence)) {
       const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
-      clear(rank_, rank_.out, sequence, 0, pieces(index), thread, threads);
+      clear(rank_, rank_.out, sequence, 0, gridDim.x, thread, threads);
       clear(rank_, rank_.in, sequence, 0, 0, thread, threads);
     }
     return true;

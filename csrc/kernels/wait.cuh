@@ -24,28 +24,47 @@ class Wait {
 
   // Called once per look in vain. False: stop waiting, the rank is poisoned.
   __device__ bool go_on() {
+    if (end_ != kNoFailure) {
+      give_up(rank_, end_, sequence_, tag_, 0);
+      return false;
+    }
     if (++looks_ % kLooks != 0) return true;
     uint64_t time = now();
     if (deadline_ == 0) deadline_ = time + rank_.timeout_ns;
     if (*const_cast<volatile uint32_t*>(&rank_.progress->poisoned) != 0) return false;  // another thread did
-    if (load_acquire(rank_.abort) != kRunning) {
-      give_up(rank_, kAbortSeen, sequence_, tag_, 0);
-      return false;
+    // What the peer sent before it aborted can be seen once the abort word has been acquired, and what came
+    // while this thread did not run is there too: so one more look, then give up.
+    if (load_acquire(rank_.abort) == kAborted) {
+      end_ = kAbortSeen;
+    } else if (time > deadline_) {
+      end_ = kTimedOut;
     }
-    if (time > deadline_) {
-      give_up(rank_, kTimedOut, sequence_, tag_, 0);
-      return false;
-    }
-    return true;
+    return !other_operation_came();
   }
 
  private:
+  // The peer may have called something of a size that travels by the other protocol.
+  __device__ bool other_operation_came() const {
+    const uint32_t slot = sequence_ & (rank_.slots - 1);
+    const uint64_t flag =
+        load_acquire(&(reinterpret_cast<const Flag*>(rank_.in.flags) + slot * kMaxPieces)->value);
+    const uint64_t header =
+        load_acquire(reinterpret_cast<const uint64_t*>(rank_.in.packets + slot * size_t{rank_.packet_area}));
+    uint32_t seen = tag_;
+    if (half_arrived(header, sequence_)) seen = half_data(header);
+    if (flag_sequence(flag) == sequence_) seen = flag_tag(flag);
+    if (seen == tag_) return false;
+    give_up(rank_, kMismatch, sequence_, tag_, seen);
+    return true;
+  }
+
   static constexpr uint32_t kLooks = 256;  // a look takes about a microsecond: the clock is read now and then
 
   const Rank& rank_;
   uint32_t sequence_, tag_;
   uint32_t looks_ = 0;
   uint64_t deadline_ = 0;
+  FailureCode end_ = kNoFailure;
 };
 
 }  // namespace spark::device

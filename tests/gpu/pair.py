@@ -21,9 +21,9 @@ BOUND = 60.0
 
 
 class Exchange:
-    """A rendezvous' exchange between two threads."""
+    """A rendezvous' exchange over two queues, between threads or processes."""
 
-    def __init__(self, mine: queue.Queue[bytes], theirs: queue.Queue[bytes]) -> None:
+    def __init__(self, mine: Any, theirs: Any) -> None:
         self._mine, self._theirs = mine, theirs
 
     def __call__(self, message: bytes) -> bytes:
@@ -34,7 +34,7 @@ class Exchange:
 class Pair:
     """Two connected ranks."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, runtimes: tuple[type[DeviceRuntime], ...] = (DeviceRuntime,) * 2, **options: Any) -> None:
         queues: tuple[queue.Queue[bytes], queue.Queue[bytes]] = (queue.Queue(), queue.Queue())
         self.devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in (0, 1)]
         self.streams = [torch.cuda.Stream(device) for device in self.devices]
@@ -46,7 +46,7 @@ class Pair:
         def connect(rank: int) -> DeviceRuntime:
             settings = RuntimeOptions(**{"timeout_s": 5.0, **options})
             exchange = Exchange(queues[rank], queues[1 - rank])
-            return DeviceRuntime.connect(rank, 2, exchange, settings, description=f"test rank {rank}")
+            return runtimes[rank].connect(rank, 2, exchange, settings, description=f"test rank {rank}")
 
         self.runtimes = self.run(connect)
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from vllm_spark.collective import (
+    AgreementError,
     CollectiveAbortedError,
     CollectiveError,
     CollectiveTimeoutError,
+    DeviceRuntime,
     MismatchError,
     PoisonedError,
+    RuntimeOptions,
     UsageError,
 )
+from vllm_spark.collective.device_runtime import LaunchShape
 
-from .pair import Pair
+from .pair import Exchange, Pair
 
 MakePair = Callable[..., Pair]
 
@@ -69,6 +77,64 @@ def test_different_sizes(make_pair: MakePair) -> None:
     assert "an all_reduce of 128 bfloat16" in str(mismatch)
 
 
+def test_sizes_that_travel_in_different_ways(make_pair: MakePair) -> None:
+    """Seen long before the time-out, although neither rank gets the message that it waits for."""
+    pair = make_pair(timeout_s=50.0)
+
+    def body(rank: int) -> None:
+        pair.runtimes[rank].all_reduce(ones(64 if rank == 0 else 1 << 18))
+        wait_for(pair, rank)
+
+    start = time.monotonic()
+    outcomes = pair.outcomes(body)
+    assert all(isinstance(outcome, CollectiveError) for outcome in outcomes)
+    mismatch = next(outcome for outcome in outcomes if isinstance(outcome, MismatchError))
+    assert "an all_reduce of 64 bfloat16" in str(mismatch)
+    assert f"an all_reduce of {1 << 18} bfloat16" in str(mismatch)
+    assert time.monotonic() - start < 5
+
+
+class FewerBlocks(DeviceRuntime):
+    shape = LaunchShape(payload_blocks=16)
+
+
+def test_different_launch_shapes(make_pair: MakePair) -> None:
+    with pytest.raises(AgreementError, match="the ranks differ in payload_blocks"):
+        make_pair(runtimes=(DeviceRuntime, FewerBlocks))
+
+
+def killed_peer(queues: tuple[Any, Any], death: Any) -> None:
+    torch.zeros(1, device="cuda")
+    kept = DeviceRuntime.connect(1, 2, Exchange(queues[1], queues[0]), RuntimeOptions(timeout_s=50.0))
+    death.wait(60)
+    assert not kept.closed
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("size", [64, 1 << 18], ids=["packets", "payload"])
+def test_killed_peer(size: int) -> None:
+    """A kernel cannot see that a process has ended; somebody tells it, long before the time-out."""
+    spawn = multiprocessing.get_context("spawn")
+    queues, death = (spawn.Queue(), spawn.Queue()), spawn.Event()
+    peer = spawn.Process(target=killed_peer, args=(queues, death), daemon=True)
+    peer.start()
+    options = RuntimeOptions(timeout_s=50.0)
+    runtime = DeviceRuntime.connect(0, 2, Exchange(*queues), options, description="the survivor")
+    result = runtime.all_reduce(ones(size))
+    start = time.monotonic()
+    death.set()
+    torch.cuda.synchronize()
+    assert time.monotonic() - start < 5
+    with pytest.raises(CollectiveAbortedError, match="rank 1: that process has ended"):
+        runtime.check()
+    with pytest.raises(PoisonedError, match="that process has ended"):
+        runtime.check()
+    peer.join(10)
+    runtime.close()
+    assert result.add(1).shape == (size,), "the GPU works on"
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("size", [64, 1 << 18], ids=["packets", "payload"])
 def test_abort_ends_a_wait(make_pair: MakePair, size: int) -> None:
     pair = make_pair(timeout_s=60.0)
@@ -86,6 +152,9 @@ def test_abort_ends_a_wait(make_pair: MakePair, size: int) -> None:
     assert isinstance(first, CollectiveAbortedError)
     assert str(first) == "rank 1 stopped: a reason"
     assert time.monotonic() - start < 5
+    for runtime in pair.runtimes:
+        with pytest.raises(PoisonedError, match="a reason"):
+            runtime.check()
 
 
 def test_two_streams_at_once(make_pair: MakePair) -> None:

@@ -52,6 +52,24 @@ def test_all_reduce_of_every_kind_of_size(make_pair: MakePair, mode: dict[str, A
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_last_message_with_empty_pieces(make_pair: MakePair, mode: dict[str, Any], depth: int) -> None:
+    """Blocks without a part in the last message hold back the next collective all the same."""
+    pair = make_pair(slot_bytes=64 * KIB, depth=depth, **mode)
+    size, rounds = 1_040_400 // 4, 60  # 16 messages, the last with 29 of 32 pieces
+
+    def body(rank: int) -> list[torch.Tensor]:
+        inputs = [torch.full((size,), 1.0 + rank + turn, device="cuda") for turn in range(rounds)]
+        torch.cuda.current_stream().synchronize()
+        return [pair.runtimes[rank].all_reduce(tensor) for tensor in inputs]
+
+    for results in pair.run(body):
+        assert all(result.eq(3.0 + 2 * turn).all() for turn, result in enumerate(results))
+    for runtime in pair.runtimes:
+        runtime.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_random_operations_in_a_row(make_pair: MakePair, mode: dict[str, Any]) -> None:
     """Slots are used again and again, by messages of all sizes; nothing waits for the host in between."""
     pair = make_pair(slot_bytes=64 * KIB, depth=2, **mode)

@@ -1,5 +1,9 @@
 // Two ranks as two threads of one process, for the sanitizers: random collectives, each checked, then an
-// abort; and a GPU rank's proxy.
+// abort; and a GPU rank's proxy and its watch over the peer's process.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +14,7 @@
 #include "../../csrc/device/forwarder.hpp"
 #include "../../csrc/endpoint.hpp"
 #include "../../csrc/errors.hpp"
+#include "../../csrc/peer_watch.hpp"
 #include "../../csrc/runtime.hpp"
 
 namespace {
@@ -80,6 +85,16 @@ void run_pair(bool proxied, int operations) {
 
 // Stages a message as kernels do: packets without any order among them, or pieces of payload, each with its
 // flag after it.
+void stage_piece(spark::Region region, uint32_t sequence, uint32_t step, uint32_t piece, uint32_t pieces) {
+  auto* payload = reinterpret_cast<uint32_t*>(region.send_payload(sequence));
+  for (uint32_t word = piece * step; word < (piece + 1) * step; ++word) payload[word] = sequence + word;
+  spark::Flag& flag = region.send_flag(sequence, piece);
+  flag.offset = piece * step * 4;
+  flag.bytes = step * 4;
+  flag.pieces = pieces;
+  region.send_flag_value(sequence, piece).store(spark::payload_flag(sequence, 7), std::memory_order_release);
+}
+
 void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
   if (as_packets) {
     std::atomic<uint64_t>* halves = region.send_packets(sequence);
@@ -92,25 +107,26 @@ void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_pack
     return;
   }
   uint32_t step = words / pieces;
-  for (uint32_t piece = pieces; piece-- > 0;) {
-    auto* payload = reinterpret_cast<uint32_t*>(region.send_payload(sequence));
-    for (uint32_t word = piece * step; word < (piece + 1) * step; ++word) payload[word] = sequence + word;
-    spark::Flag& flag = region.send_flag(sequence, piece);
-    flag.offset = piece * step * 4;
-    flag.bytes = step * 4;
-    flag.pieces = pieces;
-    region.send_flag_value(sequence, piece)
-        .store(spark::payload_flag(sequence, 7), std::memory_order_release);
+  for (uint32_t piece = pieces; piece-- > 0;) stage_piece(region, sequence, step, piece, pieces);
+}
+
+// Waits until `arrived()`.
+template <typename Arrived>
+void wait_until(Arrived arrived) {
+  for (auto start = spark::Clock::now(); !arrived(); std::this_thread::yield()) {
+    if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("a staged message did not come", 0);
   }
+}
+
+void expect_piece(spark::Region region, uint32_t sequence, uint32_t piece) {
+  wait_until([&] {
+    return spark::flag_sequence(region.recv_flag(sequence, piece).load(std::memory_order_acquire)) ==
+           sequence;
+  });
 }
 
 // Waits for that message on the other side, and checks it.
 void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
-  auto wait_until = [&](auto arrived) {
-    for (auto start = spark::Clock::now(); !arrived(); std::this_thread::yield()) {
-      if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("a staged message did not come", 0);
-    }
-  };
   if (as_packets) {
     const std::atomic<uint64_t>* halves = region.recv_packets(sequence);
     for (uint32_t half = 0; half < 2 * spark::packet_count(words * 4); ++half) {
@@ -120,12 +136,7 @@ void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_pac
     }
     return;
   }
-  for (uint32_t piece = 0; piece < pieces; ++piece) {
-    wait_until([&] {
-      return spark::flag_sequence(region.recv_flag(sequence, piece).load(std::memory_order_acquire)) ==
-             sequence;
-    });
-  }
+  for (uint32_t piece = 0; piece < pieces; ++piece) expect_piece(region, sequence, piece);
   const auto* payload = reinterpret_cast<const uint32_t*>(region.recv_payload(sequence));
   for (uint32_t word = 0; word < words / pieces * pieces; ++word) {
     if (payload[word] != sequence + word) fail("wrong payload", 0);
@@ -153,6 +164,37 @@ void run_forwarder(int messages) {
     stage(left.mine(), sequence, words, as_packets, pieces);
     expect(right.mine(), sequence, words, as_packets, pieces);
   }
+  // One block is back in the slot before another has staged its piece of the first round.
+  uint32_t first = options.first_sequence + static_cast<uint32_t>(messages);
+  uint32_t again = first + options.sizes.slots;
+  stage_piece(left.mine(), first, 64, 0, 2);
+  expect_piece(right.mine(), first, 0);
+  stage_piece(left.mine(), again, 64, 0, 2);
+  stage_piece(left.mine(), first, 64, 1, 2);
+  expect_piece(right.mine(), first, 1);
+}
+
+// A peer in another process that ends, and one that outlives the watch.
+void run_peer_watch() {
+  for (bool ends : {true, false}) {
+    pid_t child = fork();
+    if (child == 0) {
+      pause();
+      _exit(0);
+    }
+    spark::Peer peer(1, child, "");
+    std::atomic<bool> gone{false};
+    {
+      spark::PeerWatch watch(peer, [&] { gone.store(true); });
+      if (ends) kill(child, SIGKILL);
+      for (auto start = spark::Clock::now(); ends && !gone.load(); std::this_thread::yield()) {
+        if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("the end was not noticed", 0);
+      }
+    }
+    if (gone.load() != ends) fail("a living peer was given up", 0);
+    kill(child, SIGKILL);
+    waitpid(child, nullptr, 0);
+  }
 }
 
 }  // namespace
@@ -162,5 +204,6 @@ int main(int argc, char** argv) {
   run_pair(false, operations);
   run_pair(true, operations);
   run_forwarder(operations);
+  run_peer_watch();
   std::puts("ok");
 }

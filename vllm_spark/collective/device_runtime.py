@@ -73,6 +73,11 @@ class DeviceRuntime(Runtime):
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
         return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(cls.shape), **native_options(options))
 
+    @classmethod
+    def _own_agreement(cls) -> dict[str, str]:
+        # Both ranks must cut a message into the same pieces.
+        return {name: str(value) for name, value in asdict(cls.shape).items()}
+
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.
 
@@ -80,7 +85,6 @@ class DeviceRuntime(Runtime):
             CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
         """
         self._native.check()
-        super().check()
 
     def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
         source = tensor.contiguous()
