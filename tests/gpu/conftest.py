@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+# Left to the first launch, loading a kernel of torch waits for all that runs on the GPU: on one GPU, for the other
+# rank's kernel, which waits for this rank.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
