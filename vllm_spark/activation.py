@@ -33,7 +33,7 @@ from vllm_spark.refusals import (
     vllms_objections,
 )
 from vllm_spark.settings import SECTION, attach_settings
-from vllm_spark.stopping import raise_on_stop_signals
+from vllm_spark.stopping import StopRequest, raise_on_stop_signals
 
 logger = logging.getLogger("vllm_spark")
 
@@ -163,6 +163,22 @@ def check_link(config: SparkConfig) -> None:
     bind(address, config.port).close()
 
 
+def _refuse_one_port_for_both(args: Any, config: SparkConfig) -> None:
+    """The server's own socket may be shared, so that the kernel would let both bind, and clients reach the wrong one.
+
+    Raises:
+        ConfigurationError: clients and the follower are given the same port.
+    """
+    from vllm_spark.executor.link import leader_address
+
+    everywhere = (None, "", "0.0.0.0", "::")
+    if args.port == config.port and not args.uds and args.host in (*everywhere, leader_address(config)):
+        raise ConfigurationError(
+            f"--port {args.port} and {FLAG}-port {config.port} are the same; "
+            "clients and the follower each need a port of their own, choose another for one of them"
+        )
+
+
 _serving = False
 """True in a process that becomes `vllm serve`'s only API server."""
 
@@ -185,12 +201,15 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             _follow_launcher(config)
         check_link(config)
+        _refuse_one_port_for_both(args, config)
         # With several API servers the process that starts them has, and keeps, handlers of its own.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
         original(args)
         if failure := engine_failure():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
             _exit_with(failure)
+    except StopRequest as request:
+        _exit_with(request.error)
     except SparkError as error:
         _exit_with(error)
     except OSError as error:

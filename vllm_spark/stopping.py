@@ -18,8 +18,16 @@ from vllm_spark.errors import StoppedError
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StopRequest(BaseException):
+    """A stop signal, on its way out: no handler of errors is meant to stop it, as with KeyboardInterrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.error = StoppedError(f"stopped by {signal.Signals(number).name} before it served", number)
+
+
 def raise_on_stop_signals() -> dict[signal.Signals, Any]:
-    """Lets the stop signals raise StoppedError in the main thread from now on; returns the handlers before.
+    """Lets the stop signals raise StopRequest in the main thread from now on; returns the handlers before.
 
     Does nothing on another thread, where Python allows no handlers.
     """
@@ -30,7 +38,7 @@ def raise_on_stop_signals() -> dict[signal.Signals, Any]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """As `raise_on_stop_signals`, for the time of the context.
+    """While active, the stop signals end the context.
 
     Raises:
         StoppedError: one of them came.
@@ -38,10 +46,12 @@ def ended_by_signals() -> Iterator[None]:
     before = raise_on_stop_signals()
     try:
         yield
+    except StopRequest as request:
+        raise request.error from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedError(f"stopped by {signal.Signals(number).name} before it served", number)
+    raise StopRequest(number)

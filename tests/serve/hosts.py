@@ -50,6 +50,7 @@ class Host:
     outside: str | None = None
     """The bridge's end of this host's cable; None where hosts are only loopback addresses."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
+    _given_ports: set[int] = field(default_factory=set, repr=False)
 
     def popen(self, argv: Sequence[str], env: Mapping[str, str] | None = None, name: str = "") -> Process:
         """Starts a program on this host, with `env` on top of a clean environment; its log is in `logs`."""
@@ -72,8 +73,11 @@ class Host:
         )
 
     def free_port(self) -> int:
-        """A TCP port that nothing listens on at this host's address now."""
-        return int(self.run([sys.executable, "-c", FREE_PORT, self.address]).stdout)
+        """A TCP port that nothing listens on at this host's address now, and that was not given before."""
+        while (port := int(self.run([sys.executable, "-c", FREE_PORT, self.address]).stdout)) in self._given_ports:
+            pass
+        self._given_ports.add(port)
+        return port
 
     def unplug(self) -> None:
         """Pulls this host's cable: its own interface loses the carrier, the other host is told nothing."""

@@ -53,6 +53,7 @@ def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
     [
         (["--spark-prot", "12"], ["--spark-prot"]),
         (["--spark-port", "70000"], ["--spark-port", "70000", "65535"]),
+        (["--spark-port", "8123", "--port", "8123"], ["--port 8123", "--spark-port 8123", "of their own"]),
         (["--spark-transport", "pigeon"], ["--spark-transport", "pigeon"]),
         (["--spark-transport", "verbs"], ["--spark-transport verbs", "--spark-transport loopback"]),
         (["--spark-slot-kib", "4", "--spark-packet-kib", "8"], ["--spark-packet-kib 8", "--spark-slot-kib 4"]),

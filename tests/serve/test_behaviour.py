@@ -22,7 +22,7 @@ from .servers import Server, spark_tp2, stock_tp2
 
 # Small batches of tokens: a prompt of 900 is prefilled in four chunks.
 ARGUMENTS = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--enable-prefix-caching")
-EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.PlantedDrift")
+EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.Saboteur")
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 MIXED_REQUESTS = 200
 

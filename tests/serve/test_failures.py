@@ -22,7 +22,8 @@ from vllm_spark.errors import EXIT_LOST
 from . import prompts
 from .hosts import Hosts
 from .process import Process, assert_all_gone
-from .servers import Server, spark_leader
+from .servers import Server, spark_leader, spark_tp2
+from .test_behaviour import DEVELOPMENT, EXTENSION, post
 
 NOTICE_SECONDS = 5.0 + 3.0  # the promise is 5 s; the rest is for two busy cores
 
@@ -207,3 +208,20 @@ def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.
 def shared_memory() -> list[str]:
     """What of ours stands in /dev/shm, where nothing of ours belongs."""
     return [path.name for path in Path("/dev/shm").iterdir() if "spark" in path.name]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
+    """The other rank waits in a collective; it is not left there until the collective's own time-out of minutes."""
+    with spark_tp2(hosts, tiny_moe, EXTENSION, DEVELOPMENT) as server:
+        start = time.monotonic()
+        with suppress(OSError):  # the server may end before it answers
+            assert post(server, "/collective_rpc", {"method": "fail_on", "args": [rank]}) >= 500
+        assert server.leader.wait(60) == 1
+        assert time.monotonic() - start < 60
+        whose = ("the leader's worker failed", "its worker failed in 'fail_on'")[rank]
+        message = re.search(r"Serving ends: (.*)", server.leader.output())
+        assert message is not None
+        assert whose in message[1]
+        assert "RuntimeError: planted failure" in message[1]
+        assert_all_gone(server.leader, timeout=20)

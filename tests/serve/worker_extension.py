@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-class PlantedDrift:
+class Saboteur:
     """Mixed into the worker by `--worker-extension-cls`; called through `/collective_rpc`."""
 
     rank: int
@@ -15,3 +15,13 @@ class PlantedDrift:
         if self.rank == rank:
             torch.rand(1)
         return self.rank == rank
+
+    def fail_on(self, rank: int) -> None:
+        """Raises on one rank, while the other waits for it in an all-reduce."""
+        from vllm_spark.collective import installed
+
+        if self.rank == rank:
+            raise RuntimeError("planted failure")
+        runtime = installed()
+        assert runtime is not None
+        runtime.all_reduce(torch.ones(8))

@@ -67,7 +67,12 @@ def test_bad_input(arguments: list[str], sentence: str, capsys: pytest.CaptureFi
 
 def test_ctrl_c_and_kill_leave_no_rank() -> None:
     for number in (signal.SIGINT, signal.SIGKILL):
-        started = subprocess.Popen([*BENCH, "--samples", "100000"], stdout=subprocess.DEVNULL)
+        started = subprocess.Popen(
+            [*BENCH, "--samples", "100000"],
+            stdout=subprocess.DEVNULL,
+            # A shell's background job ignores Ctrl-C, and so does whatever it starts: these tests, perhaps.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         ranks = wait_for_ranks(started.pid)
         os.kill(started.pid, number)
         started.wait(20)

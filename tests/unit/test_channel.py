@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor import credentials, handshake
-from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, Lane
 from vllm_spark.executor.credentials import Role, load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Follower, Listener, Offer, Reason, Versions
 from vllm_spark.executor.model_identity import ModelIdentity
@@ -29,7 +31,7 @@ from vllm_spark.executor.tls import TlsConnection
 
 SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
 LIMIT = 1 << 20
-OFFER = Offer("model", None, "auto", ModelIdentity({}, {}), 5.0)
+OFFER = Offer("model", None, "auto", True, ModelIdentity({}, {}), 5.0)
 
 
 def wait_for(condition: Callable[[], Any], what: str, bound: float = 20.0) -> Any:
@@ -108,7 +110,10 @@ def test_where_a_secret_comes_from(tmp_path: Path) -> None:
     file.chmod(0o600)
     config = SparkConfig(secret_file=file)
     assert load_secret(config, "10.0.0.1", {}) == b"from the file, long enough"
-    assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": "from the environment"}) == b"from the environment"
+    for value in ("from the environment", "from the environment\r\n"):
+        assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": value}) == b"from the environment"
+    bytes_that_are_no_text = os.fsdecode(b"\xff" * 20)
+    assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -320,7 +325,7 @@ def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, bytes]]) -> No
 
 def test_limits_and_kinds() -> None:
     left, right = lanes(limit=1000)
-    with pytest.raises(ChannelError, match=r"1001 bytes is over the limit of 1000; raise --spark-max-frame-mib"):
+    with pytest.raises(FrameTooLargeError, match=r"1001 bytes is over the limit of 1000; raise --spark-max-frame-mib"):
         left.send(Kind.CALL, bytes(1001))
     left.max_frame = 10_000
     left.send(Kind.CALL, bytes(1001))
@@ -399,6 +404,28 @@ def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, m
 
     threading.Thread(target=in_turn, daemon=True).start()
     accept(listener, timeout=30)
+
+
+def test_a_late_connection_of_another_session_is_not_taken(listener: Listener) -> None:
+    left, late = lanes()
+    stranger = handshake.Hello(CALLS, "another session", "somewhere", 1, Versions.of_this_process())
+    listener._calls.put((stranger, left))
+    with ThreadPoolExecutor() as pool:
+        joined = pool.submit(join, listener)
+        follower = accept(listener)
+        _, calls = joined.result()
+    assert calls is not None
+    calls.send(Kind.REPLY, b"mine")
+    assert follower.calls.receive(timeout=10).payload == b"mine"
+    with pytest.raises(ChannelError):
+        late.receive(timeout=10)
+
+
+def test_a_lane_that_does_not_exist(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "vllm_spark")
+    assert caller(listener).connect("shortcut") is None
+    wait_for(lambda: "it asked for a lane 'shortcut', which does not exist" in caplog.text, "the refusal")
+    assert_usable(listener)
 
 
 def _unless_refused(speaker: Caller, then: Listener | None = None) -> Lane | None:

@@ -46,6 +46,15 @@ def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None
     assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
 
 
+def test_a_long_reason_is_shortened(board: CounterBoard) -> None:
+    board.fail(PeerLostError("weights that are missing: " + "\x01" * 10_000))
+    failure = board.failure()
+    assert failure is not None
+    assert str(failure).startswith("weights that are missing: ")
+    assert str(failure).endswith("[...]")
+    assert failure.exit_code == PeerLostError.exit_code
+
+
 def test_a_torn_record_is_not_believed(board: CounterBoard) -> None:
     board.write(RankCounters(0, steps=7))
     assert board._map is not None

@@ -34,10 +34,26 @@ def test_every_kind_of_difference_is_named(model: Path) -> None:
     (model / "model-2.safetensors").unlink()
     assert difference(before, model) == "the weight file model-2.safetensors is missing here"
     (model / "model-2.safetensors").write_bytes(bytes(2000))
-    (model / "extra.bin").write_bytes(b"x")
-    assert difference(before, model) == "the weight file extra.bin exists only here"
+    (model / "extra.safetensors").write_bytes(b"x")
+    assert difference(before, model) == "the weight file extra.safetensors exists only here"
     (model / "config.json").write_text('{"hidden_size": 9}')
     assert difference(before, model) == "the configuration file config.json has other content here"
+
+
+def test_only_what_would_be_loaded_is_compared(model: Path) -> None:
+    """`hf download` fetches every format of a model, vLLM the first that it can use."""
+    before = ModelIdentity.of(model)
+    (model / "pytorch_model.bin").write_bytes(b"the same weights in another format")
+    assert difference(before, model) is None
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    assert ModelIdentity.of(model).weights.keys() == {"pytorch_model.bin"}
+
+
+def test_a_file_that_cannot_be_read(model: Path) -> None:
+    (model / "model-3.safetensors").symlink_to(model / "nowhere")
+    with pytest.raises(RefusedError, match=r"model-3\.safetensors cannot be read \(No such file"):
+        ModelIdentity.of(model)
 
 
 def test_dummy_weights_are_not_compared(model: Path) -> None:

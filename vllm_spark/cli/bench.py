@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.plot)):
         if not os.access(path.resolve().parent, os.W_OK):
             raise ConfigurationError(f"{path} cannot be written: {path.resolve().parent} is no folder that takes files")
+        if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+            raise ConfigurationError(f"{path} cannot be written: it is a folder, or protected; give another file")
     if args.plot is not None:
         check_plot(args.plot)
     device = args.device

@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from http.client import HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -223,6 +224,7 @@ class _Demo:
                 [program("vllm-spark"), *follower_arguments(spark_port)],
                 logs / "follower.log",
                 environment,
+                end_with_starter=True,
             )
             stack.callback(_end, follower)
             leader = Process(
@@ -230,6 +232,7 @@ class _Demo:
                 [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)],
                 logs / "leader.log",
                 environment,
+                end_with_starter=True,
             )
             stack.callback(_end, leader)
             self._stage = [follower, leader]
@@ -248,6 +251,7 @@ class _Demo:
                 [program("vllm"), *serve_arguments(model, http_port)],
                 logs / "single.log",
                 clean_environment() | CPU_ENVIRONMENT,
+                end_with_starter=True,
             )
             stack.callback(_end, server)
             self._stage = [server]
@@ -312,6 +316,7 @@ class _Demo:
     @contextmanager
     def _client(self, server: _Server) -> Iterator[OpenAI]:
         """The official client; what goes wrong with it is an error of the server that it asks."""
+        import httpx
         from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
         client = OpenAI(
@@ -324,7 +329,7 @@ class _Demo:
         try:
             with client:
                 yield client
-        except OpenAIError as error:
+        except (OpenAIError, httpx.HTTPError) as error:  # the client leaves errors within a stream as they are
             raise ProcessError(f"{server.process.name} did not answer: {error}", server.process) from error
 
     def _remaining(self) -> float:
@@ -414,7 +419,7 @@ def read_counters(server: _Server) -> tuple[Counters, Counters]:
 
     try:
         server.process.wait_until(at_rest, COUNTER_SECONDS, "shown counters at rest of both ranks")
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
     first, second = (Counters(**{field: rank[name] for field, name in names.items()}) for rank in seen)
     return first, second

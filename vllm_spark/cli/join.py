@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -12,9 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from types import FrameType
 
+from vllm_spark.cli.process import end_with_parent
 from vllm_spark.compat import check_vllm
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
@@ -29,7 +28,6 @@ logger = logging.getLogger("vllm_spark")
 
 # A folder named vllm_spark where the user happens to be must not become a session's package (Python 3.11 and later).
 _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
-_PR_SET_PDEATHSIG = 1
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
@@ -65,7 +63,9 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
         if code in (EXIT_USAGE, EXIT_REFUSED):
             return code
         if once:
-            return code
+            if code < 0:
+                logger.error("The session was ended by %s.", signal.Signals(-code).name)
+            return code if code >= 0 else 128 - code
         if code in (0, EXIT_LOST):
             pause = _FIRST_PAUSE
             continue
@@ -96,7 +96,7 @@ class _Sessions:
             env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_end_with_parent(os.getpid()),
+            preexec_fn=end_with_parent(os.getpid()),
         )
         end = os.pidfd_open(process.pid)
         try:
@@ -123,15 +123,3 @@ class _Sessions:
     @staticmethod
     def _wait(descriptors: list[int], timeout: float | None) -> list[int]:
         return select.select(descriptors, [], [], timeout)[0]
-
-
-def _end_with_parent(parent: int) -> Callable[[], None]:
-    """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def arrange() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the kernel was asked
-            os._exit(EXIT_LOST)
-
-    return arrange

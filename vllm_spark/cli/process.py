@@ -6,26 +6,28 @@ happens, `Process.terminate` leaves none of them behind.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sysconfig
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import EXIT_LOST, SparkError
 
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 10.0
 """How long the kernel may take to end what was sent SIGKILL: a process in a long disk read takes a moment."""
 
@@ -50,12 +52,21 @@ class Process:
         argv: program and arguments.
         log: file that takes its standard output and error; made anew.
         environment: its whole environment; default: this process's own.
+        end_with_starter: the kernel kills it when the thread that starts it here is gone, even by SIGKILL.
 
     Raises:
         ProcessError: the program could not be started.
     """
 
-    def __init__(self, name: str, argv: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        end_with_starter: bool = False,
+    ) -> None:
         self.name = name
         self.argv = tuple(argv)
         self.log = log
@@ -68,6 +79,7 @@ class Process:
                     stderr=subprocess.STDOUT,
                     env=None if environment is None else dict(environment),
                     start_new_session=True,
+                    preexec_fn=end_with_parent(os.getpid()) if end_with_starter else None,
                 )
         except OSError as error:
             raise ProcessError(f"{name} could not be started: {argv[0]}: {error.strerror}") from error
@@ -201,6 +213,18 @@ def program(name: str) -> str:
     return str(path)
 
 
+def end_with_parent(parent: int) -> Callable[[], None]:
+    """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def arrange() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the kernel was asked
+            os._exit(EXIT_LOST)
+
+    return arrange
+
+
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would change a server's mind."""
     return {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
@@ -212,7 +236,7 @@ def answers(url: str) -> bool:
     try:
         with opener.open(url, timeout=2) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except (HTTPException, OSError):
         return False
 
 

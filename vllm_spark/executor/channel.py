@@ -13,7 +13,7 @@ import struct
 import time
 from typing import NamedTuple
 
-from vllm_spark.errors import PeerLostError
+from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.tls import TlsConnection
 
 MIB = 1 << 20
@@ -58,6 +58,10 @@ class Frame(NamedTuple):
     payload: bytes
 
 
+class FrameTooLargeError(SparkError):
+    """A message of this side is longer than the limit."""
+
+
 class ChannelError(PeerLostError):
     """The lane is unusable: closed, timed out, or the peer does not speak the protocol."""
 
@@ -90,16 +94,21 @@ class Lane:
         """True if bytes have been read from the socket already, which poll cannot see."""
         return self._connection.pending
 
+    def rely_on_beats(self) -> None:
+        """From now on silence is judged by the heartbeat alone, and not by the kernel too."""
+        self._connection.probe_silence(False)
+
     def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
         """Sends one frame.
 
         Raises:
+            FrameTooLargeError: `payload` is over the limit; nothing was sent.
             ChannelError: the peer is gone, or did not take the frame within `timeout` seconds.
         """
         if len(payload) > self.max_frame:
-            raise ChannelError(
+            raise FrameTooLargeError(
                 f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
-                "raise --spark-max-frame-mib"
+                "raise --spark-max-frame-mib on both machines"
             )
         try:
             # One write for header and payload: one system call, one wake-up of the receiver.

@@ -26,6 +26,7 @@ _SLOT = 4096
 # order the stores became visible in.
 _HEADER = struct.Struct("<II")
 _READ_ATTEMPTS = 100
+_LONGEST_SENTENCE = 600  # characters; JSON takes up to six bytes for one
 
 
 class _Failure(msgspec.Struct):
@@ -91,7 +92,10 @@ class CounterBoard:
 
     def fail(self, error: SparkError) -> None:
         """Leaves the reason why the engine did not start."""
-        self._put(_FAILURE, _Failure(str(error), error.exit_code))
+        sentence = str(error)
+        if len(sentence) > _LONGEST_SENTENCE:
+            sentence = sentence[:_LONGEST_SENTENCE] + " [...]"
+        self._put(_FAILURE, _Failure(sentence, error.exit_code))
 
     def failure(self) -> SparkError | None:
         """The reason that the engine left, with its exit code; None if it left none."""
@@ -116,7 +120,8 @@ class CounterBoard:
     def _put(self, slot: int, record: msgspec.Struct) -> None:
         if self._map is None:
             return
-        payload = msgspec.json.encode(record)[: _SLOT - _HEADER.size]
+        payload = msgspec.json.encode(record)
+        assert len(payload) <= _SLOT - _HEADER.size, "a record fits its slot"
         start = slot * _SLOT
         self._map[start : start + _HEADER.size + len(payload)] = (
             _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
@@ -138,6 +143,6 @@ class CounterBoard:
 
 def engine_failure() -> SparkError | None:
     """Why the engine that this process started, or is, did not start or stopped; None if no reason was left."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
         return CounterBoard.from_environment().failure()
     return None

@@ -1,8 +1,9 @@
 """One shared secret, and the mutually authenticated TLS 1.3 that is made from it.
 
-Both machines derive the same certificate authority from the secret (HKDF-SHA256 to an Ed25519 key). Each process
-makes itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks
-the secret never gets past the handshake, so nobody unauthenticated reaches an unpickler.
+Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process makes
+itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks the secret
+never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What torch and vLLM exchange
+beside the channel (docs/protocol.md, limits) is not covered.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
 
 from vllm_spark.config import MINIMUM_SECRET_BYTES, SparkConfig
@@ -46,7 +47,7 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     """
     environment = os.environ if environment is None else environment
     if value := environment.get(SECRET_VARIABLE, ""):
-        return _long_enough(value.encode(), f"the secret in {SECRET_VARIABLE}")
+        return _long_enough(os.fsencode(value).strip(), f"the secret in {SECRET_VARIABLE}")
     if config.secret_file is not None:
         return _read_secret(config.secret_file)
     if is_loopback(link_address):
@@ -76,9 +77,9 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
 
 def _identity(secret: bytes, role: str) -> tuple[x509.Certificate, x509.Certificate, Ed25519PrivateKey]:
     """The authority that follows from the secret, and a fresh certificate of it for `role` with its key."""
-    authority_key = Ed25519PrivateKey.from_private_bytes(
-        HKDF(hashes.SHA256(), 32, salt=b"vllm-spark", info=b"channel authority 1").derive(secret)
-    )
+    # Whoever connects sees the leader's certificate, and could try secrets against it at home: each try shall cost.
+    stretched = Scrypt(salt=b"vllm-spark channel authority 2", length=32, n=1 << 15, r=8, p=1).derive(secret)
+    authority_key = Ed25519PrivateKey.from_private_bytes(stretched)
     authority = _certificate(_AUTHORITY, authority_key, authority_key, is_authority=True)
     key = Ed25519PrivateKey.generate()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
@@ -111,7 +112,12 @@ def _long_enough(secret: bytes, what: str) -> bytes:
 
 def _own_secret() -> bytes:
     """This user's secret for loopback links, made on first use."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-spark"
+    try:
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-spark"
+    except RuntimeError:
+        raise ConfigurationError(
+            f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}"
+        ) from None
     path = folder / "loopback.secret"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

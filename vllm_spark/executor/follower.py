@@ -61,6 +61,7 @@ _OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that 
 _ASSIGNMENT_TIMEOUT = 120.0
 _LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
 _CAUSE_GRACE = 0.5
+_END_GRACE = 5.0  # seconds in which the thread that ends this process does so
 _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
 
 
@@ -71,8 +72,10 @@ class FollowerSession:
         self._config = config
         self._ledger = TokenLedger()
         self._ended = threading.Event()
+        self._ender: threading.Thread | None = None  # who set it
         self._running_model = False
         self._pulse: Pulse | None = None
+        self._failed_call = ""  # why the last call that is answered failed
         self._worker: Any = None
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -97,6 +100,8 @@ class FollowerSession:
             control, offer.heartbeat_timeout, report=self._report, on_report=self._compare, on_end=self._leader_ended
         )
         self._pulse.start()
+        for lane in (control, calls):
+            lane.rely_on_beats()
         try:
             self._follow(calls, host, port)
         except Exception as error:
@@ -107,7 +112,7 @@ class FollowerSession:
         logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
         try:
             folder = find_model(offer.model, offer.revision)
-            mine = ModelIdentity.of(folder, with_weights=bool(offer.identity.weights))
+            mine = ModelIdentity.of(folder, with_weights=offer.with_weights)
             if difference := mine.difference(offer.identity):
                 raise RefusedError(f"{difference} ({folder}), compared with the leader; copy the leader's model here")
         except RefusedError as error:
@@ -142,6 +147,7 @@ class FollowerSession:
         if reply_to is None:
             self._run_step(call)
             return
+        self._failed_call = ""
         try:
             result = run_method(self._worker, call.method, call.args, call.kwargs)
             if hasattr(result, "get_output"):
@@ -150,9 +156,11 @@ class FollowerSession:
             if call.method == _LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
-            # The leader decides what a failed control call means; its own rank may have failed alike.
+            # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
+            # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", call.method)
             answer = encode_error(error)
+            self._failed_call = f"its worker failed in {call.method!r}: {type(error).__name__}: {error}"
         reply_to.send(Kind.REPLY, answer)
 
     def _run_step(self, call: Call) -> None:
@@ -182,14 +190,14 @@ class FollowerSession:
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())
-        return {"counters": msgspec.to_builtins(counters)}
+        return {"counters": msgspec.to_builtins(counters), "failed_call": self._failed_call}
 
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
 
     def _leader_ended(self, error: SparkError) -> None:
         """The common work is over: this process with it, whatever its other threads are stuck in."""
-        self._ended.set()
+        self._end_here()
         if isinstance(error, PeerLeftError):
             logger.info("The session ends: %s.", error)
             _exit(0)
@@ -201,16 +209,21 @@ class FollowerSession:
 
     def stop(self, number: signal.Signals) -> NoReturn:
         """Says goodbye to the leader, if there is one, and ends the process. Called from a thread of its own."""
-        self._ended.set()
+        self._end_here()
         if self._pulse is not None:
             self._pulse.stop(Reason("it was stopped there"))
         _exit(128 + number)
 
+    def _end_here(self) -> None:
+        """From now on the calling thread ends this process, and knows why."""
+        self._ender = threading.current_thread()
+        self._ended.set()
+
     def _give_up(self, error: BaseException) -> None:
         """Tells the leader why, and ends the process."""
-        if isinstance(error, PeerLostError) or self._ended.wait(_CAUSE_GRACE):
-            # What surfaced is a symptom of the leader's end; the control thread reports that.
-            self._ended.wait(_CAUSE_GRACE)
+        if self._ender is not threading.current_thread() and self._ended.wait(_CAUSE_GRACE):
+            # What surfaced is a symptom of the end that another thread reports.
+            time.sleep(_END_GRACE)
         if isinstance(error, SparkError):
             logger.error("The follower ends: %s.", error)
             details = ""

@@ -104,6 +104,7 @@ class Offer(msgspec.Struct, frozen=True):
     model: str
     revision: str | None
     load_format: str
+    with_weights: bool
     identity: ModelIdentity
     heartbeat_timeout: float
 
@@ -188,7 +189,7 @@ class Listener:
         )
 
     def close(self) -> None:
-        """Stops listening; connections already handed on stay open."""
+        """Stops listening; connections already handed on stay open. May be called again."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -199,14 +200,28 @@ class Listener:
         answer = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, timeout=_OFFER_TIMEOUT)
         if answer.kind is Kind.FAILURE:
             raise RefusedError(decode(answer, Reason).sentence)
-        try:
-            _, calls = self._calls.get(timeout=_GREETING_TIMEOUT)
-        except queue.Empty:
-            raise PeerLostError("it opened no second connection") from None
+        calls = self._calls_lane(hello.session)
+        for lane in (control, calls):
+            lane.rely_on_beats()
         return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls)
 
-    def _release(self) -> None:
+    def _calls_lane(self, session: str) -> Lane:
+        """The session's second connection. One of a session that was given up may still be on its way here."""
+        end = time.monotonic() + _GREETING_TIMEOUT
+        while True:
+            try:
+                hello, calls = self._calls.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                raise PeerLostError("it opened no second connection") from None
+            if hello.session == session:
+                return calls
+            calls.close()
+
+    def _release(self, claimant: Hello | None = None) -> None:
+        """Gives the place free, if `claimant` has it (default: whoever has it)."""
         with self._lock:
+            if claimant is not None and self._claimant is not claimant:
+                return
             self._claimant = None
         while not self._calls.empty():
             self._calls.get()[1].close()
@@ -225,12 +240,15 @@ class Listener:
 
     def _greet(self, plain: socket.socket, peer: str) -> None:
         lane: Lane | None = None
+        hello: Hello | None = None
         try:
             connection = TlsConnection(plain, self._context, server_side=True, timeout=_GREETING_TIMEOUT)
             lane = Lane(connection, peer, _GREETING_LIMIT)
             if (role := lane.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
             hello = decode(lane.expect(Kind.HELLO, timeout=_GREETING_TIMEOUT), Hello)
+            if hello.lane not in (CONTROL, CALLS):
+                raise ChannelError(f"it asked for a lane {hello.lane!r}, which does not exist")
             if refusal := self._judge(hello):
                 lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=_GREETING_TIMEOUT)
                 logger.warning("Refused a follower on %s (process %d): %s.", hello.host, hello.process, refusal)
@@ -246,6 +264,8 @@ class Listener:
             reason = _handshake_reason(error)
             logger.warning("Turned away a connection from %s: %s.", peer, reason)
             self._last_problem = f"; the last one that came, from {peer}, was turned away: {reason}"
+            if hello is not None:
+                self._release(hello)
             if lane is not None:
                 lane.close()
             plain.close()

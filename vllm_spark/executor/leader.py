@@ -19,7 +19,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniP
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 
-from vllm_spark.errors import EXIT_LOST, SparkError
+from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
 from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, STEP_METHODS
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
@@ -34,6 +34,9 @@ from vllm_spark.settings import settings_of
 from vllm_spark.stopping import ended_by_signals
 
 logger = logging.getLogger("vllm_spark")
+
+_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "pt"})
+"""Load formats of vLLM that read weight files out of the model's folder."""
 
 _LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
 
@@ -66,6 +69,10 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             board.fail(error)
             logger.error("The engine does not start: %s.", error)
             os._exit(error.exit_code)
+        except BaseException:
+            if parent_process() is None:
+                self.shutdown()  # in the user's own process: the port and the follower must be free for the next try
+            raise
 
     def _start(self, board: CounterBoard) -> None:
         activate()
@@ -146,9 +153,12 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 mine = run_method(self.driver_worker, method, args, kwargs)
             if isinstance(mine, AsyncModelRunnerOutput):
                 mine = mine.get_output()
-        except BaseException:
+        except Exception as error:
             # Also then: an unread answer would be taken for the next call's.
-            pair.drain(timeout)
+            pair.settle(error)
+            raise
+        except BaseException:
+            pair.fail(SparkError("the leader was interrupted in a call"))
             raise
         return [mine, pair.answer(timeout)]
 
@@ -182,9 +192,12 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def _parent_died(self) -> None:
         logger.error("The API server is gone: the engine ends.")
-        if self._pair is not None:
-            self._pair.close("the leader's API server is gone")
-        os._exit(EXIT_LOST)
+        _end_process_soon()  # whatever saying goodbye may meet
+        try:
+            if self._pair is not None:
+                self._pair.leave("the leader's API server is gone")
+        finally:
+            os._exit(EXIT_LOST)
 
 
 class _StepFuture(Future[Any]):
@@ -210,11 +223,19 @@ def _offer(vllm_config: Any) -> Offer:
     model = vllm_config.model_config
     load_format = getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format)
     folder = find_model(model.model, model.revision)
+    with_weights = load_format != "dummy"
+    identity = ModelIdentity.of(folder, with_weights=with_weights)
+    if load_format in _FILE_FORMATS and not identity.weights:
+        raise RefusedError(
+            f"there are no weight files in {folder}, and both sides compare them before they load any; "
+            "copy or download the whole model there first"
+        )
     return Offer(
         model=model.model,
         revision=model.revision,
         load_format=str(load_format),
-        identity=ModelIdentity.of(folder, with_weights=load_format != "dummy"),
+        with_weights=with_weights,
+        identity=identity,
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
     )
 

@@ -27,10 +27,14 @@ class ModelIdentity(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, folder: Path, *, with_weights: bool = True) -> ModelIdentity:
-        """Reads the model in `folder`; without weights if they are not loaded from there (dummy weights)."""
+        """Reads the model in `folder`; without weights if they are not loaded from there (dummy weights).
+
+        Raises:
+            RefusedError: a file cannot be read.
+        """
         configuration = {name: _digest(folder / name) for name in _CONFIGURATION if (folder / name).is_file()}
-        files = {path for pattern in _WEIGHTS for path in folder.glob(pattern)} if with_weights else set()
-        return cls(configuration, {path.name: _digest(path) for path in sorted(files)})
+        files = _weight_files(folder) if with_weights else []
+        return cls(configuration, {path.name: _digest(path) for path in files})
 
     def difference(self, other: ModelIdentity) -> str | None:
         """A sentence part that names what differs, read as "here" (self) and "there" (other); None if nothing."""
@@ -46,6 +50,14 @@ class ModelIdentity(msgspec.Struct, frozen=True):
                 if mine[name] != theirs[name]:
                     return f"the {what} file {name} has other content here"
         return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What vLLM would load: a folder may hold the same weights in several formats, of which it takes the first."""
+    for pattern in _WEIGHTS:
+        if files := sorted(path for path in folder.glob(pattern) if not path.is_dir()):
+            return files
+    return []
 
 
 def find_model(model: str, revision: str | None) -> Path:
@@ -76,6 +88,13 @@ def _digest(path: Path) -> str:
     Weight files are tens of gigabytes. Another checkpoint, quantization or fine-tune differs all over, and the
     start of a safetensors file lists every tensor; a single flipped byte may go unseen.
     """
+    try:
+        return _digest_of_content(path)
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be read ({error.strerror}); the model must be complete here") from None
+
+
+def _digest_of_content(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -9,13 +9,14 @@ import contextlib
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, SparkError
-from vllm_spark.executor.calls import decode_reply, encode_call
-from vllm_spark.executor.channel import MIB, ChannelError, Kind
+from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
+from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import CounterBoard, local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Offer, Reason
@@ -37,6 +38,7 @@ LEADER_RANK = 0
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _CAUSE_GRACE = 0.5  # seconds in which the control lane may explain an error that surfaced elsewhere first
 _ASSIGNMENT_TIMEOUT = 60.0
+_SETTLE_TIMEOUT = 20.0  # seconds that one rank may work on after the other failed in the same call
 
 
 class Pair:
@@ -54,12 +56,13 @@ class Pair:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
+        self._asked_at: float | None = None  # when the call was sent whose answer is awaited
         self._running_model = False
         self._pulse = Pulse(
             follower.control,
             config.heartbeat_timeout,
             report=self._report,
-            on_report=lambda theirs: board.write(theirs["counters"]),
+            on_report=self._take_report,
             on_end=self.fail,
         )
 
@@ -81,8 +84,12 @@ class Pair:
         logger.info("%s joined.", follower.name.capitalize())
         pair = cls(config, listener, follower, board)
         pair._pulse.start()
-        with pair.explained():
-            pair._start_work(config, address, vllm_config)
+        try:
+            with pair.explained():
+                pair._start_work(config, address, vllm_config)
+        except BaseException:
+            pair.close("the leader's start failed")
+            raise
         return pair
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,6 +109,7 @@ class Pair:
         Raises:
             SparkError: the pair is broken.
         """
+        self._asked_at = time.monotonic()
         self._send(Kind.QUERY, method, args, kwargs)
 
     def answer(self, timeout: float | None) -> Any:
@@ -111,12 +119,21 @@ class Pair:
             RemoteError: the follower's worker raised.
             SparkError: the pair broke, or no answer came within `timeout` seconds.
         """
-        return decode_reply(self._follower.calls.expect(Kind.REPLY, timeout=timeout).payload)
+        payload = self._follower.calls.expect(Kind.REPLY, timeout=timeout).payload
+        self._asked_at = None
+        return decode_reply(payload)
 
-    def drain(self, timeout: float | None) -> None:
-        """Fetches and drops the answer of the last `ask`, whatever it is."""
-        with contextlib.suppress(SparkError):
-            self.answer(timeout)
+    def settle(self, error: BaseException) -> None:
+        """Fetches and drops the answer of the last `ask`, after this rank failed in it.
+
+        The follower may wait in a collective for what this rank will not do; if it does not come back, the pair ends.
+        """
+        try:
+            self.answer(_SETTLE_TIMEOUT)
+        except RemoteError:
+            return
+        except SparkError:
+            self.fail(SparkError(f"the leader's worker failed: {type(error).__name__}: {error}"))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -125,7 +142,7 @@ class Pair:
             yield
         except Exception as error:
             self._failed.wait(_CAUSE_GRACE)
-            if isinstance(error, ChannelError):
+            if isinstance(error, ChannelError | FrameTooLargeError):
                 self.fail(error)
             if self._failure is not None and self._failure is not error:
                 raise self._failure from error
@@ -167,6 +184,7 @@ class Pair:
             self._failure = error
             self._failed.set()
         logger.error("Serving ends: %s.", error)
+        self._listener.close()  # whoever comes now shall wait for the next leader
         self._board.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
@@ -174,17 +192,22 @@ class Pair:
         for callback in self._on_failure:
             callback()
 
+    def leave(self, farewell: str) -> None:
+        """Tells the follower why, and ends all waits; nothing is released that another thread may still use."""
+        self._closing = True
+        self._pulse.stop(Reason(farewell))
+        if self._runtime is not None:
+            self._runtime.abort(farewell)
+
     def close(self, farewell: str) -> None:
         """Tells the follower why, and releases everything; may be called again."""
         if self._closing:
             return
-        self._closing = True
-        self._pulse.stop(Reason(farewell))
+        self.leave(farewell)
         self._listener.close()
         self._follower.calls.close()
         self._follower.control.close()
         if self._runtime is not None:
-            self._runtime.abort(farewell)
             self._runtime.close()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
@@ -200,6 +223,13 @@ class Pair:
     ) -> None:
         self.check()
         self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs))
+
+    def _take_report(self, theirs: dict[str, Any]) -> None:
+        self._board.write(theirs["counters"])
+        asked_at = self._asked_at
+        if theirs["failed_call"] and asked_at is not None and time.monotonic() - asked_at > _SETTLE_TIMEOUT:
+            # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
+            self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
 
     def _report(self) -> dict[str, Any]:
         step, digest = self.ledger.state()

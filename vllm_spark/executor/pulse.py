@@ -106,8 +106,9 @@ class Pulse(threading.Thread):
                 # This process itself was stopped or starved: the peer's silence proves nothing yet.
                 heard = now
             last_turn = now
+            stopping = self._stopping  # read first: what was said before the stop is sent
             self._flush()
-            if self._stopping:
+            if stopping:
                 return None
             if now >= next_beat:
                 self._lane.send(Kind.BEAT, msgspec.json.encode(self._report()), timeout=self._timeout)

@@ -16,6 +16,8 @@ import ssl
 import time
 from typing import cast
 
+# A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
+_SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
 
 
@@ -40,6 +42,7 @@ class TlsConnection:
         self._buffer = memoryview(bytearray(_READ))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.probe_silence(True)
             plain.settimeout(timeout)
             self._shake_hands(time.monotonic() + timeout)
             plain.settimeout(None)
@@ -88,11 +91,21 @@ class TlsConnection:
         got = 0
         while got < len(view):
             try:
-                got += self._read(view[got:])
+                count = self._read(view[got:])
+                if count == 0:  # the peer ended the TLS session
+                    raise EOFError
+                got += count
             except ssl.SSLWantReadError:
                 self._fill(deadline, awake)
             except ssl.SSLZeroReturnError:
                 raise EOFError from None
+
+    def probe_silence(self, on: bool) -> None:
+        """Has the kernel notice a peer that is gone without a word, which is for when nobody beats."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, on)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
 
     def interrupt(self) -> None:
         """Ends a blocked call of another thread with an error."""
