@@ -147,11 +147,12 @@ def check_link(config: SparkConfig) -> None:
     """Finds out early, in the process that the user started, what the engine would find out late.
 
     Raises:
-        ConfigurationError: no usable address, port or secret.
+        ConfigurationError: no usable address, port, secret or launch table.
     """
     from vllm_spark.executor.credentials import load_secret
     from vllm_spark.executor.handshake import bind
     from vllm_spark.executor.link import leader_address
+    from vllm_spark.launch_table import load_launch_table
 
     if config.transport == "verbs":
         raise ConfigurationError(
@@ -160,6 +161,7 @@ def check_link(config: SparkConfig) -> None:
         )
     address = leader_address(config)
     load_secret(config, address)
+    load_launch_table(config)
     bind(address, config.port).close()
 
 

@@ -121,12 +121,19 @@ class SparkConfig(BaseModel):
         ge=4,
         le=65536,
     )
-    packet_kib: int = _setting(
-        8,
-        "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag.",
+    packet_kib: int | None = _setting(
+        None,
+        "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag. "
+        "Default: what the launch table says, else 8.",
         side="leader",
         ge=0,
         le=1024,
+    )
+    launch_table: Path | None = _setting(
+        None,
+        "File with the launch shapes of collectives on this GPU, written by `vllm-spark bench calibrate`. "
+        "Default: `vllm-spark/launch.json` in the folder of this user's configuration, if it is there.",
+        side="leader",
     )
     depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
 
@@ -151,7 +158,7 @@ class SparkConfig(BaseModel):
             raise ValueError("it is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
         return value
 
-    @field_validator("secret_file")
+    @field_validator("secret_file", "launch_table")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
@@ -167,7 +174,7 @@ class SparkConfig(BaseModel):
                 f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out "
                 f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
             )
-        if self.packet_kib > self.slot_kib:
+        if self.packet_kib is not None and self.packet_kib > self.slot_kib:
             raise ValueError(
                 f"{FLAG}-packet-kib {self.packet_kib} is more than {FLAG}-slot-kib {self.slot_kib}; "
                 "a packet message must fit into a slot"

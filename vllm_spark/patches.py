@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_spark.data_folders import data_folder
+
 logger = logging.getLogger("vllm_spark")
 
 _MARK = "_vllm_spark_patch"
@@ -82,14 +84,7 @@ State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM mi
 
 def all_patches() -> list[Patch]:
     """The patches of the folder `patches/`, by file name."""
-    return [_load(path) for path in sorted(patch_folder().glob("*.py")) if not path.name.startswith("_")]
-
-
-def patch_folder() -> Path:
-    """Where the patch files are: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).parent
-    installed = package / "data" / "patches"
-    return installed if installed.is_dir() else package.parent / "patches"
+    return [_load(path) for path in sorted(data_folder("patches").glob("*.py")) if not path.name.startswith("_")]
 
 
 def state_of(patch: Patch) -> State:

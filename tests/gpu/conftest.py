@@ -33,13 +33,15 @@ def _reason_to_skip() -> str | None:
 
 @pytest.fixture
 def make_pair() -> Iterator[Callable[..., Any]]:
-    """Makes connected pairs with the given options, and closes them."""
-    from .pair import Pair
+    """Makes connected pairs with the given options, and closes them; `launch` may be a shape for each rank."""
+    from vllm_spark.bench.gpu_ranks import GpuPair
+    from vllm_spark.collective import LaunchShape, RuntimeOptions
 
-    pairs: list[Pair] = []
+    pairs: list[GpuPair] = []
 
-    def make(**options: Any) -> Pair:
-        pairs.append(Pair(**options))
+    def make(launch: tuple[LaunchShape, LaunchShape] = (LaunchShape(), LaunchShape()), **options: Any) -> GpuPair:
+        first, second = (RuntimeOptions(**{"timeout_s": 5.0, **options, "launch": shape}) for shape in launch)
+        pairs.append(GpuPair((first, second)))
         return pairs[-1]
 
     yield make

@@ -12,29 +12,28 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_spark.bench.gpu_ranks import Exchange, GpuPair
 from vllm_spark.collective import (
     AgreementError,
     CollectiveAbortedError,
     CollectiveError,
     CollectiveTimeoutError,
     DeviceRuntime,
+    LaunchShape,
     MismatchError,
     PoisonedError,
     RuntimeOptions,
     UsageError,
 )
-from vllm_spark.collective.device_runtime import LaunchShape
 
-from .pair import Exchange, Pair
-
-MakePair = Callable[..., Pair]
+MakePair = Callable[..., GpuPair]
 
 
 def ones(size: int) -> torch.Tensor:
     return torch.ones(size, dtype=torch.bfloat16, device="cuda")
 
 
-def wait_for(pair: Pair, rank: int) -> None:
+def wait_for(pair: GpuPair, rank: int) -> None:
     """Waits for the rank's stream, then raises what its kernels met."""
     pair.streams[rank].synchronize()
     pair.runtimes[rank].check()
@@ -94,13 +93,10 @@ def test_sizes_that_travel_in_different_ways(make_pair: MakePair) -> None:
     assert time.monotonic() - start < 5
 
 
-class FewerBlocks(DeviceRuntime):
-    shape = LaunchShape(payload_blocks=16)
-
-
 def test_different_launch_shapes(make_pair: MakePair) -> None:
+    shapes = (LaunchShape(), LaunchShape(payload_blocks=16))
     with pytest.raises(AgreementError, match="the ranks differ in payload_blocks"):
-        make_pair(runtimes=(DeviceRuntime, FewerBlocks))
+        make_pair(launch=shapes)
 
 
 def killed_peer(queues: tuple[Any, Any], death: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from .pair import Pair
+from vllm_spark.bench.gpu_ranks import GpuPair
+
 from .test_results import DTYPES, MODES
 
 COLLECTIVES = int(os.environ.get("SPARK_GPU_COLLECTIVES", "20000"))
@@ -48,7 +49,7 @@ class Operation:
 class Checker:
     """One rank: its runtime, both ranks' numbers, and how many results were wrong."""
 
-    def __init__(self, pair: Pair, rank: int) -> None:
+    def __init__(self, pair: GpuPair, rank: int) -> None:
         self.runtime, self.rank = pair.runtimes[rank], rank
         generator = torch.Generator("cuda").manual_seed(3)
         self.pools = {
@@ -80,7 +81,7 @@ class Checker:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_many(make_pair: Callable[..., Pair], mode: dict[str, Any]) -> None:
+def test_many(make_pair: Callable[..., GpuPair], mode: dict[str, Any]) -> None:
     pair = make_pair(timeout_s=20.0, **mode)
 
     def prepare(rank: int) -> tuple[Checker, list[torch.cuda.CUDAGraph]]:

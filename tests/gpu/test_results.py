@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .pair import Pair
+from vllm_spark.bench.gpu_ranks import GpuPair
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
@@ -17,7 +17,7 @@ MODES = [
     pytest.param({"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0}, id="modelled wire"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-MakePair = Callable[..., Pair]
+MakePair = Callable[..., GpuPair]
 
 
 def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -33,7 +33,7 @@ def expected_sum(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> t
     return (both[0] + both[1]).to(dtype)
 
 
-def all_reduced(pair: Pair, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+def all_reduced(pair: GpuPair, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     def body(rank: int) -> torch.Tensor:
         return pair.runtimes[rank].all_reduce(values(rank, shape, dtype, seed).cuda())
 

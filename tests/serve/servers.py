@@ -14,8 +14,8 @@ from pathlib import Path
 from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_spark.cli.demo import CPU_ENVIRONMENT
-from vllm_spark.cli.process import answers, program
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import answers, program
 
 from .hosts import Host, Hosts
 from .process import Process, ProcessError

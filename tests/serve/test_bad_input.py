@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.cli.demo import CPU_ENVIRONMENT
-from vllm_spark.cli.process import program
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import program
 
 from .hosts import Host
 from .process import Process, assert_all_gone

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_spark.cli.demo import CPU_ENVIRONMENT
-from vllm_spark.cli.process import program
 from vllm_spark.errors import EXIT_LOST
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import program
 
 from . import prompts
 from .hosts import Hosts

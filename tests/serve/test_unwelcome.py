@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import vllm_spark
-from vllm_spark.cli.demo import CPU_ENVIRONMENT
-from vllm_spark.cli.process import program
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import program
 
 from . import prompts
 from .hosts import Hosts

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
+from vllm_spark.bench.collective_report import format_size
 from vllm_spark.bench.ranks import Rank, run_ranks
-from vllm_spark.bench.report import format_size
 from vllm_spark.cli import main
-from vllm_spark.cli.process import program
 from vllm_spark.errors import SparkError
+from vllm_spark.process import program
 
 BENCH = [program("vllm-spark"), "bench", "collective", "--device", "cpu"]
 
@@ -49,7 +49,7 @@ def test_collective(collective: str, tmp_path: Path) -> None:
     [
         (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
-        (["--samples", "0"], "'0' is no number of samples"),
+        (["--samples", "0"], "'0' is no whole number above 0"),
         (["--latency-us", "-1"], "'-1' is no number from 0"),
         (["--plot", "figures.abc"], "--plot figures.abc must end in .png, .svg, .pdf"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
@@ -122,3 +122,33 @@ def test_ranks_that_fail(body: Any, sentence: str) -> None:
 @pytest.mark.parametrize(("size", "text"), [(2, "2 B"), (1024, "1 KiB"), (1536, "1536 B"), (8 << 20, "8 MiB")])
 def test_sizes_in_words(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--candidates", "tp1,nccl", "--device", "cpu"], "no candidate 'nccl' for --device cpu; choose of tp1, spark"),
+        (["--candidates", ""], "no candidate ''"),
+        (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of qwen3"),
+        (["--batches", "1,0"], "'0' is no whole number above 0"),
+        (["--engine", "[]"], "'[]' is no JSON object"),
+        (["--latency-us", "2e9"], "no number from 0"),
+        (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--device", "cuda"], "--device cuda: this machine has no GPU"),
+    ],
+)
+def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("vllm")
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main(["bench", "decode", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU; tests/gpu calibrates it")
+    assert main(["bench", "calibrate"]) == 2
+    assert "there is no GPU to calibrate for" in capsys.readouterr().err

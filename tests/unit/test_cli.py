@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from vllm_spark.cli import main
-from vllm_spark.cli.process import Process, clean_environment, program
+from vllm_spark.process import Process, clean_environment, program
 
 
 def spark(tmp_path: Path, *argv: str, **environment: str) -> Process:

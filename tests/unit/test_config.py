@@ -42,6 +42,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "loopback_gbytes_per_s": (1.0, 2.0, 3.0),
     "slot_kib": (64, 128, 256),
     "packet_kib": (1, 2, 4),
+    "launch_table": (Path("/a"), Path("/b"), Path("/c")),
     "depth": (1, 2, 8),
 }
 

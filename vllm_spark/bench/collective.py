@@ -29,9 +29,14 @@ DEFAULT_SIZES = tuple(1 << power for power in range(10, 27, 2))
 CALLS_PER_TOKEN = 97
 """All-reduces of one decode step of a 48-layer model; a graph holds as many."""
 
-_LARGE = MIB  # above it a sample has fewer calls
+_LARGE = MIB
 _CALLS_WHEN_LARGE = 10
 _WARM_UP = 3  # samples
+
+
+def calls_for(size: int) -> int:
+    """How many calls, of inputs of `size` bytes, a sample or a graph has: as one token, or few if they are large."""
+    return CALLS_PER_TOKEN if size <= _LARGE else _CALLS_WHEN_LARGE
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
     )
     for size in settings.sizes:
         tensor = torch.ones(size // 2, dtype=torch.bfloat16, device=settings.device)
-        calls = CALLS_PER_TOKEN if size <= _LARGE else _CALLS_WHEN_LARGE
+        calls = calls_for(size)
         samples: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in candidates for mode in timers}
         for _ in range(_WARM_UP + settings.samples):
             for (name, mode), taken in samples.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.parent import watch_parent
+from vllm_spark.local_pair import free_ports
 
 WORLD_SIZE = 2
 _CONNECT_SECONDS = 120.0
@@ -71,8 +71,7 @@ def run_ranks(
         SparkError: a rank failed or took too long; both are gone then.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    (port,) = free_ports(1)
     ends, pipes = context.Pipe(), [context.Pipe(duplex=False) for _ in range(WORLD_SIZE)]
     processes = [
         context.Process(

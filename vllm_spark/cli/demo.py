@@ -12,27 +12,24 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-import shutil
-import signal
-import socket
-import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.process import Process, ProcessError, answers, clean_environment, program
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
+from vllm_spark.process import Process, ProcessError, answers, clean_environment, program
+from vllm_spark.stage import Stage, printable, set_stage
 from vllm_spark.tiny_model import ModelKind, make_tiny_model
 
 if TYPE_CHECKING:
@@ -40,16 +37,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "show the product on this machine: a tiny model on two ranks over loopback, compared with one rank"
 
-CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # `auto` fails with two workers on one NUMA node
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""What vLLM's CPU build needs so that two small ranks share one machine; the cache is 1 GiB for each."""
-
-LOOPBACK = "127.0.0.1"
 MODEL_NAME = "tiny"
 NEEDED = ("openai", "safetensors", "tokenizers", "torch", "prometheus_client")
 TOKEN_PROMPTS = (
@@ -66,12 +53,6 @@ PHASES = (
     ("the engine warms up", r"Loading weights took"),
 )
 """What the leader is doing, and the line of its log that tells."""
-
-TAIL_LINES = 12
-ERROR_LINES = 6
-ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*|vllm serve --spark: .*)", re.MULTILINE)
-"""A sentence of ours, or the last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only
-its wrapper."""
 
 COUNTER_SECONDS = 15.0
 """How long both ranks' counters may take to come to rest on the leader's `/metrics`."""
@@ -159,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
     try:
         _check_installation()
-        with _termination_as_exception():
-            summary = _Demo(args, console).run()
+        with set_stage("demo", console, args.keep_logs) as stage:
+            summary = _Demo(args, console, stage).run()
     except SparkError as error:
         if args.json:
             print(json.dumps({"ok": False, "error": str(error)}), flush=True)
@@ -173,88 +154,57 @@ def run(args: argparse.Namespace) -> int:
 class _Demo:
     """One run of the demo."""
 
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+    def __init__(self, args: argparse.Namespace, console: Console, stage: Stage) -> None:
         self._kind: ModelKind = args.model_kind
         self._prompt: str = args.prompt
         self._max_tokens: int = args.max_tokens
-        self._keep_logs: Path | None = args.keep_logs
         self._console = console
         self._started = time.monotonic()
         self._timeout: float = args.timeout
-        self._stage: list[Process] = []
+        self._stage = stage
 
     def run(self) -> Summary:
-        with tempfile.TemporaryDirectory(prefix="vllm-spark-demo-") as folder:
-            logs = self._keep_logs or Path(folder) / "logs"
-            try:
-                logs.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigurationError(f"--keep-logs {logs}: {error.strerror}") from error
-            try:
-                return self._show(Path(folder) / f"tiny-{self._kind}", logs)
-            except SparkError:
-                self._explain(logs)
-                raise
-
-    def _show(self, model: Path, logs: Path) -> Summary:
+        """Shows the pair and then one rank."""
         say = self._console.print
+        model = self._stage.folder / f"tiny-{self._kind}"
         say(f"[bold]1. A tiny {self._kind} model[/] with random weights: what it says is noise.")
         make_tiny_model(model, self._kind)
         say("[bold]2. The pair:[/] vllm-spark join, and vllm serve MODEL --spark")
-        with self._pair(model, logs) as server:
+        with self._pair(model) as server:
             self._chat(server)
             before = time.monotonic()
             tokens = self._greedy(server)
             pair = Run(tokens, server.start_seconds, time.monotonic() - before, read_counters(server))
         say("[bold]3. One rank of stock vLLM[/] with the same model, to compare with: vllm serve MODEL")
-        with self._single(model, logs) as server:
+        with self._single(model) as server:
             before = time.monotonic()
             tokens = self._greedy(server)
             single = Run(tokens, server.start_seconds, time.monotonic() - before)
         return self._conclude(pair, single)
 
     @contextmanager
-    def _pair(self, model: Path, logs: Path) -> Iterator[_Server]:
+    def _pair(self, model: Path) -> Iterator[_Server]:
         """Follower and leader, while they serve."""
-        spark_port, http_port = _free_ports(2)
+        spark_port, http_port = free_ports(2)
         environment = clean_environment() | CPU_ENVIRONMENT
-        with ExitStack() as stack:
-            follower = Process(
-                "vllm-spark join",
-                [program("vllm-spark"), *follower_arguments(spark_port)],
-                logs / "follower.log",
-                environment,
-                end_with_starter=True,
-            )
-            stack.callback(_end, follower)
-            leader = Process(
-                "vllm serve --spark",
-                [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)],
-                logs / "leader.log",
-                environment,
-                end_with_starter=True,
-            )
-            stack.callback(_end, leader)
-            self._stage = [follower, leader]
+        join = [program("vllm-spark"), *follower_arguments(spark_port)]
+        serve = [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)]
+        with (
+            self._stage.started("vllm-spark join", join, "follower.log", environment) as follower,
+            self._stage.started("vllm serve --spark", serve, "leader.log", environment) as leader,
+        ):
             yield self._ready(leader, http_port, follower)
             for process in (leader, follower):
                 if process.exit_code is not None:
                     raise ProcessError(f"{process.name} ended early, exit code {process.exit_code}", process)
 
     @contextmanager
-    def _single(self, model: Path, logs: Path) -> Iterator[_Server]:
+    def _single(self, model: Path) -> Iterator[_Server]:
         """Stock vLLM, while it serves."""
-        (http_port,) = _free_ports(1)
-        with ExitStack() as stack:
-            server = Process(
-                "vllm serve",
-                [program("vllm"), *serve_arguments(model, http_port)],
-                logs / "single.log",
-                clean_environment() | CPU_ENVIRONMENT,
-                end_with_starter=True,
-            )
-            stack.callback(_end, server)
-            self._stage = [server]
+        (http_port,) = free_ports(1)
+        serve = [program("vllm"), *serve_arguments(model, http_port)]
+        environment = clean_environment() | CPU_ENVIRONMENT
+        with self._stage.started("vllm serve", serve, "single.log", environment) as server:
             yield self._ready(server, http_port)
 
     def _ready(self, process: Process, port: int, follower: Process | None = None) -> _Server:
@@ -283,7 +233,7 @@ class _Demo:
 
     def _chat(self, server: _Server) -> None:
         """Asks the chat question and prints the answer as it comes."""
-        self._console.print(f"   [cyan]You:[/] {_printable(self._prompt)}", markup=True)
+        self._console.print(f"   [cyan]You:[/] {printable(self._prompt)}", markup=True)
         self._console.print("   [cyan]Noise:[/] ", end="")
         with self._client(server) as client:
             stream = client.chat.completions.create(
@@ -295,7 +245,7 @@ class _Demo:
             )
             for chunk in stream:
                 text = chunk.choices[0].delta.content if chunk.choices else None
-                self._console.print(_printable(text or ""), end="", markup=False, soft_wrap=True)
+                self._console.print(printable(text or ""), end="", markup=False, soft_wrap=True)
         self._console.print()
 
     def _greedy(self, server: _Server) -> list[list[int]]:
@@ -360,17 +310,6 @@ class _Demo:
                 f"{summary.seconds:.0f} s in all."
             )
         return summary
-
-    def _explain(self, logs: Path) -> None:
-        """Shows what the logs of the last stage say about a failure, and moves them to where they stay."""
-        for process in self._stage:
-            self._console.rule(f"{process.name}: errors and last lines of its log", style="red", align="left")
-            for line in (*_errors(process.output()), "...", *process.tail(TAIL_LINES).splitlines()):
-                self._console.print(_printable(line), markup=False, soft_wrap=True)
-        self._console.rule(style="red")
-        if self._keep_logs is None:
-            logs = Path(shutil.move(logs, tempfile.mkdtemp(prefix="vllm-spark-demo-logs-")))
-        self._console.print(f"The logs are in {logs}", soft_wrap=True)
 
 
 def follower_arguments(spark_port: int) -> list[str]:
@@ -511,11 +450,6 @@ def _first_difference(pair: list[list[int]], single: list[list[int]]) -> str:
     raise AssertionError("equal answers have no difference")
 
 
-def _errors(output: str) -> list[str]:
-    """The first few different exceptions in a log: the cause stands above what it caused."""
-    return list(dict.fromkeys(ERROR.findall(output)))[:ERROR_LINES]
-
-
 def _check_installation() -> None:
     """Says what is missing before anything is started.
 
@@ -538,47 +472,6 @@ def _check_installation() -> None:
             raise ConfigurationError(
                 f"the demo needs the package {package}; install it with: pip install 'vllm-spark[demo]'"
             )
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nothing listens on now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for open_socket in sockets:
-            open_socket.bind((LOOPBACK, 0))
-        return [int(open_socket.getsockname()[1]) for open_socket in sockets]
-
-
-@contextmanager
-def _termination_as_exception() -> Iterator[None]:
-    """While active, SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that nothing is left behind."""
-
-    def leave(number: int, _: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    with _signals((signal.SIGTERM, signal.SIGHUP), leave):
-        yield
-
-
-def _end(process: Process) -> None:
-    """Ends a process and its children; a second Ctrl-C does not stop that half-way, for it is bounded."""
-    with _signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
-        process.terminate()
-
-
-@contextmanager
-def _signals(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _printable(text: str) -> str:
-    """`text` without what would move the cursor or ring the bell: a random model writes such bytes too."""
-    return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
 def _positive(kind: type[int] | type[float], most: float) -> Callable[[str], float]:

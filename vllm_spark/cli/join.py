@@ -13,7 +13,6 @@ import sys
 import time
 from types import FrameType
 
-from vllm_spark.cli.process import end_with_parent
 from vllm_spark.compat import check_vllm
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
@@ -21,6 +20,7 @@ from vllm_spark.executor.credentials import load_secret
 from vllm_spark.executor.follower import CONFIG_VARIABLE
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.logs import log_as
+from vllm_spark.process import end_with_parent
 
 SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
 

@@ -10,7 +10,7 @@ collectives in the same order:
 `DeviceRuntime` in place of `Runtime` is the same for CUDA tensors.
 """
 
-from vllm_spark.collective.device_runtime import DeviceRuntime, LaunchShape
+from vllm_spark.collective.device_runtime import DeviceRuntime
 from vllm_spark.collective.errors import (
     AgreementError,
     CollectiveAbortedError,
@@ -20,6 +20,7 @@ from vllm_spark.collective.errors import (
     PoisonedError,
     UsageError,
 )
+from vllm_spark.collective.launch import LaunchShape
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed, uninstall
 from vllm_spark.collective.runtime import Counters, Runtime

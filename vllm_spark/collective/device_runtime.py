@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +21,6 @@ KERNELS = Path(_native.__file__).with_name("kernels.fatbin")
 _ALIGNMENT = 16  # bytes: a kernel's vector
 
 
-@dataclass(frozen=True)
-class LaunchShape:
-    """How many threads and blocks a collective gets. The defaults are the best of an H100 (benchmarks/NOTES.md)."""
-
-    packet_threads: int = 512
-    """Flagged packets: most threads of a block, a multiple of 32 up to 512; each sends one packet of 8 bytes."""
-    payload_threads: int = 512
-    """Payload, then flag: most threads of a block, as above."""
-    payload_blocks: int = 32
-    """Payload, then flag: most blocks, 1 to 64. All must be resident at once, beside what else runs."""
-    payload_bytes_per_block: int = 4096
-    """Payload, then flag: a block gets at least this much."""
-    dependent_launch: bool = True
-    """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
-
-    def __post_init__(self) -> None:
-        for name, lowest, highest, step in (
-            ("packet_threads", 32, 512, 32),
-            ("payload_threads", 32, 512, 32),
-            ("payload_blocks", 1, 64, 1),
-            ("payload_bytes_per_block", 16, 1 << 20, 16),
-        ):
-            value = getattr(self, name)
-            if not lowest <= value <= highest or value % step:
-                raise UsageError(f"{name} {value} does not do; it goes from {lowest} to {highest} in steps of {step}")
-
-
 class DeviceRuntime(Runtime):
     """Collectives on CUDA tensors with one peer: each is one kernel on the current stream, also in a CUDA graph.
 
@@ -57,7 +30,6 @@ class DeviceRuntime(Runtime):
     """
 
     device = "cuda"
-    shape = LaunchShape()
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
@@ -71,12 +43,7 @@ class DeviceRuntime(Runtime):
                 "install the CUDA toolkit, then vllm_spark anew"
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
-        return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(cls.shape), **native_options(options))
-
-    @classmethod
-    def _own_agreement(cls) -> dict[str, str]:
-        # Both ranks must cut a message into the same pieces.
-        return {name: str(value) for name, value in asdict(cls.shape).items()}
+        return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options))
 
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.

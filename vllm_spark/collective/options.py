@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from vllm_spark._native import MAX_DEPTH
 from vllm_spark.collective.errors import UsageError
+from vllm_spark.collective.launch import LaunchShape
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -36,6 +37,8 @@ class RuntimeOptions:
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest input that a collective takes."""
+    launch: LaunchShape = field(default_factory=LaunchShape)
+    """Of collectives on CUDA tensors."""
 
     def __post_init__(self) -> None:
         if self.transport != "loopback":
@@ -69,4 +72,6 @@ class RuntimeOptions:
 
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
-        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        options = asdict(self)
+        options |= options.pop("launch")  # also the shape: both ranks must cut a message into the same pieces
+        return {name: str(value) for name, value in options.items()}

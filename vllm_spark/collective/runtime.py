@@ -82,7 +82,7 @@ class Runtime:
             raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
         options = options or RuntimeOptions()
         native = cls._make_native(rank, options)
-        own = {"device": cls.device, **cls._own_agreement(), **options.agreement()}
+        own = {"device": cls.device, **options.agreement()}
         terms = Terms(rank, world_size, description, {**own, **(agreement or {})})
         peer = agree(exchange, terms)
         process, descriptor, *nonce = native.address()
@@ -100,11 +100,6 @@ class Runtime:
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
         return _native.Runtime(rank=rank, **native_options(options))
-
-    @classmethod
-    def _own_agreement(cls) -> dict[str, str]:
-        """What else both ranks' runtimes of this kind must have alike, by name."""
-        return {}
 
     def accepts_all_reduce(self, tensor: torch.Tensor) -> bool:
         """True if `all_reduce` takes this tensor: on `device`, float32, float16 or bfloat16, of at most 64 MiB."""

@@ -130,7 +130,7 @@ class FollowerSession:
         from vllm_spark.platform import activate
 
         activate()
-        self._runtime = connect_runtime(FOLLOWER_RANK, assignment.config, calls)
+        self._runtime = connect_runtime(FOLLOWER_RANK, assignment.config, assignment.launch, calls)
         share_cores(assignment.config)
         self._worker = _load_worker(assignment.vllm_config)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()

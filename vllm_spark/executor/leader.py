@@ -191,8 +191,10 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         return self._pair
 
     def _parent_died(self) -> None:
-        logger.error("The API server is gone: the engine ends.")
         _end_process_soon()  # whatever saying goodbye may meet
+        if self._pair is not None and self._pair.closing:
+            return  # it asked for the end, and did not wait for it
+        logger.error("The API server is gone: the engine ends.")
         try:
             if self._pair is not None:
                 self._pair.leave("the leader's API server is gone")

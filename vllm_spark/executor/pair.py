@@ -30,6 +30,7 @@ from vllm_spark.executor.session import (
     serve_store,
     travelling_environment,
 )
+from vllm_spark.launch_table import load_launch_table
 
 logger = logging.getLogger("vllm_spark")
 
@@ -192,6 +193,11 @@ class Pair:
         for callback in self._on_failure:
             callback()
 
+    @property
+    def closing(self) -> bool:
+        """True once the follower is told that this is the end."""
+        return self._closing
+
     def leave(self, farewell: str) -> None:
         """Tells the follower why, and ends all waits; nothing is released that another thread may still use."""
         self._closing = True
@@ -213,10 +219,11 @@ class Pair:
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         # Kept: the store lives as long as this object.
         self._store = serve_store(address)
-        assignment = Assignment(vllm_config, config, travelling_environment(), address, self._store.port)
+        launch = load_launch_table(config)
+        assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         prepare_process_group(LEADER_RANK, address, self._store.port, address)
-        self._runtime = connect_runtime(LEADER_RANK, config, self._follower.calls)
+        self._runtime = connect_runtime(LEADER_RANK, config, launch, self._follower.calls)
 
     def _send(
         self, kind: Kind, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,6 +16,7 @@ from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import bind, host_name
 from vllm_spark.executor.link import interface_of, source_interface
+from vllm_spark.launch_table import LaunchTable
 
 logger = logging.getLogger("vllm_spark")
 
@@ -49,6 +50,7 @@ class Assignment(msgspec.Struct):
 
     vllm_config: Any
     config: SparkConfig
+    launch: LaunchTable
     environment: dict[str, str]
     store_address: str
     store_port: int
@@ -107,25 +109,40 @@ def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
     return exchange
 
 
-def connect_runtime(rank: int, config: SparkConfig, lane: Lane) -> collective.Runtime:
+def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: Lane) -> collective.Runtime:
     """Joins both ranks' collective runtimes, for the device that vLLM uses, and makes this one the process's.
+
+    Args:
+        launch: the leader's, on both ranks.
 
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
     """
+    from vllm.platforms import current_platform
+
+    kind: type[collective.Runtime] = collective.Runtime
+    if current_platform.is_cuda():
+        kind = collective.DeviceRuntime
+        if launch.gpu not in ("", gpu := current_platform.get_device_name()):
+            logger.warning(
+                "The launch table was measured on a %s, and this is a %s; run here: vllm-spark bench calibrate",
+                launch.gpu,
+                gpu,
+            )
+    else:
+        launch = LaunchTable()
+    packet_kib = min(launch.packet_kib, config.slot_kib) if config.packet_kib is None else config.packet_kib
     options = collective.RuntimeOptions(
         transport="loopback",
         loopback_mode=config.loopback_mode,
         wire_latency_us=config.loopback_latency_us,
         wire_gbytes_per_s=config.loopback_gbytes_per_s,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=config.packet_kib << 10,
+        packet_bytes=packet_kib << 10,
         depth=config.depth,
         timeout_s=config.collective_timeout,
+        launch=launch.shape,
     )
-    from vllm.platforms import current_platform
-
-    kind = collective.DeviceRuntime if current_platform.is_cuda() else collective.Runtime
     try:
         runtime = kind.connect(
             rank,

@@ -1,6 +1,6 @@
 """Programs run as a person runs them: real processes, each in a session of its own, its output in a file.
 
-The demo and the tests are built on this. A server has children (vLLM's engine, its workers); whatever
+The demo, the benchmarks and the tests are built on this. A server has children (vLLM's engine, its workers); whatever
 happens, `Process.terminate` leaves none of them behind.
 """
 

@@ -14,10 +14,15 @@ from typing import Any
 import torch
 
 from vllm_spark.collective import DeviceRuntime, RuntimeOptions
+from vllm_spark.errors import SparkError
 
 MIB = 1 << 20
 BOUND = 60.0
 """Seconds after which a rank counts as hung."""
+
+
+class HungError(SparkError):
+    """A rank did not come back."""
 
 
 class Exchange:
@@ -28,13 +33,20 @@ class Exchange:
 
     def __call__(self, message: bytes) -> bytes:
         self._theirs.put(message)
-        return self._mine.get(timeout=BOUND)
+        return bytes(self._mine.get(timeout=BOUND))
 
 
-class Pair:
-    """Two connected ranks."""
+class GpuPair:
+    """Two connected ranks.
 
-    def __init__(self, runtimes: tuple[type[DeviceRuntime], ...] = (DeviceRuntime,) * 2, **options: Any) -> None:
+    Set CUDA_MODULE_LOADING=EAGER before CUDA starts: left to the first launch, loading a kernel waits for all that runs
+    on the GPU, and on one GPU that is the other rank's kernel, which waits for this rank.
+
+    Args:
+        options: of each rank.
+    """
+
+    def __init__(self, options: tuple[RuntimeOptions, RuntimeOptions]) -> None:
         queues: tuple[queue.Queue[bytes], queue.Queue[bytes]] = (queue.Queue(), queue.Queue())
         self.devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in (0, 1)]
         self.streams = [torch.cuda.Stream(device) for device in self.devices]
@@ -44,9 +56,10 @@ class Pair:
         self.run(_fill_allocator)
 
         def connect(rank: int) -> DeviceRuntime:
-            settings = RuntimeOptions(**{"timeout_s": 5.0, **options})
             exchange = Exchange(queues[rank], queues[1 - rank])
-            return runtimes[rank].connect(rank, 2, exchange, settings, description=f"test rank {rank}")
+            runtime = DeviceRuntime.connect(rank, 2, exchange, options[rank], description=f"test rank {rank}")
+            assert isinstance(runtime, DeviceRuntime)
+            return runtime
 
         self.runtimes = self.run(connect)
 
@@ -68,7 +81,8 @@ class Pair:
             thread.start()
         for thread in threads:
             thread.join(BOUND)
-            assert not thread.is_alive(), "a rank hangs"
+            if thread.is_alive():
+                raise HungError(f"a rank of the GPU pair has not come back within {BOUND:.0f} s")
         if errors:
             raise errors[0]
         return results

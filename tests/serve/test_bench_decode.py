@@ -1,0 +1,60 @@
+"""`vllm-spark bench decode` on the CPU build: real engines, a real follower, real figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import clean_environment, program
+
+from .process import Process, assert_all_gone, start
+
+
+def bench(tmp_path: Path, *arguments: str) -> Process:
+    argv = [program("vllm-spark"), "bench", "decode", "--device", "cpu", *arguments]
+    environment = clean_environment() | CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}
+    return start("vllm-spark bench decode", argv, tmp_path / "bench.log", environment)
+
+
+def test_figures_and_tokens(tmp_path: Path) -> None:
+    """Every candidate is measured; the pair's tokens are those of vLLM's own, through this project's collectives."""
+    file = tmp_path / "figures.json"
+    process = bench(tmp_path, "--batches", "1,3", "--steps", "4", "--rounds", "1", "--json", str(file))
+    assert process.wait(400) == 0, process.tail()
+    figures = json.loads(file.read_text())
+    rows = {(row["candidate"], row["batch"]): row for row in figures["rows"]}
+    assert rows.keys() == {(name, batch) for name in ("tp1", "spark", "spark-wire", "stock") for batch in (1, 3)}
+    for (_, batch), row in rows.items():
+        assert 0 < row["minimum"] <= row["median"] <= row["p99"]
+        assert [len(tokens) for tokens in row["tokens"]] == [4 + 20 + 2] * batch
+    for batch in (1, 3):
+        assert rows["spark", batch]["tokens"] == rows["spark-wire", batch]["tokens"] == rows["stock", batch]["tokens"]
+    assert figures["fallbacks"] == {"spark": 0, "spark-wire": 0}
+    assert_all_gone(process)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
+
+
+def test_an_engine_that_fails_is_explained(tmp_path: Path) -> None:
+    arguments = ["--candidates", "tp1", "--engine", '{"max_model_len": 10000000}']
+    process = bench(tmp_path, *arguments)
+    assert process.wait(120) == 1
+    output = process.output()
+    assert "10000000" in output, "the cause, out of the engine's log"
+    assert output.strip().splitlines()[-1].startswith("vllm-spark: tp1: the engine ended with exit code 1")
+    (logs,) = tmp_path.glob("vllm-spark-bench-logs-*")
+    assert "10000000" in next(logs.rglob("tp1-0.log")).read_text()
+    assert_all_gone(process)
+
+
+def test_nothing_outlives_a_killed_benchmark(tmp_path: Path) -> None:
+    process = bench(tmp_path, "--candidates", "spark", "--steps", "3000", "--batches", "1")
+    follower = "vllm-spark-bench-*/logs/spark-0-follower.log"
+    process.wait_until(
+        lambda: any("Ready" in log.read_text() for log in tmp_path.glob(follower)), 120, "a follower that is ready"
+    )
+    assert len(process.descendants()) >= 3, "the engine's two processes and the follower's"
+    os.kill(process.pid, signal.SIGKILL)
+    assert_all_gone(process, timeout=20)

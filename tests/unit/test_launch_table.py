@@ -1,0 +1,61 @@
+"""The launch table: what `bench calibrate` writes is what serving reads, and nothing else passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_spark.collective import LaunchShape
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.launch_table import LaunchTable, default_path, load_launch_table, store_launch_table
+
+TABLE = LaunchTable("some GPU", 16, LaunchShape(payload_blocks=48, dependent_launch=False))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+def test_what_is_written_is_found() -> None:
+    path = default_path()
+    assert path is not None
+    assert load_launch_table(SparkConfig()) == LaunchTable(), "without a file: the defaults"
+    store_launch_table(TABLE, path)
+    assert load_launch_table(SparkConfig()) == TABLE
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_named_file_comes_first(tmp_path: Path) -> None:
+    store_launch_table(TABLE, tmp_path / "new" / "other.json")
+    store_launch_table(LaunchTable("another"), tmp_path / "vllm-spark" / "launch.json")
+    assert load_launch_table(SparkConfig(launch_table=tmp_path / "new" / "other.json")) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"[]", "Expected `object`"),
+        (b"\xff", "malformed"),
+        (b"", "truncated"),
+        (b'{"packet_kib": 99999}', "1024"),
+        (b'{"packets_kib": 9}', "unknown field"),
+        (b'{"shape": {"packet_threads": 9}}', "packet_threads 9"),
+    ],
+)
+def test_other_content(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=part) as caught:
+        load_launch_table(SparkConfig(launch_table=path))
+    assert str(path) in str(caught.value)
+    assert "--spark-launch-table" in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="No such file"):
+        load_launch_table(SparkConfig(launch_table=tmp_path / "missing"))
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        store_launch_table(TABLE, Path("/proc/nowhere/launch.json"))

@@ -1,0 +1,136 @@
+"""Finds the launch shapes and the packets' limit that make collectives fastest on this machine's GPU.
+
+One parameter after the other, each from the best of those before it: they hardly depend on each other, and all
+combinations would take hours. A time is the geometric mean of the medians over the sizes that the parameter matters
+for, in a CUDA graph of 97. Pairs of runtimes differ by several percent among themselves (where their memory lies, which
+cores their proxies run on), so each value gets a new pair in each of several rounds, and the values take turns. Another
+value must be clearly faster to replace a default.
+
+Where both ranks share one GPU, each has a kernel that waits for the other rank's and the next one behind it, and a
+block takes a whole multiprocessor: shapes of which four kernels do not fit would hang, and are left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+
+from vllm_spark.bench.gpu_ranks import GpuPair
+from vllm_spark.bench.graph_timing import graph_times
+from vllm_spark.collective import RuntimeOptions
+from vllm_spark.launch_table import LaunchTable
+
+KIB, MIB = 1 << 10, 1 << 20
+
+PACKET_SIZES = (2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB)
+PAYLOAD_SIZES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 8 * MIB)
+LIMITS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""KiB: what the limit between packets and payload may be."""
+
+PACKET_CHOICES: dict[str, tuple[Any, ...]] = {
+    "packet_threads": (512, 256, 128),
+    "dependent_launch": (True, False),
+}
+PAYLOAD_CHOICES: dict[str, tuple[Any, ...]] = {
+    "payload_blocks": (32, 8, 16, 48, 64),
+    "payload_bytes_per_block": (4096, 1024, 2048, 8192, 16384),
+    "payload_threads": (512, 256),
+}
+_CLEARLY = 0.97  # of the time of the best so far
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One value of one parameter.
+
+    Attributes:
+        medians: microseconds, by size in bytes.
+        mean: their geometric mean.
+    """
+
+    parameter: str
+    value: Any
+    medians: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Microseconds."""
+        return statistics.geometric_mean(self.medians.values())
+
+
+def calibrate(
+    gpu: str, options: RuntimeOptions, rounds: int, launches: int, on_trial: Callable[[Trial], None]
+) -> LaunchTable:
+    """Measures, and returns the best.
+
+    Args:
+        gpu: its name, for the table.
+        options: of both ranks; their `launch` is where the search starts.
+        rounds: new pairs for each value.
+        launches: samples of each size in a round.
+        on_trial: called for each value that was tried.
+
+    Raises:
+        SparkError: a rank failed.
+    """
+
+    def best_of(parameter: str, choices: Sequence[Any], sizes: Sequence[int], start: RuntimeOptions) -> RuntimeOptions:
+        tried = [replace(start, launch=replace(start.launch, **{parameter: value})) for value in choices]
+        best, fastest = start, float("inf")
+        for value, candidate, medians in zip(choices, tried, _medians(tried, sizes, rounds, launches), strict=True):
+            trial = Trial(parameter, value, medians)
+            on_trial(trial)
+            if trial.mean < fastest * _CLEARLY:
+                best, fastest = candidate, trial.mean
+        return best
+
+    most_blocks = _most_blocks()
+    packets = replace(options, packet_bytes=max(PACKET_SIZES))
+    for parameter, choices in PACKET_CHOICES.items():
+        packets = best_of(parameter, choices, PACKET_SIZES, packets)
+    shape = replace(packets.launch, payload_blocks=min(packets.launch.payload_blocks, most_blocks))
+    payload = replace(packets, packet_bytes=0, launch=shape)
+    for parameter, choices in PAYLOAD_CHOICES.items():
+        if parameter == "payload_blocks":
+            choices = tuple(value for value in choices if value <= most_blocks)
+        payload = best_of(parameter, choices, PAYLOAD_SIZES, payload)
+    ways = [replace(payload, packet_bytes=size) for size in (LIMITS[-1] * KIB, 0)]
+    limits = [limit * KIB for limit in LIMITS]
+    by_packets, by_payload = _medians(ways, limits, rounds, launches)
+    on_trial(Trial("way", "packets", by_packets))
+    on_trial(Trial("way", "payload", by_payload))
+    faster = takewhile(lambda size: by_packets[size] <= by_payload[size], limits)
+    return LaunchTable(gpu, max(faster, default=0) // KIB, payload.launch)
+
+
+def _most_blocks() -> int:
+    """Of one kernel, so that none waits for a place; see above."""
+    if torch.cuda.device_count() > 1:
+        return 64
+    return int(torch.cuda.get_device_properties(0).multi_processor_count) // 4
+
+
+def rows_to_come() -> int:
+    """How many trials `calibrate` reports at most."""
+    return sum(map(len, (*PACKET_CHOICES.values(), *PAYLOAD_CHOICES.values()))) + 2
+
+
+def _medians(
+    candidates: Sequence[RuntimeOptions], sizes: Sequence[int], rounds: int, launches: int
+) -> list[dict[int, float]]:
+    """For each candidate, the median over the rounds of a round's median, by size."""
+    medians: list[dict[int, list[float]]] = [{size: [] for size in sizes} for _ in candidates]
+    for _ in range(rounds):
+        for options, by_size in zip(candidates, medians, strict=True):
+            pair = GpuPair((options, options))
+            try:
+                for size, of_rounds in by_size.items():
+                    of_rounds.append(statistics.median(graph_times(pair, "all_reduce", (size // 2,), launches)))
+            finally:
+                pair.close()
+    return [{size: statistics.median(of_rounds) for size, of_rounds in by_size.items()} for by_size in medians]

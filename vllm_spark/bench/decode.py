@@ -1,0 +1,322 @@
+"""How long a decode step of vLLM takes: one rank, this project's pair, and vLLM's own pair, in the same run.
+
+Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
+is a real engine in processes of its own (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_spark.bench.decode_engine import Job, Result
+from vllm_spark.bench.samples import percentile
+from vllm_spark.data_folders import data_folder
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
+from vllm_spark.process import Process, ProcessError, clean_environment
+from vllm_spark.stage import Stage
+from vllm_spark.tiny_model import make_tiny_model
+
+Device = Literal["cuda", "cpu"]
+
+SHIPPED_MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
+"""What is measured unless another model is named: a configuration of `configs/models`, and one made on the spot."""
+
+_WARM_UP = 20  # steps
+_ONE_GPU_SHARE = 0.42  # of its memory for each rank's engine, where both share it
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the model.
+
+    Attributes:
+        what: in a few words, for the report.
+        ranks: 1 or 2.
+        engine: arguments of `vllm.LLM` beside those of all candidates.
+        spark: settings of this project; None for stock vLLM.
+        environment: variables of its processes.
+    """
+
+    what: str
+    ranks: int
+    engine: dict[str, Any] = field(default_factory=dict)
+    spark: dict[str, Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        device: `cuda` (one GPU for each rank) or `cpu`.
+        model: a folder with a config.json, or one of `SHIPPED_MODELS`.
+        candidates: names of `candidates_for(device)`, in the order in which they run.
+        batches: sequences decoded together.
+        steps: timed for each batch.
+        rounds: how often all candidates run, one after the other.
+        prompt_tokens: length of each prompt.
+        compile: torch.compile in the engine, as vLLM does by itself; else CUDA graphs alone (eager on a CPU).
+        one_gpu: both ranks share the first GPU, which shows that it works and not how fast it is.
+        latency_us, gbytes_per_s: of the modelled wire.
+        engine: more arguments of `vllm.LLM`, which win.
+        timeout: seconds for one candidate.
+    """
+
+    device: Device
+    model: str
+    candidates: tuple[str, ...]
+    batches: tuple[int, ...] = (1, 4, 8)
+    steps: int = 200
+    rounds: int = 1
+    prompt_tokens: int = 64
+    compile: bool = False
+    one_gpu: bool = False
+    latency_us: float = 3.2
+    gbytes_per_s: float = 24.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 900.0
+
+
+class Row(msgspec.Struct):
+    """One candidate at one batch; times in milliseconds for one step, over all rounds."""
+
+    candidate: str
+    batch: int
+    minimum: float
+    median: float
+    p99: float
+    medians: list[float]
+    """Of each round."""
+    tokens: list[list[int]]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all sequences in a second, at the median."""
+        return self.batch * 1e3 / self.median
+
+
+@dataclass
+class Report:
+    """All rows, and where they come from."""
+
+    settings: Settings
+    vllm: str = ""
+    rows: list[Row] = field(default_factory=list)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """For candidates with this project: collectives that went vLLM's own way."""
+
+    def row(self, candidate: str, batch: int) -> Row | None:
+        """None if that was not measured."""
+        for row in self.rows:
+            if (row.candidate, row.batch) == (candidate, batch):
+                return row
+        return None
+
+    def speedup(self, candidate: str, batch: int, peer: str) -> float | None:
+        """Tokens per second over those of `peer`: the median over the rounds, of ratios within a round."""
+        mine, theirs = self.row(candidate, batch), self.row(peer, batch)
+        if mine is None or theirs is None:
+            return None
+        return statistics.median(other / own for own, other in zip(mine.medians, theirs.medians, strict=True))
+
+
+def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float = 0.0) -> dict[str, Candidate]:
+    """Every candidate by name; the last is the one that ratios refer to, over the path that two machines have."""
+    wire = {
+        "loopback_mode": "proxied",
+        "loopback_latency_us": latency_us,
+        "loopback_gbytes_per_s": gbytes_per_s,
+    }
+    ours = {
+        "tp1": Candidate("one rank", 1),
+        "spark": Candidate("vllm_spark, direct", 2, spark={}),
+        "spark-wire": Candidate("vllm_spark, proxied, modelled wire", 2, spark=wire),
+    }
+    stock = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    if device == "cpu":
+        return {**ours, "stock": Candidate("vLLM's own", 2, stock)}
+    nccl = {**stock, "disable_custom_all_reduce": True}
+    # vLLM has other all-reduces for GPUs that see each other's memory; two machines do not.
+    alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+    return {
+        **ours,
+        "stock": Candidate("vLLM's own choice between GPUs of one machine", 2, stock),
+        "nccl": Candidate("NCCL as it chooses", 2, nccl, environment=alone),
+        "nccl-host": Candidate("NCCL over host memory", 2, nccl, environment={**alone, "NCCL_P2P_DISABLE": "1"}),
+    }
+
+
+def default_candidates(device: Device, one_gpu: bool) -> tuple[str, ...]:
+    """All of them; on one GPU those that two ranks can run there (NCCL refuses)."""
+    candidates = candidates_for(device)
+    return tuple(name for name, each in candidates.items() if not one_gpu or each.ranks == 1 or each.spark is not None)
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigurationError for what can be seen to fail before anything starts."""
+    known = candidates_for(settings.device)
+    for name in settings.candidates:
+        if name not in known:
+            raise ConfigurationError(
+                f"there is no candidate {name!r} for --device {settings.device}; choose of {', '.join(known)}"
+            )
+    if settings.device == "cuda":
+        needed = 1 if settings.one_gpu else max(known[name].ranks for name in settings.candidates)
+        visible = len(_visible_gpus())
+        if visible == 0:
+            raise ConfigurationError("--device cuda: this machine has no GPU that CUDA sees; try --device cpu")
+        if visible < needed:
+            raise ConfigurationError(
+                f"{', '.join(settings.candidates)} need {needed} GPUs, and this machine has {visible}; choose "
+                "--candidates tp1, or --one-gpu, which shows that it works and not how fast it is"
+            )
+
+
+def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int], None]) -> Report:
+    """Runs every candidate in every round and returns what they measured.
+
+    Args:
+        on_candidate: called with name and round (from 0) before each.
+
+    Raises:
+        SparkError: a candidate failed; its programs' logs are on the stage.
+    """
+    model = _model_folder(settings, stage.folder)
+    candidates = candidates_for(settings.device, settings.latency_us, settings.gbytes_per_s)
+    results: dict[str, list[Result]] = {name: [] for name in settings.candidates}
+    for number in range(settings.rounds):
+        for name in settings.candidates:
+            on_candidate(name, number)
+            results[name].append(_run(name, candidates[name], model, settings, stage, number))
+    report = Report(settings, next(iter(results.values()))[0].vllm)
+    for name, rounds in results.items():
+        if rounds[0].fallbacks is not None:
+            report.fallbacks[name] = max(result.fallbacks or 0 for result in rounds)
+        for batch in settings.batches:
+            samples = [result.milliseconds[batch] for result in rounds]
+            pooled = [sample for round_samples in samples for sample in round_samples]
+            report.rows.append(
+                Row(
+                    name,
+                    batch,
+                    min(pooled),
+                    statistics.median(pooled),
+                    percentile(pooled, 0.99),
+                    [statistics.median(round_samples) for round_samples in samples],
+                    rounds[0].tokens[batch],
+                )
+            )
+    return report
+
+
+def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: Stage, number: int) -> Result:
+    """One candidate, from its start to its end."""
+    secret = os.urandom(16).hex()
+    engine = _engine_arguments(settings, model) | candidate.engine
+    with ExitStack() as stack:
+        follower: Process | None = None
+        if candidate.spark is not None:
+            (port,) = free_ports(1)
+            engine["additional_config"] = {
+                "spark": {"address": LOOPBACK, "port": port, "transport": "loopback", **candidate.spark}
+            }
+            join = [sys.executable, "-m", "vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(port)]
+            follower = stack.enter_context(
+                stage.started(
+                    f"{name}: vllm-spark join",
+                    join,
+                    f"{name}-{number}-follower.log",
+                    _environment(settings, candidate, 1) | {"SPARK_SECRET": secret},
+                )
+            )
+        job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
+        job.write_bytes(
+            msgspec.json.encode(
+                Job(engine | settings.engine, list(settings.batches), settings.prompt_tokens, settings.steps, _WARM_UP)
+            )
+        )
+        process = stack.enter_context(
+            stage.started(
+                f"{name}: the engine",
+                [sys.executable, "-m", "vllm_spark.bench.decode_engine", str(job), str(result)],
+                f"{name}-{number}.log",
+                _environment(settings, candidate, 0) | {"SPARK_SECRET": secret},
+            )
+        )
+
+        def done() -> bool:
+            if follower is not None and follower.exit_code:  # it ends with 0 when the engine is done
+                raise ProcessError(f"{follower.name} failed, exit code {follower.exit_code}", follower)
+            return process.exit_code == 0
+
+        process.wait_until(done, settings.timeout, "decoded everything")
+        return msgspec.json.decode(result.read_bytes(), type=Result)
+
+
+def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": settings.prompt_tokens + settings.steps + _WARM_UP + 16,
+        "max_num_seqs": max(settings.batches),
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if settings.device == "cpu":
+        return arguments | ({} if settings.compile else {"enforce_eager": True})
+    if settings.one_gpu:
+        arguments["gpu_memory_utilization"] = _ONE_GPU_SHARE
+    graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted(settings.batches)}
+    if not settings.compile:
+        graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return arguments | {"compilation_config": graphs}
+
+
+def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:
+    """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | candidate.environment
+    if settings.device == "cpu":
+        return clean_environment() | CPU_ENVIRONMENT | candidate.environment
+    if candidate.ranks == 2 and candidate.spark is None:
+        return environment
+    gpus = _visible_gpus()
+    return environment | {"CUDA_VISIBLE_DEVICES": gpus[0 if settings.one_gpu else rank]}
+
+
+def _visible_gpus() -> list[str]:
+    """How CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _model_folder(settings: Settings, folder: Path) -> Path:
+    """A folder with the model's configuration.
+
+    Raises:
+        ConfigurationError: there is none of that name.
+    """
+    if settings.model == SHIPPED_MODELS["cpu"]:
+        return make_tiny_model(folder / settings.model, "moe")
+    shipped = data_folder("configs") / "models"
+    for path in (Path(settings.model), shipped / settings.model):
+        if (path / "config.json").is_file():
+            return path.resolve()
+    names = ", ".join([*sorted(path.name for path in shipped.iterdir()), SHIPPED_MODELS["cpu"]])
+    raise ConfigurationError(f"--model {settings.model} is no folder with a config.json; give one, or one of {names}")

@@ -1,0 +1,126 @@
+"""One engine that decodes with random weights, and the time of each of its steps.
+
+    python -m vllm_spark.bench.decode_engine JOB RESULT
+
+A program of its own for each candidate of `vllm-spark bench decode`: an engine gives its GPU back only when its process
+ends, and NCCL reads its settings once in a process's life. JOB and RESULT are JSON files of the structures below.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class Job(msgspec.Struct):
+    """What the engine is, and what it decodes.
+
+    Attributes:
+        engine: arguments of `vllm.LLM`.
+        batches: numbers of sequences that are decoded together, one after the other.
+        prompt_tokens: length of each prompt.
+        steps: decode steps that are timed for each batch.
+        warm_up: decode steps before them.
+    """
+
+    engine: dict[str, Any]
+    batches: list[int]
+    prompt_tokens: int
+    steps: int
+    warm_up: int
+
+
+class Result(msgspec.Struct):
+    """What came of it.
+
+    Attributes:
+        start_seconds: from the arguments to an engine that is ready.
+        milliseconds: for each batch, the time of each step.
+        tokens: for each batch, the greedy tokens of each sequence.
+        fallbacks: collectives that did not go through vllm_spark; None without it.
+    """
+
+    vllm: str
+    start_seconds: float
+    milliseconds: dict[int, list[float]]
+    tokens: dict[int, list[list[int]]]
+    fallbacks: int | None
+
+
+def decode(engine: Any, job: Job, batch: int, vocabulary: int) -> tuple[list[float], list[list[int]]]:
+    """Decodes `batch` sequences together.
+
+    A step's time goes from one output of the engine to the next, when both have a token of every sequence: what a
+    client sees, with scheduling and sampling in it.
+
+    Returns:
+        Milliseconds of each timed step, and the tokens of each sequence.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    # One more output than differences, and one for the prefill, whose sequences may come in several steps.
+    length = job.warm_up + job.steps + 2
+    sampling = SamplingParams(
+        temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+    )
+    tokens: dict[str, list[int]] = {}
+    for sequence in range(batch):
+        name = f"{batch}-{sequence}"
+        tokens[name] = []
+        prompt = [(31 * sequence + 7 * position + 11) % vocabulary for position in range(job.prompt_tokens)]
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+    outputs_at: list[float] = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        if len(outputs) == batch:
+            outputs_at.append(time.perf_counter())
+        for output in outputs:
+            tokens[output.request_id].extend(output.outputs[0].token_ids)
+    times = [(after - before) * 1e3 for before, after in pairwise(outputs_at)]
+    return times[-job.steps :], list(tokens.values())
+
+
+def run(job: Job) -> Result:
+    """Starts the engine, and decodes each batch once to warm it up and once with a clock."""
+    import vllm
+
+    start = time.perf_counter()
+    engine = vllm.LLM(**job.engine).llm_engine
+    result = Result(vllm.__version__, time.perf_counter() - start, {}, {}, None)
+    vocabulary = engine.model_config.get_vocab_size()
+    for batch in job.batches:
+        decode(engine, job, batch, vocabulary)  # kernels that are compiled or chosen at their first use
+        result.milliseconds[batch], result.tokens[batch] = decode(engine, job, batch, vocabulary)
+    if "spark" in job.engine.get("additional_config", {}):
+        result.fallbacks = _fallbacks()
+    return result
+
+
+def _fallbacks() -> int:
+    from prometheus_client import REGISTRY
+
+    return round(
+        sum(
+            sample.value
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name == "vllm_spark_fallbacks_total"
+        )
+    )
+
+
+def main() -> None:
+    """Does the job of the command line."""
+    job_file, result_file = map(Path, sys.argv[1:])
+    result = run(msgspec.json.decode(job_file.read_bytes(), type=Job))
+    result_file.write_bytes(msgspec.json.encode(result))
+
+
+if __name__ == "__main__":
+    main()

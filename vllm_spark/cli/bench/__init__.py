@@ -1,0 +1,25 @@
+"""`vllm-spark bench`: what this machine does, measured against what vLLM uses without this project."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm_spark.cli import Command
+from vllm_spark.cli.bench import calibrate, collective, decode
+
+SUMMARY = "measure collectives or decode steps, or find the launch shapes of this GPU"
+
+_KINDS: dict[str, Command] = {"collective": collective, "decode": decode, "calibrate": calibrate}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure; each kind has its own options."""
+    kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, module in _KINDS.items():
+        kind = kinds.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
+        module.add_arguments(kind)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints tables, and writes the files that were asked for."""
+    return _KINDS[args.what].run(args)

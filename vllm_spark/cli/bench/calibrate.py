@@ -1,0 +1,92 @@
+"""`vllm-spark bench calibrate`: finds how collectives are best launched on this GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_spark.cli.bench.arguments import add_wire_arguments, positive
+from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.errors import ConfigurationError
+
+SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and keep them for serving"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which path to measure, and where to put the table."""
+    parser.add_argument(
+        "--path",
+        choices=["direct", "wire"],
+        default="wire",
+        help="wire: through the proxy and the modelled wire, as between two machines; direct: without (default: wire)",
+    )
+    parser.add_argument("--samples", type=positive, default=30, help="timings of each size in a round (default: 30)")
+    parser.add_argument("--rounds", type=positive, default=5, help="pairs of ranks for each value (default: 5)")
+    add_wire_arguments(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the table goes; default: where `vllm serve --spark` looks for it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints every trial, and writes the table.
+
+    Raises:
+        SparkError: no GPU, no kernels, no place for the table, or a rank failed.
+    """
+    # Before CUDA starts: see GpuPair.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    try:
+        import torch
+    except ImportError:
+        raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
+    if not torch.cuda.is_available():
+        raise ConfigurationError("there is no GPU to calibrate for; on a CPU collectives have no launch shapes")
+    from vllm_spark.bench.calibrate import Trial, calibrate, rows_to_come
+    from vllm_spark.bench.collective_report import format_size
+    from vllm_spark.collective import CollectiveError, RuntimeOptions
+    from vllm_spark.errors import SparkError
+    from vllm_spark.launch_table import default_path, store_launch_table
+
+    out = args.out or default_path()
+    if out is None:
+        raise ConfigurationError("this user has no home folder for the table; give a file with --out")
+    if args.out is not None:
+        check_writable(args.out)
+    options = RuntimeOptions(timeout_s=10.0)
+    if args.path == "wire":
+        options = RuntimeOptions(
+            timeout_s=10.0,
+            loopback_mode="proxied",
+            wire_latency_us=args.latency_us,
+            wire_gbytes_per_s=args.gbytes_per_s,
+        )
+    console = wide_console()
+    table = Table(title=f"{torch.cuda.get_device_name()}, {args.path}: microseconds, medians", show_lines=False)
+    for column in ("parameter", "value", "mean", "by size"):
+        table.add_column(column, justify="right" if column == "mean" else "left")
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
+        task = progress.add_task("calibrating", total=rows_to_come())
+
+        def show(trial: Trial) -> None:
+            progress.advance(task)
+            sizes = "  ".join(f"{format_size(size)} {time:.1f}" for size, time in trial.medians.items())
+            table.add_row(trial.parameter, str(trial.value), f"{trial.mean:.2f}", sizes)
+
+        try:
+            best = calibrate(torch.cuda.get_device_name(), options, args.rounds, args.samples, show)
+        except CollectiveError as error:
+            raise SparkError(str(error)) from None
+        finally:
+            console.print(table)
+    store_launch_table(best, out)
+    console.print(f"Best: {best.shape}, packets up to {best.packet_kib} KiB. Written to {out}", soft_wrap=True)
+    return 0

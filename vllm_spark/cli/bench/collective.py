@@ -1,0 +1,67 @@
+"""`vllm-spark bench collective`: what one all-reduce or all-gather costs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.progress import Progress, TimeElapsedColumn
+
+from vllm_spark import __version__
+from vllm_spark.cli.bench.arguments import add_wire_arguments, positive, sizes
+from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.errors import ConfigurationError
+
+SUMMARY = "one all-reduce or all-gather, against NCCL or gloo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and where to put it."""
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there are two GPUs"
+    )
+    parser.add_argument("--collective", choices=["all_reduce", "all_gather"], default="all_reduce")
+    parser.add_argument(
+        "--sizes", type=sizes, default=None, metavar="SIZE,...", help="1KiB to 64MiB; default: 1KiB, 4KiB, ... 64MiB"
+    )
+    parser.add_argument("--samples", type=positive, default=60, help="timings for each figure (default: 60)")
+    add_wire_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw medians over sizes (png, svg or pdf)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a table for each mode, and writes the files that were asked for."""
+    try:
+        import torch
+    except ImportError:
+        raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
+    from vllm_spark.bench.collective import DEFAULT_SIZES, Settings, check_gpus, measure, rows_to_come
+    from vllm_spark.bench.collective_report import as_json, as_table, check_plot, plot
+    from vllm_spark.bench.samples import machine
+
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
+    if args.plot is not None:
+        check_plot(args.plot)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "cpu"
+    if device == "cuda":
+        check_gpus()
+    settings = Settings(
+        device, args.sizes or DEFAULT_SIZES, args.samples, args.latency_us, args.gbytes_per_s, args.collective
+    )
+    name = f"2 x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
+    where = machine(name, f"torch {torch.__version__}", f"vllm_spark {__version__}")
+    console = wide_console()
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as progress:
+        task = progress.add_task("measuring", total=rows_to_come(settings))
+        report = measure(settings, where, lambda row: progress.advance(task))
+    for mode in dict.fromkeys(row.mode for row in report.rows):
+        console.print(as_table(report, mode))
+    if args.json is not None:
+        args.json.write_text(as_json(report) + "\n")
+    if args.plot is not None:
+        plot(report, args.plot)
+    return 0

@@ -1,0 +1,114 @@
+"""`vllm-spark bench decode`: what a decode step of vLLM costs on this machine, with one rank and with two."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from vllm_spark import __version__
+from vllm_spark.cli.bench.arguments import add_wire_arguments, positive
+from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.errors import ConfigurationError
+
+SUMMARY = "a decode step of vLLM with random weights: one rank, this project's pair, vLLM's own pair"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, and where to put it."""
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there is a GPU"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a folder with a config.json, qwen3-30b-a3b-int4 (default on GPUs) or tiny-moe (default on CPUs)",
+    )
+    parser.add_argument(
+        "--candidates", metavar="NAME,...", help="of tp1, spark, spark-wire, stock, nccl, nccl-host; default: all"
+    )
+    parser.add_argument(
+        "--batches", type=_batches, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
+    )
+    parser.add_argument("--steps", type=positive, default=200, help="timed steps for each batch (default: 200)")
+    parser.add_argument("--rounds", type=positive, default=1, help="how often all candidates run (default: 1)")
+    parser.add_argument("--prompt-tokens", type=positive, default=64, help="length of each prompt (default: 64)")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile; default: CUDA graphs alone")
+    parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
+    parser.add_argument("--engine", type=_engine, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    parser.add_argument("--timeout", type=positive, default=900, metavar="SECONDS", help="for each candidate (900)")
+    add_wire_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the engines' output there and keep it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs all candidates, and prints one table.
+
+    Raises:
+        SparkError: bad arguments, or a candidate failed; its logs are shown and kept.
+    """
+    try:
+        import torch
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise ConfigurationError(f"the benchmark needs vLLM and torch here ({error}); install vLLM") from None
+    from vllm_spark.bench import decode
+    from vllm_spark.bench.decode_report import as_json, as_table
+    from vllm_spark.bench.samples import machine
+    from vllm_spark.stage import set_stage
+
+    if args.json is not None:
+        check_writable(args.json)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = decode.default_candidates(device, args.one_gpu) if args.candidates is None else args.candidates.split(",")
+    settings = decode.Settings(
+        device=device,
+        model=args.model or decode.SHIPPED_MODELS[device],
+        candidates=tuple(names),
+        batches=args.batches,
+        steps=args.steps,
+        rounds=args.rounds,
+        prompt_tokens=args.prompt_tokens,
+        compile=args.compile,
+        one_gpu=args.one_gpu,
+        latency_us=args.latency_us,
+        gbytes_per_s=args.gbytes_per_s,
+        engine=args.engine,
+        timeout=args.timeout,
+    )
+    decode.check(settings)
+    console = wide_console()
+    progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True)
+    with set_stage("bench", console, args.keep_logs) as stage, progress:
+        task = progress.add_task("")
+        report = decode.measure(
+            settings,
+            stage,
+            lambda name, number: progress.update(task, description=f"round {number + 1}: {name}"),
+        )
+    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
+    where = machine(gpus, f"vllm {report.vllm}", f"torch {torch.__version__}", f"vllm_spark {__version__}")
+    console.print(as_table(report, where))
+    if args.json is not None:
+        args.json.write_text(as_json(report, where) + "\n")
+    return 0
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(positive(word) for word in text.split(","))
+
+
+def _engine(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as in '{{\"block_size\": 32}}'")
+    return value

@@ -1,0 +1,37 @@
+"""How a collective's kernel is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_spark.collective.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """How many threads and blocks a collective gets. The defaults are the best of an H100 (benchmarks/NOTES.md).
+
+    `vllm-spark bench calibrate` finds those of another GPU. Impossible ones raise UsageError.
+    """
+
+    packet_threads: int = 512
+    """Flagged packets: most threads of a block, a multiple of 32 up to 512; each sends one packet of 8 bytes."""
+    payload_threads: int = 512
+    """Payload, then flag: most threads of a block, as above."""
+    payload_blocks: int = 32
+    """Payload, then flag: most blocks, 1 to 64. All must be resident at once, beside what else runs."""
+    payload_bytes_per_block: int = 4096
+    """Payload, then flag: a block gets at least this much."""
+    dependent_launch: bool = True
+    """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
+
+    def __post_init__(self) -> None:
+        for name, lowest, highest, step in (
+            ("packet_threads", 32, 512, 32),
+            ("payload_threads", 32, 512, 32),
+            ("payload_blocks", 1, 64, 1),
+            ("payload_bytes_per_block", 16, 1 << 20, 16),
+        ):
+            value = getattr(self, name)
+            if not lowest <= value <= highest or value % step:
+                raise UsageError(f"{name} {value} does not do; it goes from {lowest} to {highest} in steps of {step}")

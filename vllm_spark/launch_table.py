@@ -1,0 +1,75 @@
+"""What `vllm-spark bench calibrate` found on a GPU: how kernels are launched there, and which messages go as packets.
+
+A JSON file. The leader reads it and sends what it says to its follower, since both ranks must agree.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from vllm_spark.collective import LaunchShape, UsageError
+from vllm_spark.config import FLAG, SparkConfig
+from vllm_spark.errors import ConfigurationError
+
+
+class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How collectives are launched.
+
+    Attributes:
+        gpu: name of the GPU that it was measured on; empty for the defaults.
+        packet_kib: messages up to this size, in KiB, go as flagged packets.
+        shape: threads and blocks.
+    """
+
+    gpu: str = ""
+    packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 8
+    shape: LaunchShape = LaunchShape()
+
+
+def default_path() -> Path | None:
+    """Where `bench calibrate` writes unless told otherwise; None for a user without a home folder."""
+    try:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    except RuntimeError:
+        return None
+    return folder / "vllm-spark" / "launch.json"
+
+
+def load_launch_table(config: SparkConfig) -> LaunchTable:
+    """The table that `config` names, else the one at `default_path`, else the defaults.
+
+    Raises:
+        ConfigurationError: the file is not there, or holds something else.
+    """
+    path = config.launch_table
+    if path is None:
+        path = default_path()
+        if path is None or not path.exists():
+            return LaunchTable()
+    remedy = f"give another with {FLAG}-launch-table, or write one: vllm-spark bench calibrate"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=LaunchTable)
+    except OSError as error:
+        raise ConfigurationError(f"the launch table {path} cannot be read ({error.strerror}); {remedy}") from None
+    except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the launch table {path} does not do ({error}); {remedy}") from None
+
+
+def store_launch_table(table: LaunchTable, path: Path) -> None:
+    """Writes `table` to `path`, whole or not at all, and makes its folder.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigurationError(f"the launch table {path} cannot be written ({error.strerror})") from None
