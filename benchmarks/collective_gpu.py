@@ -35,11 +35,11 @@ def show(what: str, samples: list[float]) -> None:
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packet-kib", type=int, default=8)
+    parser.add_argument("--packet-kib", type=int, help="default: as when serving")
     args = parser.parse_args()
     print(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for name, options in MODES.items():
-        settings = RuntimeOptions(timeout_s=10.0, packet_bytes=args.packet_kib * KIB, **options)
+        settings = RuntimeOptions(timeout_s=10.0, packet_bytes=args.packet_kib and args.packet_kib * KIB, **options)
         pair = GpuPair((settings, settings))
         for size in (KIB, 4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 8 * MIB):
             samples = graph_times(pair, "all_reduce", (size // 2,))

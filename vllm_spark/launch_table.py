@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,13 +21,26 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         gpu: name of the GPU that it was measured on; empty for the defaults.
-        packet_kib: messages up to this size, in KiB, go as flagged packets.
+        loopback_mode: the path on which it was measured; through a proxy packets pay less.
+        packet_kib: messages up to this size, in KiB, go as flagged packets on that path.
         shape: threads and blocks.
     """
 
     gpu: str = ""
-    packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 8
+    loopback_mode: Literal["direct", "proxied"] = "direct"
+    packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     shape: LaunchShape = LaunchShape()
+
+    def packet_bytes(self, config: SparkConfig) -> int | None:
+        """The largest message that goes as packets: the user's choice, else the table's for that path.
+
+        None leaves it to the runtime.
+        """
+        if config.packet_kib is not None:
+            return config.packet_kib << 10
+        if self.packet_kib is None or self.loopback_mode != config.loopback_mode:
+            return None
+        return min(self.packet_kib, config.slot_kib) << 10
 
 
 def default_path() -> Path | None:

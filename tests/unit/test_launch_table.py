@@ -11,7 +11,7 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.launch_table import LaunchTable, default_path, load_launch_table, store_launch_table
 
-TABLE = LaunchTable("some GPU", 16, LaunchShape(payload_blocks=48, dependent_launch=False))
+TABLE = LaunchTable("some GPU", "proxied", 16, LaunchShape(payload_blocks=48, dependent_launch=False))
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,16 @@ def test_a_named_file_comes_first(tmp_path: Path) -> None:
     store_launch_table(TABLE, tmp_path / "new" / "other.json")
     store_launch_table(LaunchTable("another"), tmp_path / "vllm-spark" / "launch.json")
     assert load_launch_table(SparkConfig(launch_table=tmp_path / "new" / "other.json")) == TABLE
+
+
+def test_the_limit_of_packets() -> None:
+    """The user's choice beats the table's, which counts on its own path only and within a slot."""
+    proxied = SparkConfig(loopback_mode="proxied")
+    assert TABLE.packet_bytes(proxied) == 16 << 10
+    assert TABLE.packet_bytes(SparkConfig(loopback_mode="direct")) is None
+    assert TABLE.packet_bytes(SparkConfig(loopback_mode="proxied", slot_kib=8)) == 8 << 10
+    assert TABLE.packet_bytes(SparkConfig(packet_kib=2)) == 2 << 10
+    assert LaunchTable().packet_bytes(proxied) is None
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def calibrate(
     on_trial(Trial("way", "packets", by_packets))
     on_trial(Trial("way", "payload", by_payload))
     faster = takewhile(lambda size: by_packets[size] <= by_payload[size], limits)
-    return LaunchTable(gpu, max(faster, default=0) // KIB, payload.launch)
+    return LaunchTable(gpu, options.loopback_mode, max(faster, default=0) // KIB, payload.launch)
 
 
 def _most_blocks() -> int:

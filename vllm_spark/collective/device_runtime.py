@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import UsageError
-from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.options import KIB, RuntimeOptions
 from vllm_spark.collective.runtime import Runtime, native_options
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ class DeviceRuntime(Runtime):
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
         return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options))
+
+    @classmethod
+    def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
+        """As measured on an H100 (benchmarks/NOTES.md, entry 6): packets are twice the bytes, and a proxy reads all."""
+        return 24 * KIB if options.loopback_mode == "direct" else 4 * KIB
 
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.

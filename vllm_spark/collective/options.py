@@ -27,8 +27,8 @@ class RuntimeOptions:
     """Proxied only: bandwidth of the modelled wire in GB/s; 0 is unlimited."""
     slot_bytes: int = 1 * MIB
     """Bytes of one payload slot, a multiple of 64; larger messages go in chunks of this size."""
-    packet_bytes: int = 8 * KIB
-    """Messages up to this many bytes go as flagged packets; 0 to `slot_bytes`."""
+    packet_bytes: int | None = None
+    """Messages up to this many bytes go as flagged packets; 0 to `slot_bytes`. None: what the runtime finds best."""
     depth: int = 4
     """Chunks in flight, a power of two up to 64; there are twice as many slots."""
     timeout_s: float = 600.0
@@ -62,6 +62,8 @@ class RuntimeOptions:
             ("largest_message", 1, 64 * MIB),
         ):
             value = getattr(self, name)
+            if value is None:
+                continue
             if not lowest <= value <= highest:
                 raise UsageError(f"{name} {value} is out of range; it goes from {lowest} to {highest}")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
-from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.options import KIB, RuntimeOptions
 from vllm_spark.collective.rendezvous import Address, Exchange, Terms, agree, both_ready, swap_addresses
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Runtime:
         if world_size != _native.WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
         options = options or RuntimeOptions()
+        if options.packet_bytes is None:
+            options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))
         native = cls._make_native(rank, options)
         own = {"device": cls.device, **options.agreement()}
         terms = Terms(rank, world_size, description, {**own, **(agreement or {})})
@@ -100,6 +102,11 @@ class Runtime:
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
         return _native.Runtime(rank=rank, **native_options(options))
+
+    @classmethod
+    def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
+        """The largest message for which packets are faster (benchmarks/NOTES.md, entry 3)."""
+        return 8 * KIB
 
     def accepts_all_reduce(self, tensor: torch.Tensor) -> bool:
         """True if `all_reduce` takes this tensor: on `device`, float32, float16 or bfloat16, of at most 64 MiB."""

@@ -131,14 +131,13 @@ def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: L
             )
     else:
         launch = LaunchTable()
-    packet_kib = min(launch.packet_kib, config.slot_kib) if config.packet_kib is None else config.packet_kib
     options = collective.RuntimeOptions(
         transport="loopback",
         loopback_mode=config.loopback_mode,
         wire_latency_us=config.loopback_latency_us,
         wire_gbytes_per_s=config.loopback_gbytes_per_s,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=packet_kib << 10,
+        packet_bytes=launch.packet_bytes(config),
         depth=config.depth,
         timeout_s=config.collective_timeout,
         launch=launch.shape,
