@@ -4,6 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+#include <tuple>
+
 #include "device/runtime.hpp"
 #include "errors.hpp"
 #include "runtime.hpp"
@@ -24,7 +27,7 @@ std::chrono::nanoseconds nanoseconds(double seconds) {
 }
 
 Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                     double wire_latency_s, double wire_bytes_per_s, double timeout_s,
+                     double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
                      uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
   Options options;
   options.rank = rank;
@@ -32,6 +35,7 @@ Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint3
   options.depth = depth;
   options.proxied = proxied;
   options.wire = {nanoseconds(wire_latency_s), wire_bytes_per_s * 1e-9};
+  options.stripes = stripes;
   options.timeout = nanoseconds(timeout_s);
   options.first_sequence = first_sequence;
   options.largest_message = largest_message;
@@ -49,6 +53,19 @@ void put_proxy_counters(py::dict& values, const ProxyCounters* proxy) {
   values["proxy_sleeps"] = proxy ? read(proxy->sleeps) : 0;
 }
 
+void put_link_counters(py::dict& values, const verbs::Link* link) {
+  static const verbs::LinkCounters none;
+  const verbs::LinkCounters& counters = link != nullptr ? link->counters() : none;
+  values["rails_up"] = read(counters.rails_up);
+  values["rail_failures"] = read(counters.rail_failures);
+  values["rail_recoveries"] = read(counters.rail_recoveries);
+  values["reposts"] = read(counters.reposts);
+  py::list posts;
+  for (const auto& rail : counters.posts) posts.append(read(rail));
+  values["rail_posts"] = py::tuple(posts);
+  values["link_lost"] = counters.lost.load(std::memory_order_relaxed);
+}
+
 py::dict counters_of(const Runtime& runtime) {
   const Counters& counters = runtime.counters();
   py::dict values;
@@ -62,6 +79,7 @@ py::dict counters_of(const Runtime& runtime) {
   values["wait_seconds"] = static_cast<double>(read(counters.wait_ns)) * 1e-9;
   values["longest_wait_seconds"] = static_cast<double>(read(counters.longest_wait_ns)) * 1e-9;
   put_proxy_counters(values, runtime.proxy_counters());
+  put_link_counters(values, runtime.link());
   values["last_sequence"] = runtime.last_sequence();
   return values;
 }
@@ -79,6 +97,7 @@ py::dict counters_of(const device::DeviceRuntime& runtime) {
   values["wait_seconds"] = 0.0;
   values["longest_wait_seconds"] = 0.0;
   put_proxy_counters(values, runtime.proxy_counters());
+  put_link_counters(values, runtime.link());
   values["last_sequence"] = static_cast<uint32_t>(totals.sequence);
   return values;
 }
@@ -93,6 +112,41 @@ py::tuple address_of(const AnyRuntime& runtime) {
   return py::make_tuple(address.process, address.descriptor, address.nonce[0], address.nonce[1]);
 }
 
+py::list rdma_ports() {
+  py::list ports;
+  for (const verbs::PortInfo& info : verbs::list_ports()) {
+    py::list gids;
+    for (const verbs::GidInfo& gid : info.gids) {
+      gids.append(py::make_tuple(gid.index, py::bytes(reinterpret_cast<const char*>(gid.gid.raw), sizeof gid.gid.raw),
+                                 gid.interface_index));
+    }
+    ports.append(py::make_tuple(info.device, info.port, info.active, info.ethernet, info.mtu, gids));
+  }
+  return ports;
+}
+
+using RailTuple = std::tuple<std::string, uint8_t, py::bytes, uint32_t>;
+
+std::vector<verbs::RailAddress> rail_addresses(const std::vector<RailTuple>& rails) {
+  std::vector<verbs::RailAddress> addresses;
+  for (const auto& [device, port, gid, mtu] : rails) {
+    std::string raw = gid;
+    verbs::RailAddress address{device, port, {}, mtu};
+    if (raw.size() != sizeof address.gid.raw) {
+      throw UsageError("a GID has 16 bytes, and not " + std::to_string(raw.size()));
+    }
+    std::memcpy(address.gid.raw, raw.data(), raw.size());
+    addresses.push_back(std::move(address));
+  }
+  return addresses;
+}
+
+template <typename AnyRuntime>
+verbs::Link& link_of(const AnyRuntime& runtime) {
+  if (runtime.link() == nullptr) throw UsageError("this runtime has no rails; its peer is on this machine");
+  return *runtime.link();
+}
+
 // What both runtimes have in common.
 template <typename AnyRuntime>
 void bind_common(py::class_<AnyRuntime>& bound) {
@@ -104,9 +158,38 @@ void bind_common(py::class_<AnyRuntime>& bound) {
             runtime.connect({process, descriptor, {nonce0, nonce1}}, description);
           },
           Unlocked())
+      .def(
+          "open_link",
+          [](AnyRuntime& runtime, const std::vector<RailTuple>& rails, double timeout_s,
+             uint8_t traffic_class, uint8_t service_level) {
+            std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
+            verbs::LinkOptions options{nanoseconds(timeout_s), {traffic_class, service_level}};
+            std::string offer;
+            {
+              py::gil_scoped_release unlocked;
+              offer = runtime.open_link(options, addresses);
+            }
+            return py::bytes(offer);
+          },
+          py::kw_only(), py::arg("rails"), py::arg("timeout_s"), py::arg("traffic_class"),
+          py::arg("service_level"))
+      .def("connect_link", &AnyRuntime::connect_link, Unlocked())
       .def("abort", &AnyRuntime::abort, Unlocked())
       .def("close", &AnyRuntime::close, Unlocked())
       .def("hold_proxy", &AnyRuntime::hold_proxy)
+      .def("deliver", [](AnyRuntime& runtime,
+                         const std::string& announcement) { link_of(runtime).deliver(announcement); })
+      .def("take_announcement",
+           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).take_announcement()); })
+      .def("silence", [](const AnyRuntime& runtime) {
+        return std::chrono::duration<double>(link_of(runtime).silence()).count();
+      })
+      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).take_log(); })
+      .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
+      .def_property_readonly(
+          "link_ready",
+          [](const AnyRuntime& runtime) { return runtime.link() == nullptr ? -1 : runtime.link()->ready(); })
+      .def_property_readonly("path", &AnyRuntime::path)
       .def("counters", [](const AnyRuntime& runtime) { return counters_of(runtime); })
       .def_property_readonly("closed", &AnyRuntime::closed)
       .def_property_readonly("poison", &AnyRuntime::poison);
@@ -131,21 +214,25 @@ PYBIND11_MODULE(_native, module) {
       .value("FLOAT16", DType::kFloat16)
       .value("BFLOAT16", DType::kBFloat16);
 
+  module.def("rdma_ports", &rdma_ports,
+             "Every port of every RDMA device: name, port, active, Ethernet, MTU, GIDs.");
+
   module.attr("WORLD_SIZE") = kWorldSize;
+  module.attr("MAX_RAILS") = verbs::kMaxRails;
   module.attr("REGION_VERSION") = kRegionVersion;
   module.attr("MAX_DEPTH") = kMaxSlots / 2;
 
   auto runtime = py::class_<Runtime>(module, "Runtime");
   runtime.def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                          double wire_latency_s, double wire_bytes_per_s, double timeout_s,
+                          double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
                           uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
                 return std::make_unique<Runtime>(make_options(
-                    rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
+                    rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s, stripes,
                     timeout_s, first_sequence, largest_message, clear_interval));
               }),
               py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"),
               py::arg("depth"), py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"),
-              py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
+              py::arg("stripes"), py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
               py::arg("clear_interval") = Options().clear_interval);
   bind_common(runtime);
   runtime
@@ -167,20 +254,20 @@ PYBIND11_MODULE(_native, module) {
   auto device_runtime = py::class_<DeviceRuntime>(module, "DeviceRuntime");
   device_runtime.def(
       py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                  double wire_latency_s, double wire_bytes_per_s, double timeout_s, uint32_t first_sequence,
-                  uint64_t largest_message, uint32_t packet_threads, uint32_t payload_threads,
-                  uint32_t payload_blocks, uint32_t payload_bytes_per_block, bool dependent_launch,
-                  const py::bytes& kernels, uint32_t clear_interval) {
+                  double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
+                  uint32_t first_sequence, uint64_t largest_message, uint32_t packet_threads,
+                  uint32_t payload_threads, uint32_t payload_blocks, uint32_t payload_bytes_per_block,
+                  bool dependent_launch, const py::bytes& kernels, uint32_t clear_interval) {
         return std::make_unique<DeviceRuntime>(
             make_options(rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
-                         timeout_s, first_sequence, largest_message, clear_interval),
+                         stripes, timeout_s, first_sequence, largest_message, clear_interval),
             LaunchShape{packet_threads, payload_threads, payload_blocks, payload_bytes_per_block,
                         dependent_launch},
             kernels);
       }),
       py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
-      py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("timeout_s"),
-      py::arg("first_sequence"), py::arg("largest_message"), py::arg("packet_threads"),
+      py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
+      py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"), py::arg("packet_threads"),
       py::arg("payload_threads"), py::arg("payload_blocks"), py::arg("payload_bytes_per_block"),
       py::arg("dependent_launch"), py::arg("kernels"), py::arg("clear_interval") = Options().clear_interval);
   bind_common(device_runtime);

@@ -50,6 +50,10 @@ Options checked(const Options& options) {
            std::to_string(kLongestClearInterval) + ", a quarter of the sequence numbers");
   }
   if (options.timeout <= std::chrono::nanoseconds(0)) refuse("the time-out is not more than 0 s");
+  if (options.stripes < 1 || options.stripes > kMaxPieces || (options.stripes > 1 && !options.proxied)) {
+    refuse("stripes " + std::to_string(options.stripes) + " are not possible; a proxy takes 1 to " +
+           std::to_string(kMaxPieces) + ", and without one there is 1");
+  }
   return options;
 }
 
@@ -84,6 +88,8 @@ Endpoint::Endpoint(const Options& options)
 }
 
 Endpoint::~Endpoint() {
+  // A fork has a copy of this object, and shares the descriptors through which queue pairs would be ended.
+  if (!owned_by_this_process()) static_cast<void>(link_.release());
   delete poison_.load(std::memory_order_relaxed);
 }
 
@@ -112,14 +118,41 @@ void Endpoint::connect_in_process(const Endpoint& peer) {
   publish_peer(peer.memory(), peer.mine(), Peer(peer.options_.rank, process_, "this process"));
 }
 
+std::string Endpoint::open_link(const verbs::LinkOptions& options,
+                                const std::vector<verbs::RailAddress>& rails) {
+  if (!options_.proxied)
+    throw UsageError("RDMA needs the proxy; a peer on another machine is reached by no store");
+  link_ = std::make_unique<verbs::Link>(options, memory_.data(), options_.sizes, rails, options_.rank);
+  return link_->offer();
+}
+
+void Endpoint::connect_link(const std::string& peer_offer, const std::string& description) {
+  if (!link_) throw UsageError("there are no rails to connect; call open_link first");
+  Peer peer(kWorldSize - 1 - options_.rank, description);
+  link_->connect(peer_offer, peer.name(), [this](const std::string& reason) { end_waits(reason); });
+  transport_ = link_.get();
+  publish_peer(std::move(peer));
+}
+
 void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
   theirs_base_ = base;
   theirs_ = std::make_unique<Region>(region);
+  loopback_ = std::make_unique<LoopbackTransport>(mine(), region, options_.wire);
+  transport_ = loopback_.get();
+  publish_peer(std::move(peer));
+}
+
+void Endpoint::publish_peer(Peer peer) {
   peer_ = std::move(peer);
   // In the single order of all: `abort` poisons, then looks whether there is a peer to tell. Either it sees
   // this one, or this looks and sees the poison.
   connected_.store(true, std::memory_order_seq_cst);
   if (const std::string* reason = poison_.load(std::memory_order_seq_cst)) tell_peer(*reason);
+}
+
+std::string Endpoint::path() const {
+  if (link_) return "over " + link_->path();
+  return std::string("over loopback, ") + (options_.proxied ? "proxied" : "direct");
 }
 
 bool Endpoint::owned_by_this_process() const {
@@ -167,7 +200,13 @@ void Endpoint::end_waits(const std::string& reason) {
 }
 
 void Endpoint::tell_peer(const std::string& reason) {
-  if (connected_.load(std::memory_order_seq_cst)) write_abort(*theirs_, rank_name() + " stopped: " + reason);
+  if (!connected_.load(std::memory_order_seq_cst)) return;
+  std::string sentence = rank_name() + " stopped: " + reason;
+  if (link_) {
+    link_->tell(sentence);
+  } else {
+    write_abort(*theirs_, sentence);
+  }
 }
 
 bool Endpoint::aborted() const {

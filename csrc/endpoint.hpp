@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backoff.hpp"
 #include "peer.hpp"
 #include "region.hpp"
 #include "shared_memory.hpp"
 #include "transport/loopback.hpp"
+#include "transport/verbs/link.hpp"
 
 namespace spark {
 
@@ -21,9 +23,10 @@ constexpr int kWorldSize = 2;
 struct Options {
   int rank = 0;
   RegionSizes sizes{1 << 20, 8 << 10, 8};
-  uint32_t depth = 4;  // chunks in flight; half of `sizes.slots`
-  bool proxied = false;
-  WireModel wire;
+  uint32_t depth = 4;    // chunks in flight; half of `sizes.slots`
+  bool proxied = false;  // through a proxy, as always to another machine
+  WireModel wire;        // loopback, proxied
+  uint32_t stripes = 1;  // pieces into which a CPU's larger messages are cut, for as many rails
   std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
   uint32_t first_sequence = 1;
   uint64_t largest_message = 64ull << 20;  // bytes
@@ -52,11 +55,22 @@ class Endpoint {
   // As `connect`, for two ranks in one process that see the same mapping of each region. The peer must
   // outlive this rank's use.
   void connect_in_process(const Endpoint& peer);
+  // In place of `connect`, for a peer on another machine: opens the rails, and returns what the peer must
+  // know to connect to them. Throws CollectiveError.
+  std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails);
+  void connect_link(const std::string& peer_offer, const std::string& description);
 
   const Options& options() const { return options_; }
   const RegionLayout& layout() const { return layout_; }
   Region mine() const { return Region(memory_.data(), options_.sizes); }
-  Region theirs() const { return *theirs_; }
+  // Null if the peer is on another machine.
+  const Region* theirs() const { return theirs_.get(); }
+  // How the proxy's messages get to the peer, once connected.
+  Transport& transport() const { return *transport_; }
+  // Null if the peer is on this machine.
+  verbs::Link* link() const { return link_.get(); }
+  // What messages take, in words: "over loopback, direct".
+  std::string path() const;
   const Peer& peer() const { return peer_; }
   std::byte* memory() const { return memory_.data(); }
   std::byte* peer_memory() const { return theirs_base_; }
@@ -90,6 +104,7 @@ class Endpoint {
 
  private:
   void publish_peer(std::byte* base, const Region& region, Peer peer);
+  void publish_peer(Peer peer);
   // False if the word was taken already.
   static bool write_abort(Region region, const std::string& reason);
   std::string rank_name() const { return "rank " + std::to_string(options_.rank); }
@@ -100,7 +115,10 @@ class Endpoint {
   SharedMemory peer_memory_;
   std::byte* theirs_base_ = nullptr;
   std::unique_ptr<Region> theirs_;
-  std::atomic<bool> connected_{false};  // `theirs_` may be read
+  std::unique_ptr<LoopbackTransport> loopback_;
+  std::unique_ptr<verbs::Link> link_;
+  Transport* transport_ = nullptr;
+  std::atomic<bool> connected_{false};  // the peer may be told something
   Peer peer_;
   pid_t process_;
   std::atomic<bool> closed_{false};

@@ -10,10 +10,15 @@ namespace spark {
 class Peer {
  public:
   Peer() = default;
-  Peer(int rank, pid_t process, std::string description);
+  // On this machine.
+  Peer(int rank, pid_t process, const std::string& description);
+  // On another one, whose processes nobody can watch from here.
+  Peer(int rank, const std::string& description);
 
   // False once the process has ended. True also where this machine cannot tell.
   bool alive() const;
+  // How it is, to end a sentence with: ", though its process is alive"; empty where this machine cannot tell.
+  std::string state() const;
   // A descriptor that is readable once the process has ended; negative where this machine has none.
   int process() const { return process_.get(); }
   const std::string& name() const { return name_; }

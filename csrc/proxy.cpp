@@ -4,11 +4,16 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+
 namespace spark {
 namespace {
 
 // How long what was rung before the end may take to be delivered.
 constexpr auto kDrainTime = std::chrono::seconds(1);
+
+// However busy it is, it looks after the connection after as many turns.
+constexpr uint32_t kTurnsPerLook = 4096;
 
 // A sleeping proxy looks around this often even if nobody wakes it: a bound, not a mechanism.
 constexpr timespec kLongestSleep{0, 100'000'000};
@@ -23,8 +28,8 @@ void futex_wake(std::atomic<uint32_t>& word) {
 
 }  // namespace
 
-Proxy::Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last, const BackoffTimes& times)
-    : region_(region), transport_(std::move(transport)), last_(last), times_(times) {
+Proxy::Proxy(Region region, Transport& transport, uint32_t last, const BackoffTimes& times)
+    : region_(region), transport_(transport), last_(last), times_(times) {
   thread_ = std::thread([this] { run(); });
 }
 
@@ -32,7 +37,7 @@ void Proxy::stop() {
   if (!thread_.joinable()) return;
   stopping_.store(true, std::memory_order_seq_cst);
   futex_wake(region_.doorbell());
-  thread_.join();  // bounded: by kLongestSleep and kDrainTime
+  thread_.join();  // bounded: by kLongestSleep, kDrainTime and the transport's farewell
 }
 
 void Proxy::ring(uint32_t sequence) {
@@ -46,24 +51,29 @@ void Proxy::ring(uint32_t sequence) {
 void Proxy::run() {
   Backoff backoff(times_);
   Clock::time_point idle_since = Clock::now();
+  uint32_t turns = 0;
   // Acquire: what was rung before the end is seen by the last look below.
   while (!stopping_.load(std::memory_order_acquire)) {
     // Acquire: pairs with the release in `ring` (and, from a kernel, with its system-scope release).
     uint32_t rung = region_.doorbell().load(std::memory_order_acquire);
     bool busy = !held_.load(std::memory_order_relaxed) && post_up_to(rung);
-    bool under_way = transport_->progress();
+    bool under_way = transport_.progress();
+    if (++turns % kTurnsPerLook == 0) transport_.attend();
     if (busy) {
       backoff = Backoff(times_);
       idle_since = Clock::now();
-    } else if (backoff.step() && !under_way && Clock::now() - idle_since > times_.spin + times_.yield) {
-      sleep_on_doorbell();
+    } else if (backoff.step()) {
+      transport_.attend();
+      if (!under_way && Clock::now() - idle_since > times_.spin + times_.yield) sleep_on_doorbell();
     }
   }
   // The peer may still wait for what was staged before the end.
   post_up_to(region_.doorbell().load(std::memory_order_acquire));
-  for (Clock::time_point end = Clock::now() + kDrainTime; transport_->progress() && Clock::now() < end;) {
+  for (Clock::time_point end = Clock::now() + kDrainTime; transport_.progress() && Clock::now() < end;) {
+    transport_.attend();
     std::this_thread::yield();
   }
+  transport_.finish();
 }
 
 bool Proxy::post_up_to(uint32_t rung) {
@@ -72,13 +82,30 @@ bool Proxy::post_up_to(uint32_t rung) {
   uint32_t posted = 0;
   while (static_cast<int32_t>(rung - last_) > 0) {
     ++last_;
-    transport_->post(last_, region_.descriptor(last_));
+    post(last_);
     ++posted;
   }
   if (posted == 0) return false;
   counters_.posts.fetch_add(posted, std::memory_order_relaxed);
   counters_.coalesced.fetch_add(posted - 1, std::memory_order_relaxed);
   return true;
+}
+
+void Proxy::post(uint32_t sequence) {
+  const SendDescriptor& whole = region_.descriptor(sequence);
+  if (whole.stripes == 1) {
+    transport_.post(sequence, whole);
+    return;
+  }
+  uint64_t step = stripe_bytes(whole.bytes, whole.stripes);
+  for (uint32_t stripe = 0; stripe < whole.stripes; ++stripe) {
+    uint64_t from = std::min(whole.bytes, stripe * step), to = std::min(whole.bytes, from + step);
+    SendDescriptor part = whole;
+    part.piece = stripe;
+    part.offset = static_cast<uint32_t>(from);
+    part.bytes = to - from;
+    transport_.post(sequence, part);
+  }
 }
 
 void Proxy::sleep_on_doorbell() {

@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <thread>
 
 #include "backoff.hpp"
@@ -19,8 +18,9 @@ struct ProxyCounters {
 
 class Proxy {
  public:
-  // Posts sequence numbers after `last` as the doorbell of `region` rises, until stopped.
-  Proxy(Region region, std::unique_ptr<Transport> transport, uint32_t last, const BackoffTimes& times);
+  // Posts sequence numbers after `last` as the doorbell of `region` rises, until stopped. `transport` must
+  // outlive it.
+  Proxy(Region region, Transport& transport, uint32_t last, const BackoffTimes& times);
   ~Proxy() { stop(); }
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
@@ -39,10 +39,11 @@ class Proxy {
  private:
   void run();
   bool post_up_to(uint32_t rung);
+  void post(uint32_t sequence);
   void sleep_on_doorbell();
 
   Region region_;
-  std::unique_ptr<Transport> transport_;
+  Transport& transport_;
   uint32_t last_;
   BackoffTimes times_;
   ProxyCounters counters_;

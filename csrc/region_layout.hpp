@@ -3,9 +3,10 @@
 //
 //   header   what this is, and its sizes
 //   control  doorbell, abort word, send descriptors: between a rank's own threads, kernels and proxy
-//   recv     flags, packets and payloads that the peer writes
-//   send     flags, packets and payloads staged for the proxy
+//   recv     flags, packets and payloads that the peer writes, and the state of its links
+//   send     flags, packets and payloads staged for the proxy, and the state of this rank's links
 //
+// Of a region that a NIC serves, the peer's NIC may write the receiving part and nothing else.
 // Packets and payloads never share memory: payload bytes must not be taken for a packet's flags.
 #pragma once
 
@@ -18,7 +19,7 @@
 namespace spark {
 
 constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
-constexpr uint32_t kRegionVersion = 3;
+constexpr uint32_t kRegionVersion = 4;
 constexpr uint32_t kMaxSlots = 128;
 // Pieces that one slot's payload may be sent in, each with a flag of its own: a kernel's blocks do not wait
 // for each other. A CPU sends one.
@@ -26,6 +27,8 @@ constexpr uint32_t kMaxPieces = 64;
 // Two cache lines: adjacent-line prefetchers would otherwise move a neighbour's flag along.
 constexpr size_t kLine = 128;
 constexpr size_t kPage = 4096;
+// Announcements of the links' state that may be on their way at once, a page each.
+constexpr uint32_t kOutboxes = 8;
 
 struct RegionSizes {
   uint64_t slot_bytes;    // payload bytes of one slot
@@ -54,7 +57,14 @@ struct SendDescriptor {
   // Payload only: which piece of the slot this is. A CPU sends a slot in one piece.
   uint32_t piece = 0;
   uint32_t offset = 0;  // bytes from the slot's start
+  // Into how many pieces of its own the proxy cuts this one, so that they can go over several rails.
+  uint32_t stripes = 1;
 };
+
+// Bytes of each of `stripes` pieces of a payload but the last, which has the rest: whole cache lines.
+SPARK_HOST_DEVICE constexpr uint64_t stripe_bytes(uint64_t bytes, uint32_t stripes) {
+  return (bytes + stripes * kLine - 1) / (stripes * kLine) * kLine;
+}
 
 enum AbortState : uint32_t { kRunning = 0, kAbortClaimed = 1, kAborted = 2 };
 
@@ -89,18 +99,18 @@ class RegionLayout {
   SPARK_HOST_DEVICE explicit constexpr RegionLayout(const RegionSizes& sizes) : sizes_(sizes) {}
 
   SPARK_HOST_DEVICE constexpr size_t control() const { return kPage; }
-  SPARK_HOST_DEVICE constexpr size_t recv_flags() const {
-    return control() + round_up(sizeof(Control), kPage);
-  }
+  // From here to `outbox` the peer writes.
+  SPARK_HOST_DEVICE constexpr size_t inbox() const { return control() + round_up(sizeof(Control), kPage); }
+  SPARK_HOST_DEVICE constexpr size_t recv_flags() const { return inbox() + kPage; }
   SPARK_HOST_DEVICE constexpr size_t recv_packets() const {
     return recv_flags() + flag_area() * sizes_.slots;
   }
   SPARK_HOST_DEVICE constexpr size_t recv_payload() const {
     return recv_packets() + round_up(sizes_.slots * packet_area(), kPage);
   }
-  SPARK_HOST_DEVICE constexpr size_t send_flags() const {
-    return recv_payload() + sizes_.slots * payload_area();
-  }
+  // From here to the end this rank's NIC reads.
+  SPARK_HOST_DEVICE constexpr size_t outbox() const { return recv_payload() + sizes_.slots * payload_area(); }
+  SPARK_HOST_DEVICE constexpr size_t send_flags() const { return outbox() + kOutboxes * kPage; }
   SPARK_HOST_DEVICE constexpr size_t send_packets() const {
     return send_flags() + flag_area() * sizes_.slots;
   }

@@ -12,6 +12,8 @@ namespace spark {
 namespace {
 
 constexpr auto kPeerCheckInterval = std::chrono::milliseconds(20);
+// Shorter pieces of payload are not worth a flag of their own.
+constexpr size_t kSmallestStripe = 32 << 10;
 
 }  // namespace
 
@@ -105,11 +107,18 @@ Runtime::Runtime(const Options& options)
       sequence_(options.first_sequence - 1) {}
 
 Runtime::~Runtime() {
+  // A fork has a copy of this object, but not its thread.
+  if (!endpoint_.owned_by_this_process()) static_cast<void>(proxy_.release());
   close();
 }
 
 void Runtime::connect(const Address& peer, const std::string& description) {
   endpoint_.connect(peer, description);
+  start();
+}
+
+void Runtime::connect_link(const std::string& peer_offer, const std::string& description) {
+  endpoint_.connect_link(peer_offer, description);
   start();
 }
 
@@ -119,11 +128,10 @@ void Runtime::connect_in_process(const Runtime& peer) {
 }
 
 void Runtime::start() {
-  theirs_ = std::make_unique<Region>(endpoint_.theirs());
+  theirs_ = endpoint_.theirs();
   if (options_.proxied) {
     proxy_ =
-        std::make_unique<Proxy>(mine_, std::make_unique<LoopbackTransport>(mine_, *theirs_, options_.wire),
-                                options_.first_sequence - 1, options_.backoff);
+        std::make_unique<Proxy>(mine_, endpoint_.transport(), options_.first_sequence - 1, options_.backoff);
   }
 }
 
@@ -242,7 +250,12 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     counters_.payload_messages.fetch_add(1, std::memory_order_relaxed);
   }
   if (proxy_) {
-    mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload, tag, bytes, 0, 0};
+    mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload,
+                                  tag,
+                                  bytes,
+                                  0,
+                                  0,
+                                  as_packets ? 1 : stripes_of(bytes)};
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
@@ -251,7 +264,7 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
 
 const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {
   const std::byte* data = bytes <= options_.sizes.packet_bytes ? receive_packets(operation, sequence, bytes)
-                                                               : receive_payload(operation, sequence);
+                                                               : receive_payload(operation, sequence, bytes);
   received_ = sequence;
   return data;
 }
@@ -280,16 +293,24 @@ const std::byte* Runtime::receive_packets(const Operation& operation, uint32_t s
   return scratch_.get();
 }
 
-const std::byte* Runtime::receive_payload(const Operation& operation, uint32_t sequence) {
+const std::byte* Runtime::receive_payload(const Operation& operation, uint32_t sequence, size_t bytes) {
   Wait wait(*this, operation, sequence);
-  // Acquire: pairs with the release (or the NIC's ordered write) of the flag after the payload.
-  uint64_t flag = mine_.recv_flag(sequence).load(std::memory_order_acquire);
-  while (flag_sequence(flag) != sequence) {
-    wait.step();
-    flag = mine_.recv_flag(sequence).load(std::memory_order_acquire);
+  for (uint32_t stripe = 0; stripe < stripes_of(bytes); ++stripe) {
+    // Acquire: pairs with the release (or the NIC's ordered write) of the flag after the payload.
+    uint64_t flag = mine_.recv_flag(sequence, stripe).load(std::memory_order_acquire);
+    while (flag_sequence(flag) != sequence) {
+      wait.step();
+      flag = mine_.recv_flag(sequence, stripe).load(std::memory_order_acquire);
+    }
+    // Also before the next stripe: the peer may have sent something else that has fewer of them.
+    check_tag(operation, sequence, flag_tag(flag));
   }
-  check_tag(operation, sequence, flag_tag(flag));
   return mine_.recv_payload(sequence);
+}
+
+// The same on both ranks, for it depends on the size alone.
+uint32_t Runtime::stripes_of(size_t bytes) const {
+  return static_cast<uint32_t>(std::clamp<size_t>(bytes / kSmallestStripe, 1, options_.stripes));
 }
 
 void Runtime::clear_now_and_then(uint32_t sequence) {
@@ -310,13 +331,11 @@ void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer
   double seconds = std::chrono::duration<double>(options_.timeout).count();
   std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + endpoint_.peer().name() +
                        " in an " + operation.describe() + ", sequence " + std::to_string(sequence) +
-                       " (last seen " + std::to_string(received_) + "), over loopback, " +
-                       (options_.proxied ? "proxied" : "direct");
+                       " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
   if (peer_gone) throw TimeoutError(waited + ": that process has ended");
   char limit[32];
   std::snprintf(limit, sizeof limit, "%.1f", seconds);
-  throw TimeoutError(waited + ": it did not come within " + limit + " s, though its process is " +
-                     (endpoint_.peer().alive() ? "alive" : "gone"));
+  throw TimeoutError(waited + ": it did not come within " + limit + " s" + endpoint_.peer().state());
 }
 
 void Runtime::close() {

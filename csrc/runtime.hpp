@@ -38,6 +38,12 @@ class Runtime {
   Address address() const { return endpoint_.address(); }
   // See Endpoint.
   void connect(const Address& peer, const std::string& description);
+  std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails) {
+    return endpoint_.open_link(options, rails);
+  }
+  void connect_link(const std::string& peer_offer, const std::string& description);
+  verbs::Link* link() const { return endpoint_.link(); }
+  std::string path() const { return endpoint_.path(); }
 
   // Thread sanitizers can follow one rank's writes to the other's reads only in one mapping.
   void connect_in_process(const Runtime& peer);
@@ -69,7 +75,8 @@ class Runtime {
   // The peer's message under `sequence`, contiguous until the next call.
   const std::byte* receive(const Operation& operation, uint32_t sequence, size_t bytes);
   const std::byte* receive_packets(const Operation& operation, uint32_t sequence, size_t bytes);
-  const std::byte* receive_payload(const Operation& operation, uint32_t sequence);
+  const std::byte* receive_payload(const Operation& operation, uint32_t sequence, size_t bytes);
+  uint32_t stripes_of(size_t bytes) const;
   template <typename Consume>
   void exchange(const Operation& operation, const std::byte* in, uint64_t bytes, Consume consume);
 
@@ -81,7 +88,7 @@ class Runtime {
   Endpoint endpoint_;
   const Options& options_;
   Region mine_;
-  std::unique_ptr<Region> theirs_;
+  const Region* theirs_ = nullptr;  // in direct mode
   std::unique_ptr<Proxy> proxy_;
   std::unique_ptr<std::byte[]> scratch_;  // a packet message's data, unpacked
   uint32_t received_ = 0;                 // last sequence seen from the peer

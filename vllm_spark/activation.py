@@ -147,18 +147,14 @@ def check_link(config: SparkConfig) -> None:
     """Finds out early, in the process that the user started, what the engine would find out late.
 
     Raises:
-        ConfigurationError: no usable address, port, secret or launch table.
+        ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
     from vllm_spark.executor.credentials import load_secret
     from vllm_spark.executor.handshake import bind
-    from vllm_spark.executor.link import leader_address
+    from vllm_spark.executor.link import check_ports, leader_address
     from vllm_spark.launch_table import load_launch_table
 
-    if config.transport == "verbs":
-        raise ConfigurationError(
-            f"{FLAG}-transport verbs: this version has no RDMA transport yet; "
-            f"use {FLAG}-transport loopback, with both ranks on one machine"
-        )
+    check_ports(config)
     address = leader_address(config)
     load_secret(config, address)
     load_launch_table(config)

@@ -29,7 +29,7 @@ class _Routing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if (runtime := self._runtime) is not None:
-            logger.info("Group %s: collectives go through vllm_spark (%s).", self.unique_name, runtime.options.path)
+            logger.info("Group %s: collectives go through vllm_spark, %s.", self.unique_name, runtime.path)
 
     @property
     def _runtime(self) -> Runtime | None:

@@ -95,9 +95,23 @@ class SparkConfig(BaseModel):
     transport: Literal["auto", "verbs", "loopback"] = _setting(
         "auto",
         "How ranks exchange data: `loopback` is shared memory between two processes of one machine, `verbs` is "
-        "RDMA over RoCE, `auto` takes what reaches the peer.",
+        "RDMA over RoCE, `auto` takes loopback on one machine and verbs between two.",
         side="leader",
     )
+    rails: str | None = _setting(
+        None,
+        "Verbs: RDMA ports of this machine to use, separated by commas, each DEVICE, DEVICE:PORT or "
+        "DEVICE:PORT:GID_INDEX. Default: every active one that is in one network with one of the other machine.",
+    )
+    link_timeout: float = _setting(
+        30.0,
+        "Verbs: seconds without any working rail after which both machines stop. Until then all wait for it.",
+        side="leader",
+        gt=0,
+        le=3600,
+    )
+    traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
+    service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15)
     loopback_mode: Literal["direct", "proxied"] = _setting(
         "direct",
         "Loopback only: `direct` stores straight into the peer's memory, `proxied` goes through the proxy thread "
@@ -149,6 +163,15 @@ class SparkConfig(BaseModel):
             raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
         if port is not None and info.field_name == "address":
             raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+        return value
+
+    @field_validator("rails")
+    @classmethod
+    def _are_rails(cls, value: str | None) -> str | None:
+        for rail in value.split(",") if value else ():
+            device, *numbers = rail.strip().split(":")
+            if not device or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+                raise ValueError(f"{rail!r} names no port; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX")
         return value
 
     @field_validator("depth")

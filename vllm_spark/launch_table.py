@@ -31,14 +31,17 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     shape: LaunchShape = LaunchShape()
 
-    def packet_bytes(self, config: SparkConfig) -> int | None:
+    def packet_bytes(self, config: SparkConfig, mode: Literal["direct", "proxied"]) -> int | None:
         """The largest message that goes as packets: the user's choice, else the table's for that path.
 
         None leaves it to the runtime.
+
+        Args:
+            mode: whether this rank's messages go through a proxy, as they always do over RDMA.
         """
         if config.packet_kib is not None:
             return config.packet_kib << 10
-        if self.packet_kib is None or self.loopback_mode != config.loopback_mode:
+        if self.packet_kib is None or self.loopback_mode != mode:
             return None
         return min(self.packet_kib, config.slot_kib) << 10
 

@@ -11,12 +11,14 @@ constexpr auto kDrainTime = std::chrono::seconds(1);
 // message after that waits for it.
 constexpr auto kAwake = std::chrono::seconds(1);
 constexpr auto kDoze = std::chrono::microseconds(50);
+// Turns between two looks after the connection: some ten microseconds.
+constexpr uint32_t kTurnsPerLook = 256;
 constexpr size_t kPrefetchHalves = 64;  // eight cache lines
 
 }  // namespace
 
-Forwarder::Forwarder(Region region, std::unique_ptr<Transport> transport, uint32_t last)
-    : region_(region), transport_(std::move(transport)), last_(last) {
+Forwarder::Forwarder(Region region, Transport& transport, uint32_t last)
+    : region_(region), transport_(transport), last_(last) {
   thread_ = std::thread([this] { run(); });
 }
 
@@ -24,28 +26,33 @@ void Forwarder::stop() {
   if (!thread_.joinable()) return;
   // Release: the last look sees whatever the caller knows to be staged.
   stopping_.store(true, std::memory_order_release);
-  thread_.join();  // bounded: by kDoze and kDrainTime
+  thread_.join();  // bounded: by kDoze, kDrainTime and the transport's farewell
 }
 
 void Forwarder::run() {
   Clock::time_point busy_at = Clock::now();
+  uint32_t turns = 0;
   while (!stopping_.load(std::memory_order_acquire)) {
     bool busy = !held_.load(std::memory_order_relaxed) && look();
-    if (transport_->progress() || busy) {
+    if (transport_.progress() || busy) {
       busy_at = Clock::now();
     } else if (Clock::now() - busy_at > kAwake) {
       counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
       std::this_thread::sleep_for(kDoze);
+      transport_.attend();
     } else {
       cpu_relax();
     }
+    if (++turns % kTurnsPerLook == 0) transport_.attend();
   }
   // The peer may still wait for what was staged before the end.
   while (look()) {
   }
-  for (Clock::time_point end = Clock::now() + kDrainTime; transport_->progress() && Clock::now() < end;) {
+  for (Clock::time_point end = Clock::now() + kDrainTime; transport_.progress() && Clock::now() < end;) {
+    transport_.attend();
     sched_yield();
   }
+  transport_.finish();
 }
 
 bool Forwarder::look() {
@@ -70,7 +77,7 @@ bool Forwarder::look_for_packets(uint32_t sequence) {
     ++arrived_halves_;
   }
   if (arrived_halves_ < count) return false;
-  transport_->post(sequence, {Protocol::kPackets, tag, bytes, 0, 0});
+  transport_.post(sequence, {Protocol::kPackets, tag, bytes});
   counters_.posts.fetch_add(1, std::memory_order_relaxed);
   finish(sequence);
   return true;
@@ -92,7 +99,7 @@ bool Forwarder::look_for_pieces(uint32_t sequence) {
   for (uint32_t piece = 0; piece < pieces_; ++piece) {
     if ((posted_pieces_ >> piece & 1) != 0 || !staged(piece)) continue;
     const Flag& flag = region_.send_flag(sequence, piece);
-    transport_->post(sequence, {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
+    transport_.post(sequence, {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
     posted_pieces_ |= uint64_t{1} << piece;
     ++posted;
   }

@@ -6,7 +6,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <memory>
 #include <thread>
 
 #include "../backoff.hpp"
@@ -18,8 +17,8 @@ namespace spark::device {
 class Forwarder {
  public:
   // Posts what is staged in `region` under the sequence numbers after `last`, in their order, until
-  // stopped.
-  Forwarder(Region region, std::unique_ptr<Transport> transport, uint32_t last);
+  // stopped. `transport` must outlive it.
+  Forwarder(Region region, Transport& transport, uint32_t last);
   ~Forwarder() { stop(); }
   Forwarder(const Forwarder&) = delete;
   Forwarder& operator=(const Forwarder&) = delete;
@@ -41,7 +40,7 @@ class Forwarder {
   void finish(uint32_t sequence);
 
   Region region_;
-  std::unique_ptr<Transport> transport_;
+  Transport& transport_;
   uint32_t last_;
   size_t arrived_halves_ = 0;   // of the next message's packets
   uint32_t pieces_ = 0;         // of the next message's payload; 0: not known yet

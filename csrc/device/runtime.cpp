@@ -56,9 +56,22 @@ DeviceRuntime::~DeviceRuntime() {
 
 void DeviceRuntime::connect(const Address& peer, const std::string& description) {
   endpoint_.connect(peer, description);
+  gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), endpoint_.layout().total());
+  start();
+  peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
+    // Whatever it sent before it ended has arrived: kernels look once more after they see the abort word.
+    endpoint_.end_waits(endpoint_.peer().name() + ": that process has ended");
+  });
+}
+
+void DeviceRuntime::connect_link(const std::string& peer_offer, const std::string& description) {
+  endpoint_.connect_link(peer_offer, description);
+  start();
+}
+
+void DeviceRuntime::start() {
   const Options& options = endpoint_.options();
   const RegionLayout& layout = endpoint_.layout();
-  gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
   rank_.in = receive_lane(gpu_->mine.on_device());
   rank_.out = options.proxied ? send_lane(gpu_->mine.on_device()) : receive_lane(gpu_->theirs->on_device());
   rank_.abort =
@@ -73,15 +86,9 @@ void DeviceRuntime::connect(const Address& peer, const std::string& description)
   rank_.clear_interval = options.clear_interval;
   rank_.index = static_cast<uint32_t>(options.rank);
   if (options.proxied) {
-    forwarder_ = std::make_unique<Forwarder>(
-        endpoint_.mine(),
-        std::make_unique<LoopbackTransport>(endpoint_.mine(), endpoint_.theirs(), options.wire),
-        options.first_sequence - 1);
+    forwarder_ =
+        std::make_unique<Forwarder>(endpoint_.mine(), endpoint_.transport(), options.first_sequence - 1);
   }
-  peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
-    // Whatever it sent before it ended has arrived: kernels look once more after they see the abort word.
-    endpoint_.end_waits(endpoint_.peer().name() + ": that process has ended");
-  });
 }
 
 Lane DeviceRuntime::receive_lane(unsigned char* base) const {
@@ -193,10 +200,9 @@ void DeviceRuntime::check() {
     default: {
       char limit[32];
       std::snprintf(limit, sizeof limit, "%.1f", std::chrono::duration<double>(options.timeout).count());
-      fail(TimeoutError(rank + " waited for " + endpoint_.peer().name() + " in " + where +
-                        ", over loopback, " + (options.proxied ? "proxied" : "direct") +
-                        ", on the GPU: it did not come within " + limit + " s, though its process is " +
-                        (endpoint_.peer().alive() ? "alive" : "gone")));
+      fail(TimeoutError(rank + " waited for " + endpoint_.peer().name() + " in " + where + ", " +
+                        endpoint_.path() + ", on the GPU: it did not come within " + limit + " s" +
+                        endpoint_.peer().state()));
     }
   }
 }

@@ -40,6 +40,12 @@ class DeviceRuntime {
   Address address() const { return endpoint_.address(); }
   // See Endpoint.
   void connect(const Address& peer, const std::string& description);
+  std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails) {
+    return endpoint_.open_link(options, rails);
+  }
+  void connect_link(const std::string& peer_offer, const std::string& description);
+  verbs::Link* link() const { return endpoint_.link(); }
+  std::string path() const { return endpoint_.path(); }
 
   // out = sum over ranks of `elements` numbers, once `stream` gets there. Both aligned to 16 bytes, and
   // apart.
@@ -68,6 +74,7 @@ class DeviceRuntime {
   void hold_proxy(bool held);
 
  private:
+  void start();
   void launch(const Operation& operation, const Call& call, Stream stream);
   Lane receive_lane(unsigned char* base) const;
   Lane send_lane(unsigned char* base) const;
@@ -77,7 +84,7 @@ class DeviceRuntime {
   struct Lent {
     Kernels kernels;
     RegisteredMemory mine;
-    std::unique_ptr<RegisteredMemory> theirs;  // once connected
+    std::unique_ptr<RegisteredMemory> theirs;  // once connected, if the peer is on this machine
     MappedMemory report;
     DeviceMemory progress;
   };

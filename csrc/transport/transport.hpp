@@ -1,7 +1,6 @@
 // How staged messages reach the peer's region.
 //
-// A transport is driven by the proxy thread alone. The verbs transport will post RDMA writes here; loopback
-// copies.
+// A transport is driven by the proxy's thread alone.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +13,19 @@ class Transport {
  public:
   virtual ~Transport() = default;
 
-  // Starts moving the message, or the piece of one, staged under `sequence` in this rank's send slots. They
-  // arrive in the order of their posting; within a piece of payload, the flag arrives after the payload.
+  // Starts moving the message, or the piece of one, staged under `sequence` in this rank's send slots. Within
+  // a piece of payload, the flag arrives after the payload. Of two messages for one slot the later arrives
+  // later; of others nothing is assumed.
   virtual void post(uint32_t sequence, const SendDescriptor& descriptor) = 0;
 
-  // Advances what was posted. Returns true while something is still under way.
+  // Advances what was posted. Returns true while something is still under way that only this call moves on.
   virtual bool progress() = 0;
+
+  // Looks after the connection itself. Called whenever there is time for it, and every 100 ms at least.
+  virtual void attend() {}
+
+  // Nothing more will be posted: says goodbye, after all that was posted has arrived. Bounded.
+  virtual void finish() {}
 };
 
 }  // namespace spark

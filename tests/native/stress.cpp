@@ -56,7 +56,11 @@ void run_pair(bool proxied, int operations) {
   options.clear_interval = 16;           // clears often
   spark::Options other = options;
   other.rank = 1;
-  if (proxied) options.wire = other.wire = {std::chrono::microseconds(3), 24.0};
+  if (proxied) {
+    options.wire = other.wire = {std::chrono::microseconds(3), 24.0};
+    options.sizes.slot_bytes = other.sizes.slot_bytes = 64 << 10;  // enough for two stripes
+    options.stripes = other.stripes = 2;
+  }
   spark::Runtime left(options), right(other);
   left.connect_in_process(right);
   right.connect_in_process(left);
@@ -149,12 +153,11 @@ void run_forwarder(int messages) {
   options.sizes = {4096, 512, 4};
   options.depth = 2;
   options.first_sequence = 0xfffffff0u;  // wraps soon
+  options.proxied = true;
+  options.wire = {std::chrono::microseconds(3), 24.0};
   spark::Endpoint left(options), right(options);
   left.connect_in_process(right);
-  spark::WireModel wire{std::chrono::microseconds(3), 24.0};
-  spark::device::Forwarder forwarder(
-      left.mine(), std::make_unique<spark::LoopbackTransport>(left.mine(), left.theirs(), wire),
-      options.first_sequence - 1);
+  spark::device::Forwarder forwarder(left.mine(), left.transport(), options.first_sequence - 1);
   std::mt19937 chance(9);
   for (int message = 0; message < messages; ++message) {
     uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);

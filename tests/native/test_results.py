@@ -97,6 +97,7 @@ def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
         packet_bytes=PACKETS,
         depth=2,
         proxied=proxied,
+        stripes=1,
         wire_latency_s=0.0,
         wire_bytes_per_s=0.0,
         timeout_s=30.0,

@@ -454,10 +454,17 @@ def test_a_port_in_use(listener: Listener) -> None:
 # --- the pulse -------------------------------------------------------------------------------------------------------
 
 
-def beat(lane: Lane, timeout: float = 1.0, report: Any = None) -> tuple[Pulse, list[Any], list[SparkError]]:
+def beat(
+    lane: Lane,
+    timeout: float = 1.0,
+    report: Any = None,
+    links: list[bytes] | None = None,
+    patience: Callable[[], float] = lambda: 0.0,
+) -> tuple[Pulse, list[Any], list[SparkError]]:
     reports: list[Any] = []
     ends: list[SparkError] = []
-    pulse = Pulse(lane, timeout, lambda: report, reports.append, ends.append)
+    take_link = (links if links is not None else []).append
+    pulse = Pulse(lane, timeout, lambda: report, reports.append, ends.append, take_link, patience)
     pulse.start()
     return pulse, reports, ends
 
@@ -496,6 +503,29 @@ def test_silence_counts_once_the_model_runs() -> None:
     assert isinstance(ends[0], PeerLostError)
     assert "gave no sign of life for" in str(ends[0])
     left.close()
+
+
+def test_silence_is_borne_while_the_link_is_out() -> None:
+    left, right = lanes()
+    allowed = [60.0]
+    pulse, _, ends = beat(right, timeout=0.5, patience=lambda: allowed[0])
+    pulse.model_runs()
+    time.sleep(0.9)
+    assert ends == [], "the link has a time-out of its own"
+    allowed[0] = 0.0
+    wait_for(lambda: ends, "silence is noticed")
+    left.close()
+
+
+def test_what_runtimes_say_of_their_rails_is_passed_on() -> None:
+    left, right = lanes()
+    links: list[bytes] = []
+    first, _, _ = beat(left)
+    _second, _, _ = beat(right, links=links)
+    first.announce(b"rail 0 is down")
+    wait_for(lambda: links, "the announcement")
+    assert links == [b"rail 0 is down"]
+    first.stop(Reason("done"))
 
 
 def test_a_closed_peer_is_lost() -> None:

@@ -36,12 +36,11 @@ def test_a_named_file_comes_first(tmp_path: Path) -> None:
 
 def test_the_limit_of_packets() -> None:
     """The user's choice beats the table's, which counts on its own path only and within a slot."""
-    proxied = SparkConfig(loopback_mode="proxied")
-    assert TABLE.packet_bytes(proxied) == 16 << 10
-    assert TABLE.packet_bytes(SparkConfig(loopback_mode="direct")) is None
-    assert TABLE.packet_bytes(SparkConfig(loopback_mode="proxied", slot_kib=8)) == 8 << 10
-    assert TABLE.packet_bytes(SparkConfig(packet_kib=2)) == 2 << 10
-    assert LaunchTable().packet_bytes(proxied) is None
+    assert TABLE.packet_bytes(SparkConfig(), "proxied") == 16 << 10
+    assert TABLE.packet_bytes(SparkConfig(), "direct") is None
+    assert TABLE.packet_bytes(SparkConfig(slot_kib=8), "proxied") == 8 << 10
+    assert TABLE.packet_bytes(SparkConfig(packet_kib=2), "direct") == 2 << 10
+    assert LaunchTable().packet_bytes(SparkConfig(), "proxied") is None
 
 
 @pytest.mark.parametrize(

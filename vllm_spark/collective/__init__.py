@@ -21,12 +21,17 @@ from vllm_spark.collective.errors import (
     UsageError,
 )
 from vllm_spark.collective.launch import LaunchShape
+from vllm_spark.collective.link_keeper import Announce
+from vllm_spark.collective.machine import machine_identity
 from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.rails import Port, local_ports
 from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed, uninstall
 from vllm_spark.collective.runtime import Counters, Runtime
+from vllm_spark.collective.socket_peer import SocketPeer
 
 __all__ = [
     "AgreementError",
+    "Announce",
     "CollectiveAbortedError",
     "CollectiveError",
     "CollectiveTimeoutError",
@@ -35,12 +40,16 @@ __all__ = [
     "LaunchShape",
     "MismatchError",
     "PoisonedError",
+    "Port",
     "Runtime",
     "RuntimeOptions",
+    "SocketPeer",
     "UsageError",
     "count_fallback",
     "fallbacks",
     "install",
     "installed",
+    "local_ports",
+    "machine_identity",
     "uninstall",
 ]

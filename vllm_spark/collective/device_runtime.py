@@ -32,7 +32,7 @@ class DeviceRuntime(Runtime):
     device = "cuda"
 
     @classmethod
-    def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
+    def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
         import torch
 
         try:
@@ -43,12 +43,14 @@ class DeviceRuntime(Runtime):
                 "install the CUDA toolkit, then vllm_spark anew"
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
-        return _native.DeviceRuntime(rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options))
+        return _native.DeviceRuntime(
+            rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options, stripes)
+        )
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
         """As measured on an H100 (benchmarks/NOTES.md, entry 6): packets are twice the bytes, and a proxy reads all."""
-        return 24 * KIB if options.loopback_mode == "direct" else 4 * KIB
+        return 24 * KIB if not options.proxied else 4 * KIB
 
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.

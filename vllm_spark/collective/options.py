@@ -17,14 +17,23 @@ MIB = 1 << 20
 class RuntimeOptions:
     """Options of a runtime; impossible ones raise UsageError."""
 
-    transport: Literal["loopback"] = "loopback"
-    """How data reaches the peer; `loopback` is shared memory between two processes of one machine."""
+    transport: Literal["loopback", "verbs"] = "loopback"
+    """How data reaches the peer: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
     loopback_mode: Literal["direct", "proxied"] = "direct"
     """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as it does for a NIC."""
     wire_latency_us: float = 0.0
     """Proxied only: latency of the modelled wire in microseconds, 0 or more."""
     wire_gbytes_per_s: float = 0.0
     """Proxied only: bandwidth of the modelled wire in GB/s; 0 is unlimited."""
+    rails: tuple[str, ...] = ()
+    """Verbs only: ports of this machine to use, each `DEVICE`, `DEVICE:PORT` or `DEVICE:PORT:GID_INDEX`; may differ
+    between the ranks. Empty: every active port that is in one network with one of the peer's."""
+    link_timeout_s: float = 30.0
+    """Verbs only: seconds without any working rail after which both ranks stop, more than 0."""
+    traffic_class: int = 0
+    """Verbs only: traffic class of the packets, 0 to 255."""
+    service_level: int = 0
+    """Verbs only: service level of the packets, 0 to 15."""
     slot_bytes: int = 1 * MIB
     """Bytes of one payload slot, a multiple of 64; larger messages go in chunks of this size."""
     packet_bytes: int | None = None
@@ -41,11 +50,13 @@ class RuntimeOptions:
     """Of collectives on CUDA tensors."""
 
     def __post_init__(self) -> None:
-        if self.transport != "loopback":
-            raise UsageError(f"transport {self.transport!r} does not exist in this version; use 'loopback'")
+        if self.transport not in ("loopback", "verbs"):
+            raise UsageError(f"transport {self.transport!r} does not exist; use 'loopback' or 'verbs'")
+        if self.transport == "verbs" and (self.wire_latency_us or self.wire_gbytes_per_s):
+            raise UsageError("a modelled wire is for the transport 'loopback'; 'verbs' has a real one")
         if self.loopback_mode not in ("direct", "proxied"):
             raise UsageError(f"loopback_mode {self.loopback_mode!r} does not exist; use 'direct' or 'proxied'")
-        if self.loopback_mode == "direct" and (self.wire_latency_us or self.wire_gbytes_per_s):
+        if not self.proxied and (self.wire_latency_us or self.wire_gbytes_per_s):
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
         if self.slot_bytes % 64:
             raise UsageError(f"slot_bytes {self.slot_bytes} is not a multiple of 64")
@@ -54,6 +65,9 @@ class RuntimeOptions:
         for name, lowest, highest in (
             ("wire_latency_us", 0.0, 1e9),
             ("wire_gbytes_per_s", 0.0, 1e6),
+            ("link_timeout_s", 1e-3, 1e6),
+            ("traffic_class", 0, 255),
+            ("service_level", 0, 15),
             ("slot_bytes", 64, 1 << 30),
             ("packet_bytes", 0, self.slot_bytes),
             ("depth", 1, MAX_DEPTH),
@@ -68,12 +82,13 @@ class RuntimeOptions:
                 raise UsageError(f"{name} {value} is out of range; it goes from {lowest} to {highest}")
 
     @property
-    def path(self) -> str:
-        """What messages take, in words: `loopback, direct`."""
-        return f"{self.transport}, {self.loopback_mode}"
+    def proxied(self) -> bool:
+        """True if messages go through the proxy thread."""
+        return self.transport == "verbs" or self.loopback_mode == "proxied"
 
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
         options = asdict(self)
         options |= options.pop("launch")  # also the shape: both ranks must cut a message into the same pieces
+        del options["rails"]  # names of this machine
         return {name: str(value) for name, value in options.items()}

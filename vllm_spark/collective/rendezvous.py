@@ -1,6 +1,7 @@
 """How two ranks meet: they compare what must be equal, swap addresses, and wait until both have connected.
 
-The bytes travel by a callable that the caller brings, `exchange(mine) -> theirs`, called three times on each side.
+The bytes travel by a callable that the caller brings, `exchange(mine) -> theirs`, called three times on each side for
+loopback and four times for verbs.
 They are JSON, never pickles.
 """
 
@@ -13,10 +14,11 @@ import msgspec
 
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
+from vllm_spark.collective.rails import Port
 
 Exchange = Callable[[bytes], bytes]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 
@@ -37,6 +39,20 @@ class Address(msgspec.Struct, frozen=True):
     process: int
     descriptor: int
     nonce: tuple[str, str]
+
+
+class Ports(msgspec.Struct, frozen=True):
+    """The RDMA ports of a rank's machine, or why it has none."""
+
+    ports: tuple[Port, ...] = ()
+    problem: str = ""
+
+
+class LinkOffer(msgspec.Struct, frozen=True):
+    """What a rank's rails must be connected to, or why there are none."""
+
+    offer: bytes = b""
+    problem: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -80,6 +96,28 @@ def swap_addresses(exchange: Exchange, mine: Address) -> Address:
     return theirs
 
 
+def swap_ports(exchange: Exchange, mine: Ports) -> tuple[Port, ...]:
+    """Gives the ports of this machine and returns those of the peer's.
+
+    Raises:
+        CollectiveError: one of them has none.
+    """
+    theirs = _swap(exchange, mine, Ports)
+    _raise_problem(mine.problem, theirs.problem, "has no ports to use")
+    return theirs.ports
+
+
+def swap_offers(exchange: Exchange, mine: LinkOffer) -> bytes:
+    """Gives this rank's rails and returns the peer's.
+
+    Raises:
+        CollectiveError: one of them could not make any.
+    """
+    theirs = _swap(exchange, mine, LinkOffer)
+    _raise_problem(mine.problem, theirs.problem, "could not open its rails")
+    return theirs.offer
+
+
 def both_ready(exchange: Exchange, problem: str) -> None:
     """Waits until both ranks have connected.
 
@@ -87,8 +125,12 @@ def both_ready(exchange: Exchange, problem: str) -> None:
         CollectiveError: one of them could not.
     """
     theirs = _swap(exchange, Ready(problem), Ready)
-    if problem or theirs.problem:
-        raise CollectiveError(problem or f"the peer could not connect: {theirs.problem}")
+    _raise_problem(problem, theirs.problem, "could not connect")
+
+
+def _raise_problem(mine: str, theirs: str, what: str) -> None:
+    if mine or theirs:
+        raise CollectiveError(mine or f"the peer {what}: {theirs}")
 
 
 def _swap(exchange: Exchange, mine: msgspec.Struct, kind: type[_Message]) -> _Message:

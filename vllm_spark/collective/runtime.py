@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
+from vllm_spark.collective.link_keeper import Announce, LinkKeeper
+from vllm_spark.collective.machine import machine_identity
 from vllm_spark.collective.options import KIB, RuntimeOptions
-from vllm_spark.collective.rendezvous import Address, Exchange, Terms, agree, both_ready, swap_addresses
+from vllm_spark.collective.rails import local_ports, pair
+from vllm_spark.collective.rendezvous import (
+    Address,
+    Exchange,
+    LinkOffer,
+    Ports,
+    Terms,
+    agree,
+    both_ready,
+    swap_addresses,
+    swap_offers,
+    swap_ports,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +47,16 @@ class Counters:
     proxy_posts: int
     proxy_coalesced: int
     proxy_sleeps: int
+    rails_up: int
+    """Rails that work now; this and the five below are those of verbs."""
+    rail_failures: int
+    rail_recoveries: int
+    reposts: int
+    """Messages sent again because a rail failed before they were known to have arrived."""
+    rail_posts: tuple[int, ...]
+    """Messages sent over each rail, or pieces of one."""
+    link_lost: bool
+    """True while no rail works."""
     last_sequence: int
 
 
@@ -47,8 +69,9 @@ class Runtime:
     device = "cpu"
     """The kind of torch device whose tensors it takes."""
 
-    def __init__(self, native: Any, rank: int, options: RuntimeOptions) -> None:
+    def __init__(self, native: Any, rank: int, options: RuntimeOptions, keeper: LinkKeeper | None = None) -> None:
         self._native = native
+        self._keeper = keeper
         self.rank = rank
         self.world_size = _native.WORLD_SIZE
         self.options = options
@@ -62,16 +85,20 @@ class Runtime:
         options: RuntimeOptions | None = None,
         agreement: Mapping[str, str] | None = None,
         description: str = "",
+        announce: Announce | None = None,
     ) -> Runtime:
         """Joins this rank with its peer.
 
         Args:
             rank: 0 or 1.
             world_size: 2; other sizes are refused.
-            exchange: gives the peer this rank's bytes and returns the peer's; called three times on both ranks.
+            exchange: gives the peer this rank's bytes and returns the peer's; called a few times on both ranks.
             options: the same on both ranks.
             agreement: whatever else must be equal on both ranks, by name.
             description: how the peer shall call this rank in messages, such as a host name.
+            announce: for verbs, which needs it: sends bytes to the peer at any later time, from a thread of the
+                runtime's, whatever else goes on; the peer gives them to its runtime's `deliver`. By it two ranks find
+                each other again when no rail works.
 
         Raises:
             UsageError: an impossible rank, size or option.
@@ -83,25 +110,63 @@ class Runtime:
         options = options or RuntimeOptions()
         if options.packet_bytes is None:
             options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))
-        native = cls._make_native(rank, options)
+        if options.transport == "verbs" and announce is None:
+            raise UsageError("verbs needs a way to reach the peer when no rail works; give `announce`")
         own = {"device": cls.device, **options.agreement()}
-        terms = Terms(rank, world_size, description, {**own, **(agreement or {})})
-        peer = agree(exchange, terms)
+        peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
+        if announce is not None and options.transport == "verbs":
+            native = cls._connect_rails(rank, exchange, options, peer.description)
+            keeper = LinkKeeper(native, announce)
+            keeper.start()
+            return cls(native, rank, options, keeper)
+        return cls(cls._connect_memory(rank, exchange, options, peer.description), rank, options)
+
+    @classmethod
+    def _connect_memory(cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str) -> Any:
+        """The native runtime, connected to a peer on this machine."""
+        native = cls._make_native(rank, options, stripes=1)
         process, descriptor, *nonce = native.address()
-        address = Address(_boot_id(), process, descriptor, (hex(nonce[0]), hex(nonce[1])))
+        address = Address(machine_identity(), process, descriptor, (hex(nonce[0]), hex(nonce[1])))
         theirs = swap_addresses(exchange, address)
         problem = ""
         try:
             first, second = (int(part, 16) for part in theirs.nonce)
-            native.connect(theirs.process, theirs.descriptor, first, second, peer.description)
+            native.connect(theirs.process, theirs.descriptor, first, second, peer)
         except CollectiveError as error:
             problem = str(error)
         both_ready(exchange, problem)
-        return cls(native, rank, options)
+        return native
 
     @classmethod
-    def _make_native(cls, rank: int, options: RuntimeOptions) -> Any:
-        return _native.Runtime(rank=rank, **native_options(options))
+    def _connect_rails(cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str) -> Any:
+        """The native runtime, connected over every rail to a peer on another machine."""
+        mine = _ports(options)
+        theirs = swap_ports(exchange, mine)
+        rails = pair(mine.ports, theirs, rank)
+        native = cls._make_native(rank, options, stripes=len(rails))
+        try:
+            offer = LinkOffer(
+                native.open_link(
+                    rails=[tuple(rail) for rail in rails],
+                    timeout_s=options.link_timeout_s,
+                    traffic_class=options.traffic_class,
+                    service_level=options.service_level,
+                )
+            )
+        except CollectiveError as error:
+            offer = LinkOffer(problem=str(error))
+        peer_offer = swap_offers(exchange, offer)
+        problem = ""
+        try:
+            native.connect_link(peer_offer, peer)
+        except CollectiveError as error:
+            problem = str(error)
+        both_ready(exchange, problem)
+        return native
+
+    @classmethod
+    def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
+        return _native.Runtime(rank=rank, **native_options(options, stripes))
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
@@ -179,6 +244,25 @@ class Runtime:
         values: dict[str, Any] = self._native.counters()
         return Counters(**values)
 
+    def deliver(self, announcement: bytes) -> None:
+        """Takes what the peer's runtime gave to its `announce`. From any thread."""
+        self._native.deliver(announcement)
+
+    @property
+    def path(self) -> str:
+        """What messages take, in words: `over loopback, direct`."""
+        return str(self._native.path)
+
+    @property
+    def silence(self) -> float | None:
+        """Seconds since the peer's proxy last said something over a rail; None without rails."""
+        return None if self._keeper is None else float(self._native.silence())
+
+    @property
+    def link_lost(self) -> bool:
+        """True while no rail works, and everything waits for one to come back."""
+        return bool(self._native.counters()["link_lost"])
+
     def abort(self, reason: str) -> None:
         """Ends every wait on both ranks with `reason`; the runtime is unusable then. From any thread."""
         self._native.abort(reason)
@@ -186,6 +270,8 @@ class Runtime:
     def close(self) -> None:
         """Releases everything; may be called again, and while another thread waits, whose wait ends."""
         self._native.close()
+        if self._keeper is not None:
+            self._keeper.stop()
 
     @property
     def closed(self) -> bool:
@@ -226,12 +312,21 @@ class Runtime:
         )
 
 
-def native_options(options: RuntimeOptions) -> dict[str, Any]:
+def _ports(options: RuntimeOptions) -> Ports:
+    try:
+        return Ports(tuple(local_ports(options.rails)))
+    except CollectiveError as error:
+        return Ports(problem=str(error))
+
+
+def native_options(options: RuntimeOptions, stripes: int) -> dict[str, Any]:
+    """The arguments that both native runtimes take; `stripes` is the number of rails, or 1."""
     return {
         "slot_bytes": options.slot_bytes,
         "packet_bytes": options.packet_bytes,
         "depth": options.depth,
-        "proxied": options.loopback_mode == "proxied",
+        "proxied": options.proxied,
+        "stripes": stripes,
         "wire_latency_s": options.wire_latency_us * 1e-6,
         "wire_bytes_per_s": options.wire_gbytes_per_s * 1e9,
         "timeout_s": options.timeout_s,
@@ -260,9 +355,3 @@ def _dtypes() -> dict[Any, _native.DType]:
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"a {tuple(tensor.shape)} tensor of {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
-def _boot_id() -> str:
-    """Tells machines apart: a random number that the kernel draws at boot. The process namespace belongs to it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"

@@ -49,6 +49,8 @@ class Kind(enum.IntEnum):
     """JSON: the sender cannot go on, and why."""
     GOODBYE = 13
     """JSON: the sender leaves in good order."""
+    LINK = 14
+    """Bytes: what the sender's collective runtime says of its rails."""
 
 
 class Frame(NamedTuple):

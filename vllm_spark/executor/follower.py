@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from vllm_spark.collective import Runtime
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.calls import (
@@ -43,6 +44,7 @@ from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    link_patience,
     local_address_towards,
     prepare_process_group,
     share_cores,
@@ -77,6 +79,8 @@ class FollowerSession:
         self._pulse: Pulse | None = None
         self._failed_call = ""  # why the last call that is answered failed
         self._worker: Any = None
+        self._runtime: Runtime | None = None
+        self._leader_config = config  # until it comes
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -97,7 +101,13 @@ class FollowerSession:
         if calls is None:
             raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
         self._pulse = Pulse(
-            control, offer.heartbeat_timeout, report=self._report, on_report=self._compare, on_end=self._leader_ended
+            control,
+            offer.heartbeat_timeout,
+            report=self._report,
+            on_report=self._compare,
+            on_end=self._leader_ended,
+            on_link=self._take_announcement,
+            patience=self._patience,
         )
         self._pulse.start()
         for lane in (control, calls):
@@ -130,8 +140,12 @@ class FollowerSession:
         from vllm_spark.platform import activate
 
         activate()
-        self._runtime = connect_runtime(FOLLOWER_RANK, assignment.config, assignment.launch, calls)
-        share_cores(assignment.config)
+        assert self._pulse is not None
+        self._leader_config = assignment.config
+        self._runtime = connect_runtime(
+            FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
+        )
+        share_cores(self._runtime)
         self._worker = _load_worker(assignment.vllm_config)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
@@ -183,10 +197,18 @@ class FollowerSession:
                 if hasattr(output, "get_output"):
                     output = output.get_output()
                 if output is not None:
+                    assert self._runtime is not None
                     self._runtime.check()  # kernels that give up cannot raise; their tokens are worth nothing
                     self._ledger.record(output)
         except Exception as error:
             self._give_up(error)
+
+    def _take_announcement(self, announcement: bytes) -> None:
+        if self._runtime is not None:
+            self._runtime.deliver(announcement)
+
+    def _patience(self) -> float:
+        return link_patience(self._runtime, self._leader_config)
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())

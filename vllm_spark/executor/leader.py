@@ -80,7 +80,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, board)
         if parent_process() is not None:
             self._pair.on_failure(_end_process_soon)
-        share_cores(settings_of(self.vllm_config))
+        share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
             UniProcExecutor._init_executor(self)

@@ -48,6 +48,32 @@ def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
     return LOOPBACK, config.port
 
 
+def check_ports(config: SparkConfig) -> None:
+    """Finds out early that this machine has no RDMA port where one is asked for.
+
+    Raises:
+        ConfigurationError: `--spark-transport verbs` or `--spark-rails`, and no such port.
+    """
+    if config.transport == "loopback" or (config.transport == "auto" and config.rails is None):
+        return
+    from vllm_spark.collective import CollectiveError, local_ports
+
+    flag = f"--spark-rails {config.rails}" if config.rails else "--spark-transport verbs"
+    try:
+        ports = local_ports(split_rails(config.rails))
+    except CollectiveError as error:
+        raise ConfigurationError(f"{flag}: {error}") from None
+    if not ports:
+        raise ConfigurationError(
+            f"{flag}: this machine has no active RDMA port with an address; vllm-spark doctor says what is missing"
+        )
+
+
+def split_rails(rails: str | None) -> tuple[str, ...]:
+    """The ports that `--spark-rails` names."""
+    return tuple(rail.strip() for rail in rails.split(",")) if rails else ()
+
+
 def is_loopback(address: str) -> bool:
     """True for addresses that only processes of this machine reach."""
     return ipaddress.ip_address(address).is_loopback

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
@@ -26,6 +27,7 @@ from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    link_patience,
     prepare_process_group,
     serve_store,
     travelling_environment,
@@ -51,7 +53,7 @@ class Pair:
     def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, board: CounterBoard) -> None:
         self.ledger = TokenLedger()
         self._listener, self._follower, self._board = listener, follower, board
-        self._runtime: Any = None
+        self._runtime: collective.Runtime | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
         self._fail_lock = threading.Lock()
@@ -65,6 +67,8 @@ class Pair:
             report=self._report,
             on_report=self._take_report,
             on_end=self.fail,
+            on_link=self._take_announcement,
+            patience=lambda: link_patience(self._runtime, config),
         )
 
     @classmethod
@@ -166,8 +170,14 @@ class Pair:
             CollectiveError: a kernel of the step gave up, so that its tokens are worth nothing.
             DriftError: the follower sampled other tokens.
         """
-        self._runtime.check()
+        self.runtime.check()
         self.ledger.record(output)
+
+    @property
+    def runtime(self) -> collective.Runtime:
+        """This rank's end of the collectives."""
+        assert self._runtime is not None
+        return self._runtime
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the pair breaks, at once if it has."""
@@ -223,7 +233,9 @@ class Pair:
         assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         prepare_process_group(LEADER_RANK, address, self._store.port, address)
-        self._runtime = connect_runtime(LEADER_RANK, config, launch, self._follower.calls)
+        self._runtime = connect_runtime(
+            LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails
+        )
 
     def _send(
         self, kind: Kind, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -237,6 +249,10 @@ class Pair:
         if theirs["failed_call"] and asked_at is not None and time.monotonic() - asked_at > _SETTLE_TIMEOUT:
             # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
             self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
+
+    def _take_announcement(self, announcement: bytes) -> None:
+        if self._runtime is not None:
+            self._runtime.deliver(announcement)
 
     def _report(self) -> dict[str, Any]:
         step, digest = self.ledger.state()

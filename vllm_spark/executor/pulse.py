@@ -41,6 +41,9 @@ class Pulse(threading.Thread):
         on_report: called with the peer's object.
         on_end: called once, from this thread, when the common work is over, with the reason: PeerLostError if the
             peer died or froze, PeerLeftError after its goodbye, SparkError if the peer reported a failure.
+        on_link: called with what the peer's runtime says of its rails.
+        patience: how many seconds of silence are allowed just now, if that is more than `timeout`: a cable that is out
+            silences the channel too, and the link has a time-out of its own.
     """
 
     def __init__(
@@ -50,11 +53,14 @@ class Pulse(threading.Thread):
         report: Callable[[], Any],
         on_report: Callable[[Any], None],
         on_end: Callable[[SparkError], None],
+        on_link: Callable[[bytes], None],
+        patience: Callable[[], float],
     ) -> None:
         super().__init__(name="spark-pulse", daemon=True)
         self._lane, self._timeout = lane, timeout
         self._interval = timeout / _BEATS_PER_TIMEOUT
         self._report, self._on_report, self._on_end = report, on_report, on_end
+        self._on_link, self._patience = on_link, patience
         self._outbox: deque[tuple[Kind, bytes]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._running_model = False
@@ -67,6 +73,11 @@ class Pulse(threading.Thread):
     def say(self, kind: Kind, message: msgspec.Struct) -> None:
         """Queues a message for the peer."""
         self._outbox.append((kind, msgspec.json.encode(message)))
+        self._nudge()
+
+    def announce(self, announcement: bytes) -> None:
+        """Queues what this side's runtime says of its rails."""
+        self._outbox.append((Kind.LINK, announcement))
         self._nudge()
 
     def stop(self, goodbye: Reason | None = None, timeout: float = 1.0) -> None:
@@ -114,7 +125,7 @@ class Pulse(threading.Thread):
                 self._lane.send(Kind.BEAT, msgspec.json.encode(self._report()), timeout=self._timeout)
                 next_beat = now + self._interval
             limit = self._timeout if self._running_model else max(self._timeout, STARTUP_TIMEOUT)
-            if now - heard > limit:
+            if now - heard > limit and now - heard > self._patience():
                 raise PeerLostError(f"{self._lane.peer} gave no sign of life for {now - heard:.1f} s")
             ready = [] if self._lane.pending else poll.poll(max(0.0, next_beat - now) * 1000)
             descriptors = [descriptor for descriptor, _ in ready]
@@ -122,10 +133,12 @@ class Pulse(threading.Thread):
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
             if self._lane.pending or self._lane.fileno() in descriptors:
-                frame = self._lane.receive(timeout=self._timeout)
+                frame = self._lane.receive(timeout=max(self._timeout, self._patience()))
                 heard = time.monotonic()
                 if frame.kind is Kind.BEAT:
                     self._on_report(msgspec.json.decode(frame.payload))
+                elif frame.kind is Kind.LINK:
+                    self._on_link(frame.payload)
                 elif frame.kind is Kind.GOODBYE:
                     return PeerLeftError(f"{self._lane.peer} left: {decode(frame, Reason).sentence}")
                 elif frame.kind is Kind.FAILURE:

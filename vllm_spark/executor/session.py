@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import bind, host_name
-from vllm_spark.executor.link import interface_of, source_interface
+from vllm_spark.executor.link import interface_of, source_interface, split_rails
 from vllm_spark.launch_table import LaunchTable
 
 logger = logging.getLogger("vllm_spark")
@@ -109,11 +109,22 @@ def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
     return exchange
 
 
-def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: Lane) -> collective.Runtime:
+def connect_runtime(
+    rank: int,
+    config: SparkConfig,
+    launch: LaunchTable,
+    lane: Lane,
+    announce: collective.Announce,
+    rails: str | None,
+) -> collective.Runtime:
     """Joins both ranks' collective runtimes, for the device that vLLM uses, and makes this one the process's.
 
     Args:
+        config: the leader's, on both ranks.
         launch: the leader's, on both ranks.
+        lane: both ranks' calls lane, for the rendezvous.
+        announce: sends what the runtime says of its rails, later.
+        rails: the ports of this machine to use; None for all that reach the peer.
 
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
@@ -131,13 +142,20 @@ def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: L
             )
     else:
         launch = LaunchTable()
+    exchange = exchange_over(lane, rank)
+    transport = _transport(config, exchange)
+    modelled = transport == "loopback"
     options = collective.RuntimeOptions(
-        transport="loopback",
+        transport=transport,
         loopback_mode=config.loopback_mode,
-        wire_latency_us=config.loopback_latency_us,
-        wire_gbytes_per_s=config.loopback_gbytes_per_s,
+        wire_latency_us=config.loopback_latency_us if modelled else 0.0,
+        wire_gbytes_per_s=config.loopback_gbytes_per_s if modelled else 0.0,
+        rails=split_rails(rails),
+        link_timeout_s=config.link_timeout,
+        traffic_class=config.traffic_class,
+        service_level=config.service_level,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=launch.packet_bytes(config),
+        packet_bytes=launch.packet_bytes(config, "proxied" if transport == "verbs" else config.loopback_mode),
         depth=config.depth,
         timeout_s=config.collective_timeout,
         launch=launch.shape,
@@ -146,10 +164,11 @@ def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: L
         runtime = kind.connect(
             rank,
             WORLD_SIZE,
-            exchange_over(lane, rank),
+            exchange,
             options,
             agreement={"package": __version__},
             description=f"{host_name()} (process {os.getpid()})",
+            announce=announce,
         )
     except collective.CollectiveError as error:
         raise SparkError(str(error)) from None
@@ -157,7 +176,27 @@ def connect_runtime(rank: int, config: SparkConfig, launch: LaunchTable, lane: L
     return runtime
 
 
-def share_cores(config: SparkConfig) -> None:
+def _transport(config: SparkConfig, exchange: Callable[[bytes], bytes]) -> Literal["loopback", "verbs"]:
+    """What `auto` stands for: shared memory if both ranks are on one machine."""
+    mine = collective.machine_identity().encode()
+    same = exchange(mine) == mine  # also where it is not asked for: both sides do the same
+    if config.transport != "auto":
+        return config.transport
+    return "loopback" if same else "verbs"
+
+
+def link_patience(runtime: collective.Runtime | None, config: SparkConfig) -> float:
+    """Seconds for which the channel may be silent although the peer need not be dead.
+
+    The channel's packets may take the cable that is out, or that of a rail which has failed while another works. A peer
+    that is frozen says nothing over a rail either.
+    """
+    if runtime is None or (silence := runtime.silence) is None:
+        return 0.0
+    return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
+
+
+def share_cores(runtime: collective.Runtime) -> None:
     """Halves torch's threads if both ranks compute on the cores of this machine.
 
     OpenMP's threads spin while they wait: two ranks with a thread per core each are some 15 times slower than one.
@@ -166,7 +205,7 @@ def share_cores(config: SparkConfig) -> None:
     import torch
     from vllm.platforms import current_platform
 
-    if config.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
+    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // WORLD_SIZE))

@@ -1,0 +1,147 @@
+#include "device.hpp"
+
+#include <fcntl.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "../../errors.hpp"
+
+namespace spark::verbs {
+namespace {
+
+// libibverbs fills the form of its first version, which is a part of this one.
+abi::PortAttributes query_port(abi::Context* context, uint8_t port, bool& exists) {
+  abi::PortAttributes attributes{};
+  exists = Library::get().query_port(context, port, &attributes) == 0;
+  return attributes;
+}
+
+class DeviceList {
+ public:
+  DeviceList() : devices_(Library::get().get_device_list(&count_)) {}
+  ~DeviceList() {
+    if (devices_ != nullptr) Library::get().free_device_list(devices_);
+  }
+  DeviceList(const DeviceList&) = delete;
+  DeviceList& operator=(const DeviceList&) = delete;
+
+  abi::Device** begin() const { return devices_; }
+  abi::Device** end() const { return devices_ == nullptr ? nullptr : devices_ + count_; }
+
+ private:
+  int count_ = 0;
+  abi::Device** devices_;
+};
+
+constexpr uint8_t kMostPorts = 4;
+
+std::vector<GidInfo> list_gids(abi::Context* context, uint8_t port, int count) {
+  std::vector<GidInfo> gids;
+  for (int index = 0; index < count; ++index) {
+    abi::GidEntry entry{};
+    if (Library::get().query_gid(context, port, static_cast<uint32_t>(index), &entry, 0, sizeof entry) != 0) {
+      continue;  // an empty place of the table
+    }
+    if (entry.type != abi::kRoceV2) continue;
+    gids.push_back({entry.index, entry.gid, entry.interface_index});
+  }
+  return gids;
+}
+
+}  // namespace
+
+std::vector<PortInfo> list_ports() {
+  const Library& library = Library::get();
+  std::vector<PortInfo> ports;
+  for (abi::Device* device : DeviceList()) {
+    abi::Context* context = library.open_device(device);
+    if (context == nullptr) continue;  // another user's, or going away
+    for (uint8_t port = 1; port <= kMostPorts; ++port) {
+      bool exists = false;
+      abi::PortAttributes attributes = query_port(context, port, exists);
+      if (!exists) break;
+      ports.push_back({library.get_device_name(device), port, attributes.state == abi::kPortActive,
+                       attributes.link_layer == abi::kEthernet, mtu_bytes(attributes.active_mtu),
+                       list_gids(context, port, attributes.gid_count)});
+    }
+    library.close_device(context);
+  }
+  return ports;
+}
+
+Device::Device(const std::string& name) : name_(name) {
+  const Library& library = Library::get();
+  std::string known;
+  for (abi::Device* device : DeviceList()) {
+    const char* found = library.get_device_name(device);
+    known += (known.empty() ? "" : ", ") + std::string(found);
+    if (name == found) context_ = library.open_device(device);
+    if (context_ != nullptr) break;
+  }
+  if (context_ == nullptr) {
+    throw CollectiveError("the RDMA device " + name + " cannot be opened; this machine has " +
+                          (known.empty() ? "none" : known) +
+                          ", and this user needs access to /dev/infiniband");
+  }
+  domain_ = library.alloc_pd(context_);
+  // Events are asked for between two looks at the doorbell: nothing may wait for one.
+  int flags = fcntl(context_->event_fd, F_GETFL);
+  if (domain_ == nullptr || flags < 0 || fcntl(context_->event_fd, F_SETFL, flags | O_NONBLOCK) != 0) {
+    std::string why = std::strerror(errno);
+    if (domain_ != nullptr) library.dealloc_pd(domain_);
+    library.close_device(context_);
+    throw CollectiveError("the RDMA device " + name + " does not work (" + why + "); see the kernel's log");
+  }
+}
+
+Device::~Device() {
+  Library::get().dealloc_pd(domain_);
+  Library::get().close_device(context_);
+}
+
+bool Device::port_active(uint8_t port) const {
+  bool exists = false;
+  abi::PortAttributes attributes = query_port(context_, port, exists);
+  return exists && attributes.state == abi::kPortActive;
+}
+
+uint32_t Device::gid_index(uint8_t port, const abi::Gid& gid) const {
+  bool exists = false;
+  int count = query_port(context_, port, exists).gid_count;
+  for (const GidInfo& info : list_gids(context_, port, exists ? count : 0)) {
+    if (std::memcmp(info.gid.raw, gid.raw, sizeof gid.raw) == 0) return info.index;
+  }
+  throw CollectiveError("the RDMA device " + name_ +
+                        " has lost its address; see that its network interface is up");
+}
+
+bool Device::next_event(DeviceEvent& event) const {
+  const Library& library = Library::get();
+  abi::Event raw{};
+  if (library.get_async_event(context_, &raw) != 0) return false;
+  event = {false, 0, nullptr, library.event_text(raw.type)};
+  switch (raw.type) {
+    case abi::kPortError:
+      event.fatal = true;
+      [[fallthrough]];
+    case abi::kPortActiveEvent:
+      event.port = static_cast<uint32_t>(raw.port);
+      break;
+    case abi::kQueuePairFatal:
+    case abi::kQueuePairRequestError:
+    case abi::kQueuePairAccessError:
+      event.fatal = true;
+      event.queue_pair = raw.object;
+      break;
+    case abi::kDeviceFatal:
+      event.fatal = true;
+      break;
+    default:
+      break;
+  }
+  library.ack_async_event(&raw);
+  return true;
+}
+
+}  // namespace spark::verbs

@@ -1,0 +1,439 @@
+#include "link.hpp"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+#include "../../errors.hpp"
+
+namespace spark::verbs {
+namespace {
+
+constexpr auto kLookInterval = std::chrono::milliseconds(1);
+// A rail that cannot be connected is tried again this often.
+constexpr auto kRetryInterval = std::chrono::milliseconds(100);
+// The state is said this often even if nothing changes: the last announcement may have been lost with a rail,
+// the peer learns that this process is alive, and a rail that fails while nothing is sent is noticed.
+constexpr auto kRepeatInterval = std::chrono::milliseconds(200);
+// The same out of band, while no rail works.
+constexpr auto kSlowRepeatInterval = std::chrono::seconds(1);
+constexpr auto kFarewellTime = std::chrono::seconds(1);
+
+std::string seconds_text(std::chrono::nanoseconds duration) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", std::chrono::duration<double>(duration).count());
+  return text;
+}
+
+std::string as_bytes(const LinkState& state) {
+  return std::string(reinterpret_cast<const char*>(&state), sizeof state);
+}
+
+// False for what is no whole announcement.
+bool from_bytes(const std::string& bytes, LinkState& state) {
+  if (bytes.size() != sizeof state) return false;
+  std::memcpy(&state, bytes.data(), sizeof state);
+  return state.whole();
+}
+
+}  // namespace
+
+Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& sizes,
+           const std::vector<RailAddress>& rails, int rank)
+    : options_(options),
+      memory_(memory),
+      layout_(sizes),
+      troubles_(rails.size()),
+      rank_name_("rank " + std::to_string(rank)),
+      newest_packets_(sizes.slots),
+      newest_pieces_(sizes.slots * kMaxPieces),
+      ready_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  if (rails.empty() || rails.size() > kMaxRails) {
+    throw UsageError(std::to_string(rails.size()) + " rails are not possible; a link has 1 to " +
+                     std::to_string(kMaxRails));
+  }
+  if (ready_.get() < 0) throw CollectiveError("this process has no file descriptor left; raise ulimit -n");
+  for (uint32_t index = 0; index < rails.size(); ++index) {
+    rails_.push_back(std::make_unique<Rail>(index, rails[index], memory, sizes, options.marks, reaper_));
+    path_ += (index == 0 ? "verbs on " : " and ") + rails_.back()->name();
+  }
+}
+
+std::string Link::offer() {
+  for (auto& rail : rails_) rail->offer();
+  ++version_;
+  return as_bytes(state());
+}
+
+void Link::connect(const std::string& peer_offer, const std::string& peer_name,
+                   std::function<void(const std::string&)> stop) {
+  if (!from_bytes(peer_offer, theirs_)) {
+    throw CollectiveError(peer_name +
+                          " sent no valid description of its rails; use the same version on both");
+  }
+  if (theirs_.rail_count != rails_.size()) {
+    throw CollectiveError(peer_name + " has " + std::to_string(theirs_.rail_count) +
+                          " rails where this rank has " + std::to_string(rails_.size()));
+  }
+  peer_name_ = peer_name;
+  stop_ = std::move(stop);
+  for (auto& rail : rails_) {
+    rail->connect(theirs_.rails[rail->index()]);
+    rail->rise();  // nothing is sent before both ranks have told each other that they have come this far
+  }
+  ++version_;
+  heard_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  counters_.rails_up.store(rails_.size(), std::memory_order_relaxed);
+}
+
+void Link::post(uint32_t sequence, const SendDescriptor& descriptor) {
+  if (stopped_) return;
+  Write write{sequence, descriptor};
+  newest(write) = last_posted_ = sequence;
+  if (waiting_.empty()) {
+    Rail* rail = choose();
+    if (rail != nullptr && send(*rail, write, false)) return;
+  }
+  waiting_.push_back(write);
+}
+
+uint32_t& Link::newest(const Write& write) {
+  uint32_t slot = layout_.slot(write.sequence);
+  if (write.descriptor.protocol == Protocol::kPackets) return newest_packets_[slot];
+  return newest_pieces_[slot * kMaxPieces + write.descriptor.piece];
+}
+
+Rail* Link::choose() {
+  // Until what was sent twice has arrived, everything follows it on the same rail: on another, the next
+  // message of the same slot could arrive first, and be overwritten.
+  if (pinned_ != nullptr) {
+    if (pinned_->completed() < pinned_until_) return pinned_;
+    pinned_ = nullptr;
+  }
+  Rail* best = nullptr;
+  for (auto& rail : rails_) {
+    if (rail->phase() == Phase::kUp && (best == nullptr || rail->queued() < best->queued()))
+      best = rail.get();
+  }
+  return best;
+}
+
+// False if it must wait.
+bool Link::send(Rail& rail, const Write& write, bool signal) {
+  if (!rail.has_room()) {
+    poll(rail);
+    if (rail.phase() != Phase::kUp || !rail.has_room()) return false;
+  }
+  counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
+  int error = rail.post(write, signal);
+  // It is among those that failed with the rail, which go again.
+  if (error != 0)
+    fail(rail, std::string("it takes no message (") + std::strerror(error) + ")", rail.epoch() + 1);
+  return true;
+}
+
+void Link::send_waiting() {
+  while (!waiting_.empty()) {
+    Write write = waiting_.front();
+    if (newest(write) != write.sequence) {  // its slot has been used again: it had arrived
+      waiting_.pop_front();
+      continue;
+    }
+    Rail* rail = choose();
+    if (rail == nullptr) return;
+    waiting_.pop_front();  // first: a rail that fails puts it back
+    if (repeating_) {
+      pinned_ = rail;
+      pinned_until_ = rail->posted() + 1;
+    }
+    if (!send(*rail, write, waiting_.empty())) {
+      waiting_.push_front(write);
+      return;
+    }
+  }
+  repeating_ = false;
+}
+
+void Link::poll(Rail& rail) {
+  if (std::optional<std::string> problem = rail.poll()) fail(rail, *problem, rail.epoch() + 1);
+}
+
+void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
+  Trouble& trouble = troubles_[rail.index()];
+  bool worked = rail.phase() == Phase::kUp;
+  std::vector<Write> lost = rail.fail(epoch);
+  if (pinned_ == &rail) pinned_ = nullptr;
+  size_t again = 0;
+  for (auto write = lost.rbegin(); write != lost.rend(); ++write) {
+    // What its slot was used for since says that it had arrived.
+    if (newest(*write) != write->sequence) continue;
+    waiting_.push_front(*write);
+    ++again;
+  }
+  if (again > 0) repeating_ = true;
+  counters_.reposts.fetch_add(again, std::memory_order_relaxed);
+  trouble.problem = why;
+  trouble.next_try = {};
+  changed_ = true;
+  if (!worked || stopped_) return;
+  trouble.since = Clock::now();
+  counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
+  counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
+  note(rail.name() + " to " + peer_name_ + " failed: " + why + "; " + std::to_string(again) +
+       " messages go again, the last one posted is " + std::to_string(last_posted_));
+}
+
+bool Link::progress() {
+  for (auto& rail : rails_) {
+    if (rail->phase() == Phase::kUp && rail->queued() > 0) poll(*rail);
+  }
+  if (!waiting_.empty()) send_waiting();
+  return !stopped_ && (!waiting_.empty() || pinned_ != nullptr || !all_up());
+}
+
+void Link::attend() {
+  Clock::time_point now = Clock::now();
+  if (now < next_look_) return;
+  next_look_ = now + kLookInterval;
+  read_announcements();
+  if (!stopped_) {
+    read_events();
+    for (auto& rail : rails_) connect_anew(*rail, now);
+    judge(now);
+  }
+  announce_if_due(now);
+}
+
+void Link::read_announcements() {
+  const std::byte* inbox = memory_ + layout_.inbox();
+  // Acquire: the words after it are not read earlier. The NIC may be writing them all the same: the checksum
+  // tells.
+  uint64_t version = reinterpret_cast<const std::atomic<uint64_t>*>(inbox)->load(std::memory_order_acquire);
+  if (version > theirs_.version) {
+    LinkState state;
+    std::memcpy(&state, inbox, sizeof state);
+    if (state.whole()) take(state);
+  }
+  // Acquire: pairs with the release after the words were put there.
+  if (!news_.load(std::memory_order_acquire)) return;
+  std::deque<LinkState> delivered;
+  {
+    std::lock_guard<std::mutex> lock(shared_);
+    news_.store(false, std::memory_order_relaxed);
+    delivered.swap(delivered_);
+    if (farewell_ != told_) {
+      farewell_ = told_;
+      changed_ = true;
+    }
+  }
+  for (const LinkState& state : delivered) take(state);
+}
+
+void Link::take(const LinkState& state) {
+  if (state.version <= theirs_.version || state.rail_count != rails_.size()) return;
+  theirs_ = state;
+  heard_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
+  if (state.stopped == 0 || stopped_) return;
+  stopped_ = true;
+  stop_(state.reason);
+}
+
+void Link::read_events() {
+  for (auto& rail : rails_) {
+    for (DeviceEvent event; rail->device().next_event(event);) {
+      if (!event.fatal) continue;
+      for (auto& other : rails_) {
+        bool concerned = event.queue_pair != nullptr ? other->owns(event.queue_pair)
+                                                     : &other->device() == &rail->device() &&
+                                                           (event.port == 0 || event.port == other->port());
+        if (concerned && other->phase() != Phase::kDown) fail(*other, event.text, other->epoch() + 1);
+      }
+    }
+  }
+  int broken = to_break_.exchange(-1, std::memory_order_relaxed);
+  if (broken >= 0 && rails_[static_cast<size_t>(broken)]->phase() == Phase::kUp) {
+    rails_[static_cast<size_t>(broken)]->break_down();
+  }
+}
+
+void Link::connect_anew(Rail& rail, Clock::time_point now) {
+  Trouble& trouble = troubles_[rail.index()];
+  const RailState& peer = theirs_.rails[rail.index()];
+  // Both ends take part in every connection: if one has failed, the other one has too, whether it knows or
+  // not.
+  if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
+  if (rail.phase() == Phase::kUp || now < trouble.next_try) return;
+  trouble.next_try = now + kRetryInterval;
+  bool same = peer.epoch == rail.epoch();
+  try {
+    if (rail.phase() == Phase::kDown) {
+      if (!rail.device().port_active(rail.port())) {
+        trouble.problem = "its port is down";
+        return;
+      }
+      rail.offer();
+      changed_ = true;
+    }
+    if (rail.phase() == Phase::kOffered && same && peer.phase >= Phase::kOffered) {
+      rail.connect(peer);
+      changed_ = true;
+    }
+  } catch (const CollectiveError& error) {
+    trouble.problem = error.what();
+    return;
+  }
+  trouble.next_try = {};  // the rest waits for the peer's word, and only looks at it
+  if (rail.phase() != Phase::kReady || !same || peer.phase < Phase::kReady) return;
+  rail.rise();
+  changed_ = true;
+  counters_.rails_up.fetch_add(1, std::memory_order_relaxed);
+  counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
+  note(rail.name() + " to " + peer_name_ + " works again, after " + seconds_text(now - trouble.since));
+}
+
+void Link::judge(Clock::time_point now) {
+  bool lost = counters_.rails_up.load(std::memory_order_relaxed) == 0;
+  if (lost != counters_.lost.exchange(lost, std::memory_order_relaxed)) {
+    lost_since_ = now;
+    if (lost) {
+      note("no rail to " + peer_name_ + " works; everything waits for one, up to " +
+           seconds_text(options_.timeout));
+    }
+  }
+  if (lost && now - lost_since_ > options_.timeout) stop(loss());
+}
+
+std::string Link::loss() const {
+  std::string text = rank_name_ + " lost its link to " + peer_name_ + ": no rail came back within " +
+                     seconds_text(options_.timeout) + " (";
+  for (auto& rail : rails_) {
+    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " +
+            (rail->phase() == Phase::kDown ? troubles_[rail->index()].problem : "the peer does not answer");
+  }
+  return text + "); the last message posted is " + std::to_string(last_posted_) +
+         "; see the cable and the other machine";
+}
+
+void Link::stop(const std::string& reason) {
+  stopped_ = true;
+  note(reason);
+  stop_(reason);
+}
+
+void Link::announce_if_due(Clock::time_point now) {
+  if (changed_ || (!stopped_ && now >= next_announcement_)) announce();
+}
+
+void Link::announce() {
+  ++version_;
+  LinkState state = this->state();
+  Clock::time_point now = Clock::now();
+  next_announcement_ = now + kRepeatInterval;
+  bool alone = counters_.rails_up.load(std::memory_order_relaxed) == 0;
+  if (changed_ || (alone && now >= next_out_of_band_)) {
+    next_out_of_band_ = now + kSlowRepeatInterval;
+    {
+      std::lock_guard<std::mutex> lock(shared_);
+      announcement_ = as_bytes(state);
+    }
+    eventfd_write(ready_.get(), 1);
+    changed_ = false;
+  }
+  // Several, so that the one before is not changed on its way; if it is after all, its checksum is wrong.
+  outbox_ = (outbox_ + 1) % kOutboxes;
+  std::memcpy(memory_ + layout_.outbox() + outbox_ * kPage, &state, sizeof state);
+  for (auto& rail : rails_) {
+    if (rail->phase() != Phase::kUp || !rail->has_room()) continue;
+    int error = rail->post_announcement(outbox_);
+    if (error != 0)
+      fail(*rail, std::string("it takes no message (") + std::strerror(error) + ")", rail->epoch() + 1);
+  }
+}
+
+void Link::finish() {
+  Clock::time_point end = Clock::now() + kFarewellTime;
+  // The peer may still wait for what was posted, and must not hear of the end before.
+  settle(end);
+  tell(rank_name_ + " stopped: it closed its runtime");
+  next_look_ = {};
+  read_announcements();
+  changed_ = true;
+  settle(end);
+}
+
+// Waits until all that was posted has arrived, and an announcement after it.
+void Link::settle(Clock::time_point end) {
+  auto moving = [this] {
+    if (!waiting_.empty()) return true;
+    return std::any_of(rails_.begin(), rails_.end(),
+                       [](auto& rail) { return rail->phase() == Phase::kUp && rail->queued() > 0; });
+  };
+  announce();
+  while (!stopped_ && moving() && Clock::now() < end) {
+    progress();
+    attend();
+    std::this_thread::yield();
+  }
+}
+
+void Link::tell(const std::string& reason) {
+  std::lock_guard<std::mutex> lock(shared_);
+  if (told_.empty()) told_ = reason;
+  // Release: who sees it takes the lock and finds the reason.
+  news_.store(true, std::memory_order_release);
+}
+
+void Link::deliver(const std::string& announcement) {
+  LinkState state;
+  if (!from_bytes(announcement, state)) return;  // of another version of this package, which was agreed on
+  std::lock_guard<std::mutex> lock(shared_);
+  delivered_.push_back(state);
+  if (delivered_.size() > kMaxRails) delivered_.pop_front();  // only the newest counts
+  news_.store(true, std::memory_order_release);
+}
+
+std::string Link::take_announcement() {
+  eventfd_t count;
+  eventfd_read(ready_.get(), &count);
+  std::lock_guard<std::mutex> lock(shared_);
+  return std::exchange(announcement_, {});
+}
+
+std::chrono::nanoseconds Link::silence() const {
+  return Clock::now().time_since_epoch() - Clock::duration(heard_at_.load(std::memory_order_relaxed));
+}
+
+std::vector<std::string> Link::take_log() {
+  std::lock_guard<std::mutex> lock(shared_);
+  return std::exchange(log_, {});
+}
+
+void Link::note(const std::string& sentence) {
+  {
+    std::lock_guard<std::mutex> lock(shared_);
+    log_.push_back(sentence);
+  }
+  eventfd_write(ready_.get(), 1);
+}
+
+LinkState Link::state() const {
+  LinkState state{};
+  state.version = version_;
+  state.rail_count = static_cast<uint32_t>(rails_.size());
+  for (auto& rail : rails_) state.rails[rail->index()] = rail->state();
+  state.stopped = farewell_.empty() ? 0 : 1;
+  std::strncpy(state.reason, farewell_.c_str(), LinkState::kReasonBytes - 1);
+  state.checksum = state.sum();
+  return state;
+}
+
+bool Link::all_up() const {
+  return counters_.rails_up.load(std::memory_order_relaxed) == rails_.size();
+}
+
+}  // namespace spark::verbs

@@ -1,0 +1,148 @@
+// The verbs transport: all rails to the peer, and what keeps messages going when one of them fails.
+//
+// A rail that fails is connected anew while callers and kernels go on waiting: both halves of every message
+// in question are still in their slots. Both ranks announce the state of their rails to each other, over
+// every rail that works and out of band (docs/protocol.md, "Links").
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../backoff.hpp"
+#include "../../shared_memory.hpp"
+#include "../transport.hpp"
+#include "rail.hpp"
+
+namespace spark::verbs {
+
+struct LinkOptions {
+  std::chrono::nanoseconds timeout{std::chrono::seconds(30)};  // without any rail, before both ranks stop
+  WireClass marks;
+};
+
+// For people and tests: relaxed words of different moments.
+struct LinkCounters {
+  std::atomic<uint64_t> rails_up{0};
+  std::atomic<uint64_t> rail_failures{0};
+  std::atomic<uint64_t> rail_recoveries{0};
+  std::atomic<uint64_t> reposts{0};
+  std::atomic<uint64_t> posts[kMaxRails] = {};
+  std::atomic<bool> lost{false};  // no rail works now
+};
+
+class Link final : public Transport {
+ public:
+  // Opens every rail. Throws CollectiveError.
+  Link(const LinkOptions& options, std::byte* memory, const RegionSizes& sizes,
+       const std::vector<RailAddress>& rails, int rank);
+
+  // What the peer must know to connect: a LinkState.
+  std::string offer();
+  // Connects every rail to what the peer offered; once both ranks have, the proxy may start. `stop` is
+  // called, from the proxy's thread, when the peer stops or cannot be reached any more. Throws
+  // CollectiveError.
+  void connect(const std::string& peer_offer, const std::string& peer_name,
+               std::function<void(const std::string&)> stop);
+
+  void post(uint32_t sequence, const SendDescriptor& descriptor) override;
+  bool progress() override;
+  void attend() override;
+  void finish() override;
+
+  // From any thread:
+
+  // Tells the peer that this rank stops. The first reason counts.
+  void tell(const std::string& reason);
+  // Takes an announcement of the peer's that came out of band.
+  void deliver(const std::string& announcement);
+  // The newest announcement, if it has not been taken yet; else empty.
+  std::string take_announcement();
+  // How long the peer has said nothing; it says something five times a second.
+  std::chrono::nanoseconds silence() const;
+  // What has happened since the last call, as sentences.
+  std::vector<std::string> take_log();
+  // Readable when there is something to take.
+  int ready() const { return ready_.get(); }
+  const LinkCounters& counters() const { return counters_; }
+  // "verbs over rail 0 (mlx5_0) and rail 1 (mlx5_1)"
+  const std::string& path() const { return path_; }
+  // Test hook: the rail's queue pair fails, as after an error of the wire.
+  void break_rail(uint32_t rail) { to_break_.store(static_cast<int>(rail), std::memory_order_relaxed); }
+
+ private:
+  // The proxy's thread alone uses these.
+  Rail* choose();
+  bool send(Rail& rail, const Write& write, bool signal);
+  void send_waiting();
+  uint32_t& newest(const Write& write);
+  void poll(Rail& rail);
+  void fail(Rail& rail, const std::string& why, uint32_t epoch);
+
+  void read_announcements();
+  void take(const LinkState& state);
+  void read_events();
+  void connect_anew(Rail& rail, Clock::time_point now);
+  void judge(Clock::time_point now);
+  void stop(const std::string& reason);
+  void announce_if_due(Clock::time_point now);
+  void announce();
+  void settle(Clock::time_point end);
+  LinkState state() const;
+  bool all_up() const;
+  std::string loss() const;
+
+  void note(const std::string& sentence);
+
+  // What is known of a rail beyond its connection.
+  struct Trouble {
+    std::string problem;  // why it is down
+    Clock::time_point since{}, next_try{};
+  };
+
+  LinkOptions options_;
+  std::byte* memory_;
+  RegionLayout layout_;
+  Reaper reaper_;
+  std::vector<std::unique_ptr<Rail>> rails_;
+  std::vector<Trouble> troubles_;  // by rail
+  std::string path_, peer_name_, rank_name_;
+  std::function<void(const std::string&)> stop_;
+  LinkCounters counters_;
+
+  // Messages that no rail has taken yet; while `repeating_`, it begins with some that were sent before.
+  std::deque<Write> waiting_;
+  bool repeating_ = false;
+  std::vector<uint32_t> newest_packets_,
+      newest_pieces_;          // last sequence posted, by slot, and by slot and piece
+  Rail* pinned_ = nullptr;     // which everything takes until its message
+  uint64_t pinned_until_ = 0;  // of this number has arrived
+  uint32_t last_posted_ = 0;
+
+  LinkState theirs_{};
+  uint64_t version_ = 0;
+  bool changed_ = false;
+  std::string farewell_;  // why this rank stops
+  bool stopped_ = false;  // the peer has stopped, or is given up
+  uint32_t outbox_ = 0;
+  Clock::time_point next_look_{}, next_announcement_{}, next_out_of_band_{}, lost_since_{};
+
+  // Other threads come through these.
+  std::mutex shared_;  // guards the four below
+  std::string told_;
+  std::string announcement_;
+  std::deque<LinkState> delivered_;
+  std::vector<std::string> log_;
+  std::atomic<bool> news_{false};  // `told_` or `delivered_` has something new
+  std::atomic<int> to_break_{-1};
+  std::atomic<Clock::rep> heard_at_{0};
+  FileDescriptor ready_;
+};
+
+}  // namespace spark::verbs

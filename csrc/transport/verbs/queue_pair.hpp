@@ -1,0 +1,94 @@
+// What a rail is made of, each released with its object: registered memory, completions, a connected queue
+// pair.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "device.hpp"
+
+namespace spark::verbs {
+
+// Memory that the NIC may read, and the peer's NIC write if `remote`.
+class MemoryRegion {
+ public:
+  // Throws CollectiveError, with the remedy if memory may not be pinned.
+  MemoryRegion(const Device& device, std::byte* memory, size_t bytes, bool remote);
+  ~MemoryRegion();
+  MemoryRegion(const MemoryRegion&) = delete;
+  MemoryRegion& operator=(const MemoryRegion&) = delete;
+
+  uint32_t local_key() const { return region_->local_key; }
+  uint32_t remote_key() const { return region_->remote_key; }
+
+ private:
+  abi::MemoryRegion* region_;
+};
+
+class CompletionQueue {
+ public:
+  CompletionQueue(const Device& device, int entries);
+  ~CompletionQueue();
+  CompletionQueue(const CompletionQueue&) = delete;
+  CompletionQueue& operator=(const CompletionQueue&) = delete;
+
+  abi::CompletionQueue* get() const { return queue_; }
+  // Up to `entries` completions that have come; never waits. Negative if the queue is broken.
+  int poll(abi::Completion* completions, int entries) const { return poll_(queue_, entries, completions); }
+
+ private:
+  abi::CompletionQueue* queue_;
+  abi::PollCompletions poll_;
+};
+
+// Where the other end of a queue pair is.
+struct Destination {
+  uint32_t queue_pair;
+  uint32_t packet_number;
+  uint32_t mtu;  // bytes
+  abi::Gid gid;
+};
+
+// How packets are marked on the wire; both as the network's administrator says.
+struct WireClass {
+  uint8_t traffic_class = 0;
+  uint8_t service_level = 0;
+};
+
+class QueuePair {
+ public:
+  static constexpr uint32_t kSendRequests = 1024;
+  static constexpr uint32_t kInlineBytes = 64;
+
+  // Ready to be connected. Throws CollectiveError.
+  QueuePair(const Device& device, const CompletionQueue& completions, uint8_t port);
+  ~QueuePair();
+  QueuePair(const QueuePair&) = delete;
+  QueuePair& operator=(const QueuePair&) = delete;
+
+  uint32_t number() const { return pair_->number; }
+  bool is(const void* object) const { return object == pair_; }
+
+  // Connects to the peer's, sending from GID `source_index` with numbers from `packet_number`. Throws
+  // CollectiveError.
+  void connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
+               const WireClass& marks);
+  // Ends all traffic both ways, as an error of the wire does. What was posted completes with an error.
+  void end() noexcept;
+
+  // Zero, or the error's number.
+  int post(abi::SendRequest* first) const {
+    abi::SendRequest* failed = nullptr;
+    return post_(pair_, first, &failed);
+  }
+
+ private:
+  void modify(abi::QueuePairAttributes& attributes, int mask, const char* what);
+
+  std::string device_;
+  uint8_t port_;
+  abi::QueuePair* pair_;
+  abi::PostSend post_;
+};
+
+}  // namespace spark::verbs

@@ -1,0 +1,169 @@
+"""One rank of a checked exchange of random collectives; both machines of a test run this program.
+
+Without torch, whose import takes a minute under emulation: numpy arrays go straight to the native module. The last line
+printed is a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from vllm_spark import _native
+from vllm_spark.collective import CollectiveError, Runtime, RuntimeOptions, SocketPeer
+
+_NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "bfloat16": _native.DType.BFLOAT16}
+
+
+def widen(values: np.ndarray, dtype: str) -> np.ndarray:
+    """`values` of `dtype` (bfloat16 as its bits in uint16) as float32, exactly."""
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 `values` rounded to `dtype`, to nearest even."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+class Exercise:
+    """A random sequence of collectives: both ranks know both inputs, and so the result to the last bit."""
+
+    def __init__(self, runtime: Runtime, rank: int, seed: int, largest: int) -> None:
+        self._native = runtime._native
+        self._rank, self._largest = rank, largest
+        self._chance = np.random.default_rng(seed)
+        self.digest = hashlib.blake2b(digest_size=16)
+        self.done = 0
+
+    def one(self, elements: int | None = None) -> None:
+        """Runs and checks one collective; raises AssertionError if a bit is wrong."""
+        chance = self._chance
+        dtype = ("float32", "float16", "bfloat16")[chance.integers(3)]
+        if elements is None:
+            elements = int(2 ** chance.uniform(0, np.log2(self._largest)))
+        values = chance.standard_normal(2 * elements, dtype=np.float32) * np.float32(100)
+        inputs = [np.ascontiguousarray(part) for part in np.split(narrow(values, dtype), 2)]
+        mine = inputs[self._rank]
+        if chance.integers(3):
+            wanted = narrow(widen(inputs[0], dtype) + widen(inputs[1], dtype), dtype)
+            result = np.full_like(mine, 77)
+            self._native.all_reduce(mine.ctypes.data, result.ctypes.data, elements, _NATIVE[dtype])
+        else:
+            rows = int(chance.integers(1, 4)) if elements % 6 == 0 else 1
+            parts = [part.reshape(rows, -1) for part in inputs]
+            wanted = np.concatenate(parts, axis=1)
+            result = np.full_like(wanted, 77)
+            self._native.all_gather(mine.ctypes.data, result.ctypes.data, rows, mine.nbytes // rows)
+        assert result.tobytes() == wanted.tobytes(), f"operation {self.done}: {dtype}, {elements} elements differ"
+        self.digest.update(result.tobytes())
+        self.done += 1
+
+
+def meet(rank: int, host: str, port: int, timeout: float) -> SocketPeer:
+    """Rank 0 listens at `host`:`port`, rank 1 connects, whoever comes first."""
+    if rank == 0:
+        with socket.create_server((host, port)) as server:
+            server.settimeout(timeout)
+            return SocketPeer(server.accept()[0])
+    end = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(OSError):
+            return SocketPeer(socket.create_connection((host, port), timeout=2))
+        if time.monotonic() > end:
+            raise SystemExit(f"nobody listens at {host}:{port}")
+        time.sleep(0.1)
+
+
+def run_commands(runtime: Runtime) -> None:
+    """Does what standard input says, a word and a number a line: faults that only the process itself can cause."""
+    for line in sys.stdin:
+        word, _, number = line.partition(" ")
+        if word == "break":
+            runtime._native.break_rail(int(number))
+        elif word == "hold":
+            runtime._native.hold_proxy(True)
+            time.sleep(float(number))
+            runtime._native.hold_proxy(False)
+
+
+def main() -> int:
+    """Returns 0 if every collective was right, 3 if the link was given up, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rank", type=int)
+    parser.add_argument("--host", default="10.0.0.1", help="rank 0's address")
+    parser.add_argument("--port", type=int, default=29700)
+    parser.add_argument("--operations", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=0, help="go on until this much time has passed, at least")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--largest", type=int, default=20_000, help="elements of the largest input")
+    parser.add_argument("--elements", type=int, nargs="*", default=[], help="exact sizes, before the random ones")
+    parser.add_argument("--options", type=json.loads, default={}, help="of RuntimeOptions, as JSON")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s", stream=sys.stderr)
+    peer = meet(args.rank, args.host, args.port, 120)
+    options = {"transport": "verbs", "timeout_s": 120.0, "slot_bytes": 1 << 18, **args.options}
+    if "rails" in options:
+        options["rails"] = tuple(options["rails"])
+    outcome: dict[str, Any] = {"rank": args.rank}
+    runtime = Runtime.connect(
+        args.rank, 2, peer.exchange, RuntimeOptions(**options), description=socket.gethostname(), announce=peer.announce
+    )
+    peer.watch(runtime)
+    print(f"connected {runtime.path}", flush=True)
+    threading.Thread(target=run_commands, args=(runtime,), daemon=True).start()
+    exercise = Exercise(runtime, args.rank, args.seed, args.largest)
+    started = time.monotonic()
+    gaps: list[float] = []
+    code = 0
+    try:
+        for elements in args.elements:
+            exercise.one(elements)
+        while exercise.done < args.operations or time.monotonic() - started < args.seconds:
+            before = time.monotonic()
+            exercise.one()
+            gaps.append(time.monotonic() - before)
+            if exercise.done % 200 == 0:
+                print(f"done {exercise.done}", flush=True)
+            if args.seconds:
+                # Both ranks must stop after the same operation, and their clocks differ.
+                flag = np.array([time.monotonic() - started >= args.seconds], dtype=np.float32)
+                both = np.zeros_like(flag)
+                runtime._native.all_reduce(flag.ctypes.data, both.ctypes.data, 1, _NATIVE["float32"])
+                if both[0] and exercise.done >= args.operations:
+                    break
+    except CollectiveError as error:
+        outcome["error"] = str(error)
+        code = 3
+    outcome |= {
+        "operations": exercise.done,
+        "digest": exercise.digest.hexdigest(),
+        "seconds": round(time.monotonic() - started, 3),
+        "longest": round(max(gaps, default=0), 3),
+        "counters": dataclasses.asdict(runtime.counters()),
+    }
+    runtime.close()
+    peer.close()
+    print(json.dumps(outcome), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
