@@ -26,7 +26,7 @@ PYTHON_FILES := vllm_spark tests tools $(wildcard setup.py benchmarks)
 CPP_FILES := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
 	-o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test test-unit test-native test-serve lint install clean
+.PHONY: help demo test test-unit test-native test-serve test-rdma lint install clean
 
 help: ## Show this list
 	@echo "vllm_spark: one vLLM model on a pair of GB10 machines"
@@ -53,6 +53,10 @@ test-native: $(STAMPS)/project ## Run the tests of the native collectives
 
 test-serve: $(STAMPS)/project ## Run the tests with real servers on two hosts
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/serve
+
+test-rdma: $(STAMPS)/project ## Run the tests in two virtual machines with RDMA; as root, fetches what they need
+	@$(BIN)/python -m tests.rdma.machines prepare
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
 
 lint: $(STAMPS)/project ## Check format, style and types, all of them; changes nothing
 	@failed=0; check() { echo "$$*"; "$$@" || failed=1; }; \

@@ -12,6 +12,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+import random
+import signal
 import socket
 import sys
 import threading
@@ -24,6 +27,9 @@ from vllm_spark import _native
 from vllm_spark.collective import CollectiveError, Runtime, RuntimeOptions, SocketPeer
 
 _NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "bfloat16": _native.DType.BFLOAT16}
+
+FAULTS = {signal.SIGUSR1, signal.SIGUSR2}
+HOLD_SECONDS = 2.0
 
 
 def widen(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -49,25 +55,29 @@ class Exercise:
     def __init__(self, runtime: Runtime, rank: int, seed: int, largest: int) -> None:
         self._native = runtime._native
         self._rank, self._largest = rank, largest
-        self._chance = np.random.default_rng(seed)
+        self._choice = random.Random(seed)
+        # Drawn once: drawing is what takes longest under emulation.
+        chance = np.random.default_rng(seed)
+        pools = [chance.standard_normal(2 * largest, dtype=np.float32) * np.float32(100) for _ in range(2)]
+        self._pools = {dtype: [narrow(pool, dtype) for pool in pools] for dtype in _NATIVE}
         self.digest = hashlib.blake2b(digest_size=16)
         self.done = 0
 
     def one(self, elements: int | None = None) -> None:
         """Runs and checks one collective; raises AssertionError if a bit is wrong."""
-        chance = self._chance
-        dtype = ("float32", "float16", "bfloat16")[chance.integers(3)]
+        choice = self._choice
+        dtype = choice.choice(list(_NATIVE))
         if elements is None:
-            elements = int(2 ** chance.uniform(0, np.log2(self._largest)))
-        values = chance.standard_normal(2 * elements, dtype=np.float32) * np.float32(100)
-        inputs = [np.ascontiguousarray(part) for part in np.split(narrow(values, dtype), 2)]
+            elements = int(2 ** choice.uniform(0, math.log2(self._largest)))
+        at = choice.randrange(self._largest)
+        inputs = [np.resize(pool[at : at + elements], elements) for pool in self._pools[dtype]]
         mine = inputs[self._rank]
-        if chance.integers(3):
+        if choice.randrange(3):
             wanted = narrow(widen(inputs[0], dtype) + widen(inputs[1], dtype), dtype)
             result = np.full_like(mine, 77)
             self._native.all_reduce(mine.ctypes.data, result.ctypes.data, elements, _NATIVE[dtype])
         else:
-            rows = int(chance.integers(1, 4)) if elements % 6 == 0 else 1
+            rows = choice.choice((1, 2, 3)) if elements % 6 == 0 else 1
             parts = [part.reshape(rows, -1) for part in inputs]
             wanted = np.concatenate(parts, axis=1)
             result = np.full_like(wanted, 77)
@@ -92,16 +102,17 @@ def meet(rank: int, host: str, port: int, timeout: float) -> SocketPeer:
         time.sleep(0.1)
 
 
-def run_commands(runtime: Runtime) -> None:
-    """Does what standard input says, a word and a number a line: faults that only the process itself can cause."""
-    for line in sys.stdin:
-        word, _, number = line.partition(" ")
-        if word == "break":
-            runtime._native.break_rail(int(number))
-        elif word == "hold":
+def fail_on_signals(runtime: Runtime) -> None:
+    """Faults that only the process itself can cause: SIGUSR1 breaks rail 0's queue pair, SIGUSR2 stops the proxy."""
+    while True:
+        if signal.sigwait(FAULTS) == signal.SIGUSR1:
+            runtime._native.break_rail(0)
+            print("broken", flush=True)
+        else:
             runtime._native.hold_proxy(True)
-            time.sleep(float(number))
+            time.sleep(HOLD_SECONDS)
             runtime._native.hold_proxy(False)
+            print("held", flush=True)
 
 
 def main() -> int:
@@ -117,6 +128,7 @@ def main() -> int:
     parser.add_argument("--elements", type=int, nargs="*", default=[], help="exact sizes, before the random ones")
     parser.add_argument("--options", type=json.loads, default={}, help="of RuntimeOptions, as JSON")
     args = parser.parse_args()
+    signal.pthread_sigmask(signal.SIG_BLOCK, FAULTS)  # before any other thread exists: they inherit it
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s", stream=sys.stderr)
     peer = meet(args.rank, args.host, args.port, 120)
     options = {"transport": "verbs", "timeout_s": 120.0, "slot_bytes": 1 << 18, **args.options}
@@ -128,7 +140,7 @@ def main() -> int:
     )
     peer.watch(runtime)
     print(f"connected {runtime.path}", flush=True)
-    threading.Thread(target=run_commands, args=(runtime,), daemon=True).start()
+    threading.Thread(target=fail_on_signals, args=(runtime,), daemon=True).start()
     exercise = Exercise(runtime, args.rank, args.seed, args.largest)
     started = time.monotonic()
     gaps: list[float] = []
