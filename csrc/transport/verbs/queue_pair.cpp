@@ -8,11 +8,12 @@
 namespace spark::verbs {
 namespace {
 
-// After 4.096 us * 2^14 = 67 ms without an answer a packet is sent again, seven times at most: a lost cable
-// is noticed after half a second to a few (NICs stretch it), and losing one packet in twenty is not taken for
-// one.
+// After 4.096 us * 2^14 = 67 ms without an answer a packet is sent again, six times at most: a lost cable is
+// noticed after half a second to a few (NICs stretch it), and losing one packet in twenty is not taken for
+// one. Not seven times, which soft-RoCE takes for "without end".
 constexpr uint8_t kTimeout = 14;
-constexpr uint8_t kRetries = 7;
+constexpr uint8_t kRetries = 6;
+constexpr uint8_t kReceiverRetries = 7;  // without end; but writes need no receiver that is ready
 constexpr uint8_t kReceiverTimer = 12;
 constexpr uint8_t kHopLimit = 64;
 
@@ -102,7 +103,7 @@ void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t
   send.state = abi::kReadyToSend;
   send.timeout = kTimeout;
   send.retry_count = kRetries;
-  send.receiver_retry = kRetries;
+  send.receiver_retry = kReceiverRetries;
   send.send_packet_number = packet_number;
   send.max_reads = 1;
   modify(send,

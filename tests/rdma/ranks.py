@@ -1,0 +1,65 @@
+"""Both ranks of tests/rdma/exercise.py, one on each machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .machines import Command, Pair
+
+BOUND = 300.0
+"""Seconds in which a rank must end. It takes a fraction of that where nothing else runs."""
+PORT = 29700
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank reported: the JSON object on its last line."""
+
+    exit_code: int
+    report: dict[str, Any]
+    output: str
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return self.report["counters"]
+
+    @property
+    def error(self) -> str:
+        return self.report["error"]
+
+
+class Ranks:
+    """Two ranks that exchange random collectives and check each."""
+
+    def __init__(self, machines: Pair, operations: int, *arguments: str, **options: Any) -> None:
+        words = ["-m", "tests.rdma.exercise"]
+        self.commands: list[Command] = [
+            machine.start(
+                [
+                    *("python", *words, str(rank), "--host", machines[0].rails[0].address, "--port", str(PORT)),
+                    *("--operations", str(operations), "--options", json.dumps(options), *arguments),
+                ]
+            )
+            for rank, machine in enumerate(machines)
+        ]
+
+    def reach(self, operations: int) -> None:
+        """Waits until both have done that many; a multiple of 100."""
+        for command in self.commands:
+            command.wait_for_line(rf"^done {operations}$", timeout=BOUND)
+
+    def outcome(self, rank: int, timeout: float = BOUND) -> Outcome:
+        """Waits for the end of one rank."""
+        finished = self.commands[rank].wait(timeout)
+        last = finished.stdout.strip().splitlines()[-1]
+        return Outcome(finished.exit_code, json.loads(last) if last.startswith("{") else {}, finished.output)
+
+    def agree(self) -> tuple[Outcome, Outcome]:
+        """Waits for both, which must have found every bit right and the same."""
+        outcomes = self.outcome(0), self.outcome(1)
+        for outcome in outcomes:
+            assert outcome.exit_code == 0, outcome.output
+        assert outcomes[0].report["digest"] == outcomes[1].report["digest"]
+        return outcomes

@@ -1,0 +1,144 @@
+"""Faults in the middle of traffic: no bit may be wrong, nothing may hang, and a link that is gone is named."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from .machines import Pair
+from .ranks import Ranks
+
+OPERATIONS = 2000
+BEFORE = 300
+"""Operations that are done when the fault comes."""
+
+
+def cut(machines: Pair, *rails: int) -> None:
+    """Both ends of the cables: what happens to a cable that is pulled or breaks."""
+    for rail in rails:
+        for machine in machines:
+            machine.rails[rail].unplug()
+
+
+def mend(machines: Pair, *rails: int) -> None:
+    for rail in rails:
+        for machine in machines:
+            machine.rails[rail].plug()
+
+
+def lose_packets(machines: Pair, ranks: Ranks) -> None:
+    for machine in machines:
+        for rail in machine.rails:
+            rail.impair("loss", "5%")
+
+
+def delay_packets(machines: Pair, ranks: Ranks) -> None:
+    machines[0].rails[0].impair("delay", "20ms")
+    time.sleep(5)
+    machines[0].rails[0].unimpair()
+
+
+def pull_end(machine: int) -> Callable[[Pair, Ranks], None]:
+    def fault(machines: Pair, ranks: Ranks) -> None:
+        for rail in machines[machine].rails:
+            rail.unplug()
+        time.sleep(3)
+        for rail in machines[machine].rails:
+            rail.plug()
+
+    return fault
+
+
+def lose_one_rail(machines: Pair, ranks: Ranks) -> None:
+    cut(machines, 1)
+    time.sleep(5)
+    mend(machines, 1)
+
+
+def take_one_interface_down(machines: Pair, ranks: Ranks) -> None:
+    machines[0].rails[1].down()
+    time.sleep(5)
+    machines[0].rails[1].up()
+
+
+def lose_both_rails(machines: Pair, ranks: Ranks) -> None:
+    cut(machines, 0, 1)
+    time.sleep(5)
+    mend(machines, 0, 1)
+
+
+def break_a_queue_pair(machines: Pair, ranks: Ranks) -> None:
+    ranks.commands[0].signal(signal.SIGUSR1)
+    ranks.commands[0].wait_for_line("^broken$", timeout=60)
+
+
+def stop_a_proxy(machines: Pair, ranks: Ranks) -> None:
+    ranks.commands[1].signal(signal.SIGUSR2)
+    ranks.commands[1].wait_for_line("^held$", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("fault", "least_failures"),
+    [
+        pytest.param(lose_packets, 0, id="five packets of a hundred lost"),
+        pytest.param(delay_packets, 0, id="20 ms of delay"),
+        pytest.param(pull_end(0), 1, id="rank 0's cables out for 3 s"),
+        pytest.param(pull_end(1), 1, id="rank 1's cables out for 3 s"),
+        pytest.param(lose_one_rail, 1, id="one rail cut for 5 s"),
+        pytest.param(take_one_interface_down, 1, id="one interface down for 5 s"),
+        pytest.param(lose_both_rails, 2, id="both rails cut for 5 s"),
+        pytest.param(break_a_queue_pair, 1, id="a queue pair in error"),
+        pytest.param(stop_a_proxy, 0, id="a proxy stopped for 2 s"),
+    ],
+)
+def test_no_message_is_lost_or_wrong(
+    machines: Pair, fault: Callable[[Pair, Ranks], None], least_failures: int, record_property: Callable[..., None]
+) -> None:
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", link_timeout_s=60.0, timeout_s=120.0)
+    ranks.reach(BEFORE)
+    fault(machines, ranks)
+    for outcome in ranks.agree():
+        assert outcome.report["operations"] == OPERATIONS
+        assert outcome.counters["rail_failures"] >= least_failures
+        record_property("longest operation, s", outcome.report["longest"])
+        if least_failures:
+            assert outcome.counters["rail_recoveries"] >= 1, "the rail is back before the end"
+            assert "works again, after" in outcome.output
+
+
+def test_a_link_that_stays_down_is_given_up_by_both(machines: Pair) -> None:
+    ranks = Ranks(machines, 10**6, link_timeout_s=5.0, timeout_s=120.0)
+    ranks.reach(BEFORE)
+    cut(machines, 0, 1)
+    for rank, peer in ((0, "rank 1 on machine1"), (1, "rank 0 on machine0")):
+        outcome = ranks.outcome(rank, timeout=120)
+        assert outcome.exit_code == 3
+        for words in (
+            f"rank {rank} lost its link to {peer}: no rail came back within 5.0 s",
+            "rail 0 (rxe0): ",
+            "rail 1 (rxe1): ",
+            "the last message posted is ",
+            "see the cable and the other machine",
+        ):
+            assert words in outcome.error
+
+
+def test_a_killed_peer_is_noticed_by_its_connection(machines: Pair) -> None:
+    ranks = Ranks(machines, 10**6, link_timeout_s=60.0, timeout_s=120.0)
+    ranks.reach(BEFORE)
+    ranks.commands[1].kill()
+    outcome = ranks.outcome(0, timeout=60)
+    assert outcome.exit_code == 3
+    assert "its process has ended" in outcome.error
+
+
+def test_a_killed_machine_is_noticed_by_the_link(machines: Pair) -> None:
+    ranks = Ranks(machines, 10**6, link_timeout_s=5.0, timeout_s=120.0)
+    ranks.reach(BEFORE)
+    machines[1].kill()
+    outcome = ranks.outcome(0, timeout=120)
+    assert outcome.exit_code == 3
+    assert "rank 0 lost its link to rank 1 on machine1: no rail came back within 5.0 s" in outcome.error
