@@ -125,7 +125,8 @@ class RegionLayout {
     return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
   }
   SPARK_HOST_DEVICE constexpr size_t payload_area() const { return round_up(sizes_.slot_bytes, kPage); }
-  SPARK_HOST_DEVICE constexpr uint32_t slot(uint32_t sequence) const { return sequence % sizes_.slots; }
+  // There are a power of two of them, so that they go round without a seam where sequence numbers do.
+  SPARK_HOST_DEVICE constexpr uint32_t slot(uint32_t sequence) const { return sequence & (sizes_.slots - 1); }
 
  private:
   RegionSizes sizes_;

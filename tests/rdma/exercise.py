@@ -64,7 +64,7 @@ class Exercise:
         self.done = 0
 
     def one(self, elements: int | None = None) -> None:
-        """Runs and checks one collective, of float32 if `elements` are given; raises AssertionError if a bit is wrong."""
+        """Runs and checks one collective, of float32 if `elements` are given; a wrong bit is an AssertionError."""
         choice = self._choice
         dtype = "float32" if elements is not None else choice.choice(list(_NATIVE))
         if elements is None:

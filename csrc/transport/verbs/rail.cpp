@@ -20,6 +20,13 @@ Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const 
       name_("rail " + std::to_string(index) + " (" + address.device + ")"),
       memory_(memory),
       layout_(sizes),
+      packet_area_(layout_.packet_area()),
+      payload_area_(layout_.payload_area()),
+      send_packets_(layout_.send_packets()),
+      recv_packets_(layout_.recv_packets()),
+      send_payload_(layout_.send_payload()),
+      recv_payload_(layout_.recv_payload()),
+      recv_flags_(layout_.recv_flags()),
       marks_(marks),
       reaper_(reaper),
       device_(std::make_shared<Device>(address.device)),
@@ -95,18 +102,17 @@ int Rail::post(const Write& write, bool signal) {
   const SendDescriptor& descriptor = write.descriptor;
   size_t slot = layout_.slot(write.sequence);
   if (descriptor.protocol == Protocol::kPackets) {
-    size_t offset = slot * layout_.packet_area();
-    aim(layout_.send_packets() + offset, layout_.recv_packets() + offset,
-        packet_count(descriptor.bytes) * sizeof(Packet));
+    size_t offset = slot * packet_area_;
+    aim(send_packets_ + offset, recv_packets_ + offset, packet_count(descriptor.bytes) * sizeof(Packet));
     return submit({write, false}, &data_, data_, 0, signal);
   }
   // On one reliable connection writes take effect in their order: the flag comes after the payload.
   flag_value_ = payload_flag(write.sequence, descriptor.tag);
-  flag_.remote_address = remote_base_ + layout_.recv_flags() + slot * RegionLayout::flag_area() +
-                         descriptor.piece * sizeof(Flag);
+  flag_.remote_address =
+      remote_base_ + recv_flags_ + slot * RegionLayout::flag_area() + descriptor.piece * sizeof(Flag);
   if (descriptor.bytes == 0) return submit({write, false}, &flag_, flag_, abi::kInline, signal);
-  size_t offset = slot * layout_.payload_area() + descriptor.offset;
-  aim(layout_.send_payload() + offset, layout_.recv_payload() + offset, descriptor.bytes);
+  size_t offset = slot * payload_area_ + descriptor.offset;
+  aim(send_payload_ + offset, recv_payload_ + offset, descriptor.bytes);
   data_.flags = 0;
   data_.next = &flag_;
   return submit({write, false}, &data_, flag_, abi::kInline, signal);

@@ -107,6 +107,8 @@ class Rail {
   std::string name_;
   std::byte* memory_;
   RegionLayout layout_;
+  // What `layout_` would work out anew for each message.
+  size_t packet_area_, payload_area_, send_packets_, recv_packets_, send_payload_, recv_payload_, recv_flags_;
   WireClass marks_;
   Reaper& reaper_;
   std::shared_ptr<const Device> device_;
