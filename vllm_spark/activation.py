@@ -244,7 +244,9 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
     if config.leader is None and not master:
         raise ConfigurationError("RANK is 1, but MASTER_ADDR is not set; set it to the leader's address")
     if config.leader is None:
-        config = SparkConfig.resolve(file={**config.model_dump(), "leader": master})
+        from vllm_spark.executor.link import resolve_master
+
+        config = SparkConfig.resolve(file={**config.model_dump(), "leader": resolve_master(master)[0]})
     sys.exit(follow_leaders(config, once=True))
 
 

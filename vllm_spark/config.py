@@ -65,7 +65,9 @@ class SparkConfig(BaseModel):
     secret_file: Path | None = _setting(
         None,
         "File with the secret that both machines share (at least 16 bytes, readable by its owner only). "
-        "The variable SPARK_SECRET may hold the secret itself instead. Needed except on a loopback address.",
+        "The variable SPARK_SECRET may hold the secret itself instead. Needed except on a loopback address. "
+        "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
+        "`vllm-spark doctor --make-secret` makes it.",
     )
     join_timeout: float = _setting(
         600.0,
@@ -90,7 +92,7 @@ class SparkConfig(BaseModel):
         le=86400,
     )
     max_frame_mib: int = _setting(
-        256, "Largest message accepted on the channel between the machines, in MiB.", ge=1, le=4096
+        256, "Largest message accepted on the channel between the machines, in MiB.", ge=1, le=4095
     )
     transport: Literal["auto", "verbs", "loopback"] = _setting(
         "auto",
@@ -298,16 +300,17 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
     return sentences
 
 
-def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-") -> None:
-    """Adds one option per setting of the given sides to an argparse parser or group.
+def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names: Iterable[str] | None = None) -> None:
+    """Adds one option per setting of the given sides to an argparse parser or group; only for `names`, if given.
 
     What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in
     argparse's usual one-line error and exit code 2. With another `prefix`, the names under which messages know the
     settings work too.
     """
     wanted = set(sides)
+    chosen = set(names or SparkConfig.model_fields)
     for name, field in SparkConfig.model_fields.items():
-        if _extra(field, "side") not in wanted:
+        if _extra(field, "side") not in wanted or name not in chosen:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
@@ -328,13 +331,14 @@ def given_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def typed_flags(argv: Sequence[str]) -> set[str]:
-    """Names of the settings whose flags stand literally in `argv` (not merged in from a file)."""
-    names = set()
+    """Names of the settings whose flags stand in `argv`, in full or shortened (not merged in from a file)."""
+    names: set[str] = set()
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
-        for name in SparkConfig.model_fields:
-            if flag == flag_name(name):
-                names.add(name)
+        if flag.startswith(FLAG + "-"):
+            # argparse takes a beginning that fits one option alone.
+            meant = [name for name in SparkConfig.model_fields if flag_name(name).startswith(flag)]
+            names.update(name for name in meant if len(meant) == 1 or flag == flag_name(name))
     return names
 
 

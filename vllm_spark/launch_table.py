@@ -13,6 +13,7 @@ import msgspec
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.config import FLAG, SparkConfig
+from vllm_spark.data_folders import configuration_folder
 from vllm_spark.errors import ConfigurationError
 
 
@@ -48,11 +49,8 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def default_path() -> Path | None:
     """Where `bench calibrate` writes unless told otherwise; None for a user without a home folder."""
-    try:
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    except RuntimeError:
-        return None
-    return folder / "vllm-spark" / "launch.json"
+    folder = configuration_folder()
+    return None if folder is None else folder / "launch.json"
 
 
 def load_launch_table(config: SparkConfig) -> LaunchTable:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _KERNEL = re.compile(r"\.entry\s+(\w+)\s*\(.*?^\{(.*?)^\}", re.DOTALL | re.MULTILINE)
-_INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*?);", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)(?:\s+(.*?))?;", re.MULTILINE)
 _REGISTER = re.compile(r"%rd\d+")
 _MEMORY = re.compile(r"\[(%rd\d+|\w+)([+-]+\d+)?\]")
 _ACCESSES = ("ld", "st", "atom", "red")
@@ -36,16 +36,21 @@ def kernels(ptx: str) -> Iterator[tuple[str, str]]:
         yield match.group(1), match.group(2)
 
 
+def instructions(body: str) -> list[tuple[str, str]]:
+    """Each instruction of a kernel's body and its operands."""
+    return [(match.group(1), match.group(2) or "") for match in _INSTRUCTION.finditer(body)]
+
+
 def shared_accesses(kernel: str, body: str, fields: frozenset[int]) -> list[Access]:
     """Accesses through pointers made from the 8-byte fields at offsets `fields` of the kernel's first parameter."""
-    instructions = [(match.group(1), match.group(2)) for match in _INSTRUCTION.finditer(body)]
+    listed = instructions(body)
     parameter = f"{kernel}_param_0"
     bases: dict[str, int] = {parameter: 0}  # what holds the parameter's own address, and how far from its start
     tainted: set[str] = set()
     before = -1
     while before != len(tainted) + len(bases):
         before = len(tainted) + len(bases)
-        for name, operands in instructions:
+        for name, operands in listed:
             target, _, sources = operands.partition(",")
             if name.startswith("ld.param"):
                 _taint_loaded(name, operands, bases, tainted, fields)
@@ -53,7 +58,7 @@ def shared_accesses(kernel: str, body: str, fields: frozenset[int]) -> list[Acce
                 _follow(name, target.strip(), sources, bases, tainted)
     return [
         Access(kernel, f"{name} {operands}")
-        for name, operands in instructions
+        for name, operands in listed
         if name.startswith(_ACCESSES)
         and not name.startswith(("ld.param", "ld.local", "st.local"))
         and any(match.group(1) in tainted for match in _MEMORY.finditer(operands))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from .ptx import Access, kernels, shared_accesses
+from .ptx import Access, instructions, kernels, shared_accesses
 
-SOURCE = Path(__file__).parents[2] / "csrc" / "kernels" / "collectives.cu"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "csrc" / "kernels" / "collectives.cu"
 ARCHITECTURES = ["90", "121"]
+"""Of which machine code ships."""
+PTX_ARCHITECTURES = ["80", "90", "121"]
+"""From which code is made: what ships as PTX, for GPUs without code of their own, and what machine code comes from."""
 KERNEL_COUNT = 8
 # Offsets in Rank (csrc/kernels/rank.hpp) of the pointers into memory that the peer, a proxy or the host uses too:
 # both lanes, the abort word and the report. Not among them: 56, this rank's progress, in device memory.
@@ -31,7 +36,7 @@ def compile_to(kind: str, architecture: str, target: Path, *options: str) -> str
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=PTX_ARCHITECTURES)
 def ptx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("ptx") / "kernels.ptx"
     compile_to("ptx", request.param, target)
@@ -58,6 +63,49 @@ def test_a_weaker_access_would_be_noticed(ptx: str, weakened: str) -> None:
     planted = ptx.replace(weakened, weakened.partition(".")[0])
     names = {access.kernel for access in all_shared_accesses(planted) if not access.is_system_scope}
     assert len(names) == KERNEL_COUNT
+
+
+def target(ptx: str) -> int:
+    found = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
+    assert found is not None
+    return int(found.group(1))
+
+
+def before_the_wait(body: str) -> list[str] | None:
+    """What a kernel does to memory, and where it branches, before griddepcontrol.wait; None if it never waits."""
+    names = [name for name, _ in instructions(body)]
+    if "griddepcontrol.wait" not in names:
+        return None
+    return [
+        name
+        for name in names[: names.index("griddepcontrol.wait")]
+        if name.startswith(("ld", "st", "atom", "red", "bra")) and not name.startswith("ld.param")
+    ]
+
+
+def test_every_kernel_waits_for_the_one_before_it(ptx: str) -> None:
+    """The host starts kernels early on GPUs from 9.0 on: without this they would read what is not written yet."""
+    early = {name: before_the_wait(body) for name, body in kernels(ptx)}
+    assert len(early) == KERNEL_COUNT
+    if target(ptx) >= 90:
+        assert early == dict.fromkeys(early, [])
+    else:
+        assert early == dict.fromkeys(early, None), "there is no such instruction, and the host starts nothing early"
+
+
+def test_what_ships_is_what_is_looked_at_here() -> None:
+    """And no GPU from 9.0 on is left with PTX for less."""
+    assert shipped("KERNEL_ARCHITECTURES") == ARCHITECTURES
+    assert {*shipped("KERNEL_ARCHITECTURES"), *shipped("PTX_ARCHITECTURES")} == set(PTX_ARCHITECTURES)
+    assert "90" in shipped("PTX_ARCHITECTURES")
+
+
+def shipped(name: str) -> list[str]:
+    """A constant of setup.py, which cannot be imported."""
+    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            return list(ast.literal_eval(statement.value))
+    raise AssertionError(f"setup.py has no {name}")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -95,7 +95,8 @@ def _stop(client: OpenAI, model: str) -> Any:
 
 def _json_schema(client: OpenAI, model: str) -> Any:
     format_ = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-    return _tokens(_complete(client, model, max_tokens=60, extra_body={"response_format": format_}))
+    answer = _complete(client, model, max_tokens=60, extra_body={"response_format": format_})
+    return _tokens(answer), answer.choices[0].text
 
 
 def _regular_expression(client: OpenAI, model: str) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import answers, program
@@ -71,15 +72,26 @@ class Server:
 
         Samples that differ only in other labels are added up.
         """
+        values: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for sample in self._samples():
+            if sample.name.startswith(prefix):
+                values[sample.name][sample.labels.get("rank", "")] += sample.value
+        return {name: dict(by_rank) for name, by_rank in values.items()}
+
+    def labelled(self, name: str, **labels: str) -> float:
+        """The sum of the samples of `/metrics` that have this name and these labels; 0 if there are none."""
+        return sum(
+            sample.value
+            for sample in self._samples()
+            if sample.name == name and labels.items() <= dict(sample.labels).items()
+        )
+
+    def _samples(self) -> Iterator[Sample]:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{self.url}/metrics", timeout=30) as response:
             text = response.read().decode()
-        values: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name.startswith(prefix):
-                    values[sample.name][sample.labels.get("rank", "")] += sample.value
-        return {name: dict(by_rank) for name, by_rank in values.items()}
+            yield from family.samples
 
 
 @contextmanager

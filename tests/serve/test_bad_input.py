@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spark.config import SparkConfig, flag_name
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
@@ -82,6 +83,10 @@ def test_arguments(host: Host, tiny_dense: Path, arguments: list[str], parts: li
         ({"SPARK_DEPTH": "3"}, ["SPARK_DEPTH 3", "power of two"]),
         ({"WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "2 ranks"]),
         ({"RANK": "1", "WORLD_SIZE": "2"}, ["MASTER_ADDR is not set"]),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such.invalid"},
+            ["MASTER_ADDR=no-such.invalid", "resolved"],
+        ),
         ({"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, ["RANK=5", "RANK 0 and RANK 1"]),
         ({"SPARK_SECRET": "short"}, ["5 bytes", "16"]),
     ],
@@ -150,6 +155,36 @@ def test_configuration_files(
     assert_refused(serve(host, tiny_dense, ["--config", str(path)]), *parts)
 
 
+@pytest.mark.parametrize("way", ["SPARK_ENABLE", "file"])
+def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path, tmp_path: Path, way: str) -> None:
+    """Seen in what a leader says that has waited in vain."""
+    path = tmp_path / "serve.yaml"
+    path.write_text("enforce-eager: true\nmax-model-len: 512\n" + ("spark: true\n" if way == "file" else ""))
+    port = str(host.free_port())
+    process = host.popen(
+        [program("vllm"), "serve", str(tiny_dense), "--config", str(path)],
+        {
+            **CPU_ENVIRONMENT,
+            **({"SPARK_ENABLE": "1"} if way == "SPARK_ENABLE" else {}),
+            **{"SPARK_ADDRESS": host.address, "SPARK_PORT": port, "SPARK_JOIN_TIMEOUT": "0.5"},
+            "SPARK_SECRET": "one secret for both machines",
+        },
+        "vllm serve",
+    )
+    process.wait(START_SECONDS)
+    assert_refused(process, f"no follower came to {host.address}:{port} within 0.5 s", exit_code=4)
+
+
+def test_help(host: Host) -> None:
+    """vLLM's own help shows the group, and every setting of the leader in it."""
+    result = host.run([program("vllm"), "serve", "--help=Spark"], CPU_ENVIRONMENT, timeout=START_SECONDS)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "Serve one model on a pair of machines" in result.stdout
+    sides = {name: field.json_schema_extra["side"] for name, field in SparkConfig.model_fields.items()}  # type: ignore[index,call-overload]
+    shown = {name for name in sides if f"{flag_name(name)} " in result.stdout}
+    assert shown == {name for name, side in sides.items() if side != "follower"}
+
+
 def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Path, tmp_path: Path) -> None:
     """Seen in what a leader says for whom it waits, and how long."""
     flag, variable, file = (str(host.free_port()) for _ in range(3))
@@ -164,3 +199,4 @@ def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Pat
     assert port_waited_at([], {}) == file
     assert port_waited_at([], {"SPARK_PORT": variable}) == variable
     assert port_waited_at(["--spark-port", flag], {"SPARK_PORT": variable}) == flag
+    assert port_waited_at(["--spark-por", flag], {"SPARK_PORT": variable}) == flag, "shortened, and a flag all the same"

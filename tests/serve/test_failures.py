@@ -19,7 +19,7 @@ from vllm_spark.errors import EXIT_LOST
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
-from . import prompts
+from . import prompts, shared_memory
 from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import Server, spark_leader, spark_tp2
@@ -102,15 +102,17 @@ def engine_of(server: Server) -> psutil.Process:
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
 @pytest.mark.parametrize("victim", ["API server", "engine"])
 def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim: str, busy: bool) -> None:
+    before = shared_memory.listing()
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server) if busy else None
         waits, engine = follower.waits(), engine_of(server)
+        assert len(shared_memory.holders(server.leader, follower.process)) == 2, "the ranks' memory can be seen"
         os.kill(server.leader.pid if victim == "API server" else engine.pid, signal.SIGKILL)
         follower.process.wait_until(lambda: follower.waits() > waits, NOTICE_SECONDS, "gone back to waiting")
         if stream is not None:
             assert stream.failed(), "the client was left in silence"
         assert_all_gone(server.leader, timeout=20)
-    assert not shared_memory(), shared_memory()
+    shared_memory.assert_as_before(before, follower.process)
 
 
 def test_next_leader_works_with_the_same_follower(
@@ -126,22 +128,27 @@ def test_next_leader_works_with_the_same_follower(
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
 def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy: bool) -> None:
+    before = shared_memory.listing()
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server) if busy else None
         os.kill(follower.session().pid, signal.SIGKILL)
-        server.leader.wait_for_line("Serving ends: the follower on .* closed the connection|broke", NOTICE_SECONDS)
+        server.leader.wait_for_line("Serving ends: the follower on .* (closed the connection|broke)", NOTICE_SECONDS)
         if stream is not None:
             assert stream.failed(), "the client was left in silence"
             assert "start it again if it ended" in str(stream.error)
         assert server.leader.wait(30) == EXIT_LOST, "a supervisor must see that it failed"
         assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
+    shared_memory.assert_as_before(before, follower.process)
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
 @pytest.mark.parametrize("side", ["leader", "follower"])
-def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str) -> None:
+def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str, busy: bool) -> None:
+    before = shared_memory.listing()
     with leader(hosts, follower, tiny_moe) as server:
         prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=4)  # from now on the short time-out counts
+        stream = Stream(server) if busy else None
         waits = follower.waits()
         frozen = engine_of(server) if side == "leader" else follower.session()
         frozen.suspend()
@@ -153,13 +160,18 @@ def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str
                 assert "gave no sign of life for" in follower.process.output()
             else:
                 server.leader.wait_for_line("Serving ends: .* gave no sign of life for", 4 + NOTICE_SECONDS)
-                assert server.leader.wait(30) != 0
+                assert stream is None or stream.failed(), "the client was left in silence"
+                assert server.leader.wait(30) == EXIT_LOST
         finally:
             with suppress(psutil.NoSuchProcess):
                 frozen.kill()
+        assert_all_gone(server.leader, timeout=20)
+        assert stream is None or stream.failed()
+    shared_memory.assert_as_before(before, follower.process)
 
 
 def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
+    before = shared_memory.listing()
     joined = Follower(hosts)
     with leader(hosts, joined, tiny_moe) as server:
         stream = Stream(server)
@@ -167,6 +179,8 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
         assert stream.failed()
         assert_all_gone(joined.process)
         assert server.leader.wait(30) != 0
+        assert_all_gone(server.leader)
+    shared_memory.assert_as_before(before)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +217,6 @@ def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.
             "vllm serve --spark: the follower on .* left: it was stopped there; see what", server.leader.output()
         )
         assert_all_gone(joined.process, server.leader)
-
-
-def shared_memory() -> list[str]:
-    """What of ours stands in /dev/shm, where nothing of ours belongs."""
-    return [path.name for path in Path("/dev/shm").iterdir() if "spark" in path.name]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -16,6 +16,7 @@ from .hosts import Hosts
 from .process import assert_all_gone
 from .servers import COMMON_ARGUMENTS, Server
 
+ROOT = Path(__file__).parents[2]
 OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
@@ -35,7 +36,7 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
         *("--spark", "--spark-transport", "loopback", "--spark-port", port),
     ]
     common = {"SPARK_SECRET": secrets.token_hex(16), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    common |= {"MASTER_ADDR": first.address, "MASTER_PORT": "29500", "SPARK_ADDRESS": first.address}
+    common |= {"MASTER_ADDR": first.address, "MASTER_PORT": "29500"}
     rank1 = second.popen(command, CPU_ENVIRONMENT | common | {"RANK": "1"}, "vllm serve, rank 1")
     rank0 = first.popen(command, CPU_ENVIRONMENT | common | {"RANK": "0"}, "vllm serve, rank 0")
     server = Server(f"http://{first.address}:{http}", rank0, rank1)
@@ -60,4 +61,42 @@ def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]
     (tokens,) = (line for line in leader.output().splitlines() if line.startswith("[["))
     assert json.loads(tokens) == reference_tokens
     assert follower.wait(30) == 0
+    assert_all_gone(leader, follower)
+
+
+DYING = """
+import json, sys
+from vllm import LLM
+from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.counters import engine_failure
+model, settings = json.loads(sys.argv[1])
+try:
+    LLM(
+        model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings},
+        worker_extension_cls="tests.serve.dying_extension.Dying",
+    )
+except PeerLostError as error:
+    print(f"told: {error}")
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings})
+print("tokens:", list(llm.generate("x", use_tqdm=False)[0].outputs[0].token_ids))
+print("reason left:", engine_failure())
+"""
+
+
+def test_a_follower_killed_while_the_engine_starts(hosts: Hosts, tiny_moe: Path) -> None:
+    """In the user's own process the start ends with the reason, and the next one works and forgets it."""
+    first, second = hosts
+    port = first.free_port()
+    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
+    join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
+    follower = second.popen(join, environment, "vllm-spark join")
+    settings = {"address": first.address, "port": port, "transport": "loopback"}
+    argv = [sys.executable, "-c", DYING, json.dumps([str(tiny_moe), settings])]
+    leader = first.popen(argv, environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "offline")
+    leader.wait_for_line("Serving ends: the follower on .* (closed the connection|broke)", 200)
+    leader.wait_for_line("^told: the follower on .* start it again if it ended", 60)
+    leader.wait_for_line(r"^tokens: \[\d+, ", 200)
+    assert leader.wait(60) == 0
+    assert "reason left: None" in leader.output()
+    follower.terminate()
     assert_all_gone(leader, follower)

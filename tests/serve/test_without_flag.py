@@ -42,6 +42,16 @@ def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
     assert not [name for name in seen["ours"] if name.startswith(("vllm_spark.collective", "vllm_spark.executor"))]
 
 
+def test_the_native_module_is_in_no_process(host: Host, tiny_moe: Path) -> None:
+    """The plugin is loaded in the server and in its engine, and what it needs for a pair is in neither."""
+    with stock_tp1(host, tiny_moe) as server:
+        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=2)
+        pids = [server.leader.pid, *(child.pid for child in server.leader.descendants())]
+        mapped = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in pids}
+    assert len([maps for maps in mapped.values() if "libtorch" in maps]) >= 2, "server and engine"
+    assert [pid for pid, maps in mapped.items() if "vllm_spark/_native" in maps or "vllm-spark" in maps] == []
+
+
 def test_vllms_errors_stay_vllms(host: Host, tiny_moe: Path) -> None:
     """An address of another machine: with `--spark` a sentence of ours, without it vLLM's own words."""
     argv = [program("vllm"), "serve", str(tiny_moe), "--host", "192.0.2.1", "--port", "1234"]

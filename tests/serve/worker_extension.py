@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
+
+from vllm_spark.executor.pair import Pair
+from vllm_spark.executor.pulse import Pulse
 
 
 class Saboteur:
@@ -10,11 +15,25 @@ class Saboteur:
 
     rank: int
 
-    def draw_once_on(self, rank: int) -> bool:
-        """One draw too many from the global generator of one rank."""
+    def draw_once_on(self, rank: int) -> dict[str, int]:
+        """One draw too many from the global generator of one rank; rank 0 says after how many steps."""
         if self.rank == rank:
             torch.rand(1)
-        return self.rank == rank
+        if self.rank != 0:
+            return {}
+        (pulse,) = (thread for thread in threading.enumerate() if isinstance(thread, Pulse))
+        pair: Pair = pulse._report.__self__
+        return {"step": pair.ledger.state()[0]}
+
+    def sum_of_integers(self) -> dict[str, list[int]]:
+        """An all-reduce of the model's group that the runtime does not take, and the count of such before and after."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        from vllm_spark.collective import fallbacks
+
+        before = fallbacks()
+        total = get_tp_group().all_reduce(torch.tensor([1 + self.rank, (1 << 40) + self.rank], dtype=torch.int64))
+        return {"sum": total.tolist(), "fallbacks": [before, fallbacks()]}
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import ssl
 import subprocess
@@ -136,6 +137,7 @@ def test_a_secret_file_that_will_not_do(tmp_path: Path, content: str | None, mod
 
 
 def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     with pytest.raises(ConfigurationError, match="--spark-secret-file"):
         load_secret(SparkConfig(), "10.0.0.1", {})
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -423,6 +425,48 @@ def test_a_late_connection_of_another_session_is_not_taken(listener: Listener) -
         late.receive(timeout=10)
 
 
+class _Contended(queue.SimpleQueue[Any]):
+    """A queue that another thread may well have emptied right after a look at it."""
+
+    def empty(self) -> bool:
+        was_empty = super().empty()
+        time.sleep(0.01)
+        return was_empty
+
+
+def test_two_threads_may_give_the_place_free(listener: Listener) -> None:
+    """As a greeter and the one that waits do: neither waits for a connection that the other one took."""
+    listener._calls = _Contended()
+    _, late = lanes()
+    listener._calls.put((handshake.Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
+    threads = [threading.Thread(target=listener._release, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert late.fileno() == -1
+
+
+def test_a_listener_survives_when_no_thread_can_be_started(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if getattr(thread, "_target", None) == listener._greet:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as out_of_threads:
+        out_of_threads.setattr(threading.Thread, "start", refuse)
+        for _ in range(2 * handshake._GREETERS):
+            plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+            assert plain.recv(1) == b""
+    assert "can't start new thread" in caplog.text
+    assert_usable(listener)
+
+
 def test_a_lane_that_does_not_exist(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "vllm_spark")
     assert caller(listener).connect("shortcut") is None
@@ -446,6 +490,7 @@ def test_waiting_for_a_follower_is_bounded_and_says_what_to_type(listener: Liste
     with pytest.raises(PeerLostError) as caught:
         accept(listener, timeout=0.2)
     assert f"vllm-spark join --leader {listener.endpoint}" in str(caught.value)
+    assert "within 0.2 s" in str(caught.value)
 
 
 def test_a_port_in_use(listener: Listener) -> None:
@@ -504,6 +549,19 @@ def test_silence_counts_once_the_model_runs() -> None:
     wait_for(lambda: ends, "silence is noticed")
     assert isinstance(ends[0], PeerLostError)
     assert "gave no sign of life for" in str(ends[0])
+    left.close()
+
+
+def test_the_silence_of_the_start_is_forgiven() -> None:
+    """A peer that was allowed to say nothing while it loaded is not lost in the moment in which the model runs."""
+    left, right = lanes()
+    pulse, _, ends = beat(right, timeout=5.0)
+    time.sleep(5.5)
+    pulse.model_runs()
+    time.sleep(2.0)  # at least one turn of the thread, which takes one a second
+    assert ends == []
+    pulse.model_runs()
+    wait_for(lambda: ends, "silence is noticed")
     left.close()
 
 

@@ -18,7 +18,11 @@ from vllm_spark.process import Process, clean_environment, program
 
 def spark(tmp_path: Path, *argv: str, **environment: str) -> Process:
     return Process(
-        "vllm-spark", [program("vllm-spark"), *argv], tmp_path / "output.log", clean_environment() | environment
+        "vllm-spark",
+        [program("vllm-spark"), *argv],
+        tmp_path / "output.log",
+        # Nor with the secret that this machine's user may have.
+        clean_environment() | {"XDG_CONFIG_HOME": str(tmp_path)} | environment,
     )
 
 

@@ -123,6 +123,22 @@ def test_every_setting_has_a_flag(name: str) -> None:
     assert typed_flags([flag_name(name).replace("-", "_").replace("__", "--", 1)]) == {name}
 
 
+def test_a_shortened_flag_is_typed_too() -> None:
+    """argparse takes a beginning that fits one option alone."""
+    assert given_flags(parser().parse_args(["--spark-por", "31780"])) == {"port": 31780}
+    assert typed_flags(["--spark-por", "31780"]) == {"port"}
+    assert typed_flags(["--spark_heart=3"]) == {"heartbeat_timeout"}
+    assert typed_flags(["--spark", "--spark-", "--spark-l", "--port"]) == set()
+
+
+def test_the_largest_frame_fits_its_header() -> None:
+    from vllm_spark.executor.channel import _HEADER, MIB
+
+    _HEADER.pack(1, SparkConfig.resolve(flags={"max_frame_mib": 4095}, environment={}).max_frame_mib * MIB)
+    with pytest.raises(ConfigurationError, match="--spark-max-frame-mib 4096"):
+        SparkConfig.resolve(flags={"max_frame_mib": 4096}, environment={})
+
+
 def test_what_is_not_given_leaves_no_trace() -> None:
     assert given_flags(parser().parse_args([])) == {}
 

@@ -55,6 +55,16 @@ def test_a_long_reason_is_shortened(board: CounterBoard) -> None:
     assert failure.exit_code == PeerLostError.exit_code
 
 
+def test_a_reason_is_taken_back(board: CounterBoard) -> None:
+    """A pair that works after one that broke has no reason to fail."""
+    board.fail(PeerLostError("the follower left"))
+    CounterBoard.from_environment().forget_failure()
+    assert board.failure() is None
+    board.fail(PeerLostError("it left again"))
+    assert str(board.failure()) == "it left again"
+    CounterBoard(None).forget_failure()
+
+
 def test_a_torn_record_is_not_believed(board: CounterBoard) -> None:
     board.write(RankCounters(0, steps=7))
     assert board._map is not None

@@ -88,6 +88,10 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_model(str(tmp_path), None) == tmp_path
     with pytest.raises(RefusedError, match="there is no model in /no/such/model on this machine; copy it"):
         find_model("/no/such/model", None)
+    single = tmp_path / "m.gguf"
+    single.touch()
+    with pytest.raises(RefusedError, match=r"m\.gguf is a single file, which --spark does not serve; give a folder"):
+        find_model(str(single), None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(RefusedError, match="nobody/nothing is not on this machine; download it here"):
         find_model("nobody/nothing", None)

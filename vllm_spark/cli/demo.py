@@ -290,7 +290,7 @@ class _Demo:
         rank0, rank1 = pair.ranks
         identical = pair.tokens == single.tokens
         summary = Summary(
-            ok=identical and rank0.all_reduces > 0 and rank1.all_reduces > 0,
+            ok=identical and min(rank0.all_reduces, rank1.all_reduces) > 0 and rank0.fallbacks + rank1.fallbacks == 0,
             tokens=sum(map(len, pair.tokens)),
             identical=identical,
             all_reduces=rank0.all_reduces,
@@ -302,6 +302,8 @@ class _Demo:
         self._console.print("Times are of ranks that share this machine's cores: they say nothing about speed.")
         if not identical:
             self._console.print(f"[bold red]The tokens differ:[/] {_first_difference(pair.tokens, single.tokens)}")
+        elif summary.fallbacks:
+            self._console.print("[bold red]Some collectives went to vLLM's own path[/] and not through the runtime.")
         elif not summary.ok:
             self._console.print("[bold red]A rank has counted no all-reduce:[/] the pair did not work together.")
         else:

@@ -51,6 +51,10 @@ class Kind(enum.IntEnum):
     """JSON: the sender leaves in good order."""
     LINK = 14
     """Bytes: what the sender's collective runtime says of its rails."""
+    EXAMINATION = 15
+    """JSON: the leader is a doctor, and asks how the follower's machine is."""
+    FINDINGS = 16
+    """JSON: how it is."""
 
 
 class Frame(NamedTuple):

@@ -97,6 +97,12 @@ class CounterBoard:
             sentence = sentence[:_LONGEST_SENTENCE] + " [...]"
         self._put(_FAILURE, _Failure(sentence, error.exit_code))
 
+    def forget_failure(self) -> None:
+        """Takes back the reason that an earlier engine of this process left: another one starts."""
+        if self._map is not None:
+            start = _FAILURE * _SLOT
+            self._map[start : start + _HEADER.size] = bytes(_HEADER.size)
+
     def failure(self) -> SparkError | None:
         """The reason that the engine left, with its exit code; None if it left none."""
         payload = self._get(_FAILURE)

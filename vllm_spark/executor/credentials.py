@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
 
 from vllm_spark.config import MINIMUM_SECRET_BYTES, SparkConfig
+from vllm_spark.data_folders import configuration_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.link import is_loopback
 
@@ -39,8 +40,8 @@ _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark auth
 def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
     """The secret that this process shares with its peer.
 
-    Taken from SPARK_SECRET, else from `config.secret_file`. On a loopback address, where only this machine's
-    users can connect, a secret of this user's own is made and kept if none is given.
+    Taken from SPARK_SECRET, else from `config.secret_file`, else from `default_secret_file`. On a loopback address,
+    where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
 
     Raises:
         ConfigurationError: no secret, or one that is unreadable, readable by others, or too short.
@@ -52,11 +53,49 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
         return _read_secret(config.secret_file)
     if is_loopback(link_address):
         return _own_secret()
+    default = default_secret_file()
+    if default is not None and _is_there(default):
+        return _read_secret(default)
     raise ConfigurationError(
         f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
-        f"give it with --spark-secret-file FILE or in {SECRET_VARIABLE} "
-        "(make one: head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE; copy it to the other machine)"
+        f"make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
+        f"or give it with --spark-secret-file FILE or in {SECRET_VARIABLE}"
     )
+
+
+def default_secret_file() -> Path | None:
+    """Where a secret is looked for if none is given; None for a user without a home folder."""
+    folder = configuration_folder()
+    return None if folder is None else folder / "secret"
+
+
+def make_secret(path: Path) -> None:
+    """Writes a fresh secret of 32 random bytes, in hexadecimal digits, to a new file that only its owner may read.
+
+    A folder that is missing is made, for its owner only.
+
+    Raises:
+        ConfigurationError: the file is there already, or cannot be written.
+    """
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o700, parents=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise ConfigurationError(
+                f"{path} exists already and is left as it is; copy that one to the other machine, or delete it first"
+            ) from None
+        raise ConfigurationError(
+            f"no secret can be written to {path} ({error.strerror}); choose another place: --make-secret PATH"
+        ) from None
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, 0o600)  # whatever the umask
+            file.write(secrets.token_hex(32) + "\n")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigurationError(f"no secret can be written to {path} ({error.strerror})") from None
 
 
 def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
@@ -105,9 +144,16 @@ def _long_enough(secret: bytes, what: str) -> bytes:
     if len(secret) < MINIMUM_SECRET_BYTES:
         raise ConfigurationError(
             f"{what} has {len(secret)} bytes, and needs at least {MINIMUM_SECRET_BYTES}; "
-            "make one: head -c 32 /dev/urandom | base64"
+            "make one: vllm-spark doctor --make-secret"
         )
     return secret
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # in a folder that this user may not enter: reading it says so
+        return True
 
 
 def _own_secret() -> bytes:

@@ -32,7 +32,7 @@ from vllm_spark.executor.calls import (
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.channel import MIB, Kind, Lane
+from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
@@ -95,8 +95,8 @@ class FollowerSession:
         invitation = serve_command(host, port, self._config)
         _announce_waiting(caller, 0.0, invitation)
         _load_vllm()
-        control = wait_for_leader(caller, invitation)
-        offer = self._accept_offer(caller, control)
+        control, frame = self._wait_for_offer(caller, invitation)
+        offer = self._accept_offer(caller, control, frame)
         calls = caller.connect(CALLS)
         if calls is None:
             raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
@@ -117,8 +117,24 @@ class FollowerSession:
         except Exception as error:
             self._give_up(error)
 
-    def _accept_offer(self, caller: Caller, control: Lane) -> Offer:
-        offer = decode(control.expect(Kind.OFFER, timeout=_OFFER_TIMEOUT), Offer)
+    def _wait_for_offer(self, caller: Caller, invitation: str) -> tuple[Lane, Frame]:
+        """Waits for a leader with a model; lets every doctor that comes before look at this machine."""
+        while True:
+            control = wait_for_leader(caller, invitation)
+            frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
+            if frame.kind is Kind.OFFER:
+                return control, frame
+            from vllm_spark.doctor.visit import answer
+
+            try:
+                answer(control, frame, self._config, caller.host)
+            except PeerLostError as error:
+                logger.warning("The doctor left early: %s.", error)
+            control.close()
+            _announce_waiting(caller, 0.0, invitation)
+
+    def _accept_offer(self, caller: Caller, control: Lane, frame: Frame) -> Offer:
+        offer = decode(frame, Offer)
         logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
         try:
             folder = find_model(offer.model, offer.revision)

@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -125,17 +126,25 @@ class Listener:
         context: TLS context of the leader.
         max_frame: limit of one message once a follower is accepted, in bytes.
         secret_file: where the secret came from, for the command that is suggested for the other machine.
+        any_versions: takes followers with other versions than this process's too: they will not work together.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
     """
 
     def __init__(
-        self, address: str, port: int, context: ssl.SSLContext, max_frame: int, secret_file: Path | None = None
+        self,
+        address: str,
+        port: int,
+        context: ssl.SSLContext,
+        max_frame: int,
+        secret_file: Path | None = None,
+        *,
+        any_versions: bool = False,
     ) -> None:
         self._context, self._max_frame = context, max_frame
         self._last_problem = ""
-        self._versions = Versions.of_this_process()
+        self._versions = None if any_versions else Versions.of_this_process()
         self._lock = threading.Lock()
         self._claimant: Hello | None = None
         self._claimed_at = 0.0
@@ -157,16 +166,7 @@ class Listener:
         Raises:
             PeerLostError: nobody fitting came within `timeout` seconds.
         """
-        start = time.monotonic()
-        next_note = 0.0
-        while (waited := time.monotonic() - start) < timeout:
-            if waited >= next_note:
-                self._announce(waited, timeout)
-                next_note = waited + _NOTE_INTERVAL
-            try:
-                hello, control = self._control.get(timeout=min(1.0, timeout - waited))
-            except queue.Empty:
-                continue
+        for hello, control in self._arrivals(timeout):
             try:
                 return self._settle(hello, control, offer)
             except SparkError as error:
@@ -174,14 +174,38 @@ class Listener:
                 logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
                 control.close()
                 self._release()
-        raise PeerLostError(
-            f"no follower came to {self.endpoint} within {timeout:.0f} s{self._last_problem}; "
+        raise self._nobody_came(timeout)
+
+    def wait_for_visitor(self, timeout: float) -> tuple[Hello, Lane]:
+        """Waits for a follower that is offered nothing, and returns what it said and its control lane.
+
+        Raises:
+            PeerLostError: nobody came within `timeout` seconds.
+        """
+        for visitor in self._arrivals(timeout):
+            return visitor
+        raise self._nobody_came(timeout)
+
+    def _arrivals(self, timeout: float) -> Iterator[tuple[Hello, Lane]]:
+        """Those that come within `timeout` seconds. What it waits for is logged now and then."""
+        start = time.monotonic()
+        next_note = 0.0
+        while (waited := time.monotonic() - start) < timeout:
+            if waited >= next_note:
+                self._announce(waited, timeout)
+                next_note = waited + _NOTE_INTERVAL
+            with contextlib.suppress(queue.Empty):
+                yield self._control.get(timeout=min(1.0, timeout - waited))
+
+    def _nobody_came(self, timeout: float) -> PeerLostError:
+        return PeerLostError(
+            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}; "
             f"on the other machine run: {self._invitation}"
         )
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(
-            "Waiting for the follower at %s (%.0f s of %.0f s). On the other machine run: %s",
+            "Waiting for the follower at %s (%.0f s of %g s). On the other machine run: %s",
             self.endpoint,
             waited,
             timeout,
@@ -223,8 +247,9 @@ class Listener:
             if claimant is not None and self._claimant is not claimant:
                 return
             self._claimant = None
-        while not self._calls.empty():
-            self._calls.get()[1].close()
+        with contextlib.suppress(queue.Empty):  # another thread may empty it too
+            while True:
+                self._calls.get_nowait()[1].close()
 
     def _accept(self) -> None:
         while not self._closed:
@@ -236,7 +261,12 @@ class Listener:
                 if not self._closed:
                     time.sleep(0.05)  # out of descriptors: the next try may find one
                 continue
-            threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
+            try:
+                threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
+            except RuntimeError as error:  # out of threads: the next connection may find one
+                logger.warning("Turned away a connection from %s: %s.", address[0], error)
+                connection.close()
+                self._greeters.release()
 
     def _greet(self, plain: socket.socket, peer: str) -> None:
         lane: Lane | None = None
@@ -274,7 +304,7 @@ class Listener:
 
     def _judge(self, hello: Hello) -> str | None:
         """Why `hello` is refused; None if it is taken, in which case its session holds the place."""
-        if difference := self._versions.difference(hello.versions, "the leader", "the follower"):
+        if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
             return difference
         with self._lock:
             if hello.lane == CALLS:

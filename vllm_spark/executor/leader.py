@@ -28,6 +28,7 @@ from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import LEADER_RANK, Pair
 from vllm_spark.executor.parent import parent_process, watch_parent
 from vllm_spark.executor.session import share_cores
+from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
 from vllm_spark.settings import settings_of
@@ -86,7 +87,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             UniProcExecutor._init_executor(self)
 
     def _distributed_args(self) -> tuple[str, int, int]:
-        return "env://", LEADER_RANK, 0
+        return INIT_METHOD, LEADER_RANK, 0
 
     def collective_rpc(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from pathlib import Path
 
@@ -16,7 +17,7 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def leader_address(config: SparkConfig) -> str:
-    """The address on which the leader listens.
+    """The address on which the leader listens: the one that is set, a launcher's, the RDMA link's, or loopback.
 
     Raises:
         ConfigurationError: the address is not this machine's, or there are several RDMA interfaces to choose from.
@@ -28,7 +29,43 @@ def leader_address(config: SparkConfig) -> str:
                 f"{', '.join(sorted(_own_addresses()))}"
             )
         return config.address
+    if address := _launchers_address():
+        return address
     return _only(_rdma_addresses(), "--spark-address") or LOOPBACK
+
+
+def resolve_master(master: str) -> list[str]:
+    """The IP addresses that a launcher's MASTER_ADDR stands for: an address, or a name to look up.
+
+    Raises:
+        ConfigurationError: the name is not known here.
+    """
+    try:
+        found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name"
+        raise ConfigurationError(
+            f"MASTER_ADDR={master} cannot be resolved here ({reason}); set it to the IP address of the leader's machine"
+        ) from None
+    # IPv4 first: it is what most links have.
+    return list(
+        dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
+    )
+
+
+def _launchers_address() -> str | None:
+    """Where rank 1 of a launcher's two processes looks for this one, rank 0 (torchrun's variables); None without."""
+    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if (rank, world_size) != ("0", "2") or not master:
+        return None
+    mine = [address for address in resolve_master(master) if interface_of(address) is not None]
+    if not mine:
+        raise ConfigurationError(
+            f"MASTER_ADDR={master} is no address of this machine, which is RANK 0; it has "
+            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with --spark-address"
+        )
+    # Many machines call themselves 127.0.1.1, and others know them by another address.
+    return min(mine, key=is_loopback)
 
 
 def leader_endpoint(config: SparkConfig) -> tuple[str, int]:

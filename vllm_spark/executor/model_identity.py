@@ -64,11 +64,15 @@ def find_model(model: str, revision: str | None) -> Path:
     """The folder of `model` on this machine: a path, or a model of the hub that was downloaded before.
 
     Raises:
-        RefusedError: it is not there.
+        RefusedError: it is not there, or is a single file.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise RefusedError(
+            f"{model} is a single file, which --spark does not serve; give a folder in Hugging Face format"
+        )
     if path.is_absolute() or model.startswith((".", "~")):
         raise RefusedError(f"there is no model in {model} on this machine; copy it there from the leader")
     try:

@@ -29,9 +29,9 @@ from vllm_spark.executor.session import (
     connect_runtime,
     link_patience,
     prepare_process_group,
-    serve_store,
     travelling_environment,
 )
+from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
 
 logger = logging.getLogger("vllm_spark")
@@ -54,6 +54,7 @@ class Pair:
         self.ledger = TokenLedger()
         self._listener, self._follower, self._board = listener, follower, board
         self._runtime: collective.Runtime | None = None
+        self._store: LeaderStore | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
         self._fail_lock = threading.Lock()
@@ -78,6 +79,7 @@ class Pair:
         Raises:
             SparkError: nobody came in time, or the two sides do not fit.
         """
+        board.forget_failure()
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
         listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
@@ -181,8 +183,11 @@ class Pair:
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the pair breaks, at once if it has."""
-        self._on_failure.append(callback)
-        if self._failure is not None:
+        with self._fail_lock:  # either `fail` finds it in the list, or this finds the failure
+            broken = self._failed.is_set()
+            if not broken:
+                self._on_failure.append(callback)
+        if broken:
             callback()
 
     def fail(self, error: SparkError) -> None:
@@ -199,6 +204,8 @@ class Pair:
         self._board.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
+        if self._store is not None and not self._running_model:
+            self._store.close()  # this rank may wait there for the other one's process groups
         self._follower.calls.interrupt()
         for callback in self._on_failure:
             callback()
@@ -227,8 +234,7 @@ class Pair:
             self._runtime.close()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
-        # Kept: the store lives as long as this object.
-        self._store = serve_store(address)
+        self._store = LeaderStore(address, self.check)
         launch = load_launch_table(config)
         assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)

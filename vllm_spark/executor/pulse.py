@@ -63,12 +63,13 @@ class Pulse(threading.Thread):
         self._on_link, self._patience = on_link, patience
         self._outbox: deque[tuple[Kind, bytes]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._running_model = False
+        self._running_since: float | None = None
         self._stopping = False
 
     def model_runs(self) -> None:
-        """From now on the short heartbeat time-out counts."""
-        self._running_model = True
+        """From now on the short heartbeat time-out counts, and silence anew: before, the peer was allowed more."""
+        if self._running_since is None:
+            self._running_since = time.monotonic()
 
     def say(self, kind: Kind, message: msgspec.Struct) -> None:
         """Queues a message for the peer."""
@@ -124,8 +125,10 @@ class Pulse(threading.Thread):
             if now >= next_beat:
                 self._lane.send(Kind.BEAT, msgspec.json.encode(self._report()), timeout=self._timeout)
                 next_beat = now + self._interval
-            limit = self._timeout if self._running_model else max(self._timeout, STARTUP_TIMEOUT)
-            if now - heard > limit and now - heard > self._patience():
+            since = self._running_since
+            limit = max(self._timeout, STARTUP_TIMEOUT) if since is None else self._timeout
+            silence = now - (heard if since is None else max(heard, since))
+            if silence > limit and silence > self._patience():
                 raise PeerLostError(f"{self._lane.peer} gave no sign of life for {now - heard:.1f} s")
             ready = [] if self._lane.pending else poll.poll(max(0.0, next_beat - now) * 1000)
             descriptors = [descriptor for descriptor, _ in ready]

@@ -14,7 +14,7 @@ from vllm_spark import __version__, collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
-from vllm_spark.executor.handshake import bind, host_name
+from vllm_spark.executor.handshake import host_name
 from vllm_spark.executor.link import interface_of, source_interface, split_rails
 from vllm_spark.launch_table import LaunchTable
 
@@ -62,20 +62,6 @@ def travelling_environment(environment: Mapping[str, str] | None = None) -> dict
     return {
         name: value for name, value in environment.items() if name.startswith("VLLM_") and name not in _LOCAL_VARIABLES
     }
-
-
-def serve_store(address: str) -> Any:
-    """The key-value store through which torch's process groups find each other, on the link's address alone.
-
-    The socket is bound here, so that no other process can take the port between choosing and using it.
-    """
-    from torch.distributed import TCPStore
-
-    listening = bind(address, 0)
-    listening.listen(64)
-    port = listening.getsockname()[1]
-    # torch takes over the descriptor and closes it with the store.
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def prepare_process_group(rank: int, store_address: str, store_port: int, local_address: str | None) -> None:

@@ -1,0 +1,464 @@
+"""What the doctor finds on a machine. The machine is a folder of files as a GB10's kernel shows them, with faults."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from vllm_spark import _native
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor import finding as finding_module
+from vllm_spark.doctor.examination import Machine, examine, is_bare
+from vllm_spark.doctor.finding import Finding, exit_code, worst
+from vllm_spark.doctor.machine import pinned_bytes
+from vllm_spark.doctor.rdma_mtu import rdma_mtu
+from vllm_spark.doctor.report import Report, show, to_json
+from vllm_spark.doctor.system import System
+from vllm_spark.executor.credentials import make_secret
+
+from .gb10_tree import GIB_IN_KIB, Tree, gb10
+
+UP = ("rocep1s0f0", "roceP2p1s0f0")
+ENVIRONMENT = "_SPARK_TEST_TREE"
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user with a secret, and no settings."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("SPARK_SECRET", "SPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    make_secret(tmp_path / "config" / "vllm-spark" / "secret")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return gb10(tmp_path / "machine")
+
+
+def findings(tree: Tree, peer: str | None = "10.0.0.2", config: SparkConfig | None = None) -> dict[str, Finding]:
+    machine = examine(tree.system, config or SparkConfig(), peer)
+    for found in machine.findings:
+        assert found.title != "A check that failed", found
+        assert_complete(found)
+    names = [found.id for found in machine.findings]
+    assert len(names) == len(set(names))
+    return {found.id: found for found in machine.findings}
+
+
+def assert_complete(found: Finding) -> None:
+    """Whatever is not well is explained, and comes with a remedy."""
+    if found.status in ("warning", "problem"):
+        assert found.value
+        assert found.explanation
+        assert found.remedy
+    for text in (found.explanation, *found.remedy.splitlines()):
+        assert text == text.strip()
+    assert not found.explanation or found.explanation.endswith((".", "?"))
+
+
+# --- a machine on which all is well ----------------------------------------------------------------------------------
+
+HEALTHY = """
+import sys
+from pathlib import Path
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor.examination import examine
+from vllm_spark.doctor.report import Report, to_json
+from vllm_spark.doctor.system import System
+print(to_json(Report.of(examine(System(Path(sys.argv[1])), SparkConfig(), "10.0.0.2"), None, [])))
+"""
+
+
+def test_a_healthy_machine(tree: Tree, tmp_path: Path) -> None:
+    """In a process of its own, where torch is one for CUDA 13."""
+    pytest.importorskip("vllm")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '13.0'\n")
+    environment = {"PYTHONPATH": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    argv = [sys.executable, "-c", HEALTHY, str(tree.root)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    report = json.loads(done.stdout)
+    values = {found["id"]: found["value"] for found in report["machine"]["findings"]}
+    status = {found["id"]: found["status"] for found in report["machine"]["findings"]}
+    if not Path(_native.__file__).with_name("kernels.fatbin").exists():
+        assert status.pop("gpu.kernels") == "problem"
+    # What libibverbs would say cannot be laid out in files.
+    assert status.pop("rdma.mtu") == "unknown"
+    assert set(status.values()) == {"ok"}, status
+    assert values["rdma.port"].count("ACTIVE 200 Gb/sec") == 2
+    assert values["rdma.gid"] == "roceP2p1s0f0 index 3 (10.0.1.1), rocep1s0f0 index 3 (10.0.0.1)"
+    assert values["link.rails"] == "roceP2p1s0f0, rocep1s0f0"
+    assert values["link.mtu"] == "enP2p1s0f0np0 9000, enp1s0f0np0 9000"
+    assert values["link.address"] == "enP2p1s0f0np0 10.0.1.1/24, enp1s0f0np0 10.0.0.1/24"
+    assert values["link.peer"] == "10.0.0.2 through enp1s0f0np0 (rocep1s0f0)"
+    assert values["gpu.driver"] == "NVIDIA GB10, driver 580.95.05, CUDA 13.0, torch for CUDA 13.0"
+    assert values["gpu.clock"] == "208 MHz now, at most 3003 MHz"
+    assert values["machine.clocks"] == "2.81 of 2.81 GHz, 3.90 of 3.90 GHz"
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def mtu_1500(tree: Tree) -> None:
+    for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
+        tree.mtu(netdev, 1500)
+
+
+def cable_out(tree: Tree) -> None:
+    for device in UP:
+        tree.port(device, "state", "1: DOWN")
+        tree.port(device, "phys_state", "2: Polling")
+
+
+def one_function_down(tree: Tree) -> None:
+    tree.port("roceP2p1s0f0", "state", "1: DOWN")
+
+
+def infiniband(tree: Tree) -> None:
+    for device in UP:
+        tree.port(device, "link_layer", "InfiniBand")
+
+
+def roce_v1_only(tree: Tree) -> None:
+    for device in UP:
+        for path in tree.root.glob(f"sys/class/infiniband/{device}/ports/1/gid_attrs/types/*"):
+            path.write_text("IB/RoCE v1\n")
+
+
+def roce_v1_on_one(tree: Tree) -> None:
+    for path in tree.root.glob("sys/class/infiniband/roceP2p1s0f0/ports/1/gid_attrs/types/*"):
+        path.write_text("IB/RoCE v1\n")
+
+
+def one_without_address(tree: Tree) -> None:
+    tree.addresses({"rocep1s0f0": "10.0.0.1/24"})
+
+
+def both_without_address(tree: Tree) -> None:
+    tree.addresses({})
+
+
+def one_network(tree: Tree) -> None:
+    tree.addresses({"rocep1s0f0": "169.254.3.1/16", "roceP2p1s0f0": "169.254.4.1/16"})
+
+
+def another_network(tree: Tree) -> None:
+    tree.addresses({"rocep1s0f0": "10.9.0.1/24", "roceP2p1s0f0": "10.0.1.1/24"})
+
+
+def no_route(tree: Tree) -> None:
+    tree.write("proc/net/route", "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT")
+
+
+def narrow_lanes(tree: Tree) -> None:
+    tree.write("sys/devices/pci/0002:01:00.0/current_link_width", "2")
+
+
+def no_device_file(tree: Tree) -> None:
+    tree.remove("dev/infiniband/uverbs2")
+
+
+def small_memlock(tree: Tree) -> None:
+    tree.write("proc/self/limits", "Max locked memory         8388608              8388608              bytes")
+
+
+def translating_iommu(tree: Tree) -> None:
+    tree.write("sys/devices/pci/0000:01:00.0/iommu_group/type", "DMA-FQ")
+
+
+def slow_governor(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "powersave")
+
+
+def other_governor(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/cpu1/cpufreq/scaling_governor", "schedutil")
+
+
+def firmware_governor(tree: Tree) -> None:
+    slow_governor(tree)
+    tree.write("sys/devices/system/cpu/cpu1/cpufreq/scaling_driver", "intel_pstate")
+
+
+def capped_clock(tree: Tree) -> None:
+    tree.write("sys/devices/system/cpu/cpu1/cpufreq/scaling_max_freq", "1800000")
+
+
+def memory(tree: Tree, available: int, cached: int, swap_free: int) -> None:
+    tree.write(
+        "proc/meminfo",
+        f"MemTotal: {120 * GIB_IN_KIB} kB\nMemAvailable: {available * GIB_IN_KIB} kB\n"
+        f"Cached: {cached * GIB_IN_KIB} kB\nSwapTotal: {16 * GIB_IN_KIB} kB\nSwapFree: {swap_free * GIB_IN_KIB} kB",
+    )
+
+
+def memory_taken(tree: Tree) -> None:
+    memory(tree, 40, 10, 16)
+
+
+def memory_cached(tree: Tree) -> None:
+    memory(tree, 100, 60, 16)
+
+
+def swapped(tree: Tree) -> None:
+    memory(tree, 100, 1, 9)
+
+
+def driver_mismatch(tree: Tree) -> None:
+    tree.program("nvidia-smi", "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+
+
+def no_nvidia_smi(tree: Tree) -> None:
+    tree.remove("usr/bin/nvidia-smi")
+
+
+def throttled(tree: Tree) -> None:
+    path = tree.root / "usr/bin/nvidia-smi"
+    path.write_text(
+        path.read_text().replace("Power Brake Slowdown       : Not Active", "Power Brake Slowdown       : Active")
+    )
+
+
+def no_gpu(tree: Tree) -> None:
+    no_nvidia_smi(tree)
+    tree.remove("proc/driver/nvidia/version")
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "status", "parts"),
+    [
+        (mtu_1500, "link.mtu", "warning", ["enp1s0f0np0 1500", "2.7 times", "ip link set dev enP2p1s0f0np0 mtu 9000"]),
+        (cable_out, "rdma.port", "problem", ["rocep1s0f0 DOWN (Polling)", "cable"]),
+        (one_function_down, "link.rails", "warning", ["roceP2p1s0f0 not", "189.9", "set dev enP2p1s0f0np0 up"]),
+        (infiniband, "rdma.port", "problem", ["rocep1s0f0 is InfiniBand", "0002:01:00.0 set LINK_TYPE_P1=2"]),
+        (roce_v1_only, "rdma.gid", "problem", ["none (IB/RoCE v1 only)", "pci/0000:01:00.0 name enable_roce"]),
+        (roce_v1_on_one, "rdma.gid", "warning", ["index 3 (10.0.0.1)", "pci/0002:01:00.0 name enable_roce"]),
+        (
+            one_without_address,
+            "link.address",
+            "warning",
+            ["enP2p1s0f0np0 none", "ipv4.addresses 10.0.1.1/24 ipv6.method"],
+        ),
+        (
+            both_without_address,
+            "link.address",
+            "problem",
+            ["no rail has one", "ifname enp1s0f0np0 ipv4.method manual ipv4.addresses 10.0.1.1/24"],
+        ),
+        (one_network, "link.networks", "warning", ["169.254.0.0/16", "10.0.1.1/24"]),
+        (another_network, "link.peer", "problem", ["10.0.0.2 through wlP9s9", "10.9.0.1/24", "--spark-address"]),
+        (no_route, "link.peer", "problem", ["no route to 10.0.0.2"]),
+        (narrow_lanes, "link.pcie", "warning", ["roceP2p1s0f0 x2", "fwupdmgr"]),
+        (no_device_file, "rdma.access", "problem", ["/dev/infiniband/uverbs2", "--device /dev/infiniband"]),
+        (small_memlock, "machine.memlock", "problem", ["8.4 MB", "40 MB", "memlock unlimited"]),
+        (translating_iommu, "machine.iommu", "note", ["rocep1s0f0 DMA-FQ", "iommu.passthrough=1"]),
+        (slow_governor, "machine.governor", "warning", ["performance, powersave", "tee /sys/devices/system/cpu"]),
+        (other_governor, "machine.governor", "note", ["performance, schedutil"]),
+        (firmware_governor, "machine.governor", "note", ["performance, powersave"]),
+        (capped_clock, "machine.clocks", "warning", ["1.80 of 3.90 GHz", "--max"]),
+        (memory_taken, "machine.memory", "warning", ["40.0 of 120.0 GiB", "ps "]),
+        (memory_cached, "machine.memory", "note", ["60.0 of it file cache", "drop_caches"]),
+        (swapped, "machine.swap", "warning", ["7.0 of 16.0 GiB used", "swapoff"]),
+        (driver_mismatch, "gpu.driver", "problem", ["NVIDIA GB10", "mismatch", "reboot"]),
+        (no_nvidia_smi, "gpu.driver", "unknown", ["driver 580.95.05", "nvidia-smi is not installed"]),
+        (throttled, "gpu.clock", "warning", ["HW Power Brake Slowdown", "power supply"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_fault(tree: Tree, fault: Callable[[Tree], None], name: str, status: str, parts: list[str]) -> None:
+    before = findings(tree)[name].status
+    fault(tree)
+    found = findings(tree)[name]
+    assert before != status, "the healthy machine would pass for the faulty one"
+    assert found.status == status
+    for part in parts:
+        assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+def test_nothing_follows_from_a_missing_cable(tree: Tree) -> None:
+    """No word on MTU, addresses or limits of rails that do not exist."""
+    cable_out(tree)
+    names = set(findings(tree))
+    assert {name for name in names if name.startswith(("rdma", "link"))} == {"rdma.devices", "rdma.port"}
+    assert "machine.memlock" not in names
+
+
+def test_nothing_follows_from_missing_addresses(tree: Tree) -> None:
+    both_without_address(tree)
+    assert not {"link.networks", "link.peer"} & set(findings(tree))
+
+
+def test_who_may_lock_memory(tree: Tree) -> None:
+    needed = pinned_bytes(SparkConfig(), rails=2)
+    tree.write("proc/self/limits", f"Max locked memory {needed} {needed} bytes")
+    assert findings(tree)["machine.memlock"].status == "ok"
+    more = SparkConfig(slot_kib=2048)
+    assert findings(tree, config=more)["machine.memlock"].status == "problem"
+    tree.write("proc/self/status", "CapEff:\t0000000000004000")
+    assert findings(tree, config=more)["machine.memlock"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("interface", "packets"), [(1500, 1024), (2200, 2048), (4191, 2048), (4192, 4096), (9000, 4096), (0, 0)]
+)
+def test_packets_that_fit_an_mtu(interface: int, packets: int) -> None:
+    assert rdma_mtu(interface) == packets
+
+
+def test_a_port_without_gids_still_has_its_interface(tree: Tree) -> None:
+    tree.remove("sys/class/infiniband/*/ports/1/gids/*")
+    tree.remove("sys/class/infiniband/*/ports/1/gid_attrs/ndevs/*")
+    found = findings(tree)
+    assert found["rdma.gid"].status == "problem"
+    assert "enp1s0f0np0 none" in found["link.address"].value
+
+
+def test_an_ordinary_network_card_has_one_function_for_each_port(tree: Tree) -> None:
+    tree.write("sys/class/net/enP2p1s0f0np0/phys_port_name", "p2")
+    tree.write("sys/class/net/enP2p1s0f1np1/phys_port_name", "p3")
+    assert findings(tree)["link.rails"].status == "not applicable"
+
+
+def test_without_a_peer_nothing_is_said_of_the_way_to_it(tree: Tree) -> None:
+    assert findings(tree, peer=None)["link.peer"].status == "not applicable"
+    assert findings(tree, peer="127.0.0.1")["link.peer"].status == "not applicable"
+
+
+def test_a_peer_of_the_sixth_version(tree: Tree) -> None:
+    assert findings(tree, peer="fe80::5%enP2p1s0f0np0")["link.peer"].value.startswith("fe80::5%enP2p1s0f0np0 through")
+
+
+def test_addresses_of_the_sixth_version(tree: Tree) -> None:
+    tree.addresses({})
+    tree.write("proc/net/if_inet6", "fd000000000000000000000000000001 03 40 00 80 enp1s0f0np0")
+    assert "enp1s0f0np0 fd00::1/64" in findings(tree)["link.address"].value
+
+
+# --- the GPU's libraries ---------------------------------------------------------------------------------------------
+
+
+def test_nccl_of_pip(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = tmp_path / "site-packages"
+    (packages / "nvidia_nccl_cu13-2.28.9.dist-info").mkdir(parents=True)
+    (packages / "nvidia_nccl_cu13-2.28.9.dist-info" / "METADATA").write_text(
+        "Name: nvidia-nccl-cu13\nVersion: 2.28.9\n"
+    )
+    library = packages / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.syspath_prepend(packages)
+    found = findings(tree)["gpu.nccl"]
+    assert (found.status, found.value) == ("warning", "2.28.9 from pip")
+    assert "42354" in found.explanation
+    assert "sudo apt install libnccl2" in found.remedy
+    tree.write("usr/lib/aarch64-linux-gnu/libnccl.so.2", "")
+    assert findings(tree)["gpu.nccl"].remedy.startswith(f"ln -sf /usr/lib/aarch64-linux-gnu/libnccl.so.2 {library}")
+    library.unlink()
+    library.symlink_to(tree.root / "usr/lib/aarch64-linux-gnu/libnccl.so.2")
+    assert findings(tree)["gpu.nccl"].status == "ok"
+
+
+def test_kernels_of_this_build(tree: Tree) -> None:
+    built = Path(_native.__file__).with_name("kernels.fatbin").exists()
+    assert findings(tree)["gpu.kernels"].status == ("ok" if built else "problem")
+
+
+# --- the secret ------------------------------------------------------------------------------------------------------
+
+
+def test_secret(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config" / "vllm-spark" / "secret"
+    assert findings(tree)["software.secret"].value == f"in {path}"
+    path.chmod(0o640)
+    found = findings(tree)["software.secret"]
+    assert (found.status, found.value, found.remedy) == ("problem", "unusable", f"chmod 600 {path}")
+    path.unlink()
+    found = findings(tree)["software.secret"]
+    assert (found.status, found.value) == ("problem", "none")
+    assert found.remedy.startswith("vllm-spark doctor --make-secret")
+    monkeypatch.setenv("SPARK_SECRET", "long enough for everybody")
+    assert findings(tree)["software.secret"].value == "in SPARK_SECRET"
+
+
+# --- machines that lack it all ---------------------------------------------------------------------------------------
+
+
+def test_a_bare_machine_is_told_two_things(tmp_path: Path) -> None:
+    machine = examine(System(tmp_path), SparkConfig())
+    assert [found.id for found in machine.findings] == ["rdma.devices", "gpu.driver"]
+    assert is_bare(machine)
+    assert Report.of(machine, None, []).exit_code == 2
+    assert len(examine(System(tmp_path), SparkConfig(), thorough=True).findings) > 4
+
+
+def test_a_machine_without_one_of_them_is_not_bare(tree: Tree, tmp_path: Path) -> None:
+    no_gpu(tree)
+    assert not is_bare(examine(tree.system, SparkConfig()))
+    only_gpu = Tree(tmp_path / "other")
+    only_gpu.write("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX  x86_64  580.95.05")
+    machine = examine(only_gpu.system, SparkConfig())
+    assert not is_bare(machine)
+    assert not any(found.area == "link" for found in machine.findings)
+
+
+def test_a_check_that_stumbles_leaves_the_others(tree: Tree) -> None:
+    tree.write("proc/self/limits", "Max locked memory         many            many            bytes")
+    machine = examine(tree.system, SparkConfig())
+    found = {one.id: one for one in machine.findings}
+    assert found["machine"].status == "unknown"
+    assert "many" in found["machine"].value
+    assert "software.secret" in found
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def shown(report: Report, width: int = 100) -> str:
+    stream = StringIO()
+    show(report, Console(file=stream, width=width, highlight=False))
+    return stream.getvalue()
+
+
+def test_the_worst_counts() -> None:
+    def status(*statuses: finding_module.Status) -> int:
+        return exit_code(worst(Finding("a.b", "t", one) for one in statuses))
+
+    assert status() == 0
+    assert status("ok", "note", "unknown", "not applicable") == 0
+    assert status("warning", "ok") == 1
+    assert status("warning", "problem", "ok") == 2
+
+
+def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:
+    mtu_1500(tree)
+    small_memlock(tree)
+    text = shown(Report.of(examine(tree.system, SparkConfig()), None, []), width=60)
+    assert "warning MTU of the interfaces: " in text
+    assert "PROBLEM Limit of locked memory: 8.4 MB" in text
+    assert '> echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf' in text
+    assert "as it is, the pair does not work" in text
+
+
+def test_the_report_travels_as_json(tree: Tree) -> None:
+    report = Report.of(examine(tree.system, SparkConfig()), None, [])
+    assert msgspec.json.decode(to_json(report), type=Report) == report
+    assert json.loads(to_json(report))["worst"] == report.worst
+
+
+def test_what_the_other_machine_says_cannot_move_the_cursor(tree: Tree) -> None:
+    machine = examine(tree.system, SparkConfig())
+    evil = Finding("rdma.port", "\x1b[2Jtitle", "problem", "[red]\x1b]0;x\x07", "\x1b[31mwhy", "\x1b[1mhow")
+    peer = Machine("\x1b[1mhost", machine.versions, [], [evil])
+    text = shown(Report.of(machine, peer, [evil]))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "[red]" in text

@@ -1,0 +1,270 @@
+"""Two machines together: what only both show, and the doctor's visit over a real lane with real TLS."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor.examination import Machine, examine
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.pair import compare
+from vllm_spark.doctor.report import Report
+from vllm_spark.doctor.visit import Examination, answer, visit
+from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
+from vllm_spark.executor.channel import Frame, Kind, Lane
+from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.handshake import CONTROL, Caller, Versions
+from vllm_spark.local_pair import free_ports
+
+from .gb10_tree import Tree, gb10
+from .test_doctor import assert_complete, shown
+
+SECRET = "one secret, long enough"
+LIMIT = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_SECRET", SECRET)
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> tuple[Tree, Tree]:
+    first, second = gb10(tmp_path / "one", 1), gb10(tmp_path / "two", 2)
+    first.answering("10.0.0.2", "10.0.1.2")
+    return first, second
+
+
+def together(
+    trees: tuple[Tree, Tree], change: Callable[[Machine], Machine] = lambda machine: machine
+) -> dict[str, Finding]:
+    machines = [examine(tree.system, SparkConfig()) for tree in trees]
+    theirs = change(msgspec.json.decode(msgspec.json.encode(machines[1]), type=Machine))
+    found = list(compare(trees[0].system, machines[0], theirs))
+    for one in found:
+        assert_complete(one)
+    return {one.id: one for one in found}
+
+
+# --- both together ---------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_pair(trees: tuple[Tree, Tree]) -> None:
+    found = together(trees)
+    assert {one.status for one in found.values()} == {"ok"}
+    assert found.keys() == {"pair.versions", "pair.rails", "pair.mtu", "pair.ping"}
+    assert "rocep1s0f0 10.0.0.1 to rocep1s0f0 10.0.0.2" in found["pair.rails"].value
+    assert "roceP2p1s0f0 10.0.1.1 to roceP2p1s0f0 10.0.1.2" in found["pair.rails"].value
+    assert "enp1s0f0np0 to 10.0.0.2 0.083 ms" in found["pair.ping"].value
+
+
+def other_mtu(one: Tree, other: Tree) -> None:
+    other.mtu("enp1s0f0np0", 1500)
+
+
+def another_network(one: Tree, other: Tree) -> None:
+    other.addresses({"rocep1s0f0": "10.7.0.2/24", "roceP2p1s0f0": "10.7.1.2/24"})
+
+
+def no_network_in_common(one: Tree, other: Tree) -> None:
+    another_network(one, other)
+    for tree in (one, other):
+        for index in (0, 1):  # the link-local addresses
+            tree.remove(f"sys/class/infiniband/*/ports/1/gids/{index}")
+
+
+def one_in_another_network(one: Tree, other: Tree) -> None:
+    other.addresses({"rocep1s0f0": "10.0.0.2/24", "roceP2p1s0f0": "10.7.1.2/24"})
+
+
+def crossed(one: Tree, other: Tree) -> None:
+    other.addresses({"rocep1s0f0": "10.0.1.2/24", "roceP2p1s0f0": "10.0.0.2/24"})
+
+
+def no_answer(one: Tree, other: Tree) -> None:
+    one.answering("10.0.0.2")
+
+
+def small_switch(one: Tree, other: Tree) -> None:
+    one.answering("10.0.0.2", "10.0.1.2", largest=1500)
+
+
+def no_ping(one: Tree, other: Tree) -> None:
+    one.remove("usr/bin/ping")
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "status", "parts"),
+    [
+        (
+            other_mtu,
+            "pair.mtu",
+            "warning",
+            ["enp1s0f0np0 9000, enp1s0f0np0 1500 there", "set dev enp1s0f0np0 mtu 9000"],
+        ),
+        (another_network, "pair.rails", "warning", ["rocep1s0f0 fe80::1 to", "link-local", "10.0.1.1/24"]),
+        (no_network_in_common, "pair.rails", "problem", ["none", "10.7.0.2/24", "10.0.0.1/24"]),
+        (one_in_another_network, "pair.rails", "warning", ["to rocep1s0f0 10.0.0.2", "10.7.1.2/24"]),
+        (crossed, "pair.rails", "ok", ["rocep1s0f0 10.0.0.1 to roceP2p1s0f0 10.0.0.2"]),
+        (no_answer, "pair.ping", "problem", ["10.0.1.2: no answer", "ping -n", "-I enP2p1s0f0np0 10.0.1.2"]),
+        (small_switch, "pair.ping", "problem", ["10.0.0.2: no packets of 9000 bytes", "-M do -s 8972"]),
+        (no_ping, "pair.ping", "unknown", ["iputils-ping"]),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_fault_of_the_pair(
+    trees: tuple[Tree, Tree], fault: Callable[[Tree, Tree], None], name: str, status: str, parts: list[str]
+) -> None:
+    fault(*trees)
+    found = together(trees)[name]
+    assert found.status == status
+    for part in parts:
+        assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+@pytest.mark.parametrize("field", Versions.__struct_fields__)
+def test_other_versions(trees: tuple[Tree, Tree], field: str) -> None:
+    def change(machine: Machine) -> Machine:
+        versions = msgspec.structs.replace(machine.versions, **{field: "0.0.1"})
+        return msgspec.structs.replace(machine, host="desk2", versions=versions)
+
+    found = together(trees, change)["pair.versions"]
+    assert found.status == "problem"
+    assert f"{field} is " in found.value
+    assert "0.0.1 on desk2" in found.value
+
+
+def test_nothing_is_said_of_rails_where_one_side_has_none(trees: tuple[Tree, Tree]) -> None:
+    shutil.rmtree(trees[1].root / "sys/class/infiniband")
+    assert together(trees).keys() == {"pair.versions"}
+
+
+def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
+    other_mtu(*trees)
+    one, other = (examine(tree.system, SparkConfig(), thorough=True) for tree in trees)
+    other = msgspec.structs.replace(other, host="desk2")
+    report = Report.of(one, other, list(compare(trees[0].system, one, other)))
+    text = shown(report, width=160)
+    row = next(line for line in text.splitlines() if line.startswith("  MTU of the interfaces"))
+    assert "ok enP2p1s0f0np0 9000, enp1s0f0np0 9000" in row
+    assert "warning enP2p1s0f0np0 9000, enp1s0f0np0 1500" in row
+    assert "MTU of the interfaces, desk2" in text
+    assert text.count("Same MTU on both: ") == 1
+
+
+# --- the visit -------------------------------------------------------------------------------------------------------
+
+
+def follower(port: int, secret: str = SECRET) -> Caller:
+    return Caller("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
+
+
+def called(caller: Caller) -> Lane:
+    """Like vllm-spark join: looks until somebody listens."""
+    while (lane := caller.connect(CONTROL)) is None:
+        threading.Event().wait(0.05)
+    return lane
+
+
+def visiting(patience: float = 60.0) -> tuple[int, Any]:
+    """A doctor in a thread of its own: its port, and its outcome to come."""
+    (port,) = free_ports(1)
+    pool = ThreadPoolExecutor(1)
+    outcome = pool.submit(visit, SparkConfig(address="127.0.0.1", port=port), patience)
+    pool.shutdown(wait=False)
+    return port, outcome
+
+
+def test_a_follower_is_examined_and_let_go() -> None:
+    port, outcome = visiting()
+    caller = follower(port)
+    lane = called(caller)
+    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    # It would not find the doctor again if it looked for a leader now.
+    assert caller.connect(CONTROL) is None
+    answer(lane, question, SparkConfig(), "127.0.0.1")
+    machine = outcome.result(30)
+    assert machine.versions == Versions.of_this_process()
+    assert {"rdma.devices", "software.vllm"} <= {found.id for found in machine.findings}
+
+
+def test_a_follower_of_another_version_is_examined_too() -> None:
+    """A leader would refuse it, and it would end; the doctor is there to say why."""
+    port, outcome = visiting()
+    caller = follower(port)
+    caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
+    lane = called(caller)
+    answer(lane, lane.expect(Kind.EXAMINATION, timeout=30), SparkConfig(), "127.0.0.1")
+    outcome.result(30)
+
+
+def test_a_second_follower_does_not_disturb() -> None:
+    port, outcome = visiting()
+    lane = called(follower(port))
+    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    assert follower(port).connect(CONTROL) is None
+    answer(lane, question, SparkConfig(), "127.0.0.1")
+    outcome.result(30)
+
+
+def test_another_secret_is_named() -> None:
+    port, outcome = visiting(patience=5)
+    with pytest.raises(ConfigurationError, match="another secret"):
+        called(follower(port, "another one, as long"))
+    with pytest.raises(PeerLostError, match=r"within 5 s; .*another secret.*vllm-spark join --leader"):
+        outcome.result(30)
+
+
+@pytest.mark.parametrize("reply", [None, (Kind.FINDINGS, b"{}"), (Kind.BEAT, b"")], ids=["none", "empty", "other"])
+def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> None:
+    port, outcome = visiting()
+    lane = called(follower(port))
+    lane.expect(Kind.EXAMINATION, timeout=30)
+    if reply is not None:
+        lane.send(*reply)
+    lane.close()
+    with pytest.raises(PeerLostError, match="see what its vllm-spark join printed"):
+        outcome.result(30)
+
+
+def test_findings_are_never_unpickled() -> None:
+    import pickle
+
+    port, outcome = visiting()
+    lane = called(follower(port))
+    lane.expect(Kind.EXAMINATION, timeout=30)
+    lane.send(Kind.FINDINGS, pickle.dumps({"host": "x"}))
+    with pytest.raises(PeerLostError, match="FINDINGS message could not be read"):
+        outcome.result(30)
+    lane.close()
+
+
+def test_a_question_that_is_none() -> None:
+    port, outcome = visiting()
+    lane = called(follower(port))
+    lane.expect(Kind.EXAMINATION, timeout=30)
+    with pytest.raises(PeerLostError, match="EXAMINATION message could not be read"):
+        answer(lane, Frame(Kind.EXAMINATION, b"[]"), SparkConfig(), "127.0.0.1")
+    lane.close()
+    assert outcome.exception(30) is not None
+    assert msgspec.json.encode(Examination("desk1")) == b'{"host":"desk1"}'
+
+
+def test_a_leader_still_refuses_another_version() -> None:
+    """Only the doctor takes whoever comes."""
+    from vllm_spark.executor.handshake import Listener
+
+    listener = Listener("127.0.0.1", 0, tls_context(SECRET.encode(), "leader"), LIMIT)
+    caller = follower(int(listener.endpoint.rpartition(":")[2]))
+    caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
+    with pytest.raises(RefusedError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
+        called(caller)
+    listener.close()

@@ -1,0 +1,46 @@
+"""Where the leader listens."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.link import leader_address, resolve_master
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torchrun's variables of rank 0."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.5"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_rank_0_of_a_launcher_listens_where_rank_1_looks(launcher: pytest.MonkeyPatch) -> None:
+    assert leader_address(SparkConfig()) == "127.0.0.5"
+    assert leader_address(SparkConfig(address="127.0.0.6")) == "127.0.0.6", "what is set counts more"
+    launcher.setenv("MASTER_ADDR", "localhost")
+    assert leader_address(SparkConfig()) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("change", [{"RANK": "1"}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": ""}])
+def test_without_a_launcher_its_variables_do_not_count(launcher: pytest.MonkeyPatch, change: dict[str, str]) -> None:
+    launcher.setattr("vllm_spark.executor.link._rdma_addresses", list)
+    for name, value in change.items():
+        launcher.setenv(name, value)
+    assert leader_address(SparkConfig()) == "127.0.0.1"
+
+
+def test_an_address_of_another_machine(launcher: pytest.MonkeyPatch) -> None:
+    launcher.setenv("MASTER_ADDR", "192.0.2.1")
+    with pytest.raises(ConfigurationError, match=r"MASTER_ADDR=192\.0\.2\.1 is no address of this .* 127\.0\.0\.1"):
+        leader_address(SparkConfig())
+
+
+def test_names_are_resolved() -> None:
+    assert resolve_master("localhost")[0] == "127.0.0.1"
+    assert resolve_master("192.0.2.1") == ["192.0.2.1"]
+    for name in ("no-such-host.invalid", "x" * 300):
+        with pytest.raises(ConfigurationError, match=f"MASTER_ADDR={name} cannot be resolved here"):
+            resolve_master(name)

@@ -1,0 +1,85 @@
+"""What a broken pair does to those who wait, without vLLM."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.counters import CounterBoard
+from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.handshake import Follower, Listener
+from vllm_spark.executor.pair import Pair
+from vllm_spark.executor.store import INIT_METHOD, LeaderStore
+
+from .test_channel import LIMIT, SECRET, lanes
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
+    yield made
+    made.close()
+
+
+def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it comes before the failure, after it, or in the same moment."""
+    control, calls = lanes()
+    follower = Follower("the follower", control, calls)
+    interval = sys.getswitchinterval()
+    monkeypatch.setattr(Listener, "close", lambda listener: None)
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            pair = Pair(SparkConfig(), listener, follower, CounterBoard(None))
+            called: list[int] = []
+            pair.on_failure(partial(called.append, 0))
+            failing = threading.Thread(target=pair.fail, args=(PeerLostError("gone"),))
+            failing.start()
+            pair.on_failure(partial(called.append, 1))
+            failing.join(20)
+            pair.on_failure(partial(called.append, 2))
+            assert sorted(called) == [0, 1, 2]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def join_group(errors: list[Any]) -> None:
+    import torch.distributed
+
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=INIT_METHOD, rank=0, world_size=2, timeout=timedelta(minutes=30)
+        )
+    except Exception as error:
+        errors.append(error)
+
+
+def test_nobody_waits_in_the_store_of_a_broken_pair() -> None:
+    """For a follower that will not come: neither who waits already, nor who comes later."""
+    broken = threading.Event()
+
+    def check() -> None:
+        if broken.is_set():
+            raise SparkError("the follower is gone")
+
+    store = LeaderStore("127.0.0.1", check)
+    errors: list[Any] = []
+    waiting = threading.Thread(target=join_group, args=(errors,), daemon=True)
+    waiting.start()
+    waiting.join(3)
+    assert waiting.is_alive(), errors
+    broken.set()
+    store.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    join_group(errors)
+    assert "closed" in str(errors[0])
+    assert str(errors[1]) == "the follower is gone"

@@ -1,0 +1,125 @@
+"""`vllm-spark doctor`: is this machine, and with `--peer` this pair, as it should be?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
+from vllm_spark.errors import ConfigurationError, SparkError
+
+SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say how to mend what is wrong"
+
+SETTINGS = ("address", "leader", "port", "secret_file")
+"""Those of serve and join that matter here."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `vllm-spark doctor`."""
+    parser.epilog = "exit code: 0 all is well, 1 warnings only, 2 something keeps the pair from working"
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--peer",
+        action="store_true",
+        help="wait for vllm-spark join on the other machine, and show both machines side by side",
+    )
+    what.add_argument(
+        "--make-secret",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="make the secret that both machines share, and check nothing; default: vllm-spark/secret in the folder of "
+        "your configuration, where serve and join look for it",
+    )
+    parser.add_argument(
+        "--wait", type=_seconds, default=60.0, metavar="SECONDS", help="how long --peer waits (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object to standard output, and nothing else"
+    )
+    add_flags(parser, ["leader", "follower", "both"], prefix="--", names=SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examines, and prints what was found; or makes a secret.
+
+    Returns:
+        0 if all is well, 1 if there are warnings only, 2 if something keeps the pair from working.
+
+    Raises:
+        SparkError: a bad setting; or no secret could be made.
+    """
+    if args.make_secret is not None:
+        return _make_secret(args)
+    from vllm_spark.doctor.examination import examine, is_bare
+    from vllm_spark.doctor.report import Report, show, show_bare, to_json
+    from vllm_spark.doctor.system import System
+    from vllm_spark.logs import log_as
+
+    log_as("vllm-spark doctor")
+    for sentence in misspelt_variables():
+        Console(stderr=True, highlight=False).print(sentence[:1].upper() + sentence[1:], markup=False)
+    config = SparkConfig.resolve(flags=given_flags(args))
+    system = System()
+    leader = split_endpoint(config.leader)[0] if config.leader else None
+    machine = examine(system, config, leader, thorough=args.peer)
+    peer, together = None, []
+    if args.peer:
+        from vllm_spark.doctor.pair import compare, nobody
+        from vllm_spark.doctor.visit import visit
+
+        try:
+            peer = visit(config, args.wait)
+        except SparkError as error:
+            together = [nobody(str(error))]
+        else:
+            together = list(compare(system, machine, peer))
+    report = Report.of(machine, peer, together)
+    console = Console(highlight=False)
+    if args.json:
+        print(to_json(report), flush=True)
+    elif is_bare(machine) and not args.peer:
+        show_bare(console)
+    else:
+        show(report, console)
+    return report.exit_code
+
+
+def _make_secret(args: argparse.Namespace) -> int:
+    from vllm_spark.executor.credentials import default_secret_file, make_secret
+
+    if args.json:
+        raise ConfigurationError("--json does not go with --make-secret; leave one out")
+    default = default_secret_file()
+    path = Path(args.make_secret).expanduser().absolute() if args.make_secret else default
+    if path is None:
+        raise ConfigurationError("this user has no home folder to keep a secret in; give a place: --make-secret PATH")
+    make_secret(path)
+    print(f"Made a secret in {path}, for this user only. Copy it to the other machine (here called OTHER):")
+    there = _as_seen_there(path)
+    folder = shlex.quote(os.path.dirname(there))
+    print(f"    ssh OTHER mkdir -p -m 700 {folder} && scp -p {shlex.quote(str(path))} OTHER:{shlex.quote(there)}")
+    if path == default:
+        print("vllm serve --spark and vllm-spark join find it there by themselves.")
+    else:
+        print(f"Then give it to both: vllm serve ... --spark-secret-file {path}, vllm-spark join --secret-file {path}")
+    return 0
+
+
+def _as_seen_there(path: Path) -> str:
+    """Below the home folder, whatever that is there; ssh and scp start in it."""
+    try:
+        return str(path.relative_to(Path.home()))
+    except (RuntimeError, ValueError):
+        return str(path)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give more than 0 and at most 86400 seconds")
+    return value

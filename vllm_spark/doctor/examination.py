@@ -1,0 +1,82 @@
+"""One machine, examined: every check that applies, and what the other machine must know of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor import gpu, rdma
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.machine import check_machine
+from vllm_spark.doctor.network import check_network
+from vllm_spark.doctor.rails import Rail, active, find_rails
+from vllm_spark.doctor.rdma_mtu import check_rdma_mtu
+from vllm_spark.doctor.software import check_software
+from vllm_spark.doctor.system import System
+from vllm_spark.executor.handshake import Versions, host_name
+from vllm_spark.executor.link import is_loopback
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """What one machine says of itself; the answer to the other one's EXAMINATION, and a part of `--json`."""
+
+    host: str
+    versions: Versions
+    rails: list[Rail]
+    findings: list[Finding]
+
+
+def examine(system: System, config: SparkConfig, peer: str | None = None, *, thorough: bool = False) -> Machine:
+    """Looks at everything. Never raises for what it finds.
+
+    Args:
+        system: the machine.
+        config: the settings with which it would serve or join.
+        peer: address of the other machine, if it is known.
+        thorough: also looks at the rest of a machine that has neither an RDMA device nor a GPU.
+    """
+    rails = find_rails(system)
+    chip = gpu.find_gpu(system)
+    findings = list(_findings(system, config, rails, chip, peer, thorough))
+    return Machine(host_name(), Versions.of_this_process(), rails, findings)
+
+
+def is_bare(machine: Machine) -> bool:
+    """True for a machine with neither an RDMA device nor a GPU."""
+    absent = {finding.id for finding in machine.findings if finding.value == "none"}
+    return not machine.rails and "gpu.driver" in absent
+
+
+def _findings(
+    system: System, config: SparkConfig, rails: list[Rail], chip: gpu.Gpu | None, peer: str | None, thorough: bool
+) -> Iterator[Finding]:
+    # Nothing that depends on an RDMA device is said of a machine that has none, and nothing of rails that are down.
+    yield from [rdma.missing()] if not rails else _guarded("rdma.devices", lambda: rdma.check_devices(rails))
+    if active(rails):
+        yield from _guarded("rdma.access", lambda: [rdma.check_access(system, rails)])
+        yield from _guarded("rdma.gid", lambda: [rdma.check_gids(rails)])
+        yield from _guarded("rdma.mtu", lambda: [check_rdma_mtu(system, rails)])
+        away = peer if peer is None or not is_loopback(peer) else None
+        yield from _guarded("link", lambda: check_network(system, rails, away))
+    yield from [gpu.missing()] if chip is None else _guarded("gpu", lambda: gpu.check_gpu(system, chip))
+    if not rails and chip is None and not thorough:
+        return
+    secret_needed = bool(rails) or any(name and not is_loopback(name) for name in (config.address, peer))
+    yield from _guarded("machine", lambda: check_machine(system, config, rails))
+    yield from _guarded("software", lambda: check_software(config, secret_needed=secret_needed))
+
+
+def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Machines differ from what a check expects in ways that nobody thought of: then the others still count."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding(
+            name,
+            "A check that failed",
+            "unknown",
+            f"{type(error).__name__}: {error}",
+            "The check met something on this machine that it was not written for; please report it.",
+        )

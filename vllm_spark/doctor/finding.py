@@ -1,0 +1,48 @@
+"""What a check found: one thing that was looked at, how it is, why that matters, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import msgspec
+
+Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"]
+"""From best to worst. Only a problem keeps the pair from working; only warnings and problems change an exit code."""
+
+_SEVERITY = {status: severity for severity, status in enumerate(get_args(Status))}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at.
+
+    Attributes:
+        id: `area.name`, the same in every report.
+        title: what was looked at, in words.
+        status: how it is.
+        value: what was measured.
+        explanation: why it matters; empty where all is well.
+        remedy: what to do about it, commands on lines of their own; empty where there is nothing to do.
+    """
+
+    id: str
+    title: str
+    status: Status
+    value: str = ""
+    explanation: str = ""
+    remedy: str = ""
+
+    @property
+    def area(self) -> str:
+        """The first part of the id."""
+        return self.id.partition(".")[0]
+
+
+def worst(findings: Iterable[Finding]) -> Status:
+    """The worst status of all; `ok` if there is none."""
+    return max((finding.status for finding in findings), key=_SEVERITY.__getitem__, default="ok")
+
+
+def exit_code(status: Status) -> int:
+    """2 for a problem, 1 for a warning, 0 for anything better."""
+    return {"problem": 2, "warning": 1}.get(status, 0)

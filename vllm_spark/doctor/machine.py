@@ -1,0 +1,177 @@
+"""What the machine allows and how it runs: locked memory, IOMMU, processor clocks, memory and swap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.rails import Rail, active
+from vllm_spark.doctor.system import System
+
+MB, GIB = 1_000_000, 1 << 30
+
+_CAP_IPC_LOCK = 1 << 14
+_LIMIT = re.compile(r"^Max locked memory\s+(\S+)", re.MULTILINE)
+_REST = 3 * MB  # of a region, besides its slots: packets, flags, control
+_SCALED_BY_FIRMWARE = ("intel_pstate", "amd-pstate-epp")
+_CPUS = "sys/devices/system/cpu"
+
+
+def check_machine(system: System, config: SparkConfig, rails: list[Rail]) -> Iterator[Finding]:
+    """All of this module."""
+    if active(rails):
+        yield _memlock(system, config, len(active(rails)))
+        yield _iommu(system, active(rails))
+    yield from _processor(system)
+    yield from _memory(system)
+
+
+def pinned_bytes(config: SparkConfig, rails: int) -> int:
+    """What is locked for the NICs: the whole region, once for every rail."""
+    slots = 2 * config.depth
+    return rails * (2 * slots * (config.slot_kib << 10) + _REST)
+
+
+def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
+    title = "Limit of locked memory"
+    found = _LIMIT.search(system.text("proc/self/limits") or "")
+    if found is None:
+        return Finding("machine.memlock", title, "unknown", "", "/proc/self/limits does not say it.")
+    needed = pinned_bytes(config, rails)
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", system.text("proc/self/status") or "", re.MULTILINE)
+    exempt = capabilities is not None and int(capabilities[1], 16) & _CAP_IPC_LOCK
+    value = "unlimited" if found[1] == "unlimited" else f"{int(found[1]) / MB:.1f} MB"
+    if exempt:
+        return Finding("machine.memlock", title, "ok", f"{value}, does not bind this user (CAP_IPC_LOCK)")
+    if found[1] == "unlimited" or int(found[1]) >= needed:
+        return Finding("machine.memlock", title, "ok", value)
+    return Finding(
+        "machine.memlock",
+        title,
+        "problem",
+        value,
+        f"The memory that the network card reads and writes is locked, once for each rail: {needed / MB:.0f} MB with "
+        "these settings. With this limit it cannot be registered.",
+        'echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf   # then log in again\n'
+        "In a systemd unit: LimitMEMLOCK=infinity. In a container: docker run --ulimit memlock=-1 ...",
+    )
+
+
+def _iommu(system: System, up: list[Rail]) -> Finding:
+    title = "IOMMU"
+    modes = {
+        rail.name: system.text(f"sys/class/infiniband/{rail.device}/device/iommu_group/type") for rail in up if rail.pci
+    }
+    if not modes:
+        return Finding("machine.iommu", title, "not applicable", "", "The rails are no PCI devices.")
+    value = ", ".join(f"{name} {mode or 'off'}" for name, mode in modes.items())
+    if all(mode in (None, "identity") for mode in modes.values()):
+        return Finding("machine.iommu", title, "ok", value)
+    return Finding(
+        "machine.iommu",
+        title,
+        "note",
+        value,
+        "Every access of the network card to memory is translated by the IOMMU. Passing it through saves that; what it "
+        "is worth on a GB10 nobody has published, so measure before and after.",
+        "Add iommu.passthrough=1 to GRUB_CMDLINE_LINUX in /etc/default/grub, then: sudo update-grub, and restart.",
+    )
+
+
+def _processor(system: System) -> Iterator[Finding]:
+    folders = system.glob(f"{_CPUS}/cpu[0-9]*/cpufreq")
+    governors = {text for folder in folders if (text := system.text(f"{folder}/scaling_governor"))}
+    drivers = {text for folder in folders if (text := system.text(f"{folder}/scaling_driver"))}
+    title = "Processor governor"
+    if not governors:
+        yield Finding(
+            "machine.governor", title, "not applicable", "", "The kernel does not set this machine's processor clocks."
+        )
+    elif governors == {"performance"}:
+        yield Finding("machine.governor", title, "ok", "performance")
+    else:
+        slow = governors & {"powersave", "conservative"} and not drivers & set(_SCALED_BY_FIRMWARE)
+        yield Finding(
+            "machine.governor",
+            title,
+            "warning" if slow else "note",
+            ", ".join(sorted(governors)),
+            "The proxy thread posts every message, and the leader's thread starts every step. Cores that have to speed "
+            "up first answer later" + (", and these stay at their lowest clock." if slow else "."),
+            "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   # until the next boot",
+        )
+    clocks = sorted({clock for folder in folders if (clock := _clock(system, folder))})
+    if clocks:
+        capped = any(limit < 0.95 * most for limit, most in clocks)
+        value = ", ".join(f"{limit / 1e6:.2f} of {most / 1e6:.2f} GHz" for limit, most in clocks)
+        yield Finding(
+            "machine.clocks",
+            "Highest processor clock allowed",
+            "warning" if capped else "ok",
+            value,
+            "Somebody, or a power profile, keeps the cores below what they can do." if capped else "",
+            "sudo cpupower frequency-set --max 10GHz   # no limit but the processor's own\n"
+            "powerprofilesctl set performance"
+            if capped
+            else "",
+        )
+
+
+def _clock(system: System, folder: str) -> tuple[int, int] | None:
+    """What is allowed, and what the core can do, in kHz."""
+    limit, most = (system.text(f"{folder}/{name}_max_freq") for name in ("scaling", "cpuinfo"))
+    return (int(limit), int(most)) if limit and most and limit.isdecimal() and most.isdecimal() else None
+
+
+def _memory(system: System) -> Iterator[Finding]:
+    table = {
+        name: int(words[0]) << 10
+        for name, _, rest in (line.partition(":") for line in (system.text("proc/meminfo") or "").splitlines())
+        if (words := rest.split()) and words[0].isdecimal()
+    }
+    total, available = table.get("MemTotal", 0), table.get("MemAvailable", 0)
+    if not total:
+        yield Finding("machine.memory", "Free memory", "unknown", "", "/proc/meminfo does not say it.")
+        return
+    yield _free_memory(total, available, table.get("Cached", 0) + table.get("Buffers", 0))
+    swap = table.get("SwapTotal", 0)
+    used = swap - table.get("SwapFree", 0)
+    busy = used > GIB
+    yield Finding(
+        "machine.swap",
+        "Swap",
+        "warning" if busy else "ok",
+        f"{used / GIB:.1f} of {swap / GIB:.1f} GiB used" if swap else "none",
+        "Parts of programs lie on disk. The GPU shares this memory: when it runs short, a machine that swaps stands "
+        "still where one without swap would end a program."
+        if busy
+        else "",
+        "sudo swapoff -a && sudo swapon -a   # brings them back, if there is room" if busy else "",
+    )
+
+
+def _free_memory(total: int, available: int, cached: int) -> Finding:
+    title = "Free memory"
+    value = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available, {cached / GIB:.1f} of it file cache"
+    if available < total / 2:
+        return Finding(
+            "machine.memory",
+            title,
+            "warning",
+            value,
+            "On a GB10 the GPU takes its memory from here, and more than half is taken already.",
+            "ps -eo rss,pid,args --sort=-rss | head   # who has it, in KiB",
+        )
+    if cached > total / 4:
+        return Finding(
+            "machine.memory",
+            title,
+            "note",
+            value,
+            "On unified memory vLLM counts the file cache as taken, and may refuse to start although it would be given "
+            "up (vllm issue 35313).",
+            "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'   # right before the start",
+        )
+    return Finding("machine.memory", title, "ok", value)

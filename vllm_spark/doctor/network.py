@@ -1,0 +1,196 @@
+"""The network interfaces of the rails: MTU, both PCIe functions, addresses, and the way to the peer."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import defaultdict
+from collections.abc import Iterator
+
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.rails import Rail, active
+from vllm_spark.doctor.rdma_mtu import BEST, MTU_COSTS, rdma_mtu
+from vllm_spark.doctor.routes import interface_towards
+from vllm_spark.doctor.system import System
+
+_PCIE_LANES = 4
+"""Of each of the port's PCIe functions on a GB10."""
+
+
+def check_network(system: System, rails: list[Rail], peer: str | None) -> Iterator[Finding]:
+    """What depends on the interfaces of the active ports."""
+    up = active(rails)
+    yield _mtu(up)
+    yield from _functions(rails)
+    yield _addresses(up)
+    if any(_own(rail) for rail in up):
+        yield _networks(up)
+        yield _way_to_peer(system, up, peer)
+
+
+def _mtu(up: list[Rail]) -> Finding:
+    title = "MTU of the interfaces"
+    known = [rail for rail in up if rail.mtu]
+    small = [rail for rail in known if rdma_mtu(rail.mtu) < BEST]
+    value = ", ".join(f"{rail.netdev} {rail.mtu}" for rail in known)
+    if not known:
+        return Finding("link.mtu", title, "unknown", "", "The active ports belong to no network interface.")
+    if not small:
+        return Finding("link.mtu", title, "ok", value)
+    return Finding(
+        "link.mtu",
+        title,
+        "warning",
+        value,
+        f"{MTU_COSTS} Packets of 4096 bytes need an MTU of 4200 or more, and 9000 is usual.",
+        "\n".join(
+            f"sudo ip link set dev {rail.netdev} mtu 9000   # until the next boot; on both machines" for rail in small
+        )
+        + "\n"
+        + "\n".join(f"sudo nmcli device modify {rail.netdev} ethernet.mtu 9000" for rail in small)
+        + "\nFor good: ethernet.mtu 9000 in the connection's profile (nmcli connection modify), or mtu in netplan.",
+    )
+
+
+def _functions(rails: list[Rail]) -> Iterator[Finding]:
+    """A GB10 reaches each of its two connectors through two PCIe functions, and half of the bandwidth through one."""
+    title = "Both PCIe functions of the port"
+    connectors: dict[str, list[Rail]] = defaultdict(list)
+    for rail in rails:
+        connectors[rail.connector].append(rail)
+    used = {name: ends for name, ends in connectors.items() if any(rail.active for rail in ends)}
+    idle = [rail for ends in used.values() for rail in ends if not rail.active]
+    value = ", ".join(rail.name for ends in used.values() for rail in ends if rail.active)
+    if idle:
+        yield Finding(
+            "link.rails",
+            title,
+            "warning",
+            f"{value} active, {', '.join(rail.name for rail in idle)} not",
+            "Each function has four PCIe lanes, half of what the cable carries: 92.6 and 97.3 Gb/s, 189.9 together "
+            "(ib_write_bw, NVIDIA/dgx-spark-playbooks, connect-two-sparks). And with two rails one may fail.",
+            "\n".join(f"sudo ip link set dev {rail.netdev or 'INTERFACE'} up" for rail in idle),
+        )
+    elif all(len(ends) == 1 for ends in used.values()):
+        yield Finding(
+            "link.rails",
+            title,
+            "not applicable",
+            f"{value}, one function each",
+            "On a GB10 there would be two for each port.",
+        )
+    else:
+        yield Finding("link.rails", title, "ok", value)
+    widths = {rail.name: rail.pcie_width for rail in active(rails) if rail.pcie_width}
+    narrow = [name for name, width in widths.items() if width < _PCIE_LANES]
+    lanes = ", ".join(f"{name} x{width}" for name, width in widths.items())
+    if narrow:
+        yield Finding(
+            "link.pcie",
+            "PCIe lanes of the rails",
+            "warning",
+            lanes,
+            f"{', '.join(narrow)} should have {_PCIE_LANES} lanes; with fewer the rail is slower than the other one. "
+            "Firmware of before April 2026 was reported to give the second function two lanes only.",
+            "sudo fwupdmgr refresh && sudo fwupdmgr update   # then switch the machine off and on",
+        )
+    elif widths:
+        yield Finding("link.pcie", "PCIe lanes of the rails", "ok", lanes)
+
+
+def _addresses(up: list[Rail]) -> Finding:
+    title = "IP address on the link"
+    without = [rail for rail in up if not _own(rail)]
+    value = ", ".join(f"{rail.netdev or rail.name} {', '.join(_own(rail)) or 'none'}" for rail in up)
+    if not without:
+        return Finding("link.address", title, "ok", value)
+    return Finding(
+        "link.address",
+        title,
+        "problem" if len(without) == len(up) else "warning",
+        value,
+        "The machines find each other by IP address, and a rail is used if both its ends have one in the same network. "
+        + (
+            "Here no rail has one."
+            if len(without) == len(up)
+            else f"Without one, {', '.join(rail.name for rail in without)} is left out, which halves the bandwidth."
+        ),
+        "\n".join(
+            f"sudo nmcli connection add type ethernet con-name {rail.netdev or 'INTERFACE'} "
+            f"ifname {rail.netdev or 'INTERFACE'} ipv4.method manual ipv4.addresses {address} "
+            "ipv6.method link-local ethernet.mtu 9000"
+            for rail, address in zip(without, _free_addresses(up), strict=False)
+        )
+        + "\nOn the other machine the same with 2 as the last number of the address.",
+    )
+
+
+def _networks(up: list[Rail]) -> Finding:
+    title = "Each rail in a network of its own"
+    ends: dict[ipaddress.IPv4Network, list[Rail]] = defaultdict(list)
+    for rail in up:
+        for network in {address.network for address in rail.networks}:
+            ends[network].append(rail)
+    if sum(bool(rail.networks) for rail in up) < 2:
+        return Finding("link.networks", title, "not applicable", "", "There are no two rails with an address.")
+    shared = {network: there for network, there in ends.items() if len(there) > 1}
+    if not shared:
+        return Finding("link.networks", title, "ok", ", ".join(map(str, ends)))
+    network, there = next(iter(shared.items()))
+    return Finding(
+        "link.networks",
+        title,
+        "warning",
+        f"{', '.join(rail.netdev for rail in there)} all in {network}",
+        "Linux sends everything for one network through one interface, and either interface answers for the addresses "
+        "of the other: both rails' traffic may end up on one of them.",
+        "\n".join(
+            f"sudo nmcli device modify {rail.netdev} ipv4.method manual ipv4.addresses 10.0.{index}.1/24"
+            for index, rail in enumerate(there)
+        )
+        + "\nOn the other machine the same with 2 as the last number of the address.",
+    )
+
+
+def _way_to_peer(system: System, up: list[Rail], peer: str | None) -> Finding:
+    title = "Way to the other machine"
+    if peer is None:
+        return Finding(
+            "link.peer",
+            title,
+            "not applicable",
+            "",
+            "Its address is not known here.",
+            "vllm-spark doctor --peer   # while vllm-spark join runs on the other machine",
+        )
+    interface = interface_towards(system, peer)
+    through = next((rail for rail in up if rail.netdev == interface), None)
+    if through is not None:
+        return Finding("link.peer", title, "ok", f"{peer} through {interface} ({through.name})")
+    return Finding(
+        "link.peer",
+        title,
+        "problem",
+        f"{peer} through {interface}" if interface else f"no route to {peer}",
+        "No rail is in the network of that address: an interface here is in another network than the peer's, or the "
+        "address is that of the office network. Here the rails have "
+        + (", ".join(address for rail in up for address in _own(rail)) or "no address")
+        + ".",
+        "Give both ends of the cable addresses in one network, such as 10.0.0.1/24 and 10.0.0.2/24, and name those: "
+        "--spark-address on the first machine, --leader on the second.",
+    )
+
+
+def _free_addresses(up: list[Rail]) -> Iterator[str]:
+    """10.0.0.1/24, 10.0.1.1/24 and so on, without the networks that a rail is in already."""
+    taken = [address.network for rail in up for address in rail.networks]
+    for number in range(256):
+        address = ipaddress.IPv4Interface(f"10.0.{number}.1/24")
+        if not any(address.network.overlaps(network) for network in taken):
+            yield str(address)
+
+
+def _own(rail: Rail) -> list[str]:
+    """The addresses that somebody gave it: a link-local one of IPv6 it has by itself."""
+    return [
+        address for address in rail.addresses if not ipaddress.ip_interface(address).ip.is_link_local or "." in address
+    ]

@@ -1,0 +1,139 @@
+"""The ports of RDMA devices, as the kernel shows them. One that is active can be a rail of the pair."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import msgspec
+
+from vllm_spark.doctor.routes import address_with_prefix, ipv6_addresses
+from vllm_spark.doctor.system import System
+
+_DEVICES = "sys/class/infiniband"
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.([0-7])")
+
+ROCE_V2 = "RoCE v2"
+
+
+class Gid(msgspec.Struct, frozen=True):
+    """One entry of a port's address table."""
+
+    index: int
+    address: str
+    """The IP address that it stands for."""
+    kind: str
+    """`RoCE v2`, `IB/RoCE v1`."""
+
+
+class Rail(msgspec.Struct, frozen=True, kw_only=True):
+    """One port of one RDMA device. What is not known is empty, or 0."""
+
+    device: str
+    port: int
+    state: str
+    physical_state: str
+    rate: str
+    link_layer: str
+    netdev: str
+    pci: str
+    connector: str
+    """Names the physical port: the PCIe functions that share one have the same."""
+    pcie_width: int
+    mtu: int
+    """Of the network interface, in bytes."""
+    addresses: list[str]
+    """IP addresses of the network interface, with the length of their network's prefix: `10.0.0.1/24`."""
+    gids: list[Gid]
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.device if self.port == 1 else f"{self.device} port {self.port}"
+
+    @property
+    def active(self) -> bool:
+        """True if it can carry traffic."""
+        return self.state == "ACTIVE"
+
+    @property
+    def networks(self) -> list[ipaddress.IPv4Interface]:
+        """Its IPv4 addresses, each with its network."""
+        return [ipaddress.IPv4Interface(address) for address in self.addresses if ":" not in address]
+
+
+def find_rails(system: System) -> list[Rail]:
+    """Every port of every RDMA device, by name."""
+    return [
+        _rail(system, device, int(port))
+        for device in system.entries(_DEVICES)
+        for port in system.entries(f"{_DEVICES}/{device}/ports")
+        if port.isdecimal()
+    ]
+
+
+def active(rails: list[Rail]) -> list[Rail]:
+    """Those that can carry traffic."""
+    return [rail for rail in rails if rail.active]
+
+
+def _rail(system: System, device: str, port: int) -> Rail:
+    folder = f"{_DEVICES}/{device}/ports/{port}"
+    netdev = _netdev(system, device, folder)
+    gids = _gids(system, folder)
+    pci = system.target(f"{_DEVICES}/{device}/device") or ""
+    function = _PCI_ADDRESS.fullmatch(pci)
+    connector = system.text(f"sys/class/net/{netdev}/phys_port_name") if netdev else None
+    return Rail(
+        device=device,
+        port=port,
+        state=_words(system.text(f"{folder}/state")),
+        physical_state=_words(system.text(f"{folder}/phys_state")),
+        rate=system.text(f"{folder}/rate") or "",
+        link_layer=system.text(f"{folder}/link_layer") or "",
+        netdev=netdev,
+        pci=pci if function else "",
+        connector=connector or (f"p{function[1]}" if function else f"{device}/{port}"),
+        pcie_width=_number(system.text(f"{_DEVICES}/{device}/device/current_link_width")),
+        mtu=_number(system.text(f"sys/class/net/{netdev}/mtu")) if netdev else 0,
+        addresses=_addresses(system, netdev, gids),
+        gids=gids,
+    )
+
+
+def _netdev(system: System, device: str, folder: str) -> str:
+    for index in system.entries(f"{folder}/gid_attrs/ndevs"):
+        if name := system.text(f"{folder}/gid_attrs/ndevs/{index}"):
+            return name
+    # A port without an address has no entry that names its interface.
+    return next(iter(system.entries(f"{_DEVICES}/{device}/device/net")), "")
+
+
+def _gids(system: System, folder: str) -> list[Gid]:
+    gids = []
+    for name in sorted(filter(str.isdecimal, system.entries(f"{folder}/gids")), key=int):
+        text = system.text(f"{folder}/gids/{name}")
+        try:
+            gid = ipaddress.IPv6Address(text or "::")
+        except ValueError:
+            continue
+        if int(gid) == 0:
+            continue
+        kind = system.text(f"{folder}/gid_attrs/types/{name}") or ""
+        gids.append(Gid(int(name), str(gid.ipv4_mapped or gid), kind))
+    return gids
+
+
+def _addresses(system: System, netdev: str, gids: list[Gid]) -> list[str]:
+    """The kernel lists no IPv4 addresses in files, but every one of an RDMA device's interface is a GID."""
+    ipv4 = dict.fromkeys(gid.address for gid in gids if ":" not in gid.address)
+    return [address_with_prefix(system, netdev, address) for address in ipv4] + ipv6_addresses(system, netdev)
+
+
+def _words(text: str | None) -> str:
+    """`4: ACTIVE` -> `ACTIVE`."""
+    return (text or "unknown").rpartition(":")[2].strip()
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0

@@ -1,0 +1,147 @@
+"""RDMA devices: are there any, are their ports up, may this user open them, and have they RoCE v2 addresses?"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.rails import ROCE_V2, Rail, active
+from vllm_spark.doctor.system import System
+
+LIBRARY = "libibverbs.so.1"
+
+
+def missing() -> Finding:
+    """That there is no RDMA device at all."""
+    return Finding(
+        "rdma.devices",
+        "RDMA devices",
+        "problem",
+        "none",
+        "Nothing is in /sys/class/infiniband, so the two machines have no way for their tensors. On a GB10 the ports "
+        "belong to a ConnectX-7, whose driver is mlx5_core and mlx5_ib.",
+        "sudo modprobe mlx5_ib\nlspci | grep -i mellanox   # nothing there: the machine does not see its network card",
+    )
+
+
+def check_devices(rails: list[Rail]) -> Iterator[Finding]:
+    """What there is, and which of it is up."""
+    up = active(rails)
+    yield Finding("rdma.devices", "RDMA devices", "ok", ", ".join(rail.name for rail in rails))
+    value = ", ".join(f"{rail.name} {rail.state}" + (f" {rail.rate}" if rail.active else "") for rail in rails)
+    if up:
+        yield _ethernet(up) or Finding("rdma.port", "Port state", "ok", value)
+        return
+    netdev = next((rail.netdev for rail in rails if rail.netdev), "INTERFACE")
+    yield Finding(
+        "rdma.port",
+        "Port state",
+        "problem",
+        ", ".join(f"{rail.name} {rail.state} ({rail.physical_state})" for rail in rails),
+        "No port is ACTIVE, so nothing can be sent. Disabled means that the interface is down here, Polling that the "
+        "port looks for the other end of its cable.",
+        f"sudo ip link set dev {netdev} up\n"
+        f"ethtool {netdev} | grep -E 'Speed|Link detected'\n"
+        "Push the cable in on both machines until it clicks, and see that the other machine is on.",
+    )
+
+
+def _ethernet(up: list[Rail]) -> Finding | None:
+    others = [rail for rail in up if rail.link_layer not in ("Ethernet", "")]
+    if len(others) < len(up):
+        return None
+    return Finding(
+        "rdma.port",
+        "Port state",
+        "problem",
+        ", ".join(f"{rail.name} is {rail.link_layer}" for rail in others),
+        "The pair talks RoCE, which is RDMA over Ethernet; these ports speak something else.",
+        f"sudo mlxconfig -d {others[0].pci or 'PCI-ADDRESS'} set LINK_TYPE_P1=2   # 2 is Ethernet; then restart",
+    )
+
+
+def check_access(system: System, rails: list[Rail]) -> Finding:
+    """Whether a program of this user can open the devices."""
+    title = "Access to the devices"
+    files = [
+        (rail.device, f"dev/infiniband/{name}") for rail in active(rails) for name in _verbs_names(system, rail.device)
+    ]
+    refused = [f"/{path}" for _, path in files if not system.accessible(path)]
+    if refused or not files:
+        return Finding(
+            "rdma.access",
+            title,
+            "problem",
+            f"no access to {', '.join(refused)}" if refused else "no device file",
+            "A program opens an RDMA device through its file in /dev/infiniband. In a container it must be handed in.",
+            "sudo modprobe ib_uverbs\n"
+            "sudo chmod 0666 /dev/infiniband/uverbs*   # until the next boot; rdma-core's rules for good\n"
+            "docker run --device /dev/infiniband ...   # in a container",
+        )
+    if system.live and not _loads(LIBRARY):
+        return Finding(
+            "rdma.access",
+            title,
+            "problem",
+            f"{LIBRARY} is missing",
+            "It is how programs talk to RDMA devices; each kind of device has a part of its own in it.",
+            "sudo apt install libibverbs1 ibverbs-providers",
+        )
+    return Finding("rdma.access", title, "ok", ", ".join(f"/{path}" for _, path in files))
+
+
+def check_gids(rails: list[Rail]) -> Finding:
+    """Whether the active ports have addresses of RoCE v2."""
+    title = "RoCE v2 address (GID)"
+    up = active(rails)
+    without = [rail for rail in up if not any(gid.kind == ROCE_V2 for gid in rail.gids)]
+    value = ", ".join(f"{rail.name} {_best_gid(rail)}" for rail in up)
+    if not without:
+        return Finding("rdma.gid", title, "ok", value)
+    old = any(rail.gids for rail in without)
+    return Finding(
+        "rdma.gid",
+        title,
+        "problem" if len(without) == len(up) else "warning",
+        value,
+        "RDMA packets of the pair are RoCE v2, which are UDP packets with an IP address. "
+        + (
+            "These ports have addresses of RoCE v1 only."
+            if old
+            else "A port has such addresses once its interface is up and has an IP address."
+        )
+        + (" The ports that have one are used." if len(without) < len(up) else ""),
+        "\n".join(
+            f"sudo devlink dev param set pci/{rail.pci} name enable_roce value true cmode driverinit && "
+            f"sudo devlink dev reload pci/{rail.pci}"
+            if rail.pci
+            else f"sudo ip link set dev {rail.netdev or 'INTERFACE'} up"
+            for rail in without
+        ),
+    )
+
+
+def _best_gid(rail: Rail) -> str:
+    """The one that a program would take: RoCE v2, an IPv4 address before a link-local one."""
+    fitting = [gid for gid in rail.gids if gid.kind == ROCE_V2]
+    if not fitting:
+        kinds = sorted({gid.kind or "of unknown kind" for gid in rail.gids})
+        return f"none ({', '.join(kinds)} only)" if kinds else "none"
+    best = min(fitting, key=lambda gid: (gid.address.startswith("fe80"), ":" in gid.address, gid.index))
+    return f"index {best.index} ({best.address})"
+
+
+def _verbs_names(system: System, device: str) -> list[str]:
+    """The names of a device's files."""
+    return [
+        path.split("/")[-2] for path in system.glob("sys/class/infiniband_verbs/*/ibdev") if system.text(path) == device
+    ]
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

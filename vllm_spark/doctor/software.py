@@ -1,0 +1,81 @@
+"""What is installed: vLLM, the changes to it, and the shared secret."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from vllm_spark.compat import SUPPORTED, check_vllm, vllm_version
+from vllm_spark.config import SparkConfig
+from vllm_spark.doctor.finding import Finding
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.credentials import SECRET_VARIABLE, default_secret_file, load_secret
+from vllm_spark.patches import all_patches, state_of
+
+_ANYWHERE = "192.0.2.1"  # an address of no machine, but none of the loopback's either
+
+
+def check_software(config: SparkConfig, *, secret_needed: bool) -> Iterator[Finding]:
+    """All of this module. `secret_needed` is False on a machine that has no link to another one."""
+    yield _vllm()
+    if vllm_version() is not None:
+        yield _patches()
+    yield _secret(config, secret_needed)
+
+
+def _vllm() -> Finding:
+    title = "vLLM"
+    try:
+        check_vllm()
+    except ConfigurationError as error:
+        sentence, _, remedy = str(error).partition("; ")
+        return Finding(
+            "software.vllm",
+            title,
+            "problem",
+            str(vllm_version() or "not installed"),
+            f"{sentence[:1].upper()}{sentence[1:]}. vLLM {SUPPORTED} works.",
+            f"{remedy[:1].upper()}{remedy[1:]}",
+        )
+    return Finding("software.vllm", title, "ok", str(vllm_version()))
+
+
+def _patches() -> Finding:
+    title = "Changes to vLLM"
+    states = [(patch, state_of(patch)) for patch in all_patches()]
+    unfit = [(patch, state) for patch, state in states if state not in ("ready", "applied")]
+    if not unfit:
+        return Finding("software.patches", title, "ok", f"{len(states)} of {len(states)} fit")
+    lost = "; ".join(f"{patch.feature} ({patch.name}: {state})" for patch, state in unfit)
+    return Finding(
+        "software.patches",
+        title,
+        "warning",
+        f"{len(states) - len(unfit)} of {len(states)} fit",
+        f"This vLLM's source is not one that vllm_spark knows at these places, so it cannot offer: {lost}.",
+        "vllm-spark patches   # what they are",
+    )
+
+
+def _secret(config: SparkConfig, needed: bool) -> Finding:
+    title = "Shared secret"
+    try:
+        load_secret(config, _ANYWHERE)
+    except ConfigurationError as error:
+        sentence, _, remedy = str(error).partition("; ")
+        path = config.secret_file or default_secret_file()
+        absent = not os.environ.get(SECRET_VARIABLE) and not (path and path.exists())
+        if absent and not needed:
+            return Finding(
+                "software.secret", title, "not applicable", "none", "Both ranks on one machine need none from you."
+            )
+        return Finding(
+            "software.secret",
+            title,
+            "problem",
+            "none" if absent else "unusable",
+            f"{sentence[:1].upper()}{sentence[1:]}.",
+            "vllm-spark doctor --make-secret   # on one machine; then copy it to the other" if absent else remedy,
+        )
+    where = SECRET_VARIABLE if os.environ.get(SECRET_VARIABLE) else str(config.secret_file or default_secret_file())
+    return Finding("software.secret", title, "ok", f"in {where}")
