@@ -2,7 +2,8 @@
 
     python -m benchmarks.two_gpus FOLDER [--quick]
 
-Needs vllm_spark with its kernels, vLLM's CUDA build, pytest and matplotlib in one environment. About 15 minutes; with
+Needs vllm_spark with its kernels, vLLM's CUDA build, pytest and matplotlib in one environment; nccl4py too, or NCCL is
+called through torch. About 15 minutes; with
 --quick, fewer samples and no torch.compile, about 6. A part that fails does not keep the next from running.
 """
 
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-COLLECTIVES = ("all_reduce", "all_gather")
+COLLECTIVES = ("all_reduce", "all_gather", "logits_gather")
 
 
 def parts(folder: Path, quick: bool) -> dict[str, list[str]]:
