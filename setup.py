@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent
 DATA_FOLDERS = ("patches", "configs")
 WARNINGS = ["-Wall", "-Wextra"]
 KERNEL_ARCHITECTURES = ("90", "121")  # H100 and H200, on which it is measured; GB10, for which it is made
-OLDEST_ARCHITECTURE = "80"
+# As PTX, for every GPU that has no code of its own. From 9.0 on the host starts a kernel while the one before it still
+# runs, and code for less than that does not wait for it: so those GPUs must never be left with the oldest.
+PTX_ARCHITECTURES = ("80", "90")
 
 
 class BuildNative(build_ext):
@@ -40,11 +42,14 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath("vllm_spark._native")).with_name("kernels.fatbin")
         target.parent.mkdir(parents=True, exist_ok=True)
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+        if missing := [name for name in PTX_ARCHITECTURES if f"compute_{name}" not in listed]:
+            sys.exit(
+                f"vllm-spark needs nvcc of CUDA 12 or 13, and {nvcc} has no compute_{missing[0]}; set NVCC to another"
+            )
         architectures = [name for name in KERNEL_ARCHITECTURES if f"compute_{name}" in listed]
         print(f"vllm-spark: building kernels with {nvcc} for sm_{', sm_'.join(architectures)} and later GPUs")
         code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
-        # The oldest as PTX too, for every GPU that has no code of its own.
-        code.append(f"-gencode=arch=compute_{OLDEST_ARCHITECTURE},code=compute_{OLDEST_ARCHITECTURE}")
+        code += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in PTX_ARCHITECTURES]
         source = ROOT / "csrc" / "kernels" / "collectives.cu"
         subprocess.run([nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", str(target), str(source)], check=True)
         self.kernels = target

@@ -15,6 +15,13 @@ _COUNTERS = {
     "all_gather_bytes": "Bytes that this rank gave to all-gathers",
     "fallbacks": "Collectives between the two ranks that went to vLLM's own path",
     "wait_seconds": "Seconds spent waiting for the peer inside collectives",
+    "packet_messages": "Messages that went as flagged packets, as small ones do",
+    "payload_messages": "Messages that went as payload and then a flag, as large ones do",
+    "chunked_operations": "Collectives of more than one message",
+    "proxy_posts": "Messages that the proxy sent",
+    "rail_failures": "Times that an RDMA rail failed",
+    "rail_recoveries": "Times that a failed RDMA rail came back",
+    "reposts": "Messages sent again because a rail failed before they were known to have arrived",
 }
 
 
@@ -25,7 +32,7 @@ class SparkCollector:
         self._board = board
 
     def collect(self) -> Iterator[Any]:
-        """Yields one counter family per kind, with a sample per rank."""
+        """Yields one family per counter, and two gauges, with a sample per rank."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         records = list(self._board.read())
@@ -34,6 +41,10 @@ class SparkCollector:
             for record in records:
                 family.add_metric([str(record.rank)], getattr(record, field))
             yield family
+        rails = GaugeMetricFamily("vllm_spark_rails_up", "RDMA rails that work now; 0 without RDMA", labels=["rank"])
+        for record in records:
+            rails.add_metric([str(record.rank)], record.rails_up)
+        yield rails
         digest = GaugeMetricFamily(
             "vllm_spark_token_digest",
             "Rolling digest of every sampled token (48 of its bits); the same on both ranks after the same steps",

@@ -30,6 +30,8 @@ Driver load() {
   Driver driver;
   find(library, "cuGetErrorName", driver.get_error_name);
   find(library, "cuCtxGetCurrent", driver.context_current);
+  find(library, "cuCtxGetDevice", driver.context_device);
+  find(library, "cuDeviceGetAttribute", driver.device_attribute);
   find(library, "cuCtxPushCurrent_v2", driver.context_push);
   find(library, "cuCtxPopCurrent_v2", driver.context_pop);
   find(library, "cuCtxSynchronize", driver.context_synchronize);
@@ -76,6 +78,17 @@ void* current_context() {
   if (context == nullptr)
     throw UsageError("no GPU is in use by this thread; call torch.cuda.set_device first");
   return context;
+}
+
+int compute_capability() {
+  constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+  const Driver& driver = Driver::get();
+  Device device = 0;
+  int major = 0, minor = 0;
+  driver.check(driver.context_device(&device), "name the GPU in use");
+  driver.check(driver.device_attribute(&major, kMajor, device), "tell the GPU's compute capability");
+  driver.check(driver.device_attribute(&minor, kMinor, device), "tell the GPU's compute capability");
+  return 10 * major + minor;
 }
 
 CurrentContext::CurrentContext(void* context) : pushed_(Driver::get().context_push(context) == 0) {}

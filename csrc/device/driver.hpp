@@ -10,6 +10,7 @@ namespace spark::device {
 
 // The driver's types as its ABI has them.
 using Result = int;
+using Device = int;
 using DevicePointer = unsigned long long;
 using Stream = void*;
 using Library = void*;
@@ -39,6 +40,8 @@ struct LaunchConfig {
 struct Driver {
   Result (*get_error_name)(Result, const char**);
   Result (*context_current)(void**);
+  Result (*context_device)(Device*);
+  Result (*device_attribute)(int*, int, Device);
   Result (*context_push)(void*);
   Result (*context_pop)(void**);
   Result (*context_synchronize)();
@@ -77,6 +80,9 @@ class CurrentContext {
 
 // The calling thread's context. Throws UsageError if it has none.
 void* current_context();
+
+// 90 for compute capability 9.0: of the calling thread's GPU. Throws CollectiveError.
+int compute_capability();
 
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;
 

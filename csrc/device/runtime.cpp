@@ -13,6 +13,10 @@ namespace {
 constexpr uint64_t kVector = 16;
 constexpr uint64_t kWarp = 32;
 
+// From this compute capability on, kernels wait for the one before them (csrc/kernels/progress.cuh), and
+// setup.py leaves no such GPU with code that does not.
+constexpr int kFirstWithDependentLaunch = 90;
+
 template <typename T>
 T load_acquire(const T& word) {
   static_assert(std::atomic<T>::is_always_lock_free && sizeof(std::atomic<T>) == sizeof(T));
@@ -36,7 +40,9 @@ DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, c
         Progress progress = first_progress(options);
         return new Lent{Kernels(image), RegisteredMemory(endpoint_.memory(), endpoint_.layout().total()),
                         nullptr, MappedMemory(sizeof(Report)), DeviceMemory(&progress, sizeof progress)};
-      }()) {}
+      }()) {
+  if (compute_capability() < kFirstWithDependentLaunch) shape_.dependent_launch = false;
+}
 
 DeviceRuntime::~DeviceRuntime() {
   if (!endpoint_.owned_by_this_process()) {
@@ -66,7 +72,6 @@ void DeviceRuntime::connect(const Address& peer, const std::string& description)
 
 void DeviceRuntime::connect_link(const std::string& peer_offer, const std::string& description) {
   endpoint_.connect_link(peer_offer, description);
-  start();
 }
 
 void DeviceRuntime::start() {

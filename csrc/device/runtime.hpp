@@ -23,7 +23,8 @@ struct LaunchShape {
   uint32_t payload_threads = 512;
   uint32_t payload_blocks = 32;             // most blocks, up to kMaxPieces
   uint32_t payload_bytes_per_block = 4096;  // fewer blocks, rather than less than this for each
-  bool dependent_launch = true;             // start a kernel while the one before it still runs
+  // Start a kernel while the one before it still runs; ignored below compute capability 9.0.
+  bool dependent_launch = true;
 };
 
 class DeviceRuntime {
@@ -44,6 +45,8 @@ class DeviceRuntime {
     return endpoint_.open_link(options, rails);
   }
   void connect_link(const std::string& peer_offer, const std::string& description);
+  // After `connect_link`, once both ranks have come so far: from here on messages go.
+  void begin() { start(); }
   verbs::Link* link() const { return endpoint_.link(); }
   std::string path() const { return endpoint_.path(); }
 

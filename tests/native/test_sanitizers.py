@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [str(path) for path in sorted((ROOT / "csrc").rglob("*.cpp")) if path.name != "bindings.cpp"] + [
+BINDINGS = ROOT / "csrc" / "bindings.cpp"
+SOURCES = [str(path) for path in sorted((ROOT / "csrc").rglob("*.cpp")) if path != BINDINGS] + [
     str(Path(__file__).with_name("stress.cpp"))
 ]
 FLAGS = ["-std=c++17", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"]
@@ -42,10 +45,27 @@ def test_two_ranks_under_a_sanitizer(name: str, flags: list[str], tmp_path: Path
     run(str(tmp_path / "stress"), "1500")
 
 
+CROSS_COMPILER = "aarch64-linux-gnu-g++"
+
+
+def test_the_bindings_compile_for_aarch64() -> None:
+    """Against this machine's Python headers and torch's copy of pybind11, which hold for any 64-bit Linux."""
+    if shutil.which(CROSS_COMPILER) is None:
+        pytest.skip("needs g++-aarch64-linux-gnu (Debian package)")
+    headers = [sysconfig.get_path("include"), str(Path(torch.__file__).with_name("include"))]
+    done = subprocess.run(
+        [CROSS_COMPILER, *FLAGS, "-fsyntax-only", *(f"-isystem{folder}" for folder in headers), str(BINDINGS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_two_ranks_on_aarch64(tmp_path: Path) -> None:
     """Shows that it compiles and computes right there; the emulator's memory order is the host's."""
-    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-    if shutil.which(compiler) is None or emulator is None:
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if shutil.which(CROSS_COMPILER) is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user (Debian packages)")
-    build(compiler, tmp_path / "stress", "-static")
+    build(CROSS_COMPILER, tmp_path / "stress", "-static")
     run(emulator, str(tmp_path / "stress"), "300")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,8 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
-from vllm_spark.bench.collective_report import format_size
+from vllm_spark.bench.baseline import connect_baseline, gather_last
+from vllm_spark.bench.collective import Report, Row, Settings
+from vllm_spark.bench.collective_report import as_table, format_size
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.cli import main
 from vllm_spark.errors import SparkError
@@ -39,14 +43,64 @@ def test_collective(collective: str, tmp_path: Path) -> None:
     }
     for row in rows.values():
         assert 0 < row["minimum"] <= row["median"] <= row["p99"]
+        assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / row["median"] / 1e3)
+    assert figures["baseline"].startswith("gloo through torch.distributed")
+    for heading in ("minimum", "median", "p99", "GB/s", "of the limit", "/ gloo"):
+        assert heading in done.stdout
     # Not about speed: a message of 3.2 us of wire cannot take less.
     assert rows["wire", 1 << 10]["minimum"] > 3.2
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gathering_logits(tmp_path: Path) -> None:
+    done = bench("--collective", "logits_gather", "--samples", "1", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    assert "[8, 75968]" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["bytes"] for row in figures["rows"]} == {2 * 75968, 8 * 2 * 75968}
+    assert {row["candidate"] for row in figures["rows"]} == {"direct", "proxied", "wire", "gloo"}
+
+
+def test_ratios_are_to_the_baseline_over_host_memory_in_the_same_mode() -> None:
+    medians = {("direct", "eager"): 10.0, ("direct", "graph"): 3.0, ("nccl", "graph"): 4.0}
+    medians |= {("nccl, host memory", "eager"): 20.0, ("nccl, host memory", "graph"): 12.0}
+    rows = [Row(name, mode, 4096, 1.0, median, 99.0) for (name, mode), median in medians.items()]
+    report = Report(Settings("cuda", (4096,)), "a machine", rows, "a library 1.2", copy_gbytes_per_s=4.096)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(as_table(report, "graph"))
+    shown = console.export_text()
+    assert "nccl, host memory: a library 1.2" in shown
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["4 KiB", "direct", "1.0", "3.0", "99.0", "1.37", "33%", "0.25"],
+        ["", "nccl", "1.0", "4.0", "99.0", "1.02", "25%", "0.33"],
+        ["", "nccl, host memory", "1.0", "12.0", "99.0", "0.34", "8%", "1.00"],
+    ]
+
+
+def check_baseline(rank: Rank) -> None:
+    import torch
+
+    baseline = connect_baseline(rank, "cpu")
+    mine = torch.arange(6.0).reshape(2, 3) + 10 * rank.index
+    expected = torch.tensor([[0.0, 1, 2, 10, 11, 12], [3, 4, 5, 13, 14, 15]])
+    if not gather_last(baseline, mine).equal(expected):
+        raise SparkError("the baseline gathers something else than we do")
+    baseline.all_reduce(mine)
+    baseline.close()
+    rank.report("right")
+
+
+def test_the_baseline_does_the_same_work() -> None:
+    said: list[Any] = []
+    run_ranks(check_baseline, on_report=said.append)
+    assert said == ["right", "right"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--collective", "logits_gather", "--sizes", "1KiB"], "--sizes does not go with --collective logits_gather"),
         (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
         (["--samples", "0"], "'0' is no whole number above 0"),

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from vllm_spark.bench.ranks import Rank, run_ranks
+from vllm_spark.collective import Runtime, RuntimeOptions, install
 from vllm_spark.errors import PeerLostError
-from vllm_spark.executor.counters import BOARD_VARIABLE, CounterBoard, RankCounters
+from vllm_spark.executor.counters import BOARD_VARIABLE, CounterBoard, RankCounters, local_counters
 from vllm_spark.metrics import SparkCollector
 
 ENGINE = """
@@ -17,7 +19,7 @@ from vllm_spark.executor.counters import CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 board = CounterBoard.from_environment()
 board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
-board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45})
+board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3})
 board.fail(PeerLostError("the follower left"))
 """
 
@@ -44,6 +46,36 @@ def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None
     }
     assert samples["vllm_spark_all_reduces_total", "1"] == 45
     assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
+    assert (samples["vllm_spark_rails_up", "0"], samples["vllm_spark_rails_up", "1"]) == (0, 2)
+    assert samples["vllm_spark_reposts_total", "1"] == 3
+    assert {name.removeprefix("vllm_spark_").removesuffix("_total") for name, _ in samples} == {
+        "token_digest" if field == "digest" else field for field in RankCounters.__struct_fields__ if field != "rank"
+    }
+
+
+def work_and_report(rank: Rank) -> None:
+    import torch
+
+    options = RuntimeOptions(timeout_s=30.0, loopback_mode="proxied", slot_bytes=1 << 20)
+    with Runtime.connect(rank.index, 2, rank.exchange, options) as runtime:
+        install(runtime)
+        runtime.all_reduce(torch.ones(8))
+        runtime.all_gather(torch.ones(1 << 20))  # 4 MiB
+        rank.report(local_counters(rank.index, (3, b"\xab")))
+        rank.exchange(b"")
+
+
+def test_a_rank_tells_what_its_runtime_did() -> None:
+    told: list[RankCounters] = []
+    run_ranks(work_and_report, on_report=told.append)
+    assert sorted(counters.rank for counters in told) == [0, 1]
+    for counters in told:
+        assert (counters.steps, counters.digest, counters.fallbacks) == (3, "ab", 0)
+        assert (counters.all_reduces, counters.all_reduce_bytes) == (1, 32)
+        assert (counters.all_gathers, counters.all_gather_bytes) == (1, 4 << 20)
+        assert (counters.packet_messages, counters.payload_messages, counters.chunked_operations) == (1, 4, 1)
+        assert counters.proxy_posts > 0
+        assert (counters.rails_up, counters.rail_failures, counters.rail_recoveries, counters.reposts) == (0, 0, 0, 0)
 
 
 def test_a_long_reason_is_shortened(board: CounterBoard) -> None:

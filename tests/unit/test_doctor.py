@@ -19,7 +19,8 @@ from vllm_spark.doctor import finding as finding_module
 from vllm_spark.doctor.examination import Machine, examine, is_bare
 from vllm_spark.doctor.finding import Finding, exit_code, worst
 from vllm_spark.doctor.machine import pinned_bytes
-from vllm_spark.doctor.rdma_mtu import rdma_mtu
+from vllm_spark.doctor.rails import find_rails
+from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.credentials import make_secret
@@ -312,6 +313,22 @@ def test_who_may_lock_memory(tree: Tree) -> None:
 )
 def test_packets_that_fit_an_mtu(interface: int, packets: int) -> None:
     assert rdma_mtu(interface) == packets
+
+
+@pytest.mark.parametrize(
+    ("interface", "measured", "status"),
+    [(9000, 4096, "ok"), (1500, 1024, "note"), (9000, 1024, "warning"), (9000, None, "unknown")],
+)
+def test_packets_that_a_port_uses(tree: Tree, interface: int, measured: int | None, status: str) -> None:
+    """What follows from the interface's MTU is warned of there, and once."""
+    for netdev in ("enp1s0f0np0", "enP2p1s0f0np0"):
+        tree.mtu(netdev, interface)
+    found = check_rdma_mtu(find_rails(tree.system), {} if measured is None else dict.fromkeys(UP, measured))
+    assert_complete(found)
+    assert found.status == status
+    if status == "unknown":
+        assert "pyverbs is not installed" in found.explanation
+        assert "rocep1s0f0 4096" in found.explanation
 
 
 def test_a_port_without_gids_still_has_its_interface(tree: Tree) -> None:

@@ -1,21 +1,22 @@
 """How long one collective takes: this project's, and the one that vLLM would use, in the same run.
 
 On GPUs the peer is NCCL, once as it chooses (NVLink, where there is one) and once over host memory, which is the only
-path that two machines have; on CPUs it is gloo. Both ranks take turns with all candidates, size by size, so that
-whatever else the machine does falls on all of them.
+path that two machines have; on CPUs it is gloo (vllm_spark.bench.baseline). Both ranks take turns with all candidates,
+size by size, so that whatever else the machine does falls on all of them. Eager figures contain what each library's
+Python costs; those of graphs do not.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
 from vllm_spark.bench.ranks import WORLD_SIZE, Rank, run_ranks
 from vllm_spark.bench.samples import percentile
 from vllm_spark.collective.options import RuntimeOptions
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 KIB, MIB = 1 << 10, 1 << 20
 DEFAULT_SIZES = tuple(1 << power for power in range(10, 27, 2))
+LOGITS = 75_968
+"""Columns of a rank's half of the logits: Qwen3's vocabulary over two ranks."""
+LOGITS_SIZES = tuple(batch * LOGITS * 2 for batch in (1, 8))
 CALLS_PER_TOKEN = 97
 """All-reduces of one decode step of a 48-layer model; a graph holds as many."""
 
@@ -48,6 +52,7 @@ class Settings:
         sizes: bytes of each rank's input.
         samples: timings for each size, candidate and mode.
         latency_us, gbytes_per_s: of the modelled wire.
+        collective: `all_reduce`, `all_gather`, or `logits_gather`: of [batch, 75968] along the last dimension.
     """
 
     device: str
@@ -81,6 +86,8 @@ class Report:
     settings: Settings
     machine: str
     rows: list[Row] = field(default_factory=list)
+    baseline: str = ""
+    """The library that stands for vLLM's own path, and its version."""
     copy_gbytes_per_s: float = 0.0
     """The limit: what one large copy reaches, from the GPU to host memory or within a CPU's memory."""
 
@@ -104,6 +111,8 @@ def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> 
         if isinstance(value, Row):
             report.rows.append(value)
             on_row(value)
+        elif isinstance(value, str):
+            report.baseline = value
         else:
             report.copy_gbytes_per_s = value
 
@@ -112,6 +121,11 @@ def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> 
         # NCCL reads this once in a process's life.
         run_ranks(_measure_rank, settings, False, environment={"NCCL_P2P_DISABLE": "1"}, on_report=take)
     return report
+
+
+def shape_of(settings: Settings, size: int) -> tuple[int, ...]:
+    """Of each rank's input of `size` bytes."""
+    return (size // 2 // LOGITS, LOGITS) if settings.collective == "logits_gather" else (size // 2,)
 
 
 def rows_to_come(settings: Settings) -> int:
@@ -139,26 +153,21 @@ Call = Callable[["torch.Tensor"], Any]
 def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
     """One rank's process."""
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     if settings.device == "cuda":
         torch.cuda.set_device(rank.index)
-    dist.init_process_group(
-        "nccl" if settings.device == "cuda" else "gloo",
-        f"tcp://127.0.0.1:{rank.port}",
-        rank=rank.index,
-        world_size=WORLD_SIZE,
-    )
+    baseline = connect_baseline(rank, settings.device)
     candidates = dict(_ours(rank, settings)) if with_ours else {}
-    candidates[_peer_name(settings, with_ours)] = _peer(settings)
+    candidates[_baseline_name(settings, with_ours)] = _baseline_call(baseline, settings)
     if with_ours and rank.index == 0:
+        rank.report(baseline.library)
         rank.report(_copy_bandwidth(settings.device))
     timers: dict[str, Callable[[Call, torch.Tensor, int], float]] = (
         {"eager": _time_on_gpu, "graph": _GraphTimer()} if settings.device == "cuda" else {"eager": _time_on_cpu}
     )
     for size in settings.sizes:
-        tensor = torch.ones(size // 2, dtype=torch.bfloat16, device=settings.device)
+        tensor = torch.ones(shape_of(settings, size), dtype=torch.bfloat16, device=settings.device)
         calls = calls_for(size)
         samples: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in candidates for mode in timers}
         for _ in range(_WARM_UP + settings.samples):
@@ -168,7 +177,8 @@ def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
             for (name, mode), taken in samples.items():
                 kept = taken[_WARM_UP:]
                 rank.report(Row(name, mode, size, min(kept), statistics.median(kept), percentile(kept, 0.99)))
-    dist.destroy_process_group()
+    timers.clear()  # and with them the graphs that hold the baseline's calls
+    baseline.close()
 
 
 def _ours(rank: Rank, settings: Settings) -> Iterator[tuple[str, Call]]:
@@ -182,30 +192,22 @@ def _ours(rank: Rank, settings: Settings) -> Iterator[tuple[str, Call]]:
             runtime = kind.connect(rank.index, WORLD_SIZE, rank.exchange, options)
         except collective.CollectiveError as error:
             raise SparkError(str(error)) from None
-        yield name, getattr(runtime, settings.collective)
+        # Both gathers are along the last dimension.
+        yield name, runtime.all_reduce if settings.collective == "all_reduce" else runtime.all_gather
 
 
-def _peer_name(settings: Settings, as_it_chooses: bool) -> str:
+def _baseline_name(settings: Settings, as_it_chooses: bool) -> str:
     if settings.device == "cpu":
         return "gloo"
     return "nccl" if as_it_chooses else "nccl, host memory"
 
 
-def _peer(settings: Settings) -> Call:
-    import torch.distributed as dist
-
+def _baseline_call(baseline: Baseline, settings: Settings) -> Call:
     if settings.collective == "all_reduce":
-        return lambda tensor: dist.all_reduce(tensor.clone())
-
-    # torch 2.13 has a new name for it, and 2.11 does not know that one.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor")
-
-    def all_gather(tensor: torch.Tensor) -> torch.Tensor:
-        both = tensor.new_empty(WORLD_SIZE * tensor.numel())
-        dist.all_gather_into_tensor(both, tensor)
-        return both
-
-    return all_gather
+        return baseline.all_reduce
+    if settings.collective == "all_gather":
+        return baseline.all_gather
+    return lambda tensor: gather_last(baseline, tensor)
 
 
 def _time_on_cpu(call: Call, tensor: torch.Tensor, calls: int) -> float:
@@ -231,19 +233,21 @@ class _GraphTimer:
     """Times a graph of calls; captures it when it sees a call or a tensor for the first time."""
 
     def __init__(self) -> None:
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs: dict[tuple[int, int, int], Any] = {}
 
     def __call__(self, call: Call, tensor: torch.Tensor, calls: int) -> float:
         import torch
 
-        graph = self._graphs.get((id(call), tensor.data_ptr()))
+        # The size too: a later tensor may lie where a smaller one was.
+        key = (id(call), tensor.data_ptr(), tensor.nbytes)
+        graph = self._graphs.get(key)
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph):
                 for _ in range(calls):
                     call(tensor)
-            self._graphs[id(call), tensor.data_ptr()] = graph
+            self._graphs[key] = graph
         return _time_on_gpu(lambda _: graph.replay(), tensor, 1) / calls
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from vllm_spark.bench.collective import Report
+from vllm_spark.bench.collective import Report, shape_of
 from vllm_spark.errors import ConfigurationError
 
 _UNITS = ((1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
@@ -23,28 +23,31 @@ def format_size(size: int) -> str:
 
 
 def as_table(report: Report, mode: str) -> Table:
-    """Medians and 99th percentiles of one mode, and the ratio to the last candidate, the peer over host memory."""
-    candidates = list(dict.fromkeys(row.candidate for row in report.rows))
-    peer = candidates[-1]
+    """One mode's figures, and their ratio to the last candidate's, which is the baseline over host memory."""
+    baseline = report.rows[-1].candidate
     settings = report.settings
     table = Table(
         title=f"{settings.collective} of bfloat16, {mode}, microseconds for one call",
-        caption=f"{report.machine}. Median / 99th percentile. wire: proxied, {settings.latency_us:g} us and "
-        f"{settings.gbytes_per_s:g} GB/s modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s.",
+        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, {settings.latency_us:g} us and "
+        f"{settings.gbytes_per_s:g} GB/s modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
+        "GB/s: bytes of a rank's input over the median.",
     )
-    table.add_column("size", justify="right", no_wrap=True)
-    for name in candidates:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column(f"direct / {peer}", justify="right")
-    table.add_column("of the limit", justify="right")
+    for heading in ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size in settings.sizes:
-        rows = {row.candidate: row for row in report.rows if (row.mode, row.bytes) == (mode, size)}
-        cells = [f"{_time(rows[name].median)} / {_time(rows[name].p99)}" if name in rows else "" for name in candidates]
-        ratio, share = "", ""
-        if "direct" in rows and peer in rows:
-            ratio = f"{rows['direct'].median / rows[peer].median:.2f}"
-            share = f"{rows['direct'].gbytes_per_s / report.copy_gbytes_per_s:.0%}"
-        table.add_row(format_size(size), *cells, ratio, share)
+        first = format_size(size)
+        if settings.collective == "logits_gather":
+            first = str(list(shape_of(settings, size)))
+        reference = report.median(baseline, mode, size)
+        for row in report.rows:
+            if (row.mode, row.bytes) != (mode, size):
+                continue
+            share = f"{row.gbytes_per_s / report.copy_gbytes_per_s:.0%}"
+            ratio = "" if reference is None else f"{row.median / reference:.2f}"
+            times = [_time(row.minimum), _time(row.median), _time(row.p99)]
+            table.add_row(first, row.candidate, *times, f"{row.gbytes_per_s:.2f}", share, ratio)
+            first = ""
+        table.add_section()
     return table
 
 
@@ -56,6 +59,7 @@ def as_json(report: Report) -> str:
     """Everything, with times in microseconds."""
     content: dict[str, Any] = {
         "machine": report.machine,
+        "baseline": report.baseline,
         "settings": asdict(report.settings),
         "copy_gbytes_per_s": report.copy_gbytes_per_s,
         "rows": [{**msgspec.to_builtins(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],

@@ -12,7 +12,7 @@ from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.machine import check_machine
 from vllm_spark.doctor.network import check_network
 from vllm_spark.doctor.rails import Rail, active, find_rails
-from vllm_spark.doctor.rdma_mtu import check_rdma_mtu
+from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
 from vllm_spark.doctor.software import check_software
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.handshake import Versions, host_name
@@ -57,7 +57,7 @@ def _findings(
     if active(rails):
         yield from _guarded("rdma.access", lambda: [rdma.check_access(system, rails)])
         yield from _guarded("rdma.gid", lambda: [rdma.check_gids(rails)])
-        yield from _guarded("rdma.mtu", lambda: [check_rdma_mtu(system, rails)])
+        yield from _guarded("rdma.mtu", lambda: [check_rdma_mtu(rails, measured_mtus(system, rails))])
         away = peer if peer is None or not is_loopback(peer) else None
         yield from _guarded("link", lambda: check_network(system, rails, away))
     yield from [gpu.missing()] if chip is None else _guarded("gpu", lambda: gpu.check_gpu(system, chip))

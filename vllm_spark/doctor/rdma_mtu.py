@@ -20,11 +20,16 @@ def rdma_mtu(interface_mtu: int) -> int:
     return max((size for size in (256, 512, 1024, 2048, BEST) if size + _OVERHEAD <= interface_mtu), default=0)
 
 
-def check_rdma_mtu(system: System, rails: list[Rail]) -> Finding:
-    """What the active ports use now."""
+def measured_mtus(system: System, rails: list[Rail]) -> dict[str, int]:
+    """The RDMA MTU of each active port in bytes, by the rail's name; empty if nobody can say."""
+    up = active(rails)
+    return (_from_pyverbs(up) or _from_native(up)) if system.live else {}
+
+
+def check_rdma_mtu(rails: list[Rail], measured: dict[str, int]) -> Finding:
+    """What the active ports use now, as `measured_mtus` says."""
     title = "RDMA MTU in use"
     up = active(rails)
-    measured = (_from_pyverbs(up) or _from_native(up)) if system.live else {}
     if not measured:
         fits = ", ".join(f"{rail.name} {rdma_mtu(rail.mtu)}" for rail in up if rail.mtu)
         return Finding(

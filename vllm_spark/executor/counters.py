@@ -46,6 +46,21 @@ class RankCounters(msgspec.Struct):
     all_gather_bytes: int = 0
     fallbacks: int = 0
     wait_seconds: float = 0.0
+    packet_messages: int = 0
+    payload_messages: int = 0
+    chunked_operations: int = 0
+    proxy_posts: int = 0
+    rails_up: int = 0
+    rail_failures: int = 0
+    rail_recoveries: int = 0
+    reposts: int = 0
+
+
+_OF_RUNTIME = (
+    *("all_reduces", "all_gathers", "all_reduce_bytes", "all_gather_bytes", "wait_seconds"),
+    *("packet_messages", "payload_messages", "chunked_operations", "proxy_posts"),
+    *("rails_up", "rail_failures", "rail_recoveries", "reposts"),
+)
 
 
 def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
@@ -55,9 +70,8 @@ def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
     counters = RankCounters(rank, steps=ledger[0], digest=ledger[1].hex(), fallbacks=fallbacks())
     if runtime := installed():
         runs = runtime.counters()
-        counters.all_reduces, counters.all_gathers = runs.all_reduces, runs.all_gathers
-        counters.all_reduce_bytes, counters.all_gather_bytes = runs.all_reduce_bytes, runs.all_gather_bytes
-        counters.wait_seconds = runs.wait_seconds
+        for name in _OF_RUNTIME:
+            setattr(counters, name, getattr(runs, name))
     return counters
 
 

@@ -20,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there are two GPUs"
     )
-    parser.add_argument("--collective", choices=["all_reduce", "all_gather"], default="all_reduce")
+    parser.add_argument(
+        "--collective",
+        choices=["all_reduce", "all_gather", "logits_gather"],
+        default="all_reduce",
+        help="logits_gather: [1, 75968] and [8, 75968] along the last dimension, as every step of decoding does",
+    )
     parser.add_argument(
         "--sizes", type=sizes, default=None, metavar="SIZE,...", help="1KiB to 64MiB; default: 1KiB, 4KiB, ... 64MiB"
     )
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         import torch
     except ImportError:
         raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
-    from vllm_spark.bench.collective import DEFAULT_SIZES, Settings, check_gpus, measure, rows_to_come
+    from vllm_spark.bench.collective import DEFAULT_SIZES, LOGITS_SIZES, Settings, check_gpus, measure, rows_to_come
     from vllm_spark.bench.collective_report import as_json, as_table, check_plot, plot
     from vllm_spark.bench.samples import machine
 
@@ -44,13 +49,20 @@ def run(args: argparse.Namespace) -> int:
         check_writable(path)
     if args.plot is not None:
         check_plot(args.plot)
+    defaults = DEFAULT_SIZES
+    if args.collective == "logits_gather":
+        if args.sizes is not None:
+            raise ConfigurationError(
+                "--sizes does not go with --collective logits_gather, which has its own; leave it out"
+            )
+        defaults = LOGITS_SIZES
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "cpu"
     if device == "cuda":
         check_gpus()
     settings = Settings(
-        device, args.sizes or DEFAULT_SIZES, args.samples, args.latency_us, args.gbytes_per_s, args.collective
+        device, args.sizes or defaults, args.samples, args.latency_us, args.gbytes_per_s, args.collective
     )
     name = f"2 x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     where = machine(name, f"torch {torch.__version__}", f"vllm_spark {__version__}")
