@@ -117,7 +117,8 @@ py::list rdma_ports() {
   for (const verbs::PortInfo& info : verbs::list_ports()) {
     py::list gids;
     for (const verbs::GidInfo& gid : info.gids) {
-      gids.append(py::make_tuple(gid.index, py::bytes(reinterpret_cast<const char*>(gid.gid.raw), sizeof gid.gid.raw),
+      gids.append(py::make_tuple(gid.index,
+                                 py::bytes(reinterpret_cast<const char*>(gid.gid.raw), sizeof gid.gid.raw),
                                  gid.interface_index));
     }
     ports.append(py::make_tuple(info.device, info.port, info.active, info.ethernet, info.mtu, gids));
@@ -174,6 +175,7 @@ void bind_common(py::class_<AnyRuntime>& bound) {
           py::kw_only(), py::arg("rails"), py::arg("timeout_s"), py::arg("traffic_class"),
           py::arg("service_level"))
       .def("connect_link", &AnyRuntime::connect_link, Unlocked())
+      .def("begin", &AnyRuntime::begin, Unlocked())
       .def("abort", &AnyRuntime::abort, Unlocked())
       .def("close", &AnyRuntime::close, Unlocked())
       .def("hold_proxy", &AnyRuntime::hold_proxy)
@@ -181,9 +183,10 @@ void bind_common(py::class_<AnyRuntime>& bound) {
                          const std::string& announcement) { link_of(runtime).deliver(announcement); })
       .def("take_announcement",
            [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).take_announcement()); })
-      .def("silence", [](const AnyRuntime& runtime) {
-        return std::chrono::duration<double>(link_of(runtime).silence()).count();
-      })
+      .def("silence",
+           [](const AnyRuntime& runtime) {
+             return std::chrono::duration<double>(link_of(runtime).silence()).count();
+           })
       .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).take_log(); })
       .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
       .def_property_readonly(

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "errors.hpp"
+#include "utf8.hpp"
 
 namespace spark {
 namespace {
@@ -55,13 +56,6 @@ Options checked(const Options& options) {
            std::to_string(kMaxPieces) + ", and without one there is 1");
   }
   return options;
-}
-
-// How much of UTF-8 `text` fits into `limit` bytes without cutting a character in two.
-size_t whole_characters(const std::string& text, size_t limit) {
-  if (text.size() <= limit) return text.size();
-  while (limit > 0 && (static_cast<unsigned char>(text[limit]) & 0xc0u) == 0x80u) --limit;
-  return limit;
 }
 
 }  // namespace

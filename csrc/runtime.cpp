@@ -119,7 +119,6 @@ void Runtime::connect(const Address& peer, const std::string& description) {
 
 void Runtime::connect_link(const std::string& peer_offer, const std::string& description) {
   endpoint_.connect_link(peer_offer, description);
-  start();
 }
 
 void Runtime::connect_in_process(const Runtime& peer) {

@@ -42,6 +42,8 @@ class Runtime {
     return endpoint_.open_link(options, rails);
   }
   void connect_link(const std::string& peer_offer, const std::string& description);
+  // After `connect_link`, once both ranks have come so far: from here on messages go.
+  void begin() { start(); }
   verbs::Link* link() const { return endpoint_.link(); }
   std::string path() const { return endpoint_.path(); }
 

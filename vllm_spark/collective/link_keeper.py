@@ -33,6 +33,7 @@ class LinkKeeper(threading.Thread):
         while not self._stopping:
             poll.poll()
             self._pass_on()
+        self._pass_on()  # what came while it was told to stop: the farewell
 
     def stop(self) -> None:
         """Passes on what is left, and ends the thread; waits for it a second at most."""
@@ -40,6 +41,8 @@ class LinkKeeper(threading.Thread):
         os.eventfd_write(self._end, 1)
         if threading.current_thread() is not self:
             self.join(1.0)
+            if not self.is_alive():
+                os.close(self._end)
 
     def _pass_on(self) -> None:
         announcement = self._native.take_announcement()

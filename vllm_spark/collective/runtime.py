@@ -162,6 +162,7 @@ class Runtime:
         except CollectiveError as error:
             problem = str(error)
         both_ready(exchange, problem)
+        native.begin()
         return native
 
     @classmethod

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<BxxxI")
 _EXCHANGE, _ANNOUNCEMENT = 1, 2
+_SEND_SECONDS = 5
 _LARGEST = 1 << 20  # bytes; what is exchanged has a few thousand
 
 
@@ -42,6 +43,8 @@ class SocketPeer:
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
+        # An announcement must not wait: what a stuck connection does not take is lost, and said again.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
         threading.Thread(target=self._read, name="spark-peer", daemon=True).start()
 
     def exchange(self, mine: bytes) -> bytes:

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../../errors.hpp"
+#include "../../utf8.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -17,12 +18,16 @@ namespace {
 constexpr auto kLookInterval = std::chrono::milliseconds(1);
 // A rail that cannot be connected is tried again this often.
 constexpr auto kRetryInterval = std::chrono::milliseconds(100);
+// Connecting may take a second of this thread's time (the kernel looks for the peer's address), so what fails
+// again and again is tried less often.
+constexpr auto kLongestRetryInterval = std::chrono::seconds(5);
 // The state is said this often even if nothing changes: the last announcement may have been lost with a rail,
 // the peer learns that this process is alive, and a rail that fails while nothing is sent is noticed.
 constexpr auto kRepeatInterval = std::chrono::milliseconds(200);
 // The same out of band, while no rail works.
 constexpr auto kSlowRepeatInterval = std::chrono::seconds(1);
-constexpr auto kFarewellTime = std::chrono::seconds(1);
+// A rail may fail under the last message, and it takes a few seconds to notice.
+constexpr auto kFarewellTime = std::chrono::seconds(5);
 
 std::string seconds_text(std::chrono::nanoseconds duration) {
   char text[32];
@@ -138,6 +143,9 @@ bool Link::send(Rail& rail, const Write& write, bool signal) {
 }
 
 void Link::send_waiting() {
+  // What a failed rail's NIC still has on its way must not arrive after what is sent again. Once the peer has
+  // ended its end of that connection, it cannot.
+  if (repeating_ && !peer_has_ended_failed_rails()) return;
   while (!waiting_.empty()) {
     Write write = waiting_.front();
     if (newest(write) != write.sequence) {  // its slot has been used again: it had arrived
@@ -157,6 +165,12 @@ void Link::send_waiting() {
     }
   }
   repeating_ = false;
+}
+
+bool Link::peer_has_ended_failed_rails() const {
+  return std::all_of(rails_.begin(), rails_.end(), [this](auto& rail) {
+    return static_cast<int32_t>(theirs_.rails[rail->index()].epoch - rail->epoch()) >= 0;
+  });
 }
 
 void Link::poll(Rail& rail) {
@@ -193,7 +207,7 @@ bool Link::progress() {
     if (rail->phase() == Phase::kUp && rail->queued() > 0) poll(*rail);
   }
   if (!waiting_.empty()) send_waiting();
-  return !stopped_ && (!waiting_.empty() || pinned_ != nullptr || !all_up());
+  return !stopped_ && !waiting_.empty();
 }
 
 void Link::attend() {
@@ -268,12 +282,12 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   // not.
   if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
   if (rail.phase() == Phase::kUp || now < trouble.next_try) return;
-  trouble.next_try = now + kRetryInterval;
   bool same = peer.epoch == rail.epoch();
   try {
     if (rail.phase() == Phase::kDown) {
       if (!rail.device().port_active(rail.port())) {
         trouble.problem = "its port is down";
+        trouble.next_try = now + kRetryInterval;
         return;
       }
       rail.offer();
@@ -284,12 +298,21 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
       changed_ = true;
     }
   } catch (const CollectiveError& error) {
+    // A queue pair that got half way cannot be connected again: another one can.
+    if (rail.phase() == Phase::kOffered) fail(rail, error.what(), rail.epoch() + 1);
     trouble.problem = error.what();
+    trouble.pause =
+        std::clamp<std::chrono::nanoseconds>(2 * trouble.pause, kRetryInterval, kLongestRetryInterval);
+    trouble.next_try =
+        Clock::now() + trouble.pause;  // not `now`: trying may have taken longer than the pause
     return;
   }
-  trouble.next_try = {};  // the rest waits for the peer's word, and only looks at it
   if (rail.phase() != Phase::kReady || !same || peer.phase < Phase::kReady) return;
   rail.rise();
+  trouble.pause = {};
+  trouble.problem = "the peer does not answer";
+  trouble.unproven = true;
+  trouble.risen_at = rail.posted();
   changed_ = true;
   counters_.rails_up.fetch_add(1, std::memory_order_relaxed);
   counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
@@ -297,7 +320,15 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
 }
 
 void Link::judge(Clock::time_point now) {
-  bool lost = counters_.rails_up.load(std::memory_order_relaxed) == 0;
+  // Only a message that arrived proves a connection: out of band the ranks may agree on one that carries
+  // nothing.
+  bool lost = true;
+  for (auto& rail : rails_) {
+    Trouble& trouble = troubles_[rail->index()];
+    if (rail->phase() != Phase::kUp) continue;
+    if (rail->completed() > trouble.risen_at) trouble.unproven = false;
+    if (!trouble.unproven) lost = false;
+  }
   if (lost != counters_.lost.exchange(lost, std::memory_order_relaxed)) {
     lost_since_ = now;
     if (lost) {
@@ -312,8 +343,7 @@ std::string Link::loss() const {
   std::string text = rank_name_ + " lost its link to " + peer_name_ + ": no rail came back within " +
                      seconds_text(options_.timeout) + " (";
   for (auto& rail : rails_) {
-    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " +
-            (rail->phase() == Phase::kDown ? troubles_[rail->index()].problem : "the peer does not answer");
+    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " + troubles_[rail->index()].problem;
   }
   return text + "); the last message posted is " + std::to_string(last_posted_) +
          "; see the cable and the other machine";
@@ -427,7 +457,7 @@ LinkState Link::state() const {
   state.rail_count = static_cast<uint32_t>(rails_.size());
   for (auto& rail : rails_) state.rails[rail->index()] = rail->state();
   state.stopped = farewell_.empty() ? 0 : 1;
-  std::strncpy(state.reason, farewell_.c_str(), LinkState::kReasonBytes - 1);
+  std::memcpy(state.reason, farewell_.data(), whole_characters(farewell_, LinkState::kReasonBytes - 1));
   state.checksum = state.sum();
   return state;
 }

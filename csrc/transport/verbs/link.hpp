@@ -82,6 +82,7 @@ class Link final : public Transport {
   bool send(Rail& rail, const Write& write, bool signal);
   void send_waiting();
   uint32_t& newest(const Write& write);
+  bool peer_has_ended_failed_rails() const;
   void poll(Rail& rail);
   void fail(Rail& rail, const std::string& why, uint32_t epoch);
 
@@ -102,8 +103,11 @@ class Link final : public Transport {
 
   // What is known of a rail beyond its connection.
   struct Trouble {
-    std::string problem;  // why it is down
+    std::string problem;  // why it is down, or would be
     Clock::time_point since{}, next_try{};
+    std::chrono::nanoseconds pause{0};  // between two tries
+    bool unproven = false;              // it is up, but nothing has arrived over it yet
+    uint64_t risen_at = 0;              // number of the last message before it came up
   };
 
   LinkOptions options_;

@@ -33,6 +33,16 @@ Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const 
       sending_(*device_, memory + layout_.outbox(), layout_.total() - layout_.outbox(), false),
       ring_(kWrites) {}
 
+Rail::~Rail() {
+  end_connection();
+}
+
+void Rail::end_connection() {
+  if (!connection_) return;
+  connection_->pair.end();  // from here on nothing of it reaches this rank's memory
+  reaper_.release(std::move(connection_));
+}
+
 RailState Rail::state() const {
   RailState state{};
   state.epoch = epoch_;
@@ -83,10 +93,7 @@ std::vector<Write> Rail::fail(uint32_t epoch) {
     if (!posted.announcement) lost.push_back(posted.write);
   }
   completed_ = posted_;
-  if (connection_) {
-    connection_->pair.end();  // from here on nothing of it reaches this rank's memory
-    reaper_.release(std::move(connection_));
-  }
+  end_connection();
   epoch_ = epoch;
   phase_ = Phase::kDown;
   return lost;

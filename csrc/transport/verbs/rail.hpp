@@ -37,6 +37,10 @@ class Rail {
   Rail(uint32_t index, const RailAddress& address, std::byte* memory, const RegionSizes& sizes,
        const WireClass& marks, Reaper& reaper);
 
+  ~Rail();
+  Rail(const Rail&) = delete;
+  Rail& operator=(const Rail&) = delete;
+
   uint32_t index() const { return index_; }
   const std::string& name() const { return name_; }  // "rail 0 (mlx5_0)"
   const Device& device() const { return *device_; }
@@ -97,6 +101,7 @@ class Rail {
     bool announcement;
   };
 
+  void end_connection();
   void prepare_requests();
   void aim(size_t from, size_t to, size_t bytes);
   int submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest& last, uint32_t flags,
