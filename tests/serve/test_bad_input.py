@@ -56,7 +56,12 @@ def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
         (["--spark-port", "70000"], ["--spark-port", "70000", "65535"]),
         (["--spark-port", "8123", "--port", "8123"], ["--port 8123", "--spark-port 8123", "of their own"]),
         (["--spark-transport", "pigeon"], ["--spark-transport", "pigeon"]),
-        (["--spark-transport", "verbs"], ["--spark-transport verbs", "--spark-transport loopback"]),
+        (
+            ["--spark-transport", "verbs"],
+            ["--spark-transport verbs", "vllm-spark doctor", "--spark-transport loopback"],
+        ),
+        (["--spark-rails", "mlx5_7:1"], ["--spark-rails mlx5_7:1", "mlx5_7:1"]),
+        (["--spark-rails", "mlx5_7:x"], ["--spark-rails", "mlx5_7:x", "DEVICE:PORT"]),
         (["--spark-slot-kib", "4", "--spark-packet-kib", "8"], ["--spark-packet-kib 8", "--spark-slot-kib 4"]),
         (["--tensor-parallel-size", "4"], ["--tensor-parallel-size 4", "leave it out"]),
         (["--pipeline-parallel-size", "2"], ["--pipeline-parallel-size 2", "leave it out"]),
