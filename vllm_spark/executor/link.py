@@ -102,8 +102,8 @@ def check_ports(config: SparkConfig) -> None:
         raise ConfigurationError(f"{flag}: {error}") from None
     if not ports:
         raise ConfigurationError(
-            f"{flag}: this machine has no active RDMA port with an address; vllm-spark doctor says what is missing, and "
-            "with both ranks on this machine --spark-transport loopback needs none"
+            f"{flag}: this machine has no active RDMA port with an address; vllm-spark doctor says what is missing, "
+            "and with both ranks on this machine --spark-transport loopback needs none"
         )
 
 
