@@ -462,8 +462,4 @@ LinkState Link::state() const {
   return state;
 }
 
-bool Link::all_up() const {
-  return counters_.rails_up.load(std::memory_order_relaxed) == rails_.size();
-}
-
 }  // namespace spark::verbs

@@ -96,7 +96,6 @@ class Link final : public Transport {
   void announce();
   void settle(Clock::time_point end);
   LinkState state() const;
-  bool all_up() const;
   std::string loss() const;
 
   void note(const std::string& sentence);
