@@ -1,6 +1,7 @@
 // The runtime as the Python module `vllm_spark._native`: raw pointers in, exceptions out, no Python lock
 // while waiting.
 #include <pybind11/chrono.h>
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 #include "device/runtime.hpp"
 #include "errors.hpp"
 #include "runtime.hpp"
+#include "transport/verbs/wire_probe.hpp"
 
 namespace py = pybind11;
 
@@ -198,6 +200,26 @@ void bind_common(py::class_<AnyRuntime>& bound) {
       .def_property_readonly("poison", &AnyRuntime::poison);
 }
 
+void bind_wire_probe(py::module_& module) {
+  using verbs::WireProbe;
+  auto probe = py::class_<WireProbe>(module, "WireProbe");
+  probe.attr("MAX_DEPTH") = WireProbe::kMaxDepth;
+  probe
+      .def(py::init([](const std::vector<RailTuple>& rails, uint64_t largest, double timeout_s,
+                       uint8_t traffic_class, uint8_t service_level, const std::function<void()>& attend) {
+             verbs::ProbeOptions options{
+                 largest, nanoseconds(timeout_s), {traffic_class, service_level}, attend};
+             return std::make_unique<WireProbe>(options, rail_addresses(rails));
+           }),
+           py::kw_only(), py::arg("rails"), py::arg("largest"), py::arg("timeout_s"),
+           py::arg("traffic_class"), py::arg("service_level"), py::arg("attend"))
+      .def("offer", [](const WireProbe& self) { return py::bytes(self.offer()); })
+      .def("connect", &WireProbe::connect, Unlocked())
+      .def("ping", &WireProbe::ping, Unlocked())
+      .def("answer", &WireProbe::answer, Unlocked())
+      .def("stream", &WireProbe::stream, Unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -287,6 +309,8 @@ PYBIND11_MODULE(_native, module) {
              self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
            })
       .def("check", &DeviceRuntime::check);
+
+  bind_wire_probe(module);
 }
 
 }  // namespace spark

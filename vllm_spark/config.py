@@ -130,6 +130,12 @@ class SparkConfig(BaseModel):
         ge=0,
         le=1e4,
     )
+    wire: Path | None = _setting(
+        None,
+        "Loopback, proxied: file with a wire model, written by `vllm-spark bench wire`. Latency and bandwidth of the "
+        "modelled wire are taken from it, in place of the two settings above.",
+        side="leader",
+    )
     slot_kib: int = _setting(
         1024,
         "Size of one slot for large messages, in KiB; larger messages go in chunks.",
@@ -152,6 +158,25 @@ class SparkConfig(BaseModel):
         side="leader",
     )
     depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_wire(cls, values: Any) -> Any:
+        """Puts the numbers of a wire model where the numbers themselves would stand: the file is the leader's alone."""
+        if not isinstance(values, dict) or not values.get("wire"):
+            return values
+        from vllm_spark.wire_model import load_wire_model
+
+        try:
+            fit = load_wire_model(Path(values["wire"]).expanduser()).total.fit
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
+        numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
+        for name, number in numbers.items():
+            # Its own number is what a configuration that was sent or stored has.
+            if name in values and not _is_number(values[name], number):
+                raise ValueError(f"{FLAG}-wire and {flag_name(name)} contradict each other; leave one out")
+        return {**values, **numbers}
 
     @field_validator("address", "leader")
     @classmethod
@@ -183,7 +208,7 @@ class SparkConfig(BaseModel):
             raise ValueError("it is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
         return value
 
-    @field_validator("secret_file", "launch_table")
+    @field_validator("secret_file", "launch_table", "wire")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
@@ -196,7 +221,7 @@ class SparkConfig(BaseModel):
             )
         if self.loopback_mode == "direct" and (self.loopback_latency_us or self.loopback_gbytes_per_s):
             raise ValueError(
-                f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out "
+                f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out {FLAG}-wire, "
                 f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
             )
         if self.packet_kib is not None and self.packet_kib > self.slot_kib:
@@ -317,7 +342,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
         group.add_argument(
             *dict.fromkeys((prefix + name.replace("_", "-"), flag_name(name))),
             dest="spark_" + name,
-            type=_converter(name),
+            type=setting_type(name),
             default=argparse.SUPPRESS,
             metavar=name.upper() if choices is None else "{" + ",".join(choices) + "}",
             help=(field.description or "").replace("%", "%%") + default,
@@ -350,7 +375,7 @@ def _choices(annotation: Any) -> tuple[str, ...] | None:
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
 
 
-def _converter(name: str) -> Any:
+def setting_type(name: str) -> Any:
     """An argparse `type` that checks one setting by its description in the model."""
 
     def convert(text: str) -> Any:
@@ -365,13 +390,20 @@ def _converter(name: str) -> Any:
 
 def _neutral(name: str) -> dict[str, Any]:
     """Values under which `name` can be checked alone: combinations are checked once all are known."""
-    if name in ("loopback_latency_us", "loopback_gbytes_per_s"):
+    if name in ("loopback_latency_us", "loopback_gbytes_per_s", "wire"):
         return {"loopback_mode": "proxied"}
     if name == "packet_kib":
         return {"slot_kib": 65536}
     if name == "slot_kib":
         return {"packet_kib": 0}
     return {}
+
+
+def _is_number(value: Any, number: float) -> bool:
+    try:
+        return float(value) == number
+    except (TypeError, ValueError):
+        return False
 
 
 def _near(name: str, known: Iterable[str]) -> str:

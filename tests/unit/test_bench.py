@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,10 +21,18 @@ from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
 from vllm_spark.bench.ranks import Rank, run_ranks
+from vllm_spark.bench.wire import Plan
+from vllm_spark.bench.wire_report import as_json as as_wire_json
+from vllm_spark.bench.wire_report import as_tables, named
+from vllm_spark.bench.wire_report import plot as plot_wire
 from vllm_spark.cli import main
 from vllm_spark.errors import SparkError
 from vllm_spark.process import program
+from vllm_spark.wire_model import WireModel
 
+from .wires import wire_model
+
+WIRE = wire_model()
 BENCH = [program("vllm-spark"), "bench", "collective", "--device", "cpu"]
 
 
@@ -105,6 +115,8 @@ def test_the_baseline_does_the_same_work() -> None:
         (["--sizes", "65MiB"], "65MiB is out of range"),
         (["--samples", "0"], "'0' is no whole number above 0"),
         (["--latency-us", "-1"], "'-1' is no number from 0"),
+        (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
+        (["--wire", "x", "--gbytes-per-s", "1"], "--wire x and --gbytes-per-s contradict each other"),
         (["--plot", "figures.abc"], "--plot figures.abc must end in .png, .svg, .pdf"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
         (["--device", "cuda"], "--device cuda needs 2 GPUs, one for each rank, and this machine has"),
@@ -187,6 +199,7 @@ def test_sizes_in_words(size: int, text: str) -> None:
         (["--batches", "1,0"], "'0' is no whole number above 0"),
         (["--engine", "[]"], "'[]' is no JSON object"),
         (["--latency-us", "2e9"], "no number from 0"),
+        (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
         (["--device", "cuda"], "--device cuda: this machine has no GPU"),
     ],
@@ -198,6 +211,72 @@ def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytes
         pytest.skip("this machine has a GPU")
     assert main(["bench", "decode", *arguments]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "one of the arguments --listen --connect is required"),
+        (["--listen", "--connect", "10.0.0.1"], "not allowed with argument"),
+        (["--connect", "desk"], "'desk' is not an IP address"),
+        (["--connect", "10.0.0.1", "--sizes", "2"], "--sizes is for the machine with --listen"),
+        (["--connect", "10.0.0.1", "--bandwidth-sizes", "4"], "--bandwidth-sizes is for the machine with --listen"),
+        (["--connect", "10.0.0.1", "--traffic-class", "4"], "--traffic-class is for the machine with --listen"),
+        (["--listen", "--depth", "513"], "--depth 513 is too many; give at most 512"),
+        (["--listen", "--samples", "1000001"], "--samples 1000001 is too many; give at most 1000000"),
+        (["--listen", "--sizes", "3"], "3 is out of range; sizes are even"),
+        (["--listen", "--output", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--listen", "--plot", "figures.abc"], "--plot figures.abc must end in"),
+        (["--listen", "--rails", "nothing:1"], "there is no RDMA port nothing:1"),
+    ],
+)
+def test_bad_input_for_wire(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("vllm_spark._native")
+    assert main(["bench", "wire", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", [["--listen"], ["--connect", "10.0.0.1"]])
+def test_no_wire_without_rdma(side: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm_spark.collective import CollectiveError, local_ports
+
+    with contextlib.suppress(CollectiveError):  # no libibverbs
+        if local_ports():
+            pytest.skip("this machine has RDMA")
+    assert main(["bench", "wire", *side]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (sentence,) = printed.err.splitlines()
+    assert re.match(r"vllm-spark: (this machine has no active RDMA port|RDMA needs libibverbs)", sentence)
+
+
+def test_a_wire_models_figures_as_tables_and_json(tmp_path: Path) -> None:
+    rails = [rail.model_copy(update={"devices": (f"mlx5_{n}:1", "roce0:1")}) for n in (0, 1) for rail in WIRE.rails]
+    model = WIRE.model_copy(update={"rails": tuple(rails)})
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in as_tables(Plan(samples=50, depth=3), model):
+        console.print(table)
+    shown = console.export_text()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["4 KiB", "rail 0", "3.00", "3.20", "4.00", "5.00"],
+        ["", "rail 1", "3.00", "3.20", "4.00", "5.00"],
+        ["", "all rails", "3.00", "3.20", "4.00", "5.00"],
+        ["1 MiB", "rail 0", "24", "24.5", "192"],
+        ["", "rail 1", "24", "24.5", "192"],
+        ["", "all rails", "24", "24.5", "192"],
+        ["rail 0", "mlx5_0:1 to roce0:1", "4096", "3.00", "24", "0%"],
+        ["rail 1", "mlx5_1:1 to roce0:1", "4096", "3.00", "24", "0%"],
+        ["all rails", "", "", "3.00", "24", "0%"],
+    ]
+    assert "50 round trips of each size" in shown
+    assert "1000 writes of each size, 3 under way on each rail" in " ".join(shown.split())
+    assert [name for name, _ in named(WIRE)] == ["rail 0"], "one rail is all of them"
+    content = json.loads(as_wire_json(Plan(depth=3), model))
+    assert content["settings"]["depth"] == 3
+    assert WireModel.model_validate(content["wire"]) == model
+    plot_wire(model, tmp_path / "figures.svg")
+    assert "as loopback models it" in (tmp_path / "figures.svg").read_text()
 
 
 def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

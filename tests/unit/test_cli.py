@@ -72,7 +72,7 @@ def waiting(tmp_path: Path) -> Process:
     pytest.importorskip("vllm")
     process = spark(tmp_path, "join", "--port", free_port())
     process.wait_for_line("Waiting for a leader at 127.0.0.1", 60)
-    assert "On that machine run: vllm serve MODEL --spark" in process.output()
+    assert "In another terminal run: vllm serve MODEL --spark" in process.output()
     return process
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from vllm_spark.config import (
 )
 from vllm_spark.errors import ConfigurationError
 
+from .wires import wire_file
+
 ROOT = Path(__file__).parents[2]
+WIRES = tempfile.TemporaryDirectory(prefix="vllm-spark-wires-")  # gone when the tests end
 
 # Three different good values of every setting: for the file, the environment and the flag.
 GOOD: dict[str, tuple[Any, Any, Any]] = {
@@ -44,6 +48,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "loopback_mode": ("direct", "proxied", "direct"),
     "loopback_latency_us": (1.0, 2.0, 3.0),
     "loopback_gbytes_per_s": (1.0, 2.0, 3.0),
+    "wire": tuple(wire_file(Path(WIRES.name) / f"{latency}.json", latency, 24.0) for latency in (1.0, 2.0, 3.0)),
     "slot_kib": (64, 128, 256),
     "packet_kib": (1, 2, 4),
     "launch_table": (Path("/a"), Path("/b"), Path("/c")),
@@ -53,7 +58,8 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
 
 def neutral(name: str) -> dict[str, Any]:
     """What else must be set for `name` to make sense alone."""
-    return {"loopback_mode": "proxied"} if name.startswith("loopback_") and name != "loopback_mode" else {}
+    needs_the_proxy = name in ("loopback_latency_us", "loopback_gbytes_per_s", "wire")
+    return {"loopback_mode": "proxied"} if needs_the_proxy else {}
 
 
 def test_every_setting_is_covered_here() -> None:
@@ -95,6 +101,16 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ({"file": {"adress": "x"}}, ["'adress' does not exist", "did you mean 'address'"]),
         ({"file": {"zzz": 1}}, ["'zzz' does not exist", "vllm-spark config"]),
         ({"flags": {"loopback_latency_us": 3.0}}, ["needs the proxy", "--spark-loopback-mode proxied"]),
+        ({"flags": {"wire": GOOD["wire"][0]}}, ["needs the proxy", "leave out --spark-wire"]),
+        ({"flags": {"wire": "/no/such/wire"}}, ["the wire model /no/such/wire cannot be read", "bench wire"]),
+        (
+            {"flags": {"wire": GOOD["wire"][0], "loopback_mode": "proxied", "loopback_latency_us": 3.0}},
+            ["--spark-wire and --spark-loopback-latency-us contradict each other"],
+        ),
+        (
+            {"flags": {"wire": GOOD["wire"][0]}, "environment": {"SPARK_LOOPBACK_GBYTES_PER_S": "x"}},
+            ["--spark-wire and --spark-loopback-gbytes-per-s contradict each other"],
+        ),
         ({"flags": {"transport": "verbs", "loopback_mode": "proxied"}}, ["contradict"]),
         ({"flags": {"packet_kib": 8, "slot_kib": 4}}, ["--spark-packet-kib 8", "--spark-slot-kib 4"]),
     ],
@@ -106,6 +122,18 @@ def test_a_bad_setting_is_explained_in_one_sentence(sources: dict[str, Any], par
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_wire_model_sets_latency_and_bandwidth(tmp_path: Path) -> None:
+    path = wire_file(tmp_path / "wire.json", 1.5, 20.25)
+    settings = {"wire": path, "loopback_mode": "proxied"}
+    config = SparkConfig.resolve(flags=settings, environment={})
+    assert (config.loopback_latency_us, config.loopback_gbytes_per_s) == (1.5, 20.25)
+    # As it is sent to a session's process, which reads it again.
+    assert SparkConfig.model_validate_json(config.model_dump_json()) == config
+    # The same said twice is no contradiction.
+    again = {**settings, "loopback_latency_us": "1.50"}
+    assert SparkConfig.resolve(flags=again, environment={}) == config
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ import msgspec
 from vllm_spark import __version__
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
-from vllm_spark.executor.invitation import join_command
+from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.tls import TlsConnection
 
@@ -126,6 +126,7 @@ class Listener:
         context: TLS context of the leader.
         max_frame: limit of one message once a follower is accepted, in bytes.
         secret_file: where the secret came from, for the command that is suggested for the other machine.
+        invitation: makes that command from the endpoint and the secret file.
         any_versions: takes followers with other versions than this process's too: they will not work together.
 
     Raises:
@@ -140,6 +141,7 @@ class Listener:
         max_frame: int,
         secret_file: Path | None = None,
         *,
+        invitation: Callable[[str, Path | None], str] = join_command,
         any_versions: bool = False,
     ) -> None:
         self._context, self._max_frame = context, max_frame
@@ -155,7 +157,7 @@ class Listener:
         self._socket = bind(address, port)
         self._socket.listen(32)
         self.endpoint = format_endpoint(address, self._socket.getsockname()[1])
-        self._invitation = join_command(self.endpoint, secret_file)
+        self._invitation = invitation(self.endpoint, secret_file)
         threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()
 
     def wait_for_follower(self, offer: Offer, timeout: float) -> Follower:
@@ -200,15 +202,16 @@ class Listener:
     def _nobody_came(self, timeout: float) -> PeerLostError:
         return PeerLostError(
             f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}; "
-            f"on the other machine run: {self._invitation}"
+            f"{where_to_type(self.endpoint)} run: {self._invitation}"
         )
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(
-            "Waiting for the follower at %s (%.0f s of %g s). On the other machine run: %s",
+            "Waiting for the follower at %s (%.0f s of %g s). %s run: %s",
             self.endpoint,
             waited,
             timeout,
+            where_to_type(self.endpoint).capitalize(),
             self._invitation,
         )
 

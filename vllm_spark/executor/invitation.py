@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_spark.config import DEFAULT_PORT, SparkConfig
+from vllm_spark.config import DEFAULT_PORT, SparkConfig, split_endpoint
 from vllm_spark.executor.link import is_loopback
 
 
@@ -23,3 +23,9 @@ def serve_command(host: str, port: int, config: SparkConfig) -> str:
     if config.secret_file is not None:
         command += f" --spark-secret-file {config.secret_file}"
     return command
+
+
+def where_to_type(endpoint: str) -> str:
+    """Where the other side's command belongs: `on the other machine`, or in another terminal of this one."""
+    host, _ = split_endpoint(endpoint)
+    return "in another terminal" if is_loopback(host) else "on the other machine"

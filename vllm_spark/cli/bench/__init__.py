@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from vllm_spark.cli import Command
-from vllm_spark.cli.bench import calibrate, collective, decode
+from vllm_spark.cli.bench import calibrate, collective, decode, wire
 
-SUMMARY = "measure collectives or decode steps, or find the launch shapes of this GPU"
+SUMMARY = "measure collectives, decode steps or the wire, or find the launch shapes of this GPU"
 
-_KINDS: dict[str, Command] = {"collective": collective, "decode": decode, "calibrate": calibrate}
+_KINDS: dict[str, Command] = {"collective": collective, "decode": decode, "calibrate": calibrate, "wire": wire}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.bench.arguments import add_wire_arguments, positive
+from vllm_spark.cli.bench.arguments import add_wire_arguments, modelled_wire, positive
 from vllm_spark.cli.bench.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
@@ -62,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.out)
     options = RuntimeOptions(timeout_s=10.0)
     if args.path == "wire":
+        wire = modelled_wire(args)
         options = RuntimeOptions(
             timeout_s=10.0,
             loopback_mode="proxied",
-            wire_latency_us=args.latency_us,
-            wire_gbytes_per_s=args.gbytes_per_s,
+            wire_latency_us=wire.latency_us,
+            wire_gbytes_per_s=wire.gbytes_per_s,
         )
     console = wide_console()
     table = Table(title=f"{torch.cuda.get_device_name()}, {args.path}: microseconds, medians", show_lines=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.bench.arguments import add_wire_arguments, positive, sizes
+from vllm_spark.cli.bench.arguments import add_wire_arguments, modelled_wire, positive, sizes
 from vllm_spark.cli.bench.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench.collective_report import as_json, as_table, check_plot, plot
     from vllm_spark.bench.samples import machine
 
+    wire = modelled_wire(args)
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
     if args.plot is not None:
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if device == "cuda":
         check_gpus()
     settings = Settings(
-        device, args.sizes or defaults, args.samples, args.latency_us, args.gbytes_per_s, args.collective
+        device, args.sizes or defaults, args.samples, wire.latency_us, wire.gbytes_per_s, args.collective
     )
     name = f"2 x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     where = machine(name, f"torch {torch.__version__}", f"vllm_spark {__version__}")

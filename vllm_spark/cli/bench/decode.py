@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.bench.arguments import add_wire_arguments, positive
+from vllm_spark.cli.bench.arguments import add_wire_arguments, engine_arguments, modelled_wire, positive
 from vllm_spark.cli.bench.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
@@ -38,8 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="length of each prompt (default: 64)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile; default: CUDA graphs alone")
     parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
-    parser.add_argument("--engine", type=_engine, default={}, metavar="JSON", help="more arguments of vllm.LLM")
-    parser.add_argument("--timeout", type=positive, default=900, metavar="SECONDS", help="for each candidate (900)")
+    parser.add_argument(
+        "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=900, metavar="SECONDS", help="for each candidate (default: 900)"
+    )
     add_wire_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the engines' output there and keep it")
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench.samples import machine
     from vllm_spark.stage import set_stage
 
+    wire = modelled_wire(args)
     if args.json is not None:
         check_writable(args.json)
     device = args.device
@@ -77,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         prompt_tokens=args.prompt_tokens,
         compile=args.compile,
         one_gpu=args.one_gpu,
-        latency_us=args.latency_us,
-        gbytes_per_s=args.gbytes_per_s,
+        latency_us=wire.latency_us,
+        gbytes_per_s=wire.gbytes_per_s,
         engine=args.engine,
         timeout=args.timeout,
     )
@@ -102,13 +105,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _batches(text: str) -> tuple[int, ...]:
     return tuple(positive(word) for word in text.split(","))
-
-
-def _engine(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as in '{{\"block_size\": 32}}'")
-    return value

@@ -1,0 +1,223 @@
+"""How long RDMA writes take between two machines, and how many bytes a second get through: one rail at a time, and all.
+
+Latency as `ib_write_lat` has it: both machines write in turn, each once the other one's write has come, and half of the
+round trip counts. Bandwidth as `ib_write_bw` has it: writes posted back to back, a bounded number under way, in one
+direction. Both over queue pairs that are set up as those of the transport (csrc/transport/verbs/wire_probe.hpp). Over
+all rails a ping is cut as the transport cuts a payload, and writes take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+import msgspec
+
+from vllm_spark import __version__, _native
+from vllm_spark.bench.samples import machine, percentile
+from vllm_spark.bench.wire_meeting import Meeting
+from vllm_spark.collective.errors import CollectiveError
+from vllm_spark.collective.rails import Port, Rail, pair
+from vllm_spark.collective.rendezvous import LinkOffer, Ports, both_ready, swap_offers, swap_ports
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.handshake import host_name
+from vllm_spark.wire_model import Bandwidth, Latency, RailWire, Wire, WireModel, fit
+
+logger = logging.getLogger("vllm_spark")
+
+KIB, MIB = 1 << 10, 1 << 20
+LATENCY_SIZES = tuple(1 << power for power in range(1, 17))
+BANDWIDTH_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB)
+MAX_DEPTH = _native.WireProbe.MAX_DEPTH
+
+_STREAMS = 5
+_RAIL_SECONDS = 30.0
+"""How long a rail may do nothing: longer than it takes to notice a cable that is out."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What is measured, as the machine that listens says it.
+
+    Attributes:
+        sizes: bytes of the messages whose latency is measured, rising.
+        samples: round trips of each.
+        bandwidth_sizes: bytes of the messages whose bandwidth is measured, rising.
+        writes: how many of them are posted back to back, five times.
+        depth: how many may be under way on each rail.
+        traffic_class, service_level: of the packets.
+    """
+
+    sizes: tuple[int, ...] = LATENCY_SIZES
+    samples: int = 10_000
+    bandwidth_sizes: tuple[int, ...] = BANDWIDTH_SIZES
+    writes: int = 1000
+    depth: int = 128
+    traffic_class: int = 0
+    service_level: int = 0
+
+
+class Step(NamedTuple):
+    """One row of the tables."""
+
+    rails: tuple[int, ...]
+    latency: bool
+    bytes: int
+
+
+def steps(plan: Plan, rails: int) -> Iterator[Step]:
+    """What is measured one after the other; on both machines the same."""
+    together = [tuple(range(rails))] if rails > 1 else []
+    for chosen in [*((rail,) for rail in range(rails)), *together]:
+        yield from (Step(chosen, True, size) for size in plan.sizes)
+        yield from (Step(chosen, False, size) for size in plan.bandwidth_sizes)
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """Who measures; the plan is the listener's."""
+
+    host: str
+    machine: str
+    plan: Plan | None = None
+
+
+def measure(
+    meeting: Meeting,
+    rank: int,
+    plan: Plan | None,
+    ports: Sequence[Port],
+    on_start: Callable[[int], None],
+    on_step: Callable[[], None],
+) -> tuple[Plan, WireModel]:
+    """Measures together with the other machine, and returns the same on both.
+
+    Args:
+        rank: 0 on the machine that listens, which sends first and measures; 1 on the other.
+        plan: rank 0's; None on the other.
+        ports: of this machine.
+        on_start: called with the number of steps.
+        on_step: called after each.
+
+    Raises:
+        SparkError: no rail joins the two machines, or one could not be set up.
+        PeerLostError: a rail or the other machine failed meanwhile.
+    """
+    mine = Greeting(host_name(), machine(platform.release()), plan)
+    theirs = meeting.greet(mine, Greeting)
+    if (plan := plan or theirs.plan) is None:
+        raise SparkError("both machines said --connect; one must say --listen")
+    rank_0, rank_1 = (mine, theirs) if rank == 0 else (theirs, mine)
+    try:
+        their_ports = swap_ports(meeting.exchange, Ports(tuple(ports)))
+        rails = pair(ports, their_ports, rank)
+        their_rails = pair(their_ports, ports, 1 - rank)
+        probe = _connect(meeting, plan, rails, theirs.host)
+    except CollectiveError as error:
+        raise SparkError(str(error)) from None
+    names = " and ".join(f"rail {index} ({rail.device})" for index, rail in enumerate(rails))
+    logger.info("Measuring with %s over %s.", theirs.host, names)
+    schedule = list(steps(plan, len(rails)))
+    on_start(len(schedule))
+    points: dict[tuple[int, ...], tuple[list[Latency], list[Bandwidth]]] = {}
+    for step in schedule:
+        try:
+            point = _point(probe, rank, plan, step)
+        except CollectiveError as error:
+            raise PeerLostError(str(error)) from None
+        said = meeting.exchange(b"" if point is None else point.model_dump_json().encode())
+        latencies, bandwidths = points.setdefault(step.rails, ([], []))
+        if step.latency:
+            latencies.append(point if isinstance(point, Latency) else Latency.model_validate_json(said))
+        else:
+            bandwidths.append(point if isinstance(point, Bandwidth) else Bandwidth.model_validate_json(said))
+        on_step()
+    ends = list(zip(*((rails, their_rails) if rank == 0 else (their_rails, rails)), strict=True))
+    model = _model(plan, rank_0, rank_1, ends, points)
+    # Rank 0's goes to both: also the date is then the same.
+    said = meeting.exchange(model.model_dump_json().encode())
+    return plan, model if rank == 0 else WireModel.model_validate_json(said)
+
+
+def _connect(meeting: Meeting, plan: Plan, rails: list[Rail], peer: str) -> _native.WireProbe:
+    offer, problem, probe = b"", "", None
+    try:
+        probe = _native.WireProbe(
+            rails=[*rails],
+            largest=max(*plan.sizes, *plan.bandwidth_sizes),
+            timeout_s=_RAIL_SECONDS,
+            traffic_class=plan.traffic_class,
+            service_level=plan.service_level,
+            attend=meeting.attend,
+        )
+        offer = probe.offer()
+    except CollectiveError as error:
+        problem = str(error)
+    theirs = swap_offers(meeting.exchange, LinkOffer(offer, problem))
+    assert probe is not None, "swap_offers raises where there is none"
+    try:
+        probe.connect(theirs, peer)
+    except CollectiveError as error:
+        problem = str(error)
+    both_ready(meeting.exchange, problem)
+    return probe
+
+
+def _point(probe: _native.WireProbe, rank: int, plan: Plan, step: Step) -> Latency | Bandwidth | None:
+    """This machine's part of a step, and on rank 0 what came of it."""
+    rails = list(step.rails)
+    if step.latency:
+        warm_up = max(10, plan.samples // 10)
+        if rank == 1:
+            probe.answer(rails, step.bytes, warm_up + plan.samples)
+            return None
+        times = probe.ping(rails, step.bytes, warm_up + plan.samples)[warm_up:]
+        return Latency(
+            bytes=step.bytes,
+            minimum=min(times),
+            median=statistics.median(times),
+            p99=percentile(times, 0.99),
+            p999=percentile(times, 0.999),
+        )
+    if rank == 1:
+        return None  # what is written here needs nobody
+    probe.stream(rails, step.bytes, min(plan.depth, plan.writes), plan.depth)  # to warm up
+    rates = [
+        step.bytes * plan.writes / probe.stream(rails, step.bytes, plan.writes, plan.depth) / 1e9
+        for _ in range(_STREAMS)
+    ]
+    return Bandwidth(bytes=step.bytes, median=statistics.median(rates), best=max(rates))
+
+
+def _model(
+    plan: Plan,
+    rank_0: Greeting,
+    rank_1: Greeting,
+    ends: Sequence[tuple[Rail, Rail]],
+    points: dict[tuple[int, ...], tuple[list[Latency], list[Bandwidth]]],
+) -> WireModel:
+    def wire(rails: tuple[int, ...]) -> dict[str, object]:
+        latency, bandwidth = points[rails]
+        return {"latency": tuple(latency), "bandwidth": tuple(bandwidth), "fit": fit(latency, bandwidth)}
+
+    return WireModel(
+        provenance=f"vllm-spark bench wire between {rank_0.host} and {rank_1.host}: RDMA writes from CPU memory to CPU "
+        f"memory, latency as half of {plan.samples} round trips of each size, bandwidth from {rank_0.host} to "
+        f"{rank_1.host} with {plan.depth} of {plan.writes} writes under way",
+        measured_at=datetime.now(timezone.utc).replace(microsecond=0),
+        machines=(f"{rank_0.host}: {rank_0.machine}", f"{rank_1.host}: {rank_1.machine}"),
+        versions={"vllm_spark": __version__, "python": platform.python_version()},
+        rails=tuple(
+            RailWire.model_validate(
+                {
+                    **wire((index,)),
+                    "devices": tuple(f"{end.device}:{end.port}" for end in both),
+                    "mtu": min(end.mtu for end in both),
+                }
+            )
+            for index, both in enumerate(ends)
+        ),
+        total=Wire.model_validate(wire(tuple(range(len(ends))))),
+    )

@@ -1,0 +1,151 @@
+"""`vllm-spark bench wire`: how long RDMA writes take from one machine to the other, and how many bytes get through."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TaskID, TimeElapsedColumn
+
+from vllm_spark.cli.bench.arguments import positive, sizes
+from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.config import SparkConfig, add_flags, given_flags, setting_type
+from vllm_spark.errors import ConfigurationError
+
+SUMMARY = "latency and bandwidth of RDMA writes between two machines, and the wire model that they make"
+
+SETTINGS = ("address", "port", "secret_file", "rails", "traffic_class", "service_level")
+"""Those of serve and join that matter here."""
+
+_LISTENERS = ("sizes", "samples", "bandwidth_sizes", "writes", "depth")
+_MOST = 1_000_000
+_LISTENERS_SETTINGS = ("address", "traffic_class", "service_level")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which side this is, what to measure, and where to put it."""
+    parser.epilog = (
+        "Run it on both machines, whichever first: --listen on one, --connect with that one's address on the other. "
+        "Both show and write the same figures. Neither vllm-spark join nor vllm serve may run meanwhile."
+    )
+    side = parser.add_mutually_exclusive_group(required=True)
+    side.add_argument("--listen", action="store_true", help="wait for the other machine, and say what is measured")
+    side.add_argument(
+        "--connect",
+        type=setting_type("leader"),
+        metavar="ADDRESS[:PORT]",
+        help="measure with the machine that listens there",
+    )
+    parser.add_argument(
+        "--wait", type=positive, default=60, metavar="SECONDS", help="for the other machine (default: 60)"
+    )
+    listener = parser.add_argument_group("with --listen")
+    listener.add_argument(
+        "--sizes", type=sizes, metavar="SIZE,...", help="for latency; default: 2, 4, ... 64KiB in powers of two"
+    )
+    listener.add_argument("--samples", type=positive, help="round trips of each size (default: 10000)")
+    listener.add_argument(
+        "--bandwidth-sizes", type=sizes, metavar="SIZE,...", help="default: 4KiB, 16KiB, ... 4MiB in powers of four"
+    )
+    listener.add_argument("--writes", type=positive, help="posted back to back for each bandwidth (default: 1000)")
+    listener.add_argument("--depth", type=positive, help="writes under way on each rail (default: 128)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the wire model there, for --spark-wire and for --wire of the other benchmarks",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw both over sizes (png, svg or pdf)")
+    add_flags(parser, ["leader", "follower", "both"], prefix="--", names=SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures with the other machine, prints tables, and writes the files that were asked for.
+
+    Raises:
+        SparkError: a bad setting, no RDMA port, the other machine did not come or does not fit, or the wire failed.
+    """
+    from vllm_spark.bench.collective_report import check_plot
+    from vllm_spark.bench.wire import MAX_DEPTH, Plan, measure
+    from vllm_spark.bench.wire_meeting import Meeting
+    from vllm_spark.bench.wire_report import as_json, as_tables, plot
+    from vllm_spark.logs import log_as
+    from vllm_spark.wire_model import store_wire_model
+
+    log_as("vllm-spark bench wire")
+    for path in filter(None, (args.output, args.json, args.plot)):
+        check_writable(path)
+    if args.plot is not None:
+        check_plot(args.plot)
+    given: dict[str, Any] = {name: getattr(args, name) for name in _LISTENERS if getattr(args, name) is not None}
+    flags = given_flags(args)
+    if args.connect and (theirs := [*given, *(name for name in _LISTENERS_SETTINGS if name in flags)]):
+        raise ConfigurationError(
+            f"--{theirs[0].replace('_', '-')} is for the machine with --listen, which says what is measured; "
+            "leave it out here"
+        )
+    for name in ("sizes", "bandwidth_sizes"):
+        if name in given:
+            given[name] = tuple(sorted(set(given[name])))
+    for name, most in (("depth", MAX_DEPTH), ("samples", _MOST), ("writes", _MOST)):
+        if given.get(name, 1) > most:
+            raise ConfigurationError(f"--{name} {given[name]} is too many; give at most {most}")
+    if args.connect:
+        flags["leader"] = args.connect
+    config = SparkConfig.resolve(flags=flags)
+    ports = _ports(config)
+    rank, plan = 1, None
+    if args.listen:
+        rank = 0
+        plan = Plan(**given, traffic_class=config.traffic_class, service_level=config.service_level)
+    join = Meeting.listen if args.listen else Meeting.connect
+    with (
+        join(config, args.wait) as meeting,
+        Progress(
+            *Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
+        ) as progress,
+    ):
+        task: TaskID = progress.add_task("measuring", total=None)
+        plan, model = measure(
+            meeting,
+            rank,
+            plan,
+            ports,
+            lambda count: progress.update(task, total=count),
+            lambda: progress.advance(task),
+        )
+    console = wide_console()
+    for table in as_tables(plan, model):
+        console.print(table)
+    if args.output is not None:
+        store_wire_model(model, args.output)
+        console.print(f"The wire model is in {args.output}; use it with --spark-wire or --wire.", soft_wrap=True)
+    if args.json is not None:
+        args.json.write_text(as_json(plan, model) + "\n")
+    if args.plot is not None:
+        plot(model, args.plot)
+    return 0
+
+
+def _ports(config: SparkConfig) -> list[Any]:
+    """The RDMA ports of this machine to use.
+
+    Raises:
+        ConfigurationError: there are none, or not those that were chosen.
+    """
+    from vllm_spark.collective import CollectiveError, local_ports
+    from vllm_spark.executor.link import split_rails
+
+    try:
+        ports = local_ports(split_rails(config.rails))
+    except CollectiveError as error:
+        raise ConfigurationError(str(error)) from None
+    if not ports:
+        raise ConfigurationError(
+            "this machine has no active RDMA port with an address, and so no wire to measure; vllm-spark doctor says "
+            "what is missing"
+        )
+    return list(ports)
