@@ -25,9 +25,12 @@ from vllm_spark.config import (
 from vllm_spark.config_file import check_config_file
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
 from vllm_spark.logs import log_as, share_vllms_log
+from vllm_spark.patches import apply_all
+from vllm_spark.quantization_groups import repeat_where_groups_straddle
 from vllm_spark.refusals import (
     EXECUTOR,
     TENSOR_PARALLEL_SIZE,
+    refuse_fp8_inputs_of_marlin,
     refuse_indivisible_shards,
     refuse_what_a_pair_cannot_do,
     vllms_objections,
@@ -110,9 +113,10 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     refuse_what_a_pair_cannot_do(engine_args)
     _make_paths_absolute(engine_args)
 
-    from vllm_spark.platform import activate
+    from vllm_spark.platform import activate, compute_capability
 
     activate()
+    refuse_fp8_inputs_of_marlin(compute_capability)
     engine_args.tensor_parallel_size = TENSOR_PARALLEL_SIZE
     engine_args.distributed_executor_backend = EXECUTOR
     engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
@@ -123,6 +127,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     with vllms_objections(engine_args.model):
         vllm_config = create()
     refuse_indivisible_shards(vllm_config)
+    repeat_where_groups_straddle(vllm_config, TENSOR_PARALLEL_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
 
@@ -198,8 +203,10 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
         if os.environ.get("RANK", "0") != "0":
             _follow_launcher(config)
+        refuse_what_a_pair_cannot_do(args)
         check_link(config)
         _refuse_one_port_for_both(args, config)
+        apply_all("leading")
         # With several API servers the process that starts them has, and keeps, handlers of its own.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
         original(args)

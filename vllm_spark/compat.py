@@ -46,3 +46,10 @@ def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, A
     """Those of `candidates` that `function` takes: newer versions of vLLM add parameters."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in candidates.items() if name in names}
+
+
+def triton_runs_int4_experts() -> bool:
+    """Whether `--moe-backend triton` takes experts with int4 weights: 0.26 refuses, 0.32 does."""
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+
+    return hasattr(WNA16MoEBackend, "TRITON")

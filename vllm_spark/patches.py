@@ -58,6 +58,9 @@ class Anchor:
         return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
+When = Literal["start", "leading", "serving"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Patch:
     """One change to vLLM.
@@ -69,6 +72,8 @@ class Patch:
         feature: what is lost while the patch is disabled.
         fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
         replace: takes the original callable, returns the replacement.
+        when: `start` in every process of vLLM, before its command line is read; `leading` in the process that serves
+            clients of a pair; `serving` in the processes that run a model for a pair, before they load it.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Patch:
     feature: str
     fingerprints: Mapping[str, str]
     replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+    when: When = "start"
 
 
 State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM missing"]
@@ -100,10 +106,10 @@ def state_of(patch: Patch) -> State:
     return "applied" if patch.name in _applied else "ready"
 
 
-def apply_all() -> None:
-    """Applies every patch that fits the installed vLLM; says which do not. May be called again."""
+def apply_all(when: When = "start") -> None:
+    """Applies every patch of that time that fits the installed vLLM; says which do not. May be called again."""
     for patch in all_patches():
-        if patch.name in _applied:
+        if patch.when != when or patch.name in _applied:
             continue
         state = state_of(patch)
         if state == "ready":

@@ -40,6 +40,12 @@ def activate() -> None:
     current_platform.__class__ = _extended(kind)
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of the GPU that vLLM uses, (12, 1) for a GB10; None without a GPU."""
+    found = current_platform.get_device_capability()
+    return None if found is None else (found.major, found.minor)
+
+
 def _extended(kind: type[Platform]) -> type[Platform]:
     if kind is CpuPlatform:
         return SparkCpuPlatform

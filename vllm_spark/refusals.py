@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,20 @@ def refuse_indivisible_shards(vllm_config: Any) -> None:
     heads = getattr(model, "num_key_value_heads", None)
     if isinstance(heads, int) and heads > 1 and heads % TENSOR_PARALLEL_SIZE:  # a single one is on both ranks
         raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
+
+
+def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]) -> None:
+    """Raises ConfigurationError if Marlin is to work on inputs of 8 bits on a GPU where its output is wrong then.
+
+    Args:
+        capability: asks for the GPU's compute capability; None if there is none.
+    """
+    value = os.environ.get("VLLM_MARLIN_INPUT_DTYPE", "")
+    if value.strip().lower() == "fp8" and capability() == (12, 1):
+        raise ConfigurationError(
+            f"VLLM_MARLIN_INPUT_DTYPE is {value}, which corrupts output on a GB10 (compute capability 12.1, vLLM issue "
+            "49546); leave it unset"
+        )
 
 
 @contextlib.contextmanager

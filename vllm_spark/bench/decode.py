@@ -31,6 +31,9 @@ Device = Literal["cuda", "cpu"]
 SHIPPED_MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
 """What is measured unless another model is named: a configuration of `configs/models`, and one made on the spot."""
 
+TUNING = ("untuned", "tuned")
+"""Candidates that differ in tables of kernels' parameters alone."""
+
 _WARM_UP = 20  # steps
 _ONE_GPU_SHARE = 0.42  # of its memory for each rank's engine, where both share it
 
@@ -45,6 +48,7 @@ class Candidate:
         engine: arguments of `vllm.LLM` beside those of all candidates.
         spark: settings of this project; None for stock vLLM.
         environment: variables of its processes.
+        tuned: one rank with tuned tables of kernels' parameters; a pair has them in any case.
     """
 
     what: str
@@ -52,6 +56,7 @@ class Candidate:
     engine: dict[str, Any] = field(default_factory=dict)
     spark: dict[str, Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Settings:
         one_gpu: both ranks share the first GPU, which shows that it works and not how fast it is.
         latency_us, gbytes_per_s: of the modelled wire.
         engine: more arguments of `vllm.LLM`, which win.
+        environment: variables of every candidate's processes.
         timeout: seconds for one candidate.
     """
 
@@ -85,6 +91,7 @@ class Settings:
     latency_us: float = 3.2
     gbytes_per_s: float = 24.0
     engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 900.0
 
 
@@ -149,7 +156,10 @@ def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float 
     nccl = {**stock, "disable_custom_all_reduce": True}
     # vLLM has other all-reduces for GPUs that see each other's memory; two machines do not.
     alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+    in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return {
+        "untuned": Candidate("one rank, one process, vLLM's own parameters", 1, environment=in_one_process),
+        "tuned": Candidate("the same with tuned tables", 1, environment=in_one_process, tuned=True),
         **ours,
         "stock": Candidate("vLLM's own choice between GPUs of one machine", 2, stock),
         "nccl": Candidate("NCCL as it chooses", 2, nccl, environment=alone),
@@ -158,8 +168,8 @@ def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float 
 
 
 def default_candidates(device: Device, one_gpu: bool) -> tuple[str, ...]:
-    """All of them; on one GPU those that two ranks can run there (NCCL refuses)."""
-    candidates = candidates_for(device)
+    """All but `TUNING`; on one GPU those that two ranks can run there (NCCL refuses)."""
+    candidates = {name: each for name, each in candidates_for(device).items() if name not in TUNING}
     return tuple(name for name, each in candidates.items() if not one_gpu or each.ranks == 1 or each.spark is not None)
 
 
@@ -243,7 +253,14 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
         job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
         job.write_bytes(
             msgspec.json.encode(
-                Job(engine | settings.engine, list(settings.batches), settings.prompt_tokens, settings.steps, _WARM_UP)
+                Job(
+                    engine | settings.engine,
+                    list(settings.batches),
+                    settings.prompt_tokens,
+                    settings.steps,
+                    _WARM_UP,
+                    candidate.tuned,
+                )
             )
         )
         process = stack.enter_context(
@@ -287,9 +304,10 @@ def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
 
 def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:
     """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | candidate.environment
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | settings.environment
+    environment |= candidate.environment
     if settings.device == "cpu":
-        return clean_environment() | CPU_ENVIRONMENT | candidate.environment
+        return clean_environment() | CPU_ENVIRONMENT | settings.environment | candidate.environment
     if candidate.ranks == 2 and candidate.spark is None:
         return environment
     gpus = _visible_gpus()

@@ -26,6 +26,7 @@ class Job(msgspec.Struct):
         prompt_tokens: length of each prompt.
         steps: decode steps that are timed for each batch.
         warm_up: decode steps before them.
+        tuned: whether the process uses tuned tables of kernels' parameters; a pair does so in any case.
     """
 
     engine: dict[str, Any]
@@ -33,6 +34,7 @@ class Job(msgspec.Struct):
     prompt_tokens: int
     steps: int
     warm_up: int
+    tuned: bool = False
 
 
 class Result(msgspec.Struct):
@@ -90,6 +92,10 @@ def run(job: Job) -> Result:
     """Starts the engine, and decodes each batch once to warm it up and once with a clock."""
     import vllm
 
+    if job.tuned:
+        from vllm_spark.tuning.serving import start as use_tuned_tables
+
+        use_tuned_tables()
     start = time.perf_counter()
     engine = vllm.LLM(**job.engine).llm_engine
     result = Result(vllm.__version__, time.perf_counter() - start, {}, {}, None)

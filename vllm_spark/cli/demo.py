@@ -299,7 +299,9 @@ class _Demo:
             seconds=round(time.monotonic() - self._started, 1),
         )
         self._console.print(_table(pair, single))
-        self._console.print("Times are of ranks that share this machine's cores: they say nothing about speed.")
+        self._console.print(
+            "Times are of ranks that share this machine's cores: they say nothing about speed.", soft_wrap=True
+        )
         if not identical:
             self._console.print(f"[bold red]The tokens differ:[/] {_first_difference(pair.tokens, single.tokens)}")
         elif summary.fallbacks:

@@ -64,15 +64,21 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
             return code
         if once:
             if code < 0:
-                logger.error("The session was ended by %s.", signal.Signals(-code).name)
+                logger.error("The session %s.", _end_in_words(code))
             return code if code >= 0 else 128 - code
         if code in (0, EXIT_LOST):
             pause = _FIRST_PAUSE
             continue
-        logger.error("The session ended with exit code %d; waiting for the next leader.", code)
+        logger.error("The session %s; waiting for the next leader.", _end_in_words(code))
         if time.monotonic() - started < _SHORT_SESSION:
             sessions.pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _end_in_words(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL, as somebody does by hand and the kernel does when memory runs out"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class _Sessions:

@@ -25,6 +25,9 @@ EXECUTE_AND_SAMPLE = "execute_model, then sample_tokens(None)"
 already, and with nothing to say about it unless an answer's form is prescribed: so the follower need not wait to be
 told, and a step costs one message."""
 
+LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
+"""Once it has returned on both ranks, the engine is up."""
+
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
 multiprocessing executor does), so the follower does not answer."""

@@ -26,6 +26,7 @@ from vllm_spark.errors import EXIT_LOST, PeerLeftError, PeerLostError, RefusedEr
 from vllm_spark.executor.calls import (
     EXECUTE,
     EXECUTE_AND_SAMPLE,
+    LAST_CALL_OF_THE_START,
     SAMPLE,
     Call,
     decode_call,
@@ -36,13 +37,14 @@ from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
-from vllm_spark.executor.invitation import serve_command
+from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.session import (
     Assignment,
+    LinkInterface,
     connect_runtime,
     link_patience,
     local_address_towards,
@@ -50,6 +52,8 @@ from vllm_spark.executor.session import (
     share_cores,
 )
 from vllm_spark.logs import log_as
+from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
+from vllm_spark.tuning import serving as tuning
 
 logger = logging.getLogger("vllm_spark")
 
@@ -61,7 +65,6 @@ _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
 _FIRST_NOTE, _LONGEST_NOTE = 15.0, 900.0
 _OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
 _ASSIGNMENT_TIMEOUT = 120.0
-_LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
 _CAUSE_GRACE = 0.5
 _END_GRACE = 5.0  # seconds in which the thread that ends this process does so
 _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
@@ -150,19 +153,21 @@ class FollowerSession:
     def _follow(self, calls: Lane, host: str, port: int) -> None:
         assignment: Assignment = pickle.loads(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         _adopt_environment(assignment.environment)
-        prepare_process_group(
-            FOLLOWER_RANK, assignment.store_address, assignment.store_port, local_address_towards(host, port)
-        )
-        from vllm_spark.platform import activate
+        prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
+        LinkInterface(assignment.store_address, local_address_towards(host, port))
+        from vllm_spark.platform import activate, compute_capability
 
         activate()
+        refuse_fp8_inputs_of_marlin(compute_capability)
         assert self._pulse is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        tuning.start()
         self._worker = _load_worker(assignment.vllm_config)
+        tuning.tell_of_experts(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:
@@ -183,7 +188,7 @@ class FollowerSession:
             if hasattr(result, "get_output"):
                 result = result.get_output()
             answer = encode_result(result)
-            if call.method == _LAST_CALL_OF_THE_START:
+            if call.method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
@@ -303,9 +308,10 @@ def wait_for_leader(caller: Caller, invitation: str) -> Lane:
 
 def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
     logger.info(
-        "Waiting for a leader at %s (%.0f s so far, no limit). On that machine run: %s",
+        "Waiting for a leader at %s (%.0f s so far, no limit). %s run: %s",
         caller.endpoint,
         waited,
+        where_to_type(caller.endpoint).capitalize(),
         invitation,
     )
 

@@ -15,12 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
-from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, STEP_METHODS
+from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, LAST_CALL_OF_THE_START, SAMPLE, STEP_METHODS
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
 from vllm_spark.executor.lockstep import WorkerRandomState
@@ -33,6 +35,7 @@ from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
 from vllm_spark.settings import settings_of
 from vllm_spark.stopping import ended_by_signals
+from vllm_spark.tuning import serving as tuning
 
 logger = logging.getLogger("vllm_spark")
 
@@ -49,42 +52,37 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         """Finds the follower, hands it its work, and loads this rank's half of the model.
 
         Raises:
-            SparkError: no follower came, or it does not fit; the sentence says why. An engine in a process of its
-                own leaves the sentence for the API server and ends instead, which spares the user vLLM's traceback.
+            SparkError: no follower came, or it does not fit; the sentence says why.
         """
         self.driver_worker = None
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
         self._sampling_announced = False
-        board = CounterBoard.from_environment()
+        self._started = False
+        self._groups_of_others = torch.distributed.is_initialized()
+        self._board = CounterBoard.from_environment()
         share_vllms_log()
         watch_parent(self._parent_died)
         try:
             # In the user's own process signals are the user's.
             with contextlib.nullcontext() if parent_process() is None else ended_by_signals():
-                self._start(board)
-        except SparkError as error:
-            if parent_process() is None:
-                self.shutdown()
-                raise
-            board.fail(error)
-            logger.error("The engine does not start: %s.", error)
-            os._exit(error.exit_code)
-        except BaseException:
-            if parent_process() is None:
-                self.shutdown()  # in the user's own process: the port and the follower must be free for the next try
+                self._start()
+        except BaseException as error:
+            self._give_up_start(error if isinstance(error, SparkError) else None)
             raise
 
-    def _start(self, board: CounterBoard) -> None:
+    def _start(self) -> None:
         activate()
         offer = _offer(self.vllm_config)
-        self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, board)
+        self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
         if parent_process() is not None:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
+            tuning.start()
             UniProcExecutor._init_executor(self)
+            tuning.tell_of_experts(self.driver_worker)
 
     def _distributed_args(self) -> tuple[str, int, int]:
         return INIT_METHOD, LEADER_RANK, 0
@@ -106,14 +104,34 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             SparkError: the follower is lost, or its worker failed.
         """
         pair = self._working_pair()
+        try:
+            result = self._run(pair, method, timeout, args, kwargs or {}, non_block, single_value)
+        except BaseException as error:
+            if not self._started:
+                # What the worker itself raises on either rank keeps its traceback.
+                self._give_up_start(error if isinstance(error, SparkError) and pair.failed else None)
+            raise
+        self._started = self._started or method == LAST_CALL_OF_THE_START
+        return result
+
+    def _run(
+        self,
+        pair: Pair,
+        method: str | Callable[..., Any],
+        timeout: float | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        non_block: bool,
+        single_value: bool,
+    ) -> Any:
         with self._call_lock, pair.explained():
             if method in STEP_METHODS:
-                output = self._step(pair, str(method), args, kwargs or {}, non_block)
+                output = self._step(pair, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
                     return output if single_value else _finished([output.result()])
                 result = output if single_value else [output]
             else:
-                results = self._query(pair, method, timeout, args, kwargs or {})
+                results = self._query(pair, method, timeout, args, kwargs)
                 result = results[LEADER_RANK] if single_value else results
         return _finished(result) if non_block else result
 
@@ -185,6 +203,26 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         worker, self.driver_worker = self.driver_worker, None
         if worker is not None:
             worker.shutdown()
+
+    def _give_up_start(self, reason: SparkError | None) -> None:
+        """Does what vLLM does not do for an engine that does not start; returns in the user's own process.
+
+        There everything is released: the next engine, paired or not, needs the port, the follower and the names of the
+        process groups. An engine in a process of its own has all that end with it. If there is a sentence that says
+        why, it leaves that for the API server and ends at once, which spares the user vLLM's traceback.
+
+        Args:
+            reason: what the user is to read; None for an error that needs its traceback.
+        """
+        if parent_process() is None:
+            self.shutdown()
+            if not self._groups_of_others:
+                destroy_model_parallel()
+                destroy_distributed_environment()
+        elif reason is not None:
+            self._board.fail(reason)
+            logger.error("The engine does not start: %s.", reason)
+            os._exit(reason.exit_code)
 
     def _working_pair(self) -> Pair:
         if self._pair is None:

@@ -26,9 +26,9 @@ from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.session import (
     Assignment,
+    LinkInterface,
     connect_runtime,
     link_patience,
-    prepare_process_group,
     travelling_environment,
 )
 from vllm_spark.executor.store import LeaderStore
@@ -55,6 +55,7 @@ class Pair:
         self._listener, self._follower, self._board = listener, follower, board
         self._runtime: collective.Runtime | None = None
         self._store: LeaderStore | None = None
+        self._interface: LinkInterface | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
         self._fail_lock = threading.Lock()
@@ -232,13 +233,15 @@ class Pair:
         self._follower.control.close()
         if self._runtime is not None:
             self._runtime.close()
+        if self._interface is not None:
+            self._interface.forget()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         self._store = LeaderStore(address, self.check)
         launch = load_launch_table(config)
         assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
-        prepare_process_group(LEADER_RANK, address, self._store.port, address)
+        self._interface = LinkInterface(address, address)
         self._runtime = connect_runtime(
             LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails
         )

@@ -22,6 +22,8 @@ logger = logging.getLogger("vllm_spark")
 
 WORLD_SIZE = 2
 
+_INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
+
 _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
 
 # Variables of vLLM that describe a machine or a process rather than the work.
@@ -64,13 +66,12 @@ def travelling_environment(environment: Mapping[str, str] | None = None) -> dict
     }
 
 
-def prepare_process_group(rank: int, store_address: str, store_port: int, local_address: str | None) -> None:
-    """Sets what torch's `env://` rendezvous and gloo read, as an external launcher would.
+def prepare_process_group(rank: int, store_address: str, store_port: int) -> None:
+    """Sets what torch's `env://` rendezvous reads, as an external launcher would.
 
-    Args:
-        local_address: this side's address on the link; None to ask the routing table.
+    For the follower, whose process is its session's. The leader's may be the user's own, in which these variables would
+    say to whatever comes after the pair that a launcher has made it.
     """
-    interface = interface_of(local_address) if local_address else source_interface(store_address)
     os.environ.update(
         MASTER_ADDR=store_address,
         MASTER_PORT=str(store_port),
@@ -80,9 +81,29 @@ def prepare_process_group(rank: int, store_address: str, store_port: int, local_
         # The store exists already, on the leader: nobody else is to open one.
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+class LinkInterface:
+    """The link's network interface as gloo and NCCL are told of it, in this process's environment.
+
+    What the user has chosen stays.
+
+    Args:
+        store_address: where the leader's store listens.
+        local_address: this side's address on the link; None to ask the routing table.
+    """
+
+    def __init__(self, store_address: str, local_address: str | None) -> None:
+        interface = interface_of(local_address) if local_address else source_interface(store_address)
+        self._set = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES - os.environ.keys(), interface)
+        os.environ.update(self._set)
+
+    def forget(self) -> None:
+        """Takes back what was set. Not before the pair ends: NCCL connects when it is first used."""
+        for name, interface in self._set.items():
+            if os.environ.get(name) == interface:
+                del os.environ[name]
+        self._set = {}
 
 
 def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:

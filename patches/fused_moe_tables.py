@@ -1,0 +1,43 @@
+"""Finds tuned tables for vLLM's Triton kernel for experts in this user's folder and in this project's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    import functools
+
+    from vllm_spark.tuning.serving import choose_fused_moe_table
+
+    cached: Any = original  # by functools.lru_cache
+    uncached = cached.__wrapped__
+
+    # Parameters are called as vLLM calls them: callers may give them by name.
+    def get_moe_configs(
+        E: int,
+        N: int,
+        dtype: str | None,
+        block_n: int | None = None,
+        block_k: int | None = None,
+    ) -> dict[int, Any] | None:
+        return choose_fused_moe_table(E, N, dtype, block_n, block_k, lambda: uncached(E, N, dtype, block_n, block_k))
+
+    return functools.lru_cache(maxsize=cached.cache_parameters()["maxsize"])(get_moe_configs)
+
+
+PATCH = Patch(
+    name="fused-moe-tables",
+    anchor=Anchor("vllm.model_executor.layers.fused_moe.fused_moe:get_moe_configs", scope="source"),
+    reason="vLLM looks into one folder that a variable names, which is the user's, and into its own",
+    feature="tuned tables of the Triton kernel for experts",
+    fingerprints={
+        "506bf40d8dc8": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0",
+        "f3fed2eb4d4b": "0.31.0, 0.32.0, 0.33.0",
+    },
+    replace=_replace,
+    when="serving",
+)

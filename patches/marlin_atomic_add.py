@@ -1,0 +1,35 @@
+"""Lets a table say which of Marlin's linear layers add their partial sums straight into the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm_spark.tuning.serving import layers_with_atomic_add
+
+    widths = layers_with_atomic_add()
+    if not widths:
+        return lambda *args, **kwargs: original(*args, **kwargs)
+
+    def should_use_atomic_add_reduce(m: int, n: int, k: int, device: Any, dtype: Any) -> bool:
+        # Compilers trace this, with an m that has no number.
+        if (n, k) in widths:
+            return True
+        return bool(original(m, n, k, device, dtype))
+
+    return should_use_atomic_add_reduce
+
+
+PATCH = Patch(
+    name="marlin-atomic-add",
+    anchor=Anchor("vllm.model_executor.layers.quantization.utils.marlin_utils:should_use_atomic_add_reduce"),
+    reason="one environment variable decides for all layers",
+    feature="tuned parameters of Marlin for linear layers",
+    fingerprints={"bd5b0a0e3649": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+    when="serving",
+)

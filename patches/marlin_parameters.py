@@ -1,0 +1,43 @@
+"""Calls Marlin's kernel for experts with the tile that a table gives for its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.patches import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    import inspect
+
+    from vllm_spark.tuning.marlin_calls import MarlinCalls
+    from vllm_spark.tuning.serving import has_tables, this_device
+
+    names = list(inspect.signature(original).parameters)
+    calls: MarlinCalls | None = None
+
+    def moe_wna16_marlin_gemm(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if "size_m" not in kwargs or "thread_k" in kwargs:  # vLLM gives sizes by name, and no tile
+            return original(*args, **kwargs)
+        if calls is None:
+            device = this_device()
+            calls = MarlinCalls(names, device, silent=not has_tables(device.name))
+        return original(*args, **{**kwargs, **calls.changes(args, kwargs)})
+
+    return moe_wna16_marlin_gemm
+
+
+PATCH = Patch(
+    name="marlin-parameters",
+    anchor=Anchor("vllm._custom_ops:moe_wna16_marlin_gemm"),
+    reason="the operator takes a tile, and its only caller never gives one",
+    feature="tuned parameters of Marlin for experts",
+    fingerprints={
+        "aa5e45b41f10": "0.26.0, 0.27.0, 0.28.0, 0.29.0",
+        "8a677e00bc64": "0.30.0, 0.31.0, 0.32.0, 0.33.0",
+    },
+    replace=_replace,
+    when="serving",
+)

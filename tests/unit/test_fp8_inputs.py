@@ -1,0 +1,89 @@
+"""`VLLM_MARLIN_INPUT_DTYPE=fp8` on a GB10, where output is wrong then: refused on both ranks, nowhere else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_spark.errors import EXIT_USAGE, ConfigurationError
+from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
+from vllm_spark.tiny_model import make_tiny_model
+
+REASON = "corrupts output on a GB10 (compute capability 12.1, vLLM issue 49546); leave it unset"
+
+
+def test_a_gb10_and_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("fp8", "FP8"):
+        monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", value)
+        with pytest.raises(ConfigurationError) as refused:
+            refuse_fp8_inputs_of_marlin(lambda: (12, 1))
+        assert str(refused.value) == f"VLLM_MARLIN_INPUT_DTYPE is {value}, which {REASON}"
+        assert refused.value.exit_code == EXIT_USAGE
+        for other in ((12, 0), (8, 9), (9, 0), None):
+            refuse_fp8_inputs_of_marlin(lambda other=other: other)  # type: ignore[misc]
+    monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
+    refuse_fp8_inputs_of_marlin(lambda: (12, 1))
+    monkeypatch.delenv("VLLM_MARLIN_INPUT_DTYPE")
+
+    def asked() -> tuple[int, int]:
+        raise AssertionError("a GPU is asked for nothing")
+
+    refuse_fp8_inputs_of_marlin(asked)
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script in a process whose GPU, as far as vLLM can tell, is a GB10."""
+    prelude = """
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+type(current_platform).get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(12, 1))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", prelude + script],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_leader_refuses(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path, "dense")
+    serve = f"""
+import sys
+sys.argv = ["vllm", "serve", {str(model)!r}, "--spark", "--spark-address", "127.0.0.7"]
+sys.argv += ["--spark-transport", "loopback"]
+from vllm.entrypoints.cli.main import main
+main()
+"""
+    done = run(serve, VLLM_MARLIN_INPUT_DTYPE="fp8", XDG_CONFIG_HOME=str(tmp_path))
+    assert done.returncode == EXIT_USAGE, done.stderr[-3000:]
+    assert f"vllm serve --spark: VLLM_MARLIN_INPUT_DTYPE is fp8, which {REASON}." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_follower_refuses() -> None:
+    """Also where its own environment asks for it: the leader's variables are added to those."""
+    follow = """
+import pickle
+from types import SimpleNamespace
+from vllm_spark.config import SparkConfig
+from vllm_spark.executor.follower import FollowerSession
+from vllm_spark.executor.session import Assignment
+from vllm_spark.launch_table import LaunchTable
+assignment = Assignment(None, SparkConfig(), LaunchTable(), {}, "127.0.0.1", 1)
+calls = SimpleNamespace(expect=lambda *kinds, timeout: SimpleNamespace(payload=pickle.dumps(assignment)))
+try:
+    FollowerSession(SparkConfig())._follow(calls, "127.0.0.1", 1)
+except Exception as error:
+    print(type(error).__name__, error.exit_code, error)
+"""
+    done = run(follow, VLLM_MARLIN_INPUT_DTYPE="fp8")
+    assert done.stdout.splitlines()[-1:] == [
+        f"ConfigurationError {EXIT_USAGE} VLLM_MARLIN_INPUT_DTYPE is fp8, which {REASON}"
+    ], done.stderr[-3000:]

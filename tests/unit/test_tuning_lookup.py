@@ -1,0 +1,405 @@
+"""Which table serving takes: the user's own, then this project's, then vLLM's; and what it changes in a call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_spark.tuning import fused_moe_table, lookup, marlin_table, serving
+from vllm_spark.tuning.fused_moe_table import (
+    FusedMoeProvenance,
+    FusedMoeShape,
+    FusedMoeTable,
+    provenance_path,
+    store_fused_moe_table,
+)
+from vllm_spark.tuning.gb10 import GB10
+from vllm_spark.tuning.marlin_calls import MarlinCalls
+from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinRow, MarlinShape, MarlinTable, store_marlin_table
+from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
+
+GUESS = Provenance(kind="derived", rule="a guess")
+W13 = MarlinShape(kernel="moe_w13", experts=128, top_k=8, size_n=768, size_k=2048, group_size=128, quant_type="uint4b8")
+W2 = W13.model_copy(update={"kernel": "moe_w2", "size_n": 2048, "size_k": 384})
+TILE = {"thread_k": 128, "thread_n": 64, "blocks_per_sm": 2, "block_size_m": 8}
+CHANGES = {"thread_k": 128, "thread_n": 64, "blocks_per_sm": 2}
+MOE = FusedMoeShape(128, 384, "int4_w4a16")
+LOCKS = 4 * GB10.multiprocessors
+
+
+@dataclasses.dataclass
+class Folders:
+    """Where tables are looked for."""
+
+    user: Path
+    shipped: Path
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
+    lookup.forget()
+    user = lookup.user_folder()
+    assert user is not None
+    return Folders(user, lookup.shipped_folder())
+
+
+def store_marlin(folder: Path, shape: MarlinShape = W13, **values: Any) -> Path:
+    row = MarlinRow(**{**TILE, **values}, provenance=GUESS)
+    table = MarlinTable(device=GB10.name, shape=shape, rows=dict.fromkeys((1, 4, 8), row))
+    return store_marlin_table(table, folder / marlin_table.FOLDER)
+
+
+def store_moe(folder: Path, block_size_n: int, rule: str = "a guess", shape: FusedMoeShape = MOE) -> Path:
+    row = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": block_size_n, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
+    provenance = FusedMoeProvenance(rows={1: Provenance(kind="derived", rule=rule)})
+    return store_fused_moe_table(shape, GB10.name, FusedMoeTable({1: row}), provenance, folder / fused_moe_table.FOLDER)
+
+
+def parameters(rows: int = 1, shape: MarlinShape = W13, device: str = GB10.name) -> MarlinParameters | None:
+    sizes = (shape.experts, shape.top_k, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
+    return lookup.marlin_parameters(device, shape.kernel, *sizes, rows)
+
+
+def test_marlins_own_file_of_the_user_comes_first(folders: Folders) -> None:
+    assert parameters() is None
+    lookup.forget()
+    store_marlin(folders.shipped, thread_k=64, thread_n=128)
+    found = parameters()
+    assert found is not None
+    assert (found.thread_k, found.thread_n) == (64, 128)
+    lookup.forget()
+    store_marlin(folders.user)
+    found = parameters()
+    assert found is not None
+    assert (found.thread_k, found.thread_n) == (128, 64)
+
+
+def test_another_shape_device_or_batch_has_no_parameters(folders: Folders) -> None:
+    store_marlin(folders.shipped)
+    assert parameters(8) is not None
+    assert parameters(9) is None, "above the largest row vLLM chooses"
+    assert parameters(shape=W2) is None
+    assert parameters(shape=W13.model_copy(update={"group_size": 64})) is None
+    assert parameters(device="NVIDIA_H200") is None
+
+
+def test_files_are_read_once(folders: Folders) -> None:
+    path = store_marlin(folders.user)
+    first = parameters()
+    path.unlink()
+    assert parameters() is first is not None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.write_text("{"), "is no Marlin table"),
+        (lambda path: path.write_text(path.read_text().replace('"size_n": 768', '"size_n": 512')), "another shape"),
+    ],
+)
+def test_a_bad_file_of_the_user_costs_a_sentence(
+    folders: Folders, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], object], why: str
+) -> None:
+    store_marlin(folders.shipped, thread_k=64, thread_n=128)
+    path = store_marlin(folders.user)
+    spoil(path)
+    with caplog.at_level(logging.WARNING):
+        found = parameters()
+    assert found is not None
+    assert found.thread_k == 64, "this project's is used"
+    assert str(path) in caplog.text
+    assert why in caplog.text
+
+
+def test_a_fused_moe_table_and_its_place(folders: Folders) -> None:
+    arguments = (GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
+    assert lookup.fused_moe_table(*arguments) is None
+    lookup.forget()
+    shipped = store_moe(folders.shipped, 64)
+    found = lookup.fused_moe_table(*arguments)
+    assert found is not None
+    assert found[0] == shipped
+    assert found[1][1]["BLOCK_SIZE_N"] == 64
+    lookup.forget()
+    mine = store_moe(folders.user, 32)
+    found = lookup.fused_moe_table(*arguments)
+    assert found is not None
+    assert (found[0], found[1][1]["BLOCK_SIZE_N"]) == (mine, 32)
+
+
+def test_a_shipped_table_that_says_nothing_leaves_vllms(folders: Folders) -> None:
+    store_moe(folders.shipped, 64, rule=VLLM_DEFAULT)
+    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None) is None
+    lookup.forget()
+    store_moe(folders.user, 64, rule=VLLM_DEFAULT)
+    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None), "the user's counts, whatever"
+
+
+def test_a_table_without_provenance_serves(folders: Folders) -> None:
+    path = store_moe(folders.user, 64)
+    provenance_path(path).unlink()
+    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None) is not None
+
+
+# ---- calls of Marlin's operator ----
+
+PARAMETERS_26 = """
+    input output b_qweight b_bias b_scales a_scales global_scale b_qzeros g_idx perm workspace sorted_token_ids
+    expert_ids num_tokens_past_padded topk_weights moe_block_size top_k mul_topk_weights b_q_type size_m size_n size_k
+    is_k_full use_atomic_add use_fp32_reduce is_zp_float thread_k thread_n blocks_per_sm
+""".split()  # noqa: SIM905
+PARAMETERS_30 = [name for name in PARAMETERS_26 if name not in ("g_idx", "perm", "is_k_full")]
+BY_NAME = PARAMETERS_26.index("moe_block_size")  # from here on, vLLM gives arguments by name
+
+
+def call(parameters: list[str], shape: MarlinShape, rows: int, **given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as vLLM's `_fused_marlin_moe` gives them, with tensors that have a shape and no memory."""
+    import torch
+    from vllm.scalar_type import scalar_types
+
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.empty(size, device="meta")
+
+    first = shape.kernel == "moe_w13"
+    groups = shape.size_k // shape.group_size if shape.group_size > 0 else 1
+    values = {
+        "b_qweight": tensor(shape.experts, shape.size_k // 16, shape.size_n * 2),
+        "b_scales": tensor(shape.experts, groups, shape.size_n),
+        "workspace": tensor(LOCKS),
+        "topk_weights": tensor(rows, shape.top_k),
+        "moe_block_size": 8,
+        "top_k": shape.top_k if first else 1,
+        "b_q_type": getattr(scalar_types, shape.quant_type),
+        "size_m": rows if first else rows * shape.top_k,
+        "size_n": shape.size_n,
+        "size_k": shape.size_k,
+        **given,
+    }
+    names = parameters[: parameters.index("thread_k")]
+    positional = [name for name in names if name in PARAMETERS_26[:BY_NAME]]
+    args = tuple(values.get(name) for name in positional)
+    return args, {name: values.get(name) for name in names[len(positional) :]}
+
+
+@pytest.fixture(params=[PARAMETERS_26, PARAMETERS_30], ids=["0.26", "0.30"])
+def operator(request: pytest.FixtureRequest) -> list[str]:
+    names: list[str] = request.param
+    return names
+
+
+def test_a_call_gets_the_tables_tile(folders: Folders, operator: list[str]) -> None:
+    store_marlin(folders.shipped)
+    store_marlin(folders.shipped, W2, thread_k=64, thread_n=128, blocks_per_sm=3)
+    calls = MarlinCalls(operator, GB10)
+    for rows in (1, 2, 8):
+        assert calls.changes(*call(operator, W13, rows)) == CHANGES
+        assert calls.changes(*call(operator, W2, rows)) == {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 3}
+    assert calls.changes(*call(operator, W13, 16, moe_block_size=8)) == {}
+
+
+def test_top_1_experts_are_told_apart_by_their_shape(folders: Folders, operator: list[str]) -> None:
+    store_marlin(folders.shipped, W13.model_copy(update={"top_k": 1}))
+    store_marlin(folders.shipped, W2.model_copy(update={"top_k": 1}), thread_k=64, thread_n=128)
+    calls = MarlinCalls(operator, GB10)
+    assert calls.changes(*call(operator, W13.model_copy(update={"top_k": 1}), 4))["thread_k"] == 128
+    assert calls.changes(*call(operator, W2.model_copy(update={"top_k": 1}), 4))["thread_k"] == 64
+
+
+def test_one_group_is_no_group_to_the_kernel(folders: Folders, operator: list[str]) -> None:
+    for group_size in (-1, 128):
+        shape = W2.model_copy(update={"size_k": 128, "group_size": group_size})
+        lookup.forget()
+        path = store_marlin(folders.shipped, shape)
+        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == CHANGES
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "why"),
+    [
+        ({"block_size_m": 16}, {}, "blocks of 16 rows"),
+        ({}, {"moe_block_size": 16}, "blocks of 8 rows"),
+        ({"thread_n": 256, "thread_k": 64}, {}, "no kernel is compiled"),
+        ({"blocks_per_sm": 5}, {}, "blocks_per_sm is 5"),
+        ({"blocks_per_sm": 4}, {}, "shared memory"),
+        ({"blocks_per_sm": 2}, {"workspace": 95}, "96 locks, and vLLM gives 95"),
+    ],
+)
+def test_what_does_not_fit_leaves_vllms_choice_and_says_so(
+    folders: Folders,
+    operator: list[str],
+    caplog: pytest.LogCaptureFixture,
+    values: dict[str, Any],
+    given: dict[str, Any],
+    why: str,
+) -> None:
+    import torch
+
+    store_marlin(folders.shipped, **values)
+    if "workspace" in given:
+        given = {"workspace": torch.empty(given["workspace"], device="meta")}
+    calls = MarlinCalls(operator, GB10)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert calls.changes(*call(operator, W13, 1, **given)) == {}
+    assert [why in record.getMessage() for record in caplog.records] == [True], caplog.text
+
+
+def test_a_tile_that_does_not_divide_is_left_out(
+    folders: Folders, operator: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = W2.model_copy(update={"size_k": 704, "group_size": 64})
+    store_marlin(folders.shipped, shape)
+    with caplog.at_level(logging.WARNING):
+        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == {}
+    assert "K=704 is not a multiple of thread_k=128" in caplog.text
+
+
+def test_other_kernels_are_left_alone(folders: Folders, operator: list[str]) -> None:
+    """8-bit inputs, weights in an order of their own, and experts' batches have kernels that no table is for."""
+    import torch
+
+    store_marlin(folders.shipped)
+    calls = MarlinCalls(operator, GB10)
+    assert calls.changes(*call(operator, W13, 1, a_scales=torch.empty(1, device="meta"))) == {}
+    assert calls.changes(*call(operator, W13, 1, topk_weights=torch.empty(16, 8, device="meta"))) == {}
+    if "g_idx" in operator:
+        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 2048, device="meta"))) == {}
+        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 0, device="meta"))) == CHANGES
+
+
+def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: list[str]) -> None:
+    own: dict[str, Any] = {"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}
+    store_marlin(folders.shipped, **own)
+    store_marlin(folders.shipped, W2, **own, use_atomic_add=True, use_fp32_reduce=False)
+    calls = MarlinCalls(operator, GB10)
+    assert calls.changes(*call(operator, W13, 1)) == {}
+    assert calls.changes(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
+
+
+def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    path = store_marlin(folders.shipped)
+    calls = MarlinCalls(operator, GB10)
+    with caplog.at_level(logging.INFO):
+        for rows in (1, 2, 64):
+            calls.changes(*call(operator, W13, rows))
+            calls.changes(*call(operator, W2, rows))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert str(path) in lines[0]
+    assert "up to 8 rows" in lines[0]
+    assert GUESS.sentence() in lines[0]
+    assert "no table is for this shape on NVIDIA_GB10" in lines[1]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        MarlinCalls(operator, GB10, silent=True).changes(*call(operator, W2, 1))
+    assert caplog.text == ""
+
+
+# ---- the Triton kernel's tables ----
+
+
+@pytest.fixture
+def on_gb10(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    return folders
+
+
+VLLMS = {1: {"BLOCK_SIZE_N": 256}}
+
+
+def chosen(of_vllm: Callable[[], Any] = lambda: VLLMS) -> Any:
+    found = serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, of_vllm)
+    return found and found[1]["BLOCK_SIZE_N"]
+
+
+def test_the_order_of_fused_moe_tables(
+    on_gb10: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    assert chosen() == 256
+    assert "comes with vLLM" in caplog.text
+    assert chosen(lambda: None) is None
+    lookup.forget()
+    store_moe(on_gb10.shipped, 64)
+    assert chosen() == 64
+    assert f"as in {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
+    lookup.forget()
+    store_moe(on_gb10.user, 32)
+    assert chosen() == 32
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path / "theirs"))
+    assert chosen() == 32, "there is nothing in it"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / MOE.file_name(GB10.name)).write_text("{}")
+    assert chosen() == 256, "vLLM reads it"
+    assert "VLLM_TUNED_CONFIG_FOLDER" in caplog.text
+
+
+def test_batch_invariance_takes_no_table(on_gb10: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_moe(on_gb10.user, 32)
+    assert chosen(lambda: None) == 32
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert chosen(lambda: None) is None
+
+
+def test_layers_with_atomic_add(on_gb10: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spark import platform
+
+    monkeypatch.setattr(platform, "compute_capability", lambda: (12, 1))
+    dense = MarlinShape(
+        kernel="dense", experts=1, top_k=1, size_n=512, size_k=2048, group_size=128, quant_type="uint4b8"
+    )
+    own: dict[str, Any] = {"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1, "block_size_m": None}
+    assert serving.layers_with_atomic_add() == frozenset()
+    store_marlin(on_gb10.shipped, dense, **own, use_atomic_add=True)
+    store_marlin(on_gb10.shipped, dense.model_copy(update={"size_n": 1024}), **own)
+    assert serving.layers_with_atomic_add() == {(512, 2048)}
+    monkeypatch.setattr(platform, "compute_capability", lambda: (8, 9))
+    assert serving.layers_with_atomic_add() == frozenset(), "it has no such instruction for bfloat16"
+    monkeypatch.setattr(platform, "compute_capability", lambda: (12, 1))
+    store_marlin(on_gb10.user, dense, **own)
+    assert serving.layers_with_atomic_add() == frozenset(), "the user's own says no"
+
+
+def test_tables_for_a_device(on_gb10: Folders) -> None:
+    assert not serving.has_tables(GB10.name)
+    store_moe(on_gb10.shipped, 64)
+    assert serving.has_tables(GB10.name)
+    assert not serving.has_tables("NVIDIA_GB1")
+
+
+def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -> None:
+    class MarlinExperts: ...
+
+    class TritonExperts: ...
+
+    class TritonWNA16Experts(TritonExperts): ...
+
+    class FallbackExperts: ...
+
+    class TritonOrDeepGemmExperts(FallbackExperts): ...
+
+    class SomeExperts: ...
+
+    layers = [
+        SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kind())))
+        for kind in (MarlinExperts, MarlinExperts, TritonWNA16Experts, TritonOrDeepGemmExperts, SomeExperts)
+    ]
+    layers += [SimpleNamespace(), SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None))]
+    with caplog.at_level(logging.INFO):
+        serving.tell_of_experts(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
+        serving.tell_of_experts(SimpleNamespace())
+    assert [record.getMessage() for record in caplog.records] == [
+        "Experts of 2 layers run on MarlinExperts: it reads Marlin's tables, and none for Triton.",
+        "Experts of 1 layers run on TritonOrDeepGemmExperts: it reads a table only for calls that it leaves to Triton.",
+        "Experts of 1 layers run on SomeExperts: it reads no table, vLLM's own choice stays.",
+    ]

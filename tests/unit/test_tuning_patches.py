@@ -1,0 +1,153 @@
+"""The patches for tuned parameters, on the installed vLLM: in force where a pair serves, and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_spark import patches
+from vllm_spark.patches import Patch, all_patches
+from vllm_spark.tuning import lookup, serving
+from vllm_spark.tuning.gb10 import GB10
+
+from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
+
+__all__ = ["folders"]  # a fixture
+
+SERVING = {"fused-moe-tables", "marlin-atomic-add", "marlin-parameters", "repeated-scales"}
+
+
+def patch(name: str) -> Patch:
+    return next(each for each in all_patches() if each.name == name)
+
+
+def test_these_are_for_serving() -> None:
+    assert {each.name for each in all_patches() if each.when == "serving"} == SERVING
+
+
+def test_only_a_serving_process_has_them() -> None:
+    """What vLLM loads by itself applies the others; serving applies these, once."""
+    look = """
+import json
+from vllm_spark import patches
+from vllm_spark.plugin import register
+register()
+before = sorted(patches._applied)
+import vllm_spark.tuning.serving as serving
+serving.start()
+serving.start()
+import vllm._custom_ops as ops
+from vllm.model_executor.layers.fused_moe import fused_moe
+marked = [getattr(f, "_vllm_spark_patch", None) for f in (ops.moe_wna16_marlin_gemm, fused_moe.get_moe_configs)]
+print(json.dumps([before, sorted(patches._applied), marked]))
+"""
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=300, check=True)
+    before, after, marked = json.loads(done.stdout.splitlines()[-1])
+    assert not SERVING.intersection(before)
+    assert set(after) - set(before) == SERVING
+    assert marked == ["marlin-parameters", "fused-moe-tables"]
+
+
+def test_an_unknown_source_disables_one_of_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state_of = patches.state_of
+    monkeypatch.setattr(
+        patches, "state_of", lambda each: "unknown source" if each.name == "marlin-parameters" else state_of(each)
+    )
+    applied: list[str] = []
+    monkeypatch.setattr(patches, "_applied", set())
+    monkeypatch.setattr(patches, "_apply", lambda each: applied.append(each.name))
+    patches.apply_all("serving")
+    assert set(applied) == SERVING - {"marlin-parameters"}
+    assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
+
+
+def test_marlins_operator_is_called_with_the_tables_tile(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator itself needs a GPU: this one has its parameters, in the installed vLLM, and notes its arguments."""
+    import vllm._custom_ops as ops
+
+    monkeypatch.setattr(serving, "this_device", lambda: GB10)
+    store_marlin(folders.user)
+    signature = inspect.signature(ops.moe_wna16_marlin_gemm)
+
+    def operator(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    operator.__signature__ = signature  # type: ignore[attr-defined]
+    patched = patch("marlin-parameters").replace(operator)
+    args, kwargs = call(list(signature.parameters), W13, 1)
+    unchanged = operator(*args, **kwargs)
+    assert patched(*args, **kwargs) == unchanged | CHANGES
+    assert patched(*args, **kwargs, thread_k=64, thread_n=128) == unchanged | {"thread_k": 64, "thread_n": 128}
+    args, kwargs = call(list(signature.parameters), W13, 9)
+    assert patched(*args, **kwargs) == operator(*args, **kwargs)
+
+
+def test_vllm_finds_fused_moe_tables(folders: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: GB10.name)
+    original: Any = inspect.unwrap(fused_moe.get_moe_configs, stop=lambda f: hasattr(f, "cache_parameters"))
+    get: Any = patch("fused-moe-tables").replace(original)
+    assert get.cache_parameters() == original.cache_parameters()
+
+    asked = (MOE.experts, MOE.size_n, MOE.dtype, 0, 0)
+    assert get(*asked) is None
+    store_moe(folders.user, 32)
+    lookup.forget()
+    assert get(*asked) is None, "vLLM asks once"
+    get.cache_clear()
+    found = get(*asked)
+    assert found[1]["BLOCK_SIZE_N"] == 32
+    assert get(*asked) is found
+    assert get.cache_info().hits == 1
+
+    theirs = tmp_path / "theirs" / MOE.file_name(GB10.name)
+    theirs.parent.mkdir()
+    theirs.write_text(json.dumps({"triton_version": "3.8.0", "1": {"BLOCK_SIZE_N": 128}}))
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(theirs.parent))
+    get.cache_clear()
+    assert get(*asked) == {1: {"BLOCK_SIZE_N": 128}}
+
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER")
+    get.cache_clear()
+    shipped_by_vllm = get(256, 512, "fp8_w8a8", 128, 128)
+    assert shipped_by_vllm, "vLLM 0.31 and later have one for this device"
+    assert shipped_by_vllm == original.__wrapped__(256, 512, "fp8_w8a8", 128, 128)
+    assert get(E=256, N=512, dtype="fp8_w8a8", block_n=128, block_k=128) == shipped_by_vllm
+
+
+def test_a_compiler_can_trace_the_choice_of_atomic_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM decides inside of what it compiles, with a number of rows that has no value."""
+    import torch
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
+
+    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
+    choose = patch("marlin-atomic-add").replace(marlin_utils.should_use_atomic_add_reduce)
+
+    def layer(x: torch.Tensor, width: int) -> torch.Tensor:
+        return x + 1 if choose(x.shape[0], width, 4096, x.device, x.dtype) else x - 1
+
+    compiled: Callable[..., torch.Tensor] = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for rows in (2, 3, 7):
+        x = torch.zeros(rows, 1)
+        assert compiled(x, 512).tolist() == [[1.0]] * rows
+        assert compiled(x, 1024).tolist() == [[-1.0]] * rows
+
+
+def test_without_tables_atomic_add_is_vllms_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset())
+    choose = patch("marlin-atomic-add").replace(lambda *args, **kwargs: (args, kwargs))
+    assert choose(1, 512, k=4096) == ((1, 512), {"k": 4096})

@@ -1,0 +1,735 @@
+"""The search for kernels' parameters, as far as it goes without a GPU: what is tried, kept, written, and then found."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_spark.bench.shard_as_model import shard_as_model
+from vllm_spark.cli import tune_model
+from vllm_spark.data_folders import data_folder
+from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.tuning import fused_moe_compile, fused_moe_table, lookup, search
+from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
+from vllm_spark.tuning.fused_moe_search import not_hopeless, search_space
+from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters, has_own_table, own_row, pinned_rows
+from vllm_spark.tuning.fused_moe_table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
+from vllm_spark.tuning.fused_moe_trial import Trials
+from vllm_spark.tuning.gb10 import GB10
+from vllm_spark.tuning.journal import FILE, Journal
+from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
+from vllm_spark.tuning.outcome import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutcome, Outcome
+from vllm_spark.tuning.promotion import promoted
+from vllm_spark.tuning.provenance import VLLM_DEFAULT
+from vllm_spark.tuning.report import outcomes_tables, plot
+from vllm_spark.tuning.routing import route
+from vllm_spark.tuning.timing import Times
+from vllm_spark.tuning.tuned_model import (
+    TunedModel,
+    fused_moe_shapes,
+    layers_as_served,
+    marlin_shapes,
+    not_read_by_default,
+    shapes_of,
+)
+from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
+
+VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.8.0"}
+W13 = MarlinShape(kernel="moe_w13", experts=128, top_k=8, size_n=768, size_k=2048, group_size=128, quant_type="uint4b8")
+TILE = MarlinParameters(thread_k=64, thread_n=128, blocks_per_sm=2, block_size_m=8)
+BF16 = FusedMoeExperts(experts=128, top_k=8, hidden=2048, intermediate=384)
+FP8_BLOCK = BF16.model_copy(update={"dtype": "fp8_w8a8", "block_shape": (128, 128)})
+FP8_CHANNEL = BF16.model_copy(update={"dtype": "fp8_w8a8"})
+INT4 = BF16.model_copy(update={"dtype": "int4_w4a16", "group_size": 128})
+ROW = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
+
+
+def marlin(rows: int = 1, ratio: float = 0.9, parameters: MarlinParameters = TILE) -> MarlinOutcome:
+    return MarlinOutcome(
+        shape=W13,
+        rows=rows,
+        parameters=parameters,
+        default_us=10.0,
+        tuned_us=10 * ratio,
+        ratio=ratio,
+        tried=[(TILE, ratio)],
+    )
+
+
+def fused(
+    rows: int = 1,
+    ratio: float = 0.9,
+    parameters: FusedMoeParameters | None = ROW,
+    shape: FusedMoeExperts = BF16,
+    tried: Sequence[tuple[FusedMoeParameters, float]] = ((ROW, 0.9),),
+) -> FusedMoeOutcome:
+    return FusedMoeOutcome(
+        shape=shape,
+        rows=rows,
+        parameters=parameters,
+        default_us=20.0,
+        tuned_us=20 * ratio,
+        ratio=ratio,
+        tried=list(tried),
+    )
+
+
+# The journal
+
+
+def test_a_journal_gives_back_what_was_measured_of_either_kind(tmp_path: Path) -> None:
+    written: list[Outcome] = [marlin(), marlin(8), fused(), fused(4, parameters=None), fused(shape=INT4)]
+    journal = Journal(tmp_path / "new" / "folder", GB10.name, VERSIONS)
+    assert journal.known() == {}
+    for outcome in written:
+        journal.add(outcome)
+    again = Journal(tmp_path / "new" / "folder", GB10.name, VERSIONS)
+    assert again.known() == {(outcome.shape, outcome.rows): outcome for outcome in written}
+
+
+def test_the_newest_of_two_counts(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(fused(ratio=0.9))
+    journal.add(fused(ratio=0.7))
+    assert journal.known()[BF16, 1].ratio == 0.7
+
+
+def test_experts_that_share_a_table_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    other = BF16.model_copy(update={"hidden": 4096})
+    assert other.table == BF16.table
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(fused())
+    assert (other, 1) not in journal.known()
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_a_line_that_was_cut_off_costs_one_outcome(tmp_path: Path, cut: int) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(marlin())
+    journal.add(fused())
+    path = tmp_path / FILE
+    path.write_text(path.read_text()[:-cut])
+    expected = {(W13, 1)} if cut > 1 else {(W13, 1), (BF16, 1)}  # the last character is the end of the line
+    assert set(journal.known()) == expected
+
+
+def test_what_follows_a_line_that_was_cut_off_is_not_lost(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(marlin())
+    path = tmp_path / FILE
+    path.write_text(path.read_text()[:-40])
+    Journal(tmp_path, GB10.name, VERSIONS).add(fused())
+    assert set(journal.known()) == {(BF16, 1)}
+
+
+@pytest.mark.parametrize(
+    ("device", "versions"), [("NVIDIA_H200", VERSIONS), (GB10.name, {**VERSIONS, "triton": "3.9.0"}), (GB10.name, {})]
+)
+def test_another_device_or_version_measures_anew(tmp_path: Path, device: str, versions: dict[str, str]) -> None:
+    Journal(tmp_path, GB10.name, VERSIONS).add(marlin())
+    other = Journal(tmp_path, device, versions)
+    assert other.known() == {}
+    other.add(marlin(ratio=0.5))
+    assert Journal(tmp_path, GB10.name, VERSIONS).known()[W13, 1].ratio == 0.9
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"file/tuned cannot be written.*--out"):
+        Journal(tmp_path / "file" / "tuned", GB10.name, VERSIONS)
+
+
+# Promotion
+
+
+def test_rows_whose_decode_step_did_not_become_faster_go_back_to_the_default() -> None:
+    outcomes: list[Outcome] = [marlin(1), marlin(8), fused(1), fused(5), fused(7)]
+    kept = promoted(outcomes, {1: 0.97, 4: 1.0, 8: 1.01})
+    assert kept[0] == outcomes[0]
+    assert kept[2] == outcomes[2]
+    for outcome in (kept[1], kept[3], kept[4]):
+        assert outcome.parameters == (MARLIN_DEFAULT if isinstance(outcome, MarlinOutcome) else None)
+        assert (outcome.ratio, outcome.tuned_us) == (1.0, outcome.default_us)
+    assert [outcome.tried for outcome in kept] == [outcome.tried for outcome in outcomes], "for the plot"
+
+
+# Tables
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where look-ups find this user's tables, while there are no others."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
+    lookup.forget()
+    folder = lookup.user_folder()
+    assert folder is not None
+    return folder
+
+
+def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
+    outcomes = [marlin(1), marlin(8, 1.0, MARLIN_DEFAULT), fused(1), fused(8, 1.0, None)]
+    models = {W13: ["a TP=2"], BF16: ["b TP=2", "c TP=1"]}
+    paths = store(tables(outcomes, models, GB10, VERSIONS), user_folder)
+    assert [path.parent.name for path in paths] == ["marlin", "fused_moe"]
+    found = lookup.find_marlin_table(GB10.name, W13)
+    assert found is not None
+    table = found[1]
+    assert table.models == ("a TP=2",)
+    assert (table.rows[1].thread_n, table.rows[8].leaves_tile) == (128, True)
+    assert table.row(9) is None
+    moe = lookup.fused_moe_table(GB10.name, 128, 384, None, None)
+    assert moe is not None
+    assert moe[0] == paths[1]
+    assert moe[1][1] == ROW.row()
+    assert moe[1][8] == own_row(BF16, GB10.name, 8)
+
+
+def test_every_row_says_where_it_came_from(user_folder: Path) -> None:
+    (path,) = store(tables([fused(1), fused(8, 1.0, None)], {BF16: ["b TP=2"]}, GB10, VERSIONS), user_folder)
+    provenance = load_fused_moe_provenance(path)
+    assert provenance is not None
+    assert provenance.models == ("b TP=2",)
+    measured = provenance.rows[1]
+    assert (measured.kind, measured.device, measured.versions, measured.gain) == ("measured", GB10.name, VERSIONS, 0.1)
+    assert measured.date == datetime.date.today()
+    assert provenance.rows[8].gain == 0.0
+    assert {row.rule for tokens, row in provenance.rows.items() if tokens > 8} == {VLLM_DEFAULT}
+    assert not any(row.missing() for row in provenance.rows.values())
+
+
+@pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL, INT4])
+@pytest.mark.parametrize("rows", [(1, 2, 3, 4, 5, 6, 7, 8), (1, 4, 8), (2,)])
+def test_tables_pass_the_check(tmp_path: Path, shape: FusedMoeExperts, rows: tuple[int, ...]) -> None:
+    best = search_space(shape, 1, GB10)[0]
+    outcomes = [fused(each, shape=shape, parameters=best if each % 2 else None) for each in rows]
+    (path,) = store(tables(outcomes, {}, GB10, VERSIONS), tmp_path)
+    findings = list(check_fused_moe_table(path, None, None))
+    assert findings == []
+
+
+FORMATS = st.sampled_from([BF16, FP8_BLOCK, FP8_CHANNEL, INT4, INT4.model_copy(update={"group_size": 32})])
+SIZES = {
+    "experts": st.sampled_from([8, 60, 128, 256, 512]),
+    "top_k": st.integers(1, 8),
+    "hidden": st.sampled_from([2048, 3072, 4096]),
+    "intermediate": st.sampled_from([128, 256, 384, 704, 768, 1024, 1536]),
+}
+
+
+@st.composite
+def experts(draw: st.DrawFn) -> FusedMoeExperts:
+    shape = draw(FORMATS).model_copy(update={name: draw(values) for name, values in SIZES.items()})
+    if shape.intermediate == 704 and (shape.group_size or shape.block_shape):
+        shape = shape.model_copy(update={"intermediate": 640})  # whole groups and blocks
+    return shape
+
+
+@given(shape=experts(), above=st.integers(1, 8), tokens=st.integers(9, 30_000))
+@settings(deadline=None, max_examples=30)
+def test_larger_steps_get_what_vllm_gives_them(shape: FusedMoeExperts, above: int, tokens: int) -> None:
+    rows = {above: {"BLOCK_SIZE_M": -1}, **pinned_rows(shape, GB10.name, above)}
+    assert FusedMoeTable(rows).row(tokens) == own_row(shape, GB10.name, tokens)
+    assert FusedMoeTable(rows).row(above + 1) == own_row(shape, GB10.name, above + 1)
+
+
+def test_a_table_of_vllm_itself_is_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = FP8_BLOCK.model_copy(update={"experts": 256, "intermediate": 512})
+    theirs = {"1": 17, "8": 18, "24": 19, "1024": 20, "4096": 21}
+    path = tmp_path / "configs" / shape.table.file_name(GB10.name)
+    path.parent.mkdir()
+    path.write_text(json.dumps({key: {"BLOCK_SIZE_M": value} for key, value in theirs.items()}))
+    monkeypatch.setattr("vllm_spark.tuning.fused_moe_shape.kernel_source", lambda: tmp_path / "fused_moe.py")
+    assert has_own_table(shape, GB10.name)
+    assert not has_own_table(shape, "NVIDIA_H200")
+    wanted = {int(key): {"BLOCK_SIZE_M": value} for key, value in theirs.items()}
+    pinned = pinned_rows(shape, GB10.name, 8)
+    for tokens in range(9, 6000):
+        nearest = wanted[min(wanted, key=lambda known: abs(known - tokens))]
+        assert FusedMoeTable({8: {}, **pinned}).row(tokens) == nearest, tokens
+    (table,) = tables([fused(shape=shape)], {}, GB10, VERSIONS)
+    assert isinstance(table, NewFusedMoeTable)
+    assert {row.kind for row in table.provenance.rows.values()} == {"measured", "published"}
+
+
+def test_experts_of_one_table_that_disagree_get_the_default() -> None:
+    other = BF16.model_copy(update={"hidden": 4096})
+    wide = ROW.model_copy(update={"BLOCK_SIZE_N": 64})
+    outcomes = [fused(1), fused(2), fused(1, shape=other), fused(2, shape=other, parameters=wide)]
+    (table,) = tables(outcomes, {BF16: ["a"], other: ["b"]}, GB10, VERSIONS)
+    assert isinstance(table, NewFusedMoeTable)
+    assert table.table.rows[1] == ROW.row()
+    assert table.table.rows[2] == own_row(BF16, GB10.name, 2)
+    assert table.provenance.rows[2].gain == 0.0
+    assert table.provenance.models == ("a", "b")
+
+
+def test_int4_leaves_open_what_vllm_completes() -> None:
+    assert own_row(INT4, GB10.name, 1) == {"BLOCK_SIZE_M": 1, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+    (table,) = tables([fused(shape=INT4)], {}, GB10, VERSIONS)
+    assert isinstance(table, NewFusedMoeTable)
+    assert table.provenance.group_size == 128
+    assert table.table.rows[1]["SPLIT_K"] == 1, "the kernel for int4 has no default for it"
+
+
+@pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL, INT4, INT4.model_copy(update={"experts": 8})])
+def test_vllms_rule_is_the_one_known_here(shape: FusedMoeExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("vllm.model_executor.layers.fused_moe.fused_moe")
+
+    class Cuda:
+        """The rule asks which vendor's GPU there is; here is none."""
+
+        is_rocm = staticmethod(lambda: False)
+        is_cuda = staticmethod(lambda: True)
+
+    monkeypatch.setattr(kernels, "current_platform", Cuda)
+    block = [0, shape.group_size] if shape.is_int4 else list(shape.block_shape or ()) or None
+    for tokens in (*range(1, 140), 511, 512, 513, 1024, 4096, 16_511, 16_512):
+        theirs = kernels.get_default_config(
+            tokens, shape.experts, shape.intermediate, shape.hidden, shape.top_k, shape.dtype, block
+        )
+        assert own_row(shape, "NO_DEVICE", tokens) == theirs, tokens
+
+
+# What is tried
+
+
+@given(shape=experts(), rows=st.integers(1, 8))
+@settings(deadline=None, max_examples=60)
+def test_the_space_has_only_what_can_run(shape: FusedMoeExperts, rows: int) -> None:
+    space = search_space(shape, rows, GB10)
+    assert len(set(space)) == len(space) < 120
+    for row in space:
+        assert (row.BLOCK_SIZE_M, row.GROUP_SIZE_M, row.SPLIT_K) == (16, 1, 1)
+        if shape.dtype is None:
+            assert (row.num_stages - 1) * (16 + row.BLOCK_SIZE_N) * row.BLOCK_SIZE_K * 2 <= GB10.shared_bytes
+        if shape.block_shape is not None:
+            assert row.BLOCK_SIZE_K <= 128, "the kernel cuts it to the block"
+        if shape.is_int4:
+            assert row.BLOCK_SIZE_K // shape.group_size in (1, 2, 4, 8)
+            assert shape.hidden % row.BLOCK_SIZE_K == shape.intermediate % row.BLOCK_SIZE_K == 0
+        assert max(shape.hidden, 2 * shape.intermediate) >= row.BLOCK_SIZE_N
+
+
+@given(shape=experts())
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_space_passes_the_check(tmp_path: Path, shape: FusedMoeExperts) -> None:
+    space = search_space(shape, 1, GB10)
+    outcomes = [fused(rows, shape=shape, parameters=space[rows * len(space) // 9]) for rows in range(1, 9) if space]
+    for table in tables(outcomes, {}, GB10, VERSIONS):
+        (path,) = store([table], tmp_path)
+        assert list(check_fused_moe_table(path, None, None)) == []
+
+
+@pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL])
+def test_the_space_leaves_out_no_row_that_fits(shape: FusedMoeExperts) -> None:
+    space = set(search_space(shape, 1, GB10))
+    for size_n, size_k, warps, stages in itertools.product((32, 64, 128, 256), (64, 128), (4, 8), (2, 3, 4, 5)):
+        row = FusedMoeParameters(
+            BLOCK_SIZE_M=16, BLOCK_SIZE_N=size_n, BLOCK_SIZE_K=size_k, num_warps=warps, num_stages=stages
+        )
+        needed = shared_bytes(shape.table, row.row())
+        assert needed is not None
+        assert (row in space) == (needed <= GB10.shared_bytes)
+
+
+def test_blocks_of_32_rows_are_tried_where_an_expert_may_have_them() -> None:
+    assert {row.BLOCK_SIZE_M for row in search_space(BF16, 16, GB10)} == {16}
+    assert {row.BLOCK_SIZE_M for row in search_space(BF16, 17, GB10)} == {16, 32}
+
+
+def test_what_was_far_off_elsewhere_is_not_tried_again() -> None:
+    fast, near, far, new = search_space(BF16, 1, GB10)[:4]
+    known = [fused(tried=[(fast, 0.8), (near, 1.1), (far, 1.3)])]
+    assert not_hopeless([fast, near, far, new], known) == [fast, near, new]
+    assert not_hopeless([fast, near, far, new], []) == [fast, near, far, new]
+
+
+needs_compiler = pytest.mark.skipif(
+    fused_moe_compile.unavailable() is not None, reason=str(fused_moe_compile.unavailable())
+)
+
+
+@needs_compiler
+def test_what_does_not_compile_or_does_not_fit_is_left_out() -> None:
+    good = ROW
+    large = ROW.model_copy(update={"BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 256})
+    odd = ROW.model_copy(update={"BLOCK_SIZE_N": 48})
+    seen: list[None] = []
+    trials = Trials(GB10, processes=2, seconds=400)
+    assert trials.usable(BF16.table, [large, good, odd], lambda: seen.append(None)) == [good]
+    assert len(seen) == 3
+    assert trials.usable(FusedMoeShape(8, 256), [good], lambda: seen.append(None)) == [good]
+    assert len(seen) == 3, "shapes of one format share their kernels"
+    with pytest.raises(SparkError, match=r"not one of 1 kernels.*shared memory"):
+        trials.usable(BF16.table, [large])
+
+
+@needs_compiler
+def test_a_compiler_that_takes_too_long_is_ended() -> None:
+    trials = Trials(GB10, processes=1, seconds=0.01)
+    with pytest.raises(SparkError, match=r"more than 0\.01 s to compile"):
+        trials.usable(BF16.table, [ROW])
+
+
+# What wins
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A problem whose calls take known times."""
+
+    cost: Mapping[str | None, float]
+    rounds: list[tuple[list[str | None], int]] = dataclasses.field(default_factory=list)
+
+    def run(self, parameters: str | None) -> None:
+        raise AssertionError("its times are known")
+
+    def call(self, call: int, parameters: str | None) -> torch.Tensor:
+        raise AssertionError("its times are known")
+
+
+@pytest.fixture
+def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def race(problem: Timed, candidates: list[str | None], rounds: int) -> Times[str | None]:
+        problem.rounds.append((list(candidates), rounds))
+        return Times({each: [problem.cost[each]] * rounds for each in candidates})
+
+    monkeypatch.setattr(search, "_race", race)
+
+
+@pytest.mark.usefixtures("known_times")
+def test_a_winner_wins_with_other_routings_too() -> None:
+    first = Timed({None: 10.0, "a": 9.0, "b": 8.0})
+    found = search.find(first, Timed({None: 10.0, "b": 9.0}), None, ["a", "b"], 10)
+    assert (found.parameters, found.default_us, found.tuned_us, found.ratio) == ("b", 10.0, 9.0, 0.9)
+    assert found.tried == {"a": 0.9, "b": 0.8}
+    lucky = search.find(first, Timed({None: 10.0, "b": 9.9}), None, ["a", "b"], 10)
+    assert (lucky.parameters, lucky.tuned_us, lucky.ratio) == (None, 10.0, 1.0)
+
+
+@pytest.mark.usefixtures("known_times")
+def test_without_a_clear_winner_or_any_candidate_the_default_stays() -> None:
+    found = search.find(Timed({None: 10.0, "a": 9.85}), Timed({None: 10.0, "a": 5.0}), None, ["a"], 10)
+    assert found.parameters is None
+    found = search.find(Timed({None: 10.0}), Timed({None: 10.0}), None, [], 10)
+    assert (found.parameters, found.tried) == (None, {})
+
+
+@pytest.mark.usefixtures("known_times")
+def test_of_many_the_slow_are_measured_in_few_rounds_alone() -> None:
+    names = [f"{number:02}" for number in range(40)]
+    cost: dict[str | None, float] = {None: 10.0} | {name: 8.0 + 0.1 * number for number, name in enumerate(names)}
+    problem = Timed(cost)
+    found = search.find(problem, Timed(cost), None, names, 20)
+    (all_of_them, few), (rest, many) = problem.rounds
+    assert set(all_of_them) == {None, *names}
+    assert (few < many, many) == (True, 20)
+    assert rest == [None, *names[:21]], "within 1.25 of the fastest"
+    assert set(found.tried) == set(names)
+    assert found.parameters == "00"
+
+
+def test_vllms_override_ends_when_a_kernel_fails() -> None:
+    vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe")
+    from vllm_spark.tuning.fused_moe_problem import _overriding
+
+    inside = []
+
+    def fail() -> None:
+        with _overriding(ROW.row()):
+            inside.append(vllm.get_config())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert inside == [ROW.row()]
+    assert vllm.get_config() is None
+    with _overriding(ROW.row()):
+        pass
+    assert vllm.get_config() is None
+
+
+def test_routing_is_skewed_and_the_same_everywhere() -> None:
+    weights, chosen = route(4096, 128, 8, seed=3)
+    assert torch.equal(chosen, route(4096, 128, 8, seed=3)[1])
+    assert all(len(set(token.tolist())) == 8 for token in chosen[:64])
+    assert torch.allclose(weights.sum(dim=1), torch.ones(4096))
+    counts = torch.bincount(chosen.flatten(), minlength=128).sort(descending=True).values
+    assert counts[:26].sum() > 0.35 * counts.sum(), "a fifth of the experts gets far more than a fifth"
+
+
+# Models
+
+
+def shipped(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((data_folder("configs") / "models" / name / "config.json").read_text())
+    return config
+
+
+def tuned(name: str, tp: int, quantization: dict[str, Any] | None = None) -> TunedModel:
+    config = shipped(name)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    return TunedModel(name, tp, layers_as_served(config, tp))
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "experts", "top_k", "sizes", "group_size"),
+    [
+        ("qwen3-30b-a3b-int4", 1, 128, 8, [(1536, 2048), (2048, 768)], 128),
+        ("qwen3-30b-a3b-int4", 2, 128, 8, [(768, 2048), (2048, 384)], 128),
+        ("qwen3-235b-a22b-int4", 2, 128, 8, [(1536, 4096), (4096, 768)], 128),
+        ("qwen3-next-80b-a3b-int4", 2, 512, 10, [(512, 2048), (2048, 256)], 128),
+        ("minimax-m2-int4", 2, 256, 8, [(1536, 3072), (3072, 768)], 128),
+        ("glm-4.5-air-int4", 1, 128, 8, [(2816, 4096), (4096, 1408)], 128),
+        # 704 inputs of a rank are 5.5 groups of 128.
+        ("glm-4.5-air-int4", 2, 128, 8, [(1408, 4096), (4096, 704)], 64),
+    ],
+)
+def test_gemms_of_int4_experts(
+    name: str, tp: int, experts: int, top_k: int, sizes: list[tuple[int, int]], group_size: int
+) -> None:
+    shapes = marlin_shapes(tuned(name, tp))
+    assert [shape.kernel for shape in shapes] == ["moe_w13", "moe_w2"]
+    assert [(shape.size_n, shape.size_k) for shape in shapes] == sizes
+    assert {(shape.experts, shape.top_k, shape.group_size) for shape in shapes} == {(experts, top_k, group_size)}
+
+
+def test_which_kernels_are_tuned() -> None:
+    int4 = tuned("qwen3-30b-a3b-int4", 2)
+    assert shapes_of(int4, "auto") == shapes_of(int4, "marlin") == marlin_shapes(int4)
+    assert shapes_of(int4, "triton") == [INT4]
+    for quantization, shape in (
+        ({}, BF16),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, FP8_BLOCK),
+        ({"quant_method": "fp8"}, FP8_CHANNEL),
+    ):
+        other = tuned("qwen3-30b-a3b-int4", 2, quantization)
+        assert shapes_of(other, "auto") == shapes_of(other, "triton") == [shape]
+        assert shapes_of(other, "marlin") == []
+
+
+@pytest.mark.parametrize("name", ["llama-3.3-70b-int4", "qwen3-32b-int4", "gpt-oss-120b"])
+def test_models_with_nothing_to_tune(name: str) -> None:
+    for tp in (1, 2):
+        assert shapes_of(tuned(name, tp), "auto") == shapes_of(tuned(name, tp), "triton") == []
+
+
+@pytest.mark.parametrize(
+    ("quantization", "why"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "704 are no whole number of blocks of 128 x 128"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, "and these have none"),
+    ],
+)
+def test_experts_that_triton_does_not_take(quantization: dict[str, Any], why: str) -> None:
+    model = tuned("glm-4.5-air-int4", 2, quantization)
+    with pytest.raises(ConfigurationError, match=why):
+        fused_moe_shapes(model, int4=True)
+
+
+def test_which_tables_vllm_reads_by_itself() -> None:
+    assert not_read_by_default(FP8_CHANNEL) is None
+    for shape, backend in ((INT4, "Marlin"), (FP8_BLOCK, "DeepGEMM"), (BF16, "FlashInfer")):
+        assert backend in str(not_read_by_default(shape))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (data_folder("configs") / "models").iterdir()))
+def test_a_shard_as_a_model_has_the_sizes_of_a_rank(name: str) -> None:
+    config = shipped(name)
+    before = json.dumps(config)
+    shard = shard_as_model(config, 2)
+    assert json.dumps(config) == before, "the given one stays as it was"
+    assert shard_as_model(config, 1) == config
+    text, of_rank = config.get("text_config", config), shard.get("text_config", shard)
+    assert of_rank["num_attention_heads"] * 2 == text["num_attention_heads"]
+    assert of_rank["hidden_size"] == text["hidden_size"]
+    from vllm_spark.tuning.layers import Experts, model_layers
+
+    def sizes(layers: Sequence[Any]) -> list[tuple[str, int, int]]:
+        """Without the small projection of linear attention, which vLLM keeps whole on every rank for some formats."""
+        return [
+            (layer.name, layer.hidden, layer.intermediate)
+            if isinstance(layer, Experts)
+            else (layer.name, layer.size_n, layer.size_k)
+            for layer in layers
+            if not layer.name.endswith("in_proj_ba")
+        ]
+
+    assert sizes(model_layers(shard, 1)) == sizes(model_layers(config, 2))
+
+
+def test_a_shard_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"num_attention_heads is 32, which 3 ranks cannot share.*--tp"):
+        shard_as_model(shipped("qwen3-30b-a3b-int4"), 3)
+
+
+# The report
+
+
+def test_a_report_has_a_table_for_each_kernel_and_a_plot(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    pytest.importorskip("matplotlib")
+    outcomes: list[Outcome] = [marlin(1), marlin(8), fused(1), fused(8, 1.0, None, tried=()), fused(shape=INT4)]
+    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    for table in outcomes_tables(outcomes, "NVIDIA GB10"):
+        console.print(table)
+    text = console.export_text()
+    for part in ("64 x 128, 2 blocks/SM", "16 x 32 x 128, 4 warps, 4 stages", "default", "0.900", "bfloat16", "int4"):
+        assert part in text
+    assert [str(table.title).split(",")[0] for table in outcomes_tables(outcomes[:2], "")] == ["Marlin"]
+    path = tmp_path / "plot.png"
+    plot(outcomes, "NVIDIA GB10", path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+# The command
+
+
+def tune(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    tune_model.add_arguments(parser)
+    return tune_model.run(parser.parse_args(words))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Folder with a config.json of each kind that is asked for below."""
+    known = shipped("qwen3-30b-a3b-int4")
+    for name, content in {
+        "unknown": {"model_type": "mamba9", "num_hidden_layers": 2},
+        "list": [1, 2],
+        "awq": {**known, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+        "gguf": {**known, "quantization_config": {"quant_method": "gguf"}},
+        "ordered": {**known, "quantization_config": {**known["quantization_config"], "desc_act": True}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type":')
+    (tmp_path / "file").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["{models}/unknown"], ["mamba9", "known are", "qwen3_moe"]),
+        (["{models}/broken"], ["broken/config.json", "is no JSON"]),
+        (["{models}/list"], ["holds no JSON object"]),
+        (["{models}/gguf"], ["gguf", "gptq"]),
+        (["./no/such/model"], ["./no/such/model", "qwen3-30b-a3b-int4"]),
+        (["qwen3-30b-a3b-int4", "--tp", "5"], ["5 ranks"]),
+        (["llama-3.3-70b-int4"], ["nothing to tune in llama-3.3-70b-int4"]),
+        (["gpt-oss-120b", "--kernels", "triton"], ["nothing to tune in gpt-oss-120b"]),
+        (["{models}/awq", "--kernels", "triton"], ["AWQ", "--kernels triton"]),
+        (["{models}/ordered", "--kernels", "triton"], ["desc_act", "--kernels triton"]),
+        (["qwen3-30b-a3b-int4", "--out", "{models}/file/tuned"], ["file/tuned cannot be written", "--out"]),
+        (["qwen3-30b-a3b-int4", "--out", "{models}/file"], ["file cannot be written", "--out"]),
+        (["qwen3-30b-a3b-int4", "--out", "{models}/new", "--plot", "{models}/nowhere/plot.png"], ["nowhere/plot.png"]),
+    ],
+)
+def test_bad_input_costs_a_sentence(models: Path, words: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        tune(*(word.format(models=models) for word in words))
+    assert caught.value.exit_code == 2
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    for part in parts:
+        assert part in sentence
+    assert not (models / "new").exists(), "nothing is made for a command that fails"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--rows", "9"], "9 is more than 8 tokens"),
+        (["--rows", "0"], "'0' is no whole number above 0"),
+        (["--tp", "two"], "'two' is no whole number above 0"),
+        (["--tp", "0"], "'0' is no whole number above 0"),
+        (["--kernels", "cutlass"], "cutlass"),
+        (["--engine", "{"], "is no JSON object"),
+    ],
+)
+def test_bad_options_are_explained(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        tune("qwen3-30b-a3b-int4", *words)
+    assert caught.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("words", [[], ["--kernels", "triton"]])
+def test_a_machine_without_a_gpu_is_told(tmp_path: Path, words: list[str]) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ConfigurationError, match="needs a GPU") as caught:
+        tune("qwen3-30b-a3b-int4", "--out", str(tmp_path / "new"), *words)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_errors_come_before_anything_slow(tmp_path: Path) -> None:
+    program = """
+import argparse, sys
+from vllm_spark.cli import tune_model
+from vllm_spark.errors import ConfigurationError
+parser = argparse.ArgumentParser()
+tune_model.add_arguments(parser)
+try:
+    tune_model.run(parser.parse_args(["qwen3-30b-a3b-int4", "--out", sys.argv[1]]))
+except ConfigurationError as error:
+    print(error)
+print([name for name in ("torch", "vllm", "triton") if name in sys.modules])
+"""
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "file")], capture_output=True, text=True, timeout=300, check=True
+    )
+    sentence, loaded = done.stdout.splitlines()
+    assert "cannot be written" in sentence
+    assert loaded == "[]"
+
+
+def test_the_flag_that_makes_vllm_read_a_table_is_told() -> None:
+    told = tune_model._who_reads([W13, FP8_CHANNEL, INT4])
+    assert len(told) == 1
+    assert "--moe-backend triton" in told[0]
+    assert "int4" in told[0]
+    assert tune_model._backend([INT4]) == {"moe_backend": "triton"}
+    assert tune_model._backend([W13, BF16]) == {}
+
+
+def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
+    vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe.oracle.int_wna16")
+    from vllm_spark.compat import triton_runs_int4_experts
+
+    if triton_runs_int4_experts():
+        assert vllm.map_wna16_backend("triton").value == "TRITON"
+        tune_model._check_version_takes_int4([INT4])
+    else:
+        with pytest.raises(ValueError, match="not supported"):
+            vllm.map_wna16_backend("triton")
+        with pytest.raises(ConfigurationError, match="runs int4 experts on Marlin alone"):
+            tune_model._check_version_takes_int4([INT4])
+
+
+def test_fused_moe_tables_are_beside_their_provenance(tmp_path: Path) -> None:
+    (path,) = store(tables([fused()], {}, GB10, VERSIONS), tmp_path)
+    assert path.name == "E=128,N=384,device_name=NVIDIA_GB10.json"
+    assert fused_moe_table.provenance_path(path).is_file()
+    assert json.loads(path.read_text())["triton_version"] == "3.8.0"

@@ -1,0 +1,92 @@
+"""Whether tuned tables make a whole decode step faster: with and without them, in turns, in real engines."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vllm_spark.bench import decode
+from vllm_spark.bench.shard_as_model import shard_as_model
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.quantization_groups import with_groups_that_fit
+from vllm_spark.stage import Stage
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One batch: milliseconds of a step, medians of each round."""
+
+    batch: int
+    untuned: list[float]
+    tuned: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Tuned over untuned: the median of the rounds' ratios."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.tuned, self.untuned, strict=True))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        config: of the model; one rank's shard of it is run, without collectives.
+        tp: ranks that share the model.
+        tables: a folder as `lookup.user_folder` is.
+        batches: sequences decoded together.
+        rounds: engines started for each side.
+        steps: timed for each batch in a round.
+        compile: with torch.compile, as vLLM does by itself.
+        engine: more arguments of `vllm.LLM`.
+    """
+
+    config: Mapping[str, Any]
+    tp: int
+    tables: Path
+    batches: Sequence[int] = (1, 4, 8)
+    rounds: int = 3
+    steps: int = 300
+    compile: bool = True
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], None]) -> list[Comparison]:
+    """Runs both sides in every round.
+
+    Args:
+        on_engine: called with the side and the round (from 0) before each engine starts.
+
+    Raises:
+        SparkError: an engine failed; its logs are on the stage.
+    """
+    if settings.tables.name != "tuned" or settings.tables.parent.name != "vllm-spark":
+        raise ConfigurationError(
+            f"{settings.tables} is no folder of a user's tables; its path ends in vllm-spark/tuned"
+        )
+    model = stage.folder / "shard"
+    model.mkdir()
+    served = with_groups_that_fit(settings.config, settings.tp)
+    (model / "config.json").write_bytes(msgspec.json.encode(shard_as_model(served, settings.tp)))
+    report = decode.measure(
+        decode.Settings(
+            device="cuda",
+            model=str(model),
+            candidates=decode.TUNING,
+            batches=tuple(settings.batches),
+            steps=settings.steps,
+            rounds=settings.rounds,
+            compile=settings.compile,
+            engine=dict(settings.engine),
+            environment={"XDG_CONFIG_HOME": str(settings.tables.parent.parent)},
+        ),
+        stage,
+        on_engine,
+    )
+    rows = {(row.candidate, row.batch): row.medians for row in report.rows}
+    return [Comparison(batch, rows["untuned", batch], rows["tuned", batch]) for batch in settings.batches]

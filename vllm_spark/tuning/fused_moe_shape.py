@@ -1,0 +1,143 @@
+"""What vLLM's Triton kernel for experts is tuned for, how it is called, and what vLLM would call it with by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from vllm_spark.tuning.fused_moe_compile import kernel_source
+from vllm_spark.tuning.fused_moe_default import default_row
+from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_table
+
+INT4_GROUPS = (32, 64, 128)
+"""Sizes of groups for which vLLM has a rule of its own for steps of few tokens."""
+
+Format = Literal["fp8_w8a8", "int4_w4a16"]
+"""vLLM's names of those that are searched for, besides bfloat16, which has none."""
+
+_LARGEST_PINNED = 8192
+
+
+class FusedMoeParameters(BaseModel):
+    """A row of a table, by vLLM's names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    BLOCK_SIZE_M: StrictInt = Field(gt=0)
+    BLOCK_SIZE_N: StrictInt = Field(gt=0)
+    BLOCK_SIZE_K: StrictInt = Field(gt=0)
+    GROUP_SIZE_M: StrictInt = Field(default=1, gt=0)
+    SPLIT_K: StrictInt = Field(default=1, gt=0)
+    num_warps: StrictInt = Field(gt=0)
+    num_stages: StrictInt = Field(gt=0)
+
+    def row(self) -> dict[str, int]:
+        """As it stands in a table."""
+        return self.model_dump()
+
+
+class FusedMoeExperts(BaseModel):
+    """A block of experts of one rank, of which a table's name says a part.
+
+    Attributes:
+        experts: of this rank.
+        top_k: experts of a token.
+        hidden: width of the model.
+        intermediate: an expert's inner width on this rank.
+        dtype: as in `FusedMoeShape`.
+        block_shape: of fp8 weights that share a scale, if they do in blocks.
+        group_size: of int4 weights that share a scale; 0 for other weights.
+        zero_points: whether groups of int4 weights have one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: StrictInt = Field(gt=0)
+    top_k: StrictInt = Field(gt=0)
+    hidden: StrictInt = Field(gt=0)
+    intermediate: StrictInt = Field(gt=0)
+    dtype: Format | None = None
+    block_shape: tuple[int, int] | None = None
+    group_size: StrictInt = Field(default=0, ge=0)
+    zero_points: bool = False
+
+    @property
+    def table(self) -> FusedMoeShape:
+        """Which table it reads."""
+        return FusedMoeShape(self.experts, self.intermediate, self.dtype, self.block_shape)
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether the kernel for packed weights runs it."""
+        return self.dtype == "int4_w4a16"
+
+    def describe(self) -> str:
+        """In words, for tables and logs."""
+        if self.is_int4:
+            stored = f"int4, groups of {self.group_size}"
+        elif self.dtype is None:
+            stored = "bfloat16"
+        else:
+            stored = "fp8, " + ("a scale for a channel" if self.block_shape is None else "blocks of {} x {}").format(
+                *(self.block_shape or ())
+            )
+        return f"{self.experts} experts, top {self.top_k} ({self.intermediate} of {self.hidden}, {stored})"
+
+
+def own_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
+    """vLLM's parameters for a step of `tokens`, when the user has no table: from its own table, or by its rule.
+
+    With int4 weights vLLM leaves `BLOCK_SIZE_N` and `BLOCK_SIZE_K` open, and completes them for each of both GEMMs.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+    """
+    return _own_choice(shape, device)(tokens)
+
+
+def has_own_table(shape: FusedMoeExperts, device: str) -> bool:
+    """Whether vLLM comes with a table for it."""
+    source = kernel_source()
+    return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
+
+
+def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, dict[str, int]]:
+    """Rows that give every step of more than `above` tokens what vLLM's own choice gives it.
+
+    vLLM takes the nearest row. So one stands right above, one at each power of two, and one on both sides of every
+    change.
+    """
+    choose = _own_choice(shape, device)
+    first, last = above + 1, max(_LARGEST_PINNED, 129 * shape.experts)
+    keys = {first, *(2**power for power in range(last.bit_length()) if 2**power > above)}
+    before = choose(first)
+    for tokens in range(first + 1, last + 1):
+        now = choose(tokens)
+        if now != before:
+            keys |= {tokens - 1, tokens}
+        before = now
+    return {key: choose(key) for key in sorted(keys)}
+
+
+def _own_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
+    source = kernel_source()
+    if source is not None and has_own_table(shape, device):
+        table = load_fused_moe_table(source.parent / "configs" / shape.table.file_name(device))
+        return lambda tokens: dict(table.row(tokens))
+    if shape.is_int4:
+        return lambda tokens: _int4_row(shape, tokens)
+    return lambda tokens: default_row(shape.table, tokens)
+
+
+def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
+    """The rule of vLLM 0.32 and 0.33.
+
+    Earlier ones leave out `GROUP_SIZE_M`, and take 3, 5, 6 and 7 rows as they are: the kernel takes neither.
+    """
+    if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
+        size_m = min(16, 1 << (tokens - 1).bit_length())
+    else:
+        size_m = next((size for limit, size in ((20, 16), (40, 32)) if tokens <= limit), 64)
+    return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}

@@ -1,0 +1,57 @@
+"""What a GB10 can hold: the limits that a kernel's parameters must keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """Limits of one GPU model.
+
+    Attributes:
+        name: as vLLM writes it in file names: the driver's name with underscores.
+        capability: compute capability, (12, 1) for sm_121.
+        multiprocessors: of the whole GPU.
+        shared_bytes: of shared memory that one block may have (opt-in limit).
+        shared_bytes_per_multiprocessor: for all blocks together, each pays 1 KiB to the system.
+        registers_per_multiprocessor: of 32 bits.
+        threads_per_multiprocessor: that can be resident.
+        l2_bytes: of the L2 cache.
+        dram_bytes_per_second: what the memory can deliver at most.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    shared_bytes_per_multiprocessor: int
+    registers_per_multiprocessor: int
+    threads_per_multiprocessor: int
+    l2_bytes: int
+    dram_bytes_per_second: float
+
+
+GB10 = Device(
+    name="NVIDIA_GB10",
+    capability=(12, 1),
+    multiprocessors=48,
+    shared_bytes=101_376,
+    shared_bytes_per_multiprocessor=102_400,
+    registers_per_multiprocessor=65_536,
+    threads_per_multiprocessor=1_536,
+    l2_bytes=24 << 20,
+    dram_bytes_per_second=273e9,
+)
+
+DEVICES = {GB10.name: GB10}
+"""Those whose limits are known here; tables of other devices are checked without limits of their device."""
+
+
+def device_file_name(name: str) -> str:
+    """A device's name as it stands in file names of tables, from the driver's ("NVIDIA GB10").
+
+    H200s of every kind share vLLM's tables for the H200.
+    """
+    joined = "_".join(name.replace("/", " ").split())
+    return "NVIDIA_H200" if "H200" in joined.split("_") else joined

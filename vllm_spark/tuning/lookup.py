@@ -1,0 +1,119 @@
+"""Which table holds for a kernel's shape: the user's own first, then the one that comes with this project.
+
+Files are read once for a process. A file that cannot be used costs its one shape, and a sentence in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from vllm_spark.data_folders import configuration_folder, data_folder
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.tuning import fused_moe_table as fused_moe
+from vllm_spark.tuning import marlin_table as marlin
+from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance, load_fused_moe_table
+from vllm_spark.tuning.marlin_table import Kernel, MarlinParameters, MarlinShape, MarlinTable, load_marlin_table
+
+logger = logging.getLogger("vllm_spark")
+
+
+def user_folder() -> Path | None:
+    """Where `vllm-spark tune` leaves this user's tables; None for a user without a home folder."""
+    folder = configuration_folder()
+    return None if folder is None else folder / "tuned"
+
+
+def shipped_folder() -> Path:
+    """Where the tables are that come with this project."""
+    return data_folder("configs")
+
+
+@functools.cache
+def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTable] | None:
+    """The table for `shape` and where it is; None if there is none that can be used.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+    """
+    for folder in folders():
+        path = folder / marlin.FOLDER / shape.file_name(device)
+        if not path.is_file():
+            continue
+        try:
+            table = load_marlin_table(path)
+            if (table.device, table.shape) != (device, shape):
+                raise ConfigurationError(f"the Marlin table {path} is for another shape or device than its name says")
+        except ConfigurationError as error:
+            logger.warning("A tuned table is left out: %s.", error)
+            continue
+        return path, table
+    return None
+
+
+def marlin_parameters(
+    device: str,
+    kernel: Kernel,
+    experts: int,
+    top_k: int,
+    size_n: int,
+    size_k: int,
+    group_size: int,
+    quant: str,
+    rows: int,
+) -> MarlinParameters | None:
+    """The parameters for a step of `rows` tokens; None where vLLM's own choice stays."""
+    shape = MarlinShape(
+        kernel=kernel,
+        experts=experts,
+        top_k=top_k,
+        size_n=size_n,
+        size_k=size_k,
+        group_size=group_size,
+        quant_type=quant,
+    )
+    found = find_marlin_table(device, shape)
+    return None if found is None else found[1].row(rows)
+
+
+@functools.cache
+def fused_moe_table(
+    device: str, experts: int, size_n: int, dtype: str | None, block_shape: tuple[int, int] | None
+) -> tuple[Path, dict[int, dict[str, int]]] | None:
+    """The table for a shape, with where it is; None if there is none that can be used, or if it says nothing.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+        experts: of this rank.
+        size_n: an expert's intermediate width on this rank.
+        dtype: vLLM's name of the format, as in its file names; None for bfloat16 and float16.
+        block_shape: of weights that share a scale, if they do in blocks.
+    """
+    name = FusedMoeShape(experts, size_n, dtype, block_shape).file_name(device)
+    for folder in folders():
+        path = folder / fused_moe.FOLDER / name
+        if not path.is_file():
+            continue
+        try:
+            table = load_fused_moe_table(path)
+            provenance = load_fused_moe_provenance(path)
+        except ConfigurationError as error:
+            logger.warning("A tuned table is left out: %s.", error)
+            continue
+        if folder == shipped_folder() and provenance is not None and provenance.says_nothing:
+            continue
+        return path, dict(table.rows)
+    return None
+
+
+def forget() -> None:
+    """Makes the next look-up read the files again."""
+    find_marlin_table.cache_clear()
+    fused_moe_table.cache_clear()
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for, in this order."""
+    mine = user_folder()
+    return [shipped_folder()] if mine is None else [mine, shipped_folder()]

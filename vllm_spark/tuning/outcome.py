@@ -1,0 +1,80 @@
+"""What comes of a search for one kernel, shape and number of tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
+
+from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
+
+BLOCK_SIZE_M = 8
+"""Rows of an expert in a tile of Marlin: what vLLM takes for decode steps of so few tokens."""
+
+MARLIN_DEFAULT = MarlinParameters(block_size_m=BLOCK_SIZE_M)
+"""Leaves tile and blocks to the kernel."""
+
+
+class _Outcome(BaseModel):
+    """What every outcome has.
+
+    Attributes:
+        DEFAULT: the parameters that leave vLLM its choice.
+        rows: tokens of the step.
+        default_us: microseconds of one call with vLLM's default, median of the confirmation.
+        tuned_us: the same with the winner; equal where the default stays.
+        ratio: tuned over default, median of the rounds' ratios.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    DEFAULT: ClassVar[MarlinParameters | None] = None
+
+    rows: int
+    default_us: float
+    tuned_us: float
+    ratio: float
+
+    def with_default(self) -> Self:
+        """The outcome, had the default won."""
+        return self.model_copy(update={"parameters": self.DEFAULT, "tuned_us": self.default_us, "ratio": 1.0})
+
+
+class MarlinOutcome(_Outcome):
+    """Of Marlin's kernel for experts.
+
+    Attributes:
+        shape: one GEMM.
+        parameters: the winner, or `MARLIN_DEFAULT`.
+        tried: ratio to the default in the search, for everything that the kernel took.
+    """
+
+    DEFAULT = MARLIN_DEFAULT
+
+    kind: Literal["marlin"] = "marlin"
+    shape: MarlinShape
+    parameters: MarlinParameters
+    tried: list[tuple[MarlinParameters, float]]
+
+
+class FusedMoeOutcome(_Outcome):
+    """Of vLLM's Triton kernel: both GEMMs, and what is between them.
+
+    Attributes:
+        shape: the experts.
+        parameters: the winner; None for vLLM's own choice.
+        tried: as in `MarlinOutcome`; of those that were left out early, the ratio of the first rounds.
+    """
+
+    kind: Literal["fused_moe"] = "fused_moe"
+    shape: FusedMoeExperts
+    parameters: FusedMoeParameters | None
+    tried: list[tuple[FusedMoeParameters, float]]
+
+
+Outcome = Annotated[MarlinOutcome | FusedMoeOutcome, Field(discriminator="kind")]
+"""Of any kernel."""
+
+Shape = MarlinShape | FusedMoeExperts
+"""What is searched for."""

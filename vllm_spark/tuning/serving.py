@@ -1,0 +1,186 @@
+"""Tuned parameters in a process that runs a model for a pair: which tables it uses, and the lines that say so."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.patches import apply_all
+from vllm_spark.tuning import fused_moe_table as fused_moe
+from vllm_spark.tuning import marlin_table as marlin
+from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance
+from vllm_spark.tuning.gb10 import DEVICES, Device, device_file_name
+from vllm_spark.tuning.lookup import folders, fused_moe_table
+from vllm_spark.tuning.marlin_table import MarlinTable, load_marlin_table
+
+logger = logging.getLogger("vllm_spark")
+
+_READ_TABLES = ("TritonExperts", "BatchedTritonExperts")
+"""Classes of vLLM that run the kernel which reads FusedMoE tables; so do their subclasses."""
+
+_READ_TABLES_AT_TIMES = "FallbackExperts"
+"""A class of vLLM whose subclasses choose between that kernel and another one, call by call."""
+
+
+def start() -> None:
+    """Makes vLLM use tuned tables in this process. To be called before it loads a model."""
+    apply_all("serving")
+    if not has_tables(device_name()):
+        logger.info("There are no tuned parameters for the device %s: vLLM's own stay.", device_name())
+
+
+@functools.cache
+def device_name() -> str:
+    """Of the device that vLLM uses in this process, as in names of tables. Starts nothing on the device."""
+    from vllm.platforms import current_platform
+
+    return device_file_name(str(current_platform.get_device_name()))
+
+
+@functools.cache
+def this_device() -> Device:
+    """Limits of the device that vLLM uses in this process, which must be a GPU."""
+    name = device_name()
+    if name in DEVICES:
+        return DEVICES[name]
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(
+        name=name,
+        capability=(found.major, found.minor),
+        multiprocessors=found.multi_processor_count,
+        shared_bytes=found.shared_memory_per_block_optin,
+        shared_bytes_per_multiprocessor=found.shared_memory_per_multiprocessor,
+        registers_per_multiprocessor=found.regs_per_multiprocessor,
+        threads_per_multiprocessor=found.max_threads_per_multi_processor,
+        l2_bytes=found.L2_cache_size,
+        dram_bytes_per_second=0.0,  # nobody asks here
+    )
+
+
+def has_tables(device: str) -> bool:
+    """Whether any table is for `device`."""
+    return any(_tables(device, kind) for kind in (marlin.FOLDER, fused_moe.FOLDER))
+
+
+def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
+    """Widths of output and input of the linear layers on Marlin for which every row of every table says atomic add.
+
+    All rows, because vLLM decides for a layer while it compiles it, when the number of rows has no value yet.
+    """
+    chosen: dict[str, MarlinTable] = {}
+    for path in _tables(device_name(), marlin.FOLDER):
+        if path.name.startswith("kernel=dense,") and path.name not in chosen:
+            try:
+                chosen[path.name] = load_marlin_table(path)
+            except ConfigurationError as error:
+                logger.warning("A tuned table is left out: %s.", error)
+    from vllm_spark.platform import compute_capability
+
+    agreed: dict[tuple[int, int], bool] = {}
+    for table in chosen.values():
+        widths = (table.shape.size_n, table.shape.size_k)
+        agreed[widths] = agreed.get(widths, True) and all(row.use_atomic_add for row in table.rows.values())
+    widths_with = frozenset(widths for widths, yes in agreed.items() if yes)
+    # Before compute capability 9.0 there is no such instruction for bfloat16.
+    if not widths_with or (compute_capability() or (0, 0)) < (9, 0):
+        return frozenset()
+    for size_n, size_k in sorted(widths_with):
+        logger.info("Marlin, linear layers with N=%d, K=%d: atomic add, as in their tables.", size_n, size_k)
+    return widths_with
+
+
+def choose_fused_moe_table(
+    experts: int,
+    size_n: int,
+    dtype: str | None,
+    block_n: int | None,
+    block_k: int | None,
+    of_vllm: Callable[[], dict[int, Any] | None],
+) -> dict[int, Any] | None:
+    """The table for the Triton kernel: of vLLM's variable first, then the user's own, then this project's, then vLLM's.
+
+    Args:
+        experts: of this rank.
+        size_n: an expert's intermediate width on this rank.
+        dtype: vLLM's name of the format.
+        block_n: of weights that share a scale, if they do in blocks; None or 0 otherwise.
+        block_k: likewise.
+        of_vllm: looks where vLLM looks.
+    """
+    import vllm.envs as envs
+
+    device = device_name()
+    block_shape = (block_n, block_k) if block_n and block_k else None
+    shape = FusedMoeShape(experts, size_n, dtype, block_shape)
+    theirs = envs.VLLM_TUNED_CONFIG_FOLDER
+    name = shape.file_name(device)
+    if envs.VLLM_BATCH_INVARIANT:
+        return of_vllm()
+    if theirs is not None and os.path.exists(os.path.join(theirs, name)):
+        logger.info("Triton, %s: as in %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
+        return of_vllm()
+    found = fused_moe_table(device, experts, size_n, dtype, block_shape)
+    if found is None:
+        rows = of_vllm()
+        if rows is not None:
+            logger.info("Triton, %s: the table that comes with vLLM.", name)
+        elif has_tables(device):
+            logger.info("Triton, %s: as vLLM chooses, for there is no table of this name.", name)
+        return rows
+    path, table = found
+    provenance = load_fused_moe_provenance(path)
+    origins = dict.fromkeys(row.sentence() for row in provenance.rows.values()) if provenance else ()
+    logger.info("Triton, %s: as in %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
+    return dict(table)
+
+
+def tell_of_experts(worker: Any) -> None:
+    """Says of each kind of experts in a loaded model whose kernel reads no table, or may not, that this is so.
+
+    Those that read one say which when they first ask for it.
+
+    Args:
+        worker: vLLM's, with its model loaded.
+    """
+    try:
+        modules = list(worker.get_model().modules())
+    except (AttributeError, NotImplementedError):
+        return  # a worker of another kind; nothing but a line in the log is lost
+    kinds: Counter[type] = Counter()
+    for module in modules:
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if experts is None:
+            continue
+        kinds.update([type(experts)])
+    for kind, layers in kinds.items():
+        ancestors = {ancestor.__name__ for ancestor in kind.__mro__}
+        if ancestors.intersection(_READ_TABLES):
+            continue
+        if "Marlin" in kind.__name__:
+            what = "it reads Marlin's tables, and none for Triton"
+        elif _READ_TABLES_AT_TIMES in ancestors:
+            what = "it reads a table only for calls that it leaves to Triton"
+        else:
+            what = "it reads no table, vLLM's own choice stays"
+        logger.info("Experts of %d layers run on %s: %s.", layers, kind.__name__, what)
+
+
+def _tables(device: str, kind: str) -> list[Path]:
+    """Files of tables for `device`, the user's own first."""
+    found: list[Path] = []
+    for folder in folders():
+        found += sorted(
+            path
+            for path in (folder / kind).glob("*.json")
+            if f"device_name={device}," in path.name or f"device_name={device}.json" in path.name
+        )
+    return [path for path in found if not path.name.endswith(fused_moe.PROVENANCE_SUFFIX)]

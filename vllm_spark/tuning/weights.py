@@ -1,0 +1,299 @@
+"""How the weights of a model's layers are stored, from the `quantization_config` of its config.json.
+
+Which layers a checkpoint leaves alone is written in five ways; each is read as vLLM 0.33 reads it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_spark.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Four bits a weight, a scale for each group (-1: for a column), with AWQ a zero point too."""
+
+    group_size: int
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Eight bits a weight, 16-bit activations; a scale for each group (-1: for a column)."""
+
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Fp8Block:
+    """Eight-bit floats, weights and activations; a scale for each block of (columns, rows)."""
+
+    block: tuple[int, int] = (128, 128)
+
+
+@dataclass(frozen=True)
+class Fp8Channel:
+    """Eight-bit floats, weights and activations; a scale for a channel, or for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Four-bit floats, a scale for 32 of them."""
+
+
+@dataclass(frozen=True)
+class Bf16:
+    """Not quantized."""
+
+
+Weights = Int4 | Int8 | Fp8Block | Fp8Channel | Mxfp4 | Bf16
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """Where a layer is in the model.
+
+    Attributes:
+        fused: vLLM's names for it; a nested model has several spellings.
+        parts: for each of those, the names in the checkpoint that vLLM fuses into it.
+        experts: whether it is a whole block of experts.
+    """
+
+    fused: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
+    experts: bool = False
+
+
+Reader = Callable[[LayerName], Weights]
+"""Says how the weights of a layer are stored."""
+
+
+def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
+    """What tells the weights of each layer, and the method's name (None for a model that is not quantized).
+
+    Args:
+        config: the whole config.json.
+
+    Raises:
+        ConfigurationError: a method, or a number of bits, that no table here is for.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None and isinstance(text := config.get("text_config"), Mapping):
+        quantization = text.get("quantization_config")
+    if quantization is None and isinstance(compression := config.get("compression_config"), Mapping):
+        quantization = compression
+    if not quantization:
+        return (lambda name: Bf16()), None
+    if not isinstance(quantization, Mapping):
+        raise ConfigurationError(f"quantization_config is {quantization!r}; config.json must hold an object there")
+    method = str(quantization.get("quant_method", "")).lower()
+    readers: dict[str, Callable[[Mapping[str, Any]], Reader]] = {
+        "gptq": _gptq,
+        "awq": _awq,
+        "compressed-tensors": _compressed_tensors,
+        "auto-round": _auto_round,
+        "intel/auto-round": _auto_round,
+        "inc": _auto_round,
+        "fp8": _fp8,
+        "mxfp4": _mxfp4,
+    }
+    if method not in readers:
+        known = ", ".join(sorted(readers))
+        raise ConfigurationError(
+            f"weights quantized by {method or 'an unnamed method'!r} have no tables here; there are tables for {known}"
+        )
+    return readers[method](quantization), method
+
+
+def _gptq(config: Mapping[str, Any]) -> Reader:
+    base = _integers(_number(config, "bits", "gptq"), _group(config), zero_points=not config.get("sym", True))
+    dynamic: Mapping[str, Any] = config.get("dynamic") or {}
+    only: Sequence[str] = _flat(config.get("modules_in_block_to_quantize") or [])
+
+    def read(name: LayerName) -> Weights:
+        if only and not name.experts and not _any_part(name, lambda part: any(word in part for word in only)):
+            return Bf16()
+        for pattern, changes in dynamic.items():
+            if not any(_regex_match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, f) for f in name.fused):
+                continue
+            if pattern.startswith("-:"):
+                return Bf16()
+            merged = {**config, **changes}
+            return _integers(_number(merged, "bits", "gptq"), _group(merged), zero_points=not merged.get("sym", True))
+        return base
+
+    return read
+
+
+def _awq(config: Mapping[str, Any]) -> Reader:
+    bits = _number({"bits": 4, **config, **({"bits": config["w_bit"]} if "w_bit" in config else {})}, "bits", "awq")
+    group = _group(config if "group_size" in config else {"group_size": config.get("q_group_size", -1)})
+    zero_points = bool(config.get("zero_point", True))
+    alone: Sequence[str] = config.get("modules_to_not_convert") or []
+    weights = _integers(bits, group, zero_points=zero_points)
+    return lambda name: Bf16() if _any_part(name, lambda part: any(word in part for word in alone)) else weights
+
+
+def _fp8(config: Mapping[str, Any]) -> Reader:
+    block = config.get("weight_block_size")
+    if block is not None and (not isinstance(block, Sequence) or len(block) != 2):
+        raise ConfigurationError(f"weight_block_size is {block!r}; it must be two numbers, as in [128, 128]")
+    weights: Weights = Fp8Channel() if block is None else Fp8Block((int(block[0]), int(block[1])))
+    alone: Sequence[str] = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
+
+    def read(name: LayerName) -> Weights:
+        if name.experts:
+            among = [entry for entry in alone if "experts" in entry]
+            return Bf16() if any(fused in entry for fused in name.fused for entry in among) else weights
+        return Bf16() if _any_part(name, lambda part: part in alone) else weights
+
+    return read
+
+
+def _mxfp4(config: Mapping[str, Any]) -> Reader:
+    return lambda name: Mxfp4() if name.experts else Bf16()
+
+
+def _auto_round(config: Mapping[str, Any]) -> Reader:
+    extra: Mapping[str, Any] = config.get("extra_config") or {}
+    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or []
+    if isinstance(blocks, str):
+        blocks = [block.strip() for block in blocks.split(",")]
+    blocks = _flat(blocks)
+
+    def of(entry: Mapping[str, Any]) -> Weights:
+        merged = {**config, **entry}
+        bits = _number(merged, "bits", "auto-round")
+        return Bf16() if bits >= 16 else _integers(bits, _group(merged), zero_points=not merged.get("sym", True))
+
+    def entry_of(part: str) -> Mapping[str, Any] | None:
+        for key, entry in extra.items():
+            regex = any(letter in key for letter in "*+?^$()[]{}|\\")
+            if key == part or part.endswith(f".{key}") or (regex and _regex_search(key, part)):
+                return dict(entry)
+        return None
+
+    def read(name: LayerName) -> Weights:
+        for fused, parts in zip(name.fused, name.parts, strict=True):
+            if name.experts:
+                inside = [dict(entry) for key, entry in extra.items() if key.startswith(fused)]
+                if inside:
+                    return of(inside[0])
+            for part in (fused, *parts):
+                if (entry := entry_of(part)) is not None:
+                    return of(entry)
+        if blocks and not any(fused.startswith(block) for fused in name.fused for block in blocks):
+            return Bf16()
+        return of({})
+
+    return read
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> Reader:
+    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    ignore: Sequence[str] = config.get("ignore") or []
+    if not groups:
+        raise ConfigurationError(
+            "quantization_config of compressed-tensors has no config_groups; which layers are meant?"
+        )
+    kinds = [(tuple(group.get("targets") or ()), _compressed_group(group, config)) for group in groups]
+
+    def matches(part: str, targets: Sequence[str]) -> bool:
+        return any(_regex_match(t[3:], part) if t.startswith("re:") else t == part for t in targets)
+
+    def read(name: LayerName) -> Weights:
+        if _all_parts(name, lambda part: matches(part, ignore)):
+            return Bf16()
+        for targets, weights in kinds:
+            if _any_part(name, lambda part, targets=targets: matches(part, targets)):  # type: ignore[misc]
+                return weights
+        for targets, weights in kinds:
+            if "Linear" in targets:
+                return weights
+        return Bf16()
+
+    return read
+
+
+def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> Weights:
+    """How one group of compressed-tensors stores its weights."""
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise ConfigurationError("a group of compressed-tensors says nothing about its weights; tables need that")
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    layout = str(group.get("format") or config.get("format") or "")
+    if kind == "int" and not group.get("input_activations"):
+        size = _group(weights) if strategy == "group" else -1
+        return _integers(_number(weights, "num_bits", "compressed-tensors"), size, not weights.get("symmetric", True))
+    if kind == "float" and bits == 8:
+        block = weights.get("block_structure")
+        if strategy == "block" and isinstance(block, Sequence) and len(block) == 2:
+            return Fp8Block((int(block[0]), int(block[1])))
+        return Fp8Channel()
+    if kind == "float" and bits == 4 and "mxfp4" in layout:
+        return Mxfp4()
+    raise ConfigurationError(
+        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} has no tables here; "
+        "there are tables for 4-bit and 8-bit integers with 16-bit activations, fp8 and mxfp4"
+    )
+
+
+def _integers(bits: int, group_size: int, zero_points: bool) -> Weights:
+    if bits == 4:
+        return Int4(group_size, zero_points)
+    if bits == 8:
+        return Int8(group_size)
+    raise ConfigurationError(f"weights of {bits} bits have no tables here; there are tables for 4 and 8 bits")
+
+
+def _number(config: Mapping[str, Any], key: str, method: str) -> int:
+    value = config.get(key)
+    if type(value) is not int:
+        raise ConfigurationError(f"{key} of {method} is {value!r} in quantization_config; it must be a whole number")
+    return value
+
+
+def _group(config: Mapping[str, Any]) -> int:
+    value = config.get("group_size", -1)
+    value = -1 if value in (None, 0) else value
+    if type(value) is not int or value < -1:
+        raise ConfigurationError(f"group_size is {value!r} in quantization_config; it must be a whole number, or -1")
+    return value
+
+
+def _flat(entries: Sequence[Any]) -> list[str]:
+    found: list[str] = []
+    for entry in entries:
+        found += [entry] if isinstance(entry, str) else _flat(entry)
+    return found
+
+
+def _any_part(name: LayerName, holds: Callable[[str], bool]) -> bool:
+    return any(holds(part) for fused, parts in zip(name.fused, name.parts, strict=True) for part in (fused, *parts))
+
+
+def _all_parts(name: LayerName, holds: Callable[[str], bool]) -> bool:
+    return any(
+        holds(fused) or all(holds(part) for part in parts) for fused, parts in zip(name.fused, name.parts, strict=True)
+    )
+
+
+def _regex_match(pattern: str, text: str) -> bool:
+    return _compiled(pattern).match(text) is not None
+
+
+def _regex_search(pattern: str, text: str) -> bool:
+    return _compiled(pattern).search(text) is not None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigurationError(
+            f"{pattern!r} in quantization_config is no regular expression ({error}); correct config.json"
+        ) from None
