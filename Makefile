@@ -26,7 +26,7 @@ PYTHON_FILES := vllm_spark tests tools $(wildcard setup.py benchmarks)
 CPP_FILES := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
 	-o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test test-unit test-native test-serve test-rdma lint install clean
+.PHONY: help demo test test-unit test-native test-serve test-rdma test-rdma-serve lint install clean
 
 help: ## Show this list
 	@echo "vllm_spark: one vLLM model on a pair of GB10 machines"
@@ -56,7 +56,11 @@ test-serve: $(STAMPS)/project ## Run the tests with real servers on two hosts
 
 test-rdma: $(STAMPS)/project ## Run the tests in two virtual machines with RDMA; as root, fetches what they need
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
+	@SPARK_RDMA_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
+
+test-rdma-serve: $(STAMPS)/project ## Serve a model over RDMA between the two virtual machines: some 15 minutes
+	@$(BIN)/python -m tests.rdma.machines prepare
+	@SPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma/test_serve.py
 
 lint: $(STAMPS)/project ## Check format, style and types, all of them; changes nothing
 	@failed=0; check() { echo "$$*"; "$$@" || failed=1; }; \

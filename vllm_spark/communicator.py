@@ -74,6 +74,23 @@ class _Routing:
         self._count()
         return super().broadcast(tensor, src)  # type: ignore[misc]
 
+    def all_gatherv(
+        self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """vLLM's own, counted as one, also for a list. Sparse attention gathers its prefill's rows so."""
+        self._count()
+        return super().all_gatherv(input_, dim, sizes)  # type: ignore[misc]
+
+    # What else the base classes send between ranks, no configuration of a pair reaches, and nothing counts it:
+    # - `send`, `recv` and tensor dictionaries join the stages of a pipeline, and there is one.
+    # - `dispatch`, `combine`, their variants and `reduce_scatterv` serve experts under data or context parallelism. A
+    #   pair with experts on both ranks adds up their outputs, which is an `all_reduce`.
+    # - `batch_isend_irecv` serves engines that grow and shrink, which are data parallel.
+    # - `custom_all_gather` and `custom_reduce_scatter` come with vLLM's own all-reduce for GPUs of one machine, which
+    #   `--spark` turns off.
+    # What vLLM does with torch.distributed itself does not come through here, so it cannot be counted here: objects and
+    # barriers, `GroupCoordinator.broadcast`, operators of single models.
+
     def _count(self) -> None:
         if self.world_size > 1:
             count_fallback()

@@ -100,6 +100,7 @@ def check_loopback(file: Path, model: WireModel) -> None:
     assert minimum > expected.latency_us, "no message is faster than the wire"
 
 
+@pytest.mark.thorough
 def test_one_rail_and_one_size(machines: Pair) -> None:
     file = machines[0].shared / "one.json"
     one_size = ["--sizes", "8", "--samples", "20", "--bandwidth-sizes", "1MiB", "--writes", "4", "--depth", "512"]
@@ -112,6 +113,7 @@ def test_one_rail_and_one_size(machines: Pair) -> None:
     assert model.total.latency == model.rails[0].latency
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_side_that_is_killed(machines: Pair, stopped: int) -> None:
     commands = both(machines, ["--samples", "1000000"], [])
@@ -141,6 +143,7 @@ def test_a_rail_that_fails_is_named_on_both_sides(machines: Pair) -> None:
         assert "rail 0 (rxe1) to machine" in text
 
 
+@pytest.mark.thorough
 def test_nobody_on_the_other_side(machines: Pair) -> None:
     one, other = machines
     address = one.rails[0].address
@@ -155,6 +158,7 @@ def test_nobody_on_the_other_side(machines: Pair) -> None:
     assert f"vllm-spark bench wire --connect {address}:29650" in sentence(finished)
 
 
+@pytest.mark.thorough
 def test_another_secret_and_no_such_rail(machines: Pair) -> None:
     one, other = machines
     address = one.rails[0].address

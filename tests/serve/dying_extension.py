@@ -1,13 +1,29 @@
-"""A vLLM worker extension for tests: rank 1 dies when its worker is made, right before the ranks' process groups."""
+"""A vLLM worker extension for tests: rank 1 dies, when its worker is made or in the worker method that DYING_IN names.
+
+When its worker is made there are no process groups yet; the methods of the start come after them.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
-if os.environ.get("RANK") == "1":
+
+def die(*_: Any, **__: Any) -> None:
+    """As after `kill -9`."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+if os.environ.get("RANK") == "1":
+    method = os.environ.get("DYING_IN")
+    if not method:
+        die()
+    else:
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        setattr(WorkerWrapperBase, method, die)
+
+
 class Dying:
-    """Never reached on rank 1."""
+    """Adds nothing."""

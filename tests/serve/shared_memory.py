@@ -32,17 +32,17 @@ def left_since(before: set[str]) -> list[str]:
 
 
 def holders(*processes: Process) -> list[int]:
-    """Those of the processes and of what they started that map a rank's memory, by process id."""
+    """Those of the processes and of what they started that map a rank's memory or have it open, by process id."""
     pids = {pid for process in processes for pid in (process.pid, *(child.pid for child in process.descendants()))}
-    return sorted(pid for pid in pids if REGION in _maps(pid))
+    return sorted(pid for pid in pids if REGION in _maps(pid) or any(REGION in name for name in _open_files(pid)))
 
 
 def assert_as_before(before: set[str], *survivors: Process, timeout: float = 10.0) -> None:
-    """Fails the test if, `timeout` seconds from now, something is left in /dev/shm, or a survivor maps a region."""
+    """Fails the test if, `timeout` seconds from now, something is left in /dev/shm, or a survivor holds a region."""
     deadline = time.monotonic() + timeout
     while (left := (left_since(before), holders(*survivors))) != ([], []) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    assert left == ([], []), f"left in /dev/shm: {left[0]}; mapped by processes {left[1]}"
+    assert left == ([], []), f"left in /dev/shm: {left[0]}; held by processes {left[1]}"
 
 
 def _inode(name: str) -> str:
@@ -55,3 +55,13 @@ def _maps(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/maps").read_text()
     return ""
+
+
+def _open_files(pid: int) -> list[str]:
+    """What a process has open, as the links of /proc/PID/fd name it."""
+    found = []
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                found.append(str(entry.readlink()))
+    return found

@@ -115,6 +115,12 @@ def test_a_collective_that_the_runtime_does_not_take(pair: Server) -> None:
     pair.leader.wait_until(lambda: pair.metrics()[name] == expected, 20.0, f"shown {expected}")
 
 
+def test_every_collective_that_is_left_to_vllm_is_counted(pair: Server) -> None:
+    for counted in call(pair, "collectives_left_to_vllm"):
+        assert len(counted) == 6
+        assert set(counted.values()) == {1}, counted
+
+
 def test_a_client_that_leaves_in_the_middle(pair: Server) -> None:
     completed = completed_requests(pair)
     model = pair.client.models.list().data[0].id

@@ -22,10 +22,42 @@ from vllm_spark.process import program
 from . import prompts, shared_memory
 from .hosts import Hosts
 from .process import Process, assert_all_gone
-from .servers import Server, spark_leader, spark_tp2
+from .servers import START_SECONDS, Server, spark_leader, spark_tp2
 from .test_behaviour import DEVELOPMENT, EXTENSION, post
 
-NOTICE_SECONDS = 5.0 + 3.0  # the promise is 5 s; the rest is for two busy cores
+NOTICE_SECONDS = 5.0
+"""The promise: so long after a death the other side has ended or waits again, and the client was told."""
+
+STOP_SECONDS = 15.0
+"""For a server that is asked to end: its engine has 5 s to end its requests."""
+
+HEARTBEAT_SECONDS = 4.0
+"""The silence after which a frozen process counts as dead here: the time-out of every leader below."""
+
+
+class Clock:
+    """The time since something died or froze, of which only so much may pass until others have noticed.
+
+    `note` prints how long that took; `pytest -rP` shows the lines of tests that passed.
+    """
+
+    def __init__(self, allowed: float = NOTICE_SECONDS) -> None:
+        self._start, self._allowed = time.monotonic(), allowed
+
+    @property
+    def left(self) -> float:
+        """Seconds that may still pass: the time-out of whoever waits."""
+        return max(0.0, self._start + self._allowed - time.monotonic())
+
+    def note(self, what: str, at: float | None = None) -> None:
+        """Says when it happened: now, or at the time `at` of time.monotonic()."""
+        print(f"noticed: {what} after {(time.monotonic() if at is None else at) - self._start:.1f} s")
+
+
+def kill9(pid: int) -> Clock:
+    """Kills a process as nothing can prevent."""
+    os.kill(pid, signal.SIGKILL)
+    return Clock()
 
 
 class Follower:
@@ -40,6 +72,19 @@ class Follower:
     def waits(self) -> int:
         """How often it has said that it waits."""
         return self.process.output().count("Waiting for a leader at")
+
+    def wait_until_it_has_loaded(self) -> None:
+        """Waits until its present session has its half of the model."""
+        loaded = self._loaded()
+        self.process.wait_until(lambda: self._loaded() > loaded, START_SECONDS, "loaded its half of the model")
+
+    def _loaded(self) -> int:
+        return self.process.output().count("This rank's half of the model is loaded.")
+
+    def wait_until_it_waits_again(self, waits: int, clock: Clock) -> None:
+        """Waits until it says once more than `waits` times that it waits, as long as the clock allows."""
+        self.process.wait_until(lambda: self.waits() > waits, clock.left, "gone back to waiting")
+        clock.note("the follower waits again")
 
     def session(self) -> psutil.Process:
         """The process that follows the present leader."""
@@ -58,8 +103,9 @@ def follower(hosts: Hosts) -> Iterator[Follower]:
 
 @contextmanager
 def leader(hosts: Hosts, follower: Follower, model: Path) -> Iterator[Server]:
-    """A leader for `follower`, with a heartbeat time-out of 4 s."""
-    with spark_leader(hosts, model, follower.port, ["--spark-heartbeat-timeout", "4"], follower.environment) as server:
+    """A leader for `follower`, with a short heartbeat time-out."""
+    arguments = ["--spark-heartbeat-timeout", str(HEARTBEAT_SECONDS)]
+    with spark_leader(hosts, model, follower.port, arguments, follower.environment) as server:
         yield server
 
 
@@ -69,6 +115,7 @@ class Stream:
     def __init__(self, server: Server) -> None:
         self.tokens = 0
         self.error: Exception | None = None
+        self._ended = 0.0
         self._client = server.client
         self._model = server.client.models.list().data[0].id
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -86,11 +133,26 @@ class Stream:
                 self.tokens += 1
         except Exception as error:  # whatever tells the client that it will get no more
             self.error = error
+        self._ended = time.monotonic()
 
-    def failed(self) -> bool:
-        """True if the client was told of an error within the promised time."""
-        self._thread.join(NOTICE_SECONDS)
-        return not self._thread.is_alive() and self.error is not None
+    def assert_told(self, clock: Clock) -> None:
+        """Fails the test if the client gets no error as long as the clock allows."""
+        self._thread.join(clock.left)
+        assert not self._thread.is_alive(), "the client was left in silence"
+        assert self.error is not None, "the answer came to an end as if it were whole"
+        clock.note("the client was told", self._ended)
+
+    def assert_over(self, clock: Clock) -> None:
+        """Fails the test if the answer goes on, or nothing comes, longer than the clock allows."""
+        self._thread.join(clock.left)
+        assert not self._thread.is_alive(), "the client was left in silence"
+        assert self.tokens < 1000, "the answer was complete before it was stopped"
+        clock.note("the answer was over", self._ended)
+
+
+SERVES = "Application startup complete"
+JOINED = "The follower on .* joined"
+LOST = "Serving ends: .*the follower on .* (closed the connection|broke)"
 
 
 def engine_of(server: Server) -> psutil.Process:
@@ -107,10 +169,10 @@ def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim:
         stream = Stream(server) if busy else None
         waits, engine = follower.waits(), engine_of(server)
         assert len(shared_memory.holders(server.leader, follower.process)) == 2, "the ranks' memory can be seen"
-        os.kill(server.leader.pid if victim == "API server" else engine.pid, signal.SIGKILL)
-        follower.process.wait_until(lambda: follower.waits() > waits, NOTICE_SECONDS, "gone back to waiting")
+        clock = kill9(server.leader.pid if victim == "API server" else engine.pid)
+        follower.wait_until_it_waits_again(waits, clock)
         if stream is not None:
-            assert stream.failed(), "the client was left in silence"
+            stream.assert_told(clock)
         assert_all_gone(server.leader, timeout=20)
     shared_memory.assert_as_before(before, follower.process)
 
@@ -120,10 +182,15 @@ def test_next_leader_works_with_the_same_follower(
 ) -> None:
     with leader(hosts, follower, tiny_moe) as server:
         assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:4]) == reference_tokens[:4]
-        waits = follower.waits()
-        server.leader.terminate()
-    follower.process.wait_until(lambda: follower.waits() > waits, NOTICE_SECONDS, "gone back to waiting")
+        stream = Stream(server)
+        waits, before = follower.waits(), len(follower.process.output())
+        os.kill(server.leader.pid, signal.SIGINT)
+        clock = Clock(STOP_SECONDS)
+        stream.assert_over(clock)
+        follower.wait_until_it_waits_again(waits, clock)
+        assert server.leader.wait(30) == 0
     assert follower.process.exit_code is None
+    assert "The leader is lost" not in follower.process.output()[before:], "a leader that is stopped says goodbye"
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
@@ -131,14 +198,52 @@ def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy:
     before = shared_memory.listing()
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server) if busy else None
-        os.kill(follower.session().pid, signal.SIGKILL)
-        server.leader.wait_for_line("Serving ends: .*the follower on .* (closed the connection|broke)", NOTICE_SECONDS)
+        clock = kill9(follower.session().pid)
+        server.leader.wait_for_line(LOST, clock.left)
+        clock.note("the leader says that serving ends")
         if stream is not None:
-            assert stream.failed(), "the client was left in silence"
+            stream.assert_told(clock)
             assert "start it again if it ended" in str(stream.error)
         assert server.leader.wait(30) == EXIT_LOST, "a supervisor must see that it failed"
+        clock.note("the leader has ended")
         assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
+    shared_memory.assert_as_before(before, follower.process)
+
+
+@pytest.mark.parametrize("moment", ["joined", "loaded"])
+def test_killed_follower_during_the_start(hosts: Hosts, follower: Follower, tiny_moe: Path, moment: str) -> None:
+    """As soon as the pair is formed, and when the follower has loaded its half of the model."""
+    before = shared_memory.listing()
+    with spark_leader(hosts, tiny_moe, follower.port, env=follower.environment, wait=False) as server:
+        if moment == "joined":
+            server.leader.wait_for_line(JOINED, START_SECONDS)
+        else:
+            follower.wait_until_it_has_loaded()
+        assert SERVES not in server.leader.output(), "it is still starting"
+        waits = follower.waits()  # only now: it says so again while it waits for long
+        clock = kill9(follower.session().pid)
+        server.leader.wait_for_line(LOST, clock.left)
+        clock.note("the leader says that its start ends")
+        follower.wait_until_it_waits_again(waits, clock)
+        assert server.leader.wait(30) == EXIT_LOST
+        clock.note("the leader has ended")
+        (sentence,) = re.findall("^vllm serve --spark: .*", server.leader.output(), re.MULTILINE)
+        assert re.search("the follower on .* (closed the connection|broke).* start it again if it ended", sentence)
+        assert "Traceback" not in server.leader.output()
+        assert_all_gone(server.leader)
+    shared_memory.assert_as_before(before, follower.process)
+
+
+def test_killed_api_server_during_the_start(hosts: Hosts, follower: Follower, tiny_moe: Path) -> None:
+    before = shared_memory.listing()
+    with spark_leader(hosts, tiny_moe, follower.port, env=follower.environment, wait=False) as server:
+        server.leader.wait_for_line(JOINED, START_SECONDS)
+        assert SERVES not in server.leader.output(), "it is still starting"
+        waits = follower.waits()
+        clock = kill9(server.leader.pid)
+        follower.wait_until_it_waits_again(waits, clock)
+        assert_all_gone(server.leader, timeout=20)
     shared_memory.assert_as_before(before, follower.process)
 
 
@@ -152,21 +257,23 @@ def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str
         waits = follower.waits()
         frozen = engine_of(server) if side == "leader" else follower.session()
         frozen.suspend()
+        clock = Clock(HEARTBEAT_SECONDS + NOTICE_SECONDS)
         try:
             if side == "leader":
-                follower.process.wait_until(
-                    lambda: follower.waits() > waits, 4 + NOTICE_SECONDS, "gone back to waiting"
-                )
+                follower.wait_until_it_waits_again(waits, clock)
                 assert "gave no sign of life for" in follower.process.output()
             else:
-                server.leader.wait_for_line("Serving ends: .* gave no sign of life for", 4 + NOTICE_SECONDS)
-                assert stream is None or stream.failed(), "the client was left in silence"
+                server.leader.wait_for_line("Serving ends: .* gave no sign of life for", clock.left)
+                clock.note("the leader says that serving ends")
+                if stream is not None:
+                    stream.assert_told(clock)
                 assert server.leader.wait(30) == EXIT_LOST
         finally:
             with suppress(psutil.NoSuchProcess):
                 frozen.kill()
         assert_all_gone(server.leader, timeout=20)
-        assert stream is None or stream.failed()
+        if stream is not None and side == "leader":
+            stream.assert_told(Clock())  # only now: until then its server was frozen
     shared_memory.assert_as_before(before, follower.process)
 
 
@@ -175,8 +282,10 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
     joined = Follower(hosts)
     with leader(hosts, joined, tiny_moe) as server:
         stream = Stream(server)
-        os.kill(joined.process.pid, signal.SIGKILL)
-        assert stream.failed()
+        clock = kill9(joined.process.pid)
+        server.leader.wait_for_line(LOST, clock.left)
+        clock.note("the leader says that serving ends")
+        stream.assert_told(clock)
         assert_all_gone(joined.process)
         assert server.leader.wait(30) != 0
         assert_all_gone(server.leader)

@@ -7,7 +7,10 @@ import secrets
 import sys
 from pathlib import Path
 
+import pytest
+
 from vllm_spark.errors import EXIT_LOST
+from vllm_spark.executor.calls import LAST_CALL_OF_THE_START
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
@@ -65,38 +68,55 @@ def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]
 
 
 DYING = """
-import json, sys
-from vllm import LLM
+import json, os, sys
+from vllm import LLM, SamplingParams
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.counters import engine_failure
-model, settings = json.loads(sys.argv[1])
+model, prompt, settings = json.loads(sys.argv[1])
+common = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+
+def tokens_of(llm):
+    output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True), use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    return list(output[0].outputs[0].token_ids)
+
+def left():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+    return [name for name in (*names, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in os.environ]
+
 try:
-    LLM(
-        model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings},
-        worker_extension_cls="tests.serve.dying_extension.Dying",
-    )
+    dying = "tests.serve.dying_extension.Dying"
+    LLM(model, **common, additional_config={"spark": settings}, worker_extension_cls=dying)
 except PeerLostError as error:
     print(f"told: {error}")
-llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings})
-print("tokens:", list(llm.generate("x", use_tqdm=False)[0].outputs[0].token_ids))
+print("left by the first:", left())
+print("two ranks:", json.dumps(tokens_of(LLM(model, **common, additional_config={"spark": settings}))))
 print("reason left:", engine_failure())
+print("left by the second:", left())
+print("one rank:", json.dumps(tokens_of(LLM(model, **common))))
 """
 
 
-def test_a_follower_killed_while_the_engine_starts(hosts: Hosts, tiny_moe: Path) -> None:
-    """In the user's own process the start ends with the reason, and the next one works and forgets it."""
+@pytest.mark.parametrize("method", ["", LAST_CALL_OF_THE_START], ids=["before-the-groups", "last-call"])
+def test_a_follower_killed_while_the_engine_starts(
+    hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], method: str
+) -> None:
+    """In the user's own process the start ends with the reason, and later engines, paired or not, forget it."""
     first, second = hosts
     port = first.free_port()
     environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
-    follower = second.popen(join, environment, "vllm-spark join")
+    follower = second.popen(join, environment | {"DYING_IN": method}, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}
-    argv = [sys.executable, "-c", DYING, json.dumps([str(tiny_moe), settings])]
+    argv = [sys.executable, "-u", "-c", DYING, json.dumps([str(tiny_moe), prompts.PROMPTS[1], settings])]
     leader = first.popen(argv, environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "offline")
     leader.wait_for_line("Serving ends: .*the follower on .* (closed the connection|broke)", 200)
-    leader.wait_for_line("^told: the follower on .* start it again if it ended", 60)
-    leader.wait_for_line(r"^tokens: \[\d+, ", 200)
+    leader.wait_for_line("^told: .*the follower on .* start it again if it ended", 60)
+    two, one = (leader.wait_for_line(rf"^{ranks}: (\[\d+, .*\])$", 200)[1] for ranks in ("two ranks", "one rank"))
+    assert json.loads(two) == json.loads(one) == reference_tokens[1]
     assert leader.wait(60) == 0
-    assert "reason left: None" in leader.output()
+    output = leader.output()
+    for sentence in ("reason left: None", "left by the first: []", "left by the second: []"):
+        assert sentence in output
     follower.terminate()
     assert_all_gone(leader, follower)

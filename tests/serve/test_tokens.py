@@ -10,7 +10,7 @@ import pytest
 from . import prompts
 from .hosts import Host, Hosts
 from .process import assert_all_gone
-from .servers import Server, spark_tp2, stock_tp1
+from .servers import Server, spark_tp2, stock_tp1, stock_tp2
 
 LAYERS = 4
 ALL_REDUCES_PER_FORWARD = 1 + 2 * LAYERS  # the embedding; after attention and after the experts of each layer
@@ -44,10 +44,11 @@ def test_greedy_tokens_equal_those_of_one_rank(
     assert prompts.greedy_tokens(pair.client, concurrency=concurrency) == reference_tokens
 
 
-def test_every_collective_of_a_forward_goes_through_the_runtime(pair: Server) -> None:
-    before = settled(pair)
-    prompts.greedy_tokens(pair.client, prompts.PROMPTS[:1], max_tokens=32, concurrency=1)
-    after = settled(pair)
+def assert_every_collective_goes_through_the_runtime(server: Server) -> None:
+    """Has 32 tokens of the tiny MoE made, and counts each rank's collectives meanwhile."""
+    before = settled(server)
+    prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=32, concurrency=1)
+    after = settled(server)
     for rank in ("0", "1"):
         delta = {name: after[name][rank] - before[name][rank] for name in after if name in before}
         assert delta["vllm_spark_steps_total"] == 32
@@ -56,10 +57,17 @@ def test_every_collective_of_a_forward_goes_through_the_runtime(pair: Server) ->
         assert after["vllm_spark_fallbacks_total"][rank] == 0
 
 
+def test_every_collective_of_a_forward_goes_through_the_runtime(pair: Server) -> None:
+    assert_every_collective_goes_through_the_runtime(pair)
+
+
 def test_dense_model(hosts: Hosts, host: Host, tiny_dense: Path) -> None:
     with stock_tp1(host, tiny_dense) as server:
         expected = prompts.greedy_tokens(server.client)
+    with stock_tp2(hosts, tiny_dense) as server:
+        assert prompts.greedy_tokens(server.client) == expected, "stock vLLM's two ranks already differ from one"
     with spark_tp2(hosts, tiny_dense) as server:
+        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:6], concurrency=1) == expected[:6]
         assert prompts.greedy_tokens(server.client, concurrency=16) == expected
         assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
     assert_all_gone(*server.processes)
@@ -70,10 +78,16 @@ def test_compiled_model(hosts: Hosts, tiny_moe: Path, reference_tokens: list[lis
     with spark_tp2(hosts, tiny_moe, ["--no-enforce-eager"]) as server:
         assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
         assert "CompilationMode.DYNAMO_TRACE_ONCE" in server.leader.output(), "compiled, as far as the CPU build goes"
-        assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
+        assert_every_collective_goes_through_the_runtime(server)
 
 
 def test_proxied_over_a_modelled_wire(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
     wire = ["--spark-loopback-mode", "proxied", "--spark-loopback-latency-us", "3.2"]
     with spark_tp2(hosts, tiny_moe, [*wire, "--spark-loopback-gbytes-per-s", "24"]) as server:
+        posts = settled(server)["vllm_spark_proxy_posts_total"]
         assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
+        assert_every_collective_goes_through_the_runtime(server)
+        now = server.metrics()["vllm_spark_proxy_posts_total"]
+        # A message at least for each collective.
+        least = 32 * (ALL_REDUCES_PER_FORWARD + 1)
+        assert all(now[rank] >= posts[rank] + least for rank in ("0", "1")), (posts, now)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -34,6 +36,35 @@ class Saboteur:
         before = fallbacks()
         total = get_tp_group().all_reduce(torch.tensor([1 + self.rank, (1 << 40) + self.rank], dtype=torch.int64))
         return {"sum": total.tolist(), "fallbacks": [before, fallbacks()]}
+
+    def collectives_left_to_vllm(self) -> dict[str, int]:
+        """For each collective of the model's group how often it was counted when it was called once.
+
+        Where the runtime takes some tensors, this is one that it does not: integers to add up, or one byte more than
+        64 MiB to gather. vLLM's CPU build has no all_gatherv, and says so after it was counted.
+        """
+        from vllm.distributed.parallel_state import get_tp_group
+
+        from vllm_spark.collective import fallbacks
+
+        group = get_tp_group()
+        integers = torch.arange(4, dtype=torch.int64)
+        large = torch.zeros((64 << 20) + 1, dtype=torch.uint8)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: group.all_reduce(integers.clone()),
+            "all_gather": lambda: group.all_gather(large, 0),
+            "gather": lambda: group.gather(large, 0, 0),
+            "reduce_scatter": lambda: group.reduce_scatter(integers, 0),
+            "all_gatherv": lambda: group.all_gatherv(integers, 0, [4, 4]),
+            "broadcast": lambda: group.device_communicator.broadcast(integers.clone()),
+        }
+        counted = {}
+        for name, call in calls.items():
+            before = fallbacks()
+            with suppress(NotImplementedError):
+                call()
+            counted[name] = fallbacks() - before
+        return counted
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""
