@@ -1,0 +1,339 @@
+// A libibverbs whose devices copy within one process, and fail: connections break by chance while writes are
+// under way, some of which still arrive afterwards, until the peer has ended its end. For sanitizers and for
+// the link's state machine; real queue pairs are in tests/rdma.
+//
+// Compiled without sanitizers, and it locks with a spinning flag: its lock must not order the ranks' threads,
+// or a thread sanitizer would take that order for one that the code under test has made. Of what really is
+// ordered, a write after its posting and its last word's reader after it, the sanitizer is told.
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/transport/verbs/abi.hpp"
+
+namespace abi = spark::verbs::abi;
+
+// Of a thread sanitizer's runtime; null without one.
+extern "C" void __tsan_acquire(void* address) __attribute__((weak));
+extern "C" void __tsan_release(void* address) __attribute__((weak));
+
+struct abi::Device {
+  const char* name;
+};
+struct abi::ProtectionDomain {};
+
+namespace {
+
+constexpr uint32_t kRetriesExceeded = 12;
+
+struct Write {
+  uint64_t id;
+  uint64_t target;
+  uint32_t key;
+  bool signaled;
+  const unsigned char* source;
+  uint32_t bytes;
+  unsigned char* posting;             // stands for the moment at which it was posted
+  std::vector<unsigned char> copied;  // inline data, or what had left memory when the connection broke
+
+  void copy() {
+    if (copied.empty()) copied.assign(source, source + bytes);
+  }
+};
+
+struct End {
+  abi::QueuePair pair{};
+  abi::QueuePairState state = abi::kReset;
+  uint32_t destination = 0;
+  std::deque<Write> under_way;
+};
+
+struct Keys {
+  uintptr_t start;
+  size_t bytes;
+};
+
+std::atomic_flag locked = ATOMIC_FLAG_INIT;
+
+class Lock {
+ public:
+  Lock() {
+    while (locked.test_and_set(std::memory_order_acquire)) sched_yield();
+  }
+  ~Lock() { locked.clear(std::memory_order_release); }
+};
+
+}  // namespace
+
+struct abi::CompletionQueue {
+  std::deque<abi::Completion> completions;
+};
+
+namespace {
+
+abi::Device devices[] = {{"memory0"}, {"memory1"}};
+// Behind `Lock`, all of them; never destroyed, for the wire runs on while the process ends.
+auto& ends = *new std::map<uint32_t, End*>;
+auto& regions = *new std::map<uint32_t, Keys>;
+uint32_t next_number = 1;
+std::minstd_rand chance(7);
+constexpr uint64_t kPostings = 1 << 16;  // more than are ever under way
+constexpr uint32_t kWord = 8;            // bytes that a reader sees at once
+unsigned char postings[kPostings];
+uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0;
+
+uint64_t break_interval() {
+  static const uint64_t interval = std::strtoull(std::getenv("BREAK_EVERY"), nullptr, 10);
+  return interval;
+}
+
+void complete(End& end, uint64_t id, uint32_t status) {
+  abi::Completion completion{};
+  completion.id = id;
+  completion.status = status;
+  end.pair.send_completions->completions.push_back(completion);
+}
+
+// What has not been acknowledged fails; what is on the wire stays there, for `carry` to deliver late.
+void break_down(End& end, uint32_t status) {
+  end.state = abi::kError;
+  for (Write& write : end.under_way) {
+    write.copy();
+    complete(end, write.id, status);
+    status = abi::kFlushed;
+  }
+}
+
+// Puts a write's bytes where they belong, in their order, if the peer's end still takes them.
+bool arrive(const End& end, const Write& write) {
+  auto peer = ends.find(end.destination);
+  if (peer == ends.end() ||
+      (peer->second->state != abi::kReadyToReceive && peer->second->state != abi::kReadyToSend)) {
+    return false;
+  }
+  auto region = regions.find(write.key);
+  if (region == regions.end() || write.target < region->second.start ||
+      write.target + write.bytes > region->second.start + region->second.bytes) {
+    ++refused;
+    return false;
+  }
+  auto* to = reinterpret_cast<volatile unsigned char*>(write.target);
+  if (__tsan_acquire != nullptr) __tsan_acquire(write.posting);
+  const volatile unsigned char* from = write.copied.empty() ? write.source : write.copied.data();
+  for (uint32_t at = 0; at < write.bytes; ++at) {
+    if (at % kWord == 0) {
+      std::atomic_thread_fence(std::memory_order_release);
+      if (__tsan_release != nullptr) __tsan_release(reinterpret_cast<void*>(write.target + at));
+    }
+    to[at] = from[at];
+  }
+  return true;
+}
+
+// The wire: carries a write of a connection picked by chance, again and again.
+void carry() {
+  for (;;) {
+    {
+      Lock lock;
+      for (auto& [number, end] : ends) {
+        // What a broken connection has left on the way comes late: when its slot is long used again, if it
+        // may.
+        uint32_t patience = end->state == abi::kError ? 400 : 3;
+        if (end->under_way.empty() || chance() % patience != 0) continue;
+        Write write = end->under_way.front();
+        end->under_way.pop_front();
+        bool arrived = arrive(*end, write);
+        if (end->state == abi::kError) {
+          late += arrived;
+        } else if (!arrived) {
+          complete(*end, write.id, kRetriesExceeded);
+          break_down(*end, abi::kFlushed);
+          end->under_way.clear();
+        } else if (write.signaled) {
+          complete(*end, write.id, abi::kSuccess);
+        }
+      }
+    }
+    sched_yield();
+  }
+}
+
+int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions) {
+  Lock lock;
+  int count = 0;
+  for (; count < entries && !queue->completions.empty(); ++count) {
+    completions[count] = queue->completions.front();
+    queue->completions.pop_front();
+  }
+  return count;
+}
+
+int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
+  Lock lock;
+  End& end = *ends.at(pair->number);
+  for (; request != nullptr; request = request->next) {
+    Write write{request->id,
+                request->remote_address,
+                request->remote_key,
+                (request->flags & abi::kSignaled) != 0,
+                reinterpret_cast<const unsigned char*>(request->pieces->address),
+                request->pieces->length,
+                &postings[posted % kPostings],
+                {}};
+    if (__tsan_release != nullptr) __tsan_release(write.posting);
+    if ((request->flags & abi::kInline) != 0) write.copy();
+    if (end.state == abi::kError) {
+      complete(end, write.id, abi::kFlushed);
+      continue;
+    }
+    end.under_way.push_back(write);
+  }
+  if (++posted >= next_break && end.state == abi::kReadyToSend) {
+    if (next_break != 0) {
+      ++breaks;
+      break_down(end, kRetriesExceeded);
+    }
+    next_break = posted + 1 + chance() % (2 * break_interval());
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// For the test: what the wire has done.
+void unreliable_report(uint64_t* broken, uint64_t* arrived_late, uint64_t* refused_writes) {
+  Lock lock;
+  *broken = breaks;
+  *arrived_late = late;
+  *refused_writes = refused;
+}
+
+abi::Device** ibv_get_device_list(int* count) {
+  *count = 2;
+  return new abi::Device*[3]{&devices[0], &devices[1], nullptr};
+}
+void ibv_free_device_list(abi::Device** list) {
+  delete[] list;
+}
+const char* ibv_get_device_name(abi::Device* device) {
+  return device->name;
+}
+abi::Context* ibv_open_device(abi::Device* device) {
+  auto* context = new abi::Context{};
+  context->device = device;
+  context->operations[abi::kPollCompletions] = reinterpret_cast<void*>(&poll);
+  context->operations[abi::kPostSend] = reinterpret_cast<void*>(&post);
+  context->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  return context;
+}
+int ibv_close_device(abi::Context* context) {
+  close(context->event_fd);
+  delete context;
+  return 0;
+}
+abi::ProtectionDomain* ibv_alloc_pd(abi::Context*) {
+  return new abi::ProtectionDomain;
+}
+int ibv_dealloc_pd(abi::ProtectionDomain* domain) {
+  delete domain;
+  return 0;
+}
+abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {
+  auto* region = new abi::MemoryRegion{};
+  region->address = memory;
+  region->length = bytes;
+  Lock lock;
+  region->local_key = region->remote_key = next_number++;
+  if ((access & abi::kRemoteWrite) != 0)
+    regions[region->remote_key] = {reinterpret_cast<uintptr_t>(memory), bytes};
+  return region;
+}
+int ibv_dereg_mr(abi::MemoryRegion* region) {
+  {
+    Lock lock;
+    regions.erase(region->remote_key);
+  }
+  delete region;
+  return 0;
+}
+abi::CompletionQueue* ibv_create_cq(abi::Context*, int, void*, void*, int) {
+  return new abi::CompletionQueue;
+}
+int ibv_destroy_cq(abi::CompletionQueue* queue) {
+  delete queue;
+  return 0;
+}
+abi::QueuePair* ibv_create_qp(abi::ProtectionDomain*, abi::QueuePairSetup* setup) {
+  static std::atomic_flag started = ATOMIC_FLAG_INIT;
+  if (!started.test_and_set()) std::thread(carry).detach();
+  auto* end = new End;
+  end->pair.send_completions = setup->send_completions;
+  Lock lock;
+  end->pair.number = next_number++;
+  ends[end->pair.number] = end;
+  return &end->pair;
+}
+int ibv_modify_qp(abi::QueuePair* pair, abi::QueuePairAttributes* attributes, int mask) {
+  Lock lock;
+  End& end = *ends.at(pair->number);
+  if (attributes->state == abi::kError) {
+    if (end.state != abi::kError) break_down(end, abi::kFlushed);
+    return 0;
+  }
+  end.state = static_cast<abi::QueuePairState>(attributes->state);
+  if ((mask & abi::kDestinationQueuePair) != 0) end.destination = attributes->destination_queue_pair;
+  return 0;
+}
+int ibv_destroy_qp(abi::QueuePair* pair) {
+  End* end = nullptr;
+  for (bool empty = false; !empty;
+       sched_yield()) {  // as a device does: not before its packets are out of hand
+    Lock lock;
+    end = ends.at(pair->number);
+    empty = end->under_way.empty();
+    if (empty) ends.erase(pair->number);
+  }
+  delete end;
+  return 0;
+}
+int ibv_query_port(abi::Context*, uint8_t port, abi::PortAttributes* attributes) {
+  if (port != 1) return EINVAL;
+  attributes->state = abi::kPortActive;
+  attributes->active_mtu = 5;
+  attributes->gid_count = 1;
+  attributes->link_layer = abi::kEthernet;
+  return 0;
+}
+int _ibv_query_gid_ex(abi::Context*, uint32_t port, uint32_t index, abi::GidEntry* entry, uint32_t, size_t) {
+  *entry = {{}, index, port, abi::kRoceV2, 0};
+  return 0;
+}
+int ibv_get_async_event(abi::Context*, abi::Event*) {
+  errno = EAGAIN;
+  return -1;
+}
+void ibv_ack_async_event(abi::Event*) {}
+const char* ibv_wc_status_str(uint32_t) {
+  return "an error";
+}
+const char* ibv_event_type_str(uint32_t) {
+  return "an event";
+}
+int ibv_fork_init() {
+  return 0;
+}
+
+}  // extern "C"
