@@ -6,11 +6,8 @@
 // or a thread sanitizer would take that order for one that the code under test has made. Of what really is
 // ordered, a write after its posting and its last word's reader after it, the sanitizer is told.
 #include <sched.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <atomic>
-#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -20,18 +17,11 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/transport/verbs/abi.hpp"
-
-namespace abi = spark::verbs::abi;
+#include "verbs_devices.hpp"
 
 // Of a thread sanitizer's runtime; null without one.
 extern "C" void __tsan_acquire(void* address) __attribute__((weak));
 extern "C" void __tsan_release(void* address) __attribute__((weak));
-
-struct abi::Device {
-  const char* name;
-};
-struct abi::ProtectionDomain {};
 
 namespace {
 
@@ -82,7 +72,6 @@ struct abi::CompletionQueue {
 
 namespace {
 
-abi::Device devices[] = {{"memory0"}, {"memory1"}};
 // Behind `Lock`, all of them; never destroyed, for the wire runs on while the process ends.
 auto& ends = *new std::map<uint32_t, End*>;
 auto& regions = *new std::map<uint32_t, Keys>;
@@ -221,36 +210,6 @@ void unreliable_report(uint64_t* broken, uint64_t* arrived_late, uint64_t* refus
   *refused_writes = refused;
 }
 
-abi::Device** ibv_get_device_list(int* count) {
-  *count = 2;
-  return new abi::Device*[3]{&devices[0], &devices[1], nullptr};
-}
-void ibv_free_device_list(abi::Device** list) {
-  delete[] list;
-}
-const char* ibv_get_device_name(abi::Device* device) {
-  return device->name;
-}
-abi::Context* ibv_open_device(abi::Device* device) {
-  auto* context = new abi::Context{};
-  context->device = device;
-  context->operations[abi::kPollCompletions] = reinterpret_cast<void*>(&poll);
-  context->operations[abi::kPostSend] = reinterpret_cast<void*>(&post);
-  context->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  return context;
-}
-int ibv_close_device(abi::Context* context) {
-  close(context->event_fd);
-  delete context;
-  return 0;
-}
-abi::ProtectionDomain* ibv_alloc_pd(abi::Context*) {
-  return new abi::ProtectionDomain;
-}
-int ibv_dealloc_pd(abi::ProtectionDomain* domain) {
-  delete domain;
-  return 0;
-}
 abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {
   auto* region = new abi::MemoryRegion{};
   region->address = memory;
@@ -307,32 +266,6 @@ int ibv_destroy_qp(abi::QueuePair* pair) {
     if (empty) ends.erase(pair->number);
   }
   delete end;
-  return 0;
-}
-int ibv_query_port(abi::Context*, uint8_t port, abi::PortAttributes* attributes) {
-  if (port != 1) return EINVAL;
-  attributes->state = abi::kPortActive;
-  attributes->active_mtu = 5;
-  attributes->gid_count = 1;
-  attributes->link_layer = abi::kEthernet;
-  return 0;
-}
-int _ibv_query_gid_ex(abi::Context*, uint32_t port, uint32_t index, abi::GidEntry* entry, uint32_t, size_t) {
-  *entry = {{}, index, port, abi::kRoceV2, 0};
-  return 0;
-}
-int ibv_get_async_event(abi::Context*, abi::Event*) {
-  errno = EAGAIN;
-  return -1;
-}
-void ibv_ack_async_event(abi::Event*) {}
-const char* ibv_wc_status_str(uint32_t) {
-  return "an error";
-}
-const char* ibv_event_type_str(uint32_t) {
-  return "an event";
-}
-int ibv_fork_init() {
   return 0;
 }
 
