@@ -5,7 +5,6 @@ A JSON file. The leader reads it and sends what it says to its follower, since b
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ import msgspec
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.config import FLAG, SparkConfig
+from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import configuration_folder
 from vllm_spark.errors import ConfigurationError
 
@@ -79,11 +79,4 @@ def store_launch_table(table: LaunchTable, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ConfigurationError(f"the launch table {path} cannot be written ({error.strerror})") from None
+    write_whole(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")

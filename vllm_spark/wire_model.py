@@ -21,7 +21,6 @@ on its way, and many under way share that. So each number is fitted where it cou
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,9 +28,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_spark.data_file import first_fault, write_whole
 from vllm_spark.errors import ConfigurationError
 
-FORMAT = "vllm-spark wire 1"
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
 """Bytes of the messages for which the latency is fitted."""
 
@@ -152,7 +151,7 @@ def load_wire_model(path: Path) -> WireModel:
     try:
         return WireModel.model_validate_json(content)
     except ValidationError as error:
-        raise ConfigurationError(f"the wire model {path} does not do ({_problem(error)}); {_REMEDY}") from None
+        raise ConfigurationError(f"the wire model {path} does not do ({first_fault(error)}); {_REMEDY}") from None
 
 
 def store_wire_model(model: WireModel, path: Path) -> None:
@@ -161,16 +160,4 @@ def store_wire_model(model: WireModel, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(model.model_dump_json(indent=1) + "\n")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ConfigurationError(f"the wire model {path} cannot be written ({error.strerror})") from None
-
-
-def _problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), message[:1].lower() + message[1:])))
+    write_whole(path, model.model_dump_json(indent=1) + "\n", "wire model")

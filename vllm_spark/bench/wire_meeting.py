@@ -112,18 +112,18 @@ class Meeting:
         return frame.payload
 
     def attend(self) -> None:
-        """Takes what the other machine has said, without waiting: it may be that it has failed.
+        """Takes what the other machine has said, if it has said something: it may be that it has failed.
 
         Raises:
             PeerLostError: it is gone, or has failed.
         """
         poll = select.poll()
         poll.register(self._lane, select.POLLIN)
-        if not self._early and (self._lane.pending or poll.poll(0)):
-            self._early.append(self._receive())
+        if self._lane.pending or poll.poll(0):
+            self._early.append(self._receive(_SEND_SECONDS))  # the rest of what has begun to come
 
-    def _receive(self) -> Frame:
-        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=_STEP_SECONDS)
+    def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
+        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
         if frame.kind is Kind.FAILURE:
             raise PeerLostError(f"{self._lane.peer} gave up: {decode(frame, Reason).sentence}")
         return frame

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
+from vllm_spark.data_file import first_fault, write_whole
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
-from vllm_spark.tuning.table_file import first_fault, is_row_number, read_json, row_numbers, write_whole
+from vllm_spark.tuning.table_file import is_row_number, read_json, row_numbers
 
 FOLDER = "fused_moe"
 """Of these tables, within `configs/` and within a user's folder of tuned tables."""
@@ -160,8 +161,8 @@ def store_fused_moe_table(
     """
     path = folder / shape.file_name(device)
     noted = provenance.model_copy(update={"rows": dict(sorted(provenance.rows.items()))})
-    write_whole(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n")
+    write_whole(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
     content: dict[str, Any] = {"triton_version": table.triton_version} if table.triton_version else {}
     content |= {str(tokens): table.rows[tokens] for tokens in sorted(table.rows)}
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n", "table")
     return path

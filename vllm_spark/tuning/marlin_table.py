@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
+from vllm_spark.data_file import first_fault, write_whole
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.provenance import Provenance
-from vllm_spark.tuning.table_file import first_fault, read_json, row_numbers, write_whole
+from vllm_spark.tuning.table_file import read_json, row_numbers
 
 FOLDER = "marlin"
 """Of these tables, within `configs/` and within a user's folder of tuned tables."""
@@ -143,5 +144,5 @@ def store_marlin_table(table: MarlinTable, folder: Path) -> Path:
     """
     path = folder / table.file_name
     ordered = table.model_copy(update={"rows": dict(sorted(table.rows.items()))})
-    write_whole(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n")
+    write_whole(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
     return path

@@ -1,15 +1,10 @@
-"""How every file of a table is read and written: no key twice, no half of a file, one sentence for what is wrong."""
+"""How every file of a table is read: no key twice, and numbers of tokens in their one usual form."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
-
-from vllm_spark.errors import ConfigurationError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,36 +35,6 @@ def row_numbers(value: object) -> object:
 def is_row_number(key: str) -> bool:
     """Whether a key of a JSON object is a number from 1 up in its one usual form."""
     return key.isascii() and key.isdigit() and not key.startswith("0")
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found: where, and what."""
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    what = str(fault["msg"]).removeprefix("Value error, ")
-    what = what[:1].lower() + what[1:]
-    return f"{where}: {what}" if where else what
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, whole or not at all, and makes its folder.
-
-    Raises:
-        ConfigurationError: it cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ConfigurationError(
-            f"the table {path} cannot be written ({error.strerror}); give a folder in which you may write"
-        ) from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

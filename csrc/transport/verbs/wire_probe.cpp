@@ -192,8 +192,7 @@ class WireProbe::RailEnd {
 
 class WireProbe::Patience {
  public:
-  explicit Patience(const WireProbe& probe)
-      : probe_(probe), backoff_({kSpin, probe.options_.timeout, kNap}) {}
+  explicit Patience(WireProbe& probe) : probe_(probe), backoff_({kSpin, probe.options_.timeout, kNap}) {}
 
   // Between two looks at what is awaited. False once it has taken too long. Throws if one of `rails` has
   // failed.
@@ -202,14 +201,8 @@ class WireProbe::Patience {
     if (!backoff_.step()) return true;
     for (RailEnd* rail : rails) rail->poll(probe_.peer_name_);
     Clock::time_point now = Clock::now();
-    if (end_ == Clock::time_point{}) {
-      end_ = now + probe_.options_.timeout;
-      next_attention_ = now + kAttendInterval;
-    }
-    if (now >= next_attention_) {
-      if (probe_.options_.attend) probe_.options_.attend();
-      next_attention_ = Clock::now() + kAttendInterval;
-    }
+    if (end_ == Clock::time_point{}) end_ = now + probe_.options_.timeout;
+    probe_.attend_now_and_then(now);
     return now < end_;
   }
 
@@ -219,9 +212,9 @@ class WireProbe::Patience {
   static constexpr std::chrono::nanoseconds kSpin = std::chrono::microseconds(50);
   static constexpr std::chrono::nanoseconds kNap = std::chrono::microseconds(50);
 
-  const WireProbe& probe_;
+  WireProbe& probe_;
   Backoff backoff_;
-  Clock::time_point end_{}, next_attention_{};
+  Clock::time_point end_{};
 };
 
 WireProbe::WireProbe(const ProbeOptions& options, const std::vector<RailAddress>& rails) : options_(options) {
@@ -268,9 +261,11 @@ std::vector<double> WireProbe::ping(const std::vector<uint32_t>& rails, uint64_t
     Clock::time_point start = Clock::now();
     send(parts);
     receive(parts);
-    halves.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start).count() / 2);
+    Clock::time_point end = Clock::now();
+    halves.push_back(std::chrono::duration<double, std::micro>(end - start).count() / 2);
     // Outside of what is timed, so that the queue never fills.
     for (const Part& part : parts) part.rail->poll(peer_name_);
+    attend_now_and_then(end);
   }
   settle(chosen(rails, bytes));
   return halves;
@@ -282,6 +277,7 @@ void WireProbe::answer(const std::vector<uint32_t>& rails, uint64_t bytes, uint3
     receive(parts);
     send(parts);
     for (const Part& part : parts) part.rail->poll(peer_name_);
+    attend_now_and_then(Clock::now());
   }
   settle(chosen(rails, bytes));
 }
@@ -309,6 +305,7 @@ double WireProbe::stream(const std::vector<uint32_t>& rails, uint64_t bytes, uin
     completed = posted - queued;
     if (posted + completed != before) {
       patience.reset();
+      attend_now_and_then(Clock::now());
       continue;
     }
     if (!patience) patience.emplace(*this);
@@ -356,6 +353,13 @@ void WireProbe::receive(const std::vector<Part>& parts) {
       if (!patience.step(only)) give_up(*part.rail, "no message of " + text(part.bytes) + " bytes came");
     }
   }
+}
+
+void WireProbe::attend_now_and_then(Clock::time_point now) {
+  if (now < next_attention_) return;
+  bool first = next_attention_ == Clock::time_point{};
+  next_attention_ = now + kAttendInterval;
+  if (!first && options_.attend) options_.attend();
 }
 
 void WireProbe::settle(const std::vector<RailEnd*>& rails) {

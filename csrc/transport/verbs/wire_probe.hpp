@@ -21,7 +21,7 @@ struct ProbeOptions {
   uint64_t largest;                  // bytes of the largest message
   std::chrono::nanoseconds timeout;  // longest wait for one message, or for room for another
   WireClass marks;
-  // Called now and then while a wait is long, ten times a second at most; what it throws ends the wait.
+  // Called now and then while something is measured, ten times a second; what it throws ends the measurement.
   std::function<void()> attend;
 };
 
@@ -62,6 +62,8 @@ class WireProbe {
   std::vector<Part> cut(const std::vector<uint32_t>& rails, uint64_t bytes);
   void send(const std::vector<Part>& parts);
   void receive(const std::vector<Part>& parts);
+  // Calls `attend` if it is time to.
+  void attend_now_and_then(Clock::time_point now);
   // Waits until everything posted is acknowledged.
   void settle(const std::vector<RailEnd*>& rails);
   [[noreturn]] void give_up(const RailEnd& rail, const std::string& missing) const;
@@ -71,6 +73,7 @@ class WireProbe {
 
   ProbeOptions options_;
   std::string peer_name_;
+  Clock::time_point next_attention_{};
   Reaper reaper_;
   std::vector<std::unique_ptr<RailEnd>> rails_;
 };
