@@ -91,8 +91,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            f"`{PROGRAM} COMMAND --help` shows the options of a command. The model itself is served by",
-            "`vllm serve MODEL --spark`.",
+            f"`{PROGRAM} COMMAND --help` shows the options of a command, `{PROGRAM} --version` the version.",
+            "The model itself is served by `vllm serve MODEL --spark`.",
         ]
     )
 

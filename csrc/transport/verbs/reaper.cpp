@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace spark::verbs {
@@ -19,27 +20,34 @@ struct Reaper::State {
   std::condition_variable changed;
   std::deque<std::shared_ptr<void>> objects;
   bool running = false;
+
+  void run() {
+    std::unique_lock<std::mutex> held(mutex);
+    while (!objects.empty()) {
+      std::shared_ptr<void> next = std::move(objects.front());
+      objects.pop_front();
+      held.unlock();
+      next.reset();
+      held.lock();
+    }
+    running = false;
+    changed.notify_all();
+  }
 };
 
 Reaper::Reaper() : state_(std::make_shared<State>()) {}
 
 void Reaper::release(std::shared_ptr<void> object) {
   std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->objects.push_back(std::move(object));
-  if (state_->running) return;
-  state_->running = true;
-  std::thread([state = state_] {
-    std::unique_lock<std::mutex> held(state->mutex);
-    while (!state->objects.empty()) {
-      std::shared_ptr<void> next = std::move(state->objects.front());
-      state->objects.pop_front();
-      held.unlock();
-      next.reset();
-      held.lock();
+  if (!state_->running) {
+    try {
+      std::thread([state = state_] { state->run(); }).detach();
+    } catch (const std::system_error&) {
+      return;  // no thread to be had: the caller lets go of it, however long that takes
     }
-    state->running = false;
-    state->changed.notify_all();
-  }).detach();
+    state_->running = true;
+  }
+  state_->objects.push_back(std::move(object));
 }
 
 Reaper::~Reaper() {
