@@ -181,19 +181,22 @@ void bind_common(py::class_<AnyRuntime>& bound) {
       .def("abort", &AnyRuntime::abort, Unlocked())
       .def("close", &AnyRuntime::close, Unlocked())
       .def("hold_proxy", &AnyRuntime::hold_proxy)
-      .def("deliver", [](AnyRuntime& runtime,
-                         const std::string& announcement) { link_of(runtime).deliver(announcement); })
+      .def("deliver",
+           [](AnyRuntime& runtime, const std::string& announcement) {
+             link_of(runtime).bulletin().deliver(announcement);
+           })
       .def("take_announcement",
-           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).take_announcement()); })
+           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).bulletin().take()); })
       .def("silence",
            [](const AnyRuntime& runtime) {
-             return std::chrono::duration<double>(link_of(runtime).silence()).count();
+             return std::chrono::duration<double>(link_of(runtime).bulletin().silence()).count();
            })
-      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).take_log(); })
+      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); })
       .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
-      .def_property_readonly(
-          "link_ready",
-          [](const AnyRuntime& runtime) { return runtime.link() == nullptr ? -1 : runtime.link()->ready(); })
+      .def_property_readonly("link_ready",
+                             [](const AnyRuntime& runtime) {
+                               return runtime.link() == nullptr ? -1 : runtime.link()->bulletin().ready();
+                             })
       .def_property_readonly("path", &AnyRuntime::path)
       .def("counters", [](const AnyRuntime& runtime) { return counters_of(runtime); })
       .def_property_readonly("closed", &AnyRuntime::closed)

@@ -45,12 +45,12 @@ void run_rank(spark::Runtime& runtime, int rank, int operations) {
 // Passes on what a rank says of its rails, as the channel between two machines does.
 class Keeper {
  public:
-  Keeper(spark::verbs::Link& from, spark::verbs::Link& to)
+  Keeper(spark::verbs::Bulletin& from, spark::verbs::Bulletin& to)
       : thread_([this, &from, &to] {
           while (!stopping_.load(std::memory_order_relaxed)) {
             pollfd ready{from.ready(), POLLIN, 0};
             poll(&ready, 1, 20);
-            std::string announcement = from.take_announcement();
+            std::string announcement = from.take();
             for (const std::string& sentence : from.take_log())
               std::fprintf(stderr, "%s\n", sentence.c_str());
             if (!announcement.empty()) to.deliver(announcement);
@@ -90,7 +90,8 @@ int main(int argc, char** argv) {
   left.begin();
   right.begin();
   {
-    Keeper one(*left.link(), *right.link()), two(*right.link(), *left.link());
+    spark::verbs::Bulletin &mine = left.link()->bulletin(), &theirs = right.link()->bulletin();
+    Keeper one(mine, theirs), two(theirs, mine);
     std::thread peer([&] { run_rank(right, 1, operations); });
     run_rank(left, 0, operations);
     peer.join();

@@ -1,8 +1,5 @@
 #include "link.hpp"
 
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -10,7 +7,6 @@
 #include <utility>
 
 #include "../../errors.hpp"
-#include "../../utf8.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -21,11 +17,6 @@ constexpr auto kRetryInterval = std::chrono::milliseconds(100);
 // Connecting may take a second of this thread's time (the kernel looks for the peer's address), so what fails
 // again and again is tried less often.
 constexpr auto kLongestRetryInterval = std::chrono::seconds(5);
-// The state is said this often even if nothing changes: the last announcement may have been lost with a rail,
-// the peer learns that this process is alive, and a rail that fails while nothing is sent is noticed.
-constexpr auto kRepeatInterval = std::chrono::milliseconds(200);
-// The same out of band, while no rail works.
-constexpr auto kSlowRepeatInterval = std::chrono::seconds(1);
 // A rail may fail under the last message, and it takes a few seconds to notice.
 constexpr auto kFarewellTime = std::chrono::seconds(5);
 
@@ -35,34 +26,21 @@ std::string seconds_text(std::chrono::nanoseconds duration) {
   return text;
 }
 
-std::string as_bytes(const LinkState& state) {
-  return std::string(reinterpret_cast<const char*>(&state), sizeof state);
-}
-
-// False for what is no whole announcement.
-bool from_bytes(const std::string& bytes, LinkState& state) {
-  if (bytes.size() != sizeof state) return false;
-  std::memcpy(&state, bytes.data(), sizeof state);
-  return state.whole();
-}
-
 }  // namespace
 
 Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& sizes,
            const std::vector<RailAddress>& rails, int rank)
     : options_(options),
-      memory_(memory),
       layout_(sizes),
+      bulletin_(memory, layout_),
       troubles_(rails.size()),
       rank_name_("rank " + std::to_string(rank)),
       newest_packets_(sizes.slots),
-      newest_pieces_(sizes.slots * kMaxPieces),
-      ready_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+      newest_pieces_(sizes.slots * kMaxPieces) {
   if (rails.empty() || rails.size() > kMaxRails) {
     throw UsageError(std::to_string(rails.size()) + " rails are not possible; a link has 1 to " +
                      std::to_string(kMaxRails));
   }
-  if (ready_.get() < 0) throw CollectiveError("this process has no file descriptor left; raise ulimit -n");
   for (uint32_t index = 0; index < rails.size(); ++index) {
     rails_.push_back(std::make_unique<Rail>(index, rails[index], memory, sizes, options.marks, reaper_));
     path_ += (index == 0 ? "verbs on " : " and ") + rails_.back()->name();
@@ -71,28 +49,26 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
 
 std::string Link::offer() {
   for (auto& rail : rails_) rail->offer();
-  ++version_;
-  return as_bytes(state());
+  LinkState state = this->state();
+  return bulletin_.sign(state);
 }
 
 void Link::connect(const std::string& peer_offer, const std::string& peer_name,
                    std::function<void(const std::string&)> stop) {
-  if (!from_bytes(peer_offer, theirs_)) {
+  if (!bulletin_.begin(peer_offer)) {
     throw CollectiveError(peer_name +
                           " sent no valid description of its rails; use the same version on both");
   }
-  if (theirs_.rail_count != rails_.size()) {
-    throw CollectiveError(peer_name + " has " + std::to_string(theirs_.rail_count) +
+  if (bulletin_.theirs().rail_count != rails_.size()) {
+    throw CollectiveError(peer_name + " has " + std::to_string(bulletin_.theirs().rail_count) +
                           " rails where this rank has " + std::to_string(rails_.size()));
   }
   peer_name_ = peer_name;
   stop_ = std::move(stop);
   for (auto& rail : rails_) {
-    rail->connect(theirs_.rails[rail->index()]);
+    rail->connect(bulletin_.theirs().rails[rail->index()]);
     rail->rise();  // nothing is sent before both ranks have told each other that they have come this far
   }
-  ++version_;
-  heard_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   counters_.rails_up.store(rails_.size(), std::memory_order_relaxed);
 }
 
@@ -169,7 +145,7 @@ void Link::send_waiting() {
 
 bool Link::peer_has_ended_failed_rails() const {
   return std::all_of(rails_.begin(), rails_.end(), [this](auto& rail) {
-    return static_cast<int32_t>(theirs_.rails[rail->index()].epoch - rail->epoch()) >= 0;
+    return static_cast<int32_t>(bulletin_.theirs().rails[rail->index()].epoch - rail->epoch()) >= 0;
   });
 }
 
@@ -193,13 +169,13 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   counters_.reposts.fetch_add(again, std::memory_order_relaxed);
   trouble.problem = why;
   trouble.next_try = {};
-  changed_ = true;
+  bulletin_.change();
   if (!worked || stopped_) return;
   trouble.since = Clock::now();
   counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
   counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
-  note(rail.name() + " to " + peer_name_ + " failed: " + why + "; " + std::to_string(again) +
-       " messages go again, the last one posted is " + std::to_string(last_posted_));
+  bulletin_.note(rail.name() + " to " + peer_name_ + " failed: " + why + "; " + std::to_string(again) +
+                 " messages go again, the last one posted is " + std::to_string(last_posted_));
 }
 
 bool Link::progress() {
@@ -214,47 +190,20 @@ void Link::attend() {
   Clock::time_point now = Clock::now();
   if (now < next_look_) return;
   next_look_ = now + kLookInterval;
-  read_announcements();
+  listen();
   if (!stopped_) {
     read_events();
     for (auto& rail : rails_) connect_anew(*rail, now);
     judge(now);
   }
-  announce_if_due(now);
+  if (bulletin_.due(now, stopped_)) announce();
 }
 
-void Link::read_announcements() {
-  const std::byte* inbox = memory_ + layout_.inbox();
-  // Acquire: the words after it are not read earlier. The NIC may be writing them all the same: the checksum
-  // tells.
-  uint64_t version = reinterpret_cast<const std::atomic<uint64_t>*>(inbox)->load(std::memory_order_acquire);
-  if (version > theirs_.version) {
-    LinkState state;
-    std::memcpy(&state, inbox, sizeof state);
-    if (state.whole()) take(state);
-  }
-  // Acquire: pairs with the release after the words were put there.
-  if (!news_.load(std::memory_order_acquire)) return;
-  std::deque<LinkState> delivered;
-  {
-    std::lock_guard<std::mutex> lock(shared_);
-    news_.store(false, std::memory_order_relaxed);
-    delivered.swap(delivered_);
-    if (farewell_ != told_) {
-      farewell_ = told_;
-      changed_ = true;
-    }
-  }
-  for (const LinkState& state : delivered) take(state);
-}
-
-void Link::take(const LinkState& state) {
-  if (state.version <= theirs_.version || state.rail_count != rails_.size()) return;
-  theirs_ = state;
-  heard_at_.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
-  if (state.stopped == 0 || stopped_) return;
+void Link::listen() {
+  bulletin_.read();
+  if (bulletin_.theirs().stopped == 0 || stopped_) return;
   stopped_ = true;
-  stop_(state.reason);
+  stop_(bulletin_.theirs().reason);
 }
 
 void Link::read_events() {
@@ -277,7 +226,7 @@ void Link::read_events() {
 
 void Link::connect_anew(Rail& rail, Clock::time_point now) {
   Trouble& trouble = troubles_[rail.index()];
-  const RailState& peer = theirs_.rails[rail.index()];
+  const RailState& peer = bulletin_.theirs().rails[rail.index()];
   // Both ends take part in every connection: if one has failed, the other one has too, whether it knows or
   // not.
   if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
@@ -291,11 +240,11 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
         return;
       }
       rail.offer();
-      changed_ = true;
+      bulletin_.change();
     }
     if (rail.phase() == Phase::kOffered && same && peer.phase >= Phase::kOffered) {
       rail.connect(peer);
-      changed_ = true;
+      bulletin_.change();
     }
   } catch (const CollectiveError& error) {
     // A queue pair that got half way cannot be connected again: another one can.
@@ -313,10 +262,11 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   trouble.problem = "the peer does not answer";
   trouble.unproven = true;
   trouble.risen_at = rail.posted();
-  changed_ = true;
+  bulletin_.change();
   counters_.rails_up.fetch_add(1, std::memory_order_relaxed);
   counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
-  note(rail.name() + " to " + peer_name_ + " works again, after " + seconds_text(now - trouble.since));
+  bulletin_.note(rail.name() + " to " + peer_name_ + " works again, after " +
+                 seconds_text(now - trouble.since));
 }
 
 void Link::judge(Clock::time_point now) {
@@ -332,8 +282,8 @@ void Link::judge(Clock::time_point now) {
   if (lost != counters_.lost.exchange(lost, std::memory_order_relaxed)) {
     lost_since_ = now;
     if (lost) {
-      note("no rail to " + peer_name_ + " works; everything waits for one, up to " +
-           seconds_text(options_.timeout));
+      bulletin_.note("no rail to " + peer_name_ + " works; everything waits for one, up to " +
+                     seconds_text(options_.timeout));
     }
   }
   if (lost && now - lost_since_ > options_.timeout) stop(loss());
@@ -351,35 +301,16 @@ std::string Link::loss() const {
 
 void Link::stop(const std::string& reason) {
   stopped_ = true;
-  note(reason);
+  bulletin_.note(reason);
   stop_(reason);
 }
 
-void Link::announce_if_due(Clock::time_point now) {
-  if (changed_ || (!stopped_ && now >= next_announcement_)) announce();
-}
-
 void Link::announce() {
-  ++version_;
   LinkState state = this->state();
-  Clock::time_point now = Clock::now();
-  next_announcement_ = now + kRepeatInterval;
-  bool alone = counters_.rails_up.load(std::memory_order_relaxed) == 0;
-  if (changed_ || (alone && now >= next_out_of_band_)) {
-    next_out_of_band_ = now + kSlowRepeatInterval;
-    {
-      std::lock_guard<std::mutex> lock(shared_);
-      announcement_ = as_bytes(state);
-    }
-    eventfd_write(ready_.get(), 1);
-    changed_ = false;
-  }
-  // Several, so that the one before is not changed on its way; if it is after all, its checksum is wrong.
-  outbox_ = (outbox_ + 1) % kOutboxes;
-  std::memcpy(memory_ + layout_.outbox() + outbox_ * kPage, &state, sizeof state);
+  uint32_t outbox = bulletin_.publish(state, counters_.rails_up.load(std::memory_order_relaxed) == 0);
   for (auto& rail : rails_) {
     if (rail->phase() != Phase::kUp || !rail->has_room()) continue;
-    int error = rail->post_announcement(outbox_);
+    int error = rail->post_announcement(outbox);
     if (error != 0)
       fail(*rail, std::string("it takes no message (") + std::strerror(error) + ")", rail->epoch() + 1);
   }
@@ -391,8 +322,8 @@ void Link::finish() {
   settle(end);
   tell(rank_name_ + " stopped: it closed its runtime");
   next_look_ = {};
-  read_announcements();
-  changed_ = true;
+  listen();
+  bulletin_.change();
   settle(end);
 }
 
@@ -411,54 +342,10 @@ void Link::settle(Clock::time_point end) {
   }
 }
 
-void Link::tell(const std::string& reason) {
-  std::lock_guard<std::mutex> lock(shared_);
-  if (told_.empty()) told_ = reason;
-  // Release: who sees it takes the lock and finds the reason.
-  news_.store(true, std::memory_order_release);
-}
-
-void Link::deliver(const std::string& announcement) {
-  LinkState state;
-  if (!from_bytes(announcement, state)) return;  // of another version of this package, which was agreed on
-  std::lock_guard<std::mutex> lock(shared_);
-  delivered_.push_back(state);
-  if (delivered_.size() > kMaxRails) delivered_.pop_front();  // only the newest counts
-  news_.store(true, std::memory_order_release);
-}
-
-std::string Link::take_announcement() {
-  eventfd_t count;
-  eventfd_read(ready_.get(), &count);
-  std::lock_guard<std::mutex> lock(shared_);
-  return std::exchange(announcement_, {});
-}
-
-std::chrono::nanoseconds Link::silence() const {
-  return Clock::now().time_since_epoch() - Clock::duration(heard_at_.load(std::memory_order_relaxed));
-}
-
-std::vector<std::string> Link::take_log() {
-  std::lock_guard<std::mutex> lock(shared_);
-  return std::exchange(log_, {});
-}
-
-void Link::note(const std::string& sentence) {
-  {
-    std::lock_guard<std::mutex> lock(shared_);
-    log_.push_back(sentence);
-  }
-  eventfd_write(ready_.get(), 1);
-}
-
 LinkState Link::state() const {
   LinkState state{};
-  state.version = version_;
   state.rail_count = static_cast<uint32_t>(rails_.size());
   for (auto& rail : rails_) state.rails[rail->index()] = rail->state();
-  state.stopped = farewell_.empty() ? 0 : 1;
-  std::memcpy(state.reason, farewell_.data(), whole_characters(farewell_, LinkState::kReasonBytes - 1));
-  state.checksum = state.sum();
   return state;
 }
 

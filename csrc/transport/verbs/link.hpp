@@ -10,7 +10,6 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,6 +17,7 @@
 #include "../../backoff.hpp"
 #include "../../shared_memory.hpp"
 #include "../transport.hpp"
+#include "bulletin.hpp"
 #include "rail.hpp"
 
 namespace spark::verbs {
@@ -59,17 +59,9 @@ class Link final : public Transport {
   // From any thread:
 
   // Tells the peer that this rank stops. The first reason counts.
-  void tell(const std::string& reason);
-  // Takes an announcement of the peer's that came out of band.
-  void deliver(const std::string& announcement);
-  // The newest announcement, if it has not been taken yet; else empty.
-  std::string take_announcement();
-  // How long the peer has said nothing; it says something five times a second.
-  std::chrono::nanoseconds silence() const;
-  // What has happened since the last call, as sentences.
-  std::vector<std::string> take_log();
-  // Readable when there is something to take.
-  int ready() const { return ready_.get(); }
+  void tell(const std::string& reason) { bulletin_.tell(reason); }
+  // What the peer says and hears out of band, and sentences for people.
+  Bulletin& bulletin() { return bulletin_; }
   const LinkCounters& counters() const { return counters_; }
   // "verbs over rail 0 (mlx5_0) and rail 1 (mlx5_1)"
   const std::string& path() const { return path_; }
@@ -86,19 +78,15 @@ class Link final : public Transport {
   void poll(Rail& rail);
   void fail(Rail& rail, const std::string& why, uint32_t epoch);
 
-  void read_announcements();
-  void take(const LinkState& state);
+  void listen();
   void read_events();
   void connect_anew(Rail& rail, Clock::time_point now);
   void judge(Clock::time_point now);
   void stop(const std::string& reason);
-  void announce_if_due(Clock::time_point now);
   void announce();
   void settle(Clock::time_point end);
   LinkState state() const;
   std::string loss() const;
-
-  void note(const std::string& sentence);
 
   // What is known of a rail beyond its connection.
   struct Trouble {
@@ -110,8 +98,8 @@ class Link final : public Transport {
   };
 
   LinkOptions options_;
-  std::byte* memory_;
   RegionLayout layout_;
+  Bulletin bulletin_;
   Reaper reaper_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::vector<Trouble> troubles_;  // by rail
@@ -128,24 +116,9 @@ class Link final : public Transport {
   uint64_t pinned_until_ = 0;  // of this number has arrived
   uint32_t last_posted_ = 0;
 
-  LinkState theirs_{};
-  uint64_t version_ = 0;
-  bool changed_ = false;
-  std::string farewell_;  // why this rank stops
   bool stopped_ = false;  // the peer has stopped, or is given up
-  uint32_t outbox_ = 0;
-  Clock::time_point next_look_{}, next_announcement_{}, next_out_of_band_{}, lost_since_{};
-
-  // Other threads come through these.
-  std::mutex shared_;  // guards the four below
-  std::string told_;
-  std::string announcement_;
-  std::deque<LinkState> delivered_;
-  std::vector<std::string> log_;
-  std::atomic<bool> news_{false};  // `told_` or `delivered_` has something new
+  Clock::time_point next_look_{}, lost_since_{};
   std::atomic<int> to_break_{-1};
-  std::atomic<Clock::rep> heard_at_{0};
-  FileDescriptor ready_;
 };
 
 }  // namespace spark::verbs
