@@ -24,6 +24,6 @@ PATCH = Patch(
     anchor=Anchor("vllm.v1.engine.exceptions:EngineDeadError.__init__"),
     reason="the reason stays in the engine's process, and the text that clients get is fixed",
     feature="the reason of a lost follower in the answer to clients",
-    fingerprints={"1c35b5aa0ca1": "0.26.0, 0.32.0, 0.33.0"},
+    fingerprints={"1c35b5aa0ca1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
 )

@@ -24,7 +24,7 @@ PATCH = Patch(
     anchor=Anchor("vllm.v1.engine.utils:CoreEngineProcManager.shutdown"),
     reason="vLLM asks its engine to end and kills it in the same breath, unless all requests are to be finished first",
     feature="an end for the requests of a server that is stopped",
-    fingerprints={"df57f23d5501": "0.26.0, 0.32.0, 0.33.0"},
+    fingerprints={"df57f23d5501": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
     when="leading",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_spark.activation import configure
 
+        # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
+        if leader := sys.modules.get("vllm_spark.executor.leader"):
+            leader.give_up_unfinished_start()
         return configure(self, lambda: original(self, *args, **kwargs))
 
     return create_engine_config
@@ -22,6 +26,6 @@ PATCH = Patch(
     anchor=Anchor("vllm.engine.arg_utils:EngineArgs.create_engine_config"),
     reason="the executor must be known before ParallelConfig is built, which otherwise refuses two ranks on one device",
     feature="serving on a pair (--spark)",
-    fingerprints={"47e28d3493ac": "0.26.0, 0.32.0, 0.33.0"},
+    fingerprints={"47e28d3493ac": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
 )

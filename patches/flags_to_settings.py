@@ -22,6 +22,6 @@ PATCH = Patch(
     anchor=Anchor("vllm.engine.arg_utils:EngineArgs.from_cli_args", scope="source"),
     reason="it keeps only the options that are fields of EngineArgs and drops all others in silence",
     feature="the flags --spark and --spark-*",
-    fingerprints={"bf29243cf535": "0.26.0, 0.32.0, 0.33.0"},
+    fingerprints={"bf29243cf535": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
 )

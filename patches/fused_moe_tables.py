@@ -11,10 +11,10 @@ from vllm_spark.patches import Anchor, Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     import functools
 
-    from vllm_spark.tuning.serving import choose_fused_moe_table
+    from vllm_spark.tuning import serving
 
     cached: Any = original  # by functools.lru_cache
-    uncached = cached.__wrapped__
+    uncached: Callable[..., dict[int, Any] | None] = cached.__wrapped__
 
     # Parameters are called as vLLM calls them: callers may give them by name.
     def get_moe_configs(
@@ -24,9 +24,15 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         block_n: int | None = None,
         block_k: int | None = None,
     ) -> dict[int, Any] | None:
-        return choose_fused_moe_table(E, N, dtype, block_n, block_k, lambda: uncached(E, N, dtype, block_n, block_k))
+        def of_vllm() -> dict[int, Any] | None:
+            return uncached(E, N, dtype, block_n, block_k)
 
-    return functools.lru_cache(maxsize=cached.cache_parameters()["maxsize"])(get_moe_configs)
+        if not serving.is_active():
+            return of_vllm()
+        return serving.choose_fused_moe_table(E, N, dtype, block_n, block_k, of_vllm)
+
+    maxsize: int | None = cached.cache_parameters()["maxsize"]
+    return functools.lru_cache(maxsize=maxsize)(get_moe_configs)
 
 
 PATCH = Patch(

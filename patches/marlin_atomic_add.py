@@ -9,15 +9,11 @@ from vllm_spark.patches import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.tuning.serving import layers_with_atomic_add
-
-    widths = layers_with_atomic_add()
-    if not widths:
-        return lambda *args, **kwargs: original(*args, **kwargs)
+    from vllm_spark.tuning import serving
 
     def should_use_atomic_add_reduce(m: int, n: int, k: int, device: Any, dtype: Any) -> bool:
         # Compilers trace this, with an m that has no number.
-        if (n, k) in widths:
+        if serving.adds_atomically(n, k):
             return True
         return bool(original(m, n, k, device, dtype))
 

@@ -11,19 +11,25 @@ from vllm_spark.patches import Anchor, Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     import inspect
 
+    from vllm_spark.tuning import serving
+    from vllm_spark.tuning.lookup import has_marlin_tables_for_experts
     from vllm_spark.tuning.marlin_calls import MarlinCalls
-    from vllm_spark.tuning.serving import has_tables, this_device
 
     names = list(inspect.signature(original).parameters)
     calls: MarlinCalls | None = None
+    looked = False
 
     def moe_wna16_marlin_gemm(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        if "size_m" not in kwargs or "thread_k" in kwargs:  # vLLM gives sizes by name, and no tile
+        nonlocal calls, looked
+        if not serving.is_active():
             return original(*args, **kwargs)
-        if calls is None:
-            device = this_device()
-            calls = MarlinCalls(names, device, silent=not has_tables(device.name))
+        if not looked:
+            device = serving.this_device()
+            calls = MarlinCalls(names, device) if has_marlin_tables_for_experts(device.name) else None
+            looked = True
+        # vLLM gives sizes by name, and no tile.
+        if calls is None or "size_m" not in kwargs or "thread_k" in kwargs:
+            return original(*args, **kwargs)
         return original(*args, **{**kwargs, **calls.changes(args, kwargs)})
 
     return moe_wna16_marlin_gemm

@@ -22,6 +22,6 @@ PATCH = Patch(
     anchor=Anchor("vllm.entrypoints.cli.serve:ServeSubcommand.cmd"),
     reason="a launcher starts the same command on both machines, and only the command itself can become a follower",
     feature="vllm serve --spark under torchrun, and errors without a traceback",
-    fingerprints={"eeb99fc7f8bd": "0.26.0, 0.32.0, 0.33.0"},
+    fingerprints={"eeb99fc7f8bd": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
 )

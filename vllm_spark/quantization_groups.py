@@ -18,6 +18,8 @@ from typing import Any
 from vllm_spark.config import FLAG
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.patches import all_patches, state_of
+from vllm_spark.tuning.layers import Experts, model_layers
+from vllm_spark.tuning.weights import Int4, Int8
 
 logger = logging.getLogger("vllm_spark")
 
@@ -26,19 +28,36 @@ GROUP_SIZES = (32, 64, 128)
 
 _ATTRIBUTE = "spark_repeated_scales"
 _PATCH = "repeated-scales"
-_EXPERTS = "moe_intermediate_size"
+_DIVIDED_INPUTS = frozenset({"o_proj", "out_proj", "down_proj"})
+"""Linear layers that are divided along their input; all others are along their output, where no group is cut."""
+_WIDTHS = {
+    "mlp.down_proj": "intermediate_size",
+    "mlp.shared_expert.down_proj": "shared_expert_intermediate_size",
+}
+"""Inputs of layers that have a name in config.json."""
+_ALL_EXPERTS = frozenset({"mixtral", "phimoe", "granitemoe", "minimax_m2"})
+"""Types of models whose `intermediate_size` is that of their experts, and whose layers all have some."""
 _LOADERS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt", "dummy"})
 """Load formats of the loader whose weights are repeated, and the one that has none."""
 
 
 @dataclass(frozen=True)
 class Straddling:
-    """A width that the ranks share in parts which are no whole number of groups."""
+    """A width that the ranks share in parts which are no whole number of groups.
+
+    Attributes:
+        name: of the width.
+        size: of all ranks together.
+        ranks: among which it is divided.
+        group_size: weights that share a scale.
+        experts: whether it is that of routed experts.
+    """
 
     name: str
     size: int
     ranks: int
     group_size: int
+    experts: bool = False
 
     @property
     def part(self) -> int:
@@ -66,21 +85,24 @@ def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
     group_size = None if described is None else _group_size(described)
     if described is None or group_size is None or group_size <= 0:
         return
-    found = straddling(
-        model_config.hf_text_config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel
-    )
+    config = _Attributes(model_config.hf_config, model_config.hf_text_config)
+    found = straddling(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
     if not found:
         return
     smaller = math.gcd(group_size, *(each.part for each in found))
     # Of several, the one that no repetition would help.
     worst = min(found, key=lambda each: math.gcd(group_size, each.part))
     if reason := _obstacle(described, group_size, smaller, vllm_config.load_config.load_format):
-        if described["quant_method"] != "compressed-tensors" and all(each.name == _EXPERTS for each in found):
+        if described["quant_method"] != "compressed-tensors" and all(each.experts for each in found):
             return  # vLLM has a kernel for these, a slow one
         remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
         raise ConfigurationError(f"{worst.sentence()} ({reason}); {remedy}, or serve it without {FLAG}")
-    _set_group_size(described, smaller)
-    setattr(model_config.hf_config, _ATTRIBUTE, [str(described["quant_method"]), group_size // smaller])
+    drafts = _drafts_of_the_same_weights(vllm_config, described, group_size)
+    asked = [str(described["quant_method"]), group_size // smaller]
+    for hf_config in (model_config.hf_config, *drafts):
+        setattr(hf_config, _ATTRIBUTE, asked)
+        if (its := _description(hf_config)) is not None:
+            _set_group_size(its, smaller)
     vllm_config.quant_config = type(vllm_config).get_quantization_config(model_config, vllm_config.load_config)
     logger.info(
         "%s: their scales are repeated, so that each stands for %d weights; every weight keeps its value.",
@@ -89,31 +111,84 @@ def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
     )
 
 
-def straddling(text_config: Any, group_size: int, ranks: int, expert_parallel: bool) -> list[Straddling]:
-    """The widths of a model whose parts are no whole number of groups.
+def straddling(config: Mapping[str, Any], group_size: int, ranks: int, expert_parallel: bool) -> list[Straddling]:
+    """The widths of a model's quantized layers whose parts are no whole number of groups.
 
     Args:
-        text_config: the language model's configuration.
-        group_size: weights that share a scale.
+        config: the content of config.json.
+        group_size: weights that share a scale, where its layers do not say otherwise.
         ranks: among which a width is divided.
         expert_parallel: experts are not divided, but distributed.
     """
-    size = _sizes(text_config)
+    try:
+        widths = _widths_of_layers(config, ranks)
+    except ConfigurationError:  # a model whose layers are not known here
+        text = config.get("text_config")
+        widths = _widths_of_numbers(text if isinstance(text, Mapping) else config, group_size, ranks)
+    return [
+        each
+        for each in widths
+        # A width that is no whole number of groups itself is that of layers which are not quantized.
+        if each.size > each.group_size > 0
+        and each.size % each.group_size == each.size % ranks == 0
+        and each.part % each.group_size
+        and not (each.experts and expert_parallel)
+    ]
+
+
+def _widths_of_layers(config: Mapping[str, Any], ranks: int) -> list[Straddling]:
+    """Of the layers that there are and that are quantized in groups."""
+    text = config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+    found: dict[Straddling, None] = {}
+    for layer in model_layers(config, 1):
+        if not isinstance(layer.weights, Int4 | Int8):
+            continue
+        group_size = layer.weights.group_size
+        if isinstance(layer, Experts):
+            name = next((n for n in ("moe_intermediate_size", "intermediate_size") if text.get(n)), layer.name)
+            found[Straddling(name, layer.intermediate, ranks, group_size, experts=True)] = None
+        elif layer.name.rpartition(".")[2] in _DIVIDED_INPUTS:
+            name = _WIDTHS.get(layer.name, f"the input width of {layer.name}")
+            found[Straddling(name, layer.size_k, ranks, group_size)] = None
+    return list(found)
+
+
+def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> list[Straddling]:
+    """Of the layers that numbers in a config.json may stand for, quantized or not."""
+
+    def size(name: str) -> int:
+        value = text.get(name)
+        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
     heads = size("num_attention_heads") * (size("v_head_dim") or size("head_dim"))
+    experts = size("moe_intermediate_size")
     widths = {
-        **{name: size(name) for name in ("intermediate_size", "shared_expert_intermediate_size")},
-        "the width of the shared experts": size("moe_intermediate_size") * size("n_shared_experts"),
+        "shared_expert_intermediate_size": size("shared_expert_intermediate_size"),
+        "the width of the shared experts": experts * size("n_shared_experts"),
         "the width of the attention heads": heads or size("hidden_size"),
         "the width of the linear attention heads": size("linear_num_value_heads") * size("linear_value_head_dim"),
     }
-    if not expert_parallel:
-        widths[_EXPERTS] = size(_EXPERTS)
+    of_experts = {"moe_intermediate_size": experts}
+    if text.get("model_type") in _ALL_EXPERTS:
+        of_experts["intermediate_size"] = size("intermediate_size")
+    elif not _every_layer_is_sparse(text):
+        widths["intermediate_size"] = size("intermediate_size")
     return [
-        Straddling(name, width, ranks, group_size)
-        for name, width in widths.items()
-        # A width that is no whole number of groups itself is that of layers which are not quantized.
-        if width > group_size and width % group_size == width % ranks == 0 and width // ranks % group_size
+        *(Straddling(name, width, ranks, group_size) for name, width in widths.items()),
+        *(Straddling(name, width, ranks, group_size, experts=True) for name, width in of_experts.items()),
     ]
+
+
+def _every_layer_is_sparse(text: Mapping[str, Any]) -> bool:
+    """Whether no layer has an MLP without experts, as far as config.json says so in one of the usual ways."""
+    if not text.get("moe_intermediate_size"):
+        return False
+    if types := text.get("mlp_layer_types"):
+        return all(each == "sparse" for each in types)
+    if (step := text.get("decoder_sparse_step")) is not None:
+        return bool(step == 1 and not text.get("mlp_only_layers"))
+    return text.get("first_k_dense_replace") == 0 and text.get("moe_layer_freq", 1) == 1
 
 
 def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
@@ -132,8 +207,7 @@ def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any
     group_size = None if described is None else _group_size(described)
     if described is None or group_size is None or group_size <= 0:
         return fitting
-    sizes = owner.text_config if isinstance(text, dict) else owner
-    smaller = math.gcd(group_size, *(each.part for each in straddling(sizes, group_size, ranks, False)))
+    smaller = math.gcd(group_size, *(each.part for each in straddling(fitting, group_size, ranks, False)))
     if smaller != group_size and smaller in GROUP_SIZES and _obstacle_in_format(described, group_size) is None:
         _set_group_size(described, smaller)
     return fitting
@@ -176,12 +250,51 @@ _PLACES: dict[str, tuple[tuple[str, ...], int]] = {
 """For each format: how names of scales and zero points end, and the dimension in which groups are counted."""
 
 
-def _sizes(text_config: Any) -> Any:
-    def size(name: str) -> int:
-        value = getattr(text_config, name, None)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+class _Attributes(Mapping[str, Any]):
+    """vLLM's configuration of a model, to be read like the content of its config.json."""
 
-    return size
+    def __init__(self, hf_config: Any, text_config: Any) -> None:
+        self._of = hf_config
+        self._text = None if text_config is hf_config else _Attributes(text_config, text_config)
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "text_config" and self._text is not None:
+            return self._text
+        try:
+            return getattr(self._of, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self._of))
+
+    def __len__(self) -> int:
+        return len(vars(self._of))
+
+
+def _drafts_of_the_same_weights(vllm_config: Any, described: Mapping[str, Any], group_size: int) -> list[Any]:
+    """The configuration of the draft model, if it is read from the served model's own files; vLLM builds it alike.
+
+    Raises:
+        ConfigurationError: it is read from others, is quantized, and may be built with the served model's groups.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    served = vllm_config.model_config
+    if draft is None or draft.hf_config is served.hf_config:
+        return []
+    its = _description(draft.hf_config)
+    alike = its is None or (its["quant_method"] == described["quant_method"] and _group_size(its) == group_size)
+    if alike and draft.model in (served.model, getattr(served, "model_weights", None)):
+        return [draft.hf_config]
+    # A draft model of the method that is called so has groups of its own in any case.
+    if its is not None and getattr(speculative, "method", None) != "draft_model":
+        raise ConfigurationError(
+            f"the draft model {draft.model} is quantized, and may be given the smaller groups that halves of "
+            f"{served.model} need; use a draft model that is not quantized, leave --speculative-config out, or serve "
+            f"it without {FLAG}"
+        )
+    return []
 
 
 def _description(hf_config: Any) -> MutableMapping[str, Any] | None:

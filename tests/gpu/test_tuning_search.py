@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ def test_marlin(kernel: str, rows: int, device: Any) -> None:
         assert (outcome.shape, outcome.rows) == (shape, rows)
         assert outcome.tried
         assert outcome.tuned_us > 0
-        assert outcome.ratio <= 1 or outcome.parameters == MARLIN_DEFAULT
         problem = MarlinProblem(shape, layers, rows, 2, seed=1)
         wanted = problem.call(0, MARLIN_DEFAULT).clone()
         for parameters in search_space(shape, rows, device):
@@ -107,7 +107,6 @@ def test_triton(name: str, rows: int, device: Any, trials: Any) -> None:
         assert (outcome.shape, outcome.rows) == (shape, rows)
         assert outcome.tried
         assert outcome.tuned_us > 0
-        assert outcome.ratio <= 1 or outcome.parameters is None
         problem = FusedMoeProblem(shape, layers, rows, 2, 1, device.name)
         wanted = problem.call(0, None)
         for parameters, _ in outcome.tried:
@@ -204,15 +203,32 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, device: Any) -> None:
     assert len(all_of_them) == 4
 
 
-def test_the_command_writes_tables_that_serving_finds(
-    tmp_path: Path, device: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from vllm_spark.cli import tune_model
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user without tables; what was read is forgotten afterwards."""
     from vllm_spark.tuning import lookup
-    from vllm_spark.tuning.check_fused_moe import check_fused_moe_table
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     lookup.forget()
+    yield tmp_path / "home"
+    lookup.forget()
+
+
+def tune_command(*words: str) -> int:
+    from vllm_spark.cli import tune_model
+
+    parser = argparse.ArgumentParser()
+    tune_model.add_arguments(parser)
+    return tune_model.run(parser.parse_args(words))
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_writes_tables_that_serving_finds(
+    tmp_path: Path, device: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm_spark.tuning import lookup
+    from vllm_spark.tuning.check_fused_moe import check_fused_moe_table
+
     config = {
         "model_type": "qwen3_moe",
         "num_hidden_layers": 2,
@@ -227,11 +243,8 @@ def test_the_command_writes_tables_that_serving_finds(
         "vocab_size": 512,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
     plot = str(tmp_path / "plot.svg")
-    words = [str(tmp_path), "--tp", "2", "--rows", "1,4,8", "--no-decode", "--plot", plot]
-    assert tune_model.run(parser.parse_args(words)) == 0
+    assert tune_command(str(tmp_path), "--tp", "2", "--rows", "1,4,8", "--no-decode", "--plot", plot) == 0
     printed = capsys.readouterr().out
     assert "Written:" in printed
     assert "--moe-backend triton" in printed
@@ -241,3 +254,53 @@ def test_the_command_writes_tables_that_serving_finds(
     path, rows = found
     assert {1, 4, 8, 9, 16, 1024} <= set(rows)
     assert [each for each in check_fused_moe_table(path, None, None) if each.kind == "error"] == []
+
+
+@pytest.mark.timeout(1800)
+def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
+    tmp_path: Path, home: Path, device: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole command, with real engines of a tiny model."""
+    from vllm_spark.tiny_model import make_tiny_model
+    from vllm_spark.tuning import lookup
+    from vllm_spark.tuning.check_fused_moe import check_fused_moe_table
+    from vllm_spark.tuning.journal import Journal
+    from vllm_spark.tuning.versions import installed_versions
+
+    model = make_tiny_model(tmp_path / "model", "moe")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "moe_intermediate_size": 512}
+    (model / "config.json").write_text(json.dumps(config))
+    shape = FusedMoeExperts(experts=8, top_k=2, hidden=256, intermediate=256)
+    # A table that would break every engine that reads it: the user's variable must not reach them.
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / shape.table.file_name(device.name)).write_text("{")
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(theirs))
+    engine = json.dumps({"gpu_memory_utilization": 0.3})
+    logs = tmp_path / "logs"
+    words = [str(model), "--tp", "2", "--rounds", "1", "--engine", engine, "--keep-logs", str(logs), "--timeout", "800"]
+    assert tune_command(*words, "--rows", "1,2,4,8") == 0
+    printed = capsys.readouterr().out
+    assert "A decode step of one rank of" in printed
+    assert {path.name for path in (logs / "tp2").iterdir()} == {"untuned-0.log", "tuned-0.log"}
+    found = lookup.fused_moe_table(device.name, 8, 256, None, None)
+    assert found is not None
+    path, rows = found
+    assert path.is_relative_to(home)
+    journal = Journal(path.parents[1], device.name, installed_versions())
+    kept = {number: each.outcome for (_, number), each in journal.kept().items()}
+    searched = {number: each for (_, number), each in journal.known().items()}
+    assert set(kept) == set(searched) == {1, 2, 4, 8}
+    for number, outcome in kept.items():
+        assert outcome in (searched[number], searched[number].with_default())
+        assert outcome.parameters is None or isinstance(outcome.parameters, FusedMoeParameters)
+        choice = outcome.parameters
+        assert rows[number] == (own_row(shape, device.name, number) if choice is None else choice.row())
+    assert [each for each in check_fused_moe_table(path, None, None) if each.kind == "error"] == []
+
+    lookup.forget()
+    assert tune_command(*words[:3], "--rows", "1", "--no-decode") == 0
+    again = lookup.fused_moe_table(device.name, 8, 256, None, None)
+    assert again is not None
+    assert {number: again[1][number] for number in (2, 4, 8)} == {number: rows[number] for number in (2, 4, 8)}

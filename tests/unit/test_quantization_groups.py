@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from vllm_spark import quantization_groups
+from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.patches import all_patches
-from vllm_spark.quantization_groups import repeat_where_groups_straddle, repeated, straddling
+from vllm_spark.quantization_groups import repeat_where_groups_straddle, repeated, straddling, with_groups_that_fit
 from vllm_spark.tiny_model import make_tiny_model
 
 RANKS = 2
@@ -145,23 +146,102 @@ GLM_4_5_AIR = SimpleNamespace(
 QWEN3_30B_A3B = SimpleNamespace(num_attention_heads=32, head_dim=128, intermediate_size=6144, moe_intermediate_size=768)
 
 
+def names(config: Any, group_size: int, expert_parallel: bool = False) -> set[tuple[str, int, int]]:
+    """Of widths that straddle, with size and part, from a config.json or what stands for one."""
+    content = config if isinstance(config, dict) else vars(config)
+    return {(each.name, each.size, each.part) for each in straddling(content, group_size, RANKS, expert_parallel)}
+
+
 def test_which_widths_straddle() -> None:
-    found = straddling(GLM_4_5_AIR, 128, RANKS, False)
-    assert {(each.name, each.size, each.part) for each in found} == {
-        ("moe_intermediate_size", 1408, 704),
-        ("the width of the shared experts", 1408, 704),
-    }
-    assert [each.name for each in straddling(GLM_4_5_AIR, 128, RANKS, True)] == ["the width of the shared experts"]
-    assert {each.name for each in straddling(GLM_4_5_AIR, 64, RANKS, False)} == {"intermediate_size"}
-    assert straddling(GLM_4_5_AIR, 32, RANKS, False) == []
-    assert straddling(GLM_4_5_AIR, 128, 1, False) == []
+    """In a model whose layers are not known here, so that only its numbers speak."""
+    shared = ("the width of the shared experts", 1408, 704)
+    assert names(GLM_4_5_AIR, 128) == {("moe_intermediate_size", 1408, 704), shared}
+    assert names(GLM_4_5_AIR, 128, expert_parallel=True) == {shared}
+    assert names(GLM_4_5_AIR, 64) == {("intermediate_size", 10944, 5472)}
+    assert names(GLM_4_5_AIR, 32) == set()
+    assert straddling(vars(GLM_4_5_AIR), 128, 1, False) == []
     heads = SimpleNamespace(num_attention_heads=6, head_dim=64, hidden_size=256)
-    assert [(each.size, each.part) for each in straddling(heads, 128, RANKS, False)] == [(384, 192)]
+    assert names(heads, 128) == {("the width of the attention heads", 384, 192)}
     heads.v_head_dim = 128
-    assert straddling(heads, 128, RANKS, False) == [], "384 on each rank are three groups"
-    old = SimpleNamespace(num_attention_heads=6, hidden_size=384)
-    assert [(each.size, each.part) for each in straddling(old, 128, RANKS, False)] == [(384, 192)]
-    assert straddling(QWEN3_30B_A3B, 128, RANKS, False) == []
+    assert names(heads, 128) == set(), "384 on each rank are three groups"
+    assert names(SimpleNamespace(num_attention_heads=6, hidden_size=384), 128) == {
+        ("the width of the attention heads", 384, 192)
+    }
+    assert names(QWEN3_30B_A3B, 128) == set()
+
+
+@pytest.mark.parametrize(
+    ("sparse", "dense"),
+    [
+        ({"decoder_sparse_step": 1, "mlp_only_layers": []}, {"decoder_sparse_step": 1, "mlp_only_layers": [0]}),
+        ({"decoder_sparse_step": 1}, {"decoder_sparse_step": 2}),
+        ({"first_k_dense_replace": 0, "moe_layer_freq": 1}, {"first_k_dense_replace": 1, "moe_layer_freq": 1}),
+        ({"mlp_layer_types": ["sparse", "sparse"]}, {"mlp_layer_types": ["dense", "sparse"]}),
+    ],
+)
+def test_a_width_of_no_layer_is_none(sparse: dict[str, Any], dense: dict[str, Any]) -> None:
+    model = {"model_type": "unheard_of", "intermediate_size": 5472, "moe_intermediate_size": 768}
+    assert names(model | sparse, 32) == set()
+    assert names(model | dense, 32) == {("intermediate_size", 5472, 2736)}
+
+
+def test_experts_whose_width_is_called_otherwise() -> None:
+    mixtral = {"model_type": "mixtral", "intermediate_size": 1408, "num_local_experts": 8}
+    assert names(mixtral, 128) == {("intermediate_size", 1408, 704)}
+    assert names(mixtral, 128, expert_parallel=True) == set()
+    minimax = shipped("minimax-m2-int4") | {"intermediate_size": 1408}
+    assert names(minimax, 128) == {("intermediate_size", 1408, 704)}
+    assert names(minimax, 128, expert_parallel=True) == set()
+    for config in (mixtral | {"hidden_size": 4096}, minimax):
+        slow = vllm_config(SimpleNamespace(**config), GPTQ | {"desc_act": True})
+        repeat_where_groups_straddle(slow, RANKS)
+        assert slow.quant_config == "vLLM's", "vLLM has a kernel for these"
+
+
+def shipped(model: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((data_folder("configs") / "models" / model / "config.json").read_text())
+    return content
+
+
+def test_only_layers_that_are_there_and_quantized_count() -> None:
+    coder = shipped("qwen3-coder-30b-a3b-int4")
+    coder["quantization_config"]["group_size"] = 32
+    assert (coder["intermediate_size"], names(coder, 32)) == (5472, set()), "no layer has this width"
+    assert names(coder | {"mlp_only_layers": [1]}, 32) == {("intermediate_size", 5472, 2736)}
+
+    glm = shipped("glm-4.5-air-int4")
+    experts = ("moe_intermediate_size", 1408, 704)
+    shared = ("the input width of mlp.shared_experts.down_proj", 1408, 704)
+    assert names(glm, 128) == {experts, shared}
+    assert names(glm, 128, expert_parallel=True) == {shared}
+    glm["quantization_config"]["dynamic"]["-:.*shared_experts.*"] = {}
+    assert names(glm, 128) == {experts}
+    assert names(glm, 128, expert_parallel=True) == set()
+
+    attention = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "quantization_config": COMPRESSED}
+    narrow = shipped("qwen3-32b-int4") | attention
+    assert names(narrow, 128) == {("the input width of self_attn.o_proj", 384, 192)}
+    alone = COMPRESSED | {"ignore": ["re:.*self_attn.*"]}
+    assert names(narrow | {"quantization_config": alone}, 128) == set()
+
+
+def test_the_language_model_of_another_is_looked_at() -> None:
+    """Through vLLM's configuration, where it is an object in an object."""
+    outer = SimpleNamespace(model_type="something_with_eyes", quantization_config=copy.deepcopy(GPTQ))
+    text = {key: value for key, value in shipped("glm-4.5-air-int4").items() if key != "quantization_config"}
+    config = vllm_config(SimpleNamespace(), GPTQ)
+    config.model_config = SimpleNamespace(hf_config=outer, hf_text_config=SimpleNamespace(**text), model="served")
+    repeat_where_groups_straddle(config, RANKS)
+    assert outer.quantization_config["group_size"] == 64
+    assert outer.spark_repeated_scales == ["gptq", 2]
+
+
+def test_a_config_file_gets_the_groups_of_serving() -> None:
+    glm, coder = shipped("glm-4.5-air-int4"), shipped("qwen3-coder-30b-a3b-int4")
+    assert with_groups_that_fit(glm, RANKS)["quantization_config"]["group_size"] == 64
+    assert with_groups_that_fit(glm, 1) == glm
+    coder["quantization_config"]["group_size"] = 32
+    assert with_groups_that_fit(coder, RANKS) == coder
 
 
 def vllm_config(text_config: Any, quantization: dict[str, Any], load_format: str = "auto") -> Any:
@@ -175,11 +255,44 @@ def vllm_config(text_config: Any, quantization: dict[str, Any], load_format: str
     hf_config = copy.deepcopy(text_config)
     hf_config.quantization_config = copy.deepcopy(quantization)
     return Config(
-        model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config),
+        model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, model="served"),
         parallel_config=SimpleNamespace(enable_expert_parallel=False),
         load_config=SimpleNamespace(load_format=load_format),
         quant_config="vLLM's",
     )
+
+
+def with_draft(config: Any, hf_config: Any, model: str = "served", method: str = "mtp") -> Any:
+    """The same, with a draft model."""
+    draft = SimpleNamespace(hf_config=hf_config, model=model)
+    config.speculative_config = SimpleNamespace(method=method, draft_model_config=draft)
+    return config
+
+
+def test_a_draft_of_the_same_weights_is_read_alike() -> None:
+    own = SimpleNamespace(quantization_config=copy.deepcopy(GPTQ))
+    silent = SimpleNamespace()
+    for hf_config in (own, silent):
+        repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), hf_config), RANKS)
+        scales = [("model.layers.46.mlp.down_proj.scales", torch.ones(2, 2))]
+        assert dict(repeated(scales, hf_config))[scales[0][0]].shape == (4, 2)
+    assert own.quantization_config["group_size"] == 64
+
+
+def test_a_draft_of_other_weights() -> None:
+    plain = SimpleNamespace()
+    repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), plain, "head", "eagle3"), RANKS)
+    assert not hasattr(plain, "spark_repeated_scales"), "nothing of it is quantized"
+    quantized = SimpleNamespace(quantization_config=copy.deepcopy(GPTQ))
+    repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), quantized, "small", "draft_model"), RANKS)
+    assert quantized.quantization_config == GPTQ
+    config = with_draft(vllm_config(GLM_4_5_AIR, GPTQ), quantized, "head", "eagle3")
+    with pytest.raises(ConfigurationError, match=r"the draft model head is quantized.*leave --speculative-config out"):
+        repeat_where_groups_straddle(config, RANKS)
+    assert config.model_config.hf_config.quantization_config == GPTQ
+    fits = with_draft(vllm_config(QWEN3_30B_A3B, GPTQ), quantized, "head", "eagle3")
+    repeat_where_groups_straddle(fits, RANKS)
+    assert quantized.quantization_config == GPTQ
 
 
 def in_weights(**values: Any) -> Callable[[dict[str, Any]], None]:
@@ -264,6 +377,24 @@ def test_vllm_takes_the_smaller_groups(method: str, tmp_path: Path) -> None:
     assert dict(loaded(None, before.model_config, None))[f"x{ending}"].shape == (3, 3)
     doubled = dict(loaded(None, after.model_config, None))[f"x{ending}"]
     assert doubled.shape == ((3, 6) if method == "compressed-tensors" else (6, 3))
+
+
+def test_vllms_own_draft_of_the_same_checkpoint(tmp_path: Path) -> None:
+    """With vLLM's own configuration: an MTP head in the served model's files, whose configuration is another object."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    make_tiny_model(tmp_path, "moe")
+    (tmp_path / "config.json").write_text(json.dumps(shipped("glm-4.5-air-int4") | {"num_nextn_predict_layers": 1}))
+    drafting = {"method": "mtp", "num_speculative_tokens": 1}
+    arguments = EngineArgs(str(tmp_path), enforce_eager=True, max_model_len=256, speculative_config=drafting)
+    config = arguments.create_engine_config()
+    repeat_where_groups_straddle(config, RANKS)
+    draft = pickle.loads(pickle.dumps(config)).speculative_config.draft_model_config
+    assert draft.hf_config.model_type == "glm4_moe_mtp"
+    assert sizes(type(config).get_quantization_config(draft, config.load_config)) == sizes(config.quant_config) == {64}
+    patch = next(each for each in all_patches() if each.name == "repeated-scales")
+    loaded = patch.replace(lambda loader, model_config, model: [("x.scales", torch.ones(3, 3))])
+    assert dict(loaded(None, draft, None))["x.scales"].shape == (6, 3)
 
 
 def sizes(quant_config: Any) -> set[int]:

@@ -15,9 +15,10 @@ import pytest
 
 from vllm_spark.cli import main
 from vllm_spark.tuning.check import CheckReport, check_tables
-from vllm_spark.tuning.check_fused_moe import shared_bytes
+from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
+from vllm_spark.tuning.check_marlin import _gemm
 from vllm_spark.tuning.derive import write_tables
-from vllm_spark.tuning.fused_moe_compile import compile_row, kernel_source, unavailable
+from vllm_spark.tuning.fused_moe_compile import Compiled, compile_row, kernel_source, unavailable
 from vllm_spark.tuning.fused_moe_default import default_table
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
@@ -27,8 +28,9 @@ from vllm_spark.tuning.fused_moe_table import (
     store_fused_moe_table,
 )
 from vllm_spark.tuning.lookup import shipped_folder
-from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, store_marlin_table
+from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
 from vllm_spark.tuning.provenance import Provenance
+from vllm_spark.tuning.weights import Int4
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 TUNED = Provenance(kind="derived", rule="a test's")
@@ -381,6 +383,28 @@ def test_a_tile_that_does_not_divide(tmp_path: Path) -> None:
     entry = {"thread_k": 128, "thread_n": 64, "blocks_per_sm": 1}
     store_marlin(tmp_path, {1: entry}, kernel="moe_w2", size_n=2048, size_k=704, group_size=64)
     assert "K=704 is not a multiple of thread_k=128" in the_error(tmp_path)
+
+
+@pytest.mark.parametrize("kernel", ["moe_w13", "moe_w2"])
+def test_rows_of_a_table_are_tokens_for_both_kernels(tmp_path: Path, kernel: str) -> None:
+    path = store_marlin(tmp_path, {3: {}}, kernel=kernel)
+    gemm = _gemm(load_marlin_table(path), 3)
+    assert (gemm.rows, gemm.top_k) == (3, 8 if kernel == "moe_w13" else 1)
+
+
+def test_4_bit_kernels_are_compiled_for_the_tables_own_groups(tmp_path: Path) -> None:
+    seen: list[Int4] = []
+
+    def compiler(shape: FusedMoeShape, row: Any, capability: tuple[int, int], *, int4: Int4) -> Compiled:
+        seen.append(int4)
+        return Compiled(0, 0, 0)
+
+    table = FusedMoeTable({1: SMALL, 1024: SMALL})
+    for group_size in (64, None):
+        provenance = FusedMoeProvenance(group_size=group_size, rows=dict.fromkeys(table.rows, TUNED))
+        path = store_fused_moe_table(INT4, GB10, table, provenance, tmp_path)
+        list(check_fused_moe_table(path, compiler, None))
+    assert [each.group_size for each in seen] == [64, 64, 128, 128]
 
 
 def test_a_shape_that_marlin_does_not_take(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,13 +42,14 @@ class Folders:
 
 
 @pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
     lookup.forget()
     user = lookup.user_folder()
     assert user is not None
-    return Folders(user, lookup.shipped_folder())
+    yield Folders(user, lookup.shipped_folder())
+    lookup.forget()
 
 
 def store_marlin(folder: Path, shape: MarlinShape = W13, **values: Any) -> Path:
@@ -64,8 +65,8 @@ def store_moe(folder: Path, block_size_n: int, rule: str = "a guess", shape: Fus
 
 
 def parameters(rows: int = 1, shape: MarlinShape = W13, device: str = GB10.name) -> MarlinParameters | None:
-    sizes = (shape.experts, shape.top_k, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
-    return lookup.marlin_parameters(device, shape.kernel, *sizes, rows)
+    found = lookup.find_marlin_table(device, shape)
+    return None if found is None else found[1].row(rows)
 
 
 def test_marlins_own_file_of_the_user_comes_first(folders: Folders) -> None:
@@ -285,6 +286,30 @@ def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: li
     assert calls.changes(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
 
 
+@pytest.mark.parametrize(
+    ("locks", "expected"), [(48, {"thread_k": 128, "thread_n": 64, "blocks_per_sm": -1}), (47, {})]
+)
+def test_a_tile_that_leaves_the_blocks_open_gets_one_block(
+    folders: Folders, operator: list[str], locks: int, expected: dict[str, int]
+) -> None:
+    """The kernel takes -1 for 1; a table of that kind passes the check."""
+    import torch
+
+    store_marlin(folders.shipped, blocks_per_sm=-1)
+    given = call(operator, W13, 1, workspace=torch.empty(locks, device="meta"))
+    assert MarlinCalls(operator, GB10).changes(*given) == expected
+
+
+def test_whether_a_device_has_tables_of_marlin_for_experts(folders: Folders) -> None:
+    assert not lookup.has_marlin_tables_for_experts(GB10.name)
+    store_moe(folders.user, 64)
+    store_marlin(folders.user, W2.model_copy(update={"kernel": "dense", "experts": 1, "top_k": 1}))
+    assert not lookup.has_marlin_tables_for_experts(GB10.name)
+    store_marlin(folders.shipped)
+    assert lookup.has_marlin_tables_for_experts(GB10.name)
+    assert not lookup.has_marlin_tables_for_experts("NVIDIA_GB1")
+
+
 def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: pytest.LogCaptureFixture) -> None:
     path = store_marlin(folders.shipped)
     calls = MarlinCalls(operator, GB10)
@@ -298,10 +323,6 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     assert "up to 8 rows" in lines[0]
     assert GUESS.sentence() in lines[0]
     assert "no table is for this shape on NVIDIA_GB10" in lines[1]
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        MarlinCalls(operator, GB10, silent=True).changes(*call(operator, W2, 1))
-    assert caplog.text == ""
 
 
 # ---- the Triton kernel's tables ----

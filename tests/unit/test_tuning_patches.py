@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from vllm_spark import patches
 from vllm_spark.patches import Patch, all_patches
 from vllm_spark.tuning import lookup, serving
+from vllm_spark.tuning.fused_moe_table import provenance_path
 from vllm_spark.tuning.gb10 import GB10
 
 from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
@@ -22,6 +24,25 @@ from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store
 __all__ = ["folders"]  # a fixture
 
 SERVING = {"fused-moe-tables", "marlin-atomic-add", "marlin-parameters", "repeated-scales"}
+
+
+class Engine(SimpleNamespace):
+    """The part of vLLM's configuration that tables change."""
+
+    def __init__(self) -> None:
+        super().__init__(additional_config={"mine": 1, "spark": {"version": "1"}})
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An engine that uses tables in this process, whose vLLM is not changed for it."""
+    monkeypatch.setattr(serving, "apply_all", lambda when: None)
+    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
+    for name in ("_served", "_widths_with_atomic_add"):
+        monkeypatch.setattr(serving, name, getattr(serving, name))
+    made = Engine()
+    serving.start(made)
+    return made
 
 
 def patch(name: str) -> Patch:
@@ -70,7 +91,9 @@ def test_an_unknown_source_disables_one_of_them(
     assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
 
 
-def test_marlins_operator_is_called_with_the_tables_tile(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marlins_operator_is_called_with_the_tables_tile(
+    folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The operator itself needs a GPU: this one has its parameters, in the installed vLLM, and notes its arguments."""
     import vllm._custom_ops as ops
 
@@ -89,11 +112,33 @@ def test_marlins_operator_is_called_with_the_tables_tile(folders: Folders, monke
     unchanged = operator(*args, **kwargs)
     assert patched(*args, **kwargs) == unchanged | CHANGES
     assert patched(*args, **kwargs, thread_k=64, thread_n=128) == unchanged | {"thread_k": 64, "thread_n": 128}
+    serving.stop(engine)
+    assert patched(*args, **kwargs) == unchanged, "of an engine without a pair"
+    serving.start(engine)
     args, kwargs = call(list(signature.parameters), W13, 9)
     assert patched(*args, **kwargs) == operator(*args, **kwargs)
 
 
-def test_vllm_finds_fused_moe_tables(folders: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_tables_marlins_operator_is_only_called(
+    folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_spark.tuning.marlin_calls import MarlinCalls
+
+    def fail(*given: Any) -> None:
+        raise AssertionError("nothing is looked for in a call")
+
+    monkeypatch.setattr(serving, "this_device", lambda: GB10)
+    monkeypatch.setattr(MarlinCalls, "changes", fail)
+    store_moe(folders.user, 64)
+    patched = patch("marlin-parameters").replace(lambda *args, **kwargs: (args, kwargs))
+    assert patched(1, size_m=2) == ((1,), {"size_m": 2})
+    monkeypatch.setattr(serving, "this_device", fail)
+    assert patched(1, size_m=3) == ((1,), {"size_m": 3})
+
+
+def test_vllm_finds_fused_moe_tables(
+    folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from vllm.model_executor.layers.fused_moe import fused_moe
 
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
@@ -129,12 +174,76 @@ def test_vllm_finds_fused_moe_tables(folders: Folders, monkeypatch: pytest.Monke
     assert get(E=256, N=512, dtype="fp8_w8a8", block_n=128, block_k=128) == shipped_by_vllm
 
 
-def test_a_compiler_can_trace_the_choice_of_atomic_add(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_after_the_pair_finds_vllms_tables(
+    folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM remembers of the pair's is forgotten, and the other way round."""
+    from vllm.model_executor.layers.fused_moe import fused_moe
+
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: GB10.name)
+    original: Any = inspect.unwrap(fused_moe.get_moe_configs, stop=lambda f: hasattr(f, "cache_parameters"))
+    get: Any = patch("fused-moe-tables").replace(original)
+    monkeypatch.setattr(fused_moe, "get_moe_configs", get)
+    store_moe(folders.user, 32)
+    asked = (MOE.experts, MOE.size_n, MOE.dtype, 0, 0)
+    assert get(*asked)[1]["BLOCK_SIZE_N"] == 32
+    serving.stop(Engine())
+    assert get(*asked)[1]["BLOCK_SIZE_N"] == 32, "another engine than the one that uses them"
+    serving.stop(engine)
+    assert get(*asked) is None
+    serving.start(engine)
+    assert get(*asked)[1]["BLOCK_SIZE_N"] == 32
+
+
+@pytest.mark.parametrize(("of_table", "taken"), [(128, True), (None, True), (64, False)])
+def test_a_table_for_other_groups_is_left_out(
+    folders: Folders,
+    engine: Engine,
+    of_table: int | None,
+    taken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    path = provenance_path(store_moe(folders.user, 32))
+    noted = json.loads(path.read_text()) | ({} if of_table is None else {"group_size": of_table})
+    path.write_text(json.dumps(noted))
+    # vLLM has a block of no width and the group's height for weights of 4 bits.
+    found = serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 128, lambda: None)
+    assert (found is not None) == taken
+    assert ("it is for groups of 64, not 128" in caplog.text) == (not taken)
+
+
+def test_the_compile_cache_knows_what_tables_change_in_compiled_code(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With vLLM's own key, for another engine of the same process too."""
+    from vllm.config import VllmConfig
+
+    first = engine.additional_config
+    assert (first["mine"], first["spark"]["version"]) == (1, "1")
+    keys = set()
+    before = {"spark": {"version": "1"}}
+    for widths in ({(512, 4096)}, {(512, 4096), (512, 2048)}, set()):
+        config = VllmConfig(additional_config=before)
+        plain = config.compute_hash()
+        monkeypatch.setattr(serving, "layers_with_atomic_add", lambda widths=widths: frozenset(widths))
+        serving.start(config)
+        assert (config.compute_hash() != plain) == bool(widths)
+        keys.add(config.compute_hash())
+    assert len(keys) == 3
+    assert before == {"spark": {"version": "1"}}
+
+
+def test_a_compiler_can_trace_the_choice_of_atomic_add(engine: Engine) -> None:
     """vLLM decides inside of what it compiles, with a number of rows that has no value."""
     import torch
     from vllm.model_executor.layers.quantization.utils import marlin_utils
 
-    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
     choose = patch("marlin-atomic-add").replace(marlin_utils.should_use_atomic_add_reduce)
 
     def layer(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -147,7 +256,10 @@ def test_a_compiler_can_trace_the_choice_of_atomic_add(monkeypatch: pytest.Monke
         assert compiled(x, 1024).tolist() == [[-1.0]] * rows
 
 
-def test_without_tables_atomic_add_is_vllms_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset())
-    choose = patch("marlin-atomic-add").replace(lambda *args, **kwargs: (args, kwargs))
-    assert choose(1, 512, k=4096) == ((1, 512), {"k": 4096})
+def test_without_a_pair_atomic_add_is_vllms_choice(engine: Engine) -> None:
+    choose = patch("marlin-atomic-add").replace(lambda m, n, k, device, dtype: False)
+    asked = (1, 512, 4096, None, None)
+    assert choose(*asked)
+    assert not choose(1, 512, 2048, None, None)
+    serving.stop(engine)
+    assert not choose(*asked)

@@ -7,21 +7,30 @@ import dataclasses
 import datetime
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_spark.bench import decode
+from vllm_spark.bench.decode_engine import Result
 from vllm_spark.bench.shard_as_model import shard_as_model
 from vllm_spark.cli import tune_model
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.stage import set_stage
 from vllm_spark.tuning import fused_moe_compile, fused_moe_table, lookup, search
 from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
 from vllm_spark.tuning.fused_moe_search import not_hopeless, search_space
@@ -29,7 +38,8 @@ from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameter
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
 from vllm_spark.tuning.fused_moe_trial import Trials
 from vllm_spark.tuning.gb10 import GB10
-from vllm_spark.tuning.journal import FILE, Journal
+from vllm_spark.tuning.journal import FILE, Journal, Kept
+from vllm_spark.tuning.layers import Experts
 from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
 from vllm_spark.tuning.outcome import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutcome, Outcome
 from vllm_spark.tuning.promotion import promoted
@@ -46,6 +56,8 @@ from vllm_spark.tuning.tuned_model import (
     shapes_of,
 )
 from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
+from vllm_spark.tuning.versions import installed_versions
+from vllm_spark.tuning.weights import Int4
 
 VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.8.0"}
 W13 = MarlinShape(kernel="moe_w13", experts=128, top_k=8, size_n=768, size_k=2048, group_size=128, quant_type="uint4b8")
@@ -152,12 +164,58 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "tuned", GB10.name, VERSIONS)
 
 
+def test_a_journal_that_is_no_text_costs_only_its_own_lines(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(marlin())
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b"\xff\xfe\x80 {\n")
+    journal.add(fused())
+    assert set(journal.known()) == {(W13, 1), (BF16, 1)}
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    (tmp_path / FILE).unlink()
+    with pytest.raises(ConfigurationError, match=r"journal\.jsonl cannot be read \(No such file"):
+        journal.known()
+
+
+def test_a_full_disk_costs_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / FILE).symlink_to("/dev/full")
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    with pytest.raises(SparkError, match=r"journal\.jsonl cannot be written \(No space left.*make room"):
+        journal.add(marlin())
+
+
+def test_what_was_kept_is_apart_from_what_was_searched(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(marlin())
+    assert journal.kept() == {}
+    journal.keep([Kept(marlin().with_default(), ("a",))])
+    journal.keep([Kept(marlin().with_default(), ("b",))])
+    assert journal.known() == {(W13, 1): marlin()}, "the search is not made again"
+    assert journal.kept() == {(W13, 1): Kept(marlin().with_default(), ("a", "b"))}
+
+
+def test_versions_are_asked_of_the_packages_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm, triton = pytest.importorskip("vllm"), pytest.importorskip("triton")
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    versions = installed_versions()
+    assert versions["triton"] == triton.__version__ == fused_moe_compile.triton_version()
+    assert versions["vllm"] == vllm.__version__
+    assert versions["vllm_spark"]
+
+
 # Promotion
 
 
 def test_rows_whose_decode_step_did_not_become_faster_go_back_to_the_default() -> None:
     outcomes: list[Outcome] = [marlin(1), marlin(8), fused(1), fused(5), fused(7)]
-    kept = promoted(outcomes, {1: 0.97, 4: 1.0, 8: 1.01})
+    kept = promoted(outcomes, {1: 0.99, 4: 0.996, 8: 1.01})
     assert kept[0] == outcomes[0]
     assert kept[2] == outcomes[2]
     for outcome in (kept[1], kept[3], kept[4]):
@@ -170,14 +228,15 @@ def test_rows_whose_decode_step_did_not_become_faster_go_back_to_the_default() -
 
 
 @pytest.fixture
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where look-ups find this user's tables, while there are no others."""
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where look-ups find this user's tables, while there are no others; what was read is forgotten afterwards."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
     lookup.forget()
     folder = lookup.user_folder()
     assert folder is not None
-    return folder
+    yield folder
+    lookup.forget()
 
 
 def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
@@ -275,6 +334,78 @@ def test_experts_of_one_table_that_disagree_get_the_default() -> None:
     assert table.table.rows[2] == own_row(BF16, GB10.name, 2)
     assert table.provenance.rows[2].gain == 0.0
     assert table.provenance.models == ("a", "b")
+
+
+def test_experts_of_earlier_runs_that_disagree_get_the_default(tmp_path: Path) -> None:
+    other = BF16.model_copy(update={"hidden": 4096})
+    wide = ROW.model_copy(update={"BLOCK_SIZE_N": 64})
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.keep([Kept(fused(1, shape=other), ("b",)), Kept(fused(2, shape=other, parameters=wide), ("b",))])
+    journal.keep([Kept(fused(1, shape=INT4, parameters=wide), ("c",))])
+    (table,) = tables([fused(1), fused(2)], {BF16: ["a"]}, GB10, VERSIONS, journal.kept().values(), tmp_path)
+    assert isinstance(table, NewFusedMoeTable)
+    assert table.table.rows[1] == ROW.row()
+    assert table.table.rows[2] == own_row(BF16, GB10.name, 2)
+    assert table.provenance.models == ("a", "b")
+
+
+def test_a_tile_for_groups_of_one_size_is_not_given_to_another() -> None:
+    small = INT4.model_copy(update={"group_size": 32})
+    outcomes = [fused(1, shape=INT4), fused(2, shape=INT4), fused(1, shape=small)]
+    (table,) = tables(outcomes, {}, GB10, VERSIONS)
+    assert isinstance(table, NewFusedMoeTable)
+    assert table.table.rows[1] == ROW.row()
+    assert table.table.rows[2] == own_row(INT4, GB10.name, 2)
+    assert table.provenance.group_size is None
+
+
+def test_rows_that_are_not_measured_anew_stay(tmp_path: Path) -> None:
+    """By the journal, with what a decode step said of them, and by tables that came without their journal."""
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    long_ago = datetime.date(2026, 1, 2)
+    old: list[Outcome] = [marlin(1), marlin(8).model_copy(update={"date": long_ago}), fused(1), fused(8)]
+    old[3] = old[3].with_default()
+    store(tables(old, {W13: ["a"], BF16: ["a"]}, GB10, VERSIONS), tmp_path)
+    fast = ROW.model_copy(update={"num_warps": 8})
+    new: list[Outcome] = [marlin(1, 0.7), fused(1, 0.7, fast)]
+    for kept in ((), [Kept(outcome, ("a",)) for outcome in old]):
+        journal.keep(kept)
+        found = tables(new, {W13: ["b"], BF16: ["b"]}, GB10, VERSIONS, journal.kept().values(), tmp_path)
+        table, moe = found
+        assert isinstance(moe, NewFusedMoeTable)
+        assert not isinstance(table, NewFusedMoeTable)
+        assert {rows: row.provenance and row.provenance.gain for rows, row in table.rows.items()} == {1: 0.3, 8: 0.1}
+        assert table.rows[8].provenance is not None
+        assert table.rows[8].provenance.date == long_ago
+        assert (moe.table.rows[1], moe.table.rows[8]) == (fast.row(), own_row(BF16, GB10.name, 8))
+        assert min(row for row, source in moe.provenance.rows.items() if source.kind != "measured") == 9
+        assert set(table.models) == set(moe.provenance.models) == {"a", "b"}
+
+
+def test_rows_of_other_versions_or_devices_do_not_stay(tmp_path: Path) -> None:
+    old: list[Outcome] = [marlin(1), marlin(8), fused(1), fused(8)]
+    store(tables(old, {W13: ["a"]}, GB10, {**VERSIONS, "driver": "580"}), tmp_path)
+    table, moe = tables([marlin(1), fused(1)], {}, GB10, VERSIONS, (), tmp_path)
+    assert isinstance(moe, NewFusedMoeTable)
+    assert not isinstance(table, NewFusedMoeTable)
+    assert set(table.rows) == {1}
+    assert table.models == ()
+    assert [row for row, source in moe.provenance.rows.items() if source.kind == "measured"] == [1]
+
+
+def test_a_table_that_cannot_be_read_is_replaced(tmp_path: Path) -> None:
+    paths = store(tables([marlin(8), fused(8)], {}, GB10, VERSIONS), tmp_path)
+    for path in paths:
+        path.write_text("{")
+    assert store(tables([marlin(1), fused(1)], {}, GB10, VERSIONS, (), tmp_path), tmp_path) == paths
+
+
+def test_steps_below_the_smallest_row_are_vllms() -> None:
+    (table,) = tables([fused(4)], {}, GB10, VERSIONS)
+    assert isinstance(table, NewFusedMoeTable)
+    for tokens in (1, 2, 3, 5):
+        assert table.table.row(tokens) == own_row(BF16, GB10.name, tokens)
+    assert table.table.row(4) == ROW.row()
 
 
 def test_int4_leaves_open_what_vllm_completes() -> None:
@@ -385,6 +516,106 @@ def test_a_compiler_that_takes_too_long_is_ended() -> None:
         trials.usable(BF16.table, [ROW])
 
 
+@needs_compiler
+def test_kernels_of_4_bits_are_compiled_for_their_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    of_vllm = fused_moe_compile._constants
+    monkeypatch.setattr(fused_moe_compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
+    fused_moe_compile._compile.cache_clear()
+    for int4 in (Int4(32), Int4(64, zero_points=True)):
+        compiled = fused_moe_compile.compile_row(INT4.table, ROW.row(), (12, 1), int4=int4)
+        assert compiled.registers > 0
+        assert {(each["group_size"], each["has_zp"]) for each in seen} == {(int4.group_size, int4.zero_points)}
+        seen.clear()
+
+
+@needs_compiler
+def test_both_kernels_of_a_decode_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    of_vllm = fused_moe_compile._constants
+    monkeypatch.setattr(fused_moe_compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
+    fused_moe_compile._compile.cache_clear()
+    for shape, unsorted in ((BF16, {True, False}), (INT4, {False})):
+        fused_moe_compile.compile_row(shape.table, ROW.row(), (12, 1))
+        assert {each["naive_block_assignment"] for each in seen} == unsorted
+        seen.clear()
+
+
+@pytest.fixture
+def compiler_that_hangs(tmp_path: Path) -> Iterator[Path]:
+    """In place of Python: starts an assembler that does not end, and writes down the ids of both."""
+    path, draft, ids = (tmp_path / name for name in ("python", "draft", "ids"))
+    path.write_text(f"#!/bin/sh\nsleep 500 &\necho $$ $! > {draft}\nmv {draft} {ids}\nwait\n")
+    path.chmod(0o755)
+    yield path
+    for process in map(int, ids.read_text().split()):
+        if lives(process):
+            os.kill(process, signal.SIGKILL)
+
+
+def lives(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(120)
+def test_what_a_slow_compiler_started_ends_with_it(
+    tmp_path: Path, compiler_that_hangs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(compiler_that_hangs))
+    with pytest.raises(SparkError, match="more than 3 s to compile"):
+        Trials(GB10, processes=1, seconds=3).usable(BF16.table, [ROW])
+    compiler, assembler = map(int, (tmp_path / "ids").read_text().split())
+    wait_until(lambda: not lives(compiler))
+    wait_until(lambda: not lives(assembler))
+
+
+@pytest.mark.timeout(120)
+def test_a_compiler_that_leaves_its_assembler_behind_is_not_waited_for(
+    tmp_path: Path, compiler_that_hangs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_that_hangs.write_text(compiler_that_hangs.read_text().removesuffix("wait\n"))
+    monkeypatch.setattr(sys, "executable", str(compiler_that_hangs))
+    with pytest.raises(SparkError, match="ended without a word"):
+        Trials(GB10, processes=1, seconds=100).usable(BF16.table, [ROW])
+    assembler = int((tmp_path / "ids").read_text().split()[1])
+    wait_until(lambda: not lives(assembler))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_compilers_end_with_the_tuner(tmp_path: Path, compiler_that_hangs: Path, number: signal.Signals) -> None:
+    program = """
+import sys
+from vllm_spark.cli.tune_model import _ended_in_order
+from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.tuning.fused_moe_trial import Trials
+from vllm_spark.tuning.gb10 import GB10
+sys.executable = sys.argv[1]
+row = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
+with _ended_in_order():
+    Trials(GB10, processes=1, seconds=100).usable(FusedMoeExperts(
+        experts=8, top_k=2, hidden=256, intermediate=256).table, [row])
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(compiler_that_hangs)]) as tuner:
+        wait_until((tmp_path / "ids").exists)
+        compiler, assembler = map(int, (tmp_path / "ids").read_text().split())
+        tuner.send_signal(number)
+        code = tuner.wait(30)
+        wait_until(lambda: not lives(compiler))
+        if number == signal.SIGTERM:  # by SIGKILL, the kernel ends the compiler alone, and not what that started
+            assert code == 128 + number
+            wait_until(lambda: not lives(assembler))
+
+
 # What wins
 
 
@@ -463,6 +694,18 @@ def test_vllms_override_ends_when_a_kernel_fails() -> None:
     assert vllm.get_config() is None
 
 
+@pytest.mark.parametrize(("free", "expected"), [(100, 3), (99, 3), (3, 2)])
+def test_a_gpu_with_little_room_is_noted(monkeypatch: pytest.MonkeyPatch, free: int, expected: int) -> None:
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=10))
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (free, 100))
+    notes: list[str] = []
+    with search.cold_layers(str, 1, 10, "small experts", notes.append) as layers:
+        assert len(layers) == expected
+    assert [("2 of 3 layers of small experts" in note) for note in notes] == [True] * (expected < 3)
+
+
 def test_routing_is_skewed_and_the_same_everywhere() -> None:
     weights, chosen = route(4096, 128, 8, seed=3)
     assert torch.equal(chosen, route(4096, 128, 8, seed=3)[1])
@@ -507,6 +750,13 @@ def test_gemms_of_int4_experts(
     assert [shape.kernel for shape in shapes] == ["moe_w13", "moe_w2"]
     assert [(shape.size_n, shape.size_k) for shape in shapes] == sizes
     assert {(shape.experts, shape.top_k, shape.group_size) for shape in shapes} == {(experts, top_k, group_size)}
+
+
+def test_gemms_of_int4_experts_are_those_after_vllms_padding() -> None:
+    weights = Int4(group_size=32)
+    layer = Experts("mlp.experts", 8, 2, hidden=256, intermediate=736, count=1, weights=weights)
+    sizes = [(shape.size_n, shape.size_k) for shape in marlin_shapes(TunedModel("a", 1, [layer]))]
+    assert sizes == [(1536, 256), (256, 768)]
 
 
 def test_which_kernels_are_tuned() -> None:
@@ -558,7 +808,7 @@ def test_a_shard_as_a_model_has_the_sizes_of_a_rank(name: str) -> None:
     text, of_rank = config.get("text_config", config), shard.get("text_config", shard)
     assert of_rank["num_attention_heads"] * 2 == text["num_attention_heads"]
     assert of_rank["hidden_size"] == text["hidden_size"]
-    from vllm_spark.tuning.layers import Experts, model_layers
+    from vllm_spark.tuning.layers import model_layers
 
     def sizes(layers: Sequence[Any]) -> list[tuple[str, int, int]]:
         """Without the small projection of linear attention, which vLLM keeps whole on every rank for some formats."""
@@ -576,6 +826,66 @@ def test_a_shard_as_a_model_has_the_sizes_of_a_rank(name: str) -> None:
 def test_a_shard_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"num_attention_heads is 32, which 3 ranks cannot share.*--tp"):
         shard_as_model(shipped("qwen3-30b-a3b-int4"), 3)
+
+
+@pytest.mark.parametrize(("tp", "heads"), [(2, 4), (4, 2), (8, 1)])
+def test_a_rank_has_a_key_value_head_where_there_are_fewer_than_ranks(tp: int, heads: int) -> None:
+    config = {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": heads}
+    assert shard_as_model(config, tp)["num_key_value_heads"] == max(heads // tp, 1)
+    with pytest.raises(ConfigurationError, match="num_key_value_heads is 3, which 4 ranks cannot share"):
+        shard_as_model({"num_key_value_heads": 3}, 4)
+
+
+# Decode steps
+
+
+def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    ran: list[tuple[int, str]] = []
+
+    def run(
+        name: str, candidate: decode.Candidate, model: Path, given: decode.Settings, stage: Any, number: int
+    ) -> Result:
+        ran.append((number, name))
+        environment = decode._environment(given, candidate, 0)
+        assert "VLLM_TUNED_CONFIG_FOLDER" not in environment
+        assert environment["XDG_CONFIG_HOME"] == "mine"
+        return Result("0.32.0", 1.0, {1: [float(len(ran))]}, {1: [[1]]}, None)
+
+    monkeypatch.setattr(decode, "_run", run)
+    monkeypatch.setattr(decode, "_visible_gpus", lambda: ["0"])
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    environment = {"XDG_CONFIG_HOME": "mine"}
+    given = decode.Settings("cuda", str(tmp_path), decode.TUNING, (1,), rounds=4, environment=environment)
+    with set_stage("test", Console(file=(tmp_path / "out").open("w"))) as stage:
+        report = decode.measure(given, stage, lambda name, number: None)
+    untuned, tuned = decode.TUNING
+    names = [untuned, tuned, tuned, untuned] * 2
+    assert ran == [(index // 2, name) for index, name in enumerate(names)]
+    assert [row.medians for row in report.rows] == [[1.0, 4.0, 5.0, 8.0], [2.0, 3.0, 6.0, 7.0]]
+    assert "VLLM_TUNED_CONFIG_FOLDER" in decode._environment(given, decode.candidates_for("cuda")["tp1"], 0)
+
+
+def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from vllm_spark.bench import tuned_decode
+
+    seen: list[tuple[Path, float]] = []
+    monkeypatch.setattr(
+        tuned_decode, "compare", lambda given, stage, show: seen.append((stage.logs, given.timeout)) or []
+    )
+    parser = argparse.ArgumentParser()
+    tune_model.add_arguments(parser)
+    args = parser.parse_args(["any", "--keep-logs", str(tmp_path / "logs"), "--timeout", "77"])
+    with (tmp_path / "out").open("w") as file:
+        for tp in (1, 2):
+            tune_model._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
+    assert seen == [(tmp_path / "logs" / "tp1", 77), (tmp_path / "logs" / "tp2", 77)]
 
 
 # The report

@@ -71,6 +71,12 @@ def test_the_nearest_row_up_to_the_largest() -> None:
     assert TABLE.row(9) is None, "larger steps stay vLLM's"
 
 
+def test_steps_below_the_smallest_row_stay_vllms() -> None:
+    table = TABLE.model_copy(update={"rows": {4: ROWS[1], 8: ROWS[8]}})
+    assert [table.row(rows) for rows in (1, 3)] == [None, None]
+    assert table.row(4) is ROWS[1]
+
+
 @pytest.mark.parametrize(
     ("text", "change", "words"),
     [

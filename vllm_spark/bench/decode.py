@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Candidate:
         engine: arguments of `vllm.LLM` beside those of all candidates.
         spark: settings of this project; None for stock vLLM.
         environment: variables of its processes.
+        unset: variables of the user's that its processes do not get.
         tuned: one rank with tuned tables of kernels' parameters; a pair has them in any case.
     """
 
@@ -56,6 +57,7 @@ class Candidate:
     engine: dict[str, Any] = field(default_factory=dict)
     spark: dict[str, Any] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
     tuned: bool = False
 
 
@@ -66,10 +68,11 @@ class Settings:
     Attributes:
         device: `cuda` (one GPU for each rank) or `cpu`.
         model: a folder with a config.json, or one of `SHIPPED_MODELS`.
-        candidates: names of `candidates_for(device)`, in the order in which they run.
+        candidates: names of `candidates_for(device)`, in the order in which they run; in every other round the other
+            way round, so that none is always the first on a cool machine.
         batches: sequences decoded together.
         steps: timed for each batch.
-        rounds: how often all candidates run, one after the other.
+        rounds: how often all candidates run, one after the other; an even number is fair to the first and the last.
         prompt_tokens: length of each prompt.
         compile: torch.compile in the engine, as vLLM does by itself; else CUDA graphs alone (eager on a CPU).
         one_gpu: both ranks share the first GPU, which shows that it works and not how fast it is.
@@ -157,9 +160,11 @@ def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float 
     # vLLM has other all-reduces for GPUs that see each other's memory; two machines do not.
     alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
     in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    tables = ("VLLM_TUNED_CONFIG_FOLDER",)  # of the user's, which would come first on both sides
+    untuned = Candidate("one rank, one process, vLLM's own parameters", 1, environment=in_one_process, unset=tables)
     return {
-        "untuned": Candidate("one rank, one process, vLLM's own parameters", 1, environment=in_one_process),
-        "tuned": Candidate("the same with tuned tables", 1, environment=in_one_process, tuned=True),
+        "untuned": untuned,
+        "tuned": replace(untuned, what="the same with tuned tables", tuned=True),
         **ours,
         "stock": Candidate("vLLM's own choice between GPUs of one machine", 2, stock),
         "nccl": Candidate("NCCL as it chooses", 2, nccl, environment=alone),
@@ -206,7 +211,7 @@ def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int],
     candidates = candidates_for(settings.device, settings.latency_us, settings.gbytes_per_s)
     results: dict[str, list[Result]] = {name: [] for name in settings.candidates}
     for number in range(settings.rounds):
-        for name in settings.candidates:
+        for name in settings.candidates[:: -1 if number % 2 else 1]:
             on_candidate(name, number)
             results[name].append(_run(name, candidates[name], model, settings, stage, number))
     report = Report(settings, next(iter(results.values()))[0].vllm)
@@ -306,6 +311,7 @@ def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[st
     """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | settings.environment
     environment |= candidate.environment
+    environment = {name: value for name, value in environment.items() if name not in candidate.unset}
     if settings.device == "cpu":
         return clean_environment() | CPU_ENVIRONMENT | settings.environment | candidate.environment
     if candidate.ranks == 2 and candidate.spark is None:

@@ -20,7 +20,7 @@ _SHARED_OUT = (
     "linear_num_value_heads",
     "vocab_size",
 )
-"""What tensor parallelism shares out among the ranks; each rank has at least one key-value head."""
+"""What tensor parallelism shares out among the ranks; of fewer key-value heads than ranks, each rank has one."""
 
 
 def shard_as_model(config: Mapping[str, Any], tp: int) -> dict[str, Any]:
@@ -40,7 +40,10 @@ def shard_as_model(config: Mapping[str, Any], tp: int) -> dict[str, Any]:
             part["head_dim"] = part["hidden_size"] // part["num_attention_heads"]
         for name in _SHARED_OUT:
             value = part.get(name)
-            if not isinstance(value, int) or (name == "num_key_value_heads" and value < tp):
+            if not isinstance(value, int):
+                continue
+            if name == "num_key_value_heads" and 0 < value < tp and tp % value == 0:
+                part[name] = 1
                 continue
             if value % tp:
                 raise ConfigurationError(f"{name} is {value}, which {tp} ranks cannot share; choose another --tp")

@@ -44,16 +44,18 @@ class Settings:
         steps: timed for each batch in a round.
         compile: with torch.compile, as vLLM does by itself.
         engine: more arguments of `vllm.LLM`.
+        timeout: seconds for one engine.
     """
 
     config: Mapping[str, Any]
     tp: int
     tables: Path
     batches: Sequence[int] = (1, 4, 8)
-    rounds: int = 3
+    rounds: int = 4
     steps: int = 300
     compile: bool = True
     engine: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 900.0
 
 
 def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], None]) -> list[Comparison]:
@@ -83,6 +85,7 @@ def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], No
             rounds=settings.rounds,
             compile=settings.compile,
             engine=dict(settings.engine),
+            timeout=settings.timeout,
             environment={"XDG_CONFIG_HOME": str(settings.tables.parent.parent)},
         ),
         stage,

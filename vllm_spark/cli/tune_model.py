@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import os
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -60,15 +64,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
     )
-    parser.add_argument("--rounds", type=positive, default=3, help="engines that each side decodes with (default: 3)")
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=4,
+        help="engines that each side decodes with, the two taking turns at being first (default: 4)",
+    )
     parser.add_argument(
         "--no-decode", dest="decode", action="store_false", help="trust the kernels' times; no engine is started"
     )
     parser.add_argument(
         "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
     )
+    parser.add_argument(
+        "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the engines' output there and keep it")
+    parser.add_argument(
+        "--keep-logs",
+        type=Path,
+        metavar="DIR",
+        help="write the engines' output there, into a folder for each size, and keep it",
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -114,21 +131,26 @@ def run(args: argparse.Namespace) -> int:
     torch = _torch_with_gpu()
     if args.kernels == "triton":
         _check_version_takes_int4(list(labels))
-    from vllm_spark.tuning.journal import Journal
+    from vllm_spark.tuning.journal import Journal, Kept
     from vllm_spark.tuning.promotion import promoted
     from vllm_spark.tuning.report import outcomes_tables, plot
     from vllm_spark.tuning.serving import this_device
     from vllm_spark.tuning.tuner import store, tables, tune
+    from vllm_spark.tuning.versions import installed_versions
 
     device = this_device()
-    versions = {package: importlib.metadata.version(package) for package in ("vllm", "torch", "triton")}
+    versions = installed_versions()
     where = ", ".join([torch.cuda.get_device_name(), *(f"{each} {version}" for each, version in versions.items())])
     journal = Journal(out, device.name, versions)
     console = wide_console()
     outcomes: list[Outcome] = []
-    with Progress(
-        *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
-    ) as progress:
+    notes: dict[str, None] = {}
+    with (
+        _ended_in_order(),
+        Progress(
+            *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
+        ) as progress,
+    ):
         task = progress.add_task("searching", total=len(labels) * len(args.rows))
         compiled = 0
 
@@ -142,8 +164,8 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, description=f"searching, {compiled} kernels compiled")
 
         try:
-            tune(list(labels), args.rows, device, journal, show, show_kernel)
-        except KeyboardInterrupt:
+            tune(list(labels), args.rows, device, journal, show, show_kernel, notes.setdefault)
+        except (KeyboardInterrupt, SystemExit):
             progress.stop()
             console.print(
                 f"Stopped: {len(outcomes)} of {len(labels) * len(args.rows)} results are kept in {out}; "
@@ -153,21 +175,26 @@ def run(args: argparse.Namespace) -> int:
             raise
     for table in outcomes_tables(outcomes, where):
         console.print(table)
+    for sentence in notes:
+        console.print(f"[yellow]NOTE[/]: {escape(sentence)}", soft_wrap=True)
     if args.plot is not None:
         plot(outcomes, where, args.plot)
+    kept = journal.kept().values()
     if args.decode:
         for model, its in shapes:
             mine = [outcome for outcome in outcomes if outcome.shape in its]
             if not mine:
                 continue
             engine = {**_backend(its), **args.engine}
-            comparisons = _compare(config, model, engine, tables(mine, labels, device, versions), args, console)
+            candidates = tables(mine, labels, device, versions, kept, out)
+            comparisons = _compare(config, model, engine, candidates, args, console)
             console.print(_comparison_table(model.label, comparisons, where))
             ratios = {each.batch: each.ratio for each in comparisons}
             outcomes = [each for each in outcomes if each.shape not in its] + promoted(mine, ratios)
     else:
         console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
-    for path in store(tables(outcomes, labels, device, versions), out):
+    journal.keep([Kept(outcome, tuple(labels[outcome.shape])) for outcome in outcomes])
+    for path in store(tables(outcomes, labels, device, versions, kept, out), out):
         console.print(f"Written: {path}", soft_wrap=True)
     for sentence in _who_reads(list(labels)):
         console.print(sentence, soft_wrap=True)
@@ -251,11 +278,12 @@ def _compare(
     progress = Progress(
         *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
     )
-    with set_stage("tune", console, args.keep_logs) as stage, progress:
+    logs = None if args.keep_logs is None else args.keep_logs / f"tp{model.tp}"
+    with set_stage("tune", console, logs) as stage, progress:
         folder = stage.folder / "config" / "vllm-spark" / "tuned"
         store(candidates, folder)
         task = progress.add_task("decoding", total=2 * args.rounds)
-        settings = Settings(config, model.tp, folder, rounds=args.rounds, engine=engine)
+        settings = Settings(config, model.tp, folder, rounds=args.rounds, engine=engine, timeout=args.timeout)
         started = 0
 
         def show(side: str, number: int) -> None:
@@ -267,14 +295,31 @@ def _compare(
 
 
 def _comparison_table(label: str, comparisons: list[Comparison], where: str) -> Table:
+    from vllm_spark.tuning.promotion import is_kept
+
     table = Table(title=f"A decode step of one rank of {label}, milliseconds, medians of the rounds", caption=where)
     for heading in ("batch", "vLLM's defaults", "tuned", "ratio", ""):
         table.add_column(heading, justify="right")
     for each in comparisons:
-        verdict = "kept" if each.ratio < 1 else "not kept"
+        verdict = "kept" if is_kept(each.ratio) else "not kept"
         times = (" ".join(f"{time:.3f}" for time in side) for side in (each.untuned, each.tuned))
         table.add_row(str(each.batch), *times, f"{each.ratio:.3f}", verdict)
     return table
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does: compilers that run are ended."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _read_model(model: str) -> tuple[str, dict[str, Any]]:

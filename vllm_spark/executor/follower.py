@@ -44,12 +44,12 @@ from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.session import (
     Assignment,
-    LinkInterface,
     connect_runtime,
     link_patience,
     local_address_towards,
     prepare_process_group,
     share_cores,
+    use_link_interface,
 )
 from vllm_spark.logs import log_as
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
@@ -154,7 +154,7 @@ class FollowerSession:
         assignment: Assignment = pickle.loads(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         _adopt_environment(assignment.environment)
         prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
-        LinkInterface(assignment.store_address, local_address_towards(host, port))
+        use_link_interface(assignment.store_address, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
 
         activate()
@@ -165,7 +165,7 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
-        tuning.start()
+        tuning.start(assignment.vllm_config)
         self._worker = _load_worker(assignment.vllm_config)
         tuning.tell_of_experts(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()

@@ -54,6 +54,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         Raises:
             SparkError: no follower came, or it does not fit; the sentence says why.
         """
+        global _unfinished
+        give_up_unfinished_start()
         self.driver_worker = None
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
@@ -63,6 +65,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._board = CounterBoard.from_environment()
         share_vllms_log()
         watch_parent(self._parent_died)
+        if parent_process() is None:
+            _unfinished = self
         try:
             # In the user's own process signals are the user's.
             with contextlib.nullcontext() if parent_process() is None else ended_by_signals():
@@ -80,7 +84,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
-            tuning.start()
+            tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
             tuning.tell_of_experts(self.driver_worker)
 
@@ -111,7 +115,9 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 # What the worker itself raises on either rank keeps its traceback.
                 self._give_up_start(error if isinstance(error, SparkError) and pair.failed else None)
             raise
-        self._started = self._started or method == LAST_CALL_OF_THE_START
+        if method == LAST_CALL_OF_THE_START:
+            self._started = True
+            _finish(self)
         return result
 
     def _run(
@@ -195,6 +201,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
+        _finish(self)
+        tuning.stop(self.vllm_config)
         if self._pair is not None:
             self._pair.close("the leader is shutting down")
             if self._pair.failed and parent_process() is not None:
@@ -239,6 +247,30 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 self._pair.leave("the leader's API server is gone")
         finally:
             os._exit(EXIT_LOST)
+
+
+_unfinished: SparkExecutor | None = None
+"""The executor of an engine in the user's own process that has not come up yet."""
+
+
+def give_up_unfinished_start() -> None:
+    """Releases what an engine of this process holds that failed while it came up, outside of its executor's calls.
+
+    vLLM tells its executor nothing then (the KV cache is too small for a request, say), and a half-made engine has no
+    end that could be waited for: an exception's traceback may hold it. So the next engine calls this, before it needs
+    the port and the names of the process groups.
+    """
+    executor = _unfinished
+    if executor is not None:
+        logger.info("An engine that did not come up is given up: its pair ends.")
+        executor._give_up_start(None)
+
+
+def _finish(executor: SparkExecutor) -> None:
+    """It is up, or has released everything."""
+    global _unfinished
+    if _unfinished is executor:
+        _unfinished = None
 
 
 class _StepFuture(Future[Any]):

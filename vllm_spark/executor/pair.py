@@ -30,6 +30,7 @@ from vllm_spark.executor.session import (
     connect_runtime,
     link_patience,
     travelling_environment,
+    use_link_interface,
 )
 from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
@@ -241,7 +242,7 @@ class Pair:
         launch = load_launch_table(config)
         assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
-        self._interface = LinkInterface(address, address)
+        self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
             LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails
         )

@@ -83,20 +83,31 @@ def prepare_process_group(rank: int, store_address: str, store_port: int) -> Non
     )
 
 
-class LinkInterface:
-    """The link's network interface as gloo and NCCL are told of it, in this process's environment.
-
-    What the user has chosen stays.
+def use_link_interface(store_address: str, local_address: str | None) -> LinkInterface:
+    """Tells gloo and NCCL of the link's network interface, in this process's environment; the user's choice stays.
 
     Args:
         store_address: where the leader's store listens.
         local_address: this side's address on the link; None to ask the routing table.
+
+    Returns:
+        What takes it back; a process that ends with its pair needs no such thing.
+    """
+    interface = interface_of(local_address) if local_address else source_interface(store_address)
+    chosen = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES - os.environ.keys(), interface)
+    os.environ.update(chosen)
+    return LinkInterface(chosen)
+
+
+class LinkInterface:
+    """What `use_link_interface` put into this process's environment.
+
+    Args:
+        chosen: the variables, with their value.
     """
 
-    def __init__(self, store_address: str, local_address: str | None) -> None:
-        interface = interface_of(local_address) if local_address else source_interface(store_address)
-        self._set = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES - os.environ.keys(), interface)
-        os.environ.update(self._set)
+    def __init__(self, chosen: dict[str, str]) -> None:
+        self._set = chosen
 
     def forget(self) -> None:
         """Takes back what was set. Not before the pair ends: NCCL connects when it is first used."""

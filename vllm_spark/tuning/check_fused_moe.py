@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.finding import Finding, device_findings, provenance_findings, reach_findings, spans
-from vllm_spark.tuning.fused_moe_compile import Compiled, CompileError
+from vllm_spark.tuning.fused_moe_compile import INT4, Compiled, CompileError
 from vllm_spark.tuning.fused_moe_default import LARGE_TOKENS, default_row, has_default
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
@@ -20,8 +21,16 @@ from vllm_spark.tuning.fused_moe_table import (
 )
 from vllm_spark.tuning.gb10 import DEVICES, Device
 from vllm_spark.tuning.provenance import VLLM_DEFAULT
+from vllm_spark.tuning.weights import Int4
 
-Compile = Callable[[FusedMoeShape, Mapping[str, int], tuple[int, int]], Compiled]
+
+class Compile(Protocol):
+    """`fused_moe_compile.compile_row`, or what stands for it."""
+
+    def __call__(
+        self, shape: FusedMoeShape, row: Mapping[str, int], capability: tuple[int, int], *, int4: Int4
+    ) -> Compiled: ...
+
 
 DTYPES = (None, "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16")
 """Those of vLLM's tables for NVIDIA GPUs; None is bfloat16 or float16."""
@@ -79,7 +88,8 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
         yield from (Finding(path, row, "error", fault) for fault in faults)
         if not faults and (device := DEVICES.get(device_name)) is not None:
             default = has_default(shape) and values == default_row(shape, row)
-            yield from _check_resources(path, row, shape, values, device, compile_row, default)
+            int4 = INT4 if sources.group_size is None else Int4(sources.group_size)
+            yield from _check_resources(path, row, shape, values, device, compile_row, int4, default)
 
 
 def shared_bytes(shape: FusedMoeShape, row: Mapping[str, int]) -> int | None:
@@ -182,6 +192,7 @@ def _check_resources(
     values: Mapping[str, int],
     device: Device,
     compile_row: Compile | None,
+    int4: Int4,
     default: bool,
 ) -> Iterator[Finding]:
     """Whether the device has what the kernel takes."""
@@ -195,7 +206,7 @@ def _check_resources(
     if compile_row is None:
         return
     try:
-        taken = compile_row(shape, values, device.capability)
+        taken = compile_row(shape, values, device.capability, int4=int4)
     except CompileError as error:
         yield Finding(path, row, "error", str(error))
         return

@@ -43,7 +43,7 @@ def _gemm(table: MarlinTable, rows: int) -> Gemm:
     moe = shape.kernel != "dense"
     return Gemm(
         moe=moe,
-        rows=rows * shape.top_k if shape.kernel == "moe_w2" else rows,
+        rows=rows,
         size_n=shape.size_n,
         size_k=shape.size_k,
         group_size=shape.group_size,
@@ -85,11 +85,10 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
         )
         return
     tile = Tile.asked(entry.thread_k, entry.thread_n)
-    blocks = 1 if entry.blocks_per_sm == -1 else entry.blocks_per_sm
     device = DEVICES.get(table.device)
     fault: str | None
     if device is not None:
-        fault = blocks_fault(blocks, tile, gemm, device)
+        fault = blocks_fault(entry.blocks, tile, gemm, device)
     elif tile in compiled_tiles(gemm.m_blocks):
         fault = None
     else:

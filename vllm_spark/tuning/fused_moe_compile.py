@@ -17,19 +17,19 @@ import types
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vllm_spark.errors import SparkError
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape
+from vllm_spark.tuning.weights import Int4
 
 _SOURCE = Path("model_executor", "layers", "fused_moe", "fused_moe.py")
 _KERNELS = ("write_zeros_to_output", "fused_moe_kernel_gptq_awq", "fused_moe_kernel")
 _TIMEOUT_SECONDS = 300.0
 
-INT4_GROUP_SIZE = 128
-"""For which int4 kernels are compiled: the name of a table does not say."""
+INT4 = Int4(128)
+"""For which int4 kernels are compiled where nobody says: the name of a table does not."""
 
 
 class CompileError(SparkError):
@@ -61,8 +61,10 @@ def unavailable() -> str | None:
 
 
 def triton_version() -> str:
-    """Of the installed Triton."""
-    return metadata.version("triton")
+    """Of the installed Triton, under whatever name it was distributed."""
+    import triton
+
+    return str(triton.__version__)
 
 
 @functools.cache
@@ -76,18 +78,27 @@ def kernel_source() -> Path | None:
 
 
 def compile_row(
-    shape: FusedMoeShape, row: Mapping[str, int], capability: tuple[int, int], source: Path | None = None
+    shape: FusedMoeShape,
+    row: Mapping[str, int],
+    capability: tuple[int, int],
+    source: Path | None = None,
+    int4: Int4 = INT4,
 ) -> Compiled:
-    """Compiles the kernel that a row of a table leads to, for gate and up and, with the routers' weights, for down.
+    """Compiles the kernels that a row of a table leads to: gate and up and, with the routers' weights, down.
+
+    vLLM sorts no tokens where they meet few experts twice: four times tokens times experts of a token is no more than
+    the experts (128 experts, top 8: up to 4 tokens), for all but 4-bit and 8-bit integers. The kernel is another one
+    then (`naive_block_assignment`), so both are compiled.
 
     Args:
         shape: of the table.
         row: `BLOCK_SIZE_M` and so on, all that the kernel needs.
         capability: of the GPU, (12, 1) for GB10.
         source: vLLM's `fused_moe.py`; the installed one's if it is None.
+        int4: how 4-bit weights are stored.
 
     Returns:
-        The larger of what the two take.
+        The largest of what they take.
 
     Raises:
         CompileError: the kernel does not compile, or takes arguments that are not known here.
@@ -99,22 +110,36 @@ def compile_row(
     k = row["BLOCK_SIZE_K"] if size is None else min(row["BLOCK_SIZE_K"], *size)
     row = {"SPLIT_K": 1, "num_warps": 4, "num_stages": 3, **row, "BLOCK_SIZE_K": k}
     # Expert and token counts are no part of the code, so shapes share what was compiled for another.
-    kind = (shape.dtype, size)
-    both = [_compile(path, kind, tuple(sorted(row.items())), capability, routed) for routed in (False, True)]
+    packed = shape.dtype in ("int4_w4a16", "int8_w8a16")
+    kind = _Kind(shape.dtype, size, int4 if shape.dtype == "int4_w4a16" else INT4)
+    values = tuple(sorted(row.items()))
+    each = [
+        _compile(path, kind, values, capability, routed, unsorted)
+        for routed in (False, True)
+        for unsorted in ((False,) if packed else (False, True))
+    ]
     return Compiled(
-        max(one.shared_bytes for one in both),
-        max(one.registers for one in both),
-        max(one.spilled_bytes for one in both),
+        max(one.shared_bytes for one in each),
+        max(one.registers for one in each),
+        max(one.spilled_bytes for one in each),
     )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    dtype: str | None
+    block: tuple[int, int] | None
+    int4: Int4
 
 
 @functools.cache
 def _compile(
     path: Path,
-    kind: tuple[str | None, tuple[int, int] | None],
+    kind: _Kind,
     row: tuple[tuple[str, int], ...],
     capability: tuple[int, int],
     routed: bool,
+    unsorted: bool,
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -122,10 +147,10 @@ def _compile(
 
     values = dict(row)
     options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
-    dtype, block = kind
+    dtype = kind.dtype
     name = "fused_moe_kernel_gptq_awq" if dtype == "int4_w4a16" else "fused_moe_kernel"
     function = getattr(_kernels(path), name)
-    constants, pointers = _constants(dtype, block, triton.language.bfloat16, routed), _pointers(dtype)
+    constants, pointers = _constants(kind, triton.language.bfloat16, routed, unsorted), _pointers(dtype)
     constants |= values
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -187,15 +212,16 @@ def _pointers(dtype: str | None) -> dict[str, str]:
     }
 
 
-def _constants(dtype: str | None, block: tuple[int, int] | None, compute: Any, routed: bool) -> dict[str, Any]:
+def _constants(kind: _Kind, compute: Any, routed: bool, unsorted: bool) -> dict[str, Any]:
     """As vLLM passes them in a decode step; a stride of 1 is a constant to Triton too."""
+    dtype, block = kind.dtype, kind.block
     return {
         "stride_ak": 1,
         "stride_bk": 1,
         "stride_cn": 1,
         "group_n": block[0] if block else 0,
         "group_k": block[1] if block else 0,
-        "naive_block_assignment": False,
+        "naive_block_assignment": unsorted,
         "MUL_ROUTED_WEIGHT": routed,
         "top_k": 1 if routed else 8,
         "compute_type": compute,
@@ -208,8 +234,8 @@ def _constants(dtype: str | None, block: tuple[int, int] | None, compute: Any, r
         "SWAP_AB": False,
         "USE_TD": False,
         "block_k_diviable": True,
-        "group_size": INT4_GROUP_SIZE,
-        "has_zp": False,
+        "group_size": kind.int4.group_size,
+        "has_zp": kind.int4.zero_points,
         **({"N": 1024, "K": 2048} if dtype == "int4_w4a16" else {}),
     }
 

@@ -79,14 +79,19 @@ def _fits(shape: FusedMoeExperts, device: Device, row: FusedMoeParameters) -> bo
     return needed is None or needed <= device.shared_bytes
 
 
-def weights_of(shape: FusedMoeExperts) -> AbstractContextManager[list[ExpertsWeights]]:
+def weights_of(
+    shape: FusedMoeExperts, on_note: Callable[[str], None] = lambda sentence: None
+) -> AbstractContextManager[list[ExpertsWeights]]:
     """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+
+    Args:
+        on_note: see `search.cold_layers`.
 
     Raises:
         SparkError: the GPU has no room for two layers.
     """
     touched = shape.top_k * expert_bytes(shape)
-    return cold_layers(partial(random_weights, shape), layer_bytes(shape), touched, shape.describe())
+    return cold_layers(partial(random_weights, shape), layer_bytes(shape), touched, shape.describe(), on_note)
 
 
 def search(
@@ -117,7 +122,9 @@ def search(
     if not runs(problem, None, KERNEL):
         raise SparkError(f"{KERNEL} does not run with vLLM's own parameters for {rows} tokens and {shape.describe()}")
     candidates = not_hopeless(search_space(shape, rows, device), known)
-    candidates = [each for each in trials.usable(shape.table, candidates, on_trial) if runs(problem, each, KERNEL)]
+    candidates = [
+        each for each in trials.usable(shape.table, candidates, on_trial, shape.int4) if runs(problem, each, KERNEL)
+    ]
     found = find(problem, others, None, candidates, rounds)
     return FusedMoeOutcome(
         shape=shape,

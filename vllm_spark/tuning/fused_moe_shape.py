@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from vllm_spark.tuning.fused_moe_compile import kernel_source
+from vllm_spark.tuning.fused_moe_compile import INT4, kernel_source
 from vllm_spark.tuning.fused_moe_default import default_row
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_table
+from vllm_spark.tuning.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
 """Sizes of groups for which vLLM has a rule of its own for steps of few tokens."""
@@ -72,6 +73,11 @@ class FusedMoeExperts(BaseModel):
     def is_int4(self) -> bool:
         """Whether the kernel for packed weights runs it."""
         return self.dtype == "int4_w4a16"
+
+    @property
+    def int4(self) -> Int4:
+        """How its weights are stored, if they have four bits."""
+        return Int4(self.group_size, self.zero_points) if self.is_int4 else INT4
 
     def describe(self) -> str:
         """In words, for tables and logs."""

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.tuning.outcome import Outcome, Shape
 
 FILE = "journal.jsonl"
 
 
 class _Line(BaseModel):
-    """One outcome, and with what it was measured: another driver or vLLM measures anew."""
+    """One outcome, and with what it was measured: another driver or vLLM measures anew (`versions`)."""
 
     device: str
     versions: dict[str, str]
     outcome: Outcome
+    stage: Literal["searched", "kept"] = "searched"
+    models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What went into a table: the outcome, or the default in its place; and the models that it was tuned for."""
+
+    outcome: Outcome
+    models: tuple[str, ...]
 
 
 class Journal:
@@ -53,22 +65,67 @@ class Journal:
     def known(self) -> dict[tuple[Shape, int], Outcome]:
         """Outcomes of this device and these versions by shape and rows; the newest of each.
 
-        A line that was cut off when the machine lost its power is passed over.
+        Raises:
+            ConfigurationError: the journal cannot be read.
         """
-        found: dict[tuple[Shape, int], Outcome] = {}
-        for text in self._path.read_text().splitlines():
+        return {(each.shape, each.rows): each for each in (line.outcome for line in self._lines("searched"))}
+
+    def kept(self) -> dict[tuple[Shape, int], Kept]:
+        """What this device and these versions left in tables, by shape and rows; the newest of each.
+
+        Raises:
+            ConfigurationError: the journal cannot be read.
+        """
+        found: dict[tuple[Shape, int], Kept] = {}
+        for line in self._lines("kept"):
+            key = (line.outcome.shape, line.outcome.rows)
+            before = found[key].models if key in found else ()
+            found[key] = Kept(line.outcome, tuple(dict.fromkeys((*before, *line.models))))
+        return found
+
+    def _lines(self, stage: str) -> Iterator[_Line]:
+        """A line that is none, for instance cut off when the machine lost its power, is passed over."""
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another with --out"
+            ) from None
+        for text in content.splitlines():
             try:
                 line = _Line.model_validate_json(text)
             except ValidationError:
                 continue
-            if (line.device, line.versions) == (self._device, self._versions):
-                found[line.outcome.shape, line.outcome.rows] = line.outcome
-        return found
+            if (line.device, line.versions, line.stage) == (self._device, self._versions, stage):
+                yield line
 
     def add(self, outcome: Outcome) -> None:
-        """Writes it down, and waits until the disk has it."""
-        line = _Line(device=self._device, versions=self._versions, outcome=outcome)
-        with self._path.open("a") as file:
-            file.write(line.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Writes down what a search found, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write([_Line(device=self._device, versions=self._versions, outcome=outcome)])
+
+    def keep(self, kept: Sequence[Kept]) -> None:
+        """Writes down what goes into tables, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write(
+            _Line(device=self._device, versions=self._versions, outcome=each.outcome, stage="kept", models=each.models)
+            for each in kept
+        )
+
+    def _write(self, lines: Iterable[_Line]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(line.model_dump_json() + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SparkError(
+                f"the journal {self._path} cannot be written ({error.strerror}); make room there, or give "
+                "another folder with --out"
+            ) from None

@@ -6,6 +6,7 @@ Files are read once for a process. A file that cannot be used costs its one shap
 from __future__ import annotations
 
 import functools
+import glob
 import logging
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning import fused_moe_table as fused_moe
 from vllm_spark.tuning import marlin_table as marlin
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance, load_fused_moe_table
-from vllm_spark.tuning.marlin_table import Kernel, MarlinParameters, MarlinShape, MarlinTable, load_marlin_table
+from vllm_spark.tuning.marlin_table import MarlinShape, MarlinTable, load_marlin_table
 
 logger = logging.getLogger("vllm_spark")
 
@@ -52,29 +53,10 @@ def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTabl
     return None
 
 
-def marlin_parameters(
-    device: str,
-    kernel: Kernel,
-    experts: int,
-    top_k: int,
-    size_n: int,
-    size_k: int,
-    group_size: int,
-    quant: str,
-    rows: int,
-) -> MarlinParameters | None:
-    """The parameters for a step of `rows` tokens; None where vLLM's own choice stays."""
-    shape = MarlinShape(
-        kernel=kernel,
-        experts=experts,
-        top_k=top_k,
-        size_n=size_n,
-        size_k=size_k,
-        group_size=group_size,
-        quant_type=quant,
-    )
-    found = find_marlin_table(device, shape)
-    return None if found is None else found[1].row(rows)
+def has_marlin_tables_for_experts(device: str) -> bool:
+    """Whether there is a file that may be a table of Marlin's kernel for experts, for `device`."""
+    pattern = f"kernel=moe_*,device_name={glob.escape(device)}.json"
+    return any(next((folder / marlin.FOLDER).glob(pattern), None) is not None for folder in folders())
 
 
 @functools.cache

@@ -24,13 +24,11 @@ class MarlinCalls:
     Args:
         parameters: names of the operator's parameters, in order; versions of vLLM differ.
         device: whose tables are looked for, and whose limits hold.
-        silent: leaves out the lines for shapes without a table.
     """
 
-    def __init__(self, parameters: Sequence[str], device: Device, *, silent: bool = False) -> None:
+    def __init__(self, parameters: Sequence[str], device: Device) -> None:
         self._places = {name: place for place, name in enumerate(parameters)}
         self._device = device
-        self._silent = silent
         self._known: dict[Key, Mapping[str, int | bool]] = {}
         self._told: set[MarlinShape] = set()
 
@@ -99,7 +97,7 @@ class MarlinCalls:
                 logger.warning("Tuned parameters for %d rows in %s are left out: %s.", rows, path, fault)
                 return {}
             return _arguments(row)
-        if shapes and not self._silent:
+        if shapes:
             self._tell_default(shapes[0])
         return {}
 
@@ -112,10 +110,10 @@ class MarlinCalls:
         if row.leaves_tile:
             return None
         gemm = Gemm(True, rows, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m, top_k)
-        if fault := blocks_fault(row.blocks_per_sm, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
+        if fault := blocks_fault(row.blocks, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
             return fault
-        if (locks := row.blocks_per_sm * self._device.multiprocessors) > workspace:
-            return f"{row.blocks_per_sm} blocks for each multiprocessor take {locks} locks, and vLLM gives {workspace}"
+        if (locks := row.blocks * self._device.multiprocessors) > workspace:
+            return f"{row.blocks} blocks for each multiprocessor take {locks} locks, and vLLM gives {workspace}"
         return None
 
     def _tell_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -35,8 +36,13 @@ def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinPa
     ]
 
 
-def weights_of(shape: MarlinShape) -> AbstractContextManager[list[Weights]]:
+def weights_of(
+    shape: MarlinShape, on_note: Callable[[str], None] = lambda sentence: None
+) -> AbstractContextManager[list[Weights]]:
     """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+
+    Args:
+        on_note: see `search.cold_layers`.
 
     Raises:
         SparkError: the GPU has no room for two layers.
@@ -46,6 +52,7 @@ def weights_of(shape: MarlinShape) -> AbstractContextManager[list[Weights]]:
         shape.experts * expert_bytes(shape),
         shape.top_k * expert_bytes(shape),
         f"{shape.kernel} with {shape.experts} experts of {shape.size_n} x {shape.size_k}",
+        on_note,
     )
 
 

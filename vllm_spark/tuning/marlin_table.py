@@ -81,6 +81,11 @@ class MarlinParameters(BaseModel):
         """Whether tile and blocks stay the kernel's own choice."""
         return self.thread_k == -1 and self.thread_n == -1 and self.blocks_per_sm == -1
 
+    @property
+    def blocks(self) -> int:
+        """For each multiprocessor, with a tile: the kernel takes -1 for 1."""
+        return 1 if self.blocks_per_sm == -1 else self.blocks_per_sm
+
 
 class MarlinRow(MarlinParameters):
     """Parameters with where they came from."""
@@ -111,11 +116,10 @@ class MarlinTable(BaseModel):
         return self.shape.file_name(self.device)
 
     def row(self, rows: int) -> MarlinRow | None:
-        """The entry for a step of `rows` tokens: the nearest, of two the smaller; None above the largest.
-
-        Above it, steps are prefill or large batches, which nobody tuned: vLLM's rule is for those.
+        """The entry for a step of `rows` tokens: the nearest, of two the smaller; None below the smallest row and above
+        the largest, where nobody tuned: vLLM's rule is for those.
         """
-        if rows > max(self.rows):
+        if not min(self.rows) <= rows <= max(self.rows):
             return None
         return self.rows[min(sorted(self.rows), key=lambda known: abs(known - rows))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +27,7 @@ class _Outcome(BaseModel):
         default_us: microseconds of one call with vLLM's default, median of the confirmation.
         tuned_us: the same with the winner; equal where the default stays.
         ratio: tuned over default, median of the rounds' ratios.
+        date: of the measurement.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +37,7 @@ class _Outcome(BaseModel):
     default_us: float
     tuned_us: float
     ratio: float
+    date: datetime.date = Field(default_factory=datetime.date.today)
 
     def with_default(self) -> Self:
         """The outcome, had the default won."""

@@ -58,7 +58,11 @@ class Found(Generic[Parameters]):
 
 @contextmanager
 def cold_layers(
-    make: Callable[[int], Weights], layer_bytes: int, touched_bytes: int, what: str
+    make: Callable[[int], Weights],
+    layer_bytes: int,
+    touched_bytes: int,
+    what: str,
+    on_note: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[list[Weights]]:
     """Random weights of as many layers as keep caches cold; their memory is given back at the end.
 
@@ -67,6 +71,7 @@ def cold_layers(
         layer_bytes: of one layer.
         touched_bytes: that one call of the kernel reads, at the least.
         what: the weights are of, for the error.
+        on_note: called with a sentence if there is room for fewer than that.
 
     Raises:
         SparkError: the GPU has no room for two layers.
@@ -79,6 +84,11 @@ def cold_layers(
         raise SparkError(
             f"the GPU has {free / 2**30:.1f} GiB free, and {what} needs {2 * layer_bytes / 0.8 / 2**30:.1f} GiB; "
             "end what else uses the GPU"
+        )
+    if room < layers:
+        on_note(
+            f"The GPU has room for {room} of {layers} layers of {what}: its cache may hold weights that a decode step "
+            "finds in memory, so these times are less certain; end what else uses the GPU."
         )
     weights = [make(seed) for seed in range(min(layers, room))]
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.patches import apply_all
+from vllm_spark.settings import SECTION
 from vllm_spark.tuning import fused_moe_table as fused_moe
 from vllm_spark.tuning import marlin_table as marlin
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance
@@ -28,11 +31,54 @@ _READ_TABLES_AT_TIMES = "FallbackExperts"
 """A class of vLLM whose subclasses choose between that kernel and another one, call by call."""
 
 
-def start() -> None:
-    """Makes vLLM use tuned tables in this process. To be called before it loads a model."""
+_THIS_PROCESS = object()
+_served: Any = None  # the configuration of the engine that uses tables now; None for none
+_widths_with_atomic_add: frozenset[tuple[int, int]] = frozenset()
+
+
+def start(vllm_config: Any = None) -> None:
+    """Makes vLLM use tuned tables in this process, until `stop`. To be called before it loads a model.
+
+    Args:
+        vllm_config: the engine's, which learns what of the tables becomes part of compiled code; None if nobody
+            calls `stop`.
+    """
+    global _served, _widths_with_atomic_add
     apply_all("serving")
+    _served = _THIS_PROCESS if vllm_config is None else vllm_config
+    _forget_choices()
     if not has_tables(device_name()):
         logger.info("There are no tuned parameters for the device %s: vLLM's own stay.", device_name())
+    _widths_with_atomic_add = layers_with_atomic_add()
+    if vllm_config is not None and (digest := compiled_digest()) is not None:
+        ours = vllm_config.additional_config.get(SECTION, {})
+        vllm_config.additional_config = {**vllm_config.additional_config, SECTION: {**ours, "atomic_add": digest}}
+
+
+def stop(vllm_config: Any) -> None:
+    """Gives vLLM its own choices back, if it is the engine of `vllm_config` that uses tables; else does nothing."""
+    global _served, _widths_with_atomic_add
+    if _served is vllm_config:
+        _served = None
+        _widths_with_atomic_add = frozenset()
+        _forget_choices()
+
+
+def is_active() -> bool:
+    """Whether an engine of this process uses tuned tables now."""
+    return _served is not None
+
+
+def adds_atomically(size_n: int, size_k: int) -> bool:
+    """Whether the tables say so of linear layers on Marlin with these widths. Compilers trace this."""
+    return (size_n, size_k) in _widths_with_atomic_add
+
+
+def compiled_digest() -> str | None:
+    """Of what the tables change in compiled code: vLLM's compile cache must know it. None if they change nothing."""
+    if not _widths_with_atomic_add:
+        return None
+    return hashlib.sha256(repr(sorted(_widths_with_atomic_add)).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -137,6 +183,13 @@ def choose_fused_moe_table(
         return rows
     path, table = found
     provenance = load_fused_moe_provenance(path)
+    # The name of a table for int4 does not tell the group, which vLLM gives as a block's height.
+    of_table = provenance.group_size if provenance else None
+    if dtype == "int4_w4a16" and block_k and of_table not in (None, block_k):
+        logger.info(
+            "Triton, %s: not as in %s, for it is for groups of %s, not %s.", name, path.parent, of_table, block_k
+        )
+        return of_vllm()
     origins = dict.fromkeys(row.sentence() for row in provenance.rows.values()) if provenance else ()
     logger.info("Triton, %s: as in %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
     return dict(table)
@@ -172,6 +225,14 @@ def tell_of_experts(worker: Any) -> None:
         else:
             what = "it reads no table, vLLM's own choice stays"
         logger.info("Experts of %d layers run on %s: %s.", layers, kind.__name__, what)
+
+
+def _forget_choices() -> None:
+    """vLLM remembers which tables it found, and an engine that ended had others."""
+    module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")
+    clear = getattr(getattr(module, "get_moe_configs", None), "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 def _tables(device: str, kind: str) -> list[Path]:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.quantization_groups import GROUP_SIZES, with_groups_that_fit
+from vllm_spark.tuning import table_shapes
 from vllm_spark.tuning.fused_moe_shape import Format, FusedMoeExperts
 from vllm_spark.tuning.layers import Experts, Layer, model_layers
 from vllm_spark.tuning.marlin_rules import Gemm, shape_fault
-from vllm_spark.tuning.marlin_table import Kernel, MarlinShape
+from vllm_spark.tuning.marlin_table import MarlinShape
 from vllm_spark.tuning.outcome import Shape
-from vllm_spark.tuning.table_shapes import fused_moe_shape
 from vllm_spark.tuning.weights import Bf16, Fp8Block, Fp8Channel, Int4
 
 Kernels = Literal["auto", "marlin", "triton"]
@@ -64,7 +64,7 @@ def shapes_of(model: TunedModel, kernels: Kernels) -> list[Shape]:
 
 
 def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
-    """GEMMs of its experts that Marlin's kernel runs with parameters that can be chosen.
+    """GEMMs of its experts with 4-bit weights, as Marlin's kernel sees them (after vLLM's padding).
 
     Raises:
         ConfigurationError: a shape that no kernel takes.
@@ -73,21 +73,8 @@ def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
     for layer in model.layers:
         if not isinstance(layer, Experts) or not isinstance(layer.weights, Int4):
             continue
-        sizes: dict[Kernel, tuple[int, int]] = {
-            "moe_w13": (2 * layer.intermediate, layer.hidden),
-            "moe_w2": (layer.hidden, layer.intermediate),
-        }
-        for kernel, (size_n, size_k) in sizes.items():
-            shape = MarlinShape(
-                kernel=kernel,
-                experts=layer.experts,
-                top_k=layer.top_k,
-                size_n=size_n,
-                size_k=size_k,
-                group_size=layer.weights.group_size,
-                quant_type="uint4" if layer.weights.zero_points else "uint4b8",
-            )
-            gemm = Gemm(True, 1, size_n, size_k, shape.group_size, shape.quant_type)
+        for shape in table_shapes.marlin_shapes(layer):
+            gemm = Gemm(True, 1, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
             if fault := shape_fault(gemm):
                 raise ConfigurationError(f"{layer.name} of {model.label} cannot be tuned: {fault}")
             shapes[shape] = None
@@ -108,7 +95,7 @@ def fused_moe_shapes(model: TunedModel, int4: bool = False) -> list[FusedMoeExpe
     for layer in model.layers:
         if not isinstance(layer, Experts):
             continue
-        table = fused_moe_shape(layer)
+        table = table_shapes.fused_moe_shape(layer)
         dtype = _FORMATS.get(type(layer.weights))
         if table is None or type(layer.weights) not in _FORMATS or (dtype == "int4_w4a16" and not int4):
             continue

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning import fused_moe_search, fused_moe_table, marlin_search, marlin_table
 from vllm_spark.tuning.fused_moe_shape import has_own_table, own_row, pinned_rows
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
     store_fused_moe_table,
 )
 from vllm_spark.tuning.fused_moe_trial import Trials
 from vllm_spark.tuning.gb10 import Device
-from vllm_spark.tuning.journal import Journal
-from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, store_marlin_table
+from vllm_spark.tuning.journal import Journal, Kept
+from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
 from vllm_spark.tuning.outcome import FusedMoeOutcome, MarlinOutcome, Outcome, Shape
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
 
@@ -43,12 +46,14 @@ def tune(
     journal: Journal,
     on_outcome: Callable[[Outcome], None],
     on_trial: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda sentence: None,
 ) -> list[Outcome]:
     """Searches for every shape and number of rows that the journal does not have yet, and writes each into it.
 
     Args:
         on_outcome: called for each, also for those that were known.
         on_trial: called for every row of a FusedMoE table that was compiled.
+        on_note: called with what a reader of the results should know.
 
     Raises:
         SparkError: no room on the GPU, or a kernel failed.
@@ -71,11 +76,11 @@ def tune(
         if not missing:
             continue
         if isinstance(shape, MarlinShape):
-            with marlin_search.weights_of(shape) as weights:
+            with marlin_search.weights_of(shape, on_note) as weights:
                 for number in missing:
                     note(marlin_search.search(shape, number, weights, device), new=True)
         else:
-            with fused_moe_search.weights_of(shape) as layers:
+            with fused_moe_search.weights_of(shape, on_note) as layers:
                 for number in missing:
                     before = [each for each in outcomes if isinstance(each, FusedMoeOutcome) and each.shape == shape]
                     found = fused_moe_search.search(shape, number, layers, device, trials, before, on_trial=on_trial)
@@ -84,31 +89,48 @@ def tune(
 
 
 def tables(
-    outcomes: Iterable[Outcome], models: Mapping[Shape, Sequence[str]], device: Device, versions: dict[str, str]
+    outcomes: Iterable[Outcome],
+    models: Mapping[Shape, Sequence[str]],
+    device: Device,
+    versions: dict[str, str],
+    kept: Iterable[Kept] = (),
+    folder: Path | None = None,
 ) -> list[NewTable]:
     """A table for each shape, with a row for each number of tokens; where the default won, the row says so.
+
+    Rows that were not measured this time stay as they are, if device and versions are the same.
 
     Args:
         models: labels of those that have a shape.
         device: on which was measured.
         versions: of what it was measured with.
+        kept: of earlier searches, with this device and these versions. Those of other models count too, where a table's
+            name does not tell them apart.
+        folder: where the tables will be, with rows that no journal has.
     """
     outcomes = list(outcomes)
+    fresh = {(outcome.shape, outcome.rows) for outcome in outcomes}
+    names = {_table_of(outcome.shape) for outcome in outcomes}
+    labels = {shape: list(its) for shape, its in models.items()}
+    for each in kept:
+        shape = each.outcome.shape
+        if _table_of(shape) in names:
+            labels[shape] = list(dict.fromkeys((*labels.get(shape, ()), *each.models)))
+            if (shape, each.outcome.rows) not in fresh:
+                outcomes.append(each.outcome)
     marlin: dict[MarlinShape, dict[int, MarlinRow]] = {}
+    fused: dict[FusedMoeShape, list[FusedMoeOutcome]] = {}
     for outcome in outcomes:
         if isinstance(outcome, MarlinOutcome):
             marlin.setdefault(outcome.shape, {})[outcome.rows] = MarlinRow(
                 **outcome.parameters.model_dump(), provenance=_measured(outcome, device, versions)
             )
-    made: list[NewTable] = [
-        MarlinTable(device=device.name, shape=shape, models=tuple(models.get(shape, ())), rows=rows)
-        for shape, rows in marlin.items()
-    ]
-    fused: dict[FusedMoeShape, list[FusedMoeOutcome]] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, FusedMoeOutcome):
+        else:
             fused.setdefault(outcome.shape.table, []).append(outcome)
-    return made + [_fused_moe_table(shape, each, models, device, versions) for shape, each in fused.items()]
+    made: list[NewTable] = [
+        _marlin_table(shape, rows, labels.get(shape, ()), device, versions, folder) for shape, rows in marlin.items()
+    ]
+    return made + [_fused_moe_table(shape, each, labels, device, versions, folder) for shape, each in fused.items()]
 
 
 def store(new: Iterable[NewTable], folder: Path) -> list[Path]:
@@ -127,52 +149,99 @@ def store(new: Iterable[NewTable], folder: Path) -> list[Path]:
     ]
 
 
+def _table_of(shape: Shape) -> MarlinShape | FusedMoeShape:
+    """What a table's name tells of a shape."""
+    return shape if isinstance(shape, MarlinShape) else shape.table
+
+
+def _marlin_table(
+    shape: MarlinShape,
+    rows: Mapping[int, MarlinRow],
+    models: Sequence[str],
+    device: Device,
+    versions: dict[str, str],
+    folder: Path | None,
+) -> MarlinTable:
+    there: dict[int, MarlinRow] = {}
+    if folder is not None:
+        with suppress(ConfigurationError):  # there is none, or none that can be used: it is replaced
+            old = load_marlin_table(folder / marlin_table.FOLDER / shape.file_name(device.name))
+            there = {number: row for number, row in old.rows.items() if _is_of(row.provenance, device, versions)}
+            models = tuple(dict.fromkeys((*models, *(old.models if there else ()))))
+    merged = dict(sorted({**there, **rows}.items()))
+    return MarlinTable(device=device.name, shape=shape, models=tuple(models), rows=merged)
+
+
 def _fused_moe_table(
     shape: FusedMoeShape,
     outcomes: Sequence[FusedMoeOutcome],
     models: Mapping[Shape, Sequence[str]],
     device: Device,
     versions: dict[str, str],
+    folder: Path | None,
 ) -> NewFusedMoeTable:
-    """What was measured, and above it vLLM's own choice, so that no larger step takes a row of a decode step."""
+    """What was measured, and around it vLLM's own choice, so that no other step takes a row of a decode step."""
     rows: dict[int, dict[str, int]] = {}
     sources: dict[int, Provenance] = {}
+    labels = dict.fromkeys(label for outcome in outcomes for label in models.get(outcome.shape, ()))
+    groups = {outcome.shape.group_size for outcome in outcomes}
+    largest = outcomes[0].shape
+    group_size = groups.pop() if len(groups) == 1 and largest.is_int4 else None
+    if folder is not None:
+        with suppress(ConfigurationError):
+            path = folder / fused_moe_table.FOLDER / shape.file_name(device.name)
+            old, noted = load_fused_moe_table(path), load_fused_moe_provenance(path) or FusedMoeProvenance()
+            if noted.group_size == group_size:
+                sources = {
+                    number: source
+                    for number, source in noted.rows.items()
+                    if number in old.rows and _is_of(source, device, versions)
+                }
+                rows = {number: old.rows[number] for number in sources}
+                labels |= dict.fromkeys(noted.models if rows else ())
     for number, outcome in _agreed(outcomes).items():
         choice = outcome.parameters
         rows[number] = own_row(outcome.shape, device.name, number) if choice is None else choice.row()
         sources[number] = _measured(outcome, device, versions)
-    largest = outcomes[0].shape
-    pinned = pinned_rows(largest, device.name, above=max(rows))
+    pinned = {number: own_row(largest, device.name, number) for number in range(1, min(rows))}
+    pinned |= pinned_rows(largest, device.name, above=max(rows))
     if has_own_table(largest, device.name):
         why = Provenance(kind="published", source=f"the table that comes with vLLM {versions.get('vllm', '')}".strip())
     else:
         why = Provenance(kind="derived", rule=VLLM_DEFAULT, versions=versions)
-    labels = dict.fromkeys(label for outcome in outcomes for label in models.get(outcome.shape, ()))
-    groups = {outcome.shape.group_size for outcome in outcomes}
     provenance = FusedMoeProvenance(
-        models=tuple(labels),
-        group_size=groups.pop() if len(groups) == 1 and largest.is_int4 else None,
-        rows=sources | dict.fromkeys(pinned, why),
+        models=tuple(labels), group_size=group_size, rows=sources | dict.fromkeys(pinned, why)
     )
     table = FusedMoeTable(dict(sorted((rows | pinned).items())), versions.get("triton"))
     return NewFusedMoeTable(device.name, shape, table, provenance)
 
 
+def _is_of(source: Provenance | None, device: Device, versions: dict[str, str]) -> bool:
+    """Whether a row was measured on this device with these versions."""
+    return source is not None and (source.kind, source.device, source.versions) == ("measured", device.name, versions)
+
+
 def _agreed(outcomes: Sequence[FusedMoeOutcome]) -> dict[int, FusedMoeOutcome]:
-    """One for each number of tokens; where several shapes share a table and disagree, the default stays."""
+    """One for each number of tokens; where several shapes share a table and disagree, the default stays.
+
+    So it does for steps that were not measured with each size of int4's groups: a tile for one may be none for another.
+    """
     found: dict[int, FusedMoeOutcome] = {}
+    measured: dict[int, set[int]] = {}
     for outcome in sorted(outcomes, key=lambda each: each.rows):
         other = found.setdefault(outcome.rows, outcome)
         if other.parameters != outcome.parameters:
             found[outcome.rows] = outcome.with_default()
-    return found
+        measured.setdefault(outcome.rows, set()).add(outcome.shape.group_size)
+    groups = set().union(*measured.values())
+    return {rows: each if measured[rows] == groups else each.with_default() for rows, each in found.items()}
 
 
 def _measured(outcome: Outcome, device: Device, versions: dict[str, str]) -> Provenance:
     return Provenance(
         kind="measured",
         device=device.name,
-        date=datetime.date.today(),
+        date=outcome.date,
         versions=versions,
         gain=round(1 - outcome.ratio, 4),
     )
