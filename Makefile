@@ -56,7 +56,7 @@ test-serve: $(STAMPS)/project ## Run the tests with real servers on two hosts
 
 test-rdma: $(STAMPS)/project ## Run the tests in two virtual machines with RDMA; as root, fetches what they need
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@SPARK_RDMA_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
+	@SPARK_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
 
 test-rdma-serve: $(STAMPS)/project ## Serve a model over RDMA between the two virtual machines: some 15 minutes
 	@$(BIN)/python -m tests.rdma.machines prepare

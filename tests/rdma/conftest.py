@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -33,15 +32,6 @@ def machines(booted_machines: Pair) -> Iterator[Pair]:
     boot(booted_machines)
     yield booted_machines
     heal(booted_machines)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out the thorough tests where they were not asked for."""
-    if "SPARK_RDMA_THOROUGH" in os.environ:
-        return
-    for item in items:
-        if item.get_closest_marker("thorough") is not None:
-            item.add_marker(pytest.mark.skip(reason="one of the thorough tests of make test-rdma"))
 
 
 @pytest.hookimpl(wrapper=True)

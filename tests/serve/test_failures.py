@@ -211,7 +211,7 @@ def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy:
     shared_memory.assert_as_before(before, follower.process)
 
 
-@pytest.mark.parametrize("moment", ["joined", "loaded"])
+@pytest.mark.parametrize("moment", [pytest.param("joined", marks=pytest.mark.thorough), "loaded"])
 def test_killed_follower_during_the_start(hosts: Hosts, follower: Follower, tiny_moe: Path, moment: str) -> None:
     """As soon as the pair is formed, and when the follower has loaded its half of the model."""
     before = shared_memory.listing()
@@ -247,7 +247,7 @@ def test_killed_api_server_during_the_start(hosts: Hosts, follower: Follower, ti
     shared_memory.assert_as_before(before, follower.process)
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 @pytest.mark.parametrize("side", ["leader", "follower"])
 def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str, busy: bool) -> None:
     before = shared_memory.listing()

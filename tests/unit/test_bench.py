@@ -195,7 +195,7 @@ def test_sizes_in_words(size: int, text: str) -> None:
     [
         (["--candidates", "tp1,nccl", "--device", "cpu"], "no candidate 'nccl' for --device cpu; choose of tp1, spark"),
         (["--candidates", ""], "no candidate ''"),
-        (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of qwen3"),
+        (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of "),
         (["--batches", "1,0"], "'0' is no whole number above 0"),
         (["--engine", "[]"], "'[]' is no JSON object"),
         (["--latency-us", "2e9"], "no number from 0"),

@@ -1,0 +1,15 @@
+"""Leaves out the thorough tests where they were not asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "SPARK_THOROUGH" in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("thorough") is not None:
+            item.add_marker(pytest.mark.skip(reason="thorough; run it with SPARK_THOROUGH=1"))
