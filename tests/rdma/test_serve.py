@@ -127,7 +127,7 @@ def served(
 def test_tokens_are_those_of_one_machine(served: Served, expected: Mapping[str, list[int]]) -> None:
     answers = {prompt: tokens_of(served.ask(prompt)) for prompt in PROMPTS_ASKED}
     assert answers == expected
-    assert re.search(r"over verbs on rail 0 \(rxe0\), rail 1 \(rxe1\)", served.leader.output), served.leader.output
+    assert re.search(r"over verbs on rail 0 \(rxe0\) and rail 1 \(rxe1\)", served.leader.output), served.leader.output
 
 
 def test_all_cables_are_out_for_three_seconds_in_the_middle_of_an_answer(
