@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.link import leader_address, resolve_master
+from vllm_spark.executor.session import use_link_interface
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +47,15 @@ def test_names_are_resolved() -> None:
     for name in ("no-such-host.invalid", "x" * 300):
         with pytest.raises(ConfigurationError, match=f"MASTER_ADDR={name} cannot be resolved here"):
             resolve_master(name)
+
+
+def test_vllm_listens_at_the_links_address_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    interface = use_link_interface("127.0.0.1", "127.0.0.1")
+    assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
+    interface.forget()
+    assert "VLLM_HOST_IP" not in os.environ
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.2")
+    use_link_interface("127.0.0.1", "127.0.0.1").forget()
+    assert os.environ["VLLM_HOST_IP"] == "127.0.0.2"

@@ -84,7 +84,10 @@ def prepare_process_group(rank: int, store_address: str, store_port: int) -> Non
 
 
 def use_link_interface(store_address: str, local_address: str | None) -> LinkInterface:
-    """Tells gloo and NCCL of the link's network interface, in this process's environment; the user's choice stays.
+    """Tells gloo, NCCL and vLLM of the link, by this process's environment; what the user has set stays.
+
+    vLLM would take the address of the route to the internet: without one its ranks wait for each other at 0.0.0.0, and
+    with one they listen on a network that is not the link.
 
     Args:
         store_address: where the leader's store listens.
@@ -94,7 +97,10 @@ def use_link_interface(store_address: str, local_address: str | None) -> LinkInt
         What takes it back; a process that ends with its pair needs no such thing.
     """
     interface = interface_of(local_address) if local_address else source_interface(store_address)
-    chosen = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES - os.environ.keys(), interface)
+    values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
+    if local_address:
+        values["VLLM_HOST_IP"] = local_address
+    chosen = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(chosen)
     return LinkInterface(chosen)
 
@@ -103,7 +109,7 @@ class LinkInterface:
     """What `use_link_interface` put into this process's environment.
 
     Args:
-        chosen: the variables, with their value.
+        chosen: the variables, with their values.
     """
 
     def __init__(self, chosen: dict[str, str]) -> None:
