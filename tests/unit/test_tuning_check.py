@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,16 @@ SMALL = {
 }
 
 
-def store_fused_moe(folder: Path, shape: FusedMoeShape, tuned: dict[int, dict[str, int]], device: str = GB10) -> Path:
+def store_fused_moe(
+    folder: Path,
+    shape: FusedMoeShape,
+    tuned: dict[int, dict[str, int]],
+    device: str = GB10,
+    tuned_is: Provenance | None = None,
+) -> Path:
     """A table with rows of our own for few tokens, and vLLM's defaults above."""
     table = default_table(shape, tuned)
-    rows = {row: TUNED if row in tuned else DEFAULT for row in table.rows}
+    rows = {row: (tuned_is or TUNED) if row in tuned else DEFAULT for row in table.rows}
     return store_fused_moe_table(shape, device, table, FusedMoeProvenance(rows=rows), folder / "fused_moe")
 
 
@@ -205,19 +212,24 @@ def test_a_wrong_device(tmp_path: Path, device: str) -> None:
     assert repr(device) in the_error(tmp_path)
 
 
+MEASURED_ON_H200 = Provenance(
+    kind="measured", device="NVIDIA_H200", date=date(2026, 11, 24), versions={"vllm": "0.33.0"}, gain=0.1
+)
+
+
 def test_a_device_on_which_it_was_measured(tmp_path: Path) -> None:
     """A user's own GPU: fine, and said that its limits are not known."""
-    measured = {
-        "kind": "measured",
-        "device": "NVIDIA_H200",
-        "date": "2026-11-24",
-        "versions": {"vllm": "0.33.0"},
-        "gain": 0.1,
-    }
-    store_marlin(tmp_path, {1: {"provenance": measured}}, device="NVIDIA_H200")
+    store_marlin(tmp_path, {1: {"provenance": MEASURED_ON_H200}}, device="NVIDIA_H200")
+    # Rows above those that were measured are vLLM's own rule.
+    store_fused_moe(tmp_path, BLOCK, {1: SMALL}, device="NVIDIA_H200", tuned_is=MEASURED_ON_H200)
     report = check_tables([tmp_path])
-    assert [finding.kind for finding in report.findings] == ["note"]
-    assert "NVIDIA_H200" in report.findings[0].sentence
+    assert [finding.kind for finding in report.findings] == ["note", "note"]
+    assert all("the limits of NVIDIA_H200" in finding.sentence for finding in report.findings)
+
+
+def test_a_device_on_which_only_some_of_it_was_measured(tmp_path: Path) -> None:
+    store_marlin(tmp_path, {1: {"provenance": MEASURED_ON_H200}, 2: {"provenance": TUNED}}, device="NVIDIA_H200")
+    assert "on which its rows were not measured" in the_error(tmp_path)
 
 
 @pytest.mark.parametrize(

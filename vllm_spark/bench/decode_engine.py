@@ -92,12 +92,9 @@ def run(job: Job) -> Result:
     """Starts the engine, and decodes each batch once to warm it up and once with a clock."""
     import vllm
 
-    if job.tuned:
-        from vllm_spark.tuning.serving import start as use_tuned_tables
-
-        use_tuned_tables()
+    arguments = _with_tuned_tables(job.engine) if job.tuned else job.engine
     start = time.perf_counter()
-    engine = vllm.LLM(**job.engine).llm_engine
+    engine = vllm.LLM(**arguments).llm_engine
     result = Result(vllm.__version__, time.perf_counter() - start, {}, {}, None)
     vocabulary = engine.model_config.get_vocab_size()
     for batch in job.batches:
@@ -106,6 +103,17 @@ def run(job: Job) -> Result:
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
     return result
+
+
+def _with_tuned_tables(engine: dict[str, Any]) -> dict[str, Any]:
+    """Makes this process use them, and returns the engine's arguments with what vLLM's compile cache must know."""
+    from vllm_spark.tuning import serving
+
+    serving.start()
+    digest = serving.compiled_digest()
+    if digest is None:
+        return engine
+    return {**engine, "additional_config": {**engine.get("additional_config", {}), "atomic_add": digest}}
 
 
 def _fallbacks() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_spark.tuning.gb10 import DEVICES
-from vllm_spark.tuning.provenance import Provenance
+from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
 
 TOLERATED_LOSS = 0.02
 """Share of the default's time that a measured entry may lose: what two equal measurements differ by."""
@@ -39,8 +39,10 @@ def device_findings(table: Path, device: str, rows: Iterable[Provenance | None])
     """About the name of the device that a table is for."""
     if device in DEVICES:
         return
-    rows = list(rows)
-    if rows and all(row is not None and row.kind == "measured" and row.device == device for row in rows):
+    # Around those that were measured are rows of vLLM's own: its rule, or its table for this device.
+    measured = {row.device for row in rows if row is not None and row.kind == "measured"}
+    guessed = any(row is None or (row.kind == "derived" and row.rule != VLLM_DEFAULT) for row in rows)
+    if measured == {device} and not guessed:
         sentence = f"the limits of {device} are not known here; only what holds for every GPU was checked"
         yield Finding(table, None, "note", sentence)
         return
