@@ -39,6 +39,7 @@ def device_findings(table: Path, device: str, rows: Iterable[Provenance | None])
     """About the name of the device that a table is for."""
     if device in DEVICES:
         return
+    rows = list(rows)
     # Around those that were measured are rows of vLLM's own: its rule, or its table for this device.
     measured = {row.device for row in rows if row is not None and row.kind == "measured"}
     guessed = any(row is None or (row.kind == "derived" and row.rule != VLLM_DEFAULT) for row in rows)
