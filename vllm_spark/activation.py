@@ -36,6 +36,7 @@ from vllm_spark.refusals import (
     vllms_objections,
 )
 from vllm_spark.settings import SECTION, attach_settings
+from vllm_spark.socket_folder import make_socket_folder
 from vllm_spark.stopping import StopRequest, raise_on_stop_signals
 
 logger = logging.getLogger("vllm_spark")
@@ -130,6 +131,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     repeat_where_groups_straddle(vllm_config, TENSOR_PARALLEL_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
+    make_socket_folder()
 
     from vllm_spark.metrics import publish_counters
 

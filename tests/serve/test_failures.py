@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import pytest
 from vllm_spark.errors import EXIT_LOST
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
+from vllm_spark.socket_folder import PREFIX
 
 from . import prompts, shared_memory
 from .hosts import Hosts
@@ -99,6 +102,27 @@ def follower(hosts: Hosts) -> Iterator[Follower]:
     joined = Follower(hosts)
     yield joined
     joined.process.terminate()
+
+
+def abandoned_socket_folders() -> list[Path]:
+    """Those of dead leaders; those of living ones may belong to another run of these tests."""
+    left = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(FileNotFoundError, BlockingIOError), (folder / "owner").open() as owner:
+            fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            left.append(folder)
+    return left
+
+
+@pytest.fixture(autouse=True)
+def no_sockets_left() -> Iterator[None]:
+    """Whichever process died, vLLM's sockets are gone with the leader of a test."""
+    before = abandoned_socket_folders()
+    yield
+    deadline = time.monotonic() + 10
+    while (left := set(abandoned_socket_folders()) - set(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
 
 
 @contextmanager

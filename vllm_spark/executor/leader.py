@@ -34,6 +34,7 @@ from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
 from vllm_spark.settings import settings_of
+from vllm_spark.socket_folder import remove_socket_folder
 from vllm_spark.stopping import ended_by_signals
 from vllm_spark.tuning import serving as tuning
 
@@ -239,6 +240,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def _parent_died(self) -> None:
         _end_process_soon()  # whatever saying goodbye may meet
+        remove_socket_folder()
         if self._pair is not None and self._pair.closing:
             return  # it asked for the end, and did not wait for it
         logger.error("The API server is gone: the engine ends.")

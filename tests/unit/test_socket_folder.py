@@ -1,0 +1,124 @@
+"""The folder of vLLM's sockets goes away: at the owner's end, after its death, and never while it lives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_spark.socket_folder import PREFIX, VARIABLE
+
+OWNER = """
+import os, sys
+from vllm_spark.socket_folder import make_socket_folder
+make_socket_folder()
+print(os.environ.get("VLLM_RPC_BASE_PATH"), flush=True)
+sys.stdin.read()
+"""
+
+Owner = subprocess.Popen[str]
+
+
+@pytest.fixture
+def folders() -> Iterator[Path]:
+    """A temporary folder with a short path, as machines have it; pytest's is too long for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def start(folders: Path) -> Iterator[Callable[..., Owner]]:
+    """Starts a process that makes a folder in a temporary one and lives until its input ends."""
+    owners: list[Owner] = []
+
+    def start(code: str = OWNER, **environment: str) -> Owner:
+        inherited = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        owners.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=inherited | {"TMPDIR": str(folders)} | environment,
+            )
+        )
+        return owners[-1]
+
+    yield start
+    for owner in owners:
+        owner.kill()
+        owner.communicate()
+
+
+def folder_of(owner: Owner) -> Path:
+    assert owner.stdout is not None
+    return Path(owner.stdout.readline().strip())
+
+
+def test_it_goes_with_its_owner(start: Callable[..., Owner], folders: Path) -> None:
+    owner = start()
+    folder = folder_of(owner)
+    assert folder.parent == folders
+    assert folder.stat().st_mode & 0o077 == 0
+    (folder / "socket").touch()
+    owner.communicate()
+    assert owner.returncode == 0
+    assert list(folders.iterdir()) == []
+
+
+def test_the_next_one_removes_what_a_killed_owner_left(start: Callable[..., Owner], folders: Path) -> None:
+    killed, alive = start(), start()
+    left, kept = folder_of(killed), folder_of(alive)
+    (left / "socket").touch()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert left.is_dir()
+    mine = folder_of(start())
+    assert {path for path in folders.iterdir() if path.name.startswith(PREFIX)} == {kept, mine}
+
+
+def test_a_forked_process_leaves_it_alone(start: Callable[..., Owner]) -> None:
+    fork = OWNER.replace(
+        "sys.stdin", "child = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)\nprint()\nsys.stdin"
+    )
+    owner = start(fork)
+    folder = folder_of(owner)
+    assert owner.stdout is not None
+    # The child prints what it had in its buffer at its end, if anything.
+    owner.stdout.readline()
+    assert folder.is_dir()
+
+
+def test_the_engine_removes_it_after_its_owners_death(start: Callable[..., Owner]) -> None:
+    killed = start()
+    folder = folder_of(killed)
+    killed.kill()
+    killed.wait()
+    code = "from vllm_spark.socket_folder import remove_socket_folder as remove; remove()"
+    start(code, **{VARIABLE: str(folder)}).communicate()
+    assert not folder.exists()
+
+
+def test_a_users_own_folder_stays(start: Callable[..., Owner], folders: Path) -> None:
+    theirs = folders / "theirs"
+    theirs.mkdir()
+    owner = start(**{VARIABLE: str(theirs)})
+    assert folder_of(owner) == theirs
+    owner.communicate()
+    code = "from vllm_spark.socket_folder import remove_socket_folder as remove; remove()"
+    start(code, **{VARIABLE: str(theirs)}).communicate()
+    assert list(folders.iterdir()) == [theirs]
+
+
+def test_paths_stay_short_enough_for_sockets(start: Callable[..., Owner], folders: Path) -> None:
+    deep = folders / ("x" * 80)
+    deep.mkdir()
+    owner = start(TMPDIR=str(deep))
+    assert folder_of(owner) == Path("None")
+    assert list(deep.iterdir()) == []
