@@ -100,6 +100,8 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
         ConfigurationError: something that a pair cannot do.
     """
     section = (engine_args.additional_config or {}).get(SECTION)
+    if section is None and enabled_by_environment():
+        section = {}  # an LLM(...) of the user's own; a command line has been read before
     if section is None:
         return create()
     check_vllm()
@@ -122,7 +124,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     engine_args.distributed_executor_backend = EXECUTOR
     engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
     engine_args.additional_config = {
-        **engine_args.additional_config,
+        **(engine_args.additional_config or {}),
         SECTION: {"version": __version__, **config.compilation_fields()},
     }
     with vllms_objections(engine_args.model):

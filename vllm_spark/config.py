@@ -344,9 +344,16 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
             dest="spark_" + name,
             type=setting_type(name),
             default=argparse.SUPPRESS,
-            metavar=name.upper() if choices is None else "{" + ",".join(choices) + "}",
+            metavar=_metavar(name, field) if choices is None else "{" + ",".join(choices) + "}",
             help=(field.description or "").replace("%", "%%") + default,
         )
+
+
+def _metavar(name: str, field: Any) -> str:
+    """What stands for the value in a help text."""
+    if str(field.description).startswith("Seconds"):
+        return "SECONDS"
+    return "FILE" if name.endswith("_file") else name.upper()
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -104,6 +104,9 @@ def served(
         "SPARK_SECRET": secrets.token_hex(16),
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(START_SECONDS)),
         "HOME": "/root",
+        # vLLM compiles how a rank masks token ids, also in eager mode. Emulated, g++ takes minutes for it; and this
+        # machine's cache, which the machines see, has code for vectors twice as wide, which then reads half of the ids.
+        "TORCHDYNAMO_DISABLE": "1",
     }
     address = "10.0.0.1"
     serve = [
@@ -144,4 +147,4 @@ def test_all_cables_are_out_for_three_seconds_in_the_middle_of_an_answer(
     for rail in rails:
         rail.plug()
     assert tokens_of(asked) == expected[prompt]
-    served.leader.wait_for_line(r"rail \d \(rxe\d\) .*works again", ANSWER_SECONDS)
+    served.leader.wait_for_line(r"Rail \d \(rxe\d\) .*works again", ANSWER_SECONDS)

@@ -24,7 +24,7 @@ OFFLINE = """
 import json, sys
 from vllm import LLM, SamplingParams
 model, prompts, settings = json.loads(sys.argv[1])
-llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config={"spark": settings})
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=1024, additional_config=settings)
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True), use_tqdm=False)
 print("\\n" + json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
@@ -51,14 +51,18 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
     assert_all_gone(rank0, rank1)
 
 
-def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
+@pytest.mark.parametrize("way", ["arguments", "environment"])
+def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], way: str) -> None:
     first, second = hosts
     port = first.free_port()
     environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port), "--once"]
     follower = second.popen(join, environment, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}
-    arguments = json.dumps([str(tiny_moe), prompts.PROMPTS, settings])
+    given = {"spark": settings} if way == "arguments" else {}
+    arguments = json.dumps([str(tiny_moe), prompts.PROMPTS, given])
+    if way == "environment":
+        environment |= {"SPARK_ENABLE": "1"} | {f"SPARK_{name.upper()}": str(each) for name, each in settings.items()}
     leader = first.popen([sys.executable, "-c", OFFLINE, arguments], environment, "offline")
     assert leader.wait(300) == 0
     (tokens,) = (line for line in leader.output().splitlines() if line.startswith("[["))

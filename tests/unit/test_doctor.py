@@ -25,6 +25,7 @@ from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.credentials import make_secret
 
+from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
 
 UP = ("rocep1s0f0", "roceP2p1s0f0")
@@ -404,6 +405,17 @@ def test_secret(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.remedy.startswith("vllm-spark doctor --make-secret")
     monkeypatch.setenv("SPARK_SECRET", "long enough for everybody")
     assert findings(tree)["software.secret"].value == "in SPARK_SECRET"
+
+
+def test_a_secret_that_cannot_be_read(tree: Tree, tmp_path: Path) -> None:
+    folder = tmp_path / "config" / "vllm-spark"
+    with no_entry(folder):
+        found = findings(tree)["software.secret"]
+    assert (found.status, found.value) == ("problem", "unusable")
+    assert found.explanation == f"The secret file {folder}/secret cannot be read (Permission denied)."
+    found = findings(tree, config=SparkConfig(secret_file=tmp_path / "none"))["software.secret"]
+    assert (found.status, found.value) == ("problem", "unusable"), "one that was asked for is needed"
+    assert "No such file" in found.explanation
 
 
 # --- machines that lack it all ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "your configuration, where serve and join look for it",
     )
     parser.add_argument(
-        "--wait", type=_seconds, default=60.0, metavar="SECONDS", help="how long --peer waits (default: %(default)g)"
+        "--wait", type=seconds, default=60.0, metavar="SECONDS", help="how long --peer waits (default: %(default)g)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object to standard output, and nothing else"
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if args.json:
         print(to_json(report), flush=True)
-    elif is_bare(machine) and not args.peer:
+    elif is_bare(machine) and not args.peer and not given_flags(args):
         show_bare(console)
     else:
         show(report, console)
@@ -118,7 +118,8 @@ def _as_seen_there(path: Path) -> str:
         return str(path)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """An option's value. Errors of argparse name this function."""
     value = float(text)
     if not 0 < value <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is out of range; give more than 0 and at most 86400 seconds")

@@ -9,7 +9,7 @@ from vllm_spark.compat import SUPPORTED, check_vllm, vllm_version
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.credentials import SECRET_VARIABLE, default_secret_file, load_secret
+from vllm_spark.executor.credentials import SECRET_VARIABLE, default_secret_file, load_secret, secret_is_there
 from vllm_spark.patches import all_patches, state_of
 
 _ANYWHERE = "192.0.2.1"  # an address of no machine, but none of the loopback's either
@@ -63,8 +63,9 @@ def _secret(config: SparkConfig, needed: bool) -> Finding:
         load_secret(config, _ANYWHERE)
     except ConfigurationError as error:
         sentence, _, remedy = str(error).partition("; ")
-        path = config.secret_file or default_secret_file()
-        absent = not os.environ.get(SECRET_VARIABLE) and not (path and path.exists())
+        default = default_secret_file()
+        given = os.environ.get(SECRET_VARIABLE) or config.secret_file
+        absent = not given and not (default and secret_is_there(default))
         if absent and not needed:
             return Finding(
                 "software.secret", title, "not applicable", "none", "Both ranks on one machine need none from you."
@@ -74,7 +75,7 @@ def _secret(config: SparkConfig, needed: bool) -> Finding:
             title,
             "problem",
             "none" if absent else "unusable",
-            f"{sentence[:1].upper()}{sentence[1:]}.",
+            "Both machines need the same one." if absent else f"{sentence[:1].upper()}{sentence[1:]}.",
             "vllm-spark doctor --make-secret   # on one machine; then copy it to the other" if absent else remedy,
         )
     where = SECRET_VARIABLE if os.environ.get(SECRET_VARIABLE) else str(config.secret_file or default_secret_file())

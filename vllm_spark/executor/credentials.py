@@ -54,7 +54,7 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     if is_loopback(link_address):
         return _own_secret()
     default = default_secret_file()
-    if default is not None and _is_there(default):
+    if default is not None and secret_is_there(default):
         return _read_secret(default)
     raise ConfigurationError(
         f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
@@ -82,6 +82,8 @@ def make_secret(path: Path) -> None:
             path.parent.mkdir(mode=0o700, parents=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError as error:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a folder; name a file in it: --make-secret {path}/secret") from None
         if os.path.lexists(path):
             raise ConfigurationError(
                 f"{path} exists already and is left as it is; copy that one to the other machine, or delete it first"
@@ -149,10 +151,11 @@ def _long_enough(secret: bytes, what: str) -> bytes:
     return secret
 
 
-def _is_there(path: Path) -> bool:
+def secret_is_there(path: Path) -> bool:
+    """Whether there is such a file, or may be one: nobody looks into a folder without the right to."""
     try:
         return path.exists()
-    except OSError:  # in a folder that this user may not enter: reading it says so
+    except OSError:  # reading it says why
         return True
 
 

@@ -207,10 +207,11 @@ class Listener:
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(
-            "Waiting for the follower at %s (%.0f s of %g s). %s run: %s",
+            "Waiting for the follower at %s (%.0f s of %g s%s). %s run: %s",
             self.endpoint,
             waited,
             timeout,
+            self._last_problem,
             where_to_type(self.endpoint).capitalize(),
             self._invitation,
         )
