@@ -9,24 +9,10 @@ from vllm_spark.patches import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    import inspect
-
     from vllm_spark.tuning import serving
-    from vllm_spark.tuning.lookup import has_marlin_tables_for_experts
-    from vllm_spark.tuning.marlin_calls import MarlinCalls
-
-    names = list(inspect.signature(original).parameters)
-    calls: MarlinCalls | None = None
-    looked = False
 
     def moe_wna16_marlin_gemm(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls, looked
-        if not serving.is_active():
-            return original(*args, **kwargs)
-        if not looked:
-            device = serving.this_device()
-            calls = MarlinCalls(names, device) if has_marlin_tables_for_experts(device.name) else None
-            looked = True
+        calls = serving.marlin_calls(original) if serving.is_active() else None
         # vLLM gives sizes by name, and no tile.
         if calls is None or "size_m" not in kwargs or "thread_k" in kwargs:
             return original(*args, **kwargs)

@@ -170,7 +170,7 @@ def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> 
         "the width of the linear attention heads": size("linear_num_value_heads") * size("linear_value_head_dim"),
     }
     of_experts = {"moe_intermediate_size": experts}
-    if text.get("model_type") in _ALL_EXPERTS:
+    if isinstance(kind := text.get("model_type"), str) and kind in _ALL_EXPERTS:
         of_experts["intermediate_size"] = size("intermediate_size")
     elif not _every_layer_is_sparse(text):
         widths["intermediate_size"] = size("intermediate_size")
@@ -184,7 +184,7 @@ def _every_layer_is_sparse(text: Mapping[str, Any]) -> bool:
     """Whether no layer has an MLP without experts, as far as config.json says so in one of the usual ways."""
     if not text.get("moe_intermediate_size"):
         return False
-    if types := text.get("mlp_layer_types"):
+    if isinstance(types := text.get("mlp_layer_types"), list | tuple) and types:
         return all(each == "sparse" for each in types)
     if (step := text.get("decoder_sparse_step")) is not None:
         return bool(step == 1 and not text.get("mlp_only_layers"))
@@ -197,8 +197,14 @@ def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any
     Args:
         config: the content of config.json.
         ranks: that share the model.
+
+    Raises:
+        ConfigurationError: it is nested too deeply to be copied.
     """
-    fitting = copy.deepcopy(dict(config))
+    try:
+        fitting = copy.deepcopy(dict(config))
+    except RecursionError:
+        raise ConfigurationError("config.json is nested too deeply; correct it") from None
     text = fitting.get("text_config")
     owner = SimpleNamespace(**fitting)
     if isinstance(text, dict):
@@ -306,7 +312,8 @@ def _description(hf_config: Any) -> MutableMapping[str, Any] | None:
     ):
         found = getattr(owner, name, None)
         if isinstance(found, MutableMapping):
-            return found if found.get("quant_method") in _PLACES else None
+            method = found.get("quant_method")
+            return found if isinstance(method, str) and method in _PLACES else None
     return None
 
 
@@ -322,8 +329,19 @@ def _group_size(described: MutableMapping[str, Any]) -> int | None:
 
 
 def _weights_of(described: MutableMapping[str, Any]) -> list[MutableMapping[str, Any]]:
-    groups = described.get("config_groups") or {}
-    return [group["weights"] for group in groups.values() if group.get("weights")]
+    weights = [group.get("weights") for group in _objects(described, "config_groups")]
+    return [each for each in weights if isinstance(each, MutableMapping) and each]
+
+
+def _rules_of(described: MutableMapping[str, Any]) -> list[MutableMapping[str, Any]]:
+    """What a checkpoint says of single layers."""
+    return _objects(described, "dynamic") + _objects(described, "extra_config")
+
+
+def _objects(described: MutableMapping[str, Any], key: str) -> list[MutableMapping[str, Any]]:
+    """Those under a key. What is none is left to vLLM, which knows best what is wrong with it."""
+    found = described.get(key)
+    return [each for each in found.values() if isinstance(each, MutableMapping)] if isinstance(found, Mapping) else []
 
 
 def _obstacle(described: MutableMapping[str, Any], group_size: int, smaller: int, load_format: Any) -> str | None:
@@ -349,9 +367,10 @@ def _obstacle_in_format(described: MutableMapping[str, Any], group_size: int) ->
         return None
     if described.get("desc_act"):
         return "its groups are not of neighbours (desc_act)"
-    rules = [*(described.get("dynamic") or {}).values(), *(described.get("extra_config") or {}).values()]
-    if any(rule.get("group_size", group_size) != group_size and rule.get("bits", 4) < 16 for rule in rules):
-        return "its layers are quantized in different ways"
+    for rule in _rules_of(described):
+        bits = rule.get("bits")
+        if rule.get("group_size", group_size) != group_size and not (isinstance(bits, int) and bits >= 16):
+            return "its layers are quantized in different ways"
     return None
 
 
@@ -363,7 +382,6 @@ def _set_group_size(described: MutableMapping[str, Any], group_size: int) -> Non
     for name in ("group_size", "q_group_size"):
         if name in described:
             described[name] = group_size
-    rules = [*(described.get("dynamic") or {}).values(), *(described.get("extra_config") or {}).values()]
-    for rule in rules:
+    for rule in _rules_of(described):
         if "group_size" in rule:
             rule["group_size"] = group_size

@@ -169,6 +169,32 @@ def test_a_row_that_does_not_fit_is_left_out_and_harms_nothing(device: Any) -> N
         assert torch.equal(problem.call(0, None), before)
 
 
+def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_spark.tuning import timing
+    from vllm_spark.tuning.search import runs
+
+    class Sleeper:
+        """Its kernel takes seconds."""
+
+        def run(self, parameters: str) -> None:
+            torch.cuda._sleep(10_000_000_000)
+
+        def call(self, call: int, parameters: str) -> torch.Tensor:
+            self.run(parameters)
+            return torch.empty(0)
+
+    monkeypatch.setattr(timing, "LONGEST_RUN", 0.2)
+    try:
+        with pytest.raises(timing.HangError, match="'in the search'"):
+            runs(Sleeper(), "in the search", "the kernel")
+        assert not torch.cuda.current_stream().query(), "it runs on"
+        with pytest.raises(timing.HangError, match="'in a race'"):
+            timing.time_in_turns({"in a race": lambda: Sleeper().run("")}, 1, 1)
+        assert not torch.cuda.current_stream().query()
+    finally:
+        torch.cuda.synchronize()
+
+
 def test_a_gpu_without_room_is_told() -> None:
     from vllm_spark.tuning import fused_moe_search, marlin_search
 
@@ -251,7 +277,7 @@ def test_the_command_writes_tables_that_serving_finds(
     assert (tmp_path / "plot.svg").stat().st_size > 0
     found = lookup.fused_moe_table(device.name, 8, 256, None, None)
     assert found is not None
-    path, rows = found
+    path, rows, _ = found
     assert {1, 4, 8, 9, 16, 1024} <= set(rows)
     assert [each for each in check_fused_moe_table(path, None, None) if each.kind == "error"] == []
 
@@ -286,7 +312,7 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
     assert {path.name for path in (logs / "tp2").iterdir()} == {"untuned-0.log", "tuned-0.log"}
     found = lookup.fused_moe_table(device.name, 8, 256, None, None)
     assert found is not None
-    path, rows = found
+    path, rows, _ = found
     assert path.is_relative_to(home)
     journal = Journal(path.parents[1], device.name, installed_versions())
     kept = {number: each.outcome for (_, number), each in journal.kept().items()}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.cli import main
+from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.check import CheckReport, check_tables
 from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
 from vllm_spark.tuning.check_marlin import _gemm
@@ -139,7 +140,9 @@ def test_sound_tables_of_a_user_pass(tmp_path: Path) -> None:
     assert errors(tmp_path, compile_kernels=True) == []
 
 
-@pytest.mark.parametrize("shape", [BF16, BLOCK, FusedMoeShape(128, 384, "fp8_w8a8")])
+@pytest.mark.parametrize(
+    "shape", [BF16, BLOCK, FusedMoeShape(128, 384, "fp8_w8a8"), FusedMoeShape(128, 384, "int8_w8a8")]
+)
 def test_the_rule_for_shared_memory_is_what_the_compiler_says(shape: FusedMoeShape) -> None:
     for row in (SMALL, SMALL | {"BLOCK_SIZE_M": 64, "num_stages": 4}, SMALL | {"BLOCK_SIZE_N": 128, "num_warps": 8}):
         by_rule, compiled = shared_bytes(shape, row), compile_row(shape, row, (12, 1)).shared_bytes
@@ -270,6 +273,18 @@ def test_groups_of_4_bit_weights(tmp_path: Path, block_k: int, group: int | None
     assert all("takes 1, 2, 4 or 8" in sentence for sentence in found)
 
 
+def test_groups_of_4_bit_weights_in_steps_that_take_a_row_from_below(tmp_path: Path) -> None:
+    """8 experts: vLLM takes its kernel for few tokens up to 48 of one expert each, and 25 to 48 take the row for 32."""
+    shape = FusedMoeShape(8, 7168, "int4_w4a16")
+    small = SMALL | {"BLOCK_SIZE_K": 128, "BLOCK_SIZE_N": 32, "num_stages": 2}
+    rows = {2**power: dict(small) for power in range(11)}
+    for row, sound in ((16, False), (32, False), (64, True)):
+        table = FusedMoeTable(rows | {row: small | {"BLOCK_SIZE_K": 32}})
+        provenance = FusedMoeProvenance(rows=dict.fromkeys(rows, TUNED), group_size=128)
+        store_fused_moe_table(shape, GB10, table, provenance, tmp_path / "fused_moe")
+        assert [("is 0 groups of 128" in each) for each in errors(tmp_path)] == ([] if sound else [True])
+
+
 def test_half_of_a_4_bit_row(tmp_path: Path) -> None:
     store_int4(tmp_path, {"BLOCK_SIZE_M": 16, "GROUP_SIZE_M": 1, "BLOCK_SIZE_K": 128})
     assert set(errors(tmp_path)) == {"BLOCK_SIZE_N and BLOCK_SIZE_K go together: vLLM sets both if one is missing"}
@@ -371,6 +386,56 @@ def test_two_tables_for_the_same(tmp_path: Path) -> None:
     assert "remove one of them" in the_error(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [
+        ("fused_moe", False),
+        ("tables", False),
+        ("marlin", True),
+        ("configs", True),
+        ("tuned", True),
+    ],
+)
+def test_a_fused_moe_table_where_serving_does_not_look(tmp_path: Path, where: str, found: bool) -> None:
+    path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
+    folder = tmp_path / where
+    folder.mkdir(exist_ok=True)
+    for file in (path, provenance_path(path)):
+        file.rename(folder / file.name)
+    given = tmp_path if where in ("fused_moe", "marlin") else folder
+    assert errors(given) == (
+        [f"serving does not look for it in {folder}, but in a folder fused_moe of its own; move it there"]
+        if found
+        else []
+    )
+
+
+def test_a_marlin_table_where_serving_does_not_look(tmp_path: Path) -> None:
+    path = store_marlin(tmp_path, {1: {}})
+    path.parent.rename(tmp_path / "fused_moe")
+    assert "a folder marlin of its own" in the_error(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    """As far as one can be had for root too: a name that is too long."""
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        check_tables([tmp_path / ("x" * 300)])
+
+
+def test_groups_of_no_weights(tmp_path: Path) -> None:
+    store_int4(tmp_path, SMALL | {"BLOCK_SIZE_N": 32, "num_stages": 2}, 128)
+    (path,) = (tmp_path / "fused_moe").glob("*.provenance.json")
+    edit(path, lambda content: content.update(group_size=0))
+    assert "group_size: input should be greater than 0" in the_error(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["marlin", "fused_moe"])
+def test_json_that_is_nested_too_deeply(tmp_path: Path, kind: str) -> None:
+    path = store_marlin(tmp_path, {1: {}}) if kind == "marlin" else store_fused_moe(tmp_path, BLOCK, {1: SMALL})
+    path.write_text('{"a":' * 100_000)
+    assert "nested too deeply" in the_error(tmp_path)
+
+
 # What the rules of Marlin find.
 
 
@@ -395,6 +460,23 @@ def test_a_tile_that_does_not_divide(tmp_path: Path) -> None:
     entry = {"thread_k": 128, "thread_n": 64, "blocks_per_sm": 1}
     store_marlin(tmp_path, {1: entry}, kernel="moe_w2", size_n=2048, size_k=704, group_size=64)
     assert "K=704 is not a multiple of thread_k=128" in the_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"thread_k": 128, "thread_n": 64, "blocks_per_sm": 1}, "K=704 is not a multiple of thread_k=128"),
+        ({"thread_k": 64, "thread_n": 128, "blocks_per_sm": 5}, "blocks_per_sm is 5; Marlin's locks cover 1 to 4"),
+        ({"thread_k": 64, "thread_n": 256, "blocks_per_sm": 1}, "no kernel is compiled"),
+        ({"thread_k": 64, "thread_n": 128, "blocks_per_sm": 4}, None),
+    ],
+)
+def test_an_entry_for_a_device_that_is_not_known(tmp_path: Path, entry: dict[str, Any], words: str | None) -> None:
+    shape: dict[str, Any] = {"kernel": "moe_w2", "size_n": 2048, "size_k": 704, "group_size": 64}
+    store_marlin(tmp_path, {1: entry | {"provenance": MEASURED_ON_H200}}, device="NVIDIA_H200", **shape)
+    found = errors(tmp_path)
+    assert len(found) == (words is not None)
+    assert all(str(words) in sentence for sentence in found)
 
 
 @pytest.mark.parametrize("kernel", ["moe_w13", "moe_w2"])

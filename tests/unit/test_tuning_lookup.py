@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.tuning import fused_moe_table, lookup, marlin_table, serving
+from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters, own_row
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -23,6 +24,8 @@ from vllm_spark.tuning.gb10 import GB10
 from vllm_spark.tuning.marlin_calls import MarlinCalls
 from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinRow, MarlinShape, MarlinTable, store_marlin_table
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
+
+from .folder_rights import no_entry
 
 GUESS = Provenance(kind="derived", rule="a guess")
 W13 = MarlinShape(kernel="moe_w13", experts=128, top_k=8, size_n=768, size_k=2048, group_size=128, quant_type="uint4b8")
@@ -136,12 +139,24 @@ def test_a_fused_moe_table_and_its_place(folders: Folders) -> None:
     assert (found[0], found[1][1]["BLOCK_SIZE_N"]) == (mine, 32)
 
 
-def test_a_shipped_table_that_says_nothing_leaves_vllms(folders: Folders) -> None:
-    store_moe(folders.shipped, 64, rule=VLLM_DEFAULT)
-    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None) is None
-    lookup.forget()
-    store_moe(folders.user, 64, rule=VLLM_DEFAULT)
-    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None), "the user's counts, whatever"
+def test_a_folder_that_cannot_be_read_costs_a_sentence(folders: Folders, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever serves may be another user than the one who tuned; this project's tables are used then."""
+    marlin, moe = store_marlin(folders.shipped), store_moe(folders.shipped, 64)
+    store_marlin(folders.user)
+    store_moe(folders.user, 32)
+    with no_entry(folders.user), caplog.at_level(logging.WARNING):
+        found = lookup.find_marlin_table(GB10.name, W13)
+        assert found is not None
+        assert found[0] == marlin
+        of_triton = lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
+        assert of_triton is not None
+        assert of_triton[0] == moe
+        assert lookup.has_marlin_tables_for_experts(GB10.name)
+        assert lookup.table_files(GB10.name, "fused_moe") == [moe]
+    assert len(caplog.records) == 4
+    for record in caplog.records:
+        assert f"{folders.user}" in record.getMessage()
+        assert "cannot be read (Permission denied)" in record.getMessage()
 
 
 def test_a_table_without_provenance_serves(folders: Folders) -> None:
@@ -363,6 +378,92 @@ def test_the_order_of_fused_moe_tables(
     (tmp_path / "theirs" / MOE.file_name(GB10.name)).write_text("{}")
     assert chosen() == 256, "vLLM reads it"
     assert "VLLM_TUNED_CONFIG_FOLDER" in caplog.text
+
+
+def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = store_moe(on_gb10.shipped, 64, rule=VLLM_DEFAULT)
+    assert chosen() == 256
+    assert f"the table that comes with vLLM, for the table in {path.parent} says no more than that" in caplog.text
+    assert chosen(lambda: None) is None
+    assert f"as vLLM chooses, for the table in {path.parent} says no more than that" in caplog.text
+    store_moe(on_gb10.user, 64, rule=VLLM_DEFAULT)
+    lookup.forget()
+    assert chosen() == 64, "the user's counts, whatever"
+
+
+def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, FusedMoeParameters | None]) -> None:
+    """A table of the tuner, of whose rows some are vLLM's; with rows that this vLLM would not choose."""
+    from vllm_spark.tuning.outcome import FusedMoeOutcome
+    from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
+
+    versions = {"vllm": vllm}
+    outcomes = [
+        FusedMoeOutcome(
+            shape=shape, rows=number, parameters=row, default_us=1.0, tuned_us=1.0, ratio=0.9 if row else 1.0, tried=[]
+        )
+        for number, row in rows.items()
+    ]
+    (table,) = tables(outcomes, {}, GB10, versions)
+    assert isinstance(table, NewFusedMoeTable)
+    choice = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16}
+    spoilt = {number: row if rows.get(number) else choice for number, row in table.table.rows.items()}
+    store([dataclasses.replace(table, table=FusedMoeTable(spoilt))], folder)
+
+
+TUNED = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
+EXPERTS = FusedMoeExperts(experts=128, top_k=8, hidden=2048, intermediate=384)
+FP8_BLOCK = FusedMoeExperts(
+    experts=256, top_k=8, hidden=2048, intermediate=512, dtype="fp8_w8a8", block_shape=(128, 128)
+)
+"""Of which vLLM 0.31 and later have a table of their own."""
+
+
+@pytest.fixture(scope="module")
+def this_vllm() -> str:
+    return str(pytest.importorskip("vllm").__version__)
+
+
+def taken(shape: FusedMoeExperts) -> dict[int, Any] | None:
+    lookup.forget()
+    height, width = shape.block_shape or (None, None)
+    return serving.choose_fused_moe_table(shape.experts, shape.intermediate, shape.dtype, height, width, lambda: None)
+
+
+@pytest.mark.parametrize("shape", [EXPERTS, EXPERTS.model_copy(update={"dtype": "fp8_w8a8"}), FP8_BLOCK])
+def test_rows_that_another_vllm_chose_are_this_ones(
+    on_gb10: Folders, this_vllm: str, shape: FusedMoeExperts, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tuned_with(on_gb10.user, "0.1", shape, {2: TUNED, 4: None})
+    rows = taken(shape)
+    assert rows is not None
+    assert FusedMoeTable(rows).row(2) == TUNED.row(), "what was tuned stays"
+    for tokens in (1, 3, 4, 5, 8, 9, 33, 64, 65, 500, 2048, 8000):
+        assert FusedMoeTable(rows).row(tokens) == own_row(shape, GB10.name, tokens), tokens
+    assert f"of vLLM {this_vllm}, not 0.1, are rows that nobody tuned" in caplog.text
+    tuned_with(on_gb10.user, this_vllm, shape, {2: TUNED})
+    rows = taken(shape)
+    assert rows is not None
+    assert rows[64]["BLOCK_SIZE_N"] == 16, "as the file says"
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        (EXPERTS, {2: None, 4: None}),
+        (EXPERTS.model_copy(update={"dtype": "int4_w4a16", "group_size": 128}), {2: TUNED}),
+    ],
+)
+def test_a_table_that_another_vllm_chose_is_left_out(
+    on_gb10: Folders, this_vllm: str, shape: FusedMoeExperts, rows: dict[int, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tuned_with(on_gb10.user, "0.1", shape, rows)
+    assert taken(shape) is None
+    assert "the choice of vLLM 0.1; tune anew" in caplog.text
+    tuned_with(on_gb10.user, this_vllm, shape, rows)
+    assert taken(shape) is not None
 
 
 def test_batch_invariance_takes_no_table(on_gb10: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,33 @@ def test_marlins_operator_is_called_with_the_tables_tile(
     assert patched(*args, **kwargs) == operator(*args, **kwargs)
 
 
+def test_the_next_engine_reads_tables_anew(folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "this_device", lambda: GB10)
+    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    names = list(inspect.signature(pytest.importorskip("vllm._custom_ops").moe_wna16_marlin_gemm).parameters)
+    args, kwargs = call(names, W13, 1)
+
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        return kwargs.get("thread_k")
+
+    operator.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    )
+    patched = patch("marlin-parameters").replace(operator)
+
+    def triton() -> Any:
+        return serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, lambda: None)
+
+    assert (patched(*args, **kwargs), triton()) == (None, None)
+    store_marlin(folders.user)
+    store_moe(folders.user, 32)
+    assert (patched(*args, **kwargs), triton()) == (None, None), "files are read once for an engine"
+    serving.stop(engine)
+    serving.start(engine)
+    assert patched(*args, **kwargs) == CHANGES["thread_k"]
+    assert triton()[1]["BLOCK_SIZE_N"] == 32
+
+
 def test_without_tables_marlins_operator_is_only_called(
     folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +242,7 @@ def test_a_table_for_other_groups_is_left_out(
     # vLLM has a block of no width and the group's height for weights of 4 bits.
     found = serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 128, lambda: None)
     assert (found is not None) == taken
-    assert ("it is for groups of 64, not 128" in caplog.text) == (not taken)
+    assert ("is for groups of 64, not 128" in caplog.text) == (not taken)
 
 
 def test_the_compile_cache_knows_what_tables_change_in_compiled_code(

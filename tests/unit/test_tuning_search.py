@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,12 +29,14 @@ from hypothesis import strategies as st
 from vllm_spark.bench import decode
 from vllm_spark.bench.decode_engine import Result
 from vllm_spark.bench.shard_as_model import shard_as_model
+from vllm_spark.cli import tune as tune_command
 from vllm_spark.cli import tune_model
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.stage import set_stage
-from vllm_spark.tuning import fused_moe_compile, fused_moe_table, lookup, search
+from vllm_spark.tuning import fused_moe_compile, fused_moe_table, lookup, marlin_search, search, timing
 from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
+from vllm_spark.tuning.check_marlin import check_marlin_table
 from vllm_spark.tuning.fused_moe_search import not_hopeless, search_space
 from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters, has_own_table, own_row, pinned_rows
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
@@ -40,13 +44,13 @@ from vllm_spark.tuning.fused_moe_trial import Trials
 from vllm_spark.tuning.gb10 import GB10
 from vllm_spark.tuning.journal import FILE, Journal, Kept
 from vllm_spark.tuning.layers import Experts
-from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
-from vllm_spark.tuning.outcome import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutcome, Outcome
+from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape, load_marlin_table
+from vllm_spark.tuning.outcome import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutcome, Outcome, tunable_rows
 from vllm_spark.tuning.promotion import promoted
 from vllm_spark.tuning.provenance import VLLM_DEFAULT
 from vllm_spark.tuning.report import outcomes_tables, plot
 from vllm_spark.tuning.routing import route
-from vllm_spark.tuning.timing import Times
+from vllm_spark.tuning.timing import HangError, Times
 from vllm_spark.tuning.tuned_model import (
     TunedModel,
     fused_moe_shapes,
@@ -56,8 +60,11 @@ from vllm_spark.tuning.tuned_model import (
     shapes_of,
 )
 from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
+from vllm_spark.tuning.tuner import tune as run_tuner
 from vllm_spark.tuning.versions import installed_versions
 from vllm_spark.tuning.weights import Int4
+
+from .folder_rights import no_entry
 
 VERSIONS = {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.8.0"}
 W13 = MarlinShape(kernel="moe_w13", experts=128, top_k=8, size_n=768, size_k=2048, group_size=128, quant_type="uint4b8")
@@ -69,9 +76,11 @@ INT4 = BF16.model_copy(update={"dtype": "int4_w4a16", "group_size": 128})
 ROW = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
 
 
-def marlin(rows: int = 1, ratio: float = 0.9, parameters: MarlinParameters = TILE) -> MarlinOutcome:
+def marlin(
+    rows: int = 1, ratio: float = 0.9, parameters: MarlinParameters = TILE, shape: MarlinShape = W13
+) -> MarlinOutcome:
     return MarlinOutcome(
-        shape=W13,
+        shape=shape,
         rows=rows,
         parameters=parameters,
         default_us=10.0,
@@ -197,6 +206,25 @@ def test_what_was_kept_is_apart_from_what_was_searched(tmp_path: Path) -> None:
     assert journal.kept() == {(W13, 1): Kept(marlin().with_default(), ("a", "b"))}
 
 
+def test_two_tuners_are_kept_apart(tmp_path: Path) -> None:
+    first, second = (Journal(tmp_path, GB10.name, VERSIONS) for _ in range(2))
+    with first.alone():
+        with pytest.raises(SparkError, match="another vllm-spark tune is at work in"), second.alone():
+            pass
+        second.add(marlin())
+    with second.alone():
+        assert set(second.known()) == {(W13, 1)}
+
+
+def test_a_hang_is_noted_beside_the_outcomes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    journal.add(marlin())
+    journal.add_hang(W13, TILE)
+    journal.add_hang(BF16, ROW)
+    assert (journal.hung(), set(journal.known()), journal.kept()) == ({TILE, ROW}, {(W13, 1)}, {})
+    assert Journal(tmp_path, GB10.name, {**VERSIONS, "vllm": "0.33.0"}).hung() == set()
+
+
 def test_versions_are_asked_of_the_packages_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm, triton = pytest.importorskip("vllm"), pytest.importorskip("triton")
 
@@ -208,6 +236,17 @@ def test_versions_are_asked_of_the_packages_themselves(monkeypatch: pytest.Monke
     assert versions["triton"] == triton.__version__ == fused_moe_compile.triton_version()
     assert versions["vllm"] == vllm.__version__
     assert versions["vllm_spark"]
+
+
+@pytest.mark.parametrize(("experts", "top_k", "last"), [(128, 8, 8), (4, 4, 7), (8, 7, 8)])
+def test_marlin_is_tuned_for_the_blocks_that_vllm_makes(experts: int, top_k: int, last: int, tmp_path: Path) -> None:
+    shape = W13.model_copy(update={"experts": experts, "top_k": top_k})
+    rows = tunable_rows(shape, range(1, 9))
+    assert rows == list(range(1, last + 1))
+    (path,) = store(tables([marlin(number, shape=shape) for number in rows], {}, GB10, VERSIONS), tmp_path)
+    assert list(check_marlin_table(path)) == []
+    triton = BF16.model_copy(update={"experts": experts, "top_k": top_k})
+    assert tunable_rows(triton, range(1, 9)) == list(range(1, 9))
 
 
 # Promotion
@@ -374,11 +413,12 @@ def test_rows_that_are_not_measured_anew_stay(tmp_path: Path) -> None:
         table, moe = found
         assert isinstance(moe, NewFusedMoeTable)
         assert not isinstance(table, NewFusedMoeTable)
-        assert {rows: row.provenance and row.provenance.gain for rows, row in table.rows.items()} == {1: 0.3, 8: 0.1}
+        gains = {rows: row.provenance and row.provenance.gain for rows, row in table.rows.items()}
+        assert gains == {1: 0.3, **dict.fromkeys(range(2, 8)), 8: 0.1}
         assert table.rows[8].provenance is not None
         assert table.rows[8].provenance.date == long_ago
         assert (moe.table.rows[1], moe.table.rows[8]) == (fast.row(), own_row(BF16, GB10.name, 8))
-        assert min(row for row, source in moe.provenance.rows.items() if source.kind != "measured") == 9
+        assert [row for row, source in moe.provenance.rows.items() if source.kind == "measured"] == [1, 8]
         assert set(table.models) == set(moe.provenance.models) == {"a", "b"}
 
 
@@ -393,11 +433,51 @@ def test_rows_of_other_versions_or_devices_do_not_stay(tmp_path: Path) -> None:
     assert [row for row, source in moe.provenance.rows.items() if source.kind == "measured"] == [1]
 
 
-def test_a_table_that_cannot_be_read_is_replaced(tmp_path: Path) -> None:
+def test_steps_between_measured_rows_are_vllms(tmp_path: Path) -> None:
+    """Also where another run measured the other row: no step takes the row of a step that is only near."""
+    store(tables([marlin(1), fused(1)], {}, GB10, VERSIONS), tmp_path)
+    new = tables([marlin(8), fused(8)], {}, GB10, VERSIONS, (), tmp_path)
+    table, moe = new
+    assert isinstance(moe, NewFusedMoeTable)
+    assert not isinstance(table, NewFusedMoeTable)
+    for tokens in range(1, 9):
+        tuned, row = tokens in (1, 8), table.row(tokens)
+        assert row is not None
+        assert row.leaves_tile == (not tuned)
+        assert moe.table.row(tokens) == (ROW.row() if tuned else own_row(BF16, GB10.name, tokens))
+    paths = store(new, tmp_path)
+    assert [*check_marlin_table(paths[0]), *check_fused_moe_table(paths[1], None, None)] == []
+
+
+def test_a_table_that_cannot_be_read_is_replaced_and_kept(tmp_path: Path) -> None:
     paths = store(tables([marlin(8), fused(8)], {}, GB10, VERSIONS), tmp_path)
     for path in paths:
         path.write_text("{")
-    assert store(tables([marlin(1), fused(1)], {}, GB10, VERSIONS, (), tmp_path), tmp_path) == paths
+    notes: list[str] = []
+    assert store(tables([marlin(1), fused(1)], {}, GB10, VERSIONS, (), tmp_path), tmp_path, notes.append) == paths
+    assert [path.with_name(path.name + ".bak").read_text() for path in paths] == ["{", "{"]
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize("kind", ["marlin", "fused_moe"])
+def test_rows_of_somebody_elses_are_set_aside(tmp_path: Path, kind: str) -> None:
+    outcome: Outcome = marlin(1) if kind == "marlin" else fused(1)
+    new = tables([outcome], {}, GB10, VERSIONS)
+    (path,) = store(new, tmp_path)
+    noted = path if kind == "marlin" else fused_moe_table.provenance_path(path)
+    notes: list[str] = []
+    store(new, tmp_path, notes.append)
+    assert notes == [], "all rows are a tuner's"
+    theirs = noted.read_text().replace('"kind": "measured"', '"kind": "published", "source": "a forum"')
+    for suffix in (".bak", ".bak1"):
+        noted.write_text(theirs)
+        before = path.read_text()
+        store(new, tmp_path, notes.append)
+        assert path.with_name(path.name + suffix).read_text() == before
+        assert noted.with_name(noted.name + suffix).read_text() == theirs
+        assert f"{path}{suffix}" in notes.pop()
+        assert notes == []
+    assert not list(tmp_path.rglob("*bak*.json")), "no table that is looked for"
 
 
 def test_steps_below_the_smallest_row_are_vllms() -> None:
@@ -674,6 +754,122 @@ def test_of_many_the_slow_are_measured_in_few_rounds_alone() -> None:
     assert found.parameters == "00"
 
 
+class Event:
+    """Of a stream whose kernels are done when `done` says so."""
+
+    done = False
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return self.done
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A problem whose kernels are enqueued, and then do what the test says."""
+
+    error: Exception | None = None
+
+    def run(self, parameters: object) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def call(self, call: int, parameters: object) -> torch.Tensor:
+        return torch.empty(0)
+
+
+def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait() -> None:
+        raise AssertionError("that would wait without end")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "empty_cache", wait)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=10))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 100))
+    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    why = r"did not end within 0\.02 s, with 'these'"
+    with pytest.raises(HangError, match=why) as caught, search.cold_layers(str, 1, 10, "small experts"):
+        search.runs(Ready(), "these", "Marlin")
+    assert caught.value.parameters == "these"
+    monkeypatch.setattr(Event, "done", True)
+    assert search.runs(Ready(), "these", "Marlin")
+
+
+@pytest.mark.parametrize(("ends", "error"), [(True, KeyboardInterrupt), (False, HangError)])
+def test_ctrl_c_counts_when_the_kernel_is_done(
+    ends: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        monkeypatch.setattr(Event, "done", ends)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(error):
+        timing.wait_for_kernels("these")
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.cuda.OutOfMemoryError("Tried to allocate\n2 GiB"), "^the GPU has no memory left for the search"),
+        (RuntimeError("\n CUDA error: misaligned\nmore"), "with another routing: CUDA error: misaligned$"),
+    ],
+)
+def test_a_kernel_that_fails_while_it_is_timed_costs_a_sentence(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "time_in_turns", lambda bodies, calls, rounds: [body() for body in bodies.values()])
+    with pytest.raises(SparkError, match=why):
+        search.find(Ready(error), Ready(error), None, ["a"], 2)
+
+
+def test_a_search_goes_on_without_what_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = marlin_search.search_space(W13, 1, GB10)
+    raced: list[Any] = []
+
+    def runs(problem: Any, parameters: Any, kernel: str) -> bool:
+        if parameters == space[1]:
+            raise HangError(parameters)
+        return True
+
+    def find(problem: Any, others: Any, default: Any, candidates: list[Any], rounds: int) -> search.Found[Any]:
+        raced.extend(candidates)
+        return search.Found(default, 1.0, 1.0, 1.0, {})
+
+    monkeypatch.setattr(marlin_search, "runs", runs)
+    monkeypatch.setattr(marlin_search, "find", find)
+    monkeypatch.setattr(marlin_search, "MarlinProblem", lambda *given, seed: None)
+    monkeypatch.setattr(marlin_search, "weights_of", lambda shape, on_note: contextlib.nullcontext([]))
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    with pytest.raises(HangError):
+        run_tuner([W13], (1,), GB10, journal, lambda outcome: None)
+    assert journal.hung() == {space[1]}
+    assert len(run_tuner([W13], (1,), GB10, journal, lambda outcome: None)) == 1
+    assert raced == [each for each in space if each != space[1]]
+
+
+def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path) -> None:
+    program = """
+import atexit, sys, time
+from pathlib import Path
+from vllm_spark.cli.tune_model import _end_at_once
+from vllm_spark.tuning.timing import HangError
+atexit.register(time.sleep, 500)
+print("before", flush=False)
+_end_at_once(HangError("this tile"), Path(sys.argv[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "before\n")
+    assert f"this tile'; it is noted in {tmp_path}, and the same command goes on without it." in done.stderr
+
+
 def test_vllms_override_ends_when_a_kernel_fails() -> None:
     vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe")
     from vllm_spark.tuning.fused_moe_problem import _overriding
@@ -888,6 +1084,42 @@ def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest
     assert seen == [(tmp_path / "logs" / "tp1", 77), (tmp_path / "logs" / "tp2", 77)]
 
 
+BOTH_SIZES = [(TunedModel("a", tp, []), [shape]) for tp, shape in ((1, W13), (2, BF16))]
+LABELS: dict[Any, list[str]] = {W13: ["a TP=1"], BF16: ["a TP=2"]}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SparkError("an engine failed")])
+def test_what_one_size_found_outlives_the_end_of_the_next(tmp_path: Path, error: BaseException) -> None:
+    from rich.console import Console
+
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    compared: list[int] = []
+
+    def judge(model: TunedModel, its: Any, candidates: Any) -> dict[int, float]:
+        compared.append(model.tp)
+        if model.tp == 2:
+            raise error
+        # Another tuner's results came while this one decoded.
+        journal.keep([Kept(marlin(8), ("b TP=1",))])
+        return {1: 0.9}
+
+    def tables_of(mine: list[Outcome]) -> list[Any]:
+        return tables(mine, LABELS, GB10, VERSIONS, journal.kept().values(), tmp_path)
+
+    console = Console(width=500, record=True, file=(tmp_path / "out").open("w"))
+    with pytest.raises(type(error)):
+        tune_model._keep([marlin(), fused()], BOTH_SIZES, LABELS, tables_of, judge, journal, tmp_path, console)
+    assert compared == [1, 2]
+    assert {(shape, rows) for shape, rows in journal.kept()} == {(W13, 1), (W13, 8)}
+    path = tmp_path / "marlin" / W13.file_name(GB10.name)
+    table = load_marlin_table(path)
+    assert [number for number, row in table.rows.items() if not row.leaves_tile] == [1, 8]
+    assert set(table.models) == {"a TP=1", "b TP=1"}
+    printed = console.export_text()
+    assert f"Written: {path}" in printed
+    assert ("Stopped: tables for 1 of 2 sizes are written" in printed) == isinstance(error, KeyboardInterrupt)
+
+
 # The report
 
 
@@ -906,6 +1138,10 @@ def test_a_report_has_a_table_for_each_kernel_and_a_plot(tmp_path: Path) -> None
     path = tmp_path / "plot.png"
     plot(outcomes, "NVIDIA GB10", path)
     assert path.read_bytes()[:4] == b"\x89PNG"
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(SparkError, match=r"plot\.png cannot be written \(No space left.*--plot"):
+        plot(outcomes, "NVIDIA GB10", path)
 
 
 # The command
@@ -925,13 +1161,20 @@ def models(tmp_path: Path) -> Path:
         "unknown": {"model_type": "mamba9", "num_hidden_layers": 2},
         "list": [1, 2],
         "awq": {**known, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+        "dense": {**known, "num_experts": 8, "num_experts_per_tok": 8},
         "gguf": {**known, "quantization_config": {"quant_method": "gguf"}},
         "ordered": {**known, "quantization_config": {**known["quantization_config"], "desc_act": True}},
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(content))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text('{"model_type":')
+    for name, text in (("broken", '{"model_type":'), ("deep", "[" * 100_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        unquantized = {key: value for key, value in known.items() if key != "quantization_config"}
+        (tmp_path / name / "model" / "config.json").write_text(json.dumps(unquantized))
+        (tmp_path / name / "model" / name).write_text('{"bits": 4}')
     (tmp_path / "file").write_text("")
     return tmp_path
 
@@ -942,6 +1185,11 @@ def models(tmp_path: Path) -> Path:
         (["{models}/unknown"], ["mamba9", "known are", "qwen3_moe"]),
         (["{models}/broken"], ["broken/config.json", "is no JSON"]),
         (["{models}/list"], ["holds no JSON object"]),
+        (["{models}/deep"], ["deep/config.json", "is no JSON"]),
+        (["x" * 300], ["x" * 300, "File name too long", "qwen3-30b-a3b-int4"]),
+        (["{models}/quantize_config.json/model"], ["is in quantize_config.json", "as quantization_config"]),
+        (["{models}/quant_config.json/model"], ["is in quant_config.json"]),
+        (["{models}/hf_quant_config.json/model"], ["is in hf_quant_config.json"]),
         (["{models}/gguf"], ["gguf", "gptq"]),
         (["./no/such/model"], ["./no/such/model", "qwen3-30b-a3b-int4"]),
         (["qwen3-30b-a3b-int4", "--tp", "5"], ["5 ranks"]),
@@ -952,6 +1200,8 @@ def models(tmp_path: Path) -> Path:
         (["qwen3-30b-a3b-int4", "--out", "{models}/file/tuned"], ["file/tuned cannot be written", "--out"]),
         (["qwen3-30b-a3b-int4", "--out", "{models}/file"], ["file cannot be written", "--out"]),
         (["qwen3-30b-a3b-int4", "--out", "{models}/new", "--plot", "{models}/nowhere/plot.png"], ["nowhere/plot.png"]),
+        (["qwen3-30b-a3b-int4", "--out", "{models}/new", "--keep-logs", "{models}/file/x"], ["file/x", "--keep-logs"]),
+        (["{models}/dense", "--out", "{models}/new", "--rows", "8"], ["for 8 tokens", "leave --rows out"]),
     ],
 )
 def test_bad_input_costs_a_sentence(models: Path, words: list[str], parts: list[str]) -> None:
@@ -974,6 +1224,7 @@ def test_bad_input_costs_a_sentence(models: Path, words: list[str], parts: list[
         (["--tp", "0"], "'0' is no whole number above 0"),
         (["--kernels", "cutlass"], "cutlass"),
         (["--engine", "{"], "is no JSON object"),
+        (["--out=~nobody-of-this-name/x"], "no home folder for '~nobody-of-this-name/x'"),
     ],
 )
 def test_bad_options_are_explained(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -981,6 +1232,50 @@ def test_bad_options_are_explained(words: list[str], part: str, capsys: pytest.C
         tune("qwen3-30b-a3b-int4", *words)
     assert caught.value.code == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--plot", "--keep-logs"])
+def test_a_home_folder_is_found_where_the_shell_does_not_look(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    parser = argparse.ArgumentParser()
+    tune_model.add_arguments(parser)
+    given = vars(parser.parse_args(["any", f"{option}=~/x"]))
+    assert given[option.removeprefix("--").replace("-", "_")] == Path("/home/of/mine/x")
+
+
+def test_a_shard_that_cannot_be_made_is_said_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: Any, tp: int) -> None:
+        raise ConfigurationError("it does not divide")
+
+    monkeypatch.setattr("vllm_spark.bench.shard_as_model.shard_as_model", refuse)
+    words = ["qwen3-30b-a3b-int4", "--out", str(tmp_path / "new")]
+    with pytest.raises(ConfigurationError, match="does not divide"):
+        tune(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["{private}/model"], "private/model cannot be read (Permission denied); give"),
+        (
+            ["qwen3-30b-a3b-int4", "--out", "{private}/tuned"],
+            "private/tuned cannot be written (Permission denied); give",
+        ),
+    ],
+)
+def test_a_folder_without_rights_costs_a_sentence(tmp_path: Path, words: list[str], part: str) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    with no_entry(private), pytest.raises(ConfigurationError, match=re.escape(part)):
+        tune(*(word.format(private=private) for word in words))
+
+
+def test_a_check_does_not_pass_over_tables_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "private" / "tuned").mkdir(parents=True)
+    assert tune_command._may_be_there(tmp_path / "private" / "tuned")
+    assert not tune_command._may_be_there(tmp_path / "private" / "other")
+    with no_entry(tmp_path / "private"):
+        assert tune_command._may_be_there(tmp_path / "private" / "tuned")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -996,6 +1291,7 @@ def test_a_machine_without_a_gpu_is_told(tmp_path: Path, words: list[str]) -> No
 def test_errors_come_before_anything_slow(tmp_path: Path) -> None:
     program = """
 import argparse, sys
+from vllm_spark.cli import tune as tune_command
 from vllm_spark.cli import tune_model
 from vllm_spark.errors import ConfigurationError
 parser = argparse.ArgumentParser()

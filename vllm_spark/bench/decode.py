@@ -6,6 +6,7 @@ is a real engine in processes of its own (vllm_spark/bench/decode_engine.py), an
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import psutil
 
 from vllm_spark.bench.decode_engine import Job, Result
 from vllm_spark.bench.samples import percentile
+from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
@@ -36,6 +39,7 @@ TUNING = ("untuned", "tuned")
 
 _WARM_UP = 20  # steps
 _ONE_GPU_SHARE = 0.42  # of its memory for each rank's engine, where both share it
+_MOST_OF_A_GPU = 0.9
 
 
 @dataclass(frozen=True)
@@ -256,18 +260,15 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
                 )
             )
         job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        job.write_bytes(
-            msgspec.json.encode(
-                Job(
-                    engine | settings.engine,
-                    list(settings.batches),
-                    settings.prompt_tokens,
-                    settings.steps,
-                    _WARM_UP,
-                    candidate.tuned,
-                )
-            )
+        work = Job(
+            engine | settings.engine,
+            list(settings.batches),
+            settings.prompt_tokens,
+            settings.steps,
+            _WARM_UP,
+            candidate.tuned,
         )
+        write_whole(job, msgspec.json.encode(work).decode(), "job")
         process = stack.enter_context(
             stage.started(
                 f"{name}: the engine",
@@ -301,10 +302,32 @@ def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
         return arguments | ({} if settings.compile else {"enforce_eager": True})
     if settings.one_gpu:
         arguments["gpu_memory_utilization"] = _ONE_GPU_SHARE
+    elif set(settings.candidates) <= set(TUNING):
+        arguments["gpu_memory_utilization"] = memory_share(*_memory())
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted(settings.batches)}
     if not settings.compile:
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return arguments | {"compilation_config": graphs}
+
+
+def memory_share(free: int, total: int) -> float:
+    """Of a GPU's memory, what one engine may take beside the tuner and whatever else uses it: most of what is free.
+
+    Args:
+        free: bytes.
+        total: bytes.
+    """
+    return math.floor(_MOST_OF_A_GPU * 1000 * min(free / total, 1)) / 1000
+
+
+def _memory() -> tuple[int, int]:
+    """Of the first GPU: bytes that are free, and all, counted as vLLM does before it refuses to start."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(0)
+    if getattr(torch.cuda.get_device_properties(0), "is_integrated", False):
+        free = psutil.virtual_memory().available  # the GPU's memory is the machine's, where caches give way
+    return free, total
 
 
 def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:

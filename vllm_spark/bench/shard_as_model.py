@@ -9,18 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.tuning.layers import model_layers
 
-_SHARED_OUT = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "vocab_size",
-)
-"""What tensor parallelism shares out among the ranks; of fewer key-value heads than ranks, each rank has one."""
+_HEADS = ("num_attention_heads", "num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads")
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_VOCABULARY = "vocab_size"
 
 
 def shard_as_model(config: Mapping[str, Any], tp: int) -> dict[str, Any]:
@@ -31,21 +24,34 @@ def shard_as_model(config: Mapping[str, Any], tp: int) -> dict[str, Any]:
         tp: ranks.
 
     Raises:
-        ConfigurationError: something does not divide.
+        ConfigurationError: heads, or a width that a layer has, do not divide.
     """
-    shard = {name: dict(value) if name == "text_config" else value for name, value in config.items()}
-    parts: list[dict[str, Any]] = [shard, shard.get("text_config", {})]
+    parts = [shard := dict(config)]
+    if isinstance(text := config.get("text_config"), Mapping):
+        parts.append(dict(text))
+        shard["text_config"] = parts[-1]
     for part in parts:
-        if tp > 1 and "head_dim" not in part and "num_attention_heads" in part:
-            part["head_dim"] = part["hidden_size"] // part["num_attention_heads"]
-        for name in _SHARED_OUT:
-            value = part.get(name)
-            if not isinstance(value, int):
-                continue
-            if name == "num_key_value_heads" and 0 < value < tp and tp % value == 0:
-                part[name] = 1
-                continue
-            if value % tp:
-                raise ConfigurationError(f"{name} is {value}, which {tp} ranks cannot share; choose another --tp")
-            part[name] = value // tp
+        numbers = {name: value for name, value in part.items() if type(value) is int}
+        hidden, heads = numbers.get("hidden_size"), numbers.get("num_attention_heads")
+        if tp > 1 and hidden and heads and part.get("head_dim") is None:
+            part["head_dim"] = hidden // heads
+        for name in _HEADS:
+            if name in numbers:
+                part[name] = _heads(name, numbers[name], tp)
+        for name in _WIDTHS:
+            if name in numbers:
+                part[name], rest = divmod(numbers[name], tp)
+                if rest:
+                    model_layers(config, tp)  # refuses it, unless no layer has this width
+        if _VOCABULARY in numbers:
+            part[_VOCABULARY] = -(-numbers[_VOCABULARY] // tp)  # vLLM pads what does not divide
     return shard
+
+
+def _heads(name: str, heads: int, tp: int) -> int:
+    """Of one rank; of fewer key-value heads than ranks, each rank has one."""
+    if name == "num_key_value_heads" and 0 < heads < tp and tp % heads == 0:
+        return 1
+    if heads % tp:
+        raise ConfigurationError(f"{name} is {heads}, which {tp} ranks cannot share; choose another --tp")
+    return heads // tp

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vllm_spark.bench import decode
 from vllm_spark.bench.shard_as_model import shard_as_model
+from vllm_spark.data_file import write_whole
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.quantization_groups import with_groups_that_fit
 from vllm_spark.stage import Stage
@@ -72,9 +72,10 @@ def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], No
             f"{settings.tables} is no folder of a user's tables; its path ends in vllm-spark/tuned"
         )
     model = stage.folder / "shard"
-    model.mkdir()
-    served = with_groups_that_fit(settings.config, settings.tp)
-    (model / "config.json").write_bytes(msgspec.json.encode(shard_as_model(served, settings.tp)))
+    shard = shard_as_model(with_groups_that_fit(settings.config, settings.tp), settings.tp)
+    write_whole(model / "config.json", json.dumps(shard), "configuration")
+    # The folder has no preprocessor's files, which vLLM would ask for to look at pictures.
+    engine = {"language_model_only": True} if isinstance(shard.get("text_config"), dict) else {}
     report = decode.measure(
         decode.Settings(
             device="cuda",
@@ -84,7 +85,7 @@ def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], No
             steps=settings.steps,
             rounds=settings.rounds,
             compile=settings.compile,
-            engine=dict(settings.engine),
+            engine=engine | dict(settings.engine),
             timeout=settings.timeout,
             environment={"XDG_CONFIG_HOME": str(settings.tables.parent.parent)},
         ),

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         nargs="*",
-        type=Path,
+        type=tune_model.path_argument,
         metavar="FOLDER",
         help="check every table in these folders, without a GPU; default: those of this project, and your own",
     )
@@ -63,10 +63,10 @@ def _check(args: argparse.Namespace) -> int:
     from vllm_spark.tuning.check import check_tables
     from vllm_spark.tuning.lookup import shipped_folder, user_folder
 
-    folders = [folder.expanduser() for folder in args.check]
+    folders = list(args.check)
     if not folders:
         own = user_folder()
-        folders = [shipped_folder(), *([own] if own is not None and own.is_dir() else [])]
+        folders = [shipped_folder(), *([own] if own is not None and _may_be_there(own) else [])]
     if not args.json:
         console = Console(stderr=True)
         with console.status(f"checking tables in {', '.join(map(str, folders))}"):
@@ -78,6 +78,14 @@ def _check(args: argparse.Namespace) -> int:
     if not report.tables:
         return EXIT_USAGE
     return 1 if report.failed else 0
+
+
+def _may_be_there(folder: Path) -> bool:
+    """Whether there is such a folder, or one that cannot be read, of which the check says so."""
+    try:
+        return folder.is_dir()
+    except OSError:
+        return True
 
 
 def _show(report: CheckReport, folders: list[Path]) -> None:

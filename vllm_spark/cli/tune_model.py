@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_spark.cli import PROGRAM
 from vllm_spark.cli.bench.arguments import engine_arguments, positive
 from vllm_spark.cli.bench.output import check_writable, wide_console
 from vllm_spark.data_folders import data_folder
@@ -26,12 +28,18 @@ from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from vllm_spark.bench.tuned_decode import Comparison
+    from vllm_spark.tuning.gb10 import Device
+    from vllm_spark.tuning.journal import Journal
     from vllm_spark.tuning.outcome import Outcome, Shape
+    from vllm_spark.tuning.timing import HangError
     from vllm_spark.tuning.tuned_model import TunedModel
     from vllm_spark.tuning.tuner import NewTable
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """As the hub names models: of an owner, and not a path."""
+
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Beside config.json in some checkpoints: of GPTQ, AWQ and ModelOpt."""
 
 LARGEST_ROWS = 8
 """Tokens of the largest step that gets an entry: above, batches are large enough for vLLM's rule to be right."""
@@ -62,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a decode step, up to 8; larger steps stay as vLLM runs them (default: 1 to 8)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
+        "--out", type=path_argument, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
     )
     parser.add_argument(
         "--rounds",
@@ -79,13 +87,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
+    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
     parser.add_argument(
         "--keep-logs",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="write the engines' output there, into a folder for each size, and keep it",
     )
+
+
+def path_argument(text: str) -> Path:
+    """A file or folder, also as `--option=~/name`, which shells leave as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -106,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
         SparkError: no GPU, no vLLM, no place for the tables, a model that is not known, or a kernel that failed.
     """
     name, config = _read_model(args.model)
+    from vllm_spark.bench.shard_as_model import shard_as_model
+    from vllm_spark.quantization_groups import with_groups_that_fit
     from vllm_spark.tuning.lookup import user_folder
+    from vllm_spark.tuning.outcome import tunable_rows
     from vllm_spark.tuning.tuned_model import TunedModel, layers_as_served, shapes_of
 
     models = [TunedModel(name, tp, layers_as_served(config, tp)) for tp in args.tp]
@@ -117,41 +136,82 @@ def run(args: argparse.Namespace) -> int:
             labels.setdefault(shape, []).append(model.label)
     if not labels:
         raise ConfigurationError(f"there is nothing to tune in {name}: {_NOTHING[args.kernels]}")
+    if not any(tunable_rows(shape, args.rows) for shape in labels):
+        raise ConfigurationError(
+            f"there is nothing to tune in {name} for {args.rows[0]} tokens: vLLM makes larger blocks of them than "
+            "Marlin is tuned for; leave --rows out"
+        )
     if args.kernels == "triton":
         _check_triton_takes(name, config)
     out = args.out or user_folder()
     if out is None:
         raise ConfigurationError("this user has no home folder for the tables; give a folder with --out")
-    _check_folder(out)
+    _check_folder(out, "--out")
     if args.plot is not None:
         from vllm_spark.bench.collective_report import check_plot
 
         check_plot(args.plot)
         check_writable(args.plot)
+    if args.decode:
+        if args.keep_logs is not None:
+            _check_folder(args.keep_logs, "--keep-logs")
+        for model in models:  # a shard that cannot be made is no reason to lose a search
+            shard_as_model(with_groups_that_fit(config, model.tp), model.tp)
     torch = _torch_with_gpu()
     if args.kernels == "triton":
         _check_version_takes_int4(list(labels))
-    from vllm_spark.tuning.journal import Journal, Kept
-    from vllm_spark.tuning.promotion import promoted
+    from vllm_spark.tuning.journal import Journal
     from vllm_spark.tuning.report import outcomes_tables, plot
     from vllm_spark.tuning.serving import this_device
-    from vllm_spark.tuning.tuner import store, tables, tune
+    from vllm_spark.tuning.tuner import tables
     from vllm_spark.tuning.versions import installed_versions
 
-    device = this_device()
-    versions = installed_versions()
+    device, versions = this_device(), installed_versions()
     where = ", ".join([torch.cuda.get_device_name(), *(f"{each} {version}" for each, version in versions.items())])
     journal = Journal(out, device.name, versions)
     console = wide_console()
+    with _ended_in_order(), journal.alone():
+        outcomes = _search(list(labels), args.rows, device, journal, out, console)
+        for table in outcomes_tables(outcomes, where):
+            console.print(table)
+
+        def tables_of(mine: list[Outcome]) -> list[NewTable]:
+            return tables(mine, labels, device, versions, journal.kept().values(), out)
+
+        def judge(model: TunedModel, its: list[Shape], candidates: list[NewTable]) -> dict[int, float]:
+            comparisons = _compare(config, model, {**_backend(its), **args.engine}, candidates, args, console)
+            console.print(_comparison_table(model.label, comparisons, where))
+            return {each.batch: each.ratio for each in comparisons}
+
+        if not args.decode:
+            console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
+        _keep(outcomes, shapes, labels, tables_of, judge if args.decode else None, journal, out, console)
+    for sentence in _who_reads(list(labels)):
+        console.print(sentence, soft_wrap=True)
+    if args.plot is not None:
+        plot(outcomes, where, args.plot)
+    return 0
+
+
+def _search(
+    shapes: list[Shape], rows: tuple[int, ...], device: Device, journal: Journal, out: Path, console: Console
+) -> list[Outcome]:
+    from vllm_spark.tuning.outcome import tunable_rows
+    from vllm_spark.tuning.timing import HangError
+    from vllm_spark.tuning.tuner import tune
+
     outcomes: list[Outcome] = []
     notes: dict[str, None] = {}
-    with (
-        _ended_in_order(),
-        Progress(
-            *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
-        ) as progress,
-    ):
-        task = progress.add_task("searching", total=len(labels) * len(args.rows))
+    total = sum(len(tunable_rows(shape, rows)) for shape in shapes)
+    progress = Progress(
+        *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
+    )
+
+    def kept() -> str:
+        return f"{len(outcomes)} of {total} results are kept in {out}; the same command goes on there"
+
+    with _told_when_stopped(console, kept), progress:
+        task = progress.add_task("searching", total=total)
         compiled = 0
 
         def show(outcome: Outcome) -> None:
@@ -164,41 +224,76 @@ def run(args: argparse.Namespace) -> int:
             progress.update(task, description=f"searching, {compiled} kernels compiled")
 
         try:
-            tune(list(labels), args.rows, device, journal, show, show_kernel, notes.setdefault)
-        except (KeyboardInterrupt, SystemExit):
+            tune(shapes, rows, device, journal, show, show_kernel, notes.setdefault)
+        except HangError as error:
             progress.stop()
-            console.print(
-                f"Stopped: {len(outcomes)} of {len(labels) * len(args.rows)} results are kept in {out}; "
-                "the same command goes on there.",
-                soft_wrap=True,
-            )
-            raise
-    for table in outcomes_tables(outcomes, where):
-        console.print(table)
+            _end_at_once(error, out)
     for sentence in notes:
-        console.print(f"[yellow]NOTE[/]: {escape(sentence)}", soft_wrap=True)
-    if args.plot is not None:
-        plot(outcomes, where, args.plot)
-    kept = journal.kept().values()
-    if args.decode:
+        _note(console, sentence)
+    return outcomes
+
+
+def _keep(
+    outcomes: list[Outcome],
+    shapes: list[tuple[TunedModel, list[Shape]]],
+    labels: dict[Shape, list[str]],
+    tables_of: Callable[[list[Outcome]], list[NewTable]],
+    judge: Callable[[TunedModel, list[Shape], list[NewTable]], dict[int, float]] | None,
+    journal: Journal,
+    out: Path,
+    console: Console,
+) -> None:
+    """Writes the tables of one size after the other, each as soon as its decode steps were compared.
+
+    Args:
+        tables_of: those that outcomes make, together with what the journal and `out` have.
+        judge: compares, and gives ratios as `promotion.promoted` takes them; None if nothing is compared.
+    """
+    from vllm_spark.tuning.journal import Kept
+    from vllm_spark.tuning.promotion import promoted
+    from vllm_spark.tuning.tuner import store
+
+    judged: dict[tuple[Shape, int], Outcome] = {(outcome.shape, outcome.rows): outcome for outcome in outcomes}
+    done = 0
+
+    def kept() -> str:
+        return (
+            f"tables for {done} of {len(shapes)} sizes are written, and what the search found is kept in {out}; the "
+            "same command compares decode steps again"
+        )
+
+    with _told_when_stopped(console, kept):
         for model, its in shapes:
-            mine = [outcome for outcome in outcomes if outcome.shape in its]
-            if not mine:
-                continue
-            engine = {**_backend(its), **args.engine}
-            candidates = tables(mine, labels, device, versions, kept, out)
-            comparisons = _compare(config, model, engine, candidates, args, console)
-            console.print(_comparison_table(model.label, comparisons, where))
-            ratios = {each.batch: each.ratio for each in comparisons}
-            outcomes = [each for each in outcomes if each.shape not in its] + promoted(mine, ratios)
-    else:
-        console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
-    journal.keep([Kept(outcome, tuple(labels[outcome.shape])) for outcome in outcomes])
-    for path in store(tables(outcomes, labels, device, versions, kept, out), out):
-        console.print(f"Written: {path}", soft_wrap=True)
-    for sentence in _who_reads(list(labels)):
-        console.print(sentence, soft_wrap=True)
-    return 0
+            mine = [outcome for outcome in judged.values() if outcome.shape in its]
+            if mine and judge is not None:
+                mine = promoted(mine, judge(model, its, tables_of(mine)))
+                judged |= {(outcome.shape, outcome.rows): outcome for outcome in mine}
+            journal.keep([Kept(outcome, tuple(labels[outcome.shape])) for outcome in mine])
+            for path in store(tables_of(mine), out, lambda sentence: _note(console, sentence)):
+                console.print(f"Written: {path}", soft_wrap=True)
+            done += 1
+
+
+def _note(console: Console, sentence: str) -> None:
+    console.print(f"[yellow]NOTE[/]: {escape(sentence)}", soft_wrap=True)
+
+
+def _end_at_once(error: HangError, out: Path) -> NoReturn:
+    """Ends this process: whatever waits for the GPU, as the end of a program does, would wait for the kernel."""
+    print(f"{PROGRAM}: {error}; it is noted in {out}, and the same command goes on without it.", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(error.exit_code)
+
+
+@contextmanager
+def _told_when_stopped(console: Console, kept: Callable[[], str]) -> Iterator[None]:
+    """Says what is kept when Ctrl-C or another signal ends what is inside."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        console.print(f"Stopped: {kept()}.", soft_wrap=True)
+        raise
 
 
 _NOTHING = {
@@ -211,9 +306,7 @@ _NOTHING = {
 
 def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
-    text = config.get("text_config")
-    described = config.get("quantization_config") or (text if isinstance(text, dict) else {}).get("quantization_config")
-    described = described if isinstance(described, dict) else {}
+    described = _quantization(config)
     if str(described.get("quant_method", "")).lower() == "awq":
         reason = "AWQ's layout of int4 weights"
     elif described.get("desc_act"):
@@ -223,6 +316,16 @@ def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     raise ConfigurationError(
         f"vLLM's Triton kernel does not take {reason}, which {name} has; leave --kernels triton out to tune Marlin"
     )
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of how weights are quantized; empty if nothing."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        described = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(described, dict):
+            return described
+    return {}
 
 
 def _check_version_takes_int4(shapes: list[Shape]) -> None:
@@ -235,12 +338,17 @@ def _check_version_takes_int4(shapes: list[Shape]) -> None:
         )
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ConfigurationError if `folder` cannot be made or written, and makes nothing yet."""
-    parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+def _check_folder(folder: Path, option: str) -> None:
+    """Raises ConfigurationError if `folder`, given by `option`, cannot be made or written, and makes nothing yet."""
+    try:
+        parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise ConfigurationError(
+            f"the folder {folder} cannot be written ({error.strerror}); give another with {option}"
+        ) from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "is protected" if parent.is_dir() else "is a file"
-        raise ConfigurationError(f"the folder {folder} cannot be written: {parent} {what}; give another with --out")
+        raise ConfigurationError(f"the folder {folder} cannot be written: {parent} {what}; give another with {option}")
 
 
 def _backend(shapes: list[Shape]) -> dict[str, str]:
@@ -326,31 +434,45 @@ def _read_model(model: str) -> tuple[str, dict[str, Any]]:
     """Its name, and the content of its config.json: from a folder, a file, this project's, or the hub.
 
     Raises:
-        ConfigurationError: there is none, or it is no JSON object.
+        ConfigurationError: there is none, it is no JSON object, or it does not say how the weights are quantized.
     """
     given, shipped = Path(model), data_folder("configs") / "models"
-    for path in (given, given / "config.json", shipped / model / "config.json"):
-        if path.is_file():
-            break
-    else:
-        path = _from_hub(model, shipped)
+    names = ", ".join(sorted(path.name for path in shipped.iterdir() if path.is_dir()))
+    remedy = f"give a folder or file with a config.json, a model of the hub, or one of {names}"
+    places = (given, given / "config.json", shipped / model / "config.json")
+    try:
+        path = next((path for path in places if path.is_file()), None)
+    except OSError as error:
+        raise ConfigurationError(f"the model {model} cannot be read ({error.strerror}); {remedy}") from None
+    on_hub = path is None
+    if path is None:
+        if not _HUB_NAME.fullmatch(model):
+            raise ConfigurationError(f"there is no model {model!r} here; {remedy}")
+        path = _from_hub(model, "config.json", remedy)
     try:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is no JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigurationError(f"{path} holds no JSON object, as a config.json does")
+    if path.name == "config.json" and not _quantization(config):
+        for name in _QUANTIZATION_FILES:
+            beside = path.with_name(name)
+            if on_hub:
+                with suppress(ConfigurationError):
+                    beside = _from_hub(model, name, remedy)
+            if beside.is_file():
+                raise ConfigurationError(
+                    f"how the weights of {model} are quantized is in {name}, and tuning reads config.json alone; "
+                    "write it there as well, as quantization_config"
+                )
     return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
 
 
-def _from_hub(model: str, shipped: Path) -> Path:
-    """The config.json of a model that vLLM would load by this name."""
-    names = ", ".join(sorted(path.name for path in shipped.iterdir() if path.is_dir()))
-    remedy = f"give a folder or file with a config.json, a model of the hub, or one of {names}"
-    if not _HUB_NAME.fullmatch(model):
-        raise ConfigurationError(f"there is no model {model!r} here; {remedy}")
+def _from_hub(model: str, name: str, remedy: str) -> Path:
+    """The file `name` of a model that vLLM would load by this name."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -358,7 +480,7 @@ def _from_hub(model: str, shipped: Path) -> Path:
         raise ConfigurationError(f"there is no model {model!r} here; {remedy}") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it retries for half a minute, and logs each time
     try:
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(hf_hub_download(model, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(

@@ -13,6 +13,8 @@ from vllm_spark.tuning.check_marlin import check_marlin_table
 from vllm_spark.tuning.finding import Finding
 from vllm_spark.tuning.fused_moe_table import PROVENANCE_SUFFIX
 
+_FOLDERS = (marlin_table.FOLDER, fused_moe_table.FOLDER)
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -54,11 +56,14 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
     vllm_tables = None if source is None else source.parent / "configs"
     compiled = False
     for folder in folders:
-        for path in _tables(folder):
+        files = _tables(folder)
+        for path in files:
             tables.append(path)
             if path.name.endswith(PROVENANCE_SUFFIX):
-                findings += _check_orphan(path)
-            elif path.name.startswith("kernel="):
+                findings += _check_orphan(path, files)
+                continue
+            findings += _check_place(path)
+            if path.name.startswith("kernel="):
                 findings += check_marlin_table(path)
             else:
                 compiled = True
@@ -75,20 +80,44 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
     return CheckReport(listed, tuple(findings), version, tuple(unchecked))
 
 
-def _tables(folder: Path) -> Iterator[Path]:
+def _tables(folder: Path) -> list[Path]:
     """Every file that is, or is meant to be, a table or its provenance."""
-    if not folder.is_dir():
-        raise ConfigurationError(f"{folder} is no folder; give one that has tables in it")
-    for path in sorted(folder.glob("*.json")):
-        if path.name.startswith(("E=", "kernel=")):
-            yield path
-    for name in (marlin_table.FOLDER, fused_moe_table.FOLDER):
-        yield from sorted((folder / name).glob("*.json"))
+    try:
+        found = [path for path in _files(folder) if path.name.startswith(("E=", "kernel="))]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigurationError(f"{folder} is no folder; give one that has tables in it") from None
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be read ({error.strerror}); give another folder") from None
+    for name in _FOLDERS:
+        try:
+            found += _files(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"{folder / name} cannot be read ({error.strerror}); make it readable") from None
+    return found
 
 
-def _check_orphan(path: Path) -> Iterator[Finding]:
+def _files(folder: Path) -> list[Path]:
+    """Not by `glob`, which takes a folder that it may not read for an empty one."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(".json"))
+
+
+def _check_place(path: Path) -> Iterator[Finding]:
+    """Serving looks for tables of each kind in a folder of its own, within those that have these names."""
+    own = marlin_table.FOLDER if path.name.startswith("kernel=") else fused_moe_table.FOLDER
+    if path.absolute().parent.name in {*_FOLDERS, "configs", "tuned"} - {own}:
+        yield Finding(
+            path,
+            None,
+            "error",
+            f"serving does not look for it in {path.parent}, but in a folder {own} of its own; move it there",
+        )
+
+
+def _check_orphan(path: Path, files: Sequence[Path]) -> Iterator[Finding]:
     table = path.with_name(path.name.removesuffix(PROVENANCE_SUFFIX) + ".json")
-    if not table.is_file():
+    if table not in files:
         yield Finding(path, None, "error", f"it is the provenance of {table.name}, which is not there")
 
 
@@ -97,7 +126,7 @@ def _duplicates(tables: Sequence[Path]) -> Iterator[Finding]:
     first: dict[tuple[str, Path], Path] = {}
     for path in tables:
         folder = path.parent
-        root = folder.parent if folder.name in (marlin_table.FOLDER, fused_moe_table.FOLDER) else folder
+        root = folder.parent if folder.name in _FOLDERS else folder
         other = first.setdefault((path.name, root), path)
         if other != path:
             yield Finding(

@@ -83,8 +83,9 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
         yield Finding(
             path, None, "error", "it says what vLLM does without a table, and hides the one that vLLM has; remove it"
         )
+    smallest_steps = {row: first for row, (first, _) in spans(table.rows, _CHECKED_TOKENS).items()}
     for row, values in table.rows.items():
-        faults = list(_row_faults(shape, row, values, sources.group_size))
+        faults = list(_row_faults(shape, smallest_steps[row], values, sources.group_size))
         yield from (Finding(path, row, "error", fault) for fault in faults)
         if not faults and (device := DEVICES.get(device_name)) is not None:
             default = has_default(shape) and values == default_row(shape, row)
@@ -142,7 +143,7 @@ def _check_defaults(
 
 
 def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group_size: int | None) -> Iterator[str]:
-    """What vLLM or Triton would stumble over."""
+    """What vLLM or Triton would stumble over in a step of `tokens`, the smallest that takes the row."""
     integers = shape.dtype == "int4_w4a16"
     needed = ("BLOCK_SIZE_M", "GROUP_SIZE_M") if integers else _NEEDED
     if gaps := [key for key in needed if key not in row]:
@@ -173,9 +174,9 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
             f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is cut to {limit}, the block of the weights: it is a duplicate of "
             f"BLOCK_SIZE_K={limit} and says something else"
         )
-    if integers and "BLOCK_SIZE_K" in row and tokens * 8 <= 6 * shape.experts:
-        # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. Its experts of a token are
-        # not in the table's name: 8 is what most models have.
+    if integers and "BLOCK_SIZE_K" in row and tokens <= 6 * shape.experts:
+        # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. How many experts a token has
+        # the table's name does not say: one, at the least.
         for group in _INT4_GROUPS if group_size is None else (group_size,):
             if row["BLOCK_SIZE_K"] // group not in _INT4_RATIOS:
                 yield (

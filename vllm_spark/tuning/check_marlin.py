@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.finding import Finding, device_findings, provenance_findings, reach_findings
-from vllm_spark.tuning.gb10 import DEVICES
-from vllm_spark.tuning.marlin_rules import Gemm, Tile, block_size_m, blocks_fault, compiled_tiles, shape_fault
+from vllm_spark.tuning.gb10 import DEVICES, GB10
+from vllm_spark.tuning.marlin_rules import Gemm, Tile, block_size_m, blocks_fault, shape_fault
 from vllm_spark.tuning.marlin_table import MarlinRow, MarlinTable, load_marlin_table
+
+_WITHOUT_LIMITS = dataclasses.replace(GB10, shared_bytes=2**40, threads_per_multiprocessor=2**40)
+"""For devices that are not known here: what the kernel wants of every GPU is left."""
 
 _ATOMIC_WIDTH = 2048  # the dense kernel adds atomically up to so many outputs for each 64 rows
 
@@ -85,15 +89,7 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
         )
         return
     tile = Tile.asked(entry.thread_k, entry.thread_n)
-    device = DEVICES.get(table.device)
-    fault: str | None
-    if device is not None:
-        fault = blocks_fault(entry.blocks, tile, gemm, device)
-    elif tile in compiled_tiles(gemm.m_blocks):
-        fault = None
-    else:
-        fault = f"no kernel is compiled for thread_k x thread_n = {tile.thread_k}x{tile.thread_n}"
-    if fault is not None:
+    if (fault := blocks_fault(entry.blocks, tile, gemm, DEVICES.get(table.device, _WITHOUT_LIMITS))) is not None:
         yield Finding(path, rows, "error", fault)
 
 

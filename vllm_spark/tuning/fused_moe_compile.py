@@ -194,7 +194,12 @@ _ALIGNED = (
 
 
 def _pointers(dtype: str | None) -> dict[str, str]:
-    data = {"fp8_w8a8": ("*fp8e4nv", "*fp8e4nv"), "int4_w4a16": ("*bf16", "*u8"), "int8_w8a16": ("*bf16", "*i8")}
+    data = {
+        "fp8_w8a8": ("*fp8e4nv", "*fp8e4nv"),
+        "int8_w8a8": ("*i8", "*i8"),
+        "int4_w4a16": ("*bf16", "*u8"),
+        "int8_w8a16": ("*bf16", "*i8"),
+    }
     inputs, weights = data.get(dtype or "", ("*bf16", "*bf16"))
     scales = "*bf16" if dtype in ("int4_w4a16", "int8_w8a16") else "*fp32"
     return {
@@ -226,10 +231,10 @@ def _constants(kind: _Kind, compute: Any, routed: bool, unsorted: bool) -> dict[
         "top_k": 1 if routed else 8,
         "compute_type": compute,
         "use_fp8_w8a8": dtype == "fp8_w8a8",
-        "use_int8_w8a8": False,
+        "use_int8_w8a8": dtype == "int8_w8a8",
         "use_int8_w8a16": dtype == "int8_w8a16",
         "use_int4_w4a16": dtype == "int4_w4a16",
-        "per_channel_quant": dtype == "fp8_w8a8" and block is None,
+        "per_channel_quant": dtype in ("fp8_w8a8", "int8_w8a8") and block is None,
         "HAS_BIAS": False,
         "SWAP_AB": False,
         "USE_TD": False,

@@ -16,7 +16,7 @@ Out of vLLM's space of 1920 rows remain some dozens:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -103,6 +103,7 @@ def search(
     known: Sequence[FusedMoeOutcome] = (),
     rounds: int = 20,
     on_trial: Callable[[], None] = lambda: None,
+    hung: Container[object] = (),
 ) -> FusedMoeOutcome:
     """Tries what remains of the space in turns with the default, then the fastest once more with other routings.
 
@@ -114,14 +115,16 @@ def search(
         known: of the same shape, for other numbers of tokens.
         rounds: see `search.find`.
         on_trial: called for every row that was compiled.
+        hung: what is not tried, because the kernel did not end with it.
 
     Raises:
+        HangError: a kernel does not end.
         SparkError: vLLM's own choice does not run, or a kernel failed while it ran.
     """
     problem, others = (FusedMoeProblem(shape, layers, rows, CALLS, rows + more, device.name) for more in (0, 100))
     if not runs(problem, None, KERNEL):
         raise SparkError(f"{KERNEL} does not run with vLLM's own parameters for {rows} tokens and {shape.describe()}")
-    candidates = not_hopeless(search_space(shape, rows, device), known)
+    candidates = not_hopeless([row for row in search_space(shape, rows, device) if row not in hung], known)
     candidates = [
         each for each in trials.usable(shape.table, candidates, on_trial, shape.int4) if runs(problem, each, KERNEL)
     ]

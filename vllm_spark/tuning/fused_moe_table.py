@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, V
 from vllm_spark.data_file import first_fault, write_whole
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
-from vllm_spark.tuning.table_file import is_row_number, read_json, row_numbers
+from vllm_spark.tuning.table_file import LARGEST_ROW, is_row_number, read_json, row_numbers
 
 FOLDER = "fused_moe"
 """Of these tables, within `configs/` and within a user's folder of tuned tables."""
@@ -87,7 +88,7 @@ class FusedMoeProvenance(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: tuple[str, ...] = ()
-    group_size: StrictInt | None = None
+    group_size: StrictInt | None = Field(default=None, gt=0)
     rows: Annotated[dict[int, Provenance], BeforeValidator(row_numbers)] = Field(default_factory=dict)
 
     @property
@@ -118,10 +119,14 @@ def load_fused_moe_table(path: Path) -> FusedMoeTable:
     for key, values in content.items():
         if not is_row_number(key):
             raise ConfigurationError(
-                f"{path} is no FusedMoE table: {key!r} is no number of tokens, and vLLM fails there"
+                f"{path} is no FusedMoE table: {reprlib.repr(key)} is no number of tokens from 1 to {LARGEST_ROW}"
             )
-        if not isinstance(values, dict) or not all(type(value) is int for value in values.values()):
-            raise ConfigurationError(f"{path} is no FusedMoE table: row {key} maps no names to whole numbers")
+        if not isinstance(values, dict) or not all(
+            type(value) is int and abs(value) < 2**31 for value in values.values()
+        ):
+            raise ConfigurationError(
+                f"{path} is no FusedMoE table: row {key} maps no names to whole numbers of 32 bits"
+            )
         rows[int(key)] = values
     if not rows:
         raise ConfigurationError(f"{path} is no FusedMoE table: it has no rows")

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.tuning.fused_moe_shape import FusedMoeParameters
+from vllm_spark.tuning.marlin_table import MarlinParameters
 from vllm_spark.tuning.outcome import Outcome, Shape
 
 FILE = "journal.jsonl"
 
 
+Parameters = MarlinParameters | FusedMoeParameters
+"""Of any kernel."""
+
+
 class _Line(BaseModel):
-    """One outcome, and with what it was measured: another driver or vLLM measures anew (`versions`)."""
+    """One line, and with what it was measured: another driver or vLLM measures anew (`versions`)."""
 
     device: str
     versions: dict[str, str]
+
+
+class _OutcomeLine(_Line):
     outcome: Outcome
     stage: Literal["searched", "kept"] = "searched"
     models: tuple[str, ...] = ()
+
+
+class _HangLine(_Line):
+    """Parameters with which a kernel does not end."""
+
+    hung: Parameters
+    shape: Shape
+
+
+_AnyLine = TypeVar("_AnyLine", bound=_Line)
 
 
 @dataclass(frozen=True)
@@ -62,13 +83,31 @@ class Journal:
                 f"the folder {folder} cannot be written ({error.strerror}); give another with --out"
             ) from None
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While inside, no other tuner writes here, and measures on the same GPU.
+
+        Raises:
+            SparkError: another one does.
+        """
+        with self._path.open("ab") as file:
+            with suppress(OSError):  # of a file system without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise SparkError(
+                        f"another vllm-spark tune is at work in {self._path.parent}; wait for its end, or end it"
+                    ) from None
+            yield
+
     def known(self) -> dict[tuple[Shape, int], Outcome]:
         """Outcomes of this device and these versions by shape and rows; the newest of each.
 
         Raises:
             ConfigurationError: the journal cannot be read.
         """
-        return {(each.shape, each.rows): each for each in (line.outcome for line in self._lines("searched"))}
+        lines = self._lines(_OutcomeLine)
+        return {(line.outcome.shape, line.outcome.rows): line.outcome for line in lines if line.stage == "searched"}
 
     def kept(self) -> dict[tuple[Shape, int], Kept]:
         """What this device and these versions left in tables, by shape and rows; the newest of each.
@@ -77,13 +116,22 @@ class Journal:
             ConfigurationError: the journal cannot be read.
         """
         found: dict[tuple[Shape, int], Kept] = {}
-        for line in self._lines("kept"):
-            key = (line.outcome.shape, line.outcome.rows)
-            before = found[key].models if key in found else ()
-            found[key] = Kept(line.outcome, tuple(dict.fromkeys((*before, *line.models))))
+        for line in self._lines(_OutcomeLine):
+            if line.stage == "kept":
+                key = (line.outcome.shape, line.outcome.rows)
+                before = found[key].models if key in found else ()
+                found[key] = Kept(line.outcome, tuple(dict.fromkeys((*before, *line.models))))
         return found
 
-    def _lines(self, stage: str) -> Iterator[_Line]:
+    def hung(self) -> set[Parameters]:
+        """With which a kernel did not end, for any shape, on this device with these versions.
+
+        Raises:
+            ConfigurationError: the journal cannot be read.
+        """
+        return {line.hung for line in self._lines(_HangLine)}
+
+    def _lines(self, kind: type[_AnyLine]) -> Iterator[_AnyLine]:
         """A line that is none, for instance cut off when the machine lost its power, is passed over."""
         try:
             content = self._path.read_bytes()
@@ -93,10 +141,10 @@ class Journal:
             ) from None
         for text in content.splitlines():
             try:
-                line = _Line.model_validate_json(text)
+                line = kind.model_validate_json(text)
             except ValidationError:
                 continue
-            if (line.device, line.versions, line.stage) == (self._device, self._versions, stage):
+            if (line.device, line.versions) == (self._device, self._versions):
                 yield line
 
     def add(self, outcome: Outcome) -> None:
@@ -105,7 +153,15 @@ class Journal:
         Raises:
             SparkError: the disk is full, or fails.
         """
-        self._write([_Line(device=self._device, versions=self._versions, outcome=outcome)])
+        self._write([_OutcomeLine(device=self._device, versions=self._versions, outcome=outcome)])
+
+    def add_hang(self, shape: Shape, parameters: Parameters) -> None:
+        """Writes down that a kernel does not end with these parameters, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write([_HangLine(device=self._device, versions=self._versions, hung=parameters, shape=shape)])
 
     def keep(self, kept: Sequence[Kept]) -> None:
         """Writes down what goes into tables, and waits until the disk has it.
@@ -114,7 +170,9 @@ class Journal:
             SparkError: the disk is full, or fails.
         """
         self._write(
-            _Line(device=self._device, versions=self._versions, outcome=each.outcome, stage="kept", models=each.models)
+            _OutcomeLine(
+                device=self._device, versions=self._versions, outcome=each.outcome, stage="kept", models=each.models
+            )
             for each in kept
         )
 

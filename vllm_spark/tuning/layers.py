@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.tuning.config_values import LARGEST, items, whole_number
 from vllm_spark.tuning.weights import LayerName, Reader, Weights, weights_reader
 
 
@@ -81,11 +82,14 @@ def model_layers(config: Mapping[str, Any], tp: int) -> list[Layer]:
     kind = model.kind(str(config.get("model_type") or ""))
     read, method = weights_reader(config)
     found: Counter[Layer] = Counter()
-    for index in range(model.number("num_hidden_layers")):
+    for index in range(model.number("num_hidden_layers", most=_MOST_LAYERS)):
         for layer, parts in kind(model, index, method):
             found[_stored(layer, index, parts, read, nested)] += 1
     return [replace(layer, count=count) for layer, count in found.items()]
 
+
+_MOST_LAYERS = 10_000
+"""Each is looked at, since a checkpoint may treat each in its own way."""
 
 _Parts = tuple[str, ...]
 _QKV: _Parts = ("q_proj", "k_proj", "v_proj")
@@ -130,15 +134,11 @@ class _Model:
         value = self._config.get(key)
         return default if value is None else value
 
-    def number(self, key: str, *others: str, default: int | None = None) -> int:
+    def number(self, key: str, *others: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
         """The first of the keys that is there."""
         for name in (key, *others):
-            value = self._config.get(name)
-            if value is None:
-                continue
-            if type(value) is not int or value < 0:
-                raise ConfigurationError(f"{name} is {value!r} in config.json; it must be a whole number")
-            return value
+            if (value := whole_number(self._config, name, least, most)) is not None:
+                return value
         if default is None:
             raise ConfigurationError(f"config.json has no {key}, which the shapes of its layers follow from")
         return default
@@ -155,11 +155,11 @@ class _Model:
         """Fused query, key and value, and the output projection; a gate doubles the queries."""
         hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
         key_heads = self.number("num_key_value_heads", default=heads)
-        head = self.number("head_dim", default=hidden // max(heads, 1))
+        head = self.number("head_dim", default=max(hidden // heads, 1))
         own = self.share("num_attention_heads", heads)
         if key_heads >= self.tp:
             own_keys = self.share("num_key_value_heads", key_heads)
-        elif key_heads > 0 and self.tp % key_heads == 0:
+        elif self.tp % key_heads == 0:
             own_keys = 1
         else:
             raise ConfigurationError(
@@ -202,15 +202,18 @@ class _Model:
 
     def has_experts(self, index: int) -> bool:
         """Whether this layer is sparse, by Qwen's rule."""
-        sparse = (index + 1) % max(self.number("decoder_sparse_step", default=1), 1) == 0
-        return sparse and self.number("num_experts") > 0 and index not in self.get("mlp_only_layers", ())
+        return (
+            self.number("num_experts", least=0) > 0
+            and (index + 1) % self.number("decoder_sparse_step", default=1) == 0
+            and index not in items(self._config, "mlp_only_layers")
+        )
 
     def is_full_attention(self, index: int) -> bool:
         """Whether this layer has attention over all tokens, in a model that mixes it with linear attention."""
-        types = self.get("layer_types")
-        if types is None:
+        if self.get("layer_types") is None:
             return (index + 1) % self.number("full_attention_interval", default=4) == 0
-        if not isinstance(types, list) or index >= len(types):
+        types = items(self._config, "layer_types")
+        if index >= len(types):
             raise ConfigurationError(f"layer_types in config.json says nothing about layer {index}")
         if types[index] not in ("full_attention", "linear_attention"):
             raise ConfigurationError(f"layer {index} is of type {types[index]!r}, which is not known here")
@@ -263,18 +266,18 @@ def _qwen_experts(model: _Model, index: int) -> _Found:
         return
     inner = model.number("moe_intermediate_size")
     yield from model.experts("mlp.experts", model.number("num_experts"), "moe_intermediate_size", inner)
-    if shared := model.number("shared_expert_intermediate_size", default=0):
+    if shared := model.number("shared_expert_intermediate_size", default=0, least=0):
         yield from model.mlp("mlp.shared_expert", "shared_expert_intermediate_size", shared)
 
 
 def _glm4_moe(model: _Model, index: int, method: str | None) -> _Found:
     yield from model.attention()
-    if index < model.number("first_k_dense_replace", default=0):
+    if index < model.number("first_k_dense_replace", default=0, least=0):
         yield from model.mlp("mlp", "intermediate_size", model.number("intermediate_size"))
         return
     inner = model.number("moe_intermediate_size")
     yield from model.experts("mlp.experts", model.number("n_routed_experts"), "moe_intermediate_size", inner)
-    if shared := model.number("n_shared_experts", default=0):
+    if shared := model.number("n_shared_experts", default=0, least=0):
         yield from model.mlp("mlp.shared_experts", "the width of the shared experts", inner * shared)
 
 

@@ -1,12 +1,12 @@
 """Which table holds for a kernel's shape: the user's own first, then the one that comes with this project.
 
-Files are read once for a process. A file that cannot be used costs its one shape, and a sentence in the log.
+Files are read once for an engine. A file that cannot be used costs its one shape, and a sentence in the log; so does a
+folder that cannot be read.
 """
 
 from __future__ import annotations
 
 import functools
-import glob
 import logging
 from pathlib import Path
 
@@ -14,7 +14,12 @@ from vllm_spark.data_folders import configuration_folder, data_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning import fused_moe_table as fused_moe
 from vllm_spark.tuning import marlin_table as marlin
-from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance, load_fused_moe_table
+from vllm_spark.tuning.fused_moe_table import (
+    FusedMoeProvenance,
+    FusedMoeShape,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
+)
 from vllm_spark.tuning.marlin_table import MarlinShape, MarlinTable, load_marlin_table
 
 logger = logging.getLogger("vllm_spark")
@@ -40,7 +45,7 @@ def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTabl
     """
     for folder in folders():
         path = folder / marlin.FOLDER / shape.file_name(device)
-        if not path.is_file():
+        if not _is_there(path):
             continue
         try:
             table = load_marlin_table(path)
@@ -55,15 +60,38 @@ def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTabl
 
 def has_marlin_tables_for_experts(device: str) -> bool:
     """Whether there is a file that may be a table of Marlin's kernel for experts, for `device`."""
-    pattern = f"kernel=moe_*,device_name={glob.escape(device)}.json"
-    return any(next((folder / marlin.FOLDER).glob(pattern), None) is not None for folder in folders())
+    return any(path.name.startswith("kernel=moe_") for path in table_files(device, marlin.FOLDER))
+
+
+def table_files(device: str, kind: str) -> list[Path]:
+    """Files that may be tables for `device`, the user's own first.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+        kind: their folder's name.
+    """
+    found: list[Path] = []
+    for folder in folders():
+        try:
+            files = sorted((folder / kind).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            logger.warning("Tuned tables are left out: %s cannot be read (%s).", folder / kind, error.strerror)
+            continue
+        found += [
+            path
+            for path in files
+            if f"device_name={device}," in path.name or path.name.endswith(f"device_name={device}.json")
+        ]
+    return [path for path in found if path.suffix == ".json" and not path.name.endswith(fused_moe.PROVENANCE_SUFFIX)]
 
 
 @functools.cache
 def fused_moe_table(
     device: str, experts: int, size_n: int, dtype: str | None, block_shape: tuple[int, int] | None
-) -> tuple[Path, dict[int, dict[str, int]]] | None:
-    """The table for a shape, with where it is; None if there is none that can be used, or if it says nothing.
+) -> tuple[Path, dict[int, dict[str, int]], FusedMoeProvenance] | None:
+    """Where the table for a shape is, its rows, and what is known of them; None if there is none that can be used.
 
     Args:
         device: as in `gb10.device_file_name`.
@@ -75,7 +103,7 @@ def fused_moe_table(
     name = FusedMoeShape(experts, size_n, dtype, block_shape).file_name(device)
     for folder in folders():
         path = folder / fused_moe.FOLDER / name
-        if not path.is_file():
+        if not _is_there(path):
             continue
         try:
             table = load_fused_moe_table(path)
@@ -83,9 +111,7 @@ def fused_moe_table(
         except ConfigurationError as error:
             logger.warning("A tuned table is left out: %s.", error)
             continue
-        if folder == shipped_folder() and provenance is not None and provenance.says_nothing:
-            continue
-        return path, dict(table.rows)
+        return path, dict(table.rows), provenance or FusedMoeProvenance()
     return None
 
 
@@ -93,6 +119,14 @@ def forget() -> None:
     """Makes the next look-up read the files again."""
     find_marlin_table.cache_clear()
     fused_moe_table.cache_clear()
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        logger.warning("A tuned table is left out: %s cannot be read (%s).", path, error.strerror)
+        return False
 
 
 def folders() -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -56,7 +56,14 @@ def weights_of(
     )
 
 
-def search(shape: MarlinShape, rows: int, layers: list[Weights], device: Device, rounds: int = 30) -> MarlinOutcome:
+def search(
+    shape: MarlinShape,
+    rows: int,
+    layers: list[Weights],
+    device: Device,
+    rounds: int = 30,
+    hung: Container[object] = (),
+) -> MarlinOutcome:
     """Tries everything in turns with the default, then the fastest once more with other routings.
 
     Args:
@@ -64,12 +71,15 @@ def search(shape: MarlinShape, rows: int, layers: list[Weights], device: Device,
         layers: see `weights_of`.
         device: this one.
         rounds: see `search.find`.
+        hung: what is not tried, because the kernel did not end with it.
 
     Raises:
+        HangError: a kernel does not end.
         SparkError: a kernel failed while it ran.
     """
     problem, others = (MarlinProblem(shape, layers, rows, CALLS, seed=rows + more) for more in (0, 100))
-    candidates = [each for each in search_space(shape, rows, device) if runs(problem, each, "Marlin")]
+    space = (each for each in search_space(shape, rows, device) if each not in hung)
+    candidates = [each for each in space if runs(problem, each, "Marlin")]
     found = find(problem, others, MARLIN_DEFAULT, candidates, rounds)
     return MarlinOutcome(
         shape=shape,

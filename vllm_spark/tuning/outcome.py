@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import Self
 
 from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.tuning.marlin_rules import block_size_m
 from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
 
 BLOCK_SIZE_M = 8
@@ -81,3 +83,14 @@ Outcome = Annotated[MarlinOutcome | FusedMoeOutcome, Field(discriminator="kind")
 
 Shape = MarlinShape | FusedMoeExperts
 """What is searched for."""
+
+
+def tunable_rows(shape: Shape, rows: Iterable[int]) -> list[int]:
+    """Those of `rows` for which a table can hold an entry.
+
+    Marlin is tuned for the blocks that vLLM makes of few tokens. Where each expert gets nearly all of them, it makes
+    larger blocks of 8 tokens already.
+    """
+    if not isinstance(shape, MarlinShape):
+        return list(rows)
+    return [number for number in rows if block_size_m(number, shape.top_k, shape.experts) == BLOCK_SIZE_M]

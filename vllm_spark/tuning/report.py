@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from vllm_spark.errors import SparkError
 from vllm_spark.tuning.fused_moe_shape import FusedMoeParameters
 from vllm_spark.tuning.marlin_calls import describe
 from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
@@ -48,6 +49,9 @@ def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
     """Draws times with and without tuned parameters over the rows into `path`; the suffix chooses the format.
 
     Everything that was tried is drawn as a dot, so that it shows how much the choice matters.
+
+    Raises:
+        SparkError: `path` cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -69,7 +73,12 @@ def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
     figure.suptitle(where, fontsize="small")
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise SparkError(
+            f"the plot {path} cannot be written ({error.strerror}); make room there, or give another file with --plot"
+        ) from None
 
 
 def in_words(shape: Shape) -> str:

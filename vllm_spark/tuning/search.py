@@ -6,6 +6,7 @@ own choice, so that no entry is slower than none.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from vllm_spark.errors import SparkError
-from vllm_spark.tuning.timing import Times, time_in_turns
+from vllm_spark.tuning.timing import HangError, Times, time_in_turns, wait_for_kernels
 
 CLEARLY = 0.98
 """Of the default's time: what is not faster than that is not worth an entry."""
@@ -94,8 +95,9 @@ def cold_layers(
     try:
         yield weights
     finally:
-        weights.clear()
-        torch.cuda.empty_cache()
+        if not isinstance(sys.exc_info()[1], HangError):  # the GPU frees nothing while a kernel runs
+            weights.clear()
+            torch.cuda.empty_cache()
 
 
 def find(
@@ -115,7 +117,8 @@ def find(
         rounds: timed replays of each candidate in the search; twice as many in the confirmation.
 
     Raises:
-        SparkError: a kernel failed.
+        HangError: a kernel does not end.
+        SparkError: a kernel failed, or the GPU is full.
     """
     tried: dict[Parameters, float] = {}
     if len(candidates) > _MANY:
@@ -139,25 +142,38 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
     """Whether the kernel takes them; one that refuses leaves the GPU as it was.
 
     Raises:
+        HangError: the kernel does not end.
         SparkError: the GPU itself failed, or is full.
     """
     try:
         problem.call(0, parameters)
-        torch.cuda.synchronize()
+        wait_for_kernels(parameters)
+    except HangError:
+        raise
     except torch.cuda.OutOfMemoryError:
         raise SparkError(f"the GPU has no memory left for {kernel}; end what else uses it") from None
     except Exception as error:  # Triton, vLLM and torch each raise their own
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise SparkError(f"{kernel} failed with {parameters!r}: {first}") from None
+            raise SparkError(f"{kernel} failed with {parameters!r}: {_first_line(error)}") from None
         return False
     return True
 
 
 def _race(problem: Problem[Parameters], candidates: Sequence[Parameters], rounds: int) -> Times[Parameters]:
-    return time_in_turns({each: partial(problem.run, each) for each in candidates}, CALLS, rounds)
+    try:
+        return time_in_turns({each: partial(problem.run, each) for each in candidates}, CALLS, rounds)
+    except HangError:
+        raise
+    except torch.cuda.OutOfMemoryError:
+        raise SparkError("the GPU has no memory left for the search; end what else uses it") from None
+    except Exception as error:  # as in `runs`
+        raise SparkError(f"a kernel failed that ran before, with another routing: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _ratios(times: Times[Parameters], candidates: Sequence[Parameters], default: Parameters) -> dict[Parameters, float]:

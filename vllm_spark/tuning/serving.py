@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.patches import apply_all
 from vllm_spark.settings import SECTION
 from vllm_spark.tuning import fused_moe_table as fused_moe
+from vllm_spark.tuning import lookup
 from vllm_spark.tuning import marlin_table as marlin
-from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_provenance
+from vllm_spark.tuning.fused_moe_table import FusedMoeShape
 from vllm_spark.tuning.gb10 import DEVICES, Device, device_file_name
-from vllm_spark.tuning.lookup import folders, fused_moe_table
+from vllm_spark.tuning.marlin_calls import MarlinCalls
 from vllm_spark.tuning.marlin_table import MarlinTable, load_marlin_table
+from vllm_spark.tuning.vllm_rows import made_with_others, renewed
 
 logger = logging.getLogger("vllm_spark")
 
@@ -113,7 +115,16 @@ def this_device() -> Device:
 
 def has_tables(device: str) -> bool:
     """Whether any table is for `device`."""
-    return any(_tables(device, kind) for kind in (marlin.FOLDER, fused_moe.FOLDER))
+    return any(lookup.table_files(device, kind) for kind in (marlin.FOLDER, fused_moe.FOLDER))
+
+
+@functools.cache
+def marlin_calls(operator: Callable[..., Any]) -> MarlinCalls | None:
+    """What tables change in calls of Marlin's operator for experts; None if none is for this device."""
+    device = this_device()
+    if not lookup.has_marlin_tables_for_experts(device.name):
+        return None
+    return MarlinCalls(list(inspect.signature(operator).parameters), device)
 
 
 def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
@@ -122,7 +133,7 @@ def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
     All rows, because vLLM decides for a layer while it compiles it, when the number of rows has no value yet.
     """
     chosen: dict[str, MarlinTable] = {}
-    for path in _tables(device_name(), marlin.FOLDER):
+    for path in lookup.table_files(device_name(), marlin.FOLDER):
         if path.name.startswith("kernel=dense,") and path.name not in chosen:
             try:
                 chosen[path.name] = load_marlin_table(path)
@@ -161,6 +172,7 @@ def choose_fused_moe_table(
         block_k: likewise.
         of_vllm: looks where vLLM looks.
     """
+    import vllm
     import vllm.envs as envs
 
     device = device_name()
@@ -173,26 +185,39 @@ def choose_fused_moe_table(
     if theirs is not None and os.path.exists(os.path.join(theirs, name)):
         logger.info("Triton, %s: as in %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
         return of_vllm()
-    found = fused_moe_table(device, experts, size_n, dtype, block_shape)
+    found = lookup.fused_moe_table(device, experts, size_n, dtype, block_shape)
     if found is None:
-        rows = of_vllm()
-        if rows is not None:
-            logger.info("Triton, %s: the table that comes with vLLM.", name)
-        elif has_tables(device):
-            logger.info("Triton, %s: as vLLM chooses, for there is no table of this name.", name)
-        return rows
-    path, table = found
-    provenance = load_fused_moe_provenance(path)
+        return _left_to_vllm(name, of_vllm, "there is no table of this name" if has_tables(device) else None)
+    path, rows, provenance = found
+    if provenance.says_nothing and path.is_relative_to(lookup.shipped_folder()):
+        return _left_to_vllm(name, of_vllm, f"the table in {path.parent} says no more than that")
     # The name of a table for int4 does not tell the group, which vLLM gives as a block's height.
-    of_table = provenance.group_size if provenance else None
-    if dtype == "int4_w4a16" and block_k and of_table not in (None, block_k):
-        logger.info(
-            "Triton, %s: not as in %s, for it is for groups of %s, not %s.", name, path.parent, of_table, block_k
-        )
-        return of_vllm()
-    origins = dict.fromkeys(row.sentence() for row in provenance.rows.values()) if provenance else ()
+    if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
+        why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
+        return _left_to_vllm(name, of_vllm, why)
+    outdated = made_with_others(provenance, vllm.__version__)
+    if outdated:
+        versions = ", ".join(dict.fromkeys(outdated.values()))
+        now = renewed(rows, outdated, shape, device)
+        if now is None:
+            why = f"the table in {path.parent} has rows that were the choice of vLLM {versions}; tune anew"
+            return _left_to_vllm(name, of_vllm, why)
+        logger.info("Triton, %s: of vLLM %s, not %s, are rows that nobody tuned.", name, vllm.__version__, versions)
+        rows = now
+    origins = dict.fromkeys(row.sentence() for row in provenance.rows.values())
     logger.info("Triton, %s: as in %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
-    return dict(table)
+    return dict(rows)
+
+
+def _left_to_vllm(name: str, of_vllm: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:
+    """vLLM's own table, or None for its rule; the log says so, and `why`, unless there is nothing to tell."""
+    rows = of_vllm()
+    reason = "" if why is None else f", for {why}"
+    if rows is not None:
+        logger.info("Triton, %s: the table that comes with vLLM%s.", name, reason)
+    elif why is not None:
+        logger.info("Triton, %s: as vLLM chooses%s.", name, reason)
+    return rows
 
 
 def tell_of_experts(worker: Any) -> None:
@@ -228,20 +253,10 @@ def tell_of_experts(worker: Any) -> None:
 
 
 def _forget_choices() -> None:
-    """vLLM remembers which tables it found, and an engine that ended had others."""
+    """What was found stays for an engine: the next one looks anew, and so does vLLM."""
+    lookup.forget()
+    marlin_calls.cache_clear()
     module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")
     clear = getattr(getattr(module, "get_moe_configs", None), "cache_clear", None)
     if clear is not None:
         clear()
-
-
-def _tables(device: str, kind: str) -> list[Path]:
-    """Files of tables for `device`, the user's own first."""
-    found: list[Path] = []
-    for folder in folders():
-        found += sorted(
-            path
-            for path in (folder / kind).glob("*.json")
-            if f"device_name={device}," in path.name or f"device_name={device}.json" in path.name
-        )
-    return [path for path in found if not path.name.endswith(fused_moe.PROVENANCE_SUFFIX)]

@@ -7,13 +7,58 @@ machine drift by more than two kernels differ.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
+from vllm_spark.errors import SparkError
+
+LONGEST_RUN = 30.0
+"""Seconds that some calls of a kernel may take: thousands of times what they do, so that kernel will never end."""
+
 Name = TypeVar("Name", bound=Hashable)
+
+
+class HangError(SparkError):
+    """A kernel that does not end. From here on this process must not wait for the GPU, nor free memory on it.
+
+    Args:
+        parameters: that it was called with.
+    """
+
+    def __init__(self, parameters: Hashable) -> None:
+        super().__init__(f"a kernel did not end within {LONGEST_RUN:g} s, with {parameters!r}")
+        self.parameters = parameters
+
+
+def wait_for_kernels(parameters: Hashable) -> None:
+    """Returns when all that is enqueued on the current stream is done.
+
+    Ctrl-C counts once it is: on its way out, the process frees memory on the GPU.
+
+    Args:
+        parameters: of the kernels, for the error.
+
+    Raises:
+        HangError: it takes longer than `LONGEST_RUN`.
+        RuntimeError: one of them failed.
+    """
+    done = torch.cuda.Event()
+    done.record()
+    deadline = time.monotonic() + LONGEST_RUN
+    stopped: BaseException | None = None
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise HangError(parameters)
+        try:
+            time.sleep(0.001)
+        except (KeyboardInterrupt, SystemExit) as signal:
+            stopped = signal
+    if stopped is not None:
+        raise stopped
 
 
 @dataclass(frozen=True)
@@ -38,8 +83,11 @@ def time_in_turns(candidates: Mapping[Name, Callable[[], None]], calls: int, rou
         candidates: each makes `calls` calls of its kernel on the current stream, and allocates nothing that it keeps.
         calls: in one graph.
         rounds: replays of each candidate that are timed, after two that are not.
+
+    Raises:
+        HangError: the kernel of one does not end.
     """
-    graphs = {name: _captured(body) for name, body in candidates.items()}
+    graphs = {name: _captured(name, body) for name, body in candidates.items()}
     times: dict[Name, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 2):
         events = []
@@ -57,12 +105,13 @@ def time_in_turns(candidates: Mapping[Name, Callable[[], None]], calls: int, rou
     return Times(times)
 
 
-def _captured(body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _captured(name: Hashable, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """The calls once outside (kernels are loaded at their first use), then in a graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         body()
+        wait_for_kernels(name)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

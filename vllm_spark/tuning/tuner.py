@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,21 +11,38 @@ from pathlib import Path
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning import fused_moe_search, fused_moe_table, marlin_search, marlin_table
-from vllm_spark.tuning.fused_moe_shape import has_own_table, own_row, pinned_rows
+from vllm_spark.tuning.fused_moe_shape import FusedMoeParameters, own_row
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
     load_fused_moe_provenance,
     load_fused_moe_table,
+    provenance_path,
     store_fused_moe_table,
 )
 from vllm_spark.tuning.fused_moe_trial import Trials
 from vllm_spark.tuning.gb10 import Device
 from vllm_spark.tuning.journal import Journal, Kept
-from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
-from vllm_spark.tuning.outcome import FusedMoeOutcome, MarlinOutcome, Outcome, Shape
+from vllm_spark.tuning.marlin_table import (
+    MarlinParameters,
+    MarlinRow,
+    MarlinShape,
+    MarlinTable,
+    load_marlin_table,
+    store_marlin_table,
+)
+from vllm_spark.tuning.outcome import (
+    MARLIN_DEFAULT,
+    FusedMoeOutcome,
+    MarlinOutcome,
+    Outcome,
+    Shape,
+    tunable_rows,
+)
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
+from vllm_spark.tuning.timing import HangError
+from vllm_spark.tuning.vllm_rows import origin, repeats_vllm, rows_around
 
 
 @dataclass(frozen=True)
@@ -51,14 +70,16 @@ def tune(
     """Searches for every shape and number of rows that the journal does not have yet, and writes each into it.
 
     Args:
+        rows: tokens of decode steps; of a shape, those that can be tuned (`tunable_rows`).
         on_outcome: called for each, also for those that were known.
         on_trial: called for every row of a FusedMoE table that was compiled.
         on_note: called with what a reader of the results should know.
 
     Raises:
+        HangError: a kernel does not end, which the journal knows now: the next search goes on without it.
         SparkError: no room on the GPU, or a kernel failed.
     """
-    known = journal.known()
+    known, hung = journal.known(), journal.hung()
     outcomes: list[Outcome] = []
     trials = Trials(device)
 
@@ -69,22 +90,30 @@ def tune(
         on_outcome(outcome)
 
     for shape in shapes:
-        for number in rows:
+        numbers = tunable_rows(shape, rows)
+        for number in numbers:
             if (shape, number) in known:
                 note(known[shape, number], new=False)
-        missing = [number for number in rows if (shape, number) not in known]
+        missing = [number for number in numbers if (shape, number) not in known]
         if not missing:
             continue
-        if isinstance(shape, MarlinShape):
-            with marlin_search.weights_of(shape, on_note) as weights:
-                for number in missing:
-                    note(marlin_search.search(shape, number, weights, device), new=True)
-        else:
-            with fused_moe_search.weights_of(shape, on_note) as layers:
-                for number in missing:
-                    before = [each for each in outcomes if isinstance(each, FusedMoeOutcome) and each.shape == shape]
-                    found = fused_moe_search.search(shape, number, layers, device, trials, before, on_trial=on_trial)
-                    note(found, new=True)
+        try:
+            if isinstance(shape, MarlinShape):
+                with marlin_search.weights_of(shape, on_note) as weights:
+                    for number in missing:
+                        note(marlin_search.search(shape, number, weights, device, hung=hung), new=True)
+            else:
+                with fused_moe_search.weights_of(shape, on_note) as layers:
+                    for number in missing:
+                        before = [e for e in outcomes if isinstance(e, FusedMoeOutcome) and e.shape == shape]
+                        found = fused_moe_search.search(
+                            shape, number, layers, device, trials, before, on_trial=on_trial, hung=hung
+                        )
+                        note(found, new=True)
+        except HangError as error:
+            if isinstance(error.parameters, MarlinParameters | FusedMoeParameters):
+                journal.add_hang(shape, error.parameters)
+            raise
     return outcomes
 
 
@@ -96,7 +125,8 @@ def tables(
     kept: Iterable[Kept] = (),
     folder: Path | None = None,
 ) -> list[NewTable]:
-    """A table for each shape, with a row for each number of tokens; where the default won, the row says so.
+    """A table for each shape, with a row for each number of tokens up to the largest; where the default won, or nobody
+    measured, the row is the default.
 
     Rows that were not measured this time stay as they are, if device and versions are the same.
 
@@ -133,20 +163,60 @@ def tables(
     return made + [_fused_moe_table(shape, each, labels, device, versions, folder) for shape, each in fused.items()]
 
 
-def store(new: Iterable[NewTable], folder: Path) -> list[Path]:
+def store(new: Iterable[NewTable], folder: Path, on_note: Callable[[str], None] = lambda sentence: None) -> list[Path]:
     """Writes tables where `lookup` finds them below `folder`; returns their paths.
+
+    Args:
+        on_note: called with a sentence about each table with rows of somebody else's that is set aside.
 
     Raises:
         ConfigurationError: they cannot be written.
     """
-    return [
-        store_marlin_table(table, folder / marlin_table.FOLDER)
-        if isinstance(table, MarlinTable)
-        else store_fused_moe_table(
-            table.shape, table.device, table.table, table.provenance, folder / fused_moe_table.FOLDER
-        )
-        for table in new
-    ]
+    written = []
+    for table in new:
+        if isinstance(table, MarlinTable):
+            place = folder / marlin_table.FOLDER
+            _set_aside(place / table.file_name, table.device, on_note)
+            written.append(store_marlin_table(table, place))
+        else:
+            place = folder / fused_moe_table.FOLDER
+            _set_aside(place / table.shape.file_name(table.device), table.device, on_note)
+            written.append(store_fused_moe_table(table.shape, table.device, table.table, table.provenance, place))
+    return written
+
+
+def _set_aside(path: Path, device: str, on_note: Callable[[str], None]) -> None:
+    """Copies the table in `path`, and its provenance, if it has rows that no tuner made and would lose them."""
+    try:
+        if not path.is_file() or _is_all_ours(path, device):
+            return
+        names = (f".bak{number or ''}" for number in itertools.count())
+        suffix = next(name for name in names if not path.with_name(path.name + name).exists())
+        for each in (path, provenance_path(path)):
+            if each.is_file():
+                shutil.copyfile(each, each.with_name(each.name + suffix))
+    except OSError as error:
+        raise ConfigurationError(
+            f"the table {path} has rows that were not measured here, and cannot be copied ({error.strerror}) before a "
+            "new one replaces it; move it elsewhere"
+        ) from None
+    on_note(f"{path.name} had rows that were not measured here; they are kept in {path}{suffix}.")
+
+
+def _is_all_ours(path: Path, device: str) -> bool:
+    """Whether a tuner made every row of the table in `path`."""
+    sources: list[Provenance | None]
+    try:
+        if path.parent.name == marlin_table.FOLDER:
+            sources = [row.provenance for row in load_marlin_table(path).rows.values()]
+        else:
+            noted = load_fused_moe_provenance(path) or FusedMoeProvenance()
+            sources = [noted.rows.get(number) for number in load_fused_moe_table(path).rows]
+    except ConfigurationError:
+        return False
+    return all(
+        row is not None and (repeats_vllm(row) or (row.kind, row.device) == ("measured", device)) for row in sources
+    )
 
 
 def _table_of(shape: Shape) -> MarlinShape | FusedMoeShape:
@@ -168,8 +238,13 @@ def _marlin_table(
             old = load_marlin_table(folder / marlin_table.FOLDER / shape.file_name(device.name))
             there = {number: row for number, row in old.rows.items() if _is_of(row.provenance, device, versions)}
             models = tuple(dict.fromkeys((*models, *(old.models if there else ()))))
-    merged = dict(sorted({**there, **rows}.items()))
-    return MarlinTable(device=device.name, shape=shape, models=tuple(models), rows=merged)
+    merged = {**there, **rows}
+    unmeasured = MarlinRow(
+        **MARLIN_DEFAULT.model_dump(), provenance=Provenance(kind="derived", rule=VLLM_DEFAULT, versions=versions)
+    )
+    # A step takes the nearest row: without these it would take the tile of another step.
+    filled = {number: merged.get(number, unmeasured) for number in range(1, max(merged) + 1)}
+    return MarlinTable(device=device.name, shape=shape, models=tuple(models), rows=filled)
 
 
 def _fused_moe_table(
@@ -203,16 +278,10 @@ def _fused_moe_table(
         choice = outcome.parameters
         rows[number] = own_row(outcome.shape, device.name, number) if choice is None else choice.row()
         sources[number] = _measured(outcome, device, versions)
-    pinned = {number: own_row(largest, device.name, number) for number in range(1, min(rows))}
-    pinned |= pinned_rows(largest, device.name, above=max(rows))
-    if has_own_table(largest, device.name):
-        why = Provenance(kind="published", source=f"the table that comes with vLLM {versions.get('vllm', '')}".strip())
-    else:
-        why = Provenance(kind="derived", rule=VLLM_DEFAULT, versions=versions)
-    provenance = FusedMoeProvenance(
-        models=tuple(labels), group_size=group_size, rows=sources | dict.fromkeys(pinned, why)
-    )
-    table = FusedMoeTable(dict(sorted((rows | pinned).items())), versions.get("triton"))
+    around = rows_around(rows, max(rows), largest, device.name)
+    sources |= dict.fromkeys(around, origin(largest, device.name, versions))
+    provenance = FusedMoeProvenance(models=tuple(labels), group_size=group_size, rows=sources)
+    table = FusedMoeTable(dict(sorted((rows | around).items())), versions.get("triton"))
     return NewFusedMoeTable(device.name, shape, table, provenance)
 
 

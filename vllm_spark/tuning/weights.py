@@ -6,11 +6,14 @@ Which layers a checkpoint leaves alone is written in five ways; each is read as 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.tuning.config_values import block, names, section
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     Raises:
         ConfigurationError: a method, or a number of bits, that no table here is for.
     """
-    quantization = config.get("quantization_config")
-    if quantization is None and isinstance(text := config.get("text_config"), Mapping):
-        quantization = text.get("quantization_config")
-    if quantization is None and isinstance(compression := config.get("compression_config"), Mapping):
-        quantization = compression
+    quantization = _description(config)
     if not quantization:
         return (lambda name: Bf16()), None
     if not isinstance(quantization, Mapping):
@@ -109,20 +108,51 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     return readers[method](quantization), method
 
 
+def refuse_other_descriptions(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model whose quantization is described in another file, which would be tuned as if it had none.
+
+    Args:
+        config: the content of config.json.
+        folder: where that is.
+
+    Raises:
+        ConfigurationError: there is such a file, and config.json says nothing.
+    """
+    if _description(config):
+        return
+    for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
+        with suppress(OSError):  # what cannot be read is not there
+            if (folder / name).is_file():
+                raise ConfigurationError(
+                    f"{folder / name} may say how the weights are quantized, and only config.json is read here; "
+                    "describe it there, as quantization_config, or take that file away"
+                )
+
+
+def _description(config: Mapping[str, Any]) -> Any:
+    """What a config.json says of its quantization, where vLLM looks for it."""
+    found = config.get("quantization_config")
+    if found is None and isinstance(text := config.get("text_config"), Mapping):
+        found = text.get("quantization_config")
+    if found is None and isinstance(compression := config.get("compression_config"), Mapping):
+        found = compression
+    return found
+
+
 def _gptq(config: Mapping[str, Any]) -> Reader:
     base = _integers(_number(config, "bits", "gptq"), _group(config), zero_points=not config.get("sym", True))
-    dynamic: Mapping[str, Any] = config.get("dynamic") or {}
-    only: Sequence[str] = _flat(config.get("modules_in_block_to_quantize") or [])
+    dynamic = section(config, "dynamic")
+    only = names(config, "modules_in_block_to_quantize")
 
     def read(name: LayerName) -> Weights:
         if only and not name.experts and not _any_part(name, lambda part: any(word in part for word in only)):
             return Bf16()
-        for pattern, changes in dynamic.items():
+        for pattern in dynamic:
             if not any(_regex_match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, f) for f in name.fused):
                 continue
             if pattern.startswith("-:"):
                 return Bf16()
-            merged = {**config, **changes}
+            merged = {**config, **section(dynamic, pattern)}
             return _integers(_number(merged, "bits", "gptq"), _group(merged), zero_points=not merged.get("sym", True))
         return base
 
@@ -133,17 +163,15 @@ def _awq(config: Mapping[str, Any]) -> Reader:
     bits = _number({"bits": 4, **config, **({"bits": config["w_bit"]} if "w_bit" in config else {})}, "bits", "awq")
     group = _group(config if "group_size" in config else {"group_size": config.get("q_group_size", -1)})
     zero_points = bool(config.get("zero_point", True))
-    alone: Sequence[str] = config.get("modules_to_not_convert") or []
+    alone = names(config, "modules_to_not_convert")
     weights = _integers(bits, group, zero_points=zero_points)
     return lambda name: Bf16() if _any_part(name, lambda part: any(word in part for word in alone)) else weights
 
 
 def _fp8(config: Mapping[str, Any]) -> Reader:
-    block = config.get("weight_block_size")
-    if block is not None and (not isinstance(block, Sequence) or len(block) != 2):
-        raise ConfigurationError(f"weight_block_size is {block!r}; it must be two numbers, as in [128, 128]")
-    weights: Weights = Fp8Channel() if block is None else Fp8Block((int(block[0]), int(block[1])))
-    alone: Sequence[str] = config.get("modules_to_not_convert") or config.get("ignored_layers") or []
+    widths = block(config, "weight_block_size")
+    weights: Weights = Fp8Channel() if widths is None else Fp8Block(widths)
+    alone = names(config, "modules_to_not_convert", "ignored_layers")
 
     def read(name: LayerName) -> Weights:
         if name.experts:
@@ -159,11 +187,11 @@ def _mxfp4(config: Mapping[str, Any]) -> Reader:
 
 
 def _auto_round(config: Mapping[str, Any]) -> Reader:
-    extra: Mapping[str, Any] = config.get("extra_config") or {}
-    blocks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or []
-    if isinstance(blocks, str):
-        blocks = [block.strip() for block in blocks.split(",")]
-    blocks = _flat(blocks)
+    extra = section(config, "extra_config")
+    listed = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
+    if isinstance(listed, str):
+        listed = [name.strip() for name in listed.split(",")]
+    blocks = names({"block_name_to_quantize": listed}, "block_name_to_quantize")
 
     def of(entry: Mapping[str, Any]) -> Weights:
         merged = {**config, **entry}
@@ -171,22 +199,22 @@ def _auto_round(config: Mapping[str, Any]) -> Reader:
         return Bf16() if bits >= 16 else _integers(bits, _group(merged), zero_points=not merged.get("sym", True))
 
     def entry_of(part: str) -> Mapping[str, Any] | None:
-        for key, entry in extra.items():
+        for key in extra:
             regex = any(letter in key for letter in "*+?^$()[]{}|\\")
             if key == part or part.endswith(f".{key}") or (regex and _regex_search(key, part)):
-                return dict(entry)
+                return section(extra, key)
         return None
 
     def read(name: LayerName) -> Weights:
         for fused, parts in zip(name.fused, name.parts, strict=True):
             if name.experts:
-                inside = [dict(entry) for key, entry in extra.items() if key.startswith(fused)]
-                if inside:
-                    return of(inside[0])
+                inside = next((key for key in extra if key.startswith(fused)), None)
+                if inside is not None:
+                    return of(section(extra, inside))
             for part in (fused, *parts):
                 if (entry := entry_of(part)) is not None:
                     return of(entry)
-        if blocks and not any(fused.startswith(block) for fused in name.fused for block in blocks):
+        if blocks and not any(fused.startswith(tuple(blocks)) for fused in name.fused):
             return Bf16()
         return of({})
 
@@ -194,15 +222,16 @@ def _auto_round(config: Mapping[str, Any]) -> Reader:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Reader:
-    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
-    ignore: Sequence[str] = config.get("ignore") or []
+    described = section(config, "config_groups")
+    groups = [section(described, name) for name in described]
+    ignore = names(config, "ignore")
     if not groups:
         raise ConfigurationError(
             "quantization_config of compressed-tensors has no config_groups; which layers are meant?"
         )
-    kinds = [(tuple(group.get("targets") or ()), _compressed_group(group, config)) for group in groups]
+    kinds = [(names(group, "targets"), _compressed_group(group, config)) for group in groups]
 
-    def matches(part: str, targets: Sequence[str]) -> bool:
+    def matches(part: str, targets: list[str]) -> bool:
         return any(_regex_match(t[3:], part) if t.startswith("re:") else t == part for t in targets)
 
     def read(name: LayerName) -> Weights:
@@ -221,8 +250,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Reader:
 
 def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> Weights:
     """How one group of compressed-tensors stores its weights."""
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping):
+    weights = section(group, "weights")
+    if not weights:
         raise ConfigurationError("a group of compressed-tensors says nothing about its weights; tables need that")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     layout = str(group.get("format") or config.get("format") or "")
@@ -230,10 +259,8 @@ def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> We
         size = _group(weights) if strategy == "group" else -1
         return _integers(_number(weights, "num_bits", "compressed-tensors"), size, not weights.get("symmetric", True))
     if kind == "float" and bits == 8:
-        block = weights.get("block_structure")
-        if strategy == "block" and isinstance(block, Sequence) and len(block) == 2:
-            return Fp8Block((int(block[0]), int(block[1])))
-        return Fp8Channel()
+        widths = block(weights, "block_structure") if strategy == "block" else None
+        return Fp8Channel() if widths is None else Fp8Block(widths)
     if kind == "float" and bits == 4 and "mxfp4" in layout:
         return Mxfp4()
     raise ConfigurationError(
@@ -265,13 +292,6 @@ def _group(config: Mapping[str, Any]) -> int:
     return value
 
 
-def _flat(entries: Sequence[Any]) -> list[str]:
-    found: list[str] = []
-    for entry in entries:
-        found += [entry] if isinstance(entry, str) else _flat(entry)
-    return found
-
-
 def _any_part(name: LayerName, holds: Callable[[str], bool]) -> bool:
     return any(holds(part) for fused, parts in zip(name.fused, name.parts, strict=True) for part in (fused, *parts))
 
@@ -293,7 +313,7 @@ def _regex_search(pattern: str, text: str) -> bool:
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigurationError(
             f"{pattern!r} in quantization_config is no regular expression ({error}); correct config.json"
         ) from None

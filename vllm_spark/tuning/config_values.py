@@ -1,0 +1,78 @@
+"""Values of a config.json by their types: what has another is one sentence with key and value."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_spark.errors import ConfigurationError
+
+LARGEST = 2**31 - 1
+"""Of any number: kernels count in 32 bits."""
+
+
+def whole_number(config: Mapping[str, Any], key: str, least: int = 1, most: int = LARGEST) -> int | None:
+    """A number from `least` to `most`; None where there is none."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if type(value) is not int or not least <= value <= most:
+        raise _fault(key, value, f"a whole number from {least} to {most}")
+    return value
+
+
+def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
+    """A list; an empty one where there is none."""
+    value = config.get(key)
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise _fault(key, value, "a list")
+    return value
+
+
+def names(config: Mapping[str, Any], *keys: str) -> list[str]:
+    """The first of the lists of text that is there and not empty, lists in it spread out."""
+    for key in keys:
+        if found := _spread(key, items(config, key)):
+            return found
+    return []
+
+
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object; an empty one where there is none."""
+    value = config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _fault(key, value, "an object")
+    return value
+
+
+def block(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    """Two widths, as in [128, 128] or, by an older custom, "128x128"; None where there are none."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [int(word) if word.isascii() and word.isdigit() else word for word in value[:40].split("x")]
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(w) is int and 0 < w <= LARGEST for w in value):
+        return value[0], value[1]
+    raise _fault(key, config.get(key), "two numbers from 1 up, as in [128, 128]")
+
+
+def _spread(key: str, entries: Sequence[Any]) -> list[str]:
+    found: list[str] = []
+    for entry in entries:
+        if isinstance(entry, str):
+            found.append(entry)
+        elif isinstance(entry, list | tuple):
+            found += _spread(key, entry)
+        else:
+            raise _fault(key, entry, "a list of text alone")
+    return found
+
+
+def _fault(key: str, value: object, wanted: str) -> ConfigurationError:
+    return ConfigurationError(f"{key} is {reprlib.repr(value)} in config.json; it must be {wanted}")
