@@ -58,7 +58,7 @@ test-rdma: $(STAMPS)/project ## Run the tests in two virtual machines with RDMA;
 	@$(BIN)/python -m tests.rdma.machines prepare
 	@SPARK_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
 
-test-rdma-serve: $(STAMPS)/project ## Serve a model over RDMA between the two virtual machines: some 15 minutes
+test-rdma-serve: $(STAMPS)/project ## Serve a model over RDMA between the two virtual machines: some 10 minutes
 	@$(BIN)/python -m tests.rdma.machines prepare
 	@SPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma/test_serve.py
 

@@ -1,6 +1,6 @@
 """The whole product across two machines: `vllm serve --spark` over RDMA, also while a cable is out.
 
-Some 15 minutes, nearly all of it vLLM's own start under emulation; so only where it is asked for, with
+Some 10 minutes, nearly all of it vLLM's own start under emulation; so only where it is asked for, with
 `make test-rdma-serve`.
 """
 
@@ -28,7 +28,7 @@ from .machines import CannotRun, Command, Pair, booted
 
 pytestmark = [
     pytest.mark.skipif(
-        "SPARK_RDMA_SERVE" not in os.environ, reason="takes 15 minutes; run it with: make test-rdma-serve"
+        "SPARK_RDMA_SERVE" not in os.environ, reason="takes 10 minutes; run it with: make test-rdma-serve"
     ),
     pytest.mark.timeout(3600),
 ]
