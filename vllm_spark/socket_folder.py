@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 logger = logging.getLogger("vllm_spark")
@@ -23,6 +24,7 @@ VARIABLE = "VLLM_RPC_BASE_PATH"
 
 PREFIX = "vllm-spark-sockets-"
 _OWNER = "owner"  # a file that its owner has locked for as long as it lives
+_NEWBORN = 60.0  # seconds in which a folder may be without its owner's file
 _LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
 """Bytes of a folder's path: a socket's address holds 107, and vLLM names each by a UUID."""
 
@@ -90,6 +92,8 @@ def _remove_abandoned(parent: Path) -> None:
             if descriptor is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(descriptor)
+            elif time.time() - found.st_mtime > _NEWBORN:
+                folder.rmdir()  # an empty one has lost its owner before that could lock it
 
 
 def _remove_own(owner: int, folder: Path) -> None:

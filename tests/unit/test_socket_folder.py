@@ -83,6 +83,17 @@ def test_the_next_one_removes_what_a_killed_owner_left(start: Callable[..., Owne
     assert {path for path in folders.iterdir() if path.name.startswith(PREFIX)} == {kept, mine}
 
 
+def test_a_folder_whose_owner_died_newborn_goes_when_it_is_old(start: Callable[..., Owner], folders: Path) -> None:
+    born, old, not_empty = (folders / f"{PREFIX}{name}" for name in ("born", "old", "not-empty"))
+    for folder in (born, old, not_empty):
+        folder.mkdir()
+    (not_empty / "theirs").touch()
+    for folder in (old, not_empty):
+        os.utime(folder, (0, 0))
+    mine = folder_of(start())
+    assert set(folders.iterdir()) == {born, not_empty, mine}
+
+
 def test_a_forked_process_leaves_it_alone(start: Callable[..., Owner]) -> None:
     fork = OWNER.replace(
         "sys.stdin", "child = os.fork()\nif not child: sys.exit()\nos.waitpid(child, 0)\nprint()\nsys.stdin"

@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """As the hub names models: of an owner, and not a path."""
 
-_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Beside config.json in some checkpoints: of GPTQ, AWQ and ModelOpt."""
-
 LARGEST_ROWS = 8
 """Tokens of the largest step that gets an entry: above, batches are large enough for vLLM's rule to be right."""
 
@@ -306,7 +303,10 @@ _NOTHING = {
 
 def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
-    described = _quantization(config)
+    from vllm_spark.tuning.weights import described_quantization
+
+    found = described_quantization(config)
+    described = found if isinstance(found, dict) else {}
     if str(described.get("quant_method", "")).lower() == "awq":
         reason = "AWQ's layout of int4 weights"
     elif described.get("desc_act"):
@@ -316,16 +316,6 @@ def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     raise ConfigurationError(
         f"vLLM's Triton kernel does not take {reason}, which {name} has; leave --kernels triton out to tune Marlin"
     )
-
-
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of how weights are quantized; empty if nothing."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        described = part.get("quantization_config") or part.get("compression_config")
-        if isinstance(described, dict):
-            return described
-    return {}
 
 
 def _check_version_takes_int4(shapes: list[Shape]) -> None:
@@ -436,6 +426,8 @@ def _read_model(model: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigurationError: there is none, it is no JSON object, or it does not say how the weights are quantized.
     """
+    from vllm_spark.tuning.weights import OTHER_DESCRIPTIONS, described_quantization, refuse_other_descriptions
+
     given, shipped = Path(model), data_folder("configs") / "models"
     names = ", ".join(sorted(path.name for path in shipped.iterdir() if path.is_dir()))
     remedy = f"give a folder or file with a config.json, a model of the hub, or one of {names}"
@@ -457,17 +449,12 @@ def _read_model(model: str) -> tuple[str, dict[str, Any]]:
         raise ConfigurationError(f"{path} is no JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigurationError(f"{path} holds no JSON object, as a config.json does")
-    if path.name == "config.json" and not _quantization(config):
-        for name in _QUANTIZATION_FILES:
-            beside = path.with_name(name)
-            if on_hub:
-                with suppress(ConfigurationError):
-                    beside = _from_hub(model, name, remedy)
-            if beside.is_file():
-                raise ConfigurationError(
-                    f"how the weights of {model} are quantized is in {name}, and tuning reads config.json alone; "
-                    "write it there as well, as quantization_config"
-                )
+    if path.name == "config.json":
+        if on_hub and not described_quantization(config):
+            for name in OTHER_DESCRIPTIONS:
+                with suppress(ConfigurationError):  # it has none
+                    _from_hub(model, name, remedy)
+        refuse_other_descriptions(config, path.parent)
     return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
 
 
