@@ -6,6 +6,7 @@ Kernels are really compiled for sm_121, by the Triton that comes with vLLM; each
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -522,6 +523,31 @@ def test_a_name_for_another_shape(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.rename(path.with_name(path.name.replace("N=768", "N=1536")))
     assert "what is in it belongs into kernel=moe_w13,E=128,top_k=8,N=768" in the_error(tmp_path)
+
+
+def test_a_marlin_row_that_is_called_vllms_and_is_not(tmp_path: Path) -> None:
+    store_marlin(tmp_path, {1: {"thread_k": 128, "thread_n": 128, "blocks_per_sm": 1, "provenance": DEFAULT}})
+    assert "said to leave the choice to vLLM, and has thread_k=128, thread_n=128" in the_error(tmp_path)
+
+
+def test_a_default_that_was_edited(tmp_path: Path) -> None:
+    """The sentence has the key and both values."""
+    path = store_fused_moe(tmp_path, BLOCK, {})
+    edit(path, lambda content: content["1024"].update(num_stages=2))
+    assert re.search(r"that is another .*: num_stages=\d, not 2; correct it", the_error(tmp_path))
+
+
+def test_a_name_that_serving_does_not_look_for(tmp_path: Path) -> None:
+    path = store_marlin(tmp_path, {1: {}})
+    path.rename(path.with_name("mine.json"))
+    assert "its name is that of no table" in the_error(tmp_path)
+
+
+def test_a_table_loose_in_a_folder_is_fine_and_must_be_moved(tmp_path: Path) -> None:
+    path = store_marlin(tmp_path, {1: {}})
+    path.rename(tmp_path / path.name)
+    (found,) = check_tables([tmp_path]).findings
+    assert (found.kind, "belongs into a folder marlin" in found.sentence) == ("note", True)
 
 
 def test_a_name_for_another_device(tmp_path: Path) -> None:

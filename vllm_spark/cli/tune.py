@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.check is not None:
         if args.model is not None:
-            raise ConfigurationError(f"{args.model} and --check do not go together; tables are checked for all models")
+            raise ConfigurationError(
+                f"a model ({args.model}) and --check do not go together: tables are checked for all models; a folder "
+                "of tables goes right after --check"
+            )
         return _check(args)
     if args.model is None:
         raise ConfigurationError("say what to do: vllm-spark tune MODEL, or vllm-spark tune --check")

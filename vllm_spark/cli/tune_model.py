@@ -294,9 +294,10 @@ def _told_when_stopped(console: Console, kept: Callable[[], str]) -> Iterator[No
 
 
 _NOTHING = {
-    "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton), and vLLM's other kernels for decode steps "
-    "take no parameters",
-    "marlin": "none of its experts have int4 weights, and Marlin's other kernels take no parameters",
+    "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton); other kernels take no parameters, or, as "
+    "for MXFP4, are not searched",
+    "marlin": "none of its experts have int4 weights; Marlin's other kernels take no parameters, or, as for MXFP4, are "
+    "not searched",
     "triton": "it has no experts in int4, bfloat16 or fp8, which are those that Triton's kernel takes",
 }
 

@@ -62,6 +62,9 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
             if path.name.endswith(PROVENANCE_SUFFIX):
                 findings += _check_orphan(path, files)
                 continue
+            if not path.name.startswith(_NAMES):
+                findings.append(Finding(path, None, "error", _NO_NAME))
+                continue
             findings += _check_place(path)
             if path.name.startswith("kernel="):
                 findings += check_marlin_table(path)
@@ -80,10 +83,17 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
     return CheckReport(listed, tuple(findings), version, tuple(unchecked))
 
 
+_NAMES = ("E=", "kernel=")
+_NO_NAME = (
+    "its name is that of no table, and serving finds tables by name: kernel=... those of Marlin, E=... those of "
+    "FusedMoE; name it so, or take it out"
+)
+
+
 def _tables(folder: Path) -> list[Path]:
     """Every file that is, or is meant to be, a table or its provenance."""
     try:
-        found = [path for path in _files(folder) if path.name.startswith(("E=", "kernel="))]
+        found = [path for path in _files(folder) if path.name.startswith(_NAMES)]
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigurationError(f"{folder} is no folder; give one that has tables in it") from None
     except OSError as error:
@@ -113,6 +123,8 @@ def _check_place(path: Path) -> Iterator[Finding]:
             "error",
             f"serving does not look for it in {path.parent}, but in a folder {own} of its own; move it there",
         )
+    elif path.absolute().parent.name != own:
+        yield Finding(path, None, "note", f"to be used, it belongs into a folder {own}, in that of your own tables")
 
 
 def _check_orphan(path: Path, files: Sequence[Path]) -> Iterator[Finding]:

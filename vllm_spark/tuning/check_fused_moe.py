@@ -132,14 +132,21 @@ def _check_defaults(
         if source is None or source.rule != VLLM_DEFAULT:
             continue
         for tokens in range(first, last + 1):
-            if table.rows[row] != default_row(shape, tokens):
-                yield Finding(
-                    path,
-                    row,
-                    "error",
-                    f"it is said to be vLLM's default, but that is another for steps of {tokens} tokens, which take it",
+            default = default_row(shape, tokens)
+            if table.rows[row] != default:
+                sentence = (
+                    "it is said to be vLLM's default, but that is another for steps of "
+                    f"{tokens} tokens, which take it: {_differences(default, table.rows[row])}; correct it, or say in "
+                    f"{provenance_path(path).name} where it came from"
                 )
+                yield Finding(path, row, "error", sentence)
                 break
+
+
+def _differences(default: Mapping[str, int], row: Mapping[str, int]) -> str:
+    """As in `num_warps=4, not 8`."""
+    keys = [key for key in dict.fromkeys((*default, *row)) if default.get(key) != row.get(key)]
+    return ", ".join(f"{key}={default.get(key, 'none')}, not {row.get(key, 'none')}" for key in keys)
 
 
 def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group_size: int | None) -> Iterator[str]:

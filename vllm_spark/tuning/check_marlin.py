@@ -11,6 +11,7 @@ from vllm_spark.tuning.finding import Finding, device_findings, provenance_findi
 from vllm_spark.tuning.gb10 import DEVICES, GB10
 from vllm_spark.tuning.marlin_rules import Gemm, Tile, block_size_m, blocks_fault, shape_fault
 from vllm_spark.tuning.marlin_table import MarlinRow, MarlinTable, load_marlin_table
+from vllm_spark.tuning.provenance import VLLM_DEFAULT
 
 _WITHOUT_LIMITS = dataclasses.replace(GB10, shared_bytes=2**40, threads_per_multiprocessor=2**40)
 """For devices that are not known here: what the kernel wants of every GPU is left."""
@@ -77,6 +78,14 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             f"block_size_m is {entry.block_size_m}, and vLLM takes {gemm.block_size_m} for {rows} tokens; "
             "the row would never be used",
         )
+    if (source := entry.provenance) is not None and source.rule == VLLM_DEFAULT and _sets_something(entry):
+        values = entry.model_dump(
+            include={"thread_k", "thread_n", "blocks_per_sm", "use_atomic_add", "use_fp32_reduce"}
+        )
+        said = ", ".join(f"{name}={value}" for name, value in values.items())
+        yield Finding(
+            path, rows, "error", f"it is said to leave the choice to vLLM, and has {said}; say where these are from"
+        )
     if entry.leaves_tile:
         return
     if entry.thread_k == -1 or entry.thread_n == -1:
@@ -91,6 +100,11 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
     tile = Tile.asked(entry.thread_k, entry.thread_n)
     if (fault := blocks_fault(entry.blocks, tile, gemm, DEVICES.get(table.device, _WITHOUT_LIMITS))) is not None:
         yield Finding(path, rows, "error", fault)
+
+
+def _sets_something(entry: MarlinRow) -> bool:
+    """Whether the row changes anything in vLLM's call."""
+    return not entry.leaves_tile or entry.use_atomic_add or not entry.use_fp32_reduce
 
 
 def _check_block_sizes(path: Path, table: MarlinTable) -> Iterator[Finding]:

@@ -52,8 +52,8 @@ def device_findings(table: Path, device: str, rows: Iterable[Provenance | None])
         table,
         None,
         "error",
-        f"it is for a device named {device!r}, on which its rows were not measured; known without that is {known}, "
-        "and under another name vLLM does not find a table",
+        f"it is for a device named {device!r}, on which its rows were not measured; tune there, or name the device "
+        f"that it is for, if it is known here ({known})",
     )
 
 
