@@ -30,6 +30,8 @@ _NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "
 
 FAULTS = {signal.SIGUSR1, signal.SIGUSR2}
 HOLD_SECONDS = 2.0
+LONGEST_SECONDS = 240.0
+"""Of an exercise that goes on for what does not come."""
 
 
 def widen(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -115,6 +117,18 @@ def fail_on_signals(runtime: Runtime) -> None:
             print("held", flush=True)
 
 
+def both_have_seen_enough(runtime: Runtime, args: argparse.Namespace, started: float) -> bool:
+    """Whether the time has passed and rails have come back on both ranks, which must stop after the same operation."""
+    if not args.seconds and not args.recoveries:
+        return True
+    passed = time.monotonic() - started
+    enough = passed >= args.seconds and runtime.counters().rail_recoveries >= args.recoveries
+    mine = np.array([enough or passed >= LONGEST_SECONDS], dtype=np.float32)
+    both = np.zeros_like(mine)
+    runtime._native.all_reduce(mine.ctypes.data, both.ctypes.data, 1, _NATIVE["float32"])
+    return bool(both[0] == 2)
+
+
 def main() -> int:
     """Returns 0 if every collective was right, 3 if the link was given up, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,6 +137,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=29700)
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=0, help="go on until this much time has passed, at least")
+    parser.add_argument("--recoveries", type=int, default=0, help="go on until so many rails have come back, on both")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--largest", type=int, default=20_000, help="elements of the largest input")
     parser.add_argument("--elements", type=int, nargs="*", default=[], help="exact sizes, before the random ones")
@@ -148,19 +163,12 @@ def main() -> int:
     try:
         for elements in args.elements:
             exercise.one(elements)
-        while exercise.done < args.operations or time.monotonic() - started < args.seconds:
+        while exercise.done < args.operations or not both_have_seen_enough(runtime, args, started):
             before = time.monotonic()
             exercise.one()
             gaps.append(time.monotonic() - before)
             if exercise.done % 100 == 0:
                 print(f"done {exercise.done}", flush=True)
-            if args.seconds:
-                # Both ranks must stop after the same operation, and their clocks differ.
-                flag = np.array([time.monotonic() - started >= args.seconds], dtype=np.float32)
-                both = np.zeros_like(flag)
-                runtime._native.all_reduce(flag.ctypes.data, both.ctypes.data, 1, _NATIVE["float32"])
-                if both[0] and exercise.done >= args.operations:
-                    break
     except CollectiveError as error:
         outcome["error"] = str(error)
         code = 3

@@ -97,11 +97,13 @@ def stop_a_proxy(machines: Pair, ranks: Ranks) -> None:
 def test_no_message_is_lost_or_wrong(
     machines: Pair, fault: Callable[[Pair, Ranks], None], least_failures: int, record_property: Callable[..., None]
 ) -> None:
-    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", link_timeout_s=60.0, timeout_s=120.0)
+    # A fault takes seconds, and the operations may be done before: they go on until the rail is back.
+    until_back = ("--recoveries", "1") if least_failures else ()
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", *until_back, link_timeout_s=60.0, timeout_s=120.0)
     ranks.reach(BEFORE)
     fault(machines, ranks)
     for outcome in ranks.agree():
-        assert outcome.report["operations"] == OPERATIONS
+        assert outcome.report["operations"] >= OPERATIONS
         assert outcome.counters["rail_failures"] >= least_failures
         record_property("longest operation, s", outcome.report["longest"])
         if least_failures:
