@@ -117,13 +117,12 @@ def fail_on_signals(runtime: Runtime) -> None:
             print("held", flush=True)
 
 
-def both_have_seen_enough(runtime: Runtime, args: argparse.Namespace, started: float) -> bool:
-    """Whether the time has passed and rails have come back on both ranks, which must stop after the same operation."""
-    if not args.seconds and not args.recoveries:
+def both_recovered(runtime: Runtime, recoveries: int, started: float) -> bool:
+    """Whether so many rails have come back on both ranks, which must stop after the same operation; or never will."""
+    if not recoveries:
         return True
-    passed = time.monotonic() - started
-    enough = passed >= args.seconds and runtime.counters().rail_recoveries >= args.recoveries
-    mine = np.array([enough or passed >= LONGEST_SECONDS], dtype=np.float32)
+    enough = runtime.counters().rail_recoveries >= recoveries or time.monotonic() - started >= LONGEST_SECONDS
+    mine = np.array([enough], dtype=np.float32)
     both = np.zeros_like(mine)
     runtime._native.all_reduce(mine.ctypes.data, both.ctypes.data, 1, _NATIVE["float32"])
     return bool(both[0] == 2)
@@ -136,7 +135,6 @@ def main() -> int:
     parser.add_argument("--host", default="10.0.0.1", help="rank 0's address")
     parser.add_argument("--port", type=int, default=29700)
     parser.add_argument("--operations", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=0, help="go on until this much time has passed, at least")
     parser.add_argument("--recoveries", type=int, default=0, help="go on until so many rails have come back, on both")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--largest", type=int, default=20_000, help="elements of the largest input")
@@ -163,7 +161,7 @@ def main() -> int:
     try:
         for elements in args.elements:
             exercise.one(elements)
-        while exercise.done < args.operations or not both_have_seen_enough(runtime, args, started):
+        while exercise.done < args.operations or not both_recovered(runtime, args.recoveries, started):
             before = time.monotonic()
             exercise.one()
             gaps.append(time.monotonic() - before)
