@@ -108,7 +108,7 @@ def abandoned_socket_folders() -> list[Path]:
     """Those of dead leaders; those of living ones may belong to another run of these tests."""
     left = []
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(FileNotFoundError, BlockingIOError), (folder / "owner").open() as owner:
+        with suppress(OSError), (folder / "owner").open() as owner:  # gone, locked, or another user's
             fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
             left.append(folder)
     return left

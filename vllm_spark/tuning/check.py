@@ -14,6 +14,11 @@ from vllm_spark.tuning.finding import Finding
 from vllm_spark.tuning.fused_moe_table import PROVENANCE_SUFFIX
 
 _FOLDERS = (marlin_table.FOLDER, fused_moe_table.FOLDER)
+_NAMES = ("E=", "kernel=")
+_NO_NAME = (
+    "its name is that of no table, and serving finds tables by name: kernel=... those of Marlin, E=... those of "
+    "FusedMoE; name it so, or take it out"
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,6 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
     version = fused_moe_compile.triton_version() if compile_row is not None and compiled else None
     listed = tuple(path for path in tables if not path.name.endswith(PROVENANCE_SUFFIX))
     return CheckReport(listed, tuple(findings), version, tuple(unchecked))
-
-
-_NAMES = ("E=", "kernel=")
-_NO_NAME = (
-    "its name is that of no table, and serving finds tables by name: kernel=... those of Marlin, E=... those of "
-    "FusedMoE; name it so, or take it out"
-)
 
 
 def _tables(folder: Path) -> list[Path]:
