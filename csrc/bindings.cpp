@@ -285,19 +285,21 @@ PYBIND11_MODULE(_native, module) {
                   double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
                   uint32_t first_sequence, uint64_t largest_message, uint32_t packet_threads,
                   uint32_t payload_threads, uint32_t payload_blocks, uint32_t payload_bytes_per_block,
-                  bool dependent_launch, const py::bytes& kernels, uint32_t clear_interval) {
+                  uint32_t payload_message_bytes, bool dependent_launch, const py::bytes& kernels,
+                  uint32_t clear_interval) {
         return std::make_unique<DeviceRuntime>(
             make_options(rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
                          stripes, timeout_s, first_sequence, largest_message, clear_interval),
             LaunchShape{packet_threads, payload_threads, payload_blocks, payload_bytes_per_block,
-                        dependent_launch},
+                        payload_message_bytes, dependent_launch},
             kernels);
       }),
       py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
       py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
       py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"), py::arg("packet_threads"),
       py::arg("payload_threads"), py::arg("payload_blocks"), py::arg("payload_bytes_per_block"),
-      py::arg("dependent_launch"), py::arg("kernels"), py::arg("clear_interval") = Options().clear_interval);
+      py::arg("payload_message_bytes"), py::arg("dependent_launch"), py::arg("kernels"),
+      py::arg("clear_interval") = Options().clear_interval);
   bind_common(device_runtime);
   // These launch a kernel and return: microseconds, for which the interpreter lock need not be handed around.
   device_runtime

@@ -13,7 +13,8 @@ constexpr auto kAwake = std::chrono::seconds(1);
 constexpr auto kDoze = std::chrono::microseconds(50);
 // Turns between two looks after the connection: some ten microseconds.
 constexpr uint32_t kTurnsPerLook = 256;
-constexpr size_t kPrefetchHalves = 64;  // eight cache lines
+constexpr size_t kHalvesPerLine = 8;  // of 64 bytes; slots begin on one
+constexpr size_t kPrefetchHalves = 16 * kHalvesPerLine;
 
 }  // namespace
 
@@ -62,21 +63,30 @@ bool Forwarder::look() {
 
 bool Forwarder::look_for_packets(uint32_t sequence) {
   const std::atomic<uint64_t>* halves = region_.send_packets(sequence);
-  // Acquire: what the previous kernels read from receive slots was read before these packets were stored, and
-  // the transport's writes that follow tell the peer so.
-  auto arrived = [&](size_t half) {
-    return half_arrived(halves[half].load(std::memory_order_acquire), sequence);
+  // Relaxed, all of them: what was seen is ordered by the fence below.
+  auto missing = [&](size_t half) {
+    return static_cast<uint32_t>(halves[half].load(std::memory_order_relaxed) >> 32) ^ sequence;
   };
-  if (!arrived(0) || !arrived(1)) return false;
+  if ((missing(0) | missing(1)) != 0) return false;
   uint32_t tag = half_data(halves[0].load(std::memory_order_relaxed));
   uint32_t bytes = half_data(halves[1].load(std::memory_order_relaxed));
-  size_t count = 2 * packet_count(bytes);
-  while (arrived_halves_ < count && arrived(arrived_halves_)) {
-    // What the GPU wrote is in no cache of this core: ask for it in time.
-    __builtin_prefetch(halves + arrived_halves_ + kPrefetchHalves);
-    ++arrived_halves_;
+  size_t count = 2 * packet_count(bytes), arrived = arrived_halves_;
+  // A cache line at a time, so that there is one branch for each and the core asks for the next ones
+  // meanwhile: what the GPU wrote is in none of its caches.
+  for (; arrived + kHalvesPerLine <= count; arrived += kHalvesPerLine) {
+    __builtin_prefetch(halves + arrived + kPrefetchHalves);
+    uint32_t different = 0;
+    for (size_t half = arrived; half < arrived + kHalvesPerLine; ++half) different |= missing(half);
+    if (different != 0) break;
   }
-  if (arrived_halves_ < count) return false;
+  if (arrived + kHalvesPerLine > count) {
+    while (arrived < count && missing(arrived) == 0) ++arrived;
+  }
+  arrived_halves_ = arrived;
+  if (arrived < count) return false;
+  // Acquire: what the previous kernels read from receive slots was read before these packets were stored, and
+  // the transport's writes that follow tell the peer so.
+  std::atomic_thread_fence(std::memory_order_acquire);
   transport_.post(sequence, {Protocol::kPackets, tag, bytes});
   counters_.posts.fetch_add(1, std::memory_order_relaxed);
   finish(sequence);

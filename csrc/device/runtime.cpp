@@ -9,9 +9,10 @@
 namespace spark::device {
 namespace {
 
-// A vector of the kernels. Pieces of payload are multiples of it, and so are slots.
+// A vector of the kernels: slots are multiples of it.
 constexpr uint64_t kVector = 16;
-constexpr uint64_t kWarp = 32;
+// Of an operation, as long as they fit into slots: enough that both directions are busy nearly all the time.
+constexpr uint64_t kMessagesAtMost = 16;
 
 // From this compute capability on, kernels wait for the one before them (csrc/kernels/progress.cuh), and
 // setup.py leaves no such GPU with code that does not.
@@ -25,7 +26,7 @@ T load_acquire(const T& word) {
 
 Progress first_progress(const Options& options) {
   Progress progress{};
-  progress.sequence = options.first_sequence - 1;
+  for (BlockProgress& block : progress.blocks) block.sequence = options.first_sequence - 1;
   return progress;
 }
 
@@ -85,7 +86,7 @@ void DeviceRuntime::start() {
   rank_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
   rank_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
   rank_.slots = options.sizes.slots;
-  rank_.ahead = std::min(2u, options.depth - 1);
+  rank_.depth = options.depth;
   rank_.packet_area = static_cast<uint32_t>(layout.packet_area());
   rank_.payload_area = static_cast<uint32_t>(layout.payload_area());
   rank_.clear_interval = options.clear_interval;
@@ -148,18 +149,26 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
   Protocol protocol = call.bytes <= sizes.packet_bytes ? Protocol::kPackets : Protocol::kPayload;
   uint64_t blocks, threads;
   if (protocol == Protocol::kPackets) {
+    // Threads of very many packets have several each.
     uint64_t packets = packet_count(call.bytes);
-    blocks = (packets + shape_.packet_threads - 1) / shape_.packet_threads;
-    threads = round_up((packets + blocks - 1) / blocks, kWarp) + kWarp;
+    blocks = std::min<uint64_t>((packets + shape_.packet_threads - 1) / shape_.packet_threads, kMaxPieces);
+    uint64_t movers =
+        round_up(std::min<uint64_t>((packets + blocks - 1) / blocks, shape_.packet_threads), kWarp);
+    threads = movers + kPacketsSideThreads;
   } else {
-    // The whole message in as few chunks as slots allow, each cut into as many pieces as there are blocks.
-    uint64_t most = std::min<uint64_t>(shape_.payload_blocks, sizes.slot_bytes / kVector);
+    // Messages of equal size, each cut into as many pieces as there are blocks. Pieces begin on a cache line:
+    // two blocks that want the same one from host memory would be answered one after the other.
+    uint64_t largest = std::min<uint64_t>(
+        sizes.slot_bytes, std::max<uint64_t>(shape_.payload_message_bytes, call.bytes / kMessagesAtMost));
+    uint64_t unit = largest < kLine ? kVector : kLine;
+    uint64_t most = std::min<uint64_t>(shape_.payload_blocks, largest / unit);
     blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, most);
-    uint64_t chunks = (call.bytes + sizes.slot_bytes - 1) / sizes.slot_bytes;
-    uint64_t piece = round_up((call.bytes + chunks * blocks - 1) / (chunks * blocks), kVector);
-    piece = std::min(piece, sizes.slot_bytes / blocks / kVector * kVector);
+    uint64_t chunks = (call.bytes + largest - 1) / largest;
+    uint64_t piece = round_up((call.bytes + chunks * blocks - 1) / (chunks * blocks), unit);
+    piece = std::min(piece, largest / blocks / unit * unit);
     call.chunk = static_cast<uint32_t>(piece * blocks);
-    threads = std::min<uint64_t>(shape_.payload_threads, round_up((piece + kVector - 1) / kVector, kWarp));
+    uint64_t each = std::min<uint64_t>(shape_.payload_threads, round_up(piece / kVector, kWarp));
+    threads = 2 * each + kPayloadSideThreads;
   }
   void* parameters[] = {&rank_, &call};
   LaunchAttribute dependent{kProgrammaticStreamSerialization, 0, {}};

@@ -20,12 +20,12 @@ using spark::device::Sum;
     spark::device::exchange<__VA_ARGS__>(rank, call);                              \
   }
 
-// One warp more than senders of packets (csrc/device/runtime.hpp).
-SPARK_KERNEL(all_reduce_packets_float32, 544, exchange_packets, Sum<Float32>)
-SPARK_KERNEL(all_reduce_packets_float16, 544, exchange_packets, Sum<Float16>)
-SPARK_KERNEL(all_reduce_packets_bfloat16, 544, exchange_packets, Sum<BFloat16>)
-SPARK_KERNEL(all_gather_packets, 544, exchange_packets, Concatenation)
-SPARK_KERNEL(all_reduce_payload_float32, 512, exchange_payload, Sum<Float32>)
-SPARK_KERNEL(all_reduce_payload_float16, 512, exchange_payload, Sum<Float16>)
-SPARK_KERNEL(all_reduce_payload_bfloat16, 512, exchange_payload, Sum<BFloat16>)
-SPARK_KERNEL(all_gather_payload, 512, exchange_payload, Concatenation)
+// Threads that move data, and the side warps (csrc/device/runtime.cpp).
+SPARK_KERNEL(all_reduce_packets_float32, 576, exchange_packets, Sum<Float32>)
+SPARK_KERNEL(all_reduce_packets_float16, 576, exchange_packets, Sum<Float16>)
+SPARK_KERNEL(all_reduce_packets_bfloat16, 576, exchange_packets, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_packets, 576, exchange_packets, Concatenation)
+SPARK_KERNEL(all_reduce_payload_float32, 576, exchange_payload, Sum<Float32>)
+SPARK_KERNEL(all_reduce_payload_float16, 576, exchange_payload, Sum<Float16>)
+SPARK_KERNEL(all_reduce_payload_bfloat16, 576, exchange_payload, Sum<BFloat16>)
+SPARK_KERNEL(all_gather_payload, 576, exchange_payload, Concatenation)

@@ -1,4 +1,4 @@
-// A collective whose message goes as flagged packets: one launch, one packet a thread.
+// A collective whose message goes as flagged packets: one launch; a packet a thread, or a few of very many.
 #pragma once
 
 #include "output.cuh"
@@ -8,57 +8,106 @@
 
 namespace spark::device {
 
-// Packet 0 is the header (tag, bytes) and is handled like any other, so that nobody waits for two in a row.
-// `in` and `out` are aligned to 8 bytes; there are as many threads as packets, or more, and in each block one
-// more warp, for what nobody should wait for.
+// One thread's share of the exchange: packets `first`, `first + step` and so on. Packet 0 is the header (tag,
+// bytes).
+template <typename Output>
+class Packets {
+ public:
+  __device__ Packets(const Rank& rank, const Call& call, uint32_t first, uint32_t step)
+      : rank_(rank),
+        call_(call),
+        first_(first),
+        step_(step),
+        count_(static_cast<uint32_t>(packet_count(call.bytes))) {}
+
+  // What the first packet carries; asked for before it is known whether the rank is poisoned.
+  __device__ void load() {
+    if (first_ < count_) own_ = data(first_);
+  }
+
+  __device__ void send(uint32_t sequence) {
+    Words<2> own = own_;
+    for (uint32_t packet = first_; packet < count_; packet += step_) {
+      if (packet != first_) own = data(packet);
+      // Relaxed: data and flag travel in the same 8 bytes. That the slot may be written is known from the
+      // previous kernels, which received what the peer sent after it had read this slot.
+      store_relaxed(place(rank_.out, sequence) + packet,
+                    Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
+      if (Output::kKeepsOwn && packet != 0) {
+        store_words(call_.out + Output::place(rank_, call_, at(packet), true), left(packet), own);
+      }
+    }
+  }
+
+  __device__ void receive(uint32_t sequence) {
+    Words<2> own = own_;
+    Wait wait(rank_, sequence, call_.tag);
+    for (uint32_t packet = first_; packet < count_; packet += step_) {
+      Halves theirs;
+      if (!device::receive(place(rank_.in, sequence) + packet, sequence, wait, theirs)) return;
+      const uint32_t low = half_data(theirs.first), high = half_data(theirs.second);
+      if (packet == 0) {
+        if (low != call_.tag) give_up(rank_, kMismatch, sequence, call_.tag, low);
+        continue;
+      }
+      if (!Output::kKeepsOwn && packet != first_) own = data(packet);
+      const Words<2> result{Output::combine(rank_, own.word[0], low),
+                            Output::combine(rank_, own.word[1], high)};
+      store_words(call_.out + Output::place(rank_, call_, at(packet), false), left(packet), result);
+    }
+  }
+
+  // After `receive`.
+  __device__ void clear(uint32_t sequence) const {
+    clear_packets(rank_, rank_.out, sequence, count_, first_, step_);
+    clear_packets(rank_, rank_.in, sequence, 0, first_, step_);
+  }
+
+ private:
+  __device__ uint64_t at(uint32_t packet) const { return static_cast<uint64_t>(packet - 1) * kPacketData; }
+  __device__ uint64_t left(uint32_t packet) const { return call_.bytes - at(packet); }
+  __device__ Words<2> data(uint32_t packet) const {
+    if (packet == 0) return {call_.tag, static_cast<uint32_t>(call_.bytes)};
+    return load_words<2>(call_.in + at(packet), left(packet));
+  }
+  __device__ Halves* place(const Lane& lane, uint32_t sequence) const {
+    const uint32_t slot = sequence & (rank_.slots - 1);
+    return reinterpret_cast<Halves*>(lane.packets + slot * size_t{rank_.packet_area});
+  }
+
+  const Rank& rank_;
+  const Call& call_;
+  uint32_t first_, step_, count_;
+  Words<2> own_{};
+};
+
+// `in` and `out` are aligned to 8 bytes. Each warp's packets begin on a cache line: two warps that want the
+// same one from host memory would be answered one after the other.
 template <typename Output>
 __device__ inline void exchange_packets(const Rank& rank, const Call& call) {
-  const uint32_t senders = blockDim.x - kWarp;
-  const uint32_t packet = blockIdx.x * senders + threadIdx.x;
-  const uint32_t packets = static_cast<uint32_t>(packet_count(call.bytes));
-  const bool mine = threadIdx.x < senders && packet < packets, header = mine && packet == 0;
-  const uint64_t at = static_cast<uint64_t>(packet - 1) * kPacketData, left = call.bytes - at;
+  const uint32_t movers = blockDim.x - kPacketsSideThreads;
+  const bool mover = threadIdx.x < movers;
+  Packets<Output> packets(rank, call, blockIdx.x * movers + threadIdx.x, gridDim.x * movers);
   wait_for_kernel_before();
   // Input and progress are asked for together: neither waits for the other.
-  Words<2> own{call.tag, static_cast<uint32_t>(call.bytes)};
-  if (mine && !header) own = load_words<2>(call.in + at, left);
+  if (mover) packets.load();
   const Start start = start_of(rank);
   if (start.poisoned) return;
-  const uint32_t sequence = start.sequence, slot = sequence & (rank.slots - 1);
-  // Relaxed: data and flag travel in the same 8 bytes. That the slot may be written is known from the
-  // previous kernels, which received what the peer sent after it had read this slot.
-  if (mine) {
-    store_relaxed(reinterpret_cast<Halves*>(rank.out.packets + slot * size_t{rank.packet_area}) + packet,
-                  Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
-  }
+  if (mover) packets.send(start.sequence);
   let_next_kernel_start();
-  if (blockIdx.x == 0 && threadIdx.x == senders) count(rank, call, sequence, 1, true);
-  if (mine) {
-    if (Output::kKeepsOwn && !header) {
-      store_words(call.out + Output::place(rank, call, at, true), left, own);
+  if (mover) {
+    packets.receive(start.sequence);
+    if (clears(rank, start.sequence)) {
+      packets.clear(start.sequence);
+      if (threadIdx.x == 0) {
+        clear_flags(rank, rank.out, start.sequence, 0);
+        clear_flags(rank, rank.in, start.sequence, 0);
+      }
     }
-    const auto* from =
-        reinterpret_cast<const Halves*>(rank.in.packets + slot * size_t{rank.packet_area}) + packet;
-    Wait wait(rank, sequence, call.tag);
-    Halves value = load_relaxed(from);
-    bool good = true;
-    while (good && !(half_arrived(value.first, sequence) && half_arrived(value.second, sequence))) {
-      good = wait.go_on();
-      value = load_relaxed(from);
-    }
-    const uint32_t low = half_data(value.first), high = half_data(value.second);
-    if (good && header && low != call.tag) give_up(rank, kMismatch, sequence, call.tag, low);
-    if (good && !header) {
-      const Words<2> result{Output::combine(rank, own.word[0], low),
-                            Output::combine(rank, own.word[1], high)};
-      store_words(call.out + Output::place(rank, call, at, false), left, result);
-    }
+  } else {
+    keep_books(rank, call, start.sequence, 1, true);
   }
-  if (clears(rank, sequence) && threadIdx.x < senders) {
-    clear(rank, rank.out, sequence, packets, 0, packet, gridDim.x * senders);
-    clear(rank, rank.in, sequence, 0, 0, packet, gridDim.x * senders);
-  }
-  advance(rank, sequence);
+  advance(rank, 1);
 }
 
 }  // namespace spark::device

@@ -7,8 +7,6 @@
 
 namespace spark::device {
 
-constexpr uint32_t kWarp = 32;
-
 // Programmatic dependent launch (compute capability 9.0 and later): this kernel was started while the one
 // before it still ran, and reads nothing until that is through and its stores can be seen.
 __device__ inline void wait_for_kernel_before() {
@@ -17,8 +15,8 @@ __device__ inline void wait_for_kernel_before() {
 #endif
 }
 
-// The next kernel may be started, up to its own wait. Takes effect once every block has said so: none of this
-// kernel's blocks can be kept from running by it.
+// The next kernel may be started, up to its own wait. Takes effect once every warp of every block has said so
+// or is through: none of this kernel's blocks can be kept from running by it.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -26,21 +24,27 @@ __device__ inline void let_next_kernel_start() {
 }
 
 struct Start {
-  uint32_t sequence;  // of this kernel's first message
+  uint32_t sequence;  // of this block's first message
   bool poisoned;
 };
 
 __device__ inline Start start_of(const Rank& rank) {
-  const uint4 progress = *reinterpret_cast<const uint4*>(rank.progress);  // both words in one load
-  return {progress.x + 1, progress.y != 0};
+  const Progress& progress = *rank.progress;
+  // Two loads of which neither waits for the other.
+  return {progress.blocks[blockIdx.x].sequence + 1, progress.poisoned != 0};
+}
+
+// Two kernels at once, on two streams, would take the same sequence numbers: a block that finds one of its
+// index running gives up. By one thread of each block, beside what others wait for.
+__device__ inline void occupy(const Rank& rank, const Call& call, uint32_t sequence) {
+  if (atomicExch(&rank.progress->blocks[blockIdx.x].running, 1u) != 0) {
+    give_up(rank, kConcurrent, sequence, call.tag, 0);
+  }
 }
 
 // Adds this call to the totals and shows them to the host. By one thread, at the start: stores to host memory
-// at the end would have to arrive before the kernel counts as done. Two kernels at once, on two streams,
-// would take the same sequence numbers: the second one to come gives up.
-__device__ inline void count(const Rank& rank, const Call& call, uint32_t sequence, uint32_t messages,
-                             bool as_packets) {
-  if (atomicExch(&rank.progress->running, 1u) != 0) give_up(rank, kConcurrent, sequence, call.tag, 0);
+// at the end would have to arrive before the kernel counts as done.
+__device__ inline void count(const Rank& rank, const Call& call, uint32_t messages, bool as_packets) {
   Totals totals = rank.progress->totals;
   if (static_cast<Kind>(call.tag >> 30) == Kind::kAllReduce) {
     totals.all_reduces += 1;
@@ -60,14 +64,27 @@ __device__ inline void count(const Rank& rank, const Call& call, uint32_t sequen
     store_relaxed(to + at, from[at]);
 }
 
-// The last block to come through advances the sequence: by then every block has read it.
-__device__ inline void advance(const Rank& rank, uint32_t last) {
+// What no thread that moves data should wait for. By a whole warp of each block.
+__device__ inline void keep_books(const Rank& rank, const Call& call, uint32_t sequence, uint32_t messages,
+                                  bool as_packets) {
+  const uint32_t lane = threadIdx.x % kWarp;
+  if (lane == 0) occupy(rank, call, sequence);
+  if (blockIdx.x != 0) return;
+  if (lane == 0) count(rank, call, messages, as_packets);
+  // Blocks that this kernel does not have come along all the same. No kernel reads them before the next one.
+  for (uint32_t block = gridDim.x + lane; block < kMaxPieces; block += kWarp) {
+    atomicAdd(&rank.progress->blocks[block].sequence, messages);
+  }
+}
+
+// Ends a block, by all of its threads. Added and not stored: see `keep_books`, which another kernel might be
+// at.
+__device__ inline void advance(const Rank& rank, uint32_t messages) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (gridDim.x > 1 && atomicAdd(&rank.progress->arrived, 1u) + 1 < gridDim.x) return;
-  rank.progress->arrived = 0;
-  rank.progress->running = 0;
-  rank.progress->sequence = last;
+  BlockProgress& block = rank.progress->blocks[blockIdx.x];
+  atomicAdd(&block.sequence, messages);
+  block.running = 0;
 }
 
 // Sequence numbers come round after 2^32 messages, which is days of decoding. A word that no later message
@@ -78,18 +95,21 @@ __device__ inline bool clears(const Rank& rank, uint32_t sequence) {
   return (sequence & (rank.clear_interval - 1)) < rank.slots;
 }
 
-// Clears the packets from `first_packet` on and the flags from `first_flag` on of a slot. By `threads`
-// threads in all blocks, of which this one is number `thread` and clears every packet of that number: of
-// those that are waited for, only its own. Of the flags, each block clears its own and those that no block
-// waits for.
-__device__ inline void clear(const Rank& rank, const Lane& lane, uint32_t sequence, uint32_t first_packet,
-                             uint32_t first_flag, uint32_t thread, uint32_t threads) {
+// Clears the packets from `first_packet` on of a slot, of which this thread has those of number `thread` and
+// every `threads`-th after it: of packets that are waited for, only its own.
+__device__ inline void clear_packets(const Rank& rank, const Lane& lane, uint32_t sequence,
+                                     uint32_t first_packet, uint32_t thread, uint32_t threads) {
   const uint32_t slot = sequence & (rank.slots - 1), never = sequence + (1u << 31);
   auto* packets = reinterpret_cast<Halves*>(lane.packets + static_cast<size_t>(slot) * rank.packet_area);
   for (uint32_t at = thread; at < rank.packet_area / sizeof(Halves); at += threads) {
     if (at >= first_packet) store_relaxed(packets + at, Halves{packet_half(0, never), packet_half(0, never)});
   }
-  if (threadIdx.x != 0) return;
+}
+
+// The same for flags, by one thread of each block: its own, and those that no block waits for.
+__device__ inline void clear_flags(const Rank& rank, const Lane& lane, uint32_t sequence,
+                                   uint32_t first_flag) {
+  const uint32_t slot = sequence & (rank.slots - 1), never = sequence + (1u << 31);
   auto* flags = reinterpret_cast<Flag*>(lane.flags) + slot * kMaxPieces;
   for (uint32_t piece = blockIdx.x; piece < kMaxPieces; piece += gridDim.x) {
     if (piece >= first_flag) store_relaxed(&flags[piece].value, payload_flag(never, 0));

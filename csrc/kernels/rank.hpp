@@ -8,6 +8,13 @@
 
 namespace spark::device {
 
+constexpr uint32_t kWarp = 32;  // threads
+
+// What a block has beside the threads that move data: a warp that keeps the books, and with payload one that
+// looks out for flags.
+constexpr uint32_t kPacketsSideThreads = kWarp;
+constexpr uint32_t kPayloadSideThreads = 2 * kWarp;
+
 // What was done so far, for the host to read.
 struct Totals {
   uint64_t all_reduces;
@@ -20,14 +27,18 @@ struct Totals {
   uint64_t sequence;
 };
 
-// In device memory, advanced by the kernels themselves: replaying a graph needs no host.
-// Aligned, so that a kernel gets the first four words with one load: it is what each one waits for first.
-struct alignas(128) Progress {
+// How far the blocks of one index have come, whatever kernel they belonged to. Each block reads and advances
+// its own, so that none has to learn whether the others are through.
+struct BlockProgress {
   uint32_t sequence;  // of the last message
-  uint32_t poisoned;  // nonzero: every later kernel returns at once
-  uint32_t arrived;   // blocks of the running kernel that are through
-  uint32_t running;   // nonzero while a kernel runs
-  alignas(64) Totals totals;
+  uint32_t running;   // nonzero while a block of this index runs
+};
+
+// In device memory, advanced by the kernels themselves: replaying a graph needs no host.
+struct alignas(128) Progress {
+  BlockProgress blocks[kMaxPieces];
+  alignas(128) uint32_t poisoned;  // nonzero: every later kernel returns at once
+  alignas(128) Totals totals;
 };
 
 // In host memory: what a kernel that gave up waited for. Written once, `code` last.
@@ -59,10 +70,10 @@ struct Rank {
   Progress* progress;
   Report* report;
   uint64_t timeout_ns;
-  uint32_t slots;           // a power of two
-  uint32_t ahead;           // messages that a block may send before it receives: below half of the slots
-  uint32_t packet_area;     // bytes from one slot to the next
-  uint32_t payload_area;    // the same
+  uint32_t slots;         // a power of two
+  uint32_t depth;         // messages that may be sent before the first of them is answered: half of the slots
+  uint32_t packet_area;   // bytes from one slot to the next
+  uint32_t payload_area;  // the same
   uint32_t clear_interval;  // messages between two clearings of the slots; a power of two
   uint32_t index;           // 0 or 1
 };

@@ -67,4 +67,14 @@ class Wait {
   FailureCode end_ = kNoFailure;
 };
 
+// Waits for a packet. One look at a time: a second one at the same place would be answered after the first, a
+// whole round trip to host memory later (benchmarks/NOTES.md, entry 11). False: it gave up.
+__device__ inline bool receive(const Halves* from, uint32_t sequence, Wait& wait, Halves& packet) {
+  for (;;) {
+    packet = load_relaxed(from);
+    if (half_arrived(packet.first, sequence) && half_arrived(packet.second, sequence)) return true;
+    if (!wait.go_on()) return false;
+  }
+}
+
 }  // namespace spark::device

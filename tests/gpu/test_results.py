@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair
+from vllm_spark.collective import LaunchShape
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
@@ -159,6 +160,15 @@ def test_slots_smaller_than_a_block(make_pair: MakePair) -> None:
     for size in (1, 33, 40_000):
         for result in all_reduced(pair, (size,), torch.bfloat16):
             assert torch.equal(result, expected_sum((size,), torch.bfloat16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packets_of_several_rounds(make_pair: MakePair, mode: dict[str, Any]) -> None:
+    """More packets than 64 blocks have threads: each thread has several."""
+    pair = make_pair(launch=(LaunchShape(packet_threads=32),) * 2, packet_bytes=256 * KIB, **mode)
+    for seed, size in enumerate((8191, 8192, 8193, 100_003, 128 * KIB)):
+        for result in all_reduced(pair, (size,), torch.bfloat16, seed):
+            assert torch.equal(result, expected_sum((size,), torch.bfloat16, seed)), f"{size} elements"
 
 
 def test_counters(make_pair: MakePair) -> None:

@@ -29,17 +29,18 @@ KIB, MIB = 1 << 10, 1 << 20
 
 PACKET_SIZES = (2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB)
 PAYLOAD_SIZES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 8 * MIB)
-LIMITS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+LIMITS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """KiB: what the limit between packets and payload may be."""
 
 PACKET_CHOICES: dict[str, tuple[Any, ...]] = {
-    "packet_threads": (512, 256, 128),
+    "packet_threads": (288, 544, 160, 96),
     "dependent_launch": (True, False),
 }
 PAYLOAD_CHOICES: dict[str, tuple[Any, ...]] = {
     "payload_blocks": (32, 8, 16, 48, 64),
     "payload_bytes_per_block": (4096, 1024, 2048, 8192, 16384),
-    "payload_threads": (512, 256),
+    "payload_message_bytes": (128 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB),
+    "payload_threads": (256, 128),
 }
 _CLEARLY = 0.97  # of the time of the best so far
 

@@ -32,6 +32,7 @@ def graph_times(pair: GpuPair, collective: str, shape: tuple[int, ...], launches
         samples = []
         for _ in range(launches):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            runtime.all_reduce(tensor)  # after it both GPUs are at the same point, whenever their hosts launched it
             begin.record()
             graph.replay()
             end.record()

@@ -49,8 +49,8 @@ class DeviceRuntime(Runtime):
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """As measured on an H100 (benchmarks/NOTES.md, entry 6): packets are twice the bytes, and a proxy reads all."""
-        return 24 * KIB if not options.proxied else 4 * KIB
+        """As measured on two H100 (benchmarks/NOTES.md, entry 11): packets double the bytes, and a proxy reads all."""
+        return 128 * KIB if not options.proxied else 4 * KIB
 
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.

@@ -1,0 +1,64 @@
+// What the parts of a block tell each other: how many messages have come, and how many have been read.
+#pragma once
+
+#include <cstdint>
+
+namespace spark::device {
+
+// A number that one thread of the block raises and others wait for, in shared memory.
+class Count {
+ public:
+  __device__ void clear() { value_ = ended_ = 0; }
+
+  // Release: cumulative with the acquire of those that wait: what this thread was to see, they see.
+  __device__ void raise(uint32_t value) { store_release(&value_, value); }
+
+  // It will not be raised any more.
+  __device__ void end() { store_release(&ended_, 1); }
+
+  // False: it ended before it came to `value`. All that wait for the same value get the same answer, however
+  // late they look: they meet at barriers.
+  __device__ bool wait_for(uint32_t value) const {
+    for (;;) {
+      if (load_acquire(&value_) >= value) return true;
+      // What was raised before the end can be seen once the end has been acquired.
+      if (load_acquire(&ended_) != 0) return load_acquire(&value_) >= value;
+    }
+  }
+
+ private:
+  __device__ static uint32_t load_acquire(const uint32_t* from) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(address(from)) : "memory");
+    return value;
+  }
+  __device__ static void store_release(uint32_t* to, uint32_t value) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address(to)), "r"(value) : "memory");
+  }
+  __device__ static uint32_t address(const uint32_t* word) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(word));
+  }
+
+  uint32_t value_;
+  uint32_t ended_;
+};
+
+// Waits here end when the thread that looks out for flags has given up, which it does in bounded time.
+struct Relay {
+  Count arrived;   // messages, by the thread that acquired their flags
+  Count consumed;  // messages, by one that receives, after a barrier of all that do
+
+  __device__ void clear() {
+    arrived.clear();
+    consumed.clear();
+  }
+};
+
+// Barriers of whole warps; 0 is the whole block's.
+enum class Part : uint32_t { kSenders = 1, kReceivers = 2 };
+
+__device__ inline void meet(Part part, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(static_cast<uint32_t>(part)), "r"(threads) : "memory");
+}
+
+}  // namespace spark::device
