@@ -207,7 +207,8 @@ __device__ inline void exchange_payload(const Rank& rank, const Call& call) {
   __syncthreads();
   wait_for_kernel_before();
   const Start start = start_of(rank);
-  if (start.poisoned) return;
+  // All of the block or none: another block may poison the rank at this moment, and parts meet at barriers.
+  if (__syncthreads_or(start.poisoned)) return;
   const uint32_t parts = (blockDim.x - kPayloadSideThreads) / 2;
   const bool sends = threadIdx.x < parts;
   Pieces<Output> pieces(rank, call, relay, start.sequence, sends ? threadIdx.x : threadIdx.x - parts, parts);
