@@ -48,7 +48,17 @@ Driver load() {
   find(library, "cuLibraryGetKernel", driver.find_kernel);
   find(library, "cuKernelGetFunction", driver.load_kernel);
   find(library, "cuLaunchKernelEx", driver.launch);
+  find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", driver.blocks_per_multiprocessor);
   return driver;
+}
+
+int device_attribute(int attribute, const char* what) {
+  const Driver& driver = Driver::get();
+  Device device = 0;
+  int value = 0;
+  driver.check(driver.context_device(&device), "name the GPU in use");
+  driver.check(driver.device_attribute(&value, attribute, device), what);
+  return value;
 }
 
 unsigned char* device_pointer(void* memory) {
@@ -82,13 +92,13 @@ void* current_context() {
 
 int compute_capability() {
   constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-  const Driver& driver = Driver::get();
-  Device device = 0;
-  int major = 0, minor = 0;
-  driver.check(driver.context_device(&device), "name the GPU in use");
-  driver.check(driver.device_attribute(&major, kMajor, device), "tell the GPU's compute capability");
-  driver.check(driver.device_attribute(&minor, kMinor, device), "tell the GPU's compute capability");
-  return 10 * major + minor;
+  const char* what = "tell the GPU's compute capability";
+  return 10 * device_attribute(kMajor, what) + device_attribute(kMinor, what);
+}
+
+int multiprocessors() {
+  constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+  return device_attribute(kMultiprocessors, "tell how many multiprocessors the GPU has");
 }
 
 CurrentContext::CurrentContext(void* context) : pushed_(Driver::get().context_push(context) == 0) {}

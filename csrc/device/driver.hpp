@@ -58,6 +58,7 @@ struct Driver {
   Result (*find_kernel)(Kernel*, Library, const char*);
   Result (*load_kernel)(Function*, Kernel);
   Result (*launch)(const LaunchConfig*, Function, void**, void**);
+  Result (*blocks_per_multiprocessor)(int*, Function, int, size_t);
 
   // The process's driver. Throws UsageError where there is none.
   static const Driver& get();
@@ -81,8 +82,9 @@ class CurrentContext {
 // The calling thread's context. Throws UsageError if it has none.
 void* current_context();
 
-// 90 for compute capability 9.0: of the calling thread's GPU. Throws CollectiveError.
-int compute_capability();
+// Of the calling thread's GPU; they throw CollectiveError.
+int compute_capability();  // 90 for 9.0
+int multiprocessors();
 
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;
 

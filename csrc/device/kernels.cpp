@@ -1,5 +1,8 @@
 #include "kernels.hpp"
 
+#include <algorithm>
+#include <limits>
+
 namespace spark::device {
 
 Kernels::Kernels(const std::string& image) {
@@ -41,6 +44,18 @@ Kernels::~Kernels() {
 
 Function Kernels::get(Protocol protocol, Kind kind, DType dtype) const {
   return functions_[index(protocol, kind, dtype)];
+}
+
+uint32_t Kernels::payload_blocks_at_once(uint32_t threads) const {
+  const Driver& driver = Driver::get();
+  int fewest = std::numeric_limits<int>::max();
+  for (int payload = kDTypes; payload < 2 * kDTypes; ++payload) {
+    int blocks = 0;
+    driver.check(driver.blocks_per_multiprocessor(&blocks, functions_[payload], static_cast<int>(threads), 0),
+                 "tell how many blocks fit");
+    fewest = std::min(fewest, blocks);
+  }
+  return static_cast<uint32_t>(fewest * multiprocessors());
 }
 
 }  // namespace spark::device

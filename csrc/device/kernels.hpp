@@ -19,6 +19,10 @@ class Kernels {
 
   Function get(Protocol protocol, Kind kind, DType dtype) const;
 
+  // Blocks of `threads` threads that the GPU in use runs at once, of whichever payload kernel has the fewest.
+  // Throws CollectiveError.
+  uint32_t payload_blocks_at_once(uint32_t threads) const;
+
  private:
   static constexpr int kDTypes = 4;
 

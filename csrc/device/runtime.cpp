@@ -11,8 +11,9 @@ namespace {
 
 // A vector of the kernels: slots are multiples of it.
 constexpr uint64_t kVector = 16;
-// Of an operation, as long as they fit into slots: enough that both directions are busy nearly all the time.
-constexpr uint64_t kMessagesAtMost = 16;
+// Of an operation, as long as they fit into slots, and a few more where pieces are rounded: enough that both
+// directions are busy nearly all the time.
+constexpr uint64_t kMessages = 16;
 
 // From this compute capability on, kernels wait for the one before them (csrc/kernels/progress.cuh), and
 // setup.py leaves no such GPU with code that does not.
@@ -26,12 +27,18 @@ T load_acquire(const T& word) {
 
 Progress first_progress(const Options& options) {
   Progress progress{};
-  for (BlockProgress& block : progress.blocks) block.sequence = options.first_sequence - 1;
+  std::fill_n(progress.sequences, kMaxPieces, options.first_sequence - 1);
+  progress.totals.sequence = options.first_sequence - 1;
   return progress;
 }
 
 bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVector == 0;
+}
+
+bool overlap(const void* one, uint64_t its_bytes, const void* other, uint64_t others_bytes) {
+  auto first = reinterpret_cast<uintptr_t>(one), second = reinterpret_cast<uintptr_t>(other);
+  return first < second + others_bytes && second < first + its_bytes;
 }
 
 }  // namespace
@@ -43,6 +50,17 @@ DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, c
                         nullptr, MappedMemory(sizeof(Report)), DeviceMemory(&progress, sizeof progress)};
       }()) {
   if (compute_capability() < kFirstWithDependentLaunch) shape_.dependent_launch = false;
+  // A message goes when all of its pieces are there, and a block ends with its last message: one that waited
+  // for another to end would keep all from going.
+  uint32_t threads = 2 * shape_.payload_threads + kPayloadSideThreads;
+  uint32_t at_once = gpu_->kernels.payload_blocks_at_once(threads);
+  if (shape_.payload_blocks > at_once) {
+    throw UsageError(
+        "payload_blocks " + std::to_string(shape_.payload_blocks) + " is too many for this GPU, which runs " +
+        std::to_string(at_once) + " blocks of " + std::to_string(threads) +
+        " threads at once; use fewer in the launch table, or let `vllm-spark bench calibrate` find them");
+  }
+  static_cast<Report*>(gpu_->report.on_host())->totals.sequence = options.first_sequence - 1;
 }
 
 DeviceRuntime::~DeviceRuntime() {
@@ -143,6 +161,12 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
   if (!aligned(arguments.in) || !aligned(arguments.out)) {
     throw UsageError("a collective's tensors on a GPU must be aligned to 16 bytes");
   }
+  bool sums = operation.kind == Kind::kAllReduce;
+  bool in_place = sums && arguments.in == arguments.out;
+  if (!in_place && overlap(arguments.in, arguments.bytes, arguments.out, arguments.bytes * (sums ? 1 : 2))) {
+    throw UsageError("the output of an " + operation.describe() +
+                     " overlaps its input; let it be the whole input, if it is a sum, or apart from it");
+  }
   const RegionSizes& sizes = endpoint_.options().sizes;
   Call call = arguments;
   call.tag = operation.tag();
@@ -159,7 +183,7 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
     // Messages of equal size, each cut into as many pieces as there are blocks. Pieces begin on a cache line:
     // two blocks that want the same one from host memory would be answered one after the other.
     uint64_t largest = std::min<uint64_t>(
-        sizes.slot_bytes, std::max<uint64_t>(shape_.payload_message_bytes, call.bytes / kMessagesAtMost));
+        sizes.slot_bytes, std::max<uint64_t>(shape_.payload_message_bytes, call.bytes / kMessages));
     uint64_t unit = largest < kLine ? kVector : kLine;
     uint64_t most = std::min<uint64_t>(shape_.payload_blocks, largest / unit);
     blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, most);

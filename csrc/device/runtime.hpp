@@ -52,7 +52,7 @@ class DeviceRuntime {
   std::string path() const { return endpoint_.path(); }
 
   // out = sum over ranks of `elements` numbers, once `stream` gets there. Both aligned to 16 bytes, and
-  // apart.
+  // apart or the same.
   void all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream);
 
   // `in` is [outer, inner_bytes], `out` is [outer, ranks, inner_bytes]; both aligned to 16 bytes, and so is

@@ -145,6 +145,7 @@ class Pieces {
       // Release, and cumulative through the barrier: who sees the flag sees what all threads of the block
       // stored.
       store_release(&staged->value, payload_flag(sequence, call_.tag));
+      relay_.sent.raise(index + 1);
     }
   }
 
@@ -158,7 +159,8 @@ class Pieces {
     do {
       Vector theirs[kUnroll], own[kUnroll];
       if (!Output::kKeepsOwn) load_own(own, from, base, bytes);  // before the wait, not after it
-      if (!arrived && !relay_.arrived.wait_for(index + 1)) return false;
+      // Both: the result may be put where the input is, which must have been sent by then.
+      if (!arrived && (!relay_.arrived.wait_for(index + 1) || !relay_.sent.wait_for(index + 1))) return false;
       arrived = true;
 #pragma unroll
       for (uint32_t turn = 0; turn < kUnroll; ++turn) {

@@ -31,15 +31,17 @@ struct Start {
 __device__ inline Start start_of(const Rank& rank) {
   const Progress& progress = *rank.progress;
   // Two loads of which neither waits for the other.
-  return {progress.blocks[blockIdx.x].sequence + 1, progress.poisoned != 0};
+  return {progress.sequences[blockIdx.x] + 1, progress.poisoned != 0};
 }
 
-// Two kernels at once, on two streams, would take the same sequence numbers: a block that finds one of its
-// index running gives up. By one thread of each block, beside what others wait for.
-__device__ inline void occupy(const Rank& rank, const Call& call, uint32_t sequence) {
-  if (atomicExch(&rank.progress->blocks[blockIdx.x].running, 1u) != 0) {
-    give_up(rank, kConcurrent, sequence, call.tag, 0);
-  }
+// Two kernels at once, on two streams, would mix up their sequence numbers: one that finds blocks of another
+// still running gives up. By one thread of a kernel's first block, beside what others wait for.
+__device__ inline void begin(const Rank& rank, const Call& call, uint32_t sequence) {
+  const uint32_t before = atomicAdd(&rank.progress->begun, gridDim.x);
+  // Kernels that were ordered behind one another have ended whole, and can be seen to have. This one's own
+  // blocks may have ended too, which only adds.
+  const uint32_t ended = *const_cast<volatile uint32_t*>(&rank.progress->ended);
+  if (static_cast<int32_t>(ended - before) < 0) give_up(rank, kConcurrent, sequence, call.tag, 0);
 }
 
 // Adds this call to the totals and shows them to the host. By one thread, at the start: stores to host memory
@@ -64,16 +66,18 @@ __device__ inline void count(const Rank& rank, const Call& call, uint32_t messag
     store_relaxed(to + at, from[at]);
 }
 
-// What no thread that moves data should wait for. By a whole warp of each block.
+// What no thread that moves data should wait for. By a whole warp of the first block.
 __device__ inline void keep_books(const Rank& rank, const Call& call, uint32_t sequence, uint32_t messages,
                                   bool as_packets) {
-  const uint32_t lane = threadIdx.x % kWarp;
-  if (lane == 0) occupy(rank, call, sequence);
   if (blockIdx.x != 0) return;
-  if (lane == 0) count(rank, call, messages, as_packets);
+  const uint32_t lane = threadIdx.x % kWarp;
+  if (lane == 0) {
+    begin(rank, call, sequence);
+    count(rank, call, messages, as_packets);
+  }
   // Blocks that this kernel does not have come along all the same. No kernel reads them before the next one.
   for (uint32_t block = gridDim.x + lane; block < kMaxPieces; block += kWarp) {
-    atomicAdd(&rank.progress->blocks[block].sequence, messages);
+    atomicAdd(&rank.progress->sequences[block], messages);
   }
 }
 
@@ -82,9 +86,8 @@ __device__ inline void keep_books(const Rank& rank, const Call& call, uint32_t s
 __device__ inline void advance(const Rank& rank, uint32_t messages) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  BlockProgress& block = rank.progress->blocks[blockIdx.x];
-  atomicAdd(&block.sequence, messages);
-  block.running = 0;
+  atomicAdd(&rank.progress->sequences[blockIdx.x], messages);
+  atomicAdd(&rank.progress->ended, 1u);
 }
 
 // Sequence numbers come round after 2^32 messages, which is days of decoding. A word that no later message

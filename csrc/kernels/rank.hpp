@@ -27,17 +27,14 @@ struct Totals {
   uint64_t sequence;
 };
 
-// How far the blocks of one index have come, whatever kernel they belonged to. Each block reads and advances
-// its own, so that none has to learn whether the others are through.
-struct BlockProgress {
-  uint32_t sequence;  // of the last message
-  uint32_t running;   // nonzero while a block of this index runs
-};
-
 // In device memory, advanced by the kernels themselves: replaying a graph needs no host.
 struct alignas(128) Progress {
-  BlockProgress blocks[kMaxPieces];
+  // Of the last message, for blocks of each index, whatever kernel they belonged to. A block reads and
+  // advances its own, so that none has to learn whether the others are through.
+  uint32_t sequences[kMaxPieces];
   alignas(128) uint32_t poisoned;  // nonzero: every later kernel returns at once
+  alignas(128) uint32_t begun;     // blocks of all kernels that have begun
+  uint32_t ended;                  // blocks that are through
   alignas(128) Totals totals;
 };
 

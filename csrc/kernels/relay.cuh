@@ -1,4 +1,4 @@
-// What the parts of a block tell each other: how many messages have come, and how many have been read.
+// What the parts of a block tell each other: how many messages have gone, have come, and have been read.
 #pragma once
 
 #include <cstdint>
@@ -45,10 +45,12 @@ class Count {
 
 // Waits here end when the thread that looks out for flags has given up, which it does in bounded time.
 struct Relay {
+  Count sent;      // messages, by one that sends, after a barrier of all that do: their input is read
   Count arrived;   // messages, by the thread that acquired their flags
   Count consumed;  // messages, by one that receives, after a barrier of all that do
 
   __device__ void clear() {
+    sent.clear();
     arrived.clear();
     consumed.clear();
   }

@@ -3,7 +3,45 @@
 #include <algorithm>
 #include <cstring>
 
+// ThreadSanitizer is to see every access as the atomic that it is.
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+#include <emmintrin.h>
+#define SPARK_STREAMS_LINES 1
+#endif
+
 namespace spark {
+namespace {
+
+constexpr size_t kHalvesPerLine = 8;  // of 64 bytes; slots begin on one
+
+// Copies the halves [begin, end) of a slot of packets. Each half carries its own flag, and the reader trusts
+// no other order: relaxed, and whole 8 bytes at a time, which aligned vectors are on every x86-64.
+//
+// Whole lines go past this core's caches, as a NIC writes them: stored a word at a time, a line that a GPU
+// polls is taken from this core and fetched back between its words (benchmarks/NOTES.md, entry 12).
+void copy_packets(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t begin, size_t end) {
+  size_t half = begin;
+  while (half < end) {
+#if defined(SPARK_STREAMS_LINES)
+    if (half % kHalvesPerLine == 0 && half + kHalvesPerLine <= end) {
+      auto* source = reinterpret_cast<const __m128i*>(from + half);
+      auto* target = reinterpret_cast<__m128i*>(to + half);
+      __m128i line[] = {_mm_load_si128(source), _mm_load_si128(source + 1), _mm_load_si128(source + 2),
+                        _mm_load_si128(source + 3)};
+      for (int part = 0; part < 4; ++part) _mm_stream_si128(target + part, line[part]);
+      half += kHalvesPerLine;
+      continue;
+    }
+#endif
+    to[half].store(from[half].load(std::memory_order_relaxed), std::memory_order_relaxed);
+    ++half;
+  }
+#if defined(SPARK_STREAMS_LINES)
+  _mm_sfence();  // streamed stores wait for nobody, not even for a release that follows
+#endif
+}
+
+}  // namespace
 
 void deliver_payload(const std::byte* from, std::byte* to, size_t bytes, std::atomic<uint64_t>& flag,
                      uint64_t flag_value) {
@@ -41,12 +79,8 @@ void LoopbackTransport::copy_all_but_last(uint32_t sequence, const SendDescripto
                 mine_.send_payload(sequence) + descriptor.offset, descriptor.bytes);
     return;
   }
-  const std::atomic<uint64_t>* from = mine_.send_packets(sequence);
-  std::atomic<uint64_t>* to = peer_.recv_packets(sequence);
-  for (size_t half = 1; half < 2 * packet_count(descriptor.bytes); ++half) {
-    // Relaxed: each half carries its own flag, and the reader trusts no other order.
-    to[half].store(from[half].load(std::memory_order_relaxed), std::memory_order_relaxed);
-  }
+  copy_packets(mine_.send_packets(sequence), peer_.recv_packets(sequence), 1,
+               2 * packet_count(descriptor.bytes));
 }
 
 void LoopbackTransport::deliver_last(const Write& write) {

@@ -153,13 +153,14 @@ def test_abort_ends_a_wait(make_pair: MakePair, size: int) -> None:
             runtime.check()
 
 
-def test_two_streams_at_once(make_pair: MakePair) -> None:
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 1 << 18), (1 << 18, 64), (1 << 18, 1 << 18)], ids=str)
+def test_two_streams_at_once(make_pair: MakePair, sizes: tuple[int, int]) -> None:
     pair = make_pair(timeout_s=2.0)
 
     def body(rank: int) -> None:
         if rank == 0:
             second = torch.cuda.Stream()
-            tensors = ones(64), ones(64)
+            tensors = [ones(size) for size in sizes]
             torch.cuda.synchronize()
             pair.runtimes[0].all_reduce(tensors[0])
             with torch.cuda.stream(second):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair
-from vllm_spark.collective import LaunchShape
+from vllm_spark.collective import LaunchShape, UsageError
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
@@ -104,6 +104,36 @@ def test_all_gather(make_pair: MakePair, mode: dict[str, Any], shape: tuple[int,
             assert torch.equal(result.cpu(), expected)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("packet_bytes", [0, 128 * KIB])
+@pytest.mark.parametrize("mode", MODES)
+def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], packet_bytes: int, late: int) -> None:
+    """The peer's half is there before a rank that is late has sent its own, which must not be overwritten until then."""
+    pair = make_pair(packet_bytes=packet_bytes, **mode)
+    sizes = [2048, 40_001, 512 * KIB, 3 * MIB]
+
+    def body(rank: int) -> list[torch.Tensor]:
+        tensors = [values(rank, (size,), torch.bfloat16, size).cuda() for size in sizes]
+        if rank == late:
+            torch.cuda._sleep(20_000_000)  # cycles
+        for tensor in tensors:
+            assert pair.runtimes[rank].all_reduce(tensor, out=tensor) is tensor
+        return tensors
+
+    for results in pair.run(body):
+        for size, result in zip(sizes, results, strict=True):
+            assert torch.equal(result.cpu(), expected_sum((size,), torch.bfloat16, size)), f"{size} elements"
+
+
+def test_output_that_overlaps_its_input(make_pair: MakePair) -> None:
+    pair = make_pair()
+    whole = torch.zeros(4096, dtype=torch.bfloat16, device=pair.devices[0])
+    with pytest.raises(UsageError, match="overlaps its input"):
+        pair.run(lambda rank: rank or pair.runtimes[0].all_reduce(whole[:2048], out=whole[1024:3072]))
+    for result in all_reduced(pair, (100,), torch.bfloat16):  # nothing was sent
+        assert torch.equal(result, expected_sum((100,), torch.bfloat16))
+
+
 def test_inputs_that_are_strided_or_misaligned(make_pair: MakePair) -> None:
     pair = make_pair()
     for cut in (lambda x: x.t(), lambda x: x[:, 3:], lambda x: x.view(-1)[1:]):
@@ -153,6 +183,8 @@ def test_sequence_numbers_wrap_around(make_pair: MakePair) -> None:
     for seed in range(12):
         for result in all_reduced(pair, (3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed):
             assert torch.equal(result, expected_sum((3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed))
+    # Messages of one, and of at least four slots: the sum is past the end of 32-bit numbers.
+    assert 0 < pair.runtimes[0].counters().last_sequence < 1000
 
 
 def test_slots_smaller_than_a_block(make_pair: MakePair) -> None:

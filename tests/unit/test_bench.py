@@ -17,6 +17,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from vllm_spark.bench import decode, decode_report
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
@@ -285,3 +286,21 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("this machine has a GPU; tests/gpu calibrates it")
     assert main(["bench", "calibrate"]) == 2
     assert "there is no GPU to calibrate for" in capsys.readouterr().err
+
+
+def _decoded(tokens: list[list[int]], logprobs: list[list[float]]) -> decode.Row:
+    return decode.Row("one", len(tokens), 1.0, 1.0, 1.0, [1.0], tokens, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "expected"),
+    [
+        ([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.0]], "all"),
+        ([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.5]], "all, logprobs ± 0.5"),
+        ([[1, 2, 3], [4, 7, 6]], [[-1.0, -2.0], [-1.0, -2.25]], "first 1, logprobs ± 0.2"),
+        ([[1, 2, 3], [7, 5, 6]], [[-1.0, -2.0], [-1.0, -9.0]], "first 0"),  # what follows another token may differ
+    ],
+)
+def test_agreement_of_tokens(tokens: list[list[int]], logprobs: list[list[float]], expected: str) -> None:
+    reference = _decoded([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.0]])
+    assert decode_report.agreement(_decoded(tokens, logprobs), reference) == expected

@@ -111,9 +111,8 @@ def calibrate(
 
 def _most_blocks() -> int:
     """Of one kernel, so that none waits for a place; see above."""
-    if torch.cuda.device_count() > 1:
-        return 64
-    return int(torch.cuda.get_device_properties(0).multi_processor_count) // 4
+    multiprocessors = int(torch.cuda.get_device_properties(0).multi_processor_count)
+    return min(64, multiprocessors if torch.cuda.device_count() > 1 else multiprocessors // 4)
 
 
 def rows_to_come() -> int:

@@ -1,7 +1,7 @@
 """How long a decode step of vLLM takes: one rank, this project's pair, and vLLM's own pair, in the same run.
 
 Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
-is a real engine in processes of its own (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+is a real engine in a process of its own (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
 """
 
 from __future__ import annotations
@@ -113,6 +113,8 @@ class Row(msgspec.Struct):
     medians: list[float]
     """Of each round."""
     tokens: list[list[int]]
+    logprobs: list[list[float]]
+    """Of the first tokens."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -163,9 +165,8 @@ def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float 
     nccl = {**stock, "disable_custom_all_reduce": True}
     # vLLM has other all-reduces for GPUs that see each other's memory; two machines do not.
     alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
-    in_one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     tables = ("VLLM_TUNED_CONFIG_FOLDER",)  # of the user's, which would come first on both sides
-    untuned = Candidate("one rank, one process, vLLM's own parameters", 1, environment=in_one_process, unset=tables)
+    untuned = Candidate("one rank, vLLM's own parameters", 1, unset=tables)
     return {
         "untuned": untuned,
         "tuned": replace(untuned, what="the same with tuned tables", tuned=True),
@@ -234,6 +235,7 @@ def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int],
                     percentile(pooled, 0.99),
                     [statistics.median(round_samples) for round_samples in samples],
                     rounds[0].tokens[batch],
+                    rounds[0].logprobs[batch],
                 )
             )
     return report
@@ -332,11 +334,11 @@ def _memory() -> tuple[int, int]:
 
 def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:
     """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | settings.environment
-    environment |= candidate.environment
+    of_all = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = os.environ | of_all | settings.environment | candidate.environment
     environment = {name: value for name, value in environment.items() if name not in candidate.unset}
     if settings.device == "cpu":
-        return clean_environment() | CPU_ENVIRONMENT | settings.environment | candidate.environment
+        return clean_environment() | CPU_ENVIRONMENT | of_all | settings.environment | candidate.environment
     if candidate.ranks == 2 and candidate.spark is None:
         return environment
     gpus = _visible_gpus()

@@ -3,7 +3,9 @@
     python -m vllm_spark.bench.decode_engine JOB RESULT
 
 A program of its own for each candidate of `vllm-spark bench decode`: an engine gives its GPU back only when its process
-ends, and NCCL reads its settings once in a process's life. JOB and RESULT are JSON files of the structures below.
+ends, and NCCL reads its settings once in a process's life. The engine runs in this process: were it in another, prompts
+would reach it one by one, and what is prefilled together, which decides over last digits, would be left to chance. JOB
+and RESULT are JSON files of the structures below.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Result(msgspec.Struct):
         start_seconds: from the arguments to an engine that is ready.
         milliseconds: for each batch, the time of each step.
         tokens: for each batch, the greedy tokens of each sequence.
+        logprobs: for each batch, the log-probability of the first of them.
         fallbacks: collectives that did not go through vllm_spark; None without it.
     """
 
@@ -51,30 +54,50 @@ class Result(msgspec.Struct):
     start_seconds: float
     milliseconds: dict[int, list[float]]
     tokens: dict[int, list[list[int]]]
+    logprobs: dict[int, list[list[float]]]
     fallbacks: int | None
 
 
-def decode(engine: Any, job: Job, batch: int, vocabulary: int) -> tuple[list[float], list[list[int]]]:
-    """Decodes `batch` sequences together.
+LOGPROBS = 64
+"""Tokens of each sequence whose log-probabilities are compared; asking for them takes time, so not while a clock runs."""
+
+
+class Decoded(msgspec.Struct):
+    """What one decoding of a batch gave.
+
+    Attributes:
+        milliseconds: from each output with a token of every sequence to the next.
+        tokens: of each sequence.
+        logprobs: of each sequence's tokens, if they were asked for.
+    """
+
+    milliseconds: list[float]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+
+
+def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = False) -> Decoded:
+    """Decodes `length` tokens of each of `batch` sequences together.
 
     A step's time goes from one output of the engine to the next, when both have a token of every sequence: what a
     client sees, with scheduling and sampling in it.
-
-    Returns:
-        Milliseconds of each timed step, and the tokens of each sequence.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    # One more output than differences, and one for the prefill, whose sequences may come in several steps.
-    length = job.warm_up + job.steps + 2
     sampling = SamplingParams(
-        temperature=0, max_tokens=length, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        temperature=0,
+        max_tokens=length,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        logprobs=0 if logprobs else None,
     )
-    tokens: dict[str, list[int]] = {}
+    vocabulary = engine.model_config.get_vocab_size()
+    sequences: dict[str, tuple[list[int], list[float]]] = {}
     for sequence in range(batch):
         name = f"{batch}-{sequence}"
-        tokens[name] = []
+        sequences[name] = [], []
         prompt = [(31 * sequence + 7 * position + 11) % vocabulary for position in range(job.prompt_tokens)]
         engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
     outputs_at: list[float] = []
@@ -83,25 +106,34 @@ def decode(engine: Any, job: Job, batch: int, vocabulary: int) -> tuple[list[flo
         if len(outputs) == batch:
             outputs_at.append(time.perf_counter())
         for output in outputs:
-            tokens[output.request_id].extend(output.outputs[0].token_ids)
+            tokens, of_tokens = sequences[output.request_id]
+            new = output.outputs[0]
+            tokens.extend(new.token_ids)
+            of_tokens.extend(
+                by_token[token].logprob for token, by_token in zip(new.token_ids, new.logprobs or [], strict=False)
+            )
     times = [(after - before) * 1e3 for before, after in pairwise(outputs_at)]
-    return times[-job.steps :], list(tokens.values())
+    return Decoded(times, *map(list, zip(*sequences.values(), strict=True)))
 
 
 def run(job: Job) -> Result:
-    """Starts the engine, and decodes each batch once to warm it up and once with a clock."""
+    """Starts the engine, and decodes each batch: to warm it up, with a clock, and for the log-probabilities."""
     import vllm
 
     arguments = _with_tuned_tables(job.engine) if job.tuned else job.engine
     start = time.perf_counter()
     engine = vllm.LLM(**arguments).llm_engine
-    result = Result(vllm.__version__, time.perf_counter() - start, {}, {}, None)
-    vocabulary = engine.model_config.get_vocab_size()
+    result = Result(vllm.__version__, time.perf_counter() - start, {}, {}, {}, None)
+    # One more output than differences, and one for the prefill, whose sequences may come in several steps.
+    length = job.warm_up + job.steps + 2
     for batch in job.batches:
-        decode(engine, job, batch, vocabulary)  # kernels that are compiled or chosen at their first use
-        result.milliseconds[batch], result.tokens[batch] = decode(engine, job, batch, vocabulary)
+        decode(engine, job, batch, length)  # kernels that are compiled or chosen at their first use
+        timed = decode(engine, job, batch, length)
+        result.milliseconds[batch], result.tokens[batch] = timed.milliseconds[-job.steps :], timed.tokens
+        result.logprobs[batch] = decode(engine, job, batch, min(length, LOGPROBS), logprobs=True).logprobs
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
+    engine.engine_core.shutdown()  # tells the follower
     return result
 
 

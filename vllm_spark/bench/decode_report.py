@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from rich.table import Table
 
-from vllm_spark.bench.decode import Report, candidates_for
+from vllm_spark.bench.decode import Report, Row, candidates_for
 
 
 def as_table(report: Report, machine: str) -> Table:
@@ -39,7 +39,7 @@ def as_table(report: Report, machine: str) -> Table:
             if row.batch != batch:
                 continue
             ratios = [report.speedup(row.candidate, batch, peer) for peer in peers]
-            same = _agreement(row.tokens, reference.tokens) if reference and row.candidate in other_pairs else ""
+            same = agreement(row, reference) if reference and row.candidate in other_pairs else ""
             table.add_row(
                 str(batch),
                 row.candidate,
@@ -53,11 +53,24 @@ def as_table(report: Report, machine: str) -> Table:
     return table
 
 
-def _agreement(mine: list[list[int]], theirs: list[list[int]]) -> str:
-    """How many tokens of every sequence agree from its start on, or `all`."""
-    if mine == theirs:
-        return "all"
-    return f"first {min(map(_common_start, mine, theirs))}"
+def agreement(mine: Row, theirs: Row) -> str:
+    """How many tokens of every sequence agree from its start on, or `all`, and how far their log-probabilities differ.
+
+    These are compared as far as tokens agree, and at the first that do not: near ties differ by little.
+    """
+    starts = list(map(_common_start, mine.tokens, theirs.tokens))
+    tokens = "all" if mine.tokens == theirs.tokens else f"first {min(starts)}"
+    distance = max(
+        (
+            abs(own - other)
+            for sequence, start in enumerate(starts)
+            for own, other in zip(
+                mine.logprobs[sequence][: start + 1], theirs.logprobs[sequence][: start + 1], strict=True
+            )
+        ),
+        default=0.0,
+    )
+    return tokens if distance == 0 else f"{tokens}, logprobs ± {distance:.1g}"
 
 
 def _common_start(mine: list[int], theirs: list[int]) -> int:

@@ -20,11 +20,11 @@ class LaunchShape:
     payload_threads: int = 256
     """Payload, then flag: most threads of a block that send, a multiple of 32 up to 256; as many receive."""
     payload_blocks: int = 32
-    """Payload, then flag: most blocks, 1 to 64. All must be resident at once, beside what else runs."""
+    """Payload, then flag: most blocks, 1 to 64, and no more than run on the GPU at once (48 on a GB10)."""
     payload_bytes_per_block: int = 4096
     """Payload, then flag: a block gets at least this much."""
     payload_message_bytes: int = 1 << 17
-    """Payload, then flag: more than this goes in several messages, up to 16 if slots are large enough; the first arrive
+    """Payload, then flag: more than this goes in several messages, 16 or so if slots are large enough; the first arrive
     while the last are still sent."""
     dependent_launch: bool = True
     """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
