@@ -138,6 +138,7 @@ class Pieces {
     }
     meet(Part::kSenders, parts_);
     if (part_ == 0) {
+      relay_.sent.raise(index + 1);  // not behind the flag's release, which waits for host memory
       Flag* staged = flag(rank_.out, index);
       store_relaxed(&staged->offset, blockIdx.x * piece_);
       store_relaxed(&staged->bytes, bytes);
@@ -145,7 +146,6 @@ class Pieces {
       // Release, and cumulative through the barrier: who sees the flag sees what all threads of the block
       // stored.
       store_release(&staged->value, payload_flag(sequence, call_.tag));
-      relay_.sent.raise(index + 1);
     }
   }
 

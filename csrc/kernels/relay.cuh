@@ -1,39 +1,54 @@
 // What the parts of a block tell each other: how many messages have gone, have come, and have been read.
 #pragma once
 
-#include <cstdint>
+#include "rank.hpp"
 
 namespace spark::device {
 
-// A number that one thread of the block raises and others wait for, in shared memory.
+// A number that one thread of the block raises and whole warps wait for, in shared memory. Every access is
+// atomic: there is little traffic, and compute-sanitizer's racecheck knows no other order between threads
+// than barriers'.
 class Count {
  public:
-  __device__ void clear() { value_ = ended_ = 0; }
+  __device__ void clear() { value_ = ended_ = 0; }  // before a barrier of all
 
   // Release: cumulative with the acquire of those that wait: what this thread was to see, they see.
-  __device__ void raise(uint32_t value) { store_release(&value_, value); }
+  __device__ void raise(uint32_t value) { exchange_release(&value_, value); }
 
   // It will not be raised any more.
-  __device__ void end() { store_release(&ended_, 1); }
+  __device__ void end() { exchange_release(&ended_, 1); }
 
-  // False: it ended before it came to `value`. All that wait for the same value get the same answer, however
-  // late they look: they meet at barriers.
-  __device__ bool wait_for(uint32_t value) const {
-    for (;;) {
-      if (load_acquire(&value_) >= value) return true;
-      // What was raised before the end can be seen once the end has been acquired.
-      if (load_acquire(&ended_) != 0) return load_acquire(&value_) >= value;
+  // By a whole warp. False: it ended before it came to `value`. All that wait for the same value get the same
+  // answer, however late they look: they meet at barriers.
+  __device__ bool wait_for(uint32_t value) {
+    bool there = false;
+    if (threadIdx.x % kWarp == 0) {
+      for (;;) {
+        there = load_acquire(&value_) >= value;
+        if (there) break;
+        if (load_acquire(&ended_) == 0) continue;
+        // What was raised before the end can be seen once the end has been acquired.
+        there = load_acquire(&value_) >= value;
+        break;
+      }
     }
+    there = __shfl_sync(~0u, there, 0);
+    __syncwarp();  // orders memory among the warp's threads, as the shuffle does not: all have acquired it
+    return there;
   }
 
  private:
-  __device__ static uint32_t load_acquire(const uint32_t* from) {
+  __device__ static uint32_t load_acquire(uint32_t* from) {
     uint32_t value;
-    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(address(from)) : "memory");
+    asm volatile("atom.acquire.cta.shared.or.b32 %0, [%1], 0;" : "=r"(value) : "r"(address(from)) : "memory");
     return value;
   }
-  __device__ static void store_release(uint32_t* to, uint32_t value) {
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address(to)), "r"(value) : "memory");
+  __device__ static void exchange_release(uint32_t* to, uint32_t value) {
+    [[maybe_unused]] uint32_t before;
+    asm volatile("atom.release.cta.shared.exch.b32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(address(to)), "r"(value)
+                 : "memory");
   }
   __device__ static uint32_t address(const uint32_t* word) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(word));

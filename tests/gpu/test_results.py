@@ -108,7 +108,7 @@ def test_all_gather(make_pair: MakePair, mode: dict[str, Any], shape: tuple[int,
 @pytest.mark.parametrize("packet_bytes", [0, 128 * KIB])
 @pytest.mark.parametrize("mode", MODES)
 def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], packet_bytes: int, late: int) -> None:
-    """The peer's half is there before a rank that is late has sent its own, which must not be overwritten until then."""
+    """The peer's half is there before a late rank has sent its own, which must not be overwritten until then."""
     pair = make_pair(packet_bytes=packet_bytes, **mode)
     sizes = [2048, 40_001, 512 * KIB, 3 * MIB]
 

@@ -59,7 +59,7 @@ class Result(msgspec.Struct):
 
 
 LOGPROBS = 64
-"""Tokens of each sequence whose log-probabilities are compared; asking for them takes time, so not while a clock runs."""
+"""Tokens of each sequence whose log-probabilities are compared. To ask for them takes time: not while a clock runs."""
 
 
 class Decoded(msgspec.Struct):
