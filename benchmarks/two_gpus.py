@@ -33,7 +33,7 @@ def parts(folder: Path, quick: bool) -> dict[str, list[str]]:
         ]
     for name, extra in {"decode": [], "decode-compile": ["--compile"]}.items():
         files = ["--json", str(folder / f"{name}.json"), "--keep-logs", str(folder / f"{name}-logs")]
-        commands[name] = [*bench, "decode", "--device", "cuda", *steps, *extra, *files]
+        commands[name] = [*bench, "decode", "--device", "cuda", "--profile", *steps, *extra, *files]
     if quick:
         del commands["decode-compile"]
     return commands

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from vllm_spark.bench import decode, decode_report
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
+from vllm_spark.bench.kernel_profile import KernelTime, short_name, summary
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.wire import Plan
 from vllm_spark.bench.wire_report import as_json as as_wire_json
@@ -304,3 +306,31 @@ def _decoded(tokens: list[list[int]], logprobs: list[list[float]]) -> decode.Row
 def test_agreement_of_tokens(tokens: list[list[int]], logprobs: list[list[float]], expected: str) -> None:
     reference = _decoded([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.0]])
     assert decode_report.agreement(_decoded(tokens, logprobs), reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("void at::native::(anonymous namespace)::f<float, g<4> >(int, h<5>)", "at::native::f"),
+        ("all_reduce_packets_bfloat16", "all_reduce_packets_bfloat16"),
+        ("Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH"),
+    ],
+)
+def test_names_of_kernels(name: str, short: str) -> None:
+    assert short_name(name) == short
+
+
+def test_kernels_of_a_step() -> None:
+    def event(key: str, count: int, time: float) -> SimpleNamespace:
+        return SimpleNamespace(key=key, count=count, self_device_time_total=time)
+
+    profile = summary([event("void f<1>()", 10, 40.0), event("void f<2>()", 10, 20.0), event("g", 5, 100.0)], 5)
+    assert profile.kernels == [KernelTime("g", 1, 20.0), KernelTime("f", 4, 12.0)]
+    assert profile.busy == 32
+    report = decode.Report(decode.Settings("cuda", "m", ("spark",)), profiles={"spark": profile})
+    report.rows.append(decode.Row("spark", 1, 0.1, 0.1, 0.1, [0.1], [], []))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(*decode_report.profile_tables(report))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "32 us of a step of 100" in shown
+    assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)

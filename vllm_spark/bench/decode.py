@@ -19,7 +19,8 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from vllm_spark.bench.decode_engine import Job, Result
+from vllm_spark.bench.decode_engine import PROFILED, Job, Result
+from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.samples import percentile
 from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
@@ -84,6 +85,7 @@ class Settings:
         engine: more arguments of `vllm.LLM`, which win.
         environment: variables of every candidate's processes.
         timeout: seconds for one candidate.
+        profile: also time the kernels of the first batch's steps, on rank 0's GPU.
     """
 
     device: Device
@@ -100,6 +102,7 @@ class Settings:
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 900.0
+    profile: bool = False
 
 
 class Row(msgspec.Struct):
@@ -131,6 +134,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
     """For candidates with this project: collectives that went vLLM's own way."""
+    profiles: dict[str, KernelProfile] = field(default_factory=dict)
+    """Of the candidates whose rank 0 runs in the measured process."""
 
     def row(self, candidate: str, batch: int) -> Row | None:
         """None if that was not measured."""
@@ -191,6 +196,8 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(
                 f"there is no candidate {name!r} for --device {settings.device}; choose of {', '.join(known)}"
             )
+    if settings.profile and settings.device != "cuda":
+        raise ConfigurationError("--profile times a GPU's kernels; it needs --device cuda")
     if settings.device == "cuda":
         needed = 1 if settings.one_gpu else max(known[name].ranks for name in settings.candidates)
         visible = len(_visible_gpus())
@@ -223,6 +230,8 @@ def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int],
     for name, rounds in results.items():
         if rounds[0].fallbacks is not None:
             report.fallbacks[name] = max(result.fallbacks or 0 for result in rounds)
+        if (profile := rounds[0].profile) is not None:
+            report.profiles[name] = profile
         for batch in settings.batches:
             samples = [result.milliseconds[batch] for result in rounds]
             pooled = [sample for round_samples in samples for sample in round_samples]
@@ -269,6 +278,7 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
             settings.steps,
             _WARM_UP,
             candidate.tuned,
+            settings.profile,
         )
         write_whole(job, msgspec.json.encode(work).decode(), "job")
         process = stack.enter_context(
@@ -294,7 +304,7 @@ def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "max_model_len": settings.prompt_tokens + settings.steps + _WARM_UP + 16,
+        "max_model_len": settings.prompt_tokens + max(settings.steps + _WARM_UP, 3 * PROFILED) + 16,
         "max_num_seqs": max(settings.batches),
         "enable_prefix_caching": False,
         "disable_log_stats": True,

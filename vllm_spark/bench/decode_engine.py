@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
+
 
 class Job(msgspec.Struct):
     """What the engine is, and what it decodes.
@@ -29,6 +31,7 @@ class Job(msgspec.Struct):
         steps: decode steps that are timed for each batch.
         warm_up: decode steps before them.
         tuned: whether the process uses tuned tables of kernels' parameters; a pair does so in any case.
+        profile: whether kernels are timed too, for the first batch.
     """
 
     engine: dict[str, Any]
@@ -37,6 +40,7 @@ class Job(msgspec.Struct):
     steps: int
     warm_up: int
     tuned: bool = False
+    profile: bool = False
 
 
 class Result(msgspec.Struct):
@@ -48,6 +52,7 @@ class Result(msgspec.Struct):
         tokens: for each batch, the greedy tokens of each sequence.
         logprobs: for each batch, the log-probability of the first of them.
         fallbacks: collectives that did not go through vllm_spark; None without it.
+        profile: of this process's GPU; None if it was not asked for, or the engine's ranks run in other processes.
     """
 
     vllm: str
@@ -56,10 +61,15 @@ class Result(msgspec.Struct):
     tokens: dict[int, list[list[int]]]
     logprobs: dict[int, list[list[float]]]
     fallbacks: int | None
+    profile: KernelProfile | None = None
 
 
 LOGPROBS = 64
 """Tokens of each sequence whose log-probabilities are compared. To ask for them takes time: not while a clock runs."""
+
+
+PROFILED = 20
+"""Steps whose kernels are timed, after so many that are not."""
 
 
 class Decoded(msgspec.Struct):
@@ -82,24 +92,9 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
     A step's time goes from one output of the engine to the next, when both have a token of every sequence: what a
     client sees, with scheduling and sampling in it.
     """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=length,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        logprobs=0 if logprobs else None,
-    )
-    vocabulary = engine.model_config.get_vocab_size()
-    sequences: dict[str, tuple[list[int], list[float]]] = {}
-    for sequence in range(batch):
-        name = f"{batch}-{sequence}"
-        sequences[name] = [], []
-        prompt = [(31 * sequence + 7 * position + 11) % vocabulary for position in range(job.prompt_tokens)]
-        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+    sequences: dict[str, tuple[list[int], list[float]]] = {
+        name: ([], []) for name in _ask(engine, job, batch, length, logprobs)
+    }
     outputs_at: list[float] = []
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -114,6 +109,45 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
             )
     times = [(after - before) * 1e3 for before, after in pairwise(outputs_at)]
     return Decoded(times, *map(list, zip(*sequences.values(), strict=True)))
+
+
+def _profile(engine: Any, job: Job, batch: int) -> KernelProfile | None:
+    """Times the kernels of some decode steps."""
+    _ask(engine, job, batch, 3 * PROFILED, logprobs=False)
+
+    def run_steps() -> int:
+        for step in range(PROFILED):
+            while len(engine.step()) < batch:
+                if not engine.has_unfinished_requests():
+                    return step
+        return PROFILED
+
+    run_steps()  # the prefill among them
+    profile = profile_steps(run_steps)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return profile if profile.kernels else None
+
+
+def _ask(engine: Any, job: Job, batch: int, length: int, logprobs: bool) -> list[str]:
+    """Adds a request for each sequence, and returns their names."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=length,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        logprobs=0 if logprobs else None,
+    )
+    vocabulary = engine.model_config.get_vocab_size()
+    names = [f"{batch}-{sequence}" for sequence in range(batch)]
+    for sequence, name in enumerate(names):
+        prompt = [(31 * sequence + 7 * position + 11) % vocabulary for position in range(job.prompt_tokens)]
+        engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+    return names
 
 
 def run(job: Job) -> Result:
@@ -131,6 +165,8 @@ def run(job: Job) -> Result:
         timed = decode(engine, job, batch, length)
         result.milliseconds[batch], result.tokens[batch] = timed.milliseconds[-job.steps :], timed.tokens
         result.logprobs[batch] = decode(engine, job, batch, min(length, LOGPROBS), logprobs=True).logprobs
+    if job.profile:
+        result.profile = _profile(engine, job, job.batches[0])
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
     engine.engine_core.shutdown()  # tells the follower

@@ -11,6 +11,8 @@ from rich.table import Table
 
 from vllm_spark.bench.decode import Report, Row, candidates_for
 
+_KERNELS_SHOWN = 16
+
 
 def as_table(report: Report, machine: str) -> Table:
     """Milliseconds and tokens per second for each candidate and batch, with ratios to one rank and to vLLM's pair."""
@@ -53,6 +55,27 @@ def as_table(report: Report, machine: str) -> Table:
     return table
 
 
+def profile_tables(report: Report) -> list[Table]:
+    """For each candidate that was profiled, the kernels that a step spends most of its time in."""
+    tables = []
+    batch = report.settings.batches[0]
+    for name, profile in report.profiles.items():
+        row = report.row(name, batch)
+        step = "" if row is None else f" of a step of {row.median * 1e3:.0f}"
+        table = Table(title=f"{name}, batch {batch}: kernels of rank 0's GPU, {profile.busy:.0f} us{step}")
+        for heading in ("kernel", "calls", "us", "us each"):
+            table.add_column(heading, justify="left" if heading == "kernel" else "right", overflow="fold")
+        shown, others = profile.kernels[:_KERNELS_SHOWN], profile.kernels[_KERNELS_SHOWN:]
+        for kernel in shown:
+            each = kernel.microseconds / kernel.calls
+            table.add_row(kernel.name, f"{kernel.calls:.0f}", f"{kernel.microseconds:.0f}", f"{each:.1f}")
+        if others:
+            calls, time = (sum(figures) for figures in zip(*((k.calls, k.microseconds) for k in others), strict=True))
+            table.add_row(f"{len(others)} others", f"{calls:.0f}", f"{time:.0f}", "")
+        tables.append(table)
+    return tables
+
+
 def agreement(mine: Row, theirs: Row) -> str:
     """How many tokens of every sequence agree from its start on, or `all`, and how far their log-probabilities differ.
 
@@ -83,6 +106,7 @@ def as_json(report: Report, machine: str) -> str:
         "machine": machine,
         "settings": asdict(report.settings),
         "fallbacks": report.fallbacks,
+        "profiles": msgspec.to_builtins(report.profiles),
         "rows": [{**msgspec.to_builtins(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],
     }
     return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=1, help="how often all candidates run (default: 1)")
     parser.add_argument("--prompt-tokens", type=positive, default=64, help="length of each prompt (default: 64)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile; default: CUDA graphs alone")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also time the kernels of rank 0's GPU at the first batch, where rank 0 runs in the measured process",
+    )
     parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
     parser.add_argument(
         "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigurationError(f"the benchmark needs vLLM and torch here ({error}); install vLLM") from None
     from vllm_spark.bench import decode
-    from vllm_spark.bench.decode_report import as_json, as_table
+    from vllm_spark.bench.decode_report import as_json, as_table, profile_tables
     from vllm_spark.bench.samples import machine
     from vllm_spark.stage import set_stage
 
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         gbytes_per_s=wire.gbytes_per_s,
         engine=args.engine,
         timeout=args.timeout,
+        profile=args.profile,
     )
     decode.check(settings)
     console = wide_console()
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         )
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     where = machine(gpus, f"vllm {report.vllm}", f"torch {torch.__version__}", f"vllm_spark {__version__}")
-    console.print(as_table(report, where))
+    console.print(as_table(report, where), *profile_tables(report))
     if args.json is not None:
         args.json.write_text(as_json(report, where) + "\n")
     return 0
