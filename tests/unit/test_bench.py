@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import time
+from ctypes.util import find_library
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vllm_spark.bench import decode, decode_report
+from vllm_spark.bench import decode, decode_engine, decode_report
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
@@ -235,6 +236,8 @@ def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytes
 )
 def test_bad_input_for_wire(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("vllm_spark._native")
+    if "--rails" in arguments and find_library("ibverbs") is None:
+        sentence = "RDMA needs libibverbs.so.1, which cannot be opened"
     assert main(["bench", "wire", *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
@@ -334,3 +337,25 @@ def test_kernels_of_a_step() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "32 us of a step of 100" in shown
     assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)
+
+
+def test_what_was_measured_stays_when_a_later_candidate_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm")
+
+    def run(name: str, *_: object) -> decode_engine.Result:
+        if name == "spark":
+            raise SparkError("it failed")
+        return decode_engine.Result("0.32.0", 1.0, {1: [2.0]}, {1: [[1]]}, {1: [[0.0]]}, None)
+
+    monkeypatch.setattr(decode, "_run", run)
+    file = tmp_path / "figures.json"
+    arguments = ["--device", "cpu", "--batches", "1", "--candidates", "tp1,spark,stock", "--json", str(file)]
+    assert main(["bench", "decode", *arguments]) == SparkError("").exit_code
+    shown = capsys.readouterr()
+    assert "NOT COMPLETE: spark, stock did not run" in " ".join(shown.out.split())
+    assert "it failed" in shown.err
+    figures = json.loads(file.read_text())
+    assert [row["candidate"] for row in figures["rows"]] == ["tp1"]
+    assert figures["missing"] == ["spark", "stock"]

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,6 +136,13 @@ class Report:
     """For candidates with this project: collectives that went vLLM's own way."""
     profiles: dict[str, KernelProfile] = field(default_factory=dict)
     """Of the candidates whose rank 0 runs in the measured process."""
+    rounds: dict[str, int] = field(default_factory=dict)
+    """How often each candidate has run."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Candidates that have not run in every round."""
+        return [name for name in self.settings.candidates if self.rounds.get(name, 0) < self.settings.rounds]
 
     def row(self, candidate: str, batch: int) -> Row | None:
         """None if that was not measured."""
@@ -149,7 +156,8 @@ class Report:
         mine, theirs = self.row(candidate, batch), self.row(peer, batch)
         if mine is None or theirs is None:
             return None
-        return statistics.median(other / own for own, other in zip(mine.medians, theirs.medians, strict=True))
+        # One may have run once more than the other when a third failed.
+        return statistics.median(other / own for own, other in zip(mine.medians, theirs.medians, strict=False))
 
 
 def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float = 0.0) -> dict[str, Candidate]:
@@ -210,11 +218,17 @@ def check(settings: Settings) -> None:
             )
 
 
-def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int], None]) -> Report:
+def measure(
+    settings: Settings,
+    stage: Stage,
+    on_candidate: Callable[[str, int], None],
+    on_report: Callable[[Report], None] = lambda report: None,
+) -> Report:
     """Runs every candidate in every round and returns what they measured.
 
     Args:
         on_candidate: called with name and round (from 0) before each.
+        on_report: called after each with all that was measured so far: what comes later may fail.
 
     Raises:
         SparkError: a candidate failed; its programs' logs are on the stage.
@@ -226,8 +240,19 @@ def measure(settings: Settings, stage: Stage, on_candidate: Callable[[str, int],
         for name in settings.candidates[:: -1 if number % 2 else 1]:
             on_candidate(name, number)
             results[name].append(_run(name, candidates[name], model, settings, stage, number))
-    report = Report(settings, next(iter(results.values()))[0].vllm)
+            report = _report(settings, results)
+            on_report(report)
+    return report
+
+
+def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Report:
+    """Of the candidates that have run."""
+    report = Report(settings)
     for name, rounds in results.items():
+        report.rounds[name] = len(rounds)
+        if not rounds:
+            continue
+        report.vllm = rounds[0].vllm
         if rounds[0].fallbacks is not None:
             report.fallbacks[name] = max(result.fallbacks or 0 for result in rounds)
         if (profile := rounds[0].profile) is not None:

@@ -26,6 +26,8 @@ def as_table(report: Report, machine: str) -> Table:
         caption.append("Random weights of one rank are others than those of two.")
     if settings.one_gpu:
         caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
+    if report.missing:
+        caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for name, count in report.fallbacks.items():
         if count:
             caption.append(f"{name}: {count} collectives went vLLM's own way.")
@@ -105,6 +107,7 @@ def as_json(report: Report, machine: str) -> str:
     content: dict[str, Any] = {
         "machine": machine,
         "settings": asdict(report.settings),
+        "missing": report.missing,
         "fallbacks": report.fallbacks,
         "profiles": msgspec.to_builtins(report.profiles),
         "rows": [{**msgspec.to_builtins(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],

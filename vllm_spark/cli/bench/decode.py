@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all candidates, and prints one table.
+    """Runs all candidates, and prints one table: also of some, if a later one fails or Ctrl-C comes.
 
     Raises:
         SparkError: bad arguments, or a candidate failed; its logs are shown and kept.
@@ -94,18 +94,29 @@ def run(args: argparse.Namespace) -> int:
     decode.check(settings)
     console = wide_console()
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True)
-    with set_stage("bench", console, args.keep_logs) as stage, progress:
-        task = progress.add_task("")
-        report = decode.measure(
-            settings,
-            stage,
-            lambda name, number: progress.update(task, description=f"round {number + 1}: {name}"),
-        )
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
-    where = machine(gpus, f"vllm {report.vllm}", f"torch {torch.__version__}", f"vllm_spark {__version__}")
-    console.print(as_table(report, where), *profile_tables(report))
-    if args.json is not None:
-        args.json.write_text(as_json(report, where) + "\n")
+    measured: list[decode.Report] = []
+
+    def where() -> str:
+        return machine(gpus, f"vllm {measured[-1].vllm}", f"torch {torch.__version__}", f"vllm_spark {__version__}")
+
+    def keep(report: decode.Report) -> None:
+        measured.append(report)
+        if args.json is not None:
+            args.json.write_text(as_json(report, where()) + "\n")
+
+    try:
+        with set_stage("bench", console, args.keep_logs) as stage, progress:
+            task = progress.add_task("")
+            decode.measure(
+                settings,
+                stage,
+                lambda name, number: progress.update(task, description=f"round {number + 1}: {name}"),
+                keep,
+            )
+    finally:
+        if measured:
+            console.print(as_table(measured[-1], where()), *profile_tables(measured[-1]))
     return 0
 
 
