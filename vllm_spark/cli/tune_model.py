@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +21,6 @@ from rich.table import Table
 from vllm_spark.cli import PROGRAM
 from vllm_spark.cli.bench.arguments import engine_arguments, positive
 from vllm_spark.cli.bench.output import check_writable, wide_console
-from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -34,9 +31,6 @@ if TYPE_CHECKING:
     from vllm_spark.tuning.timing import HangError
     from vllm_spark.tuning.tuned_model import TunedModel
     from vllm_spark.tuning.tuner import NewTable
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""As the hub names models: of an owner, and not a path."""
 
 LARGEST_ROWS = 8
 """Tokens of the largest step that gets an entry: above, batches are large enough for vLLM's rule to be right."""
@@ -118,17 +112,75 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: no GPU, no vLLM, no place for the tables, a model that is not known, or a kernel that failed.
     """
-    name, config = _read_model(args.model)
+    plan = _plan(args)
+    torch = _torch_with_gpu()
+    if args.kernels == "triton":
+        _check_version_takes_int4(list(plan.labels))
+    from vllm_spark.tuning.gpu_claim import claim
+    from vllm_spark.tuning.journal import Journal
+    from vllm_spark.tuning.report import outcomes_tables, plot
+    from vllm_spark.tuning.serving import this_device
+    from vllm_spark.tuning.tuner import tables
+    from vllm_spark.tuning.versions import installed_versions
+
+    device, versions = this_device(), installed_versions()
+    where = ", ".join([torch.cuda.get_device_name(), *(f"{each} {version}" for each, version in versions.items())])
+    journal = Journal(plan.out, device.name, versions)
+    console = wide_console()
+    with _ended_in_order(), journal.alone(), claim(str(torch.cuda.get_device_properties(0).uuid)):
+        outcomes = _search(list(plan.labels), args.rows, device, journal, plan.out, console)
+        for table in outcomes_tables(outcomes, where):
+            console.print(table)
+
+        def tables_of(mine: list[Outcome]) -> list[NewTable]:
+            return tables(mine, plan.labels, device, versions, journal.kept().values(), plan.out)
+
+        def judge(model: TunedModel, its: list[Shape], candidates: list[NewTable]) -> dict[int, float]:
+            comparisons = _compare(plan.config, model, {**_backend(its), **args.engine}, candidates, args, console)
+            console.print(_comparison_table(model.label, comparisons, where))
+            return {each.batch: each.ratio for each in comparisons}
+
+        if not args.decode:
+            console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
+        _keep(outcomes, plan.sizes, plan.labels, tables_of, judge if args.decode else None, journal, plan.out, console)
+    for sentence in _who_reads(list(plan.labels)):
+        console.print(sentence, soft_wrap=True)
+    if args.plot is not None:
+        plot(outcomes, where, args.plot)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is tuned.
+
+    Attributes:
+        config: of the model.
+        sizes: the model at each tensor parallel size, and its kernels' shapes.
+        labels: for each shape, the models and sizes that have it.
+        out: the tables' folder.
+    """
+
+    config: dict[str, Any]
+    sizes: list[tuple[TunedModel, list[Shape]]]
+    labels: dict[Shape, list[str]]
+    out: Path
+
+
+def _plan(args: argparse.Namespace) -> _Plan:
+    """Raises ConfigurationError for all that can be seen to be wrong before a GPU is asked for."""
     from vllm_spark.bench.shard_as_model import shard_as_model
     from vllm_spark.quantization_groups import with_groups_that_fit
     from vllm_spark.tuning.lookup import user_folder
+    from vllm_spark.tuning.model_config import read_model_config
     from vllm_spark.tuning.outcome import tunable_rows
     from vllm_spark.tuning.tuned_model import TunedModel, layers_as_served, shapes_of
 
+    name, config = read_model_config(args.model)
     models = [TunedModel(name, tp, layers_as_served(config, tp)) for tp in args.tp]
-    shapes = [(model, shapes_of(model, args.kernels)) for model in models]
+    sizes = [(model, shapes_of(model, args.kernels)) for model in models]
     labels: dict[Shape, list[str]] = {}
-    for model, its in shapes:
+    for model, its in sizes:
         for shape in its:
             labels.setdefault(shape, []).append(model.label)
     if not labels:
@@ -154,40 +206,7 @@ def run(args: argparse.Namespace) -> int:
             _check_folder(args.keep_logs, "--keep-logs")
         for model in models:  # a shard that cannot be made is no reason to lose a search
             shard_as_model(with_groups_that_fit(config, model.tp), model.tp)
-    torch = _torch_with_gpu()
-    if args.kernels == "triton":
-        _check_version_takes_int4(list(labels))
-    from vllm_spark.tuning.journal import Journal
-    from vllm_spark.tuning.report import outcomes_tables, plot
-    from vllm_spark.tuning.serving import this_device
-    from vllm_spark.tuning.tuner import tables
-    from vllm_spark.tuning.versions import installed_versions
-
-    device, versions = this_device(), installed_versions()
-    where = ", ".join([torch.cuda.get_device_name(), *(f"{each} {version}" for each, version in versions.items())])
-    journal = Journal(out, device.name, versions)
-    console = wide_console()
-    with _ended_in_order(), journal.alone():
-        outcomes = _search(list(labels), args.rows, device, journal, out, console)
-        for table in outcomes_tables(outcomes, where):
-            console.print(table)
-
-        def tables_of(mine: list[Outcome]) -> list[NewTable]:
-            return tables(mine, labels, device, versions, journal.kept().values(), out)
-
-        def judge(model: TunedModel, its: list[Shape], candidates: list[NewTable]) -> dict[int, float]:
-            comparisons = _compare(config, model, {**_backend(its), **args.engine}, candidates, args, console)
-            console.print(_comparison_table(model.label, comparisons, where))
-            return {each.batch: each.ratio for each in comparisons}
-
-        if not args.decode:
-            console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
-        _keep(outcomes, shapes, labels, tables_of, judge if args.decode else None, journal, out, console)
-    for sentence in _who_reads(list(labels)):
-        console.print(sentence, soft_wrap=True)
-    if args.plot is not None:
-        plot(outcomes, where, args.plot)
-    return 0
+    return _Plan(config, sizes, labels, out)
 
 
 def _search(
@@ -419,61 +438,6 @@ def _ended_in_order() -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
-
-
-def _read_model(model: str) -> tuple[str, dict[str, Any]]:
-    """Its name, and the content of its config.json: from a folder, a file, this project's, or the hub.
-
-    Raises:
-        ConfigurationError: there is none, it is no JSON object, or it does not say how the weights are quantized.
-    """
-    from vllm_spark.tuning.weights import OTHER_DESCRIPTIONS, described_quantization, refuse_other_descriptions
-
-    given, shipped = Path(model), data_folder("configs") / "models"
-    names = ", ".join(sorted(path.name for path in shipped.iterdir() if path.is_dir()))
-    remedy = f"give a folder or file with a config.json, a model of the hub, or one of {names}"
-    places = (given, given / "config.json", shipped / model / "config.json")
-    try:
-        path = next((path for path in places if path.is_file()), None)
-    except OSError as error:
-        raise ConfigurationError(f"the model {model} cannot be read ({error.strerror}); {remedy}") from None
-    on_hub = path is None
-    if path is None:
-        if not _HUB_NAME.fullmatch(model):
-            raise ConfigurationError(f"there is no model {model!r} here; {remedy}")
-        path = _from_hub(model, "config.json", remedy)
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is no JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigurationError(f"{path} holds no JSON object, as a config.json does")
-    if path.name == "config.json":
-        if on_hub and not described_quantization(config):
-            for name in OTHER_DESCRIPTIONS:
-                with suppress(ConfigurationError):  # it has none
-                    _from_hub(model, name, remedy)
-        refuse_other_descriptions(config, path.parent)
-    return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
-
-
-def _from_hub(model: str, name: str, remedy: str) -> Path:
-    """The file `name` of a model that vLLM would load by this name."""
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise ConfigurationError(f"there is no model {model!r} here; {remedy}") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it retries for half a minute, and logs each time
-    try:
-        return Path(hf_hub_download(model, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigurationError(
-            f"there is no model {model!r} here, and the hub gave none ({reason}); {remedy}"
-        ) from None
 
 
 def _torch_with_gpu() -> Any:
