@@ -131,7 +131,7 @@ void Endpoint::connect_link(const std::string& peer_offer, const std::string& de
 void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
   theirs_base_ = base;
   theirs_ = std::make_unique<Region>(region);
-  loopback_ = std::make_unique<LoopbackTransport>(mine(), region, options_.wire);
+  loopback_ = std::make_unique<LoopbackTransport>(mine(), region, options_.wire, options_.copy_lines);
   transport_ = loopback_.get();
   publish_peer(std::move(peer));
 }

@@ -23,10 +23,11 @@ constexpr int kWorldSize = 2;
 struct Options {
   int rank = 0;
   RegionSizes sizes{1 << 20, 8 << 10, 8};
-  uint32_t depth = 4;    // chunks in flight; half of `sizes.slots`
-  bool proxied = false;  // through a proxy, as always to another machine
-  WireModel wire;        // loopback, proxied
-  uint32_t stripes = 1;  // pieces into which a CPU's larger messages are cut, for as many rails
+  uint32_t depth = 4;       // chunks in flight; half of `sizes.slots`
+  bool proxied = false;     // through a proxy, as always to another machine
+  WireModel wire;           // loopback, proxied
+  bool copy_lines = false;  // the same: packets go a whole cache line at a time, for a GPU that polls them
+  uint32_t stripes = 1;     // pieces into which a CPU's larger messages are cut, for as many rails
   std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
   uint32_t first_sequence = 1;
   uint64_t largest_message = 64ull << 20;  // bytes

@@ -36,15 +36,16 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVector == 0;
 }
 
-bool overlap(const void* one, uint64_t its_bytes, const void* other, uint64_t others_bytes) {
-  auto first = reinterpret_cast<uintptr_t>(one), second = reinterpret_cast<uintptr_t>(other);
-  return first < second + others_bytes && second < first + its_bytes;
+// A peer's GPU polls what this rank's proxy copies.
+Options polled_by_gpus(Options options) {
+  options.copy_lines = true;
+  return options;
 }
 
 }  // namespace
 
 DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image)
-    : endpoint_(options), context_(current_context()), shape_(shape), gpu_([&] {
+    : endpoint_(polled_by_gpus(options)), context_(current_context()), shape_(shape), gpu_([&] {
         Progress progress = first_progress(options);
         return new Lent{Kernels(image), RegisteredMemory(endpoint_.memory(), endpoint_.layout().total()),
                         nullptr, MappedMemory(sizeof(Report)), DeviceMemory(&progress, sizeof progress)};
@@ -55,10 +56,9 @@ DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, c
   uint32_t threads = 2 * shape_.payload_threads + kPayloadSideThreads;
   uint32_t at_once = gpu_->kernels.payload_blocks_at_once(threads);
   if (shape_.payload_blocks > at_once) {
-    throw UsageError(
-        "payload_blocks " + std::to_string(shape_.payload_blocks) + " is too many for this GPU, which runs " +
-        std::to_string(at_once) + " blocks of " + std::to_string(threads) +
-        " threads at once; use fewer in the launch table, or let `vllm-spark bench calibrate` find them");
+    throw UsageError("payload_blocks " + std::to_string(shape_.payload_blocks) +
+                     " is too many for this GPU, which runs " + std::to_string(at_once) + " blocks of " +
+                     std::to_string(threads) + " threads at once; use fewer");
   }
   static_cast<Report*>(gpu_->report.on_host())->totals.sequence = options.first_sequence - 1;
 }
@@ -160,12 +160,6 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
   if (arguments.bytes == 0) return;  // nothing to wait for
   if (!aligned(arguments.in) || !aligned(arguments.out)) {
     throw UsageError("a collective's tensors on a GPU must be aligned to 16 bytes");
-  }
-  bool sums = operation.kind == Kind::kAllReduce;
-  bool in_place = sums && arguments.in == arguments.out;
-  if (!in_place && overlap(arguments.in, arguments.bytes, arguments.out, arguments.bytes * (sums ? 1 : 2))) {
-    throw UsageError("the output of an " + operation.describe() +
-                     " overlaps its input; let it be the whole input, if it is a sum, or apart from it");
   }
   const RegionSizes& sizes = endpoint_.options().sizes;
   Call call = arguments;

@@ -56,7 +56,7 @@ class DeviceRuntime {
   void all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream);
 
   // `in` is [outer, inner_bytes], `out` is [outer, ranks, inner_bytes]; both aligned to 16 bytes, and so is
-  // `inner_bytes`.
+  // `inner_bytes`; apart.
   void all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes, Stream stream);
 
   // Throws what made a kernel give up, if one has, and what poisoned the runtime otherwise; kernels cannot

@@ -35,13 +35,19 @@ __device__ inline Start start_of(const Rank& rank) {
 }
 
 // Two kernels at once, on two streams, would mix up their sequence numbers: one that finds blocks of another
-// still running gives up. By one thread of a kernel's first block, beside what others wait for.
+// still running, or that they ended since it began, gives up. By one thread of a kernel's first block, beside
+// what others wait for.
 __device__ inline void begin(const Rank& rank, const Call& call, uint32_t sequence) {
   const uint32_t before = atomicAdd(&rank.progress->begun, gridDim.x);
   // Kernels that were ordered behind one another have ended whole, and can be seen to have. This one's own
   // blocks may have ended too, which only adds.
   const uint32_t ended = *const_cast<volatile uint32_t*>(&rank.progress->ended);
-  if (static_cast<int32_t>(ended - before) < 0) give_up(rank, kConcurrent, sequence, call.tag, 0);
+  // This block advances its sequence number only once this thread is through, so whoever did it was another
+  // kernel's. Looked at second: `advance` adds to both, this one first, in one line.
+  const uint32_t last = *const_cast<volatile uint32_t*>(&rank.progress->sequences[0]);
+  if (static_cast<int32_t>(ended - before) < 0 || last + 1 != sequence) {
+    give_up(rank, kConcurrent, sequence, call.tag, 0);
+  }
 }
 
 // Adds this call to the totals and shows them to the host. By one thread, at the start: stores to host memory

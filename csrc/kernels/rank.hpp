@@ -29,12 +29,13 @@ struct Totals {
 
 // In device memory, advanced by the kernels themselves: replaying a graph needs no host.
 struct alignas(128) Progress {
+  uint32_t begun;  // blocks of all kernels that have begun
+  uint32_t ended;  // blocks that are through
   // Of the last message, for blocks of each index, whatever kernel they belonged to. A block reads and
-  // advances its own, so that none has to learn whether the others are through.
+  // advances its own, so that none has to learn whether the others are through. The first one lies in one
+  // line with `ended`.
   uint32_t sequences[kMaxPieces];
   alignas(128) uint32_t poisoned;  // nonzero: every later kernel returns at once
-  alignas(128) uint32_t begun;     // blocks of all kernels that have begun
-  uint32_t ended;                  // blocks that are through
   alignas(128) Totals totals;
 };
 

@@ -14,30 +14,29 @@ namespace {
 
 constexpr size_t kHalvesPerLine = 8;  // of 64 bytes; slots begin on one
 
-// Copies the halves [begin, end) of a slot of packets. Each half carries its own flag, and the reader trusts
-// no other order: relaxed, and whole 8 bytes at a time, which aligned vectors are on every x86-64.
-//
-// Whole lines go past this core's caches, as a NIC writes them: stored a word at a time, a line that a GPU
-// polls is taken from this core and fetched back between its words (benchmarks/NOTES.md, entry 12).
+// Copies the halves [begin, end) of a slot of packets. Relaxed: each half carries its own flag, and the
+// reader trusts no other order.
 void copy_packets(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t begin, size_t end) {
-  size_t half = begin;
-  while (half < end) {
-#if defined(SPARK_STREAMS_LINES)
-    if (half % kHalvesPerLine == 0 && half + kHalvesPerLine <= end) {
-      auto* source = reinterpret_cast<const __m128i*>(from + half);
-      auto* target = reinterpret_cast<__m128i*>(to + half);
-      __m128i line[] = {_mm_load_si128(source), _mm_load_si128(source + 1), _mm_load_si128(source + 2),
-                        _mm_load_si128(source + 3)};
-      for (int part = 0; part < 4; ++part) _mm_stream_si128(target + part, line[part]);
-      half += kHalvesPerLine;
-      continue;
-    }
-#endif
+  for (size_t half = begin; half < end; ++half) {
     to[half].store(from[half].load(std::memory_order_relaxed), std::memory_order_relaxed);
-    ++half;
   }
+}
+
+// The same for `lines` whole lines. Stored a word at a time, a line that a GPU polls is taken from this core
+// and fetched back between its words (benchmarks/NOTES.md, entry 12). Each half is whole all the same, as
+// aligned 8 bytes of a vector are on every x86-64.
+void copy_packet_lines(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t lines) {
 #if defined(SPARK_STREAMS_LINES)
+  auto* source = reinterpret_cast<const __m128i*>(from);
+  auto* target = reinterpret_cast<__m128i*>(to);
+  for (; lines > 0; --lines, source += 4, target += 4) {
+    __m128i line[] = {_mm_load_si128(source), _mm_load_si128(source + 1), _mm_load_si128(source + 2),
+                      _mm_load_si128(source + 3)};
+    for (int part = 0; part < 4; ++part) _mm_stream_si128(target + part, line[part]);
+  }
   _mm_sfence();  // streamed stores wait for nobody, not even for a release that follows
+#else
+  copy_packets(from, to, 0, lines * kHalvesPerLine);
 #endif
 }
 
@@ -79,8 +78,13 @@ void LoopbackTransport::copy_all_but_last(uint32_t sequence, const SendDescripto
                 mine_.send_payload(sequence) + descriptor.offset, descriptor.bytes);
     return;
   }
-  copy_packets(mine_.send_packets(sequence), peer_.recv_packets(sequence), 1,
-               2 * packet_count(descriptor.bytes));
+  const std::atomic<uint64_t>* from = mine_.send_packets(sequence);
+  std::atomic<uint64_t>* to = peer_.recv_packets(sequence);
+  size_t halves = 2 * packet_count(descriptor.bytes), lines = halves / kHalvesPerLine;
+  if (!copy_lines_ || lines < 2) return copy_packets(from, to, 1, halves);
+  copy_packets(from, to, 1, kHalvesPerLine);
+  copy_packet_lines(from + kHalvesPerLine, to + kHalvesPerLine, lines - 1);
+  copy_packets(from, to, lines * kHalvesPerLine, halves);
 }
 
 void LoopbackTransport::deliver_last(const Write& write) {

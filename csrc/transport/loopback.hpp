@@ -22,8 +22,10 @@ void deliver_payload(const std::byte* from, std::byte* to, size_t bytes, std::at
 
 class LoopbackTransport final : public Transport {
  public:
-  LoopbackTransport(Region mine, Region peer, const WireModel& wire)
-      : mine_(mine), peer_(peer), wire_(wire) {}
+  // `copy_lines`: packets go a whole cache line at a time and past the caches, as a NIC writes them, for a
+  // GPU that polls them; a core that polls them finds them sooner in a cache.
+  LoopbackTransport(Region mine, Region peer, const WireModel& wire, bool copy_lines)
+      : mine_(mine), peer_(peer), wire_(wire), copy_lines_(copy_lines) {}
 
   void post(uint32_t sequence, const SendDescriptor& descriptor) override;
   bool progress() override;
@@ -43,6 +45,7 @@ class LoopbackTransport final : public Transport {
   Region mine_;
   Region peer_;
   WireModel wire_;
+  bool copy_lines_;
   Clock::time_point wire_free_{};
   std::deque<Write> under_way_;
 };

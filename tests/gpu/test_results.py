@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 
+from vllm_spark import _native
 from vllm_spark.bench.gpu_ranks import GpuPair
-from vllm_spark.collective import LaunchShape, UsageError
+from vllm_spark.collective import DeviceRuntime, LaunchShape, RuntimeOptions, UsageError
+from vllm_spark.collective.device_runtime import KERNELS
+from vllm_spark.collective.runtime import native_options
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
@@ -105,18 +109,22 @@ def test_all_gather(make_pair: MakePair, mode: dict[str, Any], shape: tuple[int,
 
 
 @pytest.mark.parametrize("late", [0, 1])
-@pytest.mark.parametrize("packet_bytes", [0, 128 * KIB])
+@pytest.mark.parametrize(
+    "slots",
+    [{"packet_bytes": 128 * KIB}, {"packet_bytes": 0}, {"packet_bytes": 0, "slot_bytes": 64 * KIB, "depth": 1}],
+    ids=["packets", "payload", "payload, two small slots"],
+)
 @pytest.mark.parametrize("mode", MODES)
-def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], packet_bytes: int, late: int) -> None:
+def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], slots: dict[str, Any], late: int) -> None:
     """The peer's half is there before a late rank has sent its own, which must not be overwritten until then."""
-    pair = make_pair(packet_bytes=packet_bytes, **mode)
-    sizes = [2048, 40_001, 512 * KIB, 3 * MIB]
+    pair = make_pair(**mode, **slots)
+    sizes = [2048, 40_001, 1_040_400 // 2, 3 * MIB]
 
     def body(rank: int) -> list[torch.Tensor]:
         tensors = [values(rank, (size,), torch.bfloat16, size).cuda() for size in sizes]
-        if rank == late:
-            torch.cuda._sleep(20_000_000)  # cycles
         for tensor in tensors:
+            if rank == late:
+                torch.cuda._sleep(10_000_000)  # cycles
             assert pair.runtimes[rank].all_reduce(tensor, out=tensor) is tensor
         return tensors
 
@@ -128,7 +136,7 @@ def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], packet_bytes: i
 def test_output_that_overlaps_its_input(make_pair: MakePair) -> None:
     pair = make_pair()
     whole = torch.zeros(4096, dtype=torch.bfloat16, device=pair.devices[0])
-    with pytest.raises(UsageError, match="overlaps its input"):
+    with pytest.raises(UsageError, match="where a part of it is"):
         pair.run(lambda rank: rank or pair.runtimes[0].all_reduce(whole[:2048], out=whole[1024:3072]))
     for result in all_reduced(pair, (100,), torch.bfloat16):  # nothing was sent
         assert torch.equal(result, expected_sum((100,), torch.bfloat16))
@@ -180,11 +188,23 @@ def test_graphs_and_eager_calls_interleaved(make_pair: MakePair, mode: dict[str,
 
 def test_sequence_numbers_wrap_around(make_pair: MakePair) -> None:
     pair = make_pair(first_sequence=2**32 - 3, slot_bytes=64 * KIB)
+    assert pair.runtimes[0].counters().last_sequence == 2**32 - 4
     for seed in range(12):
         for result in all_reduced(pair, (3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed):
             assert torch.equal(result, expected_sum((3 * 32 * KIB * (seed % 2) + 100,), torch.bfloat16, seed))
-    # Messages of one, and of at least four slots: the sum is past the end of 32-bit numbers.
-    assert 0 < pair.runtimes[0].counters().last_sequence < 1000
+    # Six messages, and six times four: 30 from 2^32 - 4 on.
+    assert pair.runtimes[0].counters().last_sequence == 26
+
+
+def test_more_blocks_than_run_at_once(make_pair: MakePair) -> None:
+    """Of too many as many as the GPU has multiprocessors; past that check, the native runtime refuses."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    options = RuntimeOptions(packet_bytes=0)
+    fitting = DeviceRuntime._fitting(replace(options, launch=replace(options.launch, payload_blocks=64)))
+    assert fitting.launch.payload_blocks == min(64, multiprocessors)
+    launch = {**asdict(options.launch), "payload_blocks": 100_000}
+    with pytest.raises(UsageError, match=r"payload_blocks 100000 is too many for this GPU, which runs \d+ blocks"):
+        _native.DeviceRuntime(rank=0, kernels=KERNELS.read_bytes(), **launch, **native_options(options, 1))
 
 
 def test_slots_smaller_than_a_block(make_pair: MakePair) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from vllm_spark.collective import UsageError
+
 from .pair import Pipe, connect, values
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -172,6 +174,9 @@ def odd_tensors(rank: int, exchange: Pipe) -> None:
         mine = torch.full((5000,), float(rank + 1))
         assert runtime.all_reduce(mine, out=mine) is mine
         assert torch.equal(mine, torch.full((5000,), 3.0))
+        # Not where a part of it is.
+        with pytest.raises(UsageError, match="where a part of it is; let `out` be the tensor itself"):
+            runtime.all_reduce(mine[:4000], out=mine[1000:])
         # Nothing at all, and a scalar.
         assert runtime.all_reduce(torch.empty(0, 4)).shape == (0, 4)
         assert runtime.all_reduce(torch.tensor(2.0 + rank)).item() == 5.0

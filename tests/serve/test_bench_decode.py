@@ -55,6 +55,6 @@ def test_nothing_outlives_a_killed_benchmark(tmp_path: Path) -> None:
     process.wait_until(
         lambda: any("Ready" in log.read_text() for log in tmp_path.glob(follower)), 120, "a follower that is ready"
     )
-    assert len(process.descendants()) >= 3, "the engine's two processes and the follower's"
+    assert len(process.descendants()) >= 3, "the engine's process and the follower's two"
     os.kill(process.pid, signal.SIGKILL)
     assert_all_gone(process, timeout=20)

@@ -293,8 +293,9 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no GPU to calibrate for" in capsys.readouterr().err
 
 
-def _decoded(tokens: list[list[int]], logprobs: list[list[float]]) -> decode.Row:
-    return decode.Row("one", len(tokens), 1.0, 1.0, 1.0, [1.0], tokens, logprobs)
+def _decoded(tokens: list[list[int]], logprobs: list[list[float | None]]) -> decode.Row:
+    with_tokens = [list(zip(*both, strict=False)) for both in zip(tokens, logprobs, strict=True)]
+    return decode.Row("one", len(tokens), 1.0, 1.0, 1.0, [1.0], tokens, with_tokens)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +303,12 @@ def _decoded(tokens: list[list[int]], logprobs: list[list[float]]) -> decode.Row
     [
         ([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.0]], "all"),
         ([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.5]], "all, logprobs ± 0.5"),
+        ([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, None]], "all, logprobs ± inf"),
         ([[1, 2, 3], [4, 7, 6]], [[-1.0, -2.0], [-1.0, -2.25]], "first 1, logprobs ± 0.2"),
         ([[1, 2, 3], [7, 5, 6]], [[-1.0, -2.0], [-1.0, -9.0]], "first 0"),  # what follows another token may differ
     ],
 )
-def test_agreement_of_tokens(tokens: list[list[int]], logprobs: list[list[float]], expected: str) -> None:
+def test_agreement_of_tokens(tokens: list[list[int]], logprobs: list[list[float | None]], expected: str) -> None:
     reference = _decoded([[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0], [-1.0, -2.0]])
     assert decode_report.agreement(_decoded(tokens, logprobs), reference) == expected
 
@@ -347,7 +349,7 @@ def test_what_was_measured_stays_when_a_later_candidate_fails(
     def run(name: str, *_: object) -> decode_engine.Result:
         if name == "spark":
             raise SparkError("it failed")
-        return decode_engine.Result("0.32.0", 1.0, {1: [2.0]}, {1: [[1]]}, {1: [[0.0]]}, None)
+        return decode_engine.Result("0.32.0", 1.0, {1: [2.0]}, {1: [[1]]}, {1: [[(1, 0.0)]]}, None)
 
     monkeypatch.setattr(decode, "_run", run)
     file = tmp_path / "figures.json"

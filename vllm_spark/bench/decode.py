@@ -19,7 +19,7 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from vllm_spark.bench.decode_engine import PROFILED, Job, Result
+from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
 from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.samples import percentile
 from vllm_spark.data_file import write_whole
@@ -116,8 +116,8 @@ class Row(msgspec.Struct):
     medians: list[float]
     """Of each round."""
     tokens: list[list[int]]
-    logprobs: list[list[float]]
-    """Of the first tokens."""
+    logprobs: list[list[TokenLogprob]]
+    """As in `Result`."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -10,6 +10,7 @@ and RESULT are JSON files of the structures below.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from itertools import pairwise
@@ -43,6 +44,9 @@ class Job(msgspec.Struct):
     profile: bool = False
 
 
+TokenLogprob = tuple[int, float | None]
+
+
 class Result(msgspec.Struct):
     """What came of it.
 
@@ -50,7 +54,8 @@ class Result(msgspec.Struct):
         start_seconds: from the arguments to an engine that is ready.
         milliseconds: for each batch, the time of each step.
         tokens: for each batch, the greedy tokens of each sequence.
-        logprobs: for each batch, the log-probability of the first of them.
+        logprobs: for each batch, each sequence's first tokens of another decoding with their log-probabilities; None
+            for one that is no finite number.
         fallbacks: collectives that did not go through vllm_spark; None without it.
         profile: of this process's GPU; None if it was not asked for, or the engine's ranks run in other processes.
     """
@@ -59,7 +64,7 @@ class Result(msgspec.Struct):
     start_seconds: float
     milliseconds: dict[int, list[float]]
     tokens: dict[int, list[list[int]]]
-    logprobs: dict[int, list[list[float]]]
+    logprobs: dict[int, list[list[TokenLogprob]]]
     fallbacks: int | None
     profile: KernelProfile | None = None
 
@@ -78,21 +83,21 @@ class Decoded(msgspec.Struct):
     Attributes:
         milliseconds: from each output with a token of every sequence to the next.
         tokens: of each sequence.
-        logprobs: of each sequence's tokens, if they were asked for.
+        logprobs: of each sequence's tokens, if they were asked for, with the tokens.
     """
 
     milliseconds: list[float]
     tokens: list[list[int]]
-    logprobs: list[list[float]]
+    logprobs: list[list[TokenLogprob]]
 
 
 def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = False) -> Decoded:
     """Decodes `length` tokens of each of `batch` sequences together.
 
-    A step's time goes from one output of the engine to the next, when both have a token of every sequence: what a
-    client sees, with scheduling and sampling in it.
+    A step's time goes from one output of the engine to the next, when both have a token of every sequence, with
+    scheduling and sampling in it.
     """
-    sequences: dict[str, tuple[list[int], list[float]]] = {
+    sequences: dict[str, tuple[list[int], list[TokenLogprob]]] = {
         name: ([], []) for name in _ask(engine, job, batch, length, logprobs)
     }
     outputs_at: list[float] = []
@@ -104,29 +109,40 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
             tokens, of_tokens = sequences[output.request_id]
             new = output.outputs[0]
             tokens.extend(new.token_ids)
-            of_tokens.extend(
-                by_token[token].logprob for token, by_token in zip(new.token_ids, new.logprobs or [], strict=False)
-            )
+            for token, by_token in zip(new.token_ids, new.logprobs or [], strict=False):
+                logprob = by_token[token].logprob
+                of_tokens.append((token, logprob if math.isfinite(logprob) else None))
     times = [(after - before) * 1e3 for before, after in pairwise(outputs_at)]
     return Decoded(times, *map(list, zip(*sequences.values(), strict=True)))
 
 
-def _profile(engine: Any, job: Job, batch: int) -> KernelProfile | None:
-    """Times the kernels of some decode steps."""
-    _ask(engine, job, batch, 3 * PROFILED, logprobs=False)
+def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | None:
+    """Times the kernels of some decode steps; None if this process runs none, or not enough whole steps came."""
+    import torch
 
-    def run_steps() -> int:
-        for step in range(PROFILED):
-            while len(engine.step()) < batch:
-                if not engine.has_unfinished_requests():
-                    return step
+    if not torch.cuda.is_initialized():
+        return None
+    names = _ask(engine, job, batch, length, logprobs=False)
+
+    def run_steps(number: int) -> int:
+        whole = 0
+        while whole < number and engine.has_unfinished_requests():
+            whole += len(engine.step()) == batch
+        return whole
+
+    run_steps(PROFILED)  # the prefill among them
+    steps = 0
+
+    def count_steps() -> int:
+        nonlocal steps
+        steps = run_steps(PROFILED)
         return PROFILED
 
-    run_steps()  # the prefill among them
-    profile = profile_steps(run_steps)
+    profile = profile_steps(count_steps)
+    engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return profile if profile.kernels else None
+    return profile if profile.kernels and steps == PROFILED else None
 
 
 def _ask(engine: Any, job: Job, batch: int, length: int, logprobs: bool) -> list[str]:
@@ -166,7 +182,7 @@ def run(job: Job) -> Result:
         result.milliseconds[batch], result.tokens[batch] = timed.milliseconds[-job.steps :], timed.tokens
         result.logprobs[batch] = decode(engine, job, batch, min(length, LOGPROBS), logprobs=True).logprobs
     if job.profile:
-        result.profile = _profile(engine, job, job.batches[0])
+        result.profile = _profile(engine, job, job.batches[0], max(length, 3 * PROFILED))
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
     engine.engine_core.shutdown()  # tells the follower

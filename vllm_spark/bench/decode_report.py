@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 from rich.table import Table
 
 from vllm_spark.bench.decode import Report, Row, candidates_for
+from vllm_spark.bench.decode_engine import TokenLogprob
 
 _KERNELS_SHOWN = 16
 
@@ -26,6 +28,8 @@ def as_table(report: Report, machine: str) -> Table:
         caption.append("Random weights of one rank are others than those of two.")
     if settings.one_gpu:
         caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
+    if settings.profile and (without := sorted(report.rounds.keys() - report.profiles.keys() - set(report.missing))):
+        caption.append(f"No kernels of {', '.join(without)}: their ranks run in other processes, or prefill too long.")
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for name, count in report.fallbacks.items():
@@ -79,23 +83,25 @@ def profile_tables(report: Report) -> list[Table]:
 
 
 def agreement(mine: Row, theirs: Row) -> str:
-    """How many tokens of every sequence agree from its start on, or `all`, and how far their log-probabilities differ.
+    """How many tokens of every sequence agree from its start on, or `all`, and how far log-probabilities differ.
 
-    These are compared as far as tokens agree, and at the first that do not: near ties differ by little.
+    These are compared as far as their tokens agree, and at the first that do not: near ties differ by little.
     """
-    starts = list(map(_common_start, mine.tokens, theirs.tokens))
+    starts = map(_common_start, mine.tokens, theirs.tokens)
     tokens = "all" if mine.tokens == theirs.tokens else f"first {min(starts)}"
-    distance = max(
-        (
-            abs(own - other)
-            for sequence, start in enumerate(starts)
-            for own, other in zip(
-                mine.logprobs[sequence][: start + 1], theirs.logprobs[sequence][: start + 1], strict=True
-            )
-        ),
-        default=0.0,
-    )
+    distance = max(map(_distance, mine.logprobs, theirs.logprobs), default=0.0)
     return tokens if distance == 0 else f"{tokens}, logprobs ± {distance:.1g}"
+
+
+def _distance(mine: list[TokenLogprob], theirs: list[TokenLogprob]) -> float:
+    """The largest of one sequence."""
+    distance = 0.0
+    for (token, own), (their_token, other) in zip(mine, theirs, strict=False):
+        if own != other:
+            distance = max(distance, math.inf if own is None or other is None else abs(own - other))
+        if token != their_token:
+            break  # what follows follows other tokens
+    return distance
 
 
 def _common_start(mine: list[int], theirs: list[int]) -> int:

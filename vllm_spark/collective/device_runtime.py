@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,15 @@ class DeviceRuntime(Runtime):
         return _native.DeviceRuntime(
             rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options, stripes)
         )
+
+    @classmethod
+    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """With no more blocks than multiprocessors: all must run at once, and one fills a multiprocessor."""
+        import torch
+
+        multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+        blocks = min(options.launch.payload_blocks, multiprocessors)
+        return replace(options, launch=replace(options.launch, payload_blocks=blocks))
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:

@@ -20,7 +20,7 @@ class LaunchShape:
     payload_threads: int = 256
     """Payload, then flag: most threads of a block that send, a multiple of 32 up to 256; as many receive."""
     payload_blocks: int = 32
-    """Payload, then flag: most blocks, 1 to 64, and no more than run on the GPU at once (48 on a GB10)."""
+    """Payload, then flag: most blocks, 1 to 64; of more than the GPU has multiprocessors (48 on a GB10), so many."""
     payload_bytes_per_block: int = 4096
     """Payload, then flag: a block gets at least this much."""
     payload_message_bytes: int = 1 << 17

@@ -107,7 +107,7 @@ class Runtime:
         """
         if world_size != _native.WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
-        options = options or RuntimeOptions()
+        options = cls._fitting(options or RuntimeOptions())
         if options.packet_bytes is None:
             options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))
         if options.transport == "verbs" and announce is None:
@@ -170,6 +170,11 @@ class Runtime:
         return _native.Runtime(rank=rank, **native_options(options, stripes))
 
     @classmethod
+    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """`options` as far as they are possible on this machine, before both ranks compare them."""
+        return options
+
+    @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
         """The largest message for which packets are faster (benchmarks/NOTES.md, entry 3)."""
         return 8 * KIB
@@ -187,8 +192,8 @@ class Runtime:
 
         Args:
             tensor: any shape and strides; float32, float16 or bfloat16; the same shape and dtype on both ranks.
-            out: where to put the sum, contiguous and of the same shape and dtype; may be `tensor` itself. A fresh
-                contiguous tensor by default.
+            out: where to put the sum, contiguous and of the same shape and dtype; `tensor` itself, or apart from it.
+                A fresh contiguous tensor by default.
 
         Raises:
             UsageError: a tensor that `accepts_all_reduce` does not accept.
@@ -207,6 +212,11 @@ class Runtime:
             out = torch.empty_like(source)
         elif out.shape != tensor.shape or out.dtype != tensor.dtype or not out.is_contiguous():
             raise UsageError(f"all_reduce cannot put {_describe(tensor)} into {_describe(out)}; make it alike")
+        elif 0 < abs(out.data_ptr() - source.data_ptr()) < source.nbytes:
+            raise UsageError(
+                f"all_reduce cannot put {_describe(tensor)} where a part of it is; let `out` be the tensor itself, or "
+                "apart from it"
+            )
         self._run_all_reduce(source, out, dtype)
         return out
 
