@@ -3,13 +3,14 @@
     python -m benchmarks.two_gpus FOLDER [--quick]
 
 Needs vllm_spark with its kernels, vLLM's CUDA build, pytest and matplotlib in one environment; nccl4py too, or NCCL is
-called through torch. About 15 minutes; with
---quick, fewer samples and no torch.compile, about 6. A part that fails does not keep the next from running.
+called through torch; compute-sanitizer, or it is left out. About 25 minutes; with --quick, fewer samples and no
+torch.compile, about 10. A part that fails does not keep the next from running.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,10 @@ def parts(folder: Path, quick: bool) -> dict[str, list[str]]:
     samples = ["--samples", "20"] if quick else []
     steps = ["--steps", "100"] if quick else ["--rounds", "3"]
     commands = {"tests": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]}
+    if shutil.which("compute-sanitizer") is not None:
+        for tool in ("memcheck", "racecheck"):
+            program = [sys.executable, "-m", "tests.gpu.every_kernel"]
+            commands[tool] = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *program]
     for name in COLLECTIVES:
         files = ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
         commands[name] = [*bench, "collective", "--device", "cuda", "--collective", name, *samples, *files]
