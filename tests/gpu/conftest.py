@@ -12,6 +12,9 @@ import pytest
 # rank's kernel, which waits for this rank.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
+FOUR_KERNELS = 128
+"""Multiprocessors: two kernels of each rank, of 32 blocks that fill one each (docs/testing.md)."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _reason_to_skip()
@@ -28,7 +31,12 @@ def _reason_to_skip() -> str | None:
 
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
-    return None if KERNELS.is_file() else "vllm_spark was built without nvcc and has no kernels"
+    if not KERNELS.is_file():
+        return "vllm_spark was built without nvcc and has no kernels"
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    if torch.cuda.device_count() == 1 and multiprocessors < FOUR_KERNELS:
+        return f"both ranks would share a GPU of {multiprocessors} multiprocessors, and need {FOUR_KERNELS}"
+    return None
 
 
 @pytest.fixture

@@ -206,6 +206,9 @@ def test_sizes_in_words(size: int, text: str) -> None:
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
         (["--device", "cuda"], "--device cuda: this machine has no GPU"),
+        (["--device", "cpu", "--profile"], "--profile is about GPUs; it needs --device cuda"),
+        (["--device", "cpu", "--one-gpu"], "--one-gpu is about GPUs; it needs --device cuda"),
+        (["--device", "cuda", "--one-gpu", "--candidates", "tp1,nccl"], "nccl cannot run with --one-gpu"),
     ],
 )
 def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,12 +352,16 @@ def test_what_was_measured_stays_when_a_later_candidate_fails(
     def run(name: str, *_: object) -> decode_engine.Result:
         if name == "spark":
             raise SparkError("it failed")
-        return decode_engine.Result("0.32.0", 1.0, {1: [2.0]}, {1: [[1]]}, {1: [[(1, 0.0)]]}, None)
+        times = [2.0] * (2 if name == "stock" else 3)
+        return decode_engine.Result("0.32.0", 1.0, {1: times}, {1: [[1]]}, {1: [[(1, 0.0)]]}, None)
 
     monkeypatch.setattr(decode, "_run", run)
     file = tmp_path / "figures.json"
-    arguments = ["--device", "cpu", "--batches", "1", "--candidates", "tp1,spark,stock", "--json", str(file)]
-    assert main(["bench", "decode", *arguments]) == SparkError("").exit_code
+    arguments = ["--device", "cpu", "--batches", "1", "--steps", "3", "--json", str(file)]
+    assert main(["bench", "decode", *arguments, "--candidates", "stock"]) == SparkError("").exit_code
+    assert "stock: at batch 1, only 2 steps had a token of every sequence, and 3 were" in capsys.readouterr().err
+    assert not file.exists() or file.read_text() == ""
+    assert main(["bench", "decode", *arguments, "--candidates", "tp1,spark,stock"]) == SparkError("").exit_code
     shown = capsys.readouterr()
     assert "NOT COMPLETE: spark, stock did not run" in " ".join(shown.out.split())
     assert "it failed" in shown.err

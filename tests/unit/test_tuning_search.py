@@ -1049,7 +1049,7 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
         environment = decode._environment(given, candidate, 0)
         assert "VLLM_TUNED_CONFIG_FOLDER" not in environment
         assert environment["XDG_CONFIG_HOME"] == "mine"
-        return Result("0.32.0", 1.0, {1: [float(len(ran))]}, {1: [[1]]}, {1: [[(1, 0.0)]]}, None)
+        return Result("0.32.0", 1.0, {1: [float(len(ran))] * given.steps}, {1: [[1]]}, {1: [[(1, 0.0)]]}, None)
 
     monkeypatch.setattr(decode, "_run", run)
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["0"])

@@ -7,7 +7,9 @@ cores their proxies run on), so each value gets a new pair in each of several ro
 value must be clearly faster to replace a default.
 
 Where both ranks share one GPU, each has a kernel that waits for the other rank's and the next one behind it, and a
-block takes a whole multiprocessor: shapes of which four kernels do not fit would hang, and are left out.
+block takes a whole multiprocessor: more blocks than four kernels have room for would hang. When serving each rank has a
+GPU of its own, so what fits here says nothing about how many blocks are best: all else is measured with as many as fit,
+and their number stays as it was.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def calibrate(
         return best
 
     most_blocks = _most_blocks()
+    shared = shares_one_gpu()
     packets = replace(options, packet_bytes=max(PACKET_SIZES))
     for parameter, choices in PACKET_CHOICES.items():
         packets = best_of(parameter, choices, PACKET_SIZES, packets)
@@ -98,6 +101,8 @@ def calibrate(
     payload = replace(packets, packet_bytes=0, launch=shape)
     for parameter, choices in PAYLOAD_CHOICES.items():
         if parameter == "payload_blocks":
+            if shared:
+                continue
             choices = tuple(value for value in choices if value <= most_blocks)
         payload = best_of(parameter, choices, PAYLOAD_SIZES, payload)
     ways = [replace(payload, packet_bytes=size) for size in (LIMITS[-1] * KIB, 0)]
@@ -106,13 +111,19 @@ def calibrate(
     on_trial(Trial("way", "packets", by_packets))
     on_trial(Trial("way", "payload", by_payload))
     faster = takewhile(lambda size: by_packets[size] <= by_payload[size], limits)
-    return LaunchTable(gpu, options.loopback_mode, max(faster, default=0) // KIB, payload.launch)
+    shape = replace(payload.launch, payload_blocks=options.launch.payload_blocks) if shared else payload.launch
+    return LaunchTable(gpu, options.loopback_mode, max(faster, default=0) // KIB, shape)
+
+
+def shares_one_gpu() -> bool:
+    """True if both ranks run on the only GPU."""
+    return int(torch.cuda.device_count()) == 1
 
 
 def _most_blocks() -> int:
     """Of one kernel, so that none waits for a place; see above."""
     multiprocessors = int(torch.cuda.get_device_properties(0).multi_processor_count)
-    return min(64, multiprocessors if torch.cuda.device_count() > 1 else multiprocessors // 4)
+    return min(64, multiprocessors // 4 if shares_one_gpu() else multiprocessors)
 
 
 def rows_to_come() -> int:

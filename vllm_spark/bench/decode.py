@@ -24,7 +24,7 @@ from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.samples import percentile
 from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.process import Process, ProcessError, clean_environment
 from vllm_spark.stage import Stage
@@ -204,8 +204,16 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(
                 f"there is no candidate {name!r} for --device {settings.device}; choose of {', '.join(known)}"
             )
-    if settings.profile and settings.device != "cuda":
-        raise ConfigurationError("--profile times a GPU's kernels; it needs --device cuda")
+    if settings.device != "cuda":
+        for option in ("profile", "one_gpu"):
+            if getattr(settings, option):
+                raise ConfigurationError(f"--{option.replace('_', '-')} is about GPUs; it needs --device cuda")
+    alone = default_candidates(settings.device, one_gpu=True)
+    if settings.one_gpu and (not_alone := set(settings.candidates) - {*alone, *TUNING}):
+        raise ConfigurationError(
+            f"{', '.join(sorted(not_alone))} cannot run with --one-gpu: NCCL takes no two ranks there; choose of "
+            f"{', '.join(alone)}"
+        )
     if settings.device == "cuda":
         needed = 1 if settings.one_gpu else max(known[name].ranks for name in settings.candidates)
         visible = len(_visible_gpus())
@@ -259,6 +267,12 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
             report.profiles[name] = profile
         for batch in settings.batches:
             samples = [result.milliseconds[batch] for result in rounds]
+            if min(map(len, samples)) < settings.steps:
+                raise SparkError(
+                    f"{name}: at batch {batch}, only {min(map(len, samples))} steps had a token of every sequence, and "
+                    f"{settings.steps} were to be timed: prefilling {settings.prompt_tokens} tokens of each takes too "
+                    "many steps; use fewer --prompt-tokens or a smaller batch, or more --steps"
+                )
             pooled = [sample for round_samples in samples for sample in round_samples]
             report.rows.append(
                 Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,9 +12,10 @@ from vllm_spark.errors import SparkError
 
 @contextmanager
 def claim(gpu: str) -> Iterator[None]:
-    """While inside, no other process of this machine gets in with the same `gpu`, whoever runs it.
+    """While inside, no other process gets in with the same `gpu`, whoever runs it.
 
     The claim is a name in the kernel (an abstract socket), so it is gone with its process, however that ends.
+    Containers with networks of their own have such names of their own, and do not see each other.
 
     Args:
         gpu: what names this GPU and no other: its UUID.
@@ -24,7 +26,9 @@ def claim(gpu: str) -> Iterator[None]:
     with closing(socket.socket(socket.AF_UNIX)) as name:
         try:
             name.bind(f"\0vllm-spark tune {gpu}")
-        except OSError:  # in use: nothing else can be wrong with such a name
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise SparkError(f"the GPU {gpu} cannot be claimed ({error.strerror})") from None
             raise SparkError(
                 f"another vllm-spark tune is at work on this GPU ({gpu}), and two would measure each other; wait for "
                 "its end, or end it"

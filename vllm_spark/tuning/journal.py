@@ -85,7 +85,7 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While inside, no other tuner writes here, and measures on the same GPU.
+        """While inside, no other tuner writes here.
 
         Raises:
             SparkError: another one does.

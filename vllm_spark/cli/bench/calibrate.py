@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
     if not torch.cuda.is_available():
         raise ConfigurationError("there is no GPU to calibrate for; on a CPU collectives have no launch shapes")
-    from vllm_spark.bench.calibrate import Trial, calibrate, rows_to_come
+    from vllm_spark.bench.calibrate import Trial, calibrate, rows_to_come, shares_one_gpu
     from vllm_spark.bench.collective_report import format_size
     from vllm_spark.collective import CollectiveError, RuntimeOptions
     from vllm_spark.errors import SparkError
@@ -61,8 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_writable(args.out)
     options = RuntimeOptions(timeout_s=10.0)
+    wire = modelled_wire(args)
+    if args.path == "direct" and (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
+        raise ConfigurationError(
+            "--wire, --latency-us and --gbytes-per-s are of the modelled wire, which --path direct does not have; "
+            "leave them out"
+        )
     if args.path == "wire":
-        wire = modelled_wire(args)
         options = RuntimeOptions(
             timeout_s=10.0,
             loopback_mode="proxied",
@@ -89,5 +94,11 @@ def run(args: argparse.Namespace) -> int:
         finally:
             console.print(table)
     store_launch_table(best, out)
+    if shares_one_gpu():
+        console.print(
+            f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since how "
+            "many are best when each has its own cannot be measured here.",
+            soft_wrap=True,
+        )
     console.print(f"Best: {best.shape}, packets up to {best.packet_kib} KiB. Written to {out}", soft_wrap=True)
     return 0

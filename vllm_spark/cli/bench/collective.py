@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="logits_gather: [1, 75968] and [8, 75968] along the last dimension, as every step of decoding does",
     )
     parser.add_argument(
-        "--sizes", type=sizes, default=None, metavar="SIZE,...", help="1KiB to 64MiB; default: 1KiB, 4KiB, ... 64MiB"
+        "--sizes",
+        type=sizes,
+        default=None,
+        metavar="SIZE,...",
+        help="2 bytes to 64MiB, even; default: 1KiB, 4KiB, ... 64MiB",
     )
     parser.add_argument("--samples", type=positive, default=60, help="timings for each figure (default: 60)")
     add_wire_arguments(parser)

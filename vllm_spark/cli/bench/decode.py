@@ -23,10 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="a folder with a config.json, qwen3-30b-a3b-int4 (default on GPUs) or tiny-moe (default on CPUs)",
+        help="a folder with a config.json, or a name in configs/models (default on GPUs: qwen3-30b-a3b-int4), or "
+        "tiny-moe (default on CPUs)",
     )
     parser.add_argument(
-        "--candidates", metavar="NAME,...", help="of tp1, spark, spark-wire, stock, nccl, nccl-host; default: all"
+        "--candidates",
+        metavar="NAME,...",
+        help="tp1 (one rank), spark (the pair, direct), spark-wire (through the proxy and the modelled wire), stock "
+        "(vLLM's own pair); on GPUs also nccl (NCCL as it chooses), nccl-host (over host memory), untuned and tuned "
+        "(one rank without and with tuned tables). Default: all but the last two; with --one-gpu those that run there",
     )
     parser.add_argument(
         "--batches", type=_batches, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
