@@ -125,5 +125,5 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r} does not do; give more than 0 and at most 86400 seconds")
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give more than 0 and at most 86400 seconds")
     return value
