@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ from .process import Process, assert_all_gone
 
 START_SECONDS = 120.0
 """Bound for what ends while vLLM is still reading its arguments: mostly the time to import it, on a busy machine."""
+
+NO_RDMA = (
+    ["install it (apt install libibverbs1 ibverbs-providers)"]
+    if find_library("ibverbs") is None
+    else ["vllm-spark doctor", "--spark-transport loopback"]
+)
+"""The remedy on a machine without RDMA devices."""
 
 LISTEN = """import socket, sys
 with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
@@ -56,10 +64,7 @@ def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
         (["--spark-port", "70000"], ["--spark-port", "70000", "65535"]),
         (["--spark-port", "8123", "--port", "8123"], ["--port 8123", "--spark-port 8123", "of their own"]),
         (["--spark-transport", "pigeon"], ["--spark-transport", "pigeon"]),
-        (
-            ["--spark-transport", "verbs"],
-            ["--spark-transport verbs", "vllm-spark doctor", "--spark-transport loopback"],
-        ),
+        (["--spark-transport", "verbs"], ["--spark-transport verbs", *NO_RDMA]),
         (["--spark-rails", "mlx5_7:1"], ["--spark-rails mlx5_7:1", "mlx5_7:1"]),
         (["--spark-rails", "mlx5_7:x"], ["--spark-rails", "mlx5_7:x", "DEVICE:PORT"]),
         (["--spark-slot-kib", "4", "--spark-packet-kib", "8"], ["--spark-packet-kib 8", "--spark-slot-kib 4"]),
