@@ -158,7 +158,7 @@ def test_sleep_and_wake_up(pair: Server) -> None:
     assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_planted_drift_ends_in_an_error(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
     """One draw too many on one rank: found within one step of the one that it changed."""
     with spark_tp2(hosts, tiny_moe, EXTENSION, DEVELOPMENT) as server:

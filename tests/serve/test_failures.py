@@ -185,7 +185,7 @@ def engine_of(server: Server) -> psutil.Process:
     return engine
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 @pytest.mark.parametrize("victim", ["API server", "engine"])
 def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim: str, busy: bool) -> None:
     before = shared_memory.listing()
