@@ -26,6 +26,7 @@ constexpr uint32_t kMaxSlots = 128;
 constexpr uint32_t kMaxPieces = 64;
 // Two cache lines: adjacent-line prefetchers would otherwise move a neighbour's flag along.
 constexpr size_t kLine = 128;
+constexpr size_t kHalvesPerLine = 8;  // halves of packets in a line of x86-64, 64 bytes; slots begin on one
 constexpr size_t kPage = 4096;
 // Announcements of the links' state that may be on their way at once, a page each.
 constexpr uint32_t kOutboxes = 8;

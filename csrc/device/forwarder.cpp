@@ -13,7 +13,6 @@ constexpr auto kAwake = std::chrono::seconds(1);
 constexpr auto kDoze = std::chrono::microseconds(50);
 // Turns between two looks after the connection: some ten microseconds.
 constexpr uint32_t kTurnsPerLook = 256;
-constexpr size_t kHalvesPerLine = 8;  // of 64 bytes; slots begin on one
 constexpr size_t kPrefetchHalves = 16 * kHalvesPerLine;
 
 // Many words are looked at, and what was seen is ordered by one fence after them: on aarch64 loads that

@@ -58,7 +58,9 @@ class Count {
   uint32_t ended_;
 };
 
-// Waits here end when the thread that looks out for flags has given up, which it does in bounded time.
+// Waits here end when the thread that looks out for flags has given up, which it does in bounded time. `sent`
+// needs no end: a sender stops early only once the receivers have, and before message j it waits for no more
+// than that they are through with j - depth.
 struct Relay {
   Count sent;      // messages, by one that sends, after a barrier of all that do: their input is read
   Count arrived;   // messages, by the thread that acquired their flags

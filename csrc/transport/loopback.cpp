@@ -12,8 +12,6 @@
 namespace spark {
 namespace {
 
-constexpr size_t kHalvesPerLine = 8;  // of 64 bytes; slots begin on one
-
 // Copies the halves [begin, end) of a slot of packets. Relaxed: each half carries its own flag, and the
 // reader trusts no other order.
 void copy_packets(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t begin, size_t end) {
