@@ -540,6 +540,30 @@ def test_a_failure_is_passed_on_with_its_sentence() -> None:
     assert str(ends[0]) == "the leader failed: the worker fell over"
 
 
+@pytest.mark.parametrize("kind", [Kind.GOODBYE, Kind.FAILURE])
+def test_what_was_said_before_the_lane_closed_is_heard_after_a_beat_that_fails(kind: Kind) -> None:
+    """A busy machine lets this side beat only when the peer has said its word and gone, with beats of ours unread."""
+    left, right = lanes()
+    told = threading.Event()
+    beats = 0
+
+    def report() -> None:
+        nonlocal beats
+        beats += 1
+        assert beats == 1 or told.wait(20)
+
+    ends: list[SparkError] = []
+    pulse = Pulse(right, 1.0, report, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
+    pulse.start()
+    wait_for(lambda: beats == 2, "one beat that is not read, and one that is late")
+    left.send(kind, msgspec.json.encode(Reason("it is done")))
+    left.close()
+    told.set()
+    wait_for(lambda: ends, "the end")
+    assert str(ends[0]) == f"the leader {'left' if kind is Kind.GOODBYE else 'failed'}: it is done"
+    assert isinstance(ends[0], PeerLeftError) == (kind is Kind.GOODBYE)
+
+
 def test_silence_counts_once_the_model_runs() -> None:
     left, right = lanes()
     pulse, _, ends = beat(right, timeout=0.5)

@@ -9,13 +9,15 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.channel import Kind
 from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.handshake import Follower, Listener
+from vllm_spark.executor.handshake import Follower, Listener, Reason
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.store import INIT_METHOD, LeaderStore
 
@@ -49,6 +51,20 @@ def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.Monke
             assert sorted(called) == [0, 1, 2]
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listener) -> None:
+    """A busy machine runs the thread of the calls first, which finds its lane closed and no reason why."""
+    (control, far_control), (calls, far_calls) = lanes(), lanes()
+    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls), CounterBoard(None))
+    far_control.send(Kind.GOODBYE, msgspec.json.encode(Reason("it was stopped there")))
+    far_calls.close()
+    far_control.close()
+    pulse = threading.Timer(1.5, pair._pulse.start)
+    pulse.start()
+    with pytest.raises(PeerLostError, match=r"^the follower left: it was stopped there"), pair.explained():
+        calls.expect(Kind.REPLY, timeout=20)
+    pulse.join()
 
 
 def join_group(errors: list[Any]) -> None:

@@ -72,6 +72,10 @@ class ChannelError(PeerLostError):
     """The lane is unusable: closed, timed out, or the peer does not speak the protocol."""
 
 
+class LaneClosedError(ChannelError):
+    """The connection ended: the peer closed it, or it broke. The other lane may say why."""
+
+
 class Lane:
     """One authenticated connection that carries frames.
 
@@ -109,7 +113,8 @@ class Lane:
 
         Raises:
             FrameTooLargeError: `payload` is over the limit; nothing was sent.
-            ChannelError: the peer is gone, or did not take the frame within `timeout` seconds.
+            LaneClosedError: the peer is gone.
+            ChannelError: it did not take the frame within `timeout` seconds.
         """
         if len(payload) > self.max_frame:
             raise FrameTooLargeError(
@@ -119,14 +124,17 @@ class Lane:
         try:
             # One write for header and payload: one system call, one wake-up of the receiver.
             self._connection.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
+        except TimeoutError:
+            raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
         except (OSError, ValueError) as error:
-            raise ChannelError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+            raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
     def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
         """Receives one frame; looks for it without sleeping for the first `awake` seconds.
 
         Raises:
-            ChannelError: the peer closed the lane, sent nothing for `timeout` seconds, or sent no valid frame.
+            LaneClosedError: the peer closed the lane.
+            ChannelError: it sent nothing for `timeout` seconds, or no valid frame.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, awake))
@@ -145,6 +153,7 @@ class Lane:
         """Receives one frame that must be of one of `kinds`.
 
         Raises:
+            LaneClosedError: as `receive`.
             ChannelError: as `receive`, or the frame is of another kind.
         """
         frame = self.receive(timeout=timeout, awake=awake)
@@ -166,11 +175,11 @@ class Lane:
         try:
             self._connection.receive_into(memoryview(buffer), deadline, awake)
         except EOFError:
-            raise ChannelError(f"{self.peer} closed the connection") from None
+            raise LaneClosedError(f"{self.peer} closed the connection") from None
         except TimeoutError:
             raise ChannelError(f"{self.peer} sent nothing in time") from None
         except (OSError, ValueError) as error:
-            raise ChannelError(f"the connection to {self.peer} broke: {_reason(error)}") from None
+            raise LaneClosedError(f"the connection to {self.peer} broke: {_reason(error)}") from None
         return bytes(buffer)
 
 

@@ -33,7 +33,7 @@ from vllm_spark.executor.calls import (
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
+from vllm_spark.executor.channel import MIB, Frame, Kind, Lane, LaneClosedError
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
@@ -41,7 +41,7 @@ from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
-from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.pulse import CAUSE_GRACE, CLOSED_GRACE, Pulse
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
@@ -65,7 +65,6 @@ _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
 _FIRST_NOTE, _LONGEST_NOTE = 15.0, 900.0
 _OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
 _ASSIGNMENT_TIMEOUT = 120.0
-_CAUSE_GRACE = 0.5
 _END_GRACE = 5.0  # seconds in which the thread that ends this process does so
 _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
 
@@ -264,7 +263,8 @@ class FollowerSession:
 
     def _give_up(self, error: BaseException) -> None:
         """Tells the leader why, and ends the process."""
-        if self._ender is not threading.current_thread() and self._ended.wait(_CAUSE_GRACE):
+        grace = CLOSED_GRACE if isinstance(error, LaneClosedError) else CAUSE_GRACE
+        if self._ender is not threading.current_thread() and self._ended.wait(grace):
             # What surfaced is a symptom of the end that another thread reports.
             time.sleep(_END_GRACE)
         if isinstance(error, SparkError):

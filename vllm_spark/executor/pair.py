@@ -17,13 +17,13 @@ from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
-from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
+from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind, LaneClosedError
 from vllm_spark.executor.counters import CounterBoard, local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Offer, Reason
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.pulse import CAUSE_GRACE, CLOSED_GRACE, Pulse
 from vllm_spark.executor.session import (
     Assignment,
     LinkInterface,
@@ -40,7 +40,6 @@ logger = logging.getLogger("vllm_spark")
 LEADER_RANK = 0
 
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
-_CAUSE_GRACE = 0.5  # seconds in which the control lane may explain an error that surfaced elsewhere first
 _ASSIGNMENT_TIMEOUT = 60.0
 _SETTLE_TIMEOUT = 20.0  # seconds that one rank may work on after the other failed in the same call
 
@@ -150,7 +149,7 @@ class Pair:
         try:
             yield
         except Exception as error:
-            self._failed.wait(_CAUSE_GRACE)
+            self._failed.wait(CLOSED_GRACE if isinstance(error, LaneClosedError) else CAUSE_GRACE)
             if isinstance(error, ChannelError | FrameTooLargeError):
                 self.fail(error)
             if self._failure is not None and self._failure is not error:

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
-from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane, LaneClosedError
 from vllm_spark.executor.handshake import Reason, decode
 
 logger = logging.getLogger("vllm_spark")
@@ -27,6 +27,13 @@ logger = logging.getLogger("vllm_spark")
 STARTUP_TIMEOUT = 60.0
 """Seconds without a beat that are allowed before the first step: loading and compiling may hold Python's
 interpreter lock for many seconds. Shorter heartbeat time-outs count only once the model runs."""
+
+CAUSE_GRACE = 0.5
+"""Seconds in which the control lane may explain an error that surfaced elsewhere first."""
+
+CLOSED_GRACE = 5.0
+"""The same for the other lane's end. The control lane ends with it, so this thread comes to it, and to the goodbye
+before it, as soon as a busy machine runs it; only where one connection alone broke is it waited for in vain."""
 
 _BEATS_PER_TIMEOUT = 5
 
@@ -81,7 +88,7 @@ class Pulse(threading.Thread):
         self._outbox.append((Kind.LINK, announcement))
         self._nudge()
 
-    def stop(self, goodbye: Reason | None = None, timeout: float = 1.0) -> None:
+    def stop(self, goodbye: Reason | None = None, timeout: float = 2.0) -> None:
         """Ends the thread, saying goodbye first if there is something to say; waits at most `timeout` seconds."""
         if goodbye is not None:
             self._outbox.append((Kind.GOODBYE, msgspec.json.encode(goodbye)))
@@ -98,6 +105,8 @@ class Pulse(threading.Thread):
         """The thread's loop."""
         try:
             end = self._beat_and_listen()
+        except LaneClosedError as error:
+            end = self._last_word() or error
         except SparkError as error:
             end = error
         except Exception as error:  # a bug here must end the work too, not only this thread
@@ -142,15 +151,32 @@ class Pulse(threading.Thread):
                     self._on_report(msgspec.json.decode(frame.payload))
                 elif frame.kind is Kind.LINK:
                     self._on_link(frame.payload)
-                elif frame.kind is Kind.GOODBYE:
-                    return PeerLeftError(f"{self._lane.peer} left: {decode(frame, Reason).sentence}")
-                elif frame.kind is Kind.FAILURE:
-                    reason = decode(frame, Reason)
-                    if reason.details:
-                        logger.error("%s failed:\n%s", self._lane.peer, reason.details)
-                    return SparkError(f"{self._lane.peer} failed: {reason.sentence}")
+                elif (end := self._end_said_in(frame)) is not None:
+                    return end
                 else:
                     raise ChannelError(f"{self._lane.peer} sent {frame.kind.name} on the control lane")
+
+    def _end_said_in(self, frame: Frame) -> SparkError | None:
+        if frame.kind is Kind.GOODBYE:
+            return PeerLeftError(f"{self._lane.peer} left: {decode(frame, Reason).sentence}")
+        if frame.kind is Kind.FAILURE:
+            reason = decode(frame, Reason)
+            if reason.details:
+                logger.error("%s failed:\n%s", self._lane.peer, reason.details)
+            return SparkError(f"{self._lane.peer} failed: {reason.sentence}")
+        return None
+
+    def _last_word(self) -> SparkError | None:
+        """What a peer said before it closed the lane.
+
+        A beat to a lane that is closed fails at once, whatever still lies unread here.
+        """
+        with contextlib.suppress(ChannelError):
+            while True:
+                end = self._end_said_in(self._lane.receive(timeout=0.0))
+                if end is not None:
+                    return end
+        return None
 
     def _flush(self) -> None:
         while self._outbox:
