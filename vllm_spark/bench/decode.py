@@ -247,10 +247,22 @@ def measure(
     for number in range(settings.rounds):
         for name in settings.candidates[:: -1 if number % 2 else 1]:
             on_candidate(name, number)
-            results[name].append(_run(name, candidates[name], model, settings, stage, number))
+            result = _run(name, candidates[name], model, settings, stage, number)
+            _require_all_steps(name, result, settings)
+            results[name].append(result)
             report = _report(settings, results)
             on_report(report)
     return report
+
+
+def _require_all_steps(name: str, result: Result, settings: Settings) -> None:
+    for batch in settings.batches:
+        if (steps := len(result.milliseconds[batch])) < settings.steps:
+            raise SparkError(
+                f"{name}: at batch {batch}, only {steps} steps had a token of every sequence, and {settings.steps} "
+                f"were to be timed: prefilling {settings.prompt_tokens} tokens of each takes too many steps; use fewer "
+                "--prompt-tokens or a smaller batch, or more --steps"
+            )
 
 
 def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Report:
@@ -267,12 +279,6 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
             report.profiles[name] = profile
         for batch in settings.batches:
             samples = [result.milliseconds[batch] for result in rounds]
-            if min(map(len, samples)) < settings.steps:
-                raise SparkError(
-                    f"{name}: at batch {batch}, only {min(map(len, samples))} steps had a token of every sequence, and "
-                    f"{settings.steps} were to be timed: prefilling {settings.prompt_tokens} tokens of each takes too "
-                    "many steps; use fewer --prompt-tokens or a smaller batch, or more --steps"
-                )
             pooled = [sample for round_samples in samples for sample in round_samples]
             report.rows.append(
                 Row(

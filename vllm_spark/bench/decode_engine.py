@@ -124,25 +124,19 @@ def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | 
         return None
     names = _ask(engine, job, batch, length, logprobs=False)
 
-    def run_steps(number: int) -> int:
-        whole = 0
-        while whole < number and engine.has_unfinished_requests():
-            whole += len(engine.step()) == batch
-        return whole
+    def run_step() -> bool:
+        while engine.has_unfinished_requests():
+            if len(engine.step()) == batch:
+                return True
+        return False
 
-    run_steps(PROFILED)  # the prefill among them
-    steps = 0
-
-    def count_steps() -> int:
-        nonlocal steps
-        steps = run_steps(PROFILED)
-        return PROFILED
-
-    profile = profile_steps(count_steps)
+    for _ in range(PROFILED):
+        run_step()  # the prefill among them
+    profile = profile_steps(run_step, PROFILED)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return profile if profile.kernels and steps == PROFILED else None
+    return profile
 
 
 def _ask(engine: Any, job: Job, batch: int, length: int, logprobs: bool) -> list[str]:

@@ -29,17 +29,18 @@ class KernelProfile(msgspec.Struct):
         return sum(kernel.microseconds for kernel in self.kernels)
 
 
-def profile_steps(run_steps: Callable[[], int]) -> KernelProfile:
-    """Profiles what `run_steps` runs; it returns how many steps those were.
+def profile_steps(run_step: Callable[[], bool], steps: int) -> KernelProfile | None:
+    """Profiles `steps` calls of `run_step`; None if one of them ran no step and said so, or if there was no kernel.
 
     The profiler slows down the host, not kernels.
     """
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        steps = run_steps()
+        complete = all(run_step() for _ in range(steps))
         torch.cuda.synchronize()
-    return summary(profiler.key_averages(), steps)
+    profile = summary(profiler.key_averages(), steps)
+    return profile if complete and profile.kernels else None
 
 
 def summary(events: Any, steps: int) -> KernelProfile:
