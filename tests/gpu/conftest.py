@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _reason_to_skip()
     if reason is not None:
         for item in items:
-            if "tests/gpu/" in item.path.as_posix() and "needs_no_gpu" not in item.keywords:
+            if "tests/gpu/" in item.path.as_posix():
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -57,7 +57,8 @@ def run_pair(body: Body, *arguments: Any) -> tuple[Outcome, Outcome]:
 
     A rank that hangs is killed and fails the test; one that dies of a signal has its exit code.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "vllm_spark.collective"])  # once: it takes seconds
     left, right = context.Pipe()
     ranks = []
     for rank, end in enumerate((left, right)):

@@ -34,7 +34,7 @@ def test_messages_from_nothing_to_the_largest(machines: Pair) -> None:
         assert outcome.counters["chunked_operations"] >= 2
 
 
-@pytest.mark.parametrize("rail", [0, 1])
+@pytest.mark.parametrize("rail", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_either_rail_alone(machines: Pair, rail: int) -> None:
     for outcome in Ranks(machines, 400, rails=[f"rxe{rail}:1"]).agree():
         assert outcome.counters["rails_up"] == 1

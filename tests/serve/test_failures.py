@@ -217,7 +217,7 @@ def test_next_leader_works_with_the_same_follower(
     assert "The leader is lost" not in follower.process.output()[before:], "a leader that is stopped says goodbye"
 
 
-@pytest.mark.parametrize("busy", [False, True], ids=["idle", "generating"])
+@pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy: bool) -> None:
     before = shared_memory.listing()
     with leader(hosts, follower, tiny_moe) as server:
@@ -278,14 +278,14 @@ def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str
     with leader(hosts, follower, tiny_moe) as server:
         prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=4)  # from now on the short time-out counts
         stream = Stream(server) if busy else None
-        waits = follower.waits()
+        waits, before_frozen = follower.waits(), len(follower.process.output())
         frozen = engine_of(server) if side == "leader" else follower.session()
         frozen.suspend()
         clock = Clock(HEARTBEAT_SECONDS + NOTICE_SECONDS)
         try:
             if side == "leader":
                 follower.wait_until_it_waits_again(waits, clock)
-                assert "gave no sign of life for" in follower.process.output()
+                assert "gave no sign of life for" in follower.process.output()[before_frozen:]
             else:
                 server.leader.wait_for_line("Serving ends: .* gave no sign of life for", clock.left)
                 clock.note("the leader says that serving ends")
@@ -320,9 +320,9 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
     ("number", "to"),
     [
         (signal.SIGINT, os.killpg),  # a terminal's Ctrl-C: to every process of the group
-        (signal.SIGTERM, os.killpg),  # systemd's stop
+        pytest.param(signal.SIGTERM, os.killpg, marks=pytest.mark.thorough),  # systemd's stop
         (signal.SIGTERM, os.kill),  # a supervisor's: to the process that it started
-        (signal.SIGINT, os.kill),
+        pytest.param(signal.SIGINT, os.kill, marks=pytest.mark.thorough),
     ],
 )
 def test_one_signal_ends_a_leader_that_waits(
@@ -338,7 +338,7 @@ def test_one_signal_ends_a_leader_that_waits(
         assert_all_gone(server.leader)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.thorough), signal.SIGTERM])
 def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.Signals) -> None:
     joined = Follower(hosts)
     with leader(hosts, joined, tiny_moe) as server:

@@ -101,7 +101,13 @@ print("one rank:", json.dumps(tokens_of(LLM(model, **common))))
 """
 
 
-@pytest.mark.parametrize("method", ["", LAST_CALL_OF_THE_START], ids=["before-the-groups", "last-call"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("", id="before-the-groups", marks=pytest.mark.thorough),
+        pytest.param(LAST_CALL_OF_THE_START, id="last-call"),
+    ],
+)
 def test_a_follower_killed_while_the_engine_starts(
     hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], method: str
 ) -> None:

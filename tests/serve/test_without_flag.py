@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
-from . import prompts
+from . import prompts, shared_memory
 from .hosts import Host
 from .servers import stock_tp1
 
@@ -49,7 +49,7 @@ def test_the_native_module_is_in_no_process(host: Host, tiny_moe: Path) -> None:
         pids = [server.leader.pid, *(child.pid for child in server.leader.descendants())]
         mapped = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in pids}
     assert len([maps for maps in mapped.values() if "libtorch" in maps]) >= 2, "server and engine"
-    assert [pid for pid, maps in mapped.items() if "vllm_spark/_native" in maps or "vllm-spark" in maps] == []
+    assert [pid for pid, maps in mapped.items() if "vllm_spark/_native" in maps or shared_memory.REGION in maps] == []
 
 
 def test_vllms_errors_stay_vllms(host: Host, tiny_moe: Path) -> None:

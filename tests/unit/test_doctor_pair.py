@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -168,9 +168,11 @@ def follower(port: int, secret: str = SECRET) -> Caller:
 
 
 def called(caller: Caller) -> Lane:
-    """Like vllm-spark join: looks until somebody listens."""
+    """Like vllm-spark join: looks until somebody listens, for a minute."""
+    end = time.monotonic() + 60
     while (lane := caller.connect(CONTROL)) is None:
-        threading.Event().wait(0.05)
+        assert time.monotonic() < end, f"nobody listens at {caller.endpoint}"
+        time.sleep(0.05)
     return lane
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
+from vllm_spark.local_pair import CPU_ENVIRONMENT, free_ports
+from vllm_spark.process import clean_environment
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tiny_model import make_tiny_model
 
@@ -44,7 +45,7 @@ type(current_platform).get_device_capability = classmethod(lambda cls, device_id
 """
     return subprocess.run(
         [sys.executable, "-c", prelude + script],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment,
+        env=clean_environment() | CPU_ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,10 +55,11 @@ type(current_platform).get_device_capability = classmethod(lambda cls, device_id
 
 def test_the_leader_refuses(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, "dense")
+    http, port = free_ports(2)
     serve = f"""
 import sys
 sys.argv = ["vllm", "serve", {str(model)!r}, "--spark", "--spark-address", "127.0.0.7"]
-sys.argv += ["--spark-transport", "loopback"]
+sys.argv += ["--spark-transport", "loopback", "--port", "{http}", "--spark-port", "{port}"]
 from vllm.entrypoints.cli.main import main
 main()
 """
