@@ -42,7 +42,7 @@ help: ## Show this list
 demo: $(STAMPS)/project ## Show the product on this machine: two ranks, a tiny model
 	@$(BIN)/vllm-spark demo $(DEMO_ARGS)
 
-test: $(STAMPS)/project ## Run every test; what was skipped, and why, stands at the end
+test: $(STAMPS)/project ## Run all tests but the thorough; what was skipped, and why, stands at the end
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests
 
 test-unit: $(STAMPS)/project ## Run the tests that start no server

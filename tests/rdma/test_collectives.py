@@ -10,7 +10,7 @@ from .machines import Pair
 from .ranks import Ranks
 
 OPERATIONS = int(os.environ.get("SPARK_RDMA_OPERATIONS", "3000"))
-"""The issue of a release: 20000, some three minutes."""
+"""For a release, 20000: some three minutes."""
 KIB, MIB = 1 << 10, 1 << 20
 
 

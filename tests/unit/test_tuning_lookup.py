@@ -416,7 +416,7 @@ EXPERTS = FusedMoeExperts(experts=128, top_k=8, hidden=2048, intermediate=384)
 FP8_BLOCK = FusedMoeExperts(
     experts=256, top_k=8, hidden=2048, intermediate=512, dtype="fp8_w8a8", block_shape=(128, 128)
 )
-"""Of which vLLM 0.31 and later have a table of their own."""
+"""Of which vLLM 0.32 and later have a table of their own."""
 
 
 @pytest.fixture(scope="module")
