@@ -196,10 +196,9 @@ def test_an_abort_is_seen_at_the_next_call_with_whole_characters() -> None:
 def aborted_here(rank: int, exchange: Pipe) -> None:
     runtime = connect(rank, exchange)
     if rank == 0:
-        timer = threading.Timer(0.3, runtime.abort, ["changed my mind"])
+        timer = threading.Timer(2.0, runtime.abort, ["changed my mind"])  # in the call, also on a busy machine
         timer.start()
-        # A busy machine may run the timer before the call, which then finds it aborted.
-        with pytest.raises((CollectiveAbortedError, PoisonedError), match="changed my mind"):
+        with pytest.raises(CollectiveAbortedError, match="changed my mind"):
             runtime.all_reduce(SMALL)
         with pytest.raises(PoisonedError, match="changed my mind"):
             runtime.all_gather(SMALL)

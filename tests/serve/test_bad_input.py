@@ -64,6 +64,7 @@ class Mistake:
     """What a user does wrong, and what the sentence then says.
 
     Attributes:
+        says: parts of the sentence.
         arguments: of the command.
         environment: variables.
         changes: values in the model's config.json.
@@ -115,7 +116,6 @@ MISTAKES = {
         ["--kv-transfer-config ExampleConnector", "leave it out"], ["--kv-transfer-config", _CONNECTOR]
     ),
     "model-len": Mistake(["10000000"], ["--max-model-len", "10000000"]),
-    "address-of-another-machine": Mistake(["192.0.2.1"], ["--spark-address", "192.0.2.1"]),
     "secret-file": Mistake(
         ["/nowhere/secret", "No such file"], ["--spark-secret-file", "/nowhere/secret"], {"SPARK_SECRET": ""}
     ),
@@ -179,6 +179,10 @@ def test_ports_in_use(host: Host, tiny_dense: Path) -> None:
         holder.kill9()
 
 
+def test_an_address_of_another_machine(host: Host, tiny_dense: Path) -> None:
+    assert_refused(serve(host, tiny_dense, ["--spark-address", "192.0.2.1"]), "192.0.2.1", host.address)
+
+
 @pytest.mark.parametrize("way", ["SPARK_ENABLE", "file"])
 def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path, tmp_path: Path, way: str) -> None:
     """Seen in what a leader says that has waited in vain."""
@@ -210,7 +214,7 @@ def test_help(host: Host) -> None:
 
 
 def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Path, tmp_path: Path) -> None:
-    """Seen in what a leader says for whom it waits, and how long; each of three settings comes from another place."""
+    """Seen in what a leader says for whom it waits, and how long. A shortened flag is a flag all the same."""
     flag, variable, file = (str(host.free_port()) for _ in range(3))
     path = tmp_path / "serve.yaml"
     path.write_text(
@@ -219,7 +223,6 @@ def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Pat
     )
     environment = {"SPARK_PORT": variable, "SPARK_JOIN_TIMEOUT": "0.75"}
     process = serve(host, tiny_dense, ["--config", str(path), "--spark-por", flag], environment)
-    # `serve` gives the address as a flag; this one is shortened, and a flag all the same.
-    assert_refused(process, f"no follower came to {host.address}:{flag} within 0.75 s", exit_code=4)
+    assert_refused(process, f"no follower came to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4)
     process = serve(host, tiny_dense, ["--config", str(path)], {"SPARK_JOIN_TIMEOUT": "0.75"})
-    assert_refused(process, f"no follower came to {host.address}:{file} within 0.75 s", exit_code=4)
+    assert_refused(process, f"no follower came to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4)

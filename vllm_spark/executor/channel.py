@@ -153,7 +153,6 @@ class Lane:
         """Receives one frame that must be of one of `kinds`.
 
         Raises:
-            LaneClosedError: as `receive`.
             ChannelError: as `receive`, or the frame is of another kind.
         """
         frame = self.receive(timeout=timeout, awake=awake)

@@ -33,7 +33,7 @@ from vllm_spark.executor.calls import (
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.channel import MIB, Frame, Kind, Lane, LaneClosedError
+from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
@@ -41,7 +41,7 @@ from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
-from vllm_spark.executor.pulse import CAUSE_GRACE, CLOSED_GRACE, Pulse
+from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
@@ -263,8 +263,7 @@ class FollowerSession:
 
     def _give_up(self, error: BaseException) -> None:
         """Tells the leader why, and ends the process."""
-        grace = CLOSED_GRACE if isinstance(error, LaneClosedError) else CAUSE_GRACE
-        if self._ender is not threading.current_thread() and self._ended.wait(grace):
+        if self._ender is not threading.current_thread() and self._ended.wait(cause_grace(error)):
             # What surfaced is a symptom of the end that another thread reports.
             time.sleep(_END_GRACE)
         if isinstance(error, SparkError):

@@ -17,13 +17,13 @@ from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
-from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind, LaneClosedError
+from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import CounterBoard, local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Offer, Reason
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.pulse import CAUSE_GRACE, CLOSED_GRACE, Pulse
+from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.session import (
     Assignment,
     LinkInterface,
@@ -149,7 +149,7 @@ class Pair:
         try:
             yield
         except Exception as error:
-            self._failed.wait(CLOSED_GRACE if isinstance(error, LaneClosedError) else CAUSE_GRACE)
+            self._failed.wait(cause_grace(error))
             if isinstance(error, ChannelError | FrameTooLargeError):
                 self.fail(error)
             if self._failure is not None and self._failure is not error:

@@ -28,14 +28,19 @@ STARTUP_TIMEOUT = 60.0
 """Seconds without a beat that are allowed before the first step: loading and compiling may hold Python's
 interpreter lock for many seconds. Shorter heartbeat time-outs count only once the model runs."""
 
-CAUSE_GRACE = 0.5
-"""Seconds in which the control lane may explain an error that surfaced elsewhere first."""
-
-CLOSED_GRACE = 5.0
-"""The same for the other lane's end. The control lane ends with it, so this thread comes to it, and to the goodbye
-before it, as soon as a busy machine runs it; only where one connection alone broke is it waited for in vain."""
+_CAUSE_GRACE = 0.5
+_CLOSED_GRACE = 5.0
 
 _BEATS_PER_TIMEOUT = 5
+
+
+def cause_grace(error: BaseException) -> float:
+    """Seconds in which the control lane may explain an error that surfaced elsewhere first.
+
+    Longer for the other lane's end. The control lane ends with it, so its thread comes to that, and to the goodbye
+    before it, as soon as a busy machine runs it; only where one connection alone broke is it waited for in vain.
+    """
+    return _CLOSED_GRACE if isinstance(error, LaneClosedError) else _CAUSE_GRACE
 
 
 class Pulse(threading.Thread):
