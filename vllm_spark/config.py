@@ -146,7 +146,7 @@ class SparkConfig(BaseModel):
     packet_kib: int | None = _setting(
         None,
         "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag. "
-        "Default: what the launch table says, else 128 between GPUs of one machine, 4 through a proxy, 8 on CPUs.",
+        "Default: what the launch table says, else 128 between GPUs of one machine and 8 otherwise.",
         side="leader",
         ge=0,
         le=1024,

@@ -58,8 +58,8 @@ class DeviceRuntime(Runtime):
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """As measured on two H100 (benchmarks/NOTES.md, entry 11): packets double the bytes, and a proxy reads all."""
-        return 128 * KIB if not options.proxied else 4 * KIB
+        """As measured on two GPUs (benchmarks/NOTES.md, entries 11 and 13): packets double the bytes; a proxy reads all."""
+        return 128 * KIB if not options.proxied else 8 * KIB
 
     def check(self) -> None:
         """Raises what made a kernel give up, if one has; results since then are worth nothing.
