@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,32 @@ def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny-dense", "dense")
 
 
+@dataclass(frozen=True)
+class OneRank:
+    """What one stock rank, with the plugin installed and no `--spark`, answered and had in its memory.
+
+    Attributes:
+        tokens: greedy answers to `prompts.PROMPTS`.
+        maps: of the server and of what it started, process id -> /proc/PID/maps.
+    """
+
+    tokens: list[list[int]]
+    maps: dict[int, str]
+
+
 @pytest.fixture(scope="session")
-def reference_tokens(host: Host, tiny_moe: Path) -> list[list[int]]:
-    """Greedy answers of one stock rank to `prompts.PROMPTS`: what every pair must answer, to the last id."""
+def one_rank(host: Host, tiny_moe: Path) -> OneRank:
+    """The tiny MoE, served by one rank."""
     with stock_tp1(host, tiny_moe) as server:
-        return prompts.greedy_tokens(server.client)
+        tokens = prompts.greedy_tokens(server.client)
+        pids = [server.leader.pid, *(child.pid for child in server.leader.descendants())]
+        return OneRank(tokens, {pid: Path(f"/proc/{pid}/maps").read_text() for pid in pids})
+
+
+@pytest.fixture(scope="session")
+def reference_tokens(one_rank: OneRank) -> list[list[int]]:
+    """What every pair must answer to `prompts.PROMPTS`, to the last id."""
+    return one_rank.tokens
 
 
 @pytest.fixture(scope="module")

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from ctypes.util import find_library
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
 from vllm_spark.config import SparkConfig, flag_name
 from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
+from vllm_spark.process import clean_environment, program
 
 from .hosts import Host
+from .imported_vllm import LEAVE_SECONDS, RUN_SECONDS, Order, Run
 from .process import Process, assert_all_gone
+
+ROOT = Path(__file__).parents[2]
 
 START_SECONDS = 120.0
 """Bound for what ends while vLLM is still reading its arguments: mostly the time to import it, on a busy machine."""
@@ -37,25 +39,35 @@ with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
 """
 
 
+VARIABLES = CPU_ENVIRONMENT | {"SPARK_SECRET": "one secret for both machines"}
+
+
+def command(host: Host, model: Path | str, arguments: Sequence[str]) -> list[str]:
+    """`vllm serve MODEL --spark ...` on this host's address."""
+    return [program("vllm"), "serve", str(model), "--spark", "--spark-address", host.address, *arguments]
+
+
 def serve(
     host: Host, model: Path | str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Process:
-    """`vllm serve MODEL --spark ...` on this host's address, to its end."""
-    argv = [program("vllm"), "serve", str(model), "--spark", "--spark-address", host.address, *arguments]
-    variables = {"SPARK_SECRET": "one secret for both machines"} | dict(environment or {})
-    process = host.popen(argv, CPU_ENVIRONMENT | variables, "vllm serve --spark")
+    """Runs the command to its end."""
+    process = host.popen(command(host, model, arguments), VARIABLES | dict(environment or {}), "vllm serve --spark")
     process.wait(START_SECONDS)
     return process
 
 
-def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
-    """Checks exit code, last line, and that nobody had to read a traceback."""
-    output = process.output()
-    assert process.exit_code == exit_code, output[-3000:]
+def assert_sentence(output: str, *parts: str) -> None:
+    """Checks the last line, and that nobody had to read a traceback."""
     assert "Traceback" not in output, output[-3000:]
     sentence = output.strip().splitlines()[-1]
     for part in parts:
         assert part in sentence
+
+
+def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
+    """Checks how a command ended, and that nothing of it is left."""
+    assert process.exit_code == exit_code, process.output()[-3000:]
+    assert_sentence(process.output(), *parts)
     assert_all_gone(process)
 
 
@@ -78,8 +90,8 @@ class Mistake:
     file_name: str = ""
     file: bytes | None = None
 
-    def make(self, host: Host, dense: Path, folder: Path) -> Process:
-        """Makes it, on ports of its own, to the end."""
+    def order(self, name: str, host: Host, dense: Path, folder: Path) -> Order:
+        """The command that makes it, on ports of its own, with its files in `folder`."""
         arguments, model = list(self.arguments), dense
         for flag in ("--port", "--spark-port"):
             if flag not in arguments:
@@ -92,7 +104,8 @@ class Mistake:
             model = shutil.copytree(dense, folder / "model")
             config = json.loads((model / "config.json").read_text())
             (model / "config.json").write_text(json.dumps(config | dict(self.changes)))
-        return serve(host, model, arguments, self.environment)
+        environment = clean_environment() | VARIABLES | dict(self.environment)
+        return Order(name, command(host, model, arguments), environment, str(folder / "log"))
 
 
 _CONNECTOR = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
@@ -146,19 +159,31 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def attempts(
     host: Host, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[dict[str, Future[Process]]]:
-    """The mistakes of all selected tests, two at a time: most of each is vLLM's import, on one core."""
+) -> dict[str, tuple[Run, str]]:
+    """The mistakes of all selected tests: how each ended and what it printed. Half of them beside the other half."""
     items = [item for item in request.session.items if item.originalname == test_a_mistake.__name__]  # type: ignore[attr-defined]
     names = [item.callspec.params["name"] for item in items]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(MISTAKES[name].make, host, tiny_dense, tmp_path_factory.mktemp(name)) for name in names
-        }
+    orders = [MISTAKES[name].order(name, host, tiny_dense, tmp_path_factory.mktemp(name)) for name in names]
+    runs: list[Run] = []
+    processes = []
+    for half in (orders[::2], orders[1::2]):
+        file = tmp_path_factory.mktemp("orders") / "orders.jsonl"
+        file.write_text("".join(json.dumps(asdict(order)) + "\n" for order in half))
+        argv = [sys.executable, "-m", "tests.serve.imported_vllm", str(file)]
+        processes.append(host.popen(argv, CPU_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, "vllm, imported once"))
+    for process in processes:
+        process.wait(START_SECONDS + len(orders) * (RUN_SECONDS + LEAVE_SECONDS))
+        lines = [line for line in process.output().splitlines() if line.startswith('{"name"')]
+        runs += [Run(**json.loads(line)) for line in lines]
+    logs = {order.name: Path(order.log) for order in orders}
+    return {run.name: (run, logs[run.name].read_text(errors="replace")) for run in runs}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake(name: str, attempts: dict[str, Future[Process]]) -> None:
-    assert_refused(attempts[name].result(), *MISTAKES[name].says)
+def test_a_mistake(name: str, attempts: dict[str, tuple[Run, str]]) -> None:
+    run, output = attempts[name]
+    assert run == Run(name, exit_code=2, left=False), output[-3000:]
+    assert_sentence(output, *MISTAKES[name].says)
 
 
 def test_a_model_that_is_not_there(host: Host, tmp_path: Path) -> None:

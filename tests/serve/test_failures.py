@@ -352,7 +352,7 @@ def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.
         assert_all_gone(joined.process, server.leader)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
     """The other rank waits in a collective; it is not left there until the collective's own time-out of minutes."""
     with spark_tp2(hosts, tiny_moe, EXTENSION, DEVELOPMENT) as server:

@@ -51,7 +51,7 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
     assert_all_gone(rank0, rank1)
 
 
-@pytest.mark.parametrize("way", ["arguments", "environment"])
+@pytest.mark.parametrize("way", ["arguments", pytest.param("environment", marks=pytest.mark.thorough)])
 def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], way: str) -> None:
     first, second = hosts
     port = first.free_port()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from . import process, prompts
 from .hosts import Hosts
 from .servers import stock_tp2
 
 
+@pytest.mark.thorough
 def test_one_rank_and_two_ranks_over_two_hosts_agree(
     hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]
 ) -> None:

@@ -84,6 +84,7 @@ def test_compiled_model(hosts: Hosts, tiny_moe: Path, reference_tokens: list[lis
         assert_every_collective_goes_through_the_runtime(server)
 
 
+@pytest.mark.thorough
 def test_proxied_over_a_modelled_wire(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
     wire = ["--spark-loopback-mode", "proxied", "--spark-loopback-latency-us", "3.2"]
     with spark_tp2(hosts, tiny_moe, [*wire, "--spark-loopback-gbytes-per-s", "24"]) as server:

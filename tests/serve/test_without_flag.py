@@ -10,6 +10,7 @@ from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
 from . import prompts, shared_memory
+from .conftest import OneRank
 from .hosts import Host
 from .servers import stock_tp1
 
@@ -42,14 +43,11 @@ def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
     assert not [name for name in seen["ours"] if name.startswith(("vllm_spark.collective", "vllm_spark.executor"))]
 
 
-def test_the_native_module_is_in_no_process(host: Host, tiny_moe: Path) -> None:
+def test_the_native_module_is_in_no_process(one_rank: OneRank) -> None:
     """The plugin is loaded in the server and in its engine, and what it needs for a pair is in neither."""
-    with stock_tp1(host, tiny_moe) as server:
-        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=2)
-        pids = [server.leader.pid, *(child.pid for child in server.leader.descendants())]
-        mapped = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in pids}
-    assert len([maps for maps in mapped.values() if "libtorch" in maps]) >= 2, "server and engine"
-    assert [pid for pid, maps in mapped.items() if "vllm_spark/_native" in maps or shared_memory.REGION in maps] == []
+    assert len([maps for maps in one_rank.maps.values() if "libtorch" in maps]) >= 2, "server and engine"
+    ours = ("vllm_spark/_native", shared_memory.REGION)
+    assert [pid for pid, maps in one_rank.maps.items() if any(name in maps for name in ours)] == []
 
 
 def test_vllms_errors_stay_vllms(host: Host, tiny_moe: Path) -> None:
