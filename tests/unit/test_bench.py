@@ -296,6 +296,23 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no GPU to calibrate for" in capsys.readouterr().err
 
 
+def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's settings of vLLM hold for all; those of a pair or of a launcher would falsify what is compared."""
+    pairs = {"SPARK_ENABLE": "1", "SPARK_LOOPBACK_MODE": "proxied", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    for name, value in {**pairs, "VLLM_MLA_DISABLE": "1", "VLLM_TUNED_CONFIG_FOLDER": "/t", "HOME": "/h"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(decode, "_visible_gpus", lambda: ["4", "7"])
+    settings = decode.Settings("cuda", "any", ("tp1",))
+    for name, candidate in decode.candidates_for("cuda").items():
+        for rank in range(candidate.ranks):
+            given = decode._environment(settings, candidate, rank)
+            assert not pairs.keys() & given.keys(), name
+            assert (given["VLLM_MLA_DISABLE"], given["HOME"]) == ("1", "/h")
+            assert ("VLLM_TUNED_CONFIG_FOLDER" in given) == (name not in decode.TUNING)
+            if candidate.ranks == 1 or candidate.spark is not None:
+                assert given["CUDA_VISIBLE_DEVICES"] == ("4", "7")[rank]
+
+
 def _decoded(tokens: list[list[int]], logprobs: list[list[float | None]]) -> decode.Row:
     with_tokens = [list(zip(*both, strict=False)) for both in zip(tokens, logprobs, strict=True)]
     return decode.Row("one", len(tokens), 1.0, 1.0, 1.0, [1.0], tokens, with_tokens)

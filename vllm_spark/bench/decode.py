@@ -26,7 +26,7 @@ from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.process import Process, ProcessError, clean_environment
+from vllm_spark.process import OF_A_PAIR, Process, ProcessError, clean_environment
 from vllm_spark.stage import Stage
 from vllm_spark.tiny_model import make_tiny_model
 
@@ -389,15 +389,16 @@ def _memory() -> tuple[int, int]:
 
 def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:
     """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
-    of_all = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    environment = os.environ | of_all | settings.environment | candidate.environment
-    environment = {name: value for name, value in environment.items() if name not in candidate.unset}
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    own |= settings.environment | candidate.environment
     if settings.device == "cpu":
-        return clean_environment() | CPU_ENVIRONMENT | of_all | settings.environment | candidate.environment
+        return clean_environment() | CPU_ENVIRONMENT | own
+    # The user's settings of vLLM hold for every candidate alike; whether and how two ranks meet is each one's own.
+    users = {name: value for name, value in clean_environment(OF_A_PAIR).items() if name not in candidate.unset}
     if candidate.ranks == 2 and candidate.spark is None:
-        return environment
+        return users | own
     gpus = _visible_gpus()
-    return environment | {"CUDA_VISIBLE_DEVICES": gpus[0 if settings.one_gpu else rank]}
+    return users | own | {"CUDA_VISIBLE_DEVICES": gpus[0 if settings.one_gpu else rank]}
 
 
 def _visible_gpus() -> list[str]:
