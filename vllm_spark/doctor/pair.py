@@ -118,7 +118,7 @@ def _unformed(error: ImportError) -> Finding:
         "Rails between the machines",
         "unknown",
         str(error),
-        "Which ports form a rail is part of the collectives, whose native module is not built here or cannot be loaded.",
+        "Which ports form a rail is for the collectives to say, and their native module is not built or does not load.",
         "pip install .   # in the source tree; needs g++, and nvcc for GPUs",
     )
 
