@@ -19,7 +19,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vllm_spark.bench import decode, decode_engine, decode_report
+from vllm_spark.bench import decode, decode_engine, decode_report, kernel_profile
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
@@ -359,6 +359,29 @@ def test_kernels_of_a_step() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "32 us of a step of 100" in shown
     assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(2, [KernelTime("all_reduce", 97.0, 1940.0)]), (1, None)])
+def test_the_profile_is_rank_0s(whole: int, expected: list[KernelTime] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank records nothing, and what was begun is ended, also where a step is missing."""
+    torch = pytest.importorskip("torch")
+    events = [SimpleNamespace(key="all_reduce", count=2 * 97, self_device_time_total=2 * 1940.0)]
+    order: list[str] = []
+    profiler = SimpleNamespace(
+        start=lambda: order.append("start"), stop=lambda: order.append("stop"), key_averages=lambda: events
+    )
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
+
+    def call_workers(function: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [function(SimpleNamespace(rank=rank), *args) for rank in (0, 1)]
+
+    def run_step() -> bool:
+        order.append("step")
+        return order.count("step") <= whole
+
+    profile = kernel_profile.profile_steps(call_workers, run_step, 2)
+    assert (profile and profile.kernels) == expected
+    assert order == ["start", "step", "step", "stop"]
 
 
 def test_what_was_measured_stays_when_a_later_candidate_fails(

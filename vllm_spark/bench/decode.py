@@ -135,7 +135,7 @@ class Report:
     fallbacks: dict[str, int] = field(default_factory=dict)
     """For candidates with this project: collectives that went vLLM's own way."""
     profiles: dict[str, KernelProfile] = field(default_factory=dict)
-    """Of the candidates whose rank 0 runs in the measured process."""
+    """Of rank 0's GPU."""
     rounds: dict[str, int] = field(default_factory=dict)
     """How often each candidate has run."""
 

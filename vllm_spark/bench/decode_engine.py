@@ -57,7 +57,7 @@ class Result(msgspec.Struct):
         logprobs: for each batch, each sequence's first tokens of another decoding with their log-probabilities; None
             for one that is no finite number.
         fallbacks: collectives that did not go through vllm_spark; None without it.
-        profile: of this process's GPU; None if it was not asked for, or the engine's ranks run in other processes.
+        profile: of rank 0's GPU; None if it was not asked for, or prefilling took too many steps.
     """
 
     vllm: str
@@ -117,11 +117,7 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
 
 
 def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | None:
-    """Times the kernels of some decode steps; None if this process runs none, or not enough whole steps came."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return None
+    """Times the kernels of some decode steps; None if there are none, or not enough whole steps came."""
     names = _ask(engine, job, batch, length, logprobs=False)
 
     def run_step() -> bool:
@@ -132,7 +128,7 @@ def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | 
 
     for _ in range(PROFILED):
         run_step()  # the prefill among them
-    profile = profile_steps(run_step, PROFILED)
+    profile = profile_steps(engine.collective_rpc, run_step, PROFILED)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()

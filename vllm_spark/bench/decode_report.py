@@ -29,7 +29,7 @@ def as_table(report: Report, machine: str) -> Table:
     if settings.one_gpu:
         caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
     if settings.profile and (without := sorted(report.rounds.keys() - report.profiles.keys() - set(report.missing))):
-        caption.append(f"No kernels of {', '.join(without)}: their ranks run in other processes, or prefill too long.")
+        caption.append(f"No kernels of {', '.join(without)}: prefilling takes too many steps.")
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for name, count in report.fallbacks.items():
