@@ -9,12 +9,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from ctypes.util import find_library
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from rich.console import Console
@@ -359,6 +361,62 @@ def test_kernels_of_a_step() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "32 us of a step of 100" in shown
     assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)
+
+
+ENGINE_THAT_FAILS_LATE = """#!{python}
+import sys, time
+from pathlib import Path
+import msgspec
+from vllm_spark.bench.decode_engine import Result
+from vllm_spark.data_file import write_whole
+result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
+write_whole(Path(sys.argv[4]), msgspec.json.encode(result).decode(), "result")
+{then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [
+        ("sys.exit(3)", "tp1: the engine ended with exit code 3 before it had shut down"),
+        ("time.sleep(300)", "tp1: the engine has not shut down within 0.5 s"),
+        ("", ""),
+    ],
+)
+def test_an_engine_that_fails_late_keeps_its_figures(
+    then: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm")
+    engine = tmp_path / "engine"
+    engine.write_text(ENGINE_THAT_FAILS_LATE.format(python=sys.executable, then=then))
+    engine.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(engine))
+    monkeypatch.setattr(decode, "_SHUTDOWN_SECONDS", 0.5 if "sleep" in then else 60.0)
+    file = tmp_path / "figures.json"
+    words = ["--device", "cpu", "--batches", "1", "--steps", "3", "--candidates", "tp1", "--timeout", "20"]
+    assert main(["bench", "decode", *words, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert [row["median"] for row in figures["rows"]] == [2.0]
+    assert figures["failed_ends"] == ({"tp1": why} if why else {})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("after its figures were complete; --keep-logs" in shown) == bool(why)
+    assert why in shown
+
+
+def test_figures_are_written_before_an_engine_shuts_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shutdown() -> None:
+        raise RuntimeError("the other rank is gone")
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=shutdown))
+    vllm = SimpleNamespace(__version__="0.32.0", LLM=lambda: SimpleNamespace(llm_engine=engine))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(decode_engine, "decode", lambda *given, **named: decode_engine.Decoded([2.0], [[1]], [[]]))
+    job, result = tmp_path / "job", tmp_path / "result"
+    job.write_bytes(msgspec.json.encode(decode_engine.Job({}, [1], 4, 1, 0)))
+    monkeypatch.setattr(sys, "argv", ["decode_engine", str(job), str(result)])
+    with pytest.raises(RuntimeError, match="the other rank is gone"):
+        decode_engine.main()
+    assert msgspec.json.decode(result.read_bytes(), type=decode_engine.Result).milliseconds == {1: [2.0]}
 
 
 @pytest.mark.parametrize(("whole", "expected"), [(2, [KernelTime("all_reduce", 97.0, 1940.0)]), (1, None)])

@@ -32,6 +32,8 @@ def as_table(report: Report, machine: str) -> Table:
         caption.append(f"No kernels of {', '.join(without)}: prefilling takes too many steps.")
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
+    for failed_end in report.failed_ends.values():
+        caption.append(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said.")
     for name, count in report.fallbacks.items():
         if count:
             caption.append(f"{name}: {count} collectives went vLLM's own way.")
@@ -114,6 +116,7 @@ def as_json(report: Report, machine: str) -> str:
         "machine": machine,
         "settings": asdict(report.settings),
         "missing": report.missing,
+        "failed_ends": report.failed_ends,
         "fallbacks": report.fallbacks,
         "profiles": msgspec.to_builtins(report.profiles),
         "rows": [{**msgspec.to_builtins(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],
