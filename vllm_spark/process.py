@@ -32,8 +32,11 @@ KILL_SECONDS = 10.0
 """How long the kernel may take to end what was sent SIGKILL: a process in a long disk read takes a moment."""
 
 
-FOREIGN = re.compile(r"(SPARK|VLLM)_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
-"""Variables that would change what a server does: a caller's own settings, or those of a torchrun around it."""
+OF_A_PAIR = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+"""Variables that say who leads, who follows and how: a caller's own settings, or those of a torchrun around it."""
+
+FOREIGN = re.compile(rf"{OF_A_PAIR.pattern}|VLLM_")
+"""All that would change what a server does: vLLM's settings as well."""
 
 
 class ProcessError(SparkError):
@@ -225,9 +228,9 @@ def end_with_parent(parent: int) -> Callable[[], None]:
     return arrange
 
 
-def clean_environment() -> dict[str, str]:
-    """This process's environment without what would change a server's mind."""
-    return {name: value for name, value in os.environ.items() if not FOREIGN.match(name)}
+def clean_environment(without: re.Pattern[str] = FOREIGN) -> dict[str, str]:
+    """This process's environment without the variables whose names match from their start."""
+    return {name: value for name, value in os.environ.items() if not without.match(name)}
 
 
 def answers(url: str) -> bool:

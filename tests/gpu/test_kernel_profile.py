@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from vllm_spark.bench.kernel_profile import profile_steps
+
+
+def call_workers(function: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[Any]:
+    """Of one rank, whose worker is in this process."""
+    return [function(SimpleNamespace(rank=0), *args)]
 
 
 def test_every_kernel_of_a_step_is_counted() -> None:
@@ -16,7 +25,7 @@ def test_every_kernel_of_a_step_is_counted() -> None:
         numbers.add_(1.0)
         return True
 
-    profile = profile_steps(run_step, 10)
+    profile = profile_steps(call_workers, run_step, 10)
     assert profile is not None
     (kernel,) = profile.kernels
     assert kernel.calls == 2
@@ -33,4 +42,4 @@ def test_no_profile_of_less_than_was_asked_for(whole: int) -> None:
         done += 1
         return done <= whole
 
-    assert profile_steps(run_step, 4) is None
+    assert profile_steps(call_workers, run_step, 4) is None

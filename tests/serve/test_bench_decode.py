@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def test_figures_and_tokens(tmp_path: Path, candidates: Sequence[str]) -> None:
     assert figures["fallbacks"] == {pair: 0}
     assert_all_gone(process)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
+
+
+def test_the_profiler_runs_where_rank_0_does(tiny_moe: Path, tmp_path: Path) -> None:
+    """vLLM's own pair has its ranks in processes of their own. Without a GPU they run no kernels."""
+    environment = clean_environment() | CPU_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    argv = [sys.executable, "-m", "tests.serve.profiled_pair", str(tiny_moe)]
+    process = start("a profiled pair", argv, tmp_path / "pair.log", environment)
+    assert process.wait(200) == 0, process.tail()
+    found = json.loads(next(line for line in process.output().splitlines() if line.startswith("{")))
+    first, *others = found["during"]
+    assert [count for _, count in first] == [1, 0]
+    assert len({found["engine"], *(process_id for process_id, _ in first)}) == 3
+    assert all(other == first for other in others)
+    assert [count for _, count in found["after"]] == [0, 0]
+    assert (found["profile"], found["answers"]) == (None, [0, None])
+    assert_all_gone(process)
 
 
 def test_an_engine_that_fails_is_explained(tmp_path: Path) -> None:

@@ -9,17 +9,19 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from ctypes.util import find_library
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from rich.console import Console
 
-from vllm_spark.bench import decode, decode_engine, decode_report
+from vllm_spark.bench import decode, decode_engine, decode_report, kernel_profile
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
@@ -296,6 +298,23 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no GPU to calibrate for" in capsys.readouterr().err
 
 
+def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's settings of vLLM hold for all; those of a pair or of a launcher would falsify what is compared."""
+    pairs = {"SPARK_ENABLE": "1", "SPARK_LOOPBACK_MODE": "proxied", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    for name, value in {**pairs, "VLLM_MLA_DISABLE": "1", "VLLM_TUNED_CONFIG_FOLDER": "/t", "HOME": "/h"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(decode, "_visible_gpus", lambda: ["4", "7"])
+    settings = decode.Settings("cuda", "any", ("tp1",))
+    for name, candidate in decode.candidates_for("cuda").items():
+        for rank in range(candidate.ranks):
+            given = decode._environment(settings, candidate, rank)
+            assert not pairs.keys() & given.keys(), name
+            assert (given["VLLM_MLA_DISABLE"], given["HOME"]) == ("1", "/h")
+            assert ("VLLM_TUNED_CONFIG_FOLDER" in given) == (name not in decode.TUNING)
+            if candidate.ranks == 1 or candidate.spark is not None:
+                assert given["CUDA_VISIBLE_DEVICES"] == ("4", "7")[rank]
+
+
 def _decoded(tokens: list[list[int]], logprobs: list[list[float | None]]) -> decode.Row:
     with_tokens = [list(zip(*both, strict=False)) for both in zip(tokens, logprobs, strict=True)]
     return decode.Row("one", len(tokens), 1.0, 1.0, 1.0, [1.0], tokens, with_tokens)
@@ -342,6 +361,85 @@ def test_kernels_of_a_step() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "32 us of a step of 100" in shown
     assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)
+
+
+ENGINE_THAT_FAILS_LATE = """#!{python}
+import sys, time
+from pathlib import Path
+import msgspec
+from vllm_spark.bench.decode_engine import Result
+from vllm_spark.data_file import write_whole
+result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
+write_whole(Path(sys.argv[4]), msgspec.json.encode(result).decode(), "result")
+{then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "why"),
+    [
+        ("sys.exit(3)", "tp1: the engine ended with exit code 3 before it had shut down"),
+        ("time.sleep(300)", "tp1: the engine has not shut down within 0.5 s"),
+        ("", ""),
+    ],
+)
+def test_an_engine_that_fails_late_keeps_its_figures(
+    then: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("vllm")
+    engine = tmp_path / "engine"
+    engine.write_text(ENGINE_THAT_FAILS_LATE.format(python=sys.executable, then=then))
+    engine.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(engine))
+    monkeypatch.setattr(decode, "_SHUTDOWN_SECONDS", 0.5 if "sleep" in then else 60.0)
+    file = tmp_path / "figures.json"
+    words = ["--device", "cpu", "--batches", "1", "--steps", "3", "--candidates", "tp1", "--timeout", "20"]
+    assert main(["bench", "decode", *words, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert [row["median"] for row in figures["rows"]] == [2.0]
+    assert figures["failed_ends"] == ({"tp1": why} if why else {})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("after its figures were complete; --keep-logs" in shown) == bool(why)
+    assert why in shown
+
+
+def test_figures_are_written_before_an_engine_shuts_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shutdown() -> None:
+        raise RuntimeError("the other rank is gone")
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=shutdown))
+    vllm = SimpleNamespace(__version__="0.32.0", LLM=lambda: SimpleNamespace(llm_engine=engine))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(decode_engine, "decode", lambda *given, **named: decode_engine.Decoded([2.0], [[1]], [[]]))
+    job, result = tmp_path / "job", tmp_path / "result"
+    job.write_bytes(msgspec.json.encode(decode_engine.Job({}, [1], 4, 1, 0)))
+    monkeypatch.setattr(sys, "argv", ["decode_engine", str(job), str(result)])
+    with pytest.raises(RuntimeError, match="the other rank is gone"):
+        decode_engine.main()
+    assert msgspec.json.decode(result.read_bytes(), type=decode_engine.Result).milliseconds == {1: [2.0]}
+
+
+@pytest.mark.parametrize(("whole", "expected"), [(2, [KernelTime("all_reduce", 97.0, 1940.0)]), (1, None)])
+def test_the_profile_is_rank_0s(whole: int, expected: list[KernelTime] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank records nothing, and what was begun is ended, also where a step is missing."""
+    torch = pytest.importorskip("torch")
+    events = [SimpleNamespace(key="all_reduce", count=2 * 97, self_device_time_total=2 * 1940.0)]
+    order: list[str] = []
+    profiler = SimpleNamespace(
+        start=lambda: order.append("start"), stop=lambda: order.append("stop"), key_averages=lambda: events
+    )
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
+
+    def call_workers(function: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [function(SimpleNamespace(rank=rank), *args) for rank in (0, 1)]
+
+    def run_step() -> bool:
+        order.append("step")
+        return order.count("step") <= whole
+
+    profile = kernel_profile.profile_steps(call_workers, run_step, 2)
+    assert (profile and profile.kernels) == expected
+    assert order == ["start", "step", "step", "stop"]
 
 
 def test_what_was_measured_stays_when_a_later_candidate_fails(

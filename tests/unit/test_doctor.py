@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.doctor import finding as finding_module
 from vllm_spark.doctor.examination import Machine, examine, is_bare
 from vllm_spark.doctor.finding import Finding, exit_code, worst
-from vllm_spark.doctor.machine import pinned_bytes
 from vllm_spark.doctor.rails import find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
+from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.credentials import make_secret
+from vllm_spark.launch_table import LaunchTable, store_launch_table
 
 from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
@@ -261,7 +263,7 @@ def no_gpu(tree: Tree) -> None:
         (no_route, "link.peer", "problem", ["no route to 10.0.0.2"]),
         (narrow_lanes, "link.pcie", "warning", ["roceP2p1s0f0 x2", "fwupdmgr"]),
         (no_device_file, "rdma.access", "problem", ["/dev/infiniband/uverbs2", "--device /dev/infiniband"]),
-        (small_memlock, "machine.memlock", "problem", ["8.4 MB", "40 MB", "memlock unlimited"]),
+        (small_memlock, "machine.memlock", "problem", ["8.4 MB", "34 MB", "memlock unlimited"]),
         (translating_iommu, "machine.iommu", "note", ["rocep1s0f0 DMA-FQ", "iommu.passthrough=1"]),
         (slow_governor, "machine.governor", "warning", ["performance, powersave", "tee /sys/devices/system/cpu"]),
         (other_governor, "machine.governor", "note", ["performance, schedutil"]),
@@ -297,6 +299,43 @@ def test_nothing_follows_from_a_missing_cable(tree: Tree) -> None:
 def test_nothing_follows_from_missing_addresses(tree: Tree) -> None:
     both_without_address(tree)
     assert not {"link.networks", "link.peer"} & set(findings(tree))
+
+
+@pytest.mark.parametrize("depth", [1, 4, 64])
+@pytest.mark.parametrize(("slot_kib", "packet_kib"), [(4, 0), (64, 1), (1024, 1024), (1023, 7)])
+def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib: int, depth: int) -> None:
+    """For each of two rails, whatever the settings: that much, and not a page less."""
+    native = _native.Runtime(
+        rank=0,
+        slot_bytes=slot_kib << 10,
+        packet_bytes=packet_kib << 10,
+        depth=depth,
+        proxied=False,
+        stripes=1,
+        wire_latency_s=0.0,
+        wire_bytes_per_s=0.0,
+        timeout_s=1.0,
+        first_sequence=1,
+        largest_message=1 << 20,
+        clear_interval=128,
+    )
+    _, descriptor, *_ = native.address()
+    taken = os.fstat(descriptor).st_size
+    native.close()
+    assert region_bytes(slot_kib << 10, packet_kib << 10, depth) == taken
+    assert pinned_bytes(SparkConfig(slot_kib=slot_kib, packet_kib=packet_kib, depth=depth), 2) == 2 * taken
+
+
+def test_packets_of_a_launch_table_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    assert pinned_bytes(SparkConfig(), 1) == region_bytes(1 << 20, 8 << 10, 4)
+    table = tmp_path / "launch.json"
+    store_launch_table(LaunchTable(loopback_mode="proxied", packet_kib=64), table)
+    assert pinned_bytes(SparkConfig(launch_table=table), 1) == region_bytes(1 << 20, 64 << 10, 4)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == region_bytes(1 << 20, 16 << 10, 4)
+    table.write_text("{")
+    assert pinned_bytes(SparkConfig(launch_table=table), 1) == region_bytes(1 << 20, 8 << 10, 4)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == region_bytes(1 << 20, 16 << 10, 4)
 
 
 def test_who_may_lock_memory(tree: Tree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 
 from vllm_spark.config import SparkConfig
+from vllm_spark.doctor import pair
 from vllm_spark.doctor.examination import Machine, examine
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.pair import compare
@@ -128,6 +130,31 @@ def test_a_fault_of_the_pair(
     assert found.status == status
     for part in parts:
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+def test_each_rail_has_its_own_command_in_a_line(trees: tuple[Tree, Tree]) -> None:
+    """One rail is dead, and the other carries small packets only."""
+    trees[0].answering("10.0.1.2", largest=1500)
+    remedy = together(trees)["pair.ping"].remedy.splitlines()
+    assert [(line.split()[0], line.split()[-1]) for line in remedy] == [("ping", "10.0.0.2"), ("ping", "10.0.1.2")]
+
+
+def test_without_the_native_module_the_rest_is_still_told(
+    trees: tuple[Tree, Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_spark.collective", None)
+    found = together(trees)
+    assert found["pair.versions"].status == "ok"
+    assert (found["pair.rails"].status, found["pair.rails"].remedy[:13]) == ("unknown", "pip install .")
+
+
+def test_a_comparison_that_stumbles_leaves_the_others(
+    trees: tuple[Tree, Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair, "_pings", lambda system, meetings: 1 / 0)
+    found = together(trees)
+    assert {"pair.versions", "pair.rails", "pair.mtu"} <= found.keys()
+    assert found["pair"].value.startswith("ZeroDivisionError")
 
 
 @pytest.mark.parametrize("field", Versions.__struct_fields__)

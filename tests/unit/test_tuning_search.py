@@ -798,6 +798,65 @@ def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
     assert search.runs(Ready(), "these", "Marlin")
 
 
+class EndlessWait(Exception):
+    """What waits for the GPU without a bound."""
+
+
+def endless_wait() -> None:
+    raise EndlessWait
+
+
+class Stream:
+    """What replays of a GPU's graphs put on it, in their order; it stops for good at the first that hangs."""
+
+    def __init__(self) -> None:
+        self.hung = False
+
+    def event(self, enable_timing: bool = False) -> SimpleNamespace:
+        event = SimpleNamespace(comes=False)
+
+        def record() -> None:
+            event.comes = not self.hung
+
+        event.record, event.query, event.elapsed_time = record, lambda: event.comes, lambda end: 1.0
+        return event
+
+    def captured(self, name: str, body: Callable[[], None]) -> SimpleNamespace:
+        replays = 0
+
+        def replay() -> None:
+            nonlocal replays
+            replays += 1
+            self.hung |= (name, replays) == ("the second", 2)
+
+        return SimpleNamespace(replay=replay)
+
+
+def test_a_kernel_that_hangs_in_a_race_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended when it was tried, and does not in a later round; those after it on the stream do not come either."""
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", endless_wait)
+    monkeypatch.setattr(timing, "_captured", stream.captured)
+    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    names = ["the first", "the second", "the third"]
+    with pytest.raises(HangError) as caught:
+        timing.time_in_turns({name: lambda: None for name in names}, 1, 3)
+    assert caught.value.parameters == "the second"
+
+
+def test_a_kernel_that_hangs_after_its_call_failed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", endless_wait)
+    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    refused = SimpleNamespace(call=lambda call, parameters: 1 / 0)
+    with pytest.raises(HangError) as caught:
+        search.runs(refused, "these", "Marlin")
+    assert caught.value.parameters == "these"
+    monkeypatch.setattr(Event, "done", True)
+    assert not search.runs(refused, "these", "Marlin")
+
+
 @pytest.mark.parametrize(("ends", "error"), [(True, KeyboardInterrupt), (False, HangError)])
 def test_ctrl_c_counts_when_the_kernel_is_done(
     ends: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch

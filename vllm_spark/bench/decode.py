@@ -26,7 +26,7 @@ from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.process import Process, ProcessError, clean_environment
+from vllm_spark.process import OF_A_PAIR, Process, ProcessError, clean_environment
 from vllm_spark.stage import Stage
 from vllm_spark.tiny_model import make_tiny_model
 
@@ -41,6 +41,7 @@ TUNING = ("untuned", "tuned")
 _WARM_UP = 20  # steps
 _ONE_GPU_SHARE = 0.42  # of its memory for each rank's engine, where both share it
 _MOST_OF_A_GPU = 0.9
+_SHUTDOWN_SECONDS = 60.0  # of an engine that has decoded everything; one that takes longer is ended
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,11 @@ class Report:
     fallbacks: dict[str, int] = field(default_factory=dict)
     """For candidates with this project: collectives that went vLLM's own way."""
     profiles: dict[str, KernelProfile] = field(default_factory=dict)
-    """Of the candidates whose rank 0 runs in the measured process."""
+    """Of rank 0's GPU."""
     rounds: dict[str, int] = field(default_factory=dict)
     """How often each candidate has run."""
+    failed_ends: dict[str, str] = field(default_factory=dict)
+    """For candidates whose programs failed after their figures were complete: how, in words."""
 
     @property
     def missing(self) -> list[str]:
@@ -275,6 +278,8 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
         report.vllm = rounds[0].vllm
         if rounds[0].fallbacks is not None:
             report.fallbacks[name] = max(result.fallbacks or 0 for result in rounds)
+        if failed_end := next((result.failed_end for result in rounds if result.failed_end), ""):
+            report.failed_ends[name] = failed_end
         if (profile := rounds[0].profile) is not None:
             report.profiles[name] = profile
         for batch in settings.batches:
@@ -297,7 +302,7 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
 
 def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: Stage, number: int) -> Result:
     """One candidate, from its start to its end."""
-    secret = os.urandom(16).hex()
+    secret = {"SPARK_SECRET": os.urandom(16).hex()}
     engine = _engine_arguments(settings, model) | candidate.engine
     with ExitStack() as stack:
         follower: Process | None = None
@@ -312,36 +317,68 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
                     f"{name}: vllm-spark join",
                     join,
                     f"{name}-{number}-follower.log",
-                    _environment(settings, candidate, 1) | {"SPARK_SECRET": secret},
+                    _environment(settings, candidate, 1) | secret,
                 )
             )
         job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        work = Job(
-            engine | settings.engine,
-            list(settings.batches),
-            settings.prompt_tokens,
-            settings.steps,
-            _WARM_UP,
-            candidate.tuned,
-            settings.profile,
-        )
-        write_whole(job, msgspec.json.encode(work).decode(), "job")
+        write_whole(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
         process = stack.enter_context(
             stage.started(
                 f"{name}: the engine",
                 [sys.executable, "-m", "vllm_spark.bench.decode_engine", str(job), str(result)],
                 f"{name}-{number}.log",
-                _environment(settings, candidate, 0) | {"SPARK_SECRET": secret},
+                _environment(settings, candidate, 0) | secret,
             )
         )
+        return _outcome(process, follower, result, settings.timeout)
 
-        def done() -> bool:
-            if follower is not None and follower.exit_code:  # it ends with 0 when the engine is done
-                raise ProcessError(f"{follower.name} failed, exit code {follower.exit_code}", follower)
-            return process.exit_code == 0
 
-        process.wait_until(done, settings.timeout, "decoded everything")
-        return msgspec.json.decode(result.read_bytes(), type=Result)
+def _job(settings: Settings, candidate: Candidate, engine: dict[str, Any]) -> Job:
+    return Job(
+        engine | settings.engine,
+        list(settings.batches),
+        settings.prompt_tokens,
+        settings.steps,
+        _WARM_UP,
+        candidate.tuned,
+        settings.profile,
+    )
+
+
+def _outcome(process: Process, follower: Process | None, file: Path, timeout: float) -> Result:
+    """Waits for the figures, then for the end of the programs; what fails after the figures is told with them.
+
+    Args:
+        process: the engine's.
+        follower: the pair's, which ends with 0 when the engine is done.
+        file: that the engine writes.
+        timeout: seconds until it is there.
+
+    Raises:
+        ProcessError: a program ended before, or the time is over.
+    """
+
+    def follows() -> None:
+        if follower is not None and follower.exit_code:
+            raise ProcessError(f"{follower.name} failed, exit code {follower.exit_code}", follower)
+
+    def decoded() -> bool:
+        if file.exists():
+            return True
+        follows()
+        return False
+
+    def ended() -> bool:
+        follows()
+        return process.exit_code == 0
+
+    process.wait_until(decoded, timeout, "decoded everything")
+    result = msgspec.json.decode(file.read_bytes(), type=Result)
+    try:
+        process.wait_until(ended, _SHUTDOWN_SECONDS, "shut down")
+    except ProcessError as error:
+        result.failed_end = str(error)
+    return result
 
 
 def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
@@ -389,15 +426,16 @@ def _memory() -> tuple[int, int]:
 
 def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[str, str]:
     """The variables of a rank's process; the engine of a stock pair sees both GPUs."""
-    of_all = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    environment = os.environ | of_all | settings.environment | candidate.environment
-    environment = {name: value for name, value in environment.items() if name not in candidate.unset}
+    own = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    own |= settings.environment | candidate.environment
     if settings.device == "cpu":
-        return clean_environment() | CPU_ENVIRONMENT | of_all | settings.environment | candidate.environment
+        return clean_environment() | CPU_ENVIRONMENT | own
+    # The user's settings of vLLM hold for every candidate alike; whether and how two ranks meet is each one's own.
+    users = {name: value for name, value in clean_environment(OF_A_PAIR).items() if name not in candidate.unset}
     if candidate.ranks == 2 and candidate.spark is None:
-        return environment
+        return users | own
     gpus = _visible_gpus()
-    return environment | {"CUDA_VISIBLE_DEVICES": gpus[0 if settings.one_gpu else rank]}
+    return users | own | {"CUDA_VISIBLE_DEVICES": gpus[0 if settings.one_gpu else rank]}
 
 
 def _visible_gpus() -> list[str]:

@@ -5,7 +5,7 @@
 A program of its own for each candidate of `vllm-spark bench decode`: an engine gives its GPU back only when its process
 ends, and NCCL reads its settings once in a process's life. The engine runs in this process: were it in another, prompts
 would reach it one by one, and what is prefilled together, which decides over last digits, would be left to chance. JOB
-and RESULT are JSON files of the structures below.
+and RESULT are JSON files of the structures below; RESULT is there, whole, before the engine is shut down.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
+from vllm_spark.data_file import write_whole
 
 
 class Job(msgspec.Struct):
@@ -57,7 +59,8 @@ class Result(msgspec.Struct):
         logprobs: for each batch, each sequence's first tokens of another decoding with their log-probabilities; None
             for one that is no finite number.
         fallbacks: collectives that did not go through vllm_spark; None without it.
-        profile: of this process's GPU; None if it was not asked for, or the engine's ranks run in other processes.
+        profile: of rank 0's GPU; None if it was not asked for, or prefilling took too many steps.
+        failed_end: in words, how a program failed after these figures were complete; empty if all ended well.
     """
 
     vllm: str
@@ -67,6 +70,7 @@ class Result(msgspec.Struct):
     logprobs: dict[int, list[list[TokenLogprob]]]
     fallbacks: int | None
     profile: KernelProfile | None = None
+    failed_end: str = ""
 
 
 LOGPROBS = 64
@@ -117,11 +121,7 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
 
 
 def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | None:
-    """Times the kernels of some decode steps; None if this process runs none, or not enough whole steps came."""
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return None
+    """Times the kernels of some decode steps; None if there are none, or not enough whole steps came."""
     names = _ask(engine, job, batch, length, logprobs=False)
 
     def run_step() -> bool:
@@ -132,7 +132,7 @@ def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | 
 
     for _ in range(PROFILED):
         run_step()  # the prefill among them
-    profile = profile_steps(run_step, PROFILED)
+    profile = profile_steps(engine.collective_rpc, run_step, PROFILED)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
@@ -160,8 +160,12 @@ def _ask(engine: Any, job: Job, batch: int, length: int, logprobs: bool) -> list
     return names
 
 
-def run(job: Job) -> Result:
-    """Starts the engine, and decodes each batch: to warm it up, with a clock, and for the log-probabilities."""
+def run(job: Job, keep: Callable[[Result], None]) -> None:
+    """Starts the engine, and decodes each batch: to warm it up, with a clock, and for the log-probabilities.
+
+    Args:
+        keep: called with all figures, before the engine is shut down: that may fail, and takes nothing from them.
+    """
     import vllm
 
     arguments = _with_tuned_tables(job.engine) if job.tuned else job.engine
@@ -179,8 +183,8 @@ def run(job: Job) -> Result:
         result.profile = _profile(engine, job, job.batches[0], max(length, 3 * PROFILED))
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
+    keep(result)
     engine.engine_core.shutdown()  # tells the follower
-    return result
 
 
 def _with_tuned_tables(engine: dict[str, Any]) -> dict[str, Any]:
@@ -210,8 +214,8 @@ def _fallbacks() -> int:
 def main() -> None:
     """Does the job of the command line."""
     job_file, result_file = map(Path, sys.argv[1:])
-    result = run(msgspec.json.decode(job_file.read_bytes(), type=Job))
-    result_file.write_bytes(msgspec.json.encode(result))
+    job = msgspec.json.decode(job_file.read_bytes(), type=Job)
+    run(job, lambda result: write_whole(result_file, msgspec.json.encode(result).decode(), "result"))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ def as_table(report: Report, machine: str) -> Table:
     if settings.one_gpu:
         caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
     if settings.profile and (without := sorted(report.rounds.keys() - report.profiles.keys() - set(report.missing))):
-        caption.append(f"No kernels of {', '.join(without)}: their ranks run in other processes, or prefill too long.")
+        caption.append(f"No kernels of {', '.join(without)}: prefilling takes too many steps.")
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
+    for failed_end in report.failed_ends.values():
+        caption.append(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said.")
     for name, count in report.fallbacks.items():
         if count:
             caption.append(f"{name}: {count} collectives went vLLM's own way.")
@@ -114,6 +116,7 @@ def as_json(report: Report, machine: str) -> str:
         "machine": machine,
         "settings": asdict(report.settings),
         "missing": report.missing,
+        "failed_ends": report.failed_ends,
         "fallbacks": report.fallbacks,
         "profiles": msgspec.to_builtins(report.profiles),
         "rows": [{**msgspec.to_builtins(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],

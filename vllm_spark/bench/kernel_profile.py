@@ -1,4 +1,8 @@
-"""Which kernels a decode step runs on this process's GPU, and how long each takes."""
+"""Which kernels a decode step runs on rank 0's GPU, and how long each takes.
+
+That GPU's process records them: it may be the engine's own, or a worker's that the engine started. `start` and `stop`
+are called there, by the way that every executor of vLLM has for functions of a caller's.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,51 @@ class KernelProfile(msgspec.Struct):
         return sum(kernel.microseconds for kernel in self.kernels)
 
 
-def profile_steps(run_step: Callable[[], bool], steps: int) -> KernelProfile | None:
+CallWorkers = Callable[..., list[Any]]
+"""Calls a function with the worker of each rank and `args`, and returns their answers by rank: `collective_rpc`."""
+
+
+def profile_steps(call_workers: CallWorkers, run_step: Callable[[], bool], steps: int) -> KernelProfile | None:
     """Profiles `steps` calls of `run_step`; None if one of them ran no step and said so, or if there was no kernel.
 
-    The profiler slows down the host, not kernels.
+    The profiler slows down the host, not kernels. The time of a collective has its wait for the other rank in it.
     """
+    call_workers(start)
+    complete = all(run_step() for _ in range(steps))
+    profile: KernelProfile = call_workers(stop, args=(steps,))[0]
+    return profile if complete and profile.kernels else None
+
+
+_running: list[Any] = []
+"""This process's profiler, from `start` to `stop`."""
+
+
+def start(worker: Any) -> None:
+    """Begins to record the kernels of this process, if `worker` is rank 0's."""
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        complete = all(run_step() for _ in range(steps))
+    if worker.rank != 0:
+        return
+    activity = torch.profiler.ProfilerActivity.CPU  # which has no kernels
+    if torch.cuda.is_available():
+        activity = torch.profiler.ProfilerActivity.CUDA
+        torch.cuda.synchronize()  # what came before does not count
+    profiler = torch.profiler.profile(activities=[activity])
+    profiler.start()
+    _running.append(profiler)
+
+
+def stop(worker: Any, steps: int) -> KernelProfile | None:
+    """What this process ran since `start`, for each of `steps` steps; None if `worker` is not rank 0's."""
+    import torch
+
+    if worker.rank != 0:
+        return None
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    profile = summary(profiler.key_averages(), steps)
-    return profile if complete and profile.kernels else None
+    profiler = _running.pop()
+    profiler.stop()
+    return summary(profiler.key_averages(), steps)
 
 
 def summary(events: Any, steps: int) -> KernelProfile:

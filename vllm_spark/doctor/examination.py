@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor import gpu, rdma
-from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.machine import check_machine
 from vllm_spark.doctor.network import check_network
 from vllm_spark.doctor.rails import Rail, active, find_rails
@@ -53,30 +53,16 @@ def _findings(
     system: System, config: SparkConfig, rails: list[Rail], chip: gpu.Gpu | None, peer: str | None, thorough: bool
 ) -> Iterator[Finding]:
     # Nothing that depends on an RDMA device is said of a machine that has none, and nothing of rails that are down.
-    yield from [rdma.missing()] if not rails else _guarded("rdma.devices", lambda: rdma.check_devices(rails))
+    yield from [rdma.missing()] if not rails else guarded("rdma.devices", lambda: rdma.check_devices(rails))
     if active(rails):
-        yield from _guarded("rdma.access", lambda: [rdma.check_access(system, rails)])
-        yield from _guarded("rdma.gid", lambda: [rdma.check_gids(rails)])
-        yield from _guarded("rdma.mtu", lambda: [check_rdma_mtu(rails, measured_mtus(system, rails))])
+        yield from guarded("rdma.access", lambda: [rdma.check_access(system, rails)])
+        yield from guarded("rdma.gid", lambda: [rdma.check_gids(rails)])
+        yield from guarded("rdma.mtu", lambda: [check_rdma_mtu(rails, measured_mtus(system, rails))])
         away = peer if peer is None or not is_loopback(peer) else None
-        yield from _guarded("link", lambda: check_network(system, rails, away))
-    yield from [gpu.missing()] if chip is None else _guarded("gpu", lambda: gpu.check_gpu(system, chip))
+        yield from guarded("link", lambda: check_network(system, rails, away))
+    yield from [gpu.missing()] if chip is None else guarded("gpu", lambda: gpu.check_gpu(system, chip))
     if not rails and chip is None and not thorough:
         return
     secret_needed = bool(rails) or any(name and not is_loopback(name) for name in (config.address, peer))
-    yield from _guarded("machine", lambda: check_machine(system, config, rails))
-    yield from _guarded("software", lambda: check_software(config, secret_needed=secret_needed))
-
-
-def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Machines differ from what a check expects in ways that nobody thought of: then the others still count."""
-    try:
-        yield from check()
-    except Exception as error:
-        yield Finding(
-            name,
-            "A check that failed",
-            "unknown",
-            f"{type(error).__name__}: {error}",
-            "The check met something on this machine that it was not written for; please report it.",
-        )
+    yield from guarded("machine", lambda: check_machine(system, config, rails))
+    yield from guarded("software", lambda: check_software(config, secret_needed=secret_needed))

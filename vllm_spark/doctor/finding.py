@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import msgspec
@@ -46,3 +46,23 @@ def worst(findings: Iterable[Finding]) -> Status:
 def exit_code(status: Status) -> int:
     """2 for a problem, 1 for a warning, 0 for anything better."""
     return {"problem": 2, "warning": 1}.get(status, 0)
+
+
+def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What `check` finds, and that it failed if it did.
+
+    Machines differ from what a check expects in ways that nobody thought of: then the others still count.
+
+    Args:
+        name: id of the finding that says so.
+    """
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding(
+            name,
+            "A check that failed",
+            "unknown",
+            f"{type(error).__name__}: {error}",
+            "The check met something on this machine that it was not written for; please report it.",
+        )

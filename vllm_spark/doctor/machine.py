@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.rails import Rail, active
+from vllm_spark.doctor.region import pinned_bytes
 from vllm_spark.doctor.system import System
 
 MB, GIB = 1_000_000, 1 << 30
 
 _CAP_IPC_LOCK = 1 << 14
 _LIMIT = re.compile(r"^Max locked memory\s+(\S+)", re.MULTILINE)
-_REST = 3 * MB  # of a region, besides its slots: packets, flags, control
 _SCALED_BY_FIRMWARE = ("intel_pstate", "amd-pstate-epp")
 _CPUS = "sys/devices/system/cpu"
 
@@ -26,12 +26,6 @@ def check_machine(system: System, config: SparkConfig, rails: list[Rail]) -> Ite
         yield _iommu(system, active(rails))
     yield from _processor(system)
     yield from _memory(system)
-
-
-def pinned_bytes(config: SparkConfig, rails: int) -> int:
-    """What is locked for the NICs: the whole region, once for every rail."""
-    slots = 2 * config.depth
-    return rails * (2 * slots * (config.slot_kib << 10) + _REST)
 
 
 def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vllm_spark.doctor.examination import Machine
-from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.rails import ROCE_V2, Rail, active
 from vllm_spark.doctor.rdma_mtu import rdma_mtu
 from vllm_spark.doctor.system import System
@@ -28,11 +28,20 @@ class Meeting(NamedTuple):
 
 
 def compare(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
-    """Looks at both; sends pings over the rails."""
-    yield _versions(mine, theirs)
+    """Looks at both; sends pings over the rails. Never raises for what it finds."""
+    yield from guarded("pair.versions", lambda: [_versions(mine, theirs)])
     if not active(mine.rails) or not active(theirs.rails):
         return
-    meetings = meet(mine.rails, theirs.rails)
+    yield from guarded("pair", lambda: _between(system, mine, theirs))
+
+
+def _between(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
+    """What concerns the rails."""
+    try:
+        meetings = meet(mine.rails, theirs.rails)
+    except ImportError as error:
+        yield _unformed(error)
+        return
     yield _rails(mine, theirs, meetings)
     if meetings:
         yield _mtu(mine, theirs, meetings)
@@ -54,7 +63,7 @@ def nobody(sentence: str) -> Finding:
 
 def meet(mine: list[Rail], theirs: list[Rail]) -> list[Meeting]:
     """The rails between the two machines, as the transport forms them."""
-    # Here, because a machine whose native module is missing is to be told so, and not to fail at an import.
+    # Here, because all else is told of a machine whose native module is missing.
     from vllm_spark.collective import CollectiveError
     from vllm_spark.collective.rails import Port, PortAddress, pair
 
@@ -100,6 +109,17 @@ def _versions(mine: Machine, theirs: Machine) -> Finding:
         title,
         "ok",
         f"vllm_spark {versions.vllm_spark}, vllm {versions.vllm}, torch {versions.torch}, Python {versions.python}",
+    )
+
+
+def _unformed(error: ImportError) -> Finding:
+    return Finding(
+        "pair.rails",
+        "Rails between the machines",
+        "unknown",
+        str(error),
+        "Which ports form a rail is for the collectives to say, and their native module is not built or does not load.",
+        "pip install .   # in the source tree; needs g++, and nvcc for GPUs",
     )
 
 
@@ -206,8 +226,10 @@ def _pings(system: System, meetings: list[Meeting]) -> Finding:
             )
             + (["Large packets are lost on the way: a switch between has a smaller MTU than both ends."] if cut else [])
         ),
-        "\n".join(_ping_command(meeting, _SMALL) for meeting in lost)
-        + "\n".join(_ping_command(meeting, min(_mtus(meeting)) - _HEADERS) for meeting in cut),
+        "\n".join(
+            [_ping_command(meeting, _SMALL) for meeting in lost]
+            + [_ping_command(meeting, min(_mtus(meeting)) - _HEADERS) for meeting in cut]
+        ),
     )
 
 

@@ -154,7 +154,7 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
         raise SparkError(f"the GPU has no memory left for {kernel}; end what else uses it") from None
     except Exception as error:  # Triton, vLLM and torch each raise their own
         try:
-            torch.cuda.synchronize()
+            wait_for_kernels(parameters)
         except RuntimeError:
             raise SparkError(f"{kernel} failed with {parameters!r}: {_first_line(error)}") from None
         return False

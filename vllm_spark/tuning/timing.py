@@ -48,6 +48,11 @@ def wait_for_kernels(parameters: Hashable) -> None:
     """
     done = torch.cuda.Event()
     done.record()
+    _wait_for(done, parameters)
+
+
+def _wait_for(done: torch.cuda.Event, parameters: Hashable) -> None:
+    """Returns when the stream has come to `done`; arguments and errors as those of `wait_for_kernels`."""
     deadline = time.monotonic() + LONGEST_RUN
     stopped: BaseException | None = None
     while not done.query():
@@ -98,7 +103,8 @@ def time_in_turns(candidates: Mapping[Name, Callable[[], None]], calls: int, rou
             graphs[name].replay()
             end.record()
             events.append((name, begin, end))
-        torch.cuda.synchronize()
+        for name, _, end in events:  # in their order on the stream: the first that does not come names what hangs
+            _wait_for(end, name)
         if number >= 2:
             for name, begin, end in events:
                 times[name].append(begin.elapsed_time(end) * 1000 / calls)

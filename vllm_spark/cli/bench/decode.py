@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="also time the kernels of rank 0's GPU at the first batch, where rank 0 runs in the measured process",
+        help="also time the kernels of rank 0's GPU at the first batch; a collective's have waiting for rank 1 in them",
     )
     parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
     parser.add_argument(
