@@ -257,7 +257,8 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
     if config.leader is None:
         from vllm_spark.executor.link import resolve_master
 
-        config = SparkConfig.resolve(file={**config.model_dump(), "leader": resolve_master(master)[0]})
+        # Merged already: resolved again, the environment would beat what was a flag.
+        config = config.model_copy(update={"leader": resolve_master(master)[0]})
     sys.exit(follow_leaders(config, once=True))
 
 
