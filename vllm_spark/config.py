@@ -27,6 +27,7 @@ ENVIRONMENT_PREFIX = "SPARK_"
 ENABLE_VARIABLE = "SPARK_ENABLE"
 DEFAULT_PORT = 29650
 MINIMUM_SECRET_BYTES = 16
+_SHORTEST_WAIT = 0.001  # seconds; the least time-out of the runtime (tests/unit/test_session.py compares both)
 
 Side = Literal["both", "leader", "follower"]
 
@@ -88,7 +89,7 @@ class SparkConfig(BaseModel):
         "Seconds that one rank waits for the other inside a collective before both stop. A first start may "
         "compile on one rank longer than on the other, so this is generous; a dead peer is noticed by heartbeat.",
         side="leader",
-        gt=0,
+        ge=_SHORTEST_WAIT,
         le=86400,
     )
     max_frame_mib: int = _setting(
@@ -109,7 +110,7 @@ class SparkConfig(BaseModel):
         30.0,
         "Verbs: seconds without any working rail after which both machines stop. Until then all wait for it.",
         side="leader",
-        gt=0,
+        ge=_SHORTEST_WAIT,
         le=3600,
     )
     traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
