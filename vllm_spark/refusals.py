@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from vllm_spark.config import FLAG
@@ -114,6 +114,13 @@ def _first_objection(error: Exception) -> str:
 
 
 def _model_not_found(model: str, objection: str) -> str:
-    if Path(model).is_dir() or not (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        return f"the model {model} cannot be loaded ({objection.rstrip('.')})"
-    return f"there is no folder {model}; give a model's folder, or its name on the hub"
+    sentence = f"the model {model} cannot be loaded ({objection.rstrip('.')})"
+    if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
+        return sentence  # a name on the hub, or a folder here
+    try:
+        is_folder = stat.S_ISDIR(os.stat(model).st_mode)
+    except PermissionError as error:
+        return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
+    except (OSError, ValueError):
+        is_folder = False
+    return sentence if is_folder else f"there is no folder {model}; give a model's folder, or its name on the hub"

@@ -50,7 +50,15 @@ def test_whatever_settings_take_the_runtime_takes(name: str, value: Any) -> None
 def test_numbers_of_both_are_walked_over() -> None:
     """So that a setting without bounds would be missed above."""
     walked = {name for name, _ in extremes()}
-    numbers = {"traffic_class", "service_level", "depth", "slot_kib", "packet_kib", "link_timeout", "collective_timeout"}
+    numbers = {
+        "traffic_class",
+        "service_level",
+        "depth",
+        "slot_kib",
+        "packet_kib",
+        "link_timeout",
+        "collective_timeout",
+    }
     assert numbers | {"loopback_latency_us", "loopback_gbytes_per_s", "transport", "loopback_mode"} <= walked
     known = {field.name for field in fields(RuntimeOptions)}
     both = known & SparkConfig.model_fields.keys()
