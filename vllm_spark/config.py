@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.rail_choice import RailChoice
 
 FLAG = "--spark"
 ENVIRONMENT_PREFIX = "SPARK_"
@@ -197,9 +198,7 @@ class SparkConfig(BaseModel):
     @classmethod
     def _are_rails(cls, value: str | None) -> str | None:
         for rail in value.split(",") if value else ():
-            device, *numbers = rail.strip().split(":")
-            if not device or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-                raise ValueError(f"{rail!r} names no port; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX")
+            RailChoice.parse(rail.strip())
         return value
 
     @field_validator("depth")
