@@ -38,6 +38,7 @@ from vllm_spark.refusals import (
 from vllm_spark.settings import SECTION, attach_settings
 from vllm_spark.socket_folder import make_socket_folder
 from vllm_spark.stopping import StopRequest, raise_on_stop_signals
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -112,7 +113,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
     share_vllms_log()
     for sentence in misspelt_variables():
-        logger.warning("%s", sentence[:1].upper() + sentence[1:])
+        logger.warning("%s", upper_first(sentence))
     refuse_what_a_pair_cannot_do(engine_args)
     _make_paths_absolute(engine_args)
 

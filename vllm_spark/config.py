@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.rail_choice import RailChoice
+from vllm_spark.wording import lower_first
 
 FLAG = "--spark"
 ENVIRONMENT_PREFIX = "SPARK_"
@@ -422,7 +423,7 @@ def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
     """The first problem as one sentence: where it came from, the value, what is wrong."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = lower_first(message)
     if not first["loc"]:
         return message
     name = str(first["loc"][0])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_spark.wake_up import WakeUp
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -49,7 +50,7 @@ class LinkKeeper(threading.Thread):
     def _pass_on(self) -> None:
         announcement = self._native.take_announcement()
         for sentence in self._native.take_log():
-            logger.warning("%s.", sentence[:1].upper() + sentence[1:])
+            logger.warning("%s.", upper_first(sentence))
         if announcement:
             # A way that is closed by now has told both sides so; rails that work carry the same words.
             with contextlib.suppress(Exception):

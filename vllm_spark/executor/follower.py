@@ -54,6 +54,7 @@ from vllm_spark.executor.session import (
 from vllm_spark.logs import log_as
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -310,7 +311,7 @@ def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
         "Waiting for a leader at %s (%.0f s so far, no limit). %s run: %s",
         caller.endpoint,
         waited,
-        where_to_type(caller.endpoint).capitalize(),
+        upper_first(where_to_type(caller.endpoint)),
         invitation,
     )
 

@@ -34,6 +34,7 @@ from vllm_spark.executor.session import (
 )
 from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -89,7 +90,7 @@ class Pair:
         except BaseException:
             listener.close()
             raise
-        logger.info("%s joined.", follower.name.capitalize())
+        logger.info("%s joined.", upper_first(follower.name))
         pair = cls(config, listener, follower, board)
         pair._pulse.start()
         try:
