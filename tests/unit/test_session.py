@@ -9,11 +9,13 @@ from typing import Any, get_args
 
 import pytest
 
+from vllm_spark import _native
 from vllm_spark.collective import RuntimeOptions
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.session import Transport, runtime_options
 from vllm_spark.launch_table import LaunchTable
+from vllm_spark.ranks import RANKS, WORLD_SIZE
 
 CONTEXT: dict[str, dict[str, Any]] = {
     "loopback_latency_us": {"loopback_mode": "proxied"},
@@ -70,3 +72,7 @@ def test_a_time_that_no_clock_of_the_runtime_can_measure(name: str) -> None:
     flag = f"--spark-{name.replace('_', '-')}"
     with pytest.raises(ConfigurationError, match=rf"^{flag} 0\.0005: input should be greater than or equal to 0\.001$"):
         SparkConfig.resolve(flags={name: 0.0005}, environment={})
+
+
+def test_a_pair_is_as_large_as_the_runtime() -> None:
+    assert (WORLD_SIZE, tuple(range(WORLD_SIZE))) == (_native.WORLD_SIZE, RANKS)

@@ -52,13 +52,13 @@ from vllm_spark.executor.session import (
     use_link_interface,
 )
 from vllm_spark.logs import log_as
+from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
 from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
-FOLLOWER_RANK = 1
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 
 _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader

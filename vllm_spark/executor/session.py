@@ -17,10 +17,9 @@ from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import host_name
 from vllm_spark.executor.link import interface_of, source_interface, split_rails
 from vllm_spark.launch_table import LaunchTable
+from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
-
-WORLD_SIZE = 2
 
 Transport = Literal["loopback", "verbs"]
 
