@@ -39,12 +39,10 @@ def _setting(
     description: str,
     *,
     side: Side = "both",
-    affects_compilation: bool = False,
     **constraints: Any,
 ) -> Any:
     """A field of `SparkConfig`; `side` says on which machine it is given."""
-    extra: dict[str, Any] = {"side": side, "affects_compilation": affects_compilation}
-    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
+    return Field(default=default, description=description, json_schema_extra={"side": side}, **constraints)
 
 
 class SparkConfig(BaseModel):
@@ -263,14 +261,6 @@ class SparkConfig(BaseModel):
         except ValidationError as error:
             raise ConfigurationError(_sentence(error, origin)) from None
 
-    def compilation_fields(self) -> dict[str, Any]:
-        """The settings that change compiled code: the part that belongs into vLLM's compile cache key."""
-        return {
-            name: getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if _extra(field, "affects_compilation")
-        }
-
 
 def split_endpoint(value: str) -> tuple[str, int | None]:
     """Splits `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare IPv6 address into host and port (None if absent)."""
@@ -336,7 +326,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
     wanted = set(sides)
     chosen = set(names or SparkConfig.model_fields)
     for name, field in SparkConfig.model_fields.items():
-        if _extra(field, "side") not in wanted or name not in chosen:
+        if _side(field) not in wanted or name not in chosen:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
@@ -375,8 +365,8 @@ def typed_flags(argv: Sequence[str]) -> set[str]:
     return names
 
 
-def _extra(field: Any, key: str) -> Any:
-    return typing.cast("dict[str, Any]", field.json_schema_extra)[key]
+def _side(field: Any) -> Any:
+    return typing.cast("dict[str, Any]", field.json_schema_extra)["side"]
 
 
 def _choices(annotation: Any) -> tuple[str, ...] | None:
