@@ -27,9 +27,9 @@ from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
 from vllm_spark.quantization_groups import repeat_where_groups_straddle
+from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 from vllm_spark.refusals import (
     EXECUTOR,
-    TENSOR_PARALLEL_SIZE,
     refuse_fp8_inputs_of_marlin,
     refuse_indivisible_shards,
     refuse_what_a_pair_cannot_do,
@@ -38,6 +38,7 @@ from vllm_spark.refusals import (
 from vllm_spark.settings import SECTION, attach_settings
 from vllm_spark.socket_folder import make_socket_folder
 from vllm_spark.stopping import StopRequest, raise_on_stop_signals
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -112,7 +113,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
     share_vllms_log()
     for sentence in misspelt_variables():
-        logger.warning("%s", sentence[:1].upper() + sentence[1:])
+        logger.warning("%s", upper_first(sentence))
     refuse_what_a_pair_cannot_do(engine_args)
     _make_paths_absolute(engine_args)
 
@@ -120,17 +121,17 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
 
     activate()
     refuse_fp8_inputs_of_marlin(compute_capability)
-    engine_args.tensor_parallel_size = TENSOR_PARALLEL_SIZE
+    engine_args.tensor_parallel_size = WORLD_SIZE
     engine_args.distributed_executor_backend = EXECUTOR
     engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),
-        SECTION: {"version": __version__, **config.compilation_fields()},
+        SECTION: {"version": __version__},
     }
     with vllms_objections(engine_args.model):
         vllm_config = create()
     refuse_indivisible_shards(vllm_config)
-    repeat_where_groups_straddle(vllm_config, TENSOR_PARALLEL_SIZE)
+    repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
     make_socket_folder()
@@ -205,7 +206,7 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
     try:
         if getattr(args, "headless", False):
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
             _follow_launcher(config)
         refuse_what_a_pair_cannot_do(args)
         check_link(config)
@@ -247,17 +248,18 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
 
     log_as("vllm-spark rank 1")
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    if rank != "1" or world_size != str(TENSOR_PARALLEL_SIZE):
+    if rank != str(FOLLOWER_RANK) or world_size != str(WORLD_SIZE):
         raise ConfigurationError(
             f"RANK={rank} of WORLD_SIZE={world_size or 'unset'} cannot be placed; "
-            "a pair is RANK 0 and RANK 1 of WORLD_SIZE 2"
+            f"a pair is RANK {LEADER_RANK} and RANK {FOLLOWER_RANK} of WORLD_SIZE {WORLD_SIZE}"
         )
     if config.leader is None and not master:
         raise ConfigurationError("RANK is 1, but MASTER_ADDR is not set; set it to the leader's address")
     if config.leader is None:
         from vllm_spark.executor.link import resolve_master
 
-        config = SparkConfig.resolve(file={**config.model_dump(), "leader": resolve_master(master)[0]})
+        # Merged already: resolved again, the environment would beat what was a flag.
+        config = config.model_copy(update={"leader": resolve_master(master)[0]})
     sys.exit(follow_leaders(config, once=True))
 
 

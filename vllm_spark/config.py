@@ -21,12 +21,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.rail_choice import RailChoice
+from vllm_spark.wording import lower_first
 
 FLAG = "--spark"
 ENVIRONMENT_PREFIX = "SPARK_"
 ENABLE_VARIABLE = "SPARK_ENABLE"
 DEFAULT_PORT = 29650
 MINIMUM_SECRET_BYTES = 16
+_SHORTEST_WAIT = 0.001  # seconds; the least time-out of the runtime (tests/unit/test_session.py compares both)
 
 Side = Literal["both", "leader", "follower"]
 
@@ -36,12 +39,10 @@ def _setting(
     description: str,
     *,
     side: Side = "both",
-    affects_compilation: bool = False,
     **constraints: Any,
 ) -> Any:
     """A field of `SparkConfig`; `side` says on which machine it is given."""
-    extra: dict[str, Any] = {"side": side, "affects_compilation": affects_compilation}
-    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
+    return Field(default=default, description=description, json_schema_extra={"side": side}, **constraints)
 
 
 class SparkConfig(BaseModel):
@@ -88,7 +89,7 @@ class SparkConfig(BaseModel):
         "Seconds that one rank waits for the other inside a collective before both stop. A first start may "
         "compile on one rank longer than on the other, so this is generous; a dead peer is noticed by heartbeat.",
         side="leader",
-        gt=0,
+        ge=_SHORTEST_WAIT,
         le=86400,
     )
     max_frame_mib: int = _setting(
@@ -109,7 +110,7 @@ class SparkConfig(BaseModel):
         30.0,
         "Verbs: seconds without any working rail after which both machines stop. Until then all wait for it.",
         side="leader",
-        gt=0,
+        ge=_SHORTEST_WAIT,
         le=3600,
     )
     traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
@@ -196,9 +197,7 @@ class SparkConfig(BaseModel):
     @classmethod
     def _are_rails(cls, value: str | None) -> str | None:
         for rail in value.split(",") if value else ():
-            device, *numbers = rail.strip().split(":")
-            if not device or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-                raise ValueError(f"{rail!r} names no port; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX")
+            RailChoice.parse(rail.strip())
         return value
 
     @field_validator("depth")
@@ -261,14 +260,6 @@ class SparkConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError(_sentence(error, origin)) from None
-
-    def compilation_fields(self) -> dict[str, Any]:
-        """The settings that change compiled code: the part that belongs into vLLM's compile cache key."""
-        return {
-            name: getattr(self, name)
-            for name, field in type(self).model_fields.items()
-            if _extra(field, "affects_compilation")
-        }
 
 
 def split_endpoint(value: str) -> tuple[str, int | None]:
@@ -335,7 +326,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
     wanted = set(sides)
     chosen = set(names or SparkConfig.model_fields)
     for name, field in SparkConfig.model_fields.items():
-        if _extra(field, "side") not in wanted or name not in chosen:
+        if _side(field) not in wanted or name not in chosen:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
@@ -374,8 +365,8 @@ def typed_flags(argv: Sequence[str]) -> set[str]:
     return names
 
 
-def _extra(field: Any, key: str) -> Any:
-    return typing.cast("dict[str, Any]", field.json_schema_extra)[key]
+def _side(field: Any) -> Any:
+    return typing.cast("dict[str, Any]", field.json_schema_extra)["side"]
 
 
 def _choices(annotation: Any) -> tuple[str, ...] | None:
@@ -422,7 +413,7 @@ def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
     """The first problem as one sentence: where it came from, the value, what is wrong."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = lower_first(message)
     if not first["loc"]:
         return message
     name = str(first["loc"][0])

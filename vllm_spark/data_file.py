@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.wording import lower_first
 
 
 def write_whole(path: Path, text: str, what: str) -> None:
@@ -41,5 +42,5 @@ def first_fault(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     what = str(fault["msg"]).removeprefix("Value error, ")
-    what = what[:1].lower() + what[1:]
+    what = lower_first(what)
     return f"{where}: {what}" if where else what

@@ -57,17 +57,17 @@ def load_launch_table(config: SparkConfig) -> LaunchTable:
     """The table that `config` names, else the one at `default_path`, else the defaults.
 
     Raises:
-        ConfigurationError: the file is not there, or holds something else.
+        ConfigurationError: the file that `config` names is not there; or it cannot be read, or holds something else.
     """
-    path = config.launch_table
+    path = config.launch_table or default_path()
     if path is None:
-        path = default_path()
-        if path is None or not path.exists():
-            return LaunchTable()
+        return LaunchTable()
     remedy = f"give another with {FLAG}-launch-table, or write one: vllm-spark bench calibrate"
     try:
         return msgspec.json.decode(path.read_bytes(), type=LaunchTable)
     except OSError as error:
+        if config.launch_table is None and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return LaunchTable()
         raise ConfigurationError(f"the launch table {path} cannot be read ({error.strerror}); {remedy}") from None
     except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"the launch table {path} does not do ({error}); {remedy}") from None

@@ -138,14 +138,6 @@ class Process:
         compiled = re.compile(pattern, re.MULTILINE)
         return self.wait_until(lambda: compiled.search(self.output()), timeout, f"printed {pattern!r}")
 
-    def wait_for_health(self, url: str, timeout: float) -> None:
-        """Waits until `url` answers 200, at most `timeout` seconds.
-
-        Raises:
-            ProcessError: it ended before, or the time is over.
-        """
-        self.wait_until(lambda: answers(url), timeout, f"answered at {url}")
-
     def wait_until(self, condition: Callable[[], T | None], timeout: float, what: str) -> T:
         """Waits until `condition` returns something true, and returns that.
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from vllm_spark.config import FLAG
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
 
 EXECUTOR = "vllm_spark.executor.SparkExecutor"
-TENSOR_PARALLEL_SIZE = 2
 
 
 def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
     """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
     refusals = (
-        ("tensor_parallel_size", (1, TENSOR_PARALLEL_SIZE), "a pair has exactly two ranks; leave it out"),
+        ("tensor_parallel_size", (1, WORLD_SIZE), "a pair has exactly two ranks; leave it out"),
         ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
         ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
         ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
@@ -41,10 +41,9 @@ def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
             shown = getattr(value, "kv_connector", None) or getattr(value, "ec_connector", None) or value
             raise ConfigurationError(f"--{field.replace('_', '-')} {shown} does not go with {FLAG}: {remedy}")
     world_size = os.environ.get("WORLD_SIZE")
-    if world_size not in (None, "", "1", str(TENSOR_PARALLEL_SIZE)):
+    if world_size not in (None, "", "1", str(WORLD_SIZE)):
         raise ConfigurationError(
-            f"WORLD_SIZE is {world_size}, and a pair has {TENSOR_PARALLEL_SIZE} ranks; "
-            "launch one process on each of two machines"
+            f"WORLD_SIZE is {world_size}, and a pair has {WORLD_SIZE} ranks; launch one process on each of two machines"
         )
 
 
@@ -56,10 +55,10 @@ def refuse_indivisible_shards(vllm_config: Any) -> None:
         dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
     for dimension in dimensions:
         size = getattr(model, dimension, None)
-        if isinstance(size, int) and size % TENSOR_PARALLEL_SIZE:
+        if isinstance(size, int) and size % WORLD_SIZE:
             raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
     heads = getattr(model, "num_key_value_heads", None)
-    if isinstance(heads, int) and heads > 1 and heads % TENSOR_PARALLEL_SIZE:  # a single one is on both ranks
+    if isinstance(heads, int) and heads > 1 and heads % WORLD_SIZE:  # a single one is on both ranks
         raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
 
 
@@ -114,6 +113,13 @@ def _first_objection(error: Exception) -> str:
 
 
 def _model_not_found(model: str, objection: str) -> str:
-    if Path(model).is_dir() or not (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        return f"the model {model} cannot be loaded ({objection.rstrip('.')})"
-    return f"there is no folder {model}; give a model's folder, or its name on the hub"
+    sentence = f"the model {model} cannot be loaded ({objection.rstrip('.')})"
+    if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
+        return sentence  # a name on the hub, or a folder here
+    try:
+        is_folder = stat.S_ISDIR(os.stat(model).st_mode)
+    except PermissionError as error:
+        return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
+    except (OSError, ValueError):
+        is_folder = False
+    return sentence if is_folder else f"there is no folder {model}; give a model's folder, or its name on the hub"

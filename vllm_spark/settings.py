@@ -1,8 +1,8 @@
 """Where a running vLLM keeps this project's settings.
 
-The settings that change compiled code are part of vLLM's `additional_config`, and so of its compile cache key;
-the others (addresses, ports, time-outs) ride on the configuration object itself, so that another port compiles
-nothing anew.
+vLLM's `additional_config` is part of its compile cache key. None of the settings (addresses, ports, time-outs) changes
+compiled code, so they ride on the configuration object itself, and another port compiles nothing anew; this project's
+version stands in `additional_config`.
 """
 
 from __future__ import annotations

@@ -530,6 +530,28 @@ def test_beats_carry_reports_and_a_goodbye_ends_them() -> None:
     assert not first.is_alive()
 
 
+def eventfds() -> int:
+    """How many this process has open."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return links.count("anon_inode:[eventfd]")
+
+
+def test_a_pulse_leaves_nothing_open() -> None:
+    """A user's own process may make one pair after another."""
+    before = eventfds()
+    left, right = lanes()
+    (first, _, _), (second, _, ends) = beat(left), beat(right)
+    never_started = Pulse(left, 1.0, str, str, str, str, lambda: 0.0)
+    first.stop(Reason("done"))
+    wait_for(lambda: ends, "the goodbye")
+    second.join(20)
+    never_started.stop()
+    assert eventfds() == before
+    for pulse in (first, second, never_started):
+        pulse.announce(b"too late, and no harm")
+        pulse.stop()
+
+
 def test_a_failure_is_passed_on_with_its_sentence() -> None:
     left, right = lanes()
     first, _, _ = beat(left)

@@ -9,6 +9,8 @@ from pathlib import Path
 import packaging
 import pytest
 
+from vllm_spark.compat import accepted_arguments
+
 PACKAGE = Path(__file__).parents[2]
 
 CHECK = """
@@ -53,3 +55,9 @@ def test_another_vllm(tmp_path: Path, version: str) -> None:
 )
 def test_a_vllm_that_works(tmp_path: Path, distribution: str, version: str) -> None:
     assert verdict(tmp_path, distribution, version) == "works"
+
+
+def test_arguments_that_a_version_does_not_know_are_left_out() -> None:
+    def older(a: int, *, b: int = 0) -> None: ...
+
+    assert accepted_arguments(older, {"a": 1, "b": 2, "newer": 3}) == {"a": 1, "b": 2}

@@ -11,6 +11,8 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.launch_table import LaunchTable, default_path, load_launch_table, store_launch_table
 
+from .folder_rights import no_entry
+
 TABLE = LaunchTable("some GPU", "proxied", 16, LaunchShape(payload_blocks=48, dependent_launch=False))
 
 
@@ -68,3 +70,16 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_launch_table(SparkConfig(launch_table=tmp_path / "missing"))
     with pytest.raises(ConfigurationError, match="cannot be written"):
         store_launch_table(TABLE, Path("/proc/nowhere/launch.json"))
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    """Whether a table is in it, nobody knows."""
+    with no_entry(tmp_path), pytest.raises(ConfigurationError) as caught:
+        load_launch_table(SparkConfig())
+    assert "launch.json cannot be read (Permission denied); give another with --spark-launch-table" in str(caught.value)
+
+
+def test_without_a_folder_there_is_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    assert load_launch_table(SparkConfig()) == LaunchTable()

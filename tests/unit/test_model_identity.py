@@ -9,6 +9,8 @@ import pytest
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 
+from .folder_rights import no_entry
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -56,6 +58,34 @@ def test_a_file_that_cannot_be_read(model: Path) -> None:
         ModelIdentity.of(model)
 
 
+def test_a_folder_that_may_not_be_entered(model: Path, tmp_path: Path) -> None:
+    """Of a model in another user's home, or with the rights of a careless copy."""
+    with no_entry(tmp_path), pytest.raises(RefusedError) as caught:
+        find_model(str(model), None)
+    assert str(caught.value) == f"{model} cannot be read (Permission denied); let the user that serves it read it"
+    for with_weights in (True, False):
+        with no_entry(model), pytest.raises(RefusedError) as caught:
+            ModelIdentity.of(model, with_weights=with_weights)
+        assert str(caught.value) == f"{model} cannot be read (Permission denied); let the user that serves it read it"
+
+
+def test_a_model_of_the_hub_is_found_from_a_folder_that_may_not_be_entered(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is a relative path too, but nobody means the folder where the process happens to be."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **more: str(model))
+    monkeypatch.chdir(tmp_path)
+    with no_entry(tmp_path):
+        assert find_model("somebody/something", None) == model
+
+
+def test_a_file_that_may_not_be_read(model: Path) -> None:
+    with no_entry(model / "model-1.safetensors"), pytest.raises(RefusedError) as caught:
+        ModelIdentity.of(model)
+    assert "model-1.safetensors cannot be read (Permission denied); the model must be" in str(caught.value)
+    assert str(caught.value).endswith("complete here, and this user's to read")
+
+
 def test_dummy_weights_are_not_compared(model: Path) -> None:
     assert ModelIdentity.of(model, with_weights=False).weights == {}
 
@@ -93,5 +123,9 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(RefusedError, match=r"m\.gguf is a single file, which --spark does not serve; give a folder"):
         find_model(str(single), None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(RefusedError, match="nobody/nothing is not on this machine; download it here"):
+    with pytest.raises(
+        RefusedError, match=r"nobody/nothing is not on this .*; download it .*: hf download nobody/nothing$"
+    ):
         find_model("nobody/nothing", None)
+    with pytest.raises(RefusedError, match=r"hf download nobody/nothing --revision v1\.5$"):
+        find_model("nobody/nothing", "v1.5")

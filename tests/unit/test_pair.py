@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Reason
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.store import INIT_METHOD, LeaderStore
+from vllm_spark.local_pair import free_ports
 
-from .test_channel import LIMIT, SECRET, lanes
+from .test_channel import LIMIT, OFFER, SECRET, lanes
 
 
 @pytest.fixture
@@ -29,6 +31,16 @@ def listener() -> Iterator[Listener]:
     made = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
     yield made
     made.close()
+
+
+def test_a_host_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    follower = Follower("the follower on Desk-2 (process 7)", *lanes())
+    monkeypatch.setattr(Listener, "wait_for_follower", lambda *given: follower)
+    monkeypatch.setattr(Pair, "_start_work", lambda *given: None)
+    (port,) = free_ports(1)
+    with caplog.at_level(logging.INFO):
+        Pair.form(SparkConfig(address="127.0.0.1", port=port), OFFER, None, CounterBoard(None)).close("done")
+    assert "The follower on Desk-2 (process 7) joined." in caplog.messages
 
 
 def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from vllm_spark import patches
-from vllm_spark.hooks import HOOKS
 from vllm_spark.patches import Anchor, Patch, all_patches, state_of
+
+from .vllm_hooks import HOOKS
 
 SOURCE = '''
 class Engine:

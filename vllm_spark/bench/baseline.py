@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_spark.bench.ranks import WORLD_SIZE, Rank
+from vllm_spark.bench.ranks import Rank
+from vllm_spark.ranks import WORLD_SIZE
 
 if TYPE_CHECKING:
     import torch

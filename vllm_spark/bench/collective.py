@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
-from vllm_spark.bench.ranks import WORLD_SIZE, Rank, run_ranks
+from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.samples import percentile
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.ranks import WORLD_SIZE
 
 if TYPE_CHECKING:
     import torch

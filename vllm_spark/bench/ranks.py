@@ -14,8 +14,8 @@ from typing import Any
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.parent import watch_parent
 from vllm_spark.local_pair import free_ports
+from vllm_spark.ranks import WORLD_SIZE
 
-WORLD_SIZE = 2
 _CONNECT_SECONDS = 120.0
 
 

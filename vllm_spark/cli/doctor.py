@@ -11,6 +11,7 @@ from rich.console import Console
 
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.wording import upper_first
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say how to mend what is wrong"
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     log_as("vllm-spark doctor")
     for sentence in misspelt_variables():
-        Console(stderr=True, highlight=False).print(sentence[:1].upper() + sentence[1:], markup=False)
+        Console(stderr=True, highlight=False).print(upper_first(sentence), markup=False)
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None

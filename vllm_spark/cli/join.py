@@ -21,6 +21,7 @@ from vllm_spark.executor.follower import CONFIG_VARIABLE
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.logs import log_as
 from vllm_spark.process import end_with_parent
+from vllm_spark.wording import upper_first
 
 SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))
     for sentence in misspelt_variables():
-        logger.warning("%s", sentence[:1].upper() + sentence[1:])
+        logger.warning("%s", upper_first(sentence))
     return follow_leaders(config, once=args.once)
 
 

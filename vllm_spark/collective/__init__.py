@@ -25,7 +25,7 @@ from vllm_spark.collective.link_keeper import Announce
 from vllm_spark.collective.machine import machine_identity
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.collective.rails import Port, local_ports
-from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed, uninstall
+from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed
 from vllm_spark.collective.runtime import Counters, Runtime
 from vllm_spark.collective.socket_peer import SocketPeer
 
@@ -51,5 +51,4 @@ __all__ = [
     "installed",
     "local_ports",
     "machine_identity",
-    "uninstall",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
 import threading
 from collections.abc import Callable
 from typing import Any
+
+from vllm_spark.wake_up import WakeUp
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -22,7 +24,7 @@ class LinkKeeper(threading.Thread):
     def __init__(self, native: Any, announce: Announce) -> None:
         super().__init__(name="spark-link", daemon=True)
         self._native, self._announce = native, announce
-        self._end = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._end = WakeUp()
         self._stopping = False
 
     def run(self) -> None:
@@ -30,24 +32,25 @@ class LinkKeeper(threading.Thread):
         poll = select.poll()
         poll.register(self._native.link_ready, select.POLLIN)
         poll.register(self._end, select.POLLIN)
-        while not self._stopping:
-            poll.poll()
-            self._pass_on()
-        self._pass_on()  # what came while it was told to stop: the farewell
+        try:
+            while not self._stopping:
+                poll.poll()
+                self._pass_on()
+            self._pass_on()  # what came while it was told to stop: the farewell
+        finally:
+            self._end.close()
 
     def stop(self) -> None:
-        """Passes on what is left, and ends the thread; waits for it a second at most."""
+        """Passes on what is left, and ends the thread; waits for it a second at most. May be called again."""
         self._stopping = True
-        os.eventfd_write(self._end, 1)
+        self._end.ring()
         if threading.current_thread() is not self:
             self.join(1.0)
-            if not self.is_alive():
-                os.close(self._end)
 
     def _pass_on(self) -> None:
         announcement = self._native.take_announcement()
         for sentence in self._native.take_log():
-            logger.warning("%s.", sentence[:1].upper() + sentence[1:])
+            logger.warning("%s.", upper_first(sentence))
         if announcement:
             # A way that is closed by now has told both sides so; rails that work carry the same words.
             with contextlib.suppress(Exception):

@@ -17,6 +17,7 @@ import psutil
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
+from vllm_spark.rail_choice import RailChoice
 
 MAX_RAILS = _native.MAX_RAILS
 LINK_LOCAL = "link-local"
@@ -61,29 +62,6 @@ class Rail(NamedTuple):
     mtu: int
 
 
-class Choice(NamedTuple):
-    """A rail that the user chose: `mlx5_0`, `mlx5_0:1` or `mlx5_0:1:3`."""
-
-    device: str
-    port: int | None
-    gid_index: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> Choice:
-        """Reads one choice.
-
-        Raises:
-            UsageError: it is not of that form.
-        """
-        device, *numbers = text.split(":")
-        if not device or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-            raise UsageError(
-                f"{text!r} names no rail; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID, such as mlx5_0:1:3"
-            )
-        port, gid = (*(int(number) for number in numbers), None, None)[:2]
-        return cls(device, port, gid)
-
-
 def local_ports(choices: Sequence[str] = ()) -> list[Port]:
     """The active RoCE ports of this machine that have an address.
 
@@ -91,6 +69,7 @@ def local_ports(choices: Sequence[str] = ()) -> list[Port]:
         choices: the ports to take, in this order; empty for all.
 
     Raises:
+        UsageError: a choice names no port, or two name the same one.
         CollectiveError: a chosen port does not exist, is down or has no address; or libibverbs is missing.
     """
     found = [
@@ -101,9 +80,18 @@ def local_ports(choices: Sequence[str] = ()) -> list[Port]:
     if not choices:
         ports = [_port(device, number, mtu, gids) for device, number, active, mtu, gids in found if active]
         return sorted((port for port in ports if port.addresses), key=lambda port: (port.device, port.number))
-    if len(set(choices)) != len(choices):
-        raise UsageError(f"the rails {', '.join(choices)} name one port twice; name each once")
-    return [_chosen(Choice.parse(text), found) for text in choices]
+    try:
+        named = [RailChoice.parse(text) for text in choices]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    chosen = [_chosen(choice, found) for choice in named]
+    for index, port in enumerate(chosen):
+        # By what they stand for: a port has several names.
+        if any((port.device, port.number) == (other.device, other.number) for other in chosen[:index]):
+            raise UsageError(
+                f"the rails {', '.join(choices)} name port {port.number} of {port.device} twice; name each port once"
+            )
+    return chosen
 
 
 def pair(mine: Sequence[Port], theirs: Sequence[Port], rank: int) -> list[Rail]:
@@ -161,7 +149,7 @@ def _list(ports: Sequence[Port]) -> str:
     return ", ".join(port.text for port in ports) or "none"
 
 
-def _chosen(choice: Choice, found: Sequence[tuple[str, int, bool, int, list[tuple[int, bytes, int]]]]) -> Port:
+def _chosen(choice: RailChoice, found: Sequence[tuple[str, int, bool, int, list[tuple[int, bytes, int]]]]) -> Port:
     for device, number, active, mtu, gids in found:
         if device != choice.device or number != (choice.port or number):
             continue

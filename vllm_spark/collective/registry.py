@@ -30,12 +30,6 @@ def installed() -> Runtime | None:
     return None if _installed is None or _installed.closed else _installed
 
 
-def uninstall() -> None:
-    """Forgets the process's runtime, without closing it."""
-    global _installed
-    _installed = None
-
-
 def count_fallback() -> None:
     """Notes one collective between the two ranks that went another way. For the thread that runs the model."""
     global _fallbacks

@@ -73,7 +73,10 @@ def agree(exchange: Exchange, mine: Terms) -> Terms:
     if mine.world_size != theirs.world_size:
         raise AgreementError(_difference("world size", mine.rank, mine.world_size, theirs.rank, theirs.world_size))
     if {mine.rank, theirs.rank} != {0, 1}:
-        raise AgreementError(f"both processes say that they are rank {mine.rank}; one must be rank 0, the other rank 1")
+        raise AgreementError(
+            f"this process says that it is rank {mine.rank}, and the peer that it is rank {theirs.rank}; "
+            "one must be rank 0, the other rank 1"
+        )
     for name in sorted(mine.agreement.keys() | theirs.agreement.keys()):
         here, there = mine.agreement.get(name, "absent"), theirs.agreement.get(name, "absent")
         if here != there:
@@ -138,7 +141,10 @@ def _swap(exchange: Exchange, mine: msgspec.Struct, kind: type[_Message]) -> _Me
     try:
         return msgspec.json.decode(answer, type=kind)
     except msgspec.MsgspecError as error:
-        raise CollectiveError(f"the peer's {kind.__name__} message could not be read ({error})") from None
+        raise CollectiveError(
+            f"the peer's {kind.__name__} message could not be read ({error}); "
+            "run the same version of vllm-spark on both sides"
+        ) from None
 
 
 def _difference(name: str, rank: int, here: object, peer_rank: int, there: object) -> str:

@@ -22,6 +22,7 @@ _HEADER = struct.Struct("<BxxxI")
 _EXCHANGE, _ANNOUNCEMENT = 1, 2
 _SEND_SECONDS = 5
 _LARGEST = 1 << 20  # bytes; what is exchanged has a few thousand
+_REMEDY = "see what its program printed, and start both again"
 
 
 class SocketPeer:
@@ -57,9 +58,12 @@ class SocketPeer:
         try:
             theirs = self._exchanged.get(timeout=self._timeout)
         except queue.Empty:
-            raise CollectiveError(f"the peer did not answer within {self._timeout:.0f} s") from None
+            raise CollectiveError(
+                f"the peer did not answer within {self._timeout:g} s; see whether its program still runs, "
+                "and start both again"
+            ) from None
         if theirs is None:
-            raise CollectiveError("the peer closed its connection")
+            raise CollectiveError(f"the peer closed its connection; {_REMEDY}")
         return theirs
 
     def announce(self, announcement: bytes) -> None:
@@ -88,7 +92,9 @@ class SocketPeer:
             with self._sending:
                 self._connection.sendall(_HEADER.pack(kind, len(payload)) + payload)
         except OSError as error:
-            raise CollectiveError(f"the peer cannot be reached any more ({error.strerror or error})") from None
+            raise CollectiveError(
+                f"the peer cannot be reached any more ({error.strerror or error}); {_REMEDY}"
+            ) from None
 
     def _read(self) -> None:
         with contextlib.suppress(OSError, EOFError):

@@ -12,6 +12,7 @@ from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.rails import ROCE_V2, Rail, active
 from vllm_spark.doctor.rdma_mtu import rdma_mtu
 from vllm_spark.doctor.system import System
+from vllm_spark.wording import upper_first
 
 _HEADERS = 28  # bytes of IPv4 and ICMP in front of a ping's own
 _SMALL = 56
@@ -56,7 +57,7 @@ def nobody(sentence: str) -> Finding:
         "The other machine",
         "problem",
         "not seen",
-        f"{problem[:1].upper()}{problem[1:]}.",
+        f"{upper_first(problem)}.",
         f"{remedy}   # on the other machine" if remedy else "",
     )
 
@@ -101,7 +102,7 @@ def _versions(mine: Machine, theirs: Machine) -> Finding:
             "problem",
             sentence,
             "What one side sends the other runs, so both must be the same; the follower would be refused.",
-            f"{remedy[:1].upper()}{remedy[1:]}: pip list | grep -E 'vllm|torch' shows what there is.",
+            f"{upper_first(remedy)}: pip list | grep -E 'vllm|torch' shows what there is.",
         )
     versions = mine.versions
     return Finding(

@@ -11,6 +11,7 @@ from vllm_spark.doctor.finding import Finding
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.credentials import SECRET_VARIABLE, default_secret_file, load_secret, secret_is_there
 from vllm_spark.patches import all_patches, state_of
+from vllm_spark.wording import upper_first
 
 _ANYWHERE = "192.0.2.1"  # an address of no machine, but none of the loopback's either
 
@@ -34,8 +35,8 @@ def _vllm() -> Finding:
             title,
             "problem",
             str(vllm_version() or "not installed"),
-            f"{sentence[:1].upper()}{sentence[1:]}. vLLM {SUPPORTED} works.",
-            f"{remedy[:1].upper()}{remedy[1:]}",
+            f"{upper_first(sentence)}. vLLM {SUPPORTED} works.",
+            upper_first(remedy),
         )
     return Finding("software.vllm", title, "ok", str(vllm_version()))
 
@@ -75,7 +76,7 @@ def _secret(config: SparkConfig, needed: bool) -> Finding:
             title,
             "problem",
             "none" if absent else "unusable",
-            "Both machines need the same one." if absent else f"{sentence[:1].upper()}{sentence[1:]}.",
+            "Both machines need the same one." if absent else f"{upper_first(sentence)}.",
             "vllm-spark doctor --make-secret   # on one machine; then copy it to the other" if absent else remedy,
         )
     where = SECRET_VARIABLE if os.environ.get(SECRET_VARIABLE) else str(config.secret_file or default_secret_file())

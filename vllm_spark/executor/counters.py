@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from vllm_spark.errors import SparkError
+from vllm_spark.ranks import RANKS
 
 BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
-RANKS = (0, 1)
 _FAILURE = len(RANKS)
 _SLOTS = len(RANKS) + 1
 _SLOT = 4096

@@ -52,12 +52,13 @@ from vllm_spark.executor.session import (
     use_link_interface,
 )
 from vllm_spark.logs import log_as
+from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
-FOLLOWER_RANK = 1
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 
 _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
@@ -310,7 +311,7 @@ def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
         "Waiting for a leader at %s (%.0f s so far, no limit). %s run: %s",
         caller.endpoint,
         waited,
-        where_to_type(caller.endpoint).capitalize(),
+        upper_first(where_to_type(caller.endpoint)),
         invitation,
     )
 

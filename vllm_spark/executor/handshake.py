@@ -28,6 +28,7 @@ from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
 from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -212,7 +213,7 @@ class Listener:
             waited,
             timeout,
             self._last_problem,
-            where_to_type(self.endpoint).capitalize(),
+            upper_first(where_to_type(self.endpoint)),
             self._invitation,
         )
 

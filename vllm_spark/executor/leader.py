@@ -27,12 +27,13 @@ from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.handshake import Offer
 from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
-from vllm_spark.executor.pair import LEADER_RANK, Pair
+from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import parent_process, watch_parent
 from vllm_spark.executor.session import share_cores
 from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
+from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.settings import settings_of
 from vllm_spark.socket_folder import remove_socket_folder
 from vllm_spark.stopping import ended_by_signals

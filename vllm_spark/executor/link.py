@@ -11,6 +11,7 @@ import psutil
 
 from vllm_spark.config import SparkConfig, split_endpoint
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 LOOPBACK = "127.0.0.1"
 _RDMA_DEVICES = Path("/sys/class/infiniband")
@@ -56,7 +57,7 @@ def resolve_master(master: str) -> list[str]:
 def _launchers_address() -> str | None:
     """Where rank 1 of a launcher's two processes looks for this one, rank 0 (torchrun's variables); None without."""
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    if (rank, world_size) != ("0", "2") or not master:
+    if (rank, world_size) != (str(LEADER_RANK), str(WORLD_SIZE)) or not master:
         return None
     mine = [address for address in resolve_master(master) if interface_of(address) is not None]
     if not mine:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
@@ -30,11 +32,12 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         """Reads the model in `folder`; without weights if they are not loaded from there (dummy weights).
 
         Raises:
-            RefusedError: a file cannot be read.
+            RefusedError: the folder or a file cannot be read.
         """
-        configuration = {name: _digest(folder / name) for name in _CONFIGURATION if (folder / name).is_file()}
-        files = _weight_files(folder) if with_weights else []
-        return cls(configuration, {path.name: _digest(path) for path in files})
+        names = _files(folder)
+        configuration = [name for name in _CONFIGURATION if name in names]
+        weights = _weights(names) if with_weights else []
+        return cls(*({name: _digest(folder / name) for name in chosen} for chosen in (configuration, weights)))
 
     def difference(self, other: ModelIdentity) -> str | None:
         """A sentence part that names what differs, read as "here" (self) and "there" (other); None if nothing."""
@@ -52,11 +55,20 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         return None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[str]:
+    """Names of all in a folder that are no folders; also of links that lead nowhere: who reads those is told so."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
+    except OSError as error:
+        raise RefusedError(_unreadable(folder, error)) from None
+
+
+def _weights(names: list[str]) -> list[str]:
     """What vLLM would load: a folder may hold the same weights in several formats, of which it takes the first."""
     for pattern in _WEIGHTS:
-        if files := sorted(path for path in folder.glob(pattern) if not path.is_dir()):
-            return files
+        if found := [name for name in names if fnmatchcase(name, pattern)]:
+            return found
     return []
 
 
@@ -64,16 +76,25 @@ def find_model(model: str, revision: str | None) -> Path:
     """The folder of `model` on this machine: a path, or a model of the hub that was downloaded before.
 
     Raises:
-        RefusedError: it is not there, or is a single file.
+        RefusedError: it is not there, may not be read, or is a single file.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    is_path = path.is_absolute() or model.startswith((".", "~"))
+    try:
+        mode = path.stat().st_mode
+    except PermissionError as error:
+        if is_path:
+            raise RefusedError(_unreadable(path, error)) from None
+        mode = 0  # a name of the hub, seen from a folder that this user may not enter
+    except OSError:
+        mode = 0
+    if stat.S_ISDIR(mode):
         return path
-    if path.is_file():
+    if stat.S_ISREG(mode):
         raise RefusedError(
             f"{model} is a single file, which --spark does not serve; give a folder in Hugging Face format"
         )
-    if path.is_absolute() or model.startswith((".", "~")):
+    if is_path:
         raise RefusedError(f"there is no model in {model} on this machine; copy it there from the leader")
     try:
         from huggingface_hub import snapshot_download
@@ -83,7 +104,12 @@ def find_model(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        raise RefusedError(f"{model} is not on this machine; download it here too: hf download {model}") from None
+        command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
+        raise RefusedError(f"{model} is not on this machine; download it here too: {command}") from None
+
+
+def _unreadable(folder: Path, error: OSError) -> str:
+    return f"{folder} cannot be read ({error.strerror}); let the user that serves it read it"
 
 
 def _digest(path: Path) -> str:
@@ -95,7 +121,9 @@ def _digest(path: Path) -> str:
     try:
         return _digest_of_content(path)
     except OSError as error:
-        raise RefusedError(f"{path} cannot be read ({error.strerror}); the model must be complete here") from None
+        raise RefusedError(
+            f"{path} cannot be read ({error.strerror}); the model must be complete here, and this user's to read"
+        ) from None
 
 
 def _digest_of_content(path: Path) -> str:

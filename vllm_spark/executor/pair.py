@@ -34,10 +34,10 @@ from vllm_spark.executor.session import (
 )
 from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
+from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
-
-LEADER_RANK = 0
 
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _ASSIGNMENT_TIMEOUT = 60.0
@@ -89,7 +89,7 @@ class Pair:
         except BaseException:
             listener.close()
             raise
-        logger.info("%s joined.", follower.name.capitalize())
+        logger.info("%s joined.", upper_first(follower.name))
         pair = cls(config, listener, follower, board)
         pair._pulse.start()
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import select
 import threading
 import time
@@ -21,6 +20,7 @@ import msgspec
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane, LaneClosedError
 from vllm_spark.executor.handshake import Reason, decode
+from vllm_spark.wake_up import WakeUp
 
 logger = logging.getLogger("vllm_spark")
 
@@ -74,7 +74,7 @@ class Pulse(threading.Thread):
         self._report, self._on_report, self._on_end = report, on_report, on_end
         self._on_link, self._patience = on_link, patience
         self._outbox: deque[tuple[Kind, bytes]] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = WakeUp()
         self._running_since: float | None = None
         self._stopping = False
 
@@ -86,28 +86,36 @@ class Pulse(threading.Thread):
     def say(self, kind: Kind, message: msgspec.Struct) -> None:
         """Queues a message for the peer."""
         self._outbox.append((kind, msgspec.json.encode(message)))
-        self._nudge()
+        self._wake.ring()
 
     def announce(self, announcement: bytes) -> None:
         """Queues what this side's runtime says of its rails."""
         self._outbox.append((Kind.LINK, announcement))
-        self._nudge()
+        self._wake.ring()
 
     def stop(self, goodbye: Reason | None = None, timeout: float = 2.0) -> None:
         """Ends the thread, saying goodbye first if there is something to say; waits at most `timeout` seconds."""
         if goodbye is not None:
             self._outbox.append((Kind.GOODBYE, msgspec.json.encode(goodbye)))
         self._stopping = True
-        self._nudge()
+        self._wake.ring()
         if threading.current_thread() is self:
             # From `on_end`: the loop that would send what is queued has ended.
             with contextlib.suppress(ChannelError):
                 self._flush()
         elif self.is_alive():
             self.join(timeout)
+        else:
+            self._wake.close()  # also of a thread that never ran
 
     def run(self) -> None:
         """The thread's loop."""
+        try:
+            self._run()
+        finally:
+            self._wake.close()
+
+    def _run(self) -> None:
         try:
             end = self._beat_and_listen()
         except LaneClosedError as error:
@@ -145,11 +153,9 @@ class Pulse(threading.Thread):
             if silence > limit and silence > self._patience():
                 raise PeerLostError(f"{self._lane.peer} gave no sign of life for {now - heard:.1f} s")
             ready = [] if self._lane.pending else poll.poll(max(0.0, next_beat - now) * 1000)
-            descriptors = [descriptor for descriptor, _ in ready]
-            if self._wake in descriptors:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(self._wake)
-            if self._lane.pending or self._lane.fileno() in descriptors:
+            readable = self._lane.pending or self._lane.fileno() in [descriptor for descriptor, _ in ready]
+            self._wake.hush()
+            if readable:
                 frame = self._lane.receive(timeout=max(self._timeout, self._patience()))
                 heard = time.monotonic()
                 if frame.kind is Kind.BEAT:
@@ -187,7 +193,3 @@ class Pulse(threading.Thread):
         while self._outbox:
             kind, payload = self._outbox.popleft()
             self._lane.send(kind, payload, timeout=self._timeout)
-
-    def _nudge(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)

@@ -17,10 +17,11 @@ from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.handshake import host_name
 from vllm_spark.executor.link import interface_of, source_interface, split_rails
 from vllm_spark.launch_table import LaunchTable
+from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
 
-WORLD_SIZE = 2
+Transport = Literal["loopback", "verbs"]
 
 _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 
@@ -153,23 +154,53 @@ def connect_runtime(
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
     """
-    from vllm.platforms import current_platform
-
-    kind: type[collective.Runtime] = collective.Runtime
-    if current_platform.is_cuda():
-        kind = collective.DeviceRuntime
-        if launch.gpu not in ("", gpu := current_platform.get_device_name()):
-            logger.warning(
-                "The launch table was measured on a %s, and this is a %s; run here: vllm-spark bench calibrate",
-                launch.gpu,
-                gpu,
-            )
-    else:
-        launch = LaunchTable()
+    kind, launch = _for_this_device(launch)
     exchange = exchange_over(lane, rank)
     transport = _transport(config, exchange)
+    try:
+        runtime = kind.connect(
+            rank,
+            WORLD_SIZE,
+            exchange,
+            runtime_options(config, launch, transport, rails),
+            agreement={"package": __version__},
+            description=f"{host_name()} (process {os.getpid()})",
+            announce=announce,
+        )
+    except collective.CollectiveError as error:
+        raise SparkError(str(error)) from None
+    collective.install(runtime)
+    return runtime
+
+
+def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], LaunchTable]:
+    """The runtime for the device that vLLM uses, and the launch table that counts there."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return collective.Runtime, LaunchTable()
+    if launch.gpu not in ("", gpu := current_platform.get_device_name()):
+        logger.warning(
+            "The launch table was measured on a %s, and this is a %s; run here: vllm-spark bench calibrate",
+            launch.gpu,
+            gpu,
+        )
+    return collective.DeviceRuntime, launch
+
+
+def runtime_options(
+    config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None
+) -> collective.RuntimeOptions:
+    """What the settings mean to the runtime: every setting that `SparkConfig` takes is possible there.
+
+    Args:
+        config: the leader's, on both ranks.
+        launch: how kernels are launched on this device.
+        transport: what is used, never `auto`.
+        rails: the ports of this machine to use; None for all that reach the peer.
+    """
     modelled = transport == "loopback"
-    options = collective.RuntimeOptions(
+    return collective.RuntimeOptions(
         transport=transport,
         loopback_mode=config.loopback_mode,
         wire_latency_us=config.loopback_latency_us if modelled else 0.0,
@@ -184,23 +215,9 @@ def connect_runtime(
         timeout_s=config.collective_timeout,
         launch=launch.shape,
     )
-    try:
-        runtime = kind.connect(
-            rank,
-            WORLD_SIZE,
-            exchange,
-            options,
-            agreement={"package": __version__},
-            description=f"{host_name()} (process {os.getpid()})",
-            announce=announce,
-        )
-    except collective.CollectiveError as error:
-        raise SparkError(str(error)) from None
-    collective.install(runtime)
-    return runtime
 
 
-def _transport(config: SparkConfig, exchange: Callable[[bytes], bytes]) -> Literal["loopback", "verbs"]:
+def _transport(config: SparkConfig, exchange: Callable[[bytes], bytes]) -> Transport:
     """What `auto` stands for: shared memory if both ranks are on one machine."""
     mine = collective.machine_identity().encode()
     same = exchange(mine) == mine  # also where it is not asked for: both sides do the same

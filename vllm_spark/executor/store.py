@@ -12,11 +12,11 @@ from datetime import timedelta
 from typing import Any
 
 from vllm_spark.executor.handshake import bind
+from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 INIT_METHOD = "spark://leader"
 """How torch is told to use the store that this process serves."""
 
-_WORLD_SIZE = 2
 _serving: weakref.ref[LeaderStore] | None = None
 
 
@@ -63,7 +63,7 @@ class LeaderStore:
 
         with self._lock:  # a client that came to a store that is just gone would try again until its time-out
             self._check()
-            return TCPStore(self.address, self.port, _WORLD_SIZE, is_master=False, timeout=timeout)
+            return TCPStore(self.address, self.port, WORLD_SIZE, is_master=False, timeout=timeout)
 
     def close(self) -> None:
         """Ends the store: whoever waits in it gets an error."""
@@ -74,4 +74,4 @@ class LeaderStore:
 def _rendezvous(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
     store = None if _serving is None else _serving()
     assert store is not None, "vLLM initializes its process groups while the pair starts"
-    yield store.connect(timeout), 0, _WORLD_SIZE
+    yield store.connect(timeout), LEADER_RANK, WORLD_SIZE

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_spark.compat import accepted_arguments
 from vllm_spark.tuning.marlin_rules import MAXIMUM_BLOCKS_PER_SM
 from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape
 from vllm_spark.tuning.outcome import BLOCK_SIZE_M
@@ -127,5 +127,4 @@ def _unused_arguments() -> dict[str, Any]:
     from vllm import _custom_ops as ops
 
     empty = {"a_scales": None, "global_scale": None, "g_idx": None, "perm": None, "is_k_full": True}
-    known = inspect.signature(ops.moe_wna16_marlin_gemm).parameters
-    return {name: value for name, value in empty.items() if name in known}
+    return accepted_arguments(ops.moe_wna16_marlin_gemm, empty)

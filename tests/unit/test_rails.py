@@ -1,0 +1,57 @@
+"""The RDMA ports that a user chooses: how they are named, and which they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_spark import _native
+from vllm_spark.collective import UsageError, local_ports
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError
+
+FORM = "write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX, such as mlx5_0:1:3"
+
+
+@pytest.fixture(autouse=True)
+def two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx5_0 and mlx5_1 with a port each, and two addresses on each port."""
+
+    def found() -> list[tuple[str, int, bool, bool, int, list[tuple[int, bytes, int]]]]:
+        addresses = [(3, bytes(10) + b"\xff\xff\x0a\0\0\1", 1), (5, bytes(10) + b"\xff\xff\x0a\0\1\1", 1)]
+        return [(device, 1, True, True, 4096, list(addresses)) for device in ("mlx5_0", "mlx5_1")]
+
+    monkeypatch.setattr(_native, "rdma_ports", found)
+
+
+@pytest.mark.parametrize(
+    ("choices", "addresses"),
+    [
+        ((), [("mlx5_0", 2), ("mlx5_1", 2)]),
+        (("mlx5_1", "mlx5_0:1"), [("mlx5_1", 2), ("mlx5_0", 2)]),
+        (("mlx5_1:1:5",), [("mlx5_1", 1)]),
+    ],
+)
+def test_ports_come_as_they_were_chosen(choices: tuple[str, ...], addresses: list[Any]) -> None:
+    assert [(port.device, len(port.addresses)) for port in local_ports(choices)] == addresses
+
+
+@pytest.mark.parametrize(
+    "choices", [("mlx5_0", "mlx5_0"), ("mlx5_0", "mlx5_0:1"), ("mlx5_0:1:3", "mlx5_1", "mlx5_0:1:5")]
+)
+def test_a_port_is_named_once(choices: tuple[str, ...]) -> None:
+    """A port carries one rail, whatever it is called."""
+    with pytest.raises(UsageError) as caught:
+        local_ports(choices)
+    assert str(caught.value) == f"the rails {', '.join(choices)} name port 1 of mlx5_0 twice; name each port once"
+
+
+@pytest.mark.parametrize("rail", ["", ":1", "mlx5_0:", "mlx5_0:0", "mlx5_0:x", "mlx5_0:1:2:3", "mlx5 0"])
+def test_settings_and_runtime_take_the_same_names(rail: str) -> None:
+    with pytest.raises(UsageError) as runtimes:
+        local_ports((rail,))
+    with pytest.raises(ConfigurationError) as settings:
+        SparkConfig.resolve(flags={"rails": f"mlx5_1,{rail}"}, environment={})
+    assert str(runtimes.value) == f"{rail!r} names no RDMA port; {FORM}"
+    assert str(settings.value) == f"--spark-rails mlx5_1,{rail}: {runtimes.value}"

@@ -1,0 +1,78 @@
+"""What both ranks do alike: settings become the runtime's options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, get_args
+
+import pytest
+
+from vllm_spark import _native
+from vllm_spark.collective import RuntimeOptions
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.session import Transport, runtime_options
+from vllm_spark.launch_table import LaunchTable
+from vllm_spark.ranks import RANKS, WORLD_SIZE
+
+CONTEXT: dict[str, dict[str, Any]] = {
+    "loopback_latency_us": {"loopback_mode": "proxied"},
+    "loopback_gbytes_per_s": {"loopback_mode": "proxied"},
+    "packet_kib": {"slot_kib": 65536},
+    "slot_kib": {"packet_kib": 0},
+}
+"""What else must be set for an extreme value of a setting to make sense."""
+
+
+def extremes() -> Iterator[tuple[str, Any]]:
+    """The least and the greatest value of every setting that is a number, and each choice of the others."""
+    for name, field in SparkConfig.model_fields.items():
+        for choice in get_args(field.annotation):
+            if isinstance(choice, str):
+                yield name, choice
+        for bound in field.metadata:
+            if (least := getattr(bound, "ge", None)) is not None:
+                yield name, least
+            if (below := getattr(bound, "gt", None)) is not None:
+                yield name, math.nextafter(below, math.inf)
+            if (greatest := getattr(bound, "le", None)) is not None:
+                yield name, greatest
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(*each, id="-".join(map(str, each))) for each in extremes()])
+def test_whatever_settings_take_the_runtime_takes(name: str, value: Any) -> None:
+    config = SparkConfig.resolve(flags={**CONTEXT.get(name, {}), name: value}, environment={})
+    for transport in get_args(Transport):
+        if (transport, config.loopback_mode) != ("verbs", "proxied"):
+            runtime_options(config, LaunchTable(), transport, config.rails)
+
+
+def test_numbers_of_both_are_walked_over() -> None:
+    """So that a setting without bounds would be missed above."""
+    walked = {name for name, _ in extremes()}
+    numbers = {
+        "traffic_class",
+        "service_level",
+        "depth",
+        "slot_kib",
+        "packet_kib",
+        "link_timeout",
+        "collective_timeout",
+    }
+    assert numbers | {"loopback_latency_us", "loopback_gbytes_per_s", "transport", "loopback_mode"} <= walked
+    known = {field.name for field in fields(RuntimeOptions)}
+    both = known & SparkConfig.model_fields.keys()
+    assert both - walked == {"rails"}, "names, not numbers"
+
+
+@pytest.mark.parametrize("name", ["link_timeout", "collective_timeout"])
+def test_a_time_that_no_clock_of_the_runtime_can_measure(name: str) -> None:
+    flag = f"--spark-{name.replace('_', '-')}"
+    with pytest.raises(ConfigurationError, match=rf"^{flag} 0\.0005: input should be greater than or equal to 0\.001$"):
+        SparkConfig.resolve(flags={name: 0.0005}, environment={})
+
+
+def test_a_pair_is_as_large_as_the_runtime() -> None:
+    assert (WORLD_SIZE, tuple(range(WORLD_SIZE))) == (_native.WORLD_SIZE, RANKS)
