@@ -58,7 +58,7 @@ class DeviceRuntime(Runtime):
 
     @classmethod
     def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """As measured on two GPUs (benchmarks/NOTES.md, entries 11 and 13): packets double the bytes; a proxy reads all."""
+        """From two GPUs (benchmarks/NOTES.md, entries 11, 13): packets double the bytes, a proxy reads them."""
         return 128 * KIB if not options.proxied else 8 * KIB
 
     def check(self) -> None:
