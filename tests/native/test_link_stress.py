@@ -1,6 +1,7 @@
-"""The verbs transport under sanitizers, over a libibverbs in this process whose connections break again and again.
+"""The verbs transport under sanitizers, over a libibverbs in this process that fails again and again.
 
-What is on its way when a connection breaks may still arrive, as on a wire. Real queue pairs are in tests/rdma.
+Its connections break, and it refuses posts. What is on its way then may still arrive, as on a wire. Real queue pairs
+are in tests/rdma.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from .programs import SANITIZERS, Programs
 
 OPERATIONS = 1000
 POSTS_BETWEEN_BREAKS = 25  # on average
+POSTS_BETWEEN_REFUSALS = 100  # on average
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
@@ -24,6 +26,7 @@ def test_rails_that_break_under_a_sanitizer(sanitizer: str, programs: Programs) 
         env={
             "LD_LIBRARY_PATH": str(programs.libibverbs("verbs_unreliable.cpp")),
             "BREAK_EVERY": str(POSTS_BETWEEN_BREAKS),
+            "REFUSE_EVERY": str(POSTS_BETWEEN_REFUSALS),
             # That library's own memory is behind a lock which the sanitizer does not see.
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
         },
@@ -32,7 +35,7 @@ def test_rails_that_break_under_a_sanitizer(sanitizer: str, programs: Programs) 
         timeout=300,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    figures = re.search(r"(\d+) connections broken, \d+ failures, (\d+) recoveries", done.stdout)
+    figures = re.search(r"(\d+) connections broken, (\d+) posts refused, \d+ failures, (\d+) recoveries", done.stdout)
     assert figures is not None, done.stdout
     assert all(int(figure) > 10 for figure in figures.groups()), done.stdout
     assert done.stdout.endswith("ok\n")

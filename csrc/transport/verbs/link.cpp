@@ -119,10 +119,11 @@ bool Link::send(Rail& rail, const Write& write, bool signal) {
 }
 
 void Link::send_waiting() {
-  // What a failed rail's NIC still has on its way must not arrive after what is sent again. Once the peer has
-  // ended its end of that connection, it cannot.
-  if (repeating_ && !peer_has_ended_failed_rails()) return;
   while (!waiting_.empty()) {
+    // What a failed rail's NIC still has on its way must not arrive after what is sent again. Once the peer
+    // has ended its end of that connection, it cannot. Asked before each message: the one before may have
+    // found that another rail has failed.
+    if (repeating_ && !peer_has_ended_failed_rails()) return;
     Write write = waiting_.front();
     if (newest(write) != write.sequence) {  // its slot has been used again: it had arrived
       waiting_.pop_front();
