@@ -60,26 +60,35 @@ class Runtime::Wait {
     }
   }
 
-  // Between two looks at the awaited word. Throws when waiting makes no sense any more.
+  // Between two looks at the awaited word. Throws when waiting makes no sense any more, but not before one
+  // more look: what the peer sent before it stopped has arrived, and so has what came while this process did
+  // not run.
   void step() {
     if (start_ == Clock::time_point{}) start_ = next_peer_check_ = Clock::now();
-    if (abort_seen_) runtime_.endpoint_.check_abort();
-    // What was sent before the abort word is visible once that has been acquired: look once more before
-    // giving up.
-    abort_seen_ = runtime_.endpoint_.aborted();
-    if (abort_seen_ || !backoff_.step()) return;
+    if (end_ != End::kNone) give_up();
+    // Acquires what was sent before the abort word: the next look sees it.
+    if (runtime_.endpoint_.aborted()) {
+      end_ = End::kAborted;
+      return;
+    }
+    if (!backoff_.step()) return;
     Clock::time_point now = Clock::now();
-    if (now - start_ > runtime_.options_.timeout) runtime_.timed_out(operation_, sequence_, false);
+    if (now - start_ > runtime_.options_.timeout) end_ = End::kTimedOut;
     if (now < next_peer_check_) return;
     next_peer_check_ = now + kPeerCheckInterval;
     look_for_other_operation();
-    if (peer_was_gone_) runtime_.timed_out(operation_, sequence_, true);
-    // Its last message may have arrived since the last look: fail only if it is still missing at the next
-    // check.
-    peer_was_gone_ = !runtime_.endpoint_.peer().alive();
+    if (!runtime_.endpoint_.peer().alive()) end_ = End::kPeerGone;
   }
 
  private:
+  enum class End { kNone, kAborted, kTimedOut, kPeerGone };
+
+  void give_up() {
+    if (end_ == End::kAborted) runtime_.endpoint_.check_abort();
+    look_for_other_operation();
+    runtime_.timed_out(operation_, sequence_, end_ == End::kPeerGone);
+  }
+
   // The peer may have called something of a size that travels by the other protocol.
   void look_for_other_operation() {
     uint64_t flag = runtime_.mine_.recv_flag(sequence_).load(std::memory_order_acquire);
@@ -94,8 +103,7 @@ class Runtime::Wait {
   Backoff backoff_;
   Clock::time_point start_{};
   Clock::time_point next_peer_check_{};
-  bool peer_was_gone_ = false;
-  bool abort_seen_ = false;
+  End end_ = End::kNone;  // why this wait ends if the next look is in vain too
 };
 
 Runtime::Runtime(const Options& options)

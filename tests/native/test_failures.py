@@ -155,6 +155,37 @@ def test_waiting_is_bounded_and_explained() -> None:
     assert "alive" in waiting.message
 
 
+def stopped_past_its_time(rank: int, exchange: Pipe) -> None:
+    timeout = 2.0
+    runtime = connect(rank, exchange, timeout_s=timeout)
+    if rank == 0:
+        exchange.connection.send(os.getpid())
+        sender = threading.Thread(target=say_when_sent, args=(runtime, exchange))
+        sender.start()
+        assert torch.equal(runtime.all_reduce(SMALL), SMALL * 2)
+        sender.join()
+        return
+    waiting = exchange.connection.recv()
+    exchange.connection.recv()
+    os.kill(waiting, signal.SIGSTOP)
+    try:
+        runtime.all_reduce(SMALL)
+        time.sleep(timeout + 0.2)
+    finally:
+        os.kill(waiting, signal.SIGCONT)
+
+
+def say_when_sent(runtime: Runtime, exchange: Pipe) -> None:
+    deadline = time.monotonic() + 30
+    while runtime.counters().packet_messages == 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    exchange.connection.send("sent")
+
+
+def test_a_process_that_was_stopped_finds_what_has_come_meanwhile() -> None:
+    values(stopped_past_its_time)
+
+
 def aborted(rank: int, exchange: Pipe) -> None:
     runtime = connect(rank, exchange)
     if rank == 1:
