@@ -86,7 +86,7 @@ class Runtime::Wait {
   void give_up() {
     if (end_ == End::kAborted) runtime_.endpoint_.check_abort();
     look_for_other_operation();
-    runtime_.timed_out(operation_, sequence_, end_ == End::kPeerGone);
+    runtime_.give_up(operation_, sequence_, end_ == End::kPeerGone);
   }
 
   // The peer may have called something of a size that travels by the other protocol.
@@ -144,13 +144,7 @@ void Runtime::start() {
 
 void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype) {
   Use use(*this);
-  if (dtype == DType::kBytes)
-    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
-  uint64_t bytes = elements * size_of(dtype);
-  if (bytes > options_.largest_message) {
-    throw UsageError("an all_reduce of " + std::to_string(bytes) + " bytes is over the limit of " +
-                     std::to_string(options_.largest_message) + "; split it");
-  }
+  uint64_t bytes = endpoint_.all_reduce_bytes(elements, dtype);
   const std::byte* source = static_cast<const std::byte*>(in);
   std::byte* target = static_cast<std::byte*>(out);
   bool first_is_mine = options_.rank == 0;
@@ -166,11 +160,7 @@ void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dty
 
 void Runtime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes) {
   Use use(*this);
-  uint64_t bytes = outer * inner_bytes;
-  if (bytes > options_.largest_message) {
-    throw UsageError("an all_gather of " + std::to_string(bytes) + " bytes is over the limit of " +
-                     std::to_string(options_.largest_message) + "; split it");
-  }
+  uint64_t bytes = endpoint_.all_gather_bytes(outer, inner_bytes);
   const std::byte* source = static_cast<const std::byte*>(in);
   std::byte* target = static_cast<std::byte*>(out);
   // Copies input bytes [offset, offset + length) of one rank to where they belong in the concatenation.
@@ -329,20 +319,14 @@ void Runtime::clear_now_and_then(uint32_t sequence) {
 
 void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
   if (tag == operation.tag()) return;
-  throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) +
-                      ": rank " + std::to_string(options_.rank) + " an " + operation.describe() + ", " +
-                      endpoint_.peer().name() + " an " + Operation::from_tag(tag).describe());
+  throw endpoint_.mismatch(sequence, operation, Operation::from_tag(tag));
 }
 
-void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const {
-  double seconds = std::chrono::duration<double>(options_.timeout).count();
-  std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + endpoint_.peer().name() +
-                       " in an " + operation.describe() + ", sequence " + std::to_string(sequence) +
-                       " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
-  if (peer_gone) throw TimeoutError(waited + ": that process has ended");
-  char limit[32];
-  std::snprintf(limit, sizeof limit, "%.1f", seconds);
-  throw TimeoutError(waited + ": it did not come within " + limit + " s" + endpoint_.peer().state());
+void Runtime::give_up(const Operation& operation, uint32_t sequence, bool peer_gone) const {
+  std::string where = "an " + operation.describe() + ", sequence " + std::to_string(sequence) +
+                      " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
+  if (peer_gone) throw TimeoutError(endpoint_.wait_in(where) + ": " + kProcessEnded);
+  throw endpoint_.overdue(where);
 }
 
 void Runtime::close() {

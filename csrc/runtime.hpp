@@ -85,7 +85,7 @@ class Runtime {
   void clear_now_and_then(uint32_t sequence);
   void start();
   void check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const;
-  [[noreturn]] void timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const;
+  [[noreturn]] void give_up(const Operation& operation, uint32_t sequence, bool peer_gone) const;
 
   Endpoint endpoint_;
   const Options& options_;
