@@ -213,7 +213,7 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
   }
 }
 
-uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
+void Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
   uint32_t sequence = sequence_.load(std::memory_order_relaxed) + 1;
   uint32_t tag = operation.tag();
   bool as_packets = bytes <= options_.sizes.packet_bytes;
@@ -256,7 +256,6 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
-  return sequence;
 }
 
 const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {

@@ -73,7 +73,7 @@ class Runtime {
   class Use;
   class Wait;
 
-  uint32_t send(const Operation& operation, const std::byte* data, size_t bytes);
+  void send(const Operation& operation, const std::byte* data, size_t bytes);
   // The peer's message under `sequence`, contiguous until the next call.
   const std::byte* receive(const Operation& operation, uint32_t sequence, size_t bytes);
   const std::byte* receive_packets(const Operation& operation, uint32_t sequence, size_t bytes);

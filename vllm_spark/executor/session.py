@@ -123,7 +123,7 @@ class LinkInterface:
         self._set = {}
 
 
-def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
+def exchange_over(lane: Lane) -> Callable[[bytes], bytes]:
     """A rendezvous' `exchange` over the calls lane: gives this side's bytes, returns the other's."""
 
     def exchange(mine: bytes) -> bytes:
@@ -166,7 +166,7 @@ def connect_runtime(
             )
     else:
         launch = LaunchTable()
-    exchange = exchange_over(lane, rank)
+    exchange = exchange_over(lane)
     transport = _transport(config, exchange)
     modelled = transport == "loopback"
     options = collective.RuntimeOptions(

@@ -210,12 +210,12 @@ void Link::listen() {
 void Link::read_events() {
   for (auto& rail : rails_) {
     for (DeviceEvent event; rail->device().next_event(event);) {
-      if (!event.fatal) continue;
-      for (auto& other : rails_) {
-        bool concerned = event.queue_pair != nullptr ? other->owns(event.queue_pair)
-                                                     : &other->device() == &rail->device() &&
-                                                           (event.port == 0 || event.port == other->port());
-        if (concerned && other->phase() != Phase::kDown) fail(*other, event.text, other->epoch() + 1);
+      // Each rail has opened its device for itself, but hears of all of its ports, and of connections that
+      // are being released.
+      bool concerned = event.queue_pair != nullptr ? rail->owns(event.queue_pair)
+                                                   : event.port == 0 || event.port == rail->port();
+      if (event.fatal && concerned && rail->phase() != Phase::kDown) {
+        fail(*rail, event.text, rail->epoch() + 1);
       }
     }
   }
