@@ -3,11 +3,11 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstring>
 #include <thread>
 #include <utility>
 
-#include "errors.hpp"
 #include "utf8.hpp"
 
 namespace spark {
@@ -17,6 +17,12 @@ constexpr uint64_t kLargestSlot = 1 << 30;
 constexpr uint32_t kLongestClearInterval = 1u << 30;
 // How long another rank may take to write down why this one shall stop.
 constexpr auto kReasonTime = std::chrono::milliseconds(20);
+
+std::string seconds_text(std::chrono::nanoseconds duration) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", std::chrono::duration<double>(duration).count());
+  return text;
+}
 
 Options checked(const Options& options) {
   auto refuse = [](const std::string& what) { throw UsageError(what); };
@@ -50,7 +56,9 @@ Options checked(const Options& options) {
     refuse("clear_interval " + std::to_string(options.clear_interval) + " is more than " +
            std::to_string(kLongestClearInterval) + ", a quarter of the sequence numbers");
   }
-  if (options.timeout <= std::chrono::nanoseconds(0)) refuse("the time-out is not more than 0 s");
+  if (options.timeout <= std::chrono::nanoseconds(0)) {
+    refuse("a time-out of " + seconds_text(options.timeout) + " is not possible; give more than 0 s");
+  }
   if (options.stripes < 1 || options.stripes > kMaxPieces || (options.stripes > 1 && !options.proxied)) {
     refuse("stripes " + std::to_string(options.stripes) + " are not possible; a proxy takes 1 to " +
            std::to_string(kMaxPieces) + ", and without one there is 1");
@@ -161,7 +169,7 @@ void Endpoint::check_poison() const {
 
 void Endpoint::check_usable() {
   check_poison();
-  if (closed()) throw UsageError("the runtime is closed");
+  if (closed()) throw UsageError(rank_name() + " has closed its runtime; connect a new one");
   if (!connected_.load(std::memory_order_acquire))
     throw UsageError("the runtime is not connected; exchange addresses and call connect first");
   if (!owned_by_this_process()) {
@@ -174,10 +182,40 @@ void Endpoint::check_usable() {
   }
 }
 
+uint64_t Endpoint::all_reduce_bytes(uint64_t elements, DType dtype) const {
+  if (dtype == DType::kBytes)
+    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
+  uint64_t bytes = elements * size_of(dtype);
+  check_size("all_reduce", bytes);
+  return bytes;
+}
+
+uint64_t Endpoint::all_gather_bytes(uint64_t outer, uint64_t inner_bytes) const {
+  uint64_t bytes = outer * inner_bytes;
+  check_size("all_gather", bytes);
+  return bytes;
+}
+
 void Endpoint::check_size(const char* collective, uint64_t bytes) const {
   if (bytes <= options_.largest_message) return;
   throw UsageError("an " + std::string(collective) + " of " + std::to_string(bytes) +
                    " bytes is over the limit of " + std::to_string(options_.largest_message) + "; split it");
+}
+
+MismatchError Endpoint::mismatch(uint32_t sequence, const Operation& mine, const Operation& theirs) const {
+  return MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) +
+                       ": " + rank_name() + " an " + mine.describe() + ", " + peer_.name() + " an " +
+                       theirs.describe() + "; both must call the same ones in the same order");
+}
+
+TimeoutError Endpoint::overdue(const std::string& where) const {
+  return TimeoutError(wait_in(where) + ": it did not come within " + seconds_text(options_.timeout) +
+                      peer_.state() +
+                      "; see what it is doing, or allow more time (timeout_s, --spark-collective-timeout)");
+}
+
+std::string Endpoint::wait_in(const std::string& where) const {
+  return rank_name() + " waited for " + peer_.name() + " in " + where;
 }
 
 void Endpoint::abort(const std::string& reason) {

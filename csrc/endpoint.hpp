@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "backoff.hpp"
+#include "errors.hpp"
+#include "operation.hpp"
 #include "peer.hpp"
 #include "region.hpp"
 #include "shared_memory.hpp"
@@ -81,8 +83,17 @@ class Endpoint {
   void check_poison() const;
   // Throws unless collectives may be called now.
   void check_usable();
-  // Throws UsageError if an input of `bytes` is over the limit.
-  void check_size(const char* collective, uint64_t bytes) const;
+  // Bytes of a collective's input. They throw UsageError for elements that have no sum, and over the limit.
+  uint64_t all_reduce_bytes(uint64_t elements, DType dtype) const;
+  uint64_t all_gather_bytes(uint64_t outer, uint64_t inner_bytes) const;
+
+  // The ranks called different collectives: what this rank throws.
+  MismatchError mismatch(uint32_t sequence, const Operation& mine, const Operation& theirs) const;
+  // The peer did not come within the time-out: what this rank throws. `where` it waited, to stand behind
+  // "in".
+  TimeoutError overdue(const std::string& where) const;
+  // "rank 0 waited for rank 1 on spark-b in `where`".
+  std::string wait_in(const std::string& where) const;
 
   // Ends every wait of both ranks with `reason`. From any thread.
   void abort(const std::string& reason);
@@ -106,6 +117,7 @@ class Endpoint {
  private:
   void publish_peer(std::byte* base, const Region& region, Peer peer);
   void publish_peer(Peer peer);
+  void check_size(const char* collective, uint64_t bytes) const;
   // False if the word was taken already.
   static bool write_abort(Region region, const std::string& reason);
   std::string rank_name() const { return "rank " + std::to_string(options_.rank); }

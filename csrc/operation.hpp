@@ -42,8 +42,9 @@ struct Operation {
     return {static_cast<Kind>(tag >> 30), static_cast<DType>(tag >> 27 & 7u), tag & kElementMask};
   }
 
+  // To stand behind "an": "all_reduce of 8 float32".
   std::string describe() const {
-    const char* kinds[] = {"nothing", "all_reduce", "all_gather", "an unknown collective"};
+    const char* kinds[] = {"unknown collective", "all_reduce", "all_gather", "unknown collective"};
     const char* dtypes[] = {"bytes", "float32", "float16", "bfloat16"};
     uint32_t type = static_cast<uint32_t>(dtype);
     return std::string(kinds[static_cast<uint32_t>(kind) & 3u]) + " of " + std::to_string(elements) + " " +

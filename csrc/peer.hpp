@@ -7,6 +7,9 @@
 
 namespace spark {
 
+// What to say of a peer whose process is gone.
+constexpr const char* kProcessEnded = "that process has ended; its log says why";
+
 class Peer {
  public:
   Peer() = default;

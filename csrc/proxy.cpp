@@ -54,7 +54,7 @@ void Proxy::run() {
   uint32_t turns = 0;
   // Acquire: what was rung before the end is seen by the last look below.
   while (!stopping_.load(std::memory_order_acquire)) {
-    // Acquire: pairs with the release in `ring` (and, from a kernel, with its system-scope release).
+    // Acquire: pairs with the release in `ring`, after what was staged.
     uint32_t rung = region_.doorbell().load(std::memory_order_acquire);
     bool busy = !held_.load(std::memory_order_relaxed) && post_up_to(rung);
     bool under_way = transport_.progress();

@@ -2,7 +2,7 @@
 // region.hpp is the CPU's view of it, with atomics.
 //
 //   header   what this is, and its sizes
-//   control  doorbell, abort word, send descriptors: between a rank's own threads, kernels and proxy
+//   control  doorbell and send descriptors, from a rank on a CPU to its proxy; abort word, for all waits
 //   recv     flags, packets and payloads that the peer writes, and the state of its links
 //   send     flags, packets and payloads staged for the proxy, and the state of this rank's links
 //
@@ -22,7 +22,7 @@ constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
 constexpr uint32_t kRegionVersion = 4;
 constexpr uint32_t kMaxSlots = 128;
 // Pieces that one slot's payload may be sent in, each with a flag of its own: a kernel's blocks do not wait
-// for each other. A CPU sends one.
+// for each other, and a CPU's proxy cuts a large payload over its rails.
 constexpr uint32_t kMaxPieces = 64;
 // Two cache lines: adjacent-line prefetchers would otherwise move a neighbour's flag along.
 constexpr size_t kLine = 128;
@@ -50,15 +50,16 @@ struct RegionHeader {
 
 enum class Protocol : uint32_t { kPackets = 1, kPayload = 2 };
 
-// What the proxy must post for one sequence number; written before the doorbell is rung.
+// What a proxy must post for one sequence number. A rank on a CPU writes it before it rings the doorbell; the
+// proxy of a GPU makes it of what it finds in the send slot.
 struct SendDescriptor {
   Protocol protocol;
   uint32_t tag;
   uint64_t bytes;
-  // Payload only: which piece of the slot this is. A CPU sends a slot in one piece.
+  // Payload only: which piece of the slot this is. A CPU stages a slot in one piece.
   uint32_t piece = 0;
   uint32_t offset = 0;  // bytes from the slot's start
-  // Into how many pieces of its own the proxy cuts this one, so that they can go over several rails.
+  // Into how many pieces a CPU's proxy cuts that one, so that they can go over several rails.
   uint32_t stripes = 1;
 };
 
@@ -71,7 +72,8 @@ enum AbortState : uint32_t { kRunning = 0, kAbortClaimed = 1, kAborted = 2 };
 
 // The words here are atomics: Region gives the CPU's view of them, a kernel uses system-scope accesses.
 struct Control {
-  // Level, not queue: the last sequence number staged. The proxy posts everything up to it.
+  // Level, not queue: the last sequence number staged by a CPU; kernels ring nothing. The proxy posts
+  // everything up to it.
   alignas(kLine) uint32_t doorbell;
   // Nonzero while the proxy sleeps on the doorbell, so that ringing it costs a system call only then.
   alignas(kLine) uint32_t proxy_asleep;

@@ -60,26 +60,35 @@ class Runtime::Wait {
     }
   }
 
-  // Between two looks at the awaited word. Throws when waiting makes no sense any more.
+  // Between two looks at the awaited word. Throws when waiting makes no sense any more, but not before one
+  // more look: what the peer sent before it stopped has arrived, and so has what came while this process did
+  // not run.
   void step() {
     if (start_ == Clock::time_point{}) start_ = next_peer_check_ = Clock::now();
-    if (abort_seen_) runtime_.endpoint_.check_abort();
-    // What was sent before the abort word is visible once that has been acquired: look once more before
-    // giving up.
-    abort_seen_ = runtime_.endpoint_.aborted();
-    if (abort_seen_ || !backoff_.step()) return;
+    if (end_ != End::kNone) give_up();
+    // Acquires what was sent before the abort word: the next look sees it.
+    if (runtime_.endpoint_.aborted()) {
+      end_ = End::kAborted;
+      return;
+    }
+    if (!backoff_.step()) return;
     Clock::time_point now = Clock::now();
-    if (now - start_ > runtime_.options_.timeout) runtime_.timed_out(operation_, sequence_, false);
+    if (now - start_ > runtime_.options_.timeout) end_ = End::kTimedOut;
     if (now < next_peer_check_) return;
     next_peer_check_ = now + kPeerCheckInterval;
     look_for_other_operation();
-    if (peer_was_gone_) runtime_.timed_out(operation_, sequence_, true);
-    // Its last message may have arrived since the last look: fail only if it is still missing at the next
-    // check.
-    peer_was_gone_ = !runtime_.endpoint_.peer().alive();
+    if (!runtime_.endpoint_.peer().alive()) end_ = End::kPeerGone;
   }
 
  private:
+  enum class End { kNone, kAborted, kTimedOut, kPeerGone };
+
+  void give_up() {
+    if (end_ == End::kAborted) runtime_.endpoint_.check_abort();
+    look_for_other_operation();
+    runtime_.give_up(operation_, sequence_, end_ == End::kPeerGone);
+  }
+
   // The peer may have called something of a size that travels by the other protocol.
   void look_for_other_operation() {
     uint64_t flag = runtime_.mine_.recv_flag(sequence_).load(std::memory_order_acquire);
@@ -94,8 +103,7 @@ class Runtime::Wait {
   Backoff backoff_;
   Clock::time_point start_{};
   Clock::time_point next_peer_check_{};
-  bool peer_was_gone_ = false;
-  bool abort_seen_ = false;
+  End end_ = End::kNone;  // why this wait ends if the next look is in vain too
 };
 
 Runtime::Runtime(const Options& options)
@@ -136,13 +144,7 @@ void Runtime::start() {
 
 void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype) {
   Use use(*this);
-  if (dtype == DType::kBytes)
-    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
-  uint64_t bytes = elements * size_of(dtype);
-  if (bytes > options_.largest_message) {
-    throw UsageError("an all_reduce of " + std::to_string(bytes) + " bytes is over the limit of " +
-                     std::to_string(options_.largest_message) + "; split it");
-  }
+  uint64_t bytes = endpoint_.all_reduce_bytes(elements, dtype);
   const std::byte* source = static_cast<const std::byte*>(in);
   std::byte* target = static_cast<std::byte*>(out);
   bool first_is_mine = options_.rank == 0;
@@ -158,11 +160,7 @@ void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dty
 
 void Runtime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes) {
   Use use(*this);
-  uint64_t bytes = outer * inner_bytes;
-  if (bytes > options_.largest_message) {
-    throw UsageError("an all_gather of " + std::to_string(bytes) + " bytes is over the limit of " +
-                     std::to_string(options_.largest_message) + "; split it");
-  }
+  uint64_t bytes = endpoint_.all_gather_bytes(outer, inner_bytes);
   const std::byte* source = static_cast<const std::byte*>(in);
   std::byte* target = static_cast<std::byte*>(out);
   // Copies input bytes [offset, offset + length) of one rank to where they belong in the concatenation.
@@ -215,7 +213,7 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
   }
 }
 
-uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
+void Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
   uint32_t sequence = sequence_.load(std::memory_order_relaxed) + 1;
   uint32_t tag = operation.tag();
   bool as_packets = bytes <= options_.sizes.packet_bytes;
@@ -258,7 +256,6 @@ uint32_t Runtime::send(const Operation& operation, const std::byte* data, size_t
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
-  return sequence;
 }
 
 const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {
@@ -321,20 +318,14 @@ void Runtime::clear_now_and_then(uint32_t sequence) {
 
 void Runtime::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {
   if (tag == operation.tag()) return;
-  throw MismatchError("the ranks called different collectives at sequence " + std::to_string(sequence) +
-                      ": rank " + std::to_string(options_.rank) + " an " + operation.describe() + ", " +
-                      endpoint_.peer().name() + " an " + Operation::from_tag(tag).describe());
+  throw endpoint_.mismatch(sequence, operation, Operation::from_tag(tag));
 }
 
-void Runtime::timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const {
-  double seconds = std::chrono::duration<double>(options_.timeout).count();
-  std::string waited = "rank " + std::to_string(options_.rank) + " waited for " + endpoint_.peer().name() +
-                       " in an " + operation.describe() + ", sequence " + std::to_string(sequence) +
-                       " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
-  if (peer_gone) throw TimeoutError(waited + ": that process has ended");
-  char limit[32];
-  std::snprintf(limit, sizeof limit, "%.1f", seconds);
-  throw TimeoutError(waited + ": it did not come within " + limit + " s" + endpoint_.peer().state());
+void Runtime::give_up(const Operation& operation, uint32_t sequence, bool peer_gone) const {
+  std::string where = "an " + operation.describe() + ", sequence " + std::to_string(sequence) +
+                      " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
+  if (peer_gone) throw TimeoutError(endpoint_.wait_in(where) + ": " + kProcessEnded);
+  throw endpoint_.overdue(where);
 }
 
 void Runtime::close() {

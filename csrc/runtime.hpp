@@ -73,7 +73,7 @@ class Runtime {
   class Use;
   class Wait;
 
-  uint32_t send(const Operation& operation, const std::byte* data, size_t bytes);
+  void send(const Operation& operation, const std::byte* data, size_t bytes);
   // The peer's message under `sequence`, contiguous until the next call.
   const std::byte* receive(const Operation& operation, uint32_t sequence, size_t bytes);
   const std::byte* receive_packets(const Operation& operation, uint32_t sequence, size_t bytes);
@@ -85,7 +85,7 @@ class Runtime {
   void clear_now_and_then(uint32_t sequence);
   void start();
   void check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const;
-  [[noreturn]] void timed_out(const Operation& operation, uint32_t sequence, bool peer_gone) const;
+  [[noreturn]] void give_up(const Operation& operation, uint32_t sequence, bool peer_gone) const;
 
   Endpoint endpoint_;
   const Options& options_;

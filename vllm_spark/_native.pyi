@@ -92,6 +92,7 @@ class DeviceRuntime(_AnyRuntime):
         payload_threads: int,
         payload_blocks: int,
         payload_bytes_per_block: int,
+        payload_message_bytes: int,
         dependent_launch: bool,
         kernels: bytes,
         clear_interval: int = ...,

@@ -20,12 +20,19 @@ void find(void* library, const char* name, Function& function) {
   std::memcpy(&function, &symbol, sizeof function);
 }
 
+// What to do about an error of the driver's.
+const char* remedy(Result error) {
+  constexpr Result kOutOfMemory = 2;  // CUDA_ERROR_OUT_OF_MEMORY
+  if (error == kOutOfMemory) return "free some memory, or use smaller slots";
+  return "start this process anew, and if that does not help see nvidia-smi and the kernel's log";
+}
+
 Driver load() {
   // Never closed: torch uses the same library, and kernels may run until the process ends.
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     throw UsageError(
-        "there is no CUDA driver on this machine (libcuda.so.1); collectives on GPU tensors need one");
+        "there is no CUDA driver on this machine (libcuda.so.1); install NVIDIA's, 525 or later");
   }
   Driver driver;
   find(library, "cuGetErrorName", driver.get_error_name);
@@ -79,7 +86,7 @@ void Driver::check(Result result, const std::string& what) const {
   const char* name = nullptr;
   get_error_name(result, &name);
   throw CollectiveError("the CUDA driver could not " + what + " (" +
-                        (name == nullptr ? std::to_string(result) : name) + ")");
+                        (name == nullptr ? std::to_string(result) : name) + "); " + remedy(result));
 }
 
 void* current_context() {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 
 #include "../errors.hpp"
 
@@ -32,8 +31,12 @@ Progress first_progress(const Options& options) {
   return progress;
 }
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVector == 0;
+void check_aligned(const Operation& operation, const void* tensor) {
+  uintptr_t beyond = reinterpret_cast<uintptr_t>(tensor) % kVector;
+  if (beyond == 0) return;
+  throw UsageError("an " + operation.describe() + " on a GPU takes no tensor that begins " +
+                   std::to_string(beyond) + " bytes beyond a multiple of " + std::to_string(kVector) +
+                   "; clone it");
 }
 
 // A peer's GPU polls what this rank's proxy copies.
@@ -85,7 +88,7 @@ void DeviceRuntime::connect(const Address& peer, const std::string& description)
   start();
   peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
     // Whatever it sent before it ended has arrived: kernels look once more after they see the abort word.
-    endpoint_.end_waits(endpoint_.peer().name() + ": that process has ended");
+    endpoint_.end_waits(endpoint_.peer().name() + ": " + kProcessEnded);
   });
 }
 
@@ -126,19 +129,14 @@ Lane DeviceRuntime::send_lane(unsigned char* base) const {
 }
 
 void DeviceRuntime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream) {
-  if (dtype == DType::kBytes) {
-    throw UsageError("bytes have no sum; all_reduce takes float32, float16 and bfloat16");
-  }
-  uint64_t bytes = elements * size_of(dtype);
-  endpoint_.check_size("all_reduce", bytes);
+  uint64_t bytes = endpoint_.all_reduce_bytes(elements, dtype);
   Call call{static_cast<const unsigned char*>(in), static_cast<unsigned char*>(out), bytes, 0, 0, 0};
   launch({Kind::kAllReduce, dtype, elements}, call, stream);
 }
 
 void DeviceRuntime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes,
                                Stream stream) {
-  uint64_t bytes = outer * inner_bytes;
-  endpoint_.check_size("all_gather", bytes);
+  uint64_t bytes = endpoint_.all_gather_bytes(outer, inner_bytes);
   if (inner_bytes % kVector != 0) {
     throw UsageError("an all_gather of rows of " + std::to_string(inner_bytes) +
                      " bytes is not possible on a GPU; they must be a multiple of " +
@@ -158,9 +156,8 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
   endpoint_.check_usable();
   check();
   if (arguments.bytes == 0) return;  // nothing to wait for
-  if (!aligned(arguments.in) || !aligned(arguments.out)) {
-    throw UsageError("a collective's tensors on a GPU must be aligned to 16 bytes");
-  }
+  check_aligned(operation, arguments.in);
+  check_aligned(operation, arguments.out);
   const RegionSizes& sizes = endpoint_.options().sizes;
   Call call = arguments;
   call.tag = operation.tag();
@@ -206,10 +203,8 @@ void DeviceRuntime::check() {
   uint32_t code = load_acquire(failure.code);
   endpoint_.check_poison();
   if (code == kNoFailure) return;
-  const Options& options = endpoint_.options();
-  std::string rank = "rank " + std::to_string(options.rank);
-  std::string where = "an " + Operation::from_tag(failure.expected_tag).describe() + ", sequence " +
-                      std::to_string(failure.sequence);
+  Operation mine = Operation::from_tag(failure.expected_tag);
+  std::string where = "an " + mine.describe() + ", sequence " + std::to_string(failure.sequence);
   auto fail = [&](auto error) {
     endpoint_.poison(error.what());
     endpoint_.tell_peer(error.what());
@@ -217,10 +212,7 @@ void DeviceRuntime::check() {
   };
   switch (code) {
     case kMismatch:
-      fail(MismatchError(
-          "the ranks called different collectives at sequence " + std::to_string(failure.sequence) + ": " +
-          rank + " an " + Operation::from_tag(failure.expected_tag).describe() + ", " +
-          endpoint_.peer().name() + " an " + Operation::from_tag(failure.seen_tag).describe()));
+      fail(endpoint_.mismatch(failure.sequence, mine, Operation::from_tag(failure.seen_tag)));
       break;
     case kConcurrent:
       fail(UsageError("collectives were launched on two streams at the same time (" + where +
@@ -229,13 +221,8 @@ void DeviceRuntime::check() {
     case kAbortSeen:
       endpoint_.poison(endpoint_.mine().abort_reason());
       throw AbortedError(endpoint_.mine().abort_reason());
-    default: {
-      char limit[32];
-      std::snprintf(limit, sizeof limit, "%.1f", std::chrono::duration<double>(options.timeout).count());
-      fail(TimeoutError(rank + " waited for " + endpoint_.peer().name() + " in " + where + ", " +
-                        endpoint_.path() + ", on the GPU: it did not come within " + limit + " s" +
-                        endpoint_.peer().state()));
-    }
+    default:
+      fail(endpoint_.overdue(where + ", " + endpoint_.path() + ", on the GPU"));
   }
 }
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "output.cuh"
-#include "pieces.cuh"
 #include "progress.cuh"
 #include "wait.cuh"
+#include "words.cuh"
 
 namespace spark::device {
 

@@ -3,10 +3,10 @@
 #pragma once
 
 #include "output.cuh"
-#include "pieces.cuh"
 #include "progress.cuh"
 #include "relay.cuh"
 #include "wait.cuh"
+#include "words.cuh"
 
 namespace spark::device {
 

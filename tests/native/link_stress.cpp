@@ -102,18 +102,20 @@ int main(int argc, char** argv) {
   uint64_t failures = left.link()->counters().rail_failures + right.link()->counters().rail_failures;
   uint64_t recoveries = left.link()->counters().rail_recoveries + right.link()->counters().rail_recoveries;
   uint64_t reposts = left.link()->counters().reposts + right.link()->counters().reposts;
-  uint64_t broken = 0, late = 0, refused = 0;
+  uint64_t broken = 0, not_posted = 0, late = 0, refused = 0, early = 0;
   void* library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_NOLOAD);
-  auto report =
-      reinterpret_cast<void (*)(uint64_t*, uint64_t*, uint64_t*)>(dlsym(library, "unreliable_report"));
-  report(&broken, &late, &refused);
+  using Report = void (*)(uint64_t*, uint64_t*, uint64_t*, uint64_t*, uint64_t*);
+  reinterpret_cast<Report>(dlsym(library, "unreliable_report"))(&broken, &not_posted, &late, &refused,
+                                                                &early);
   std::printf(
-      "%llu connections broken, %llu failures, %llu recoveries, %llu messages again, %llu writes late, %llu "
-      "refused\n",
-      static_cast<unsigned long long>(broken), static_cast<unsigned long long>(failures),
-      static_cast<unsigned long long>(recoveries), static_cast<unsigned long long>(reposts),
-      static_cast<unsigned long long>(late), static_cast<unsigned long long>(refused));
+      "%llu connections broken, %llu posts refused, %llu failures, %llu recoveries, %llu messages again, "
+      "%llu writes late, %llu refused, %llu posts too early\n",
+      static_cast<unsigned long long>(broken), static_cast<unsigned long long>(not_posted),
+      static_cast<unsigned long long>(failures), static_cast<unsigned long long>(recoveries),
+      static_cast<unsigned long long>(reposts), static_cast<unsigned long long>(late),
+      static_cast<unsigned long long>(refused), static_cast<unsigned long long>(early));
   if (broken < 3 || recoveries < 3 || reposts == 0 || late == 0)
     fail("hardly anything has failed", operations);
+  if (early > 0) fail("messages went again while their first copies could still arrive", operations);
   std::puts("ok");
 }

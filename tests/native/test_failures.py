@@ -55,6 +55,7 @@ def test_ranks_that_call_different_collectives(calls: Any) -> None:
     for outcome in outcomes:
         assert isinstance(outcome.error, (MismatchError, CollectiveAbortedError)), outcome
         assert "the ranks called different collectives at sequence" in outcome.message
+        assert outcome.message.endswith("; both must call the same ones in the same order")
         for kind, count, _ in calls:
             elements = count if kind == "all_reduce" else 4 * count
             assert f"{kind} of {elements}" in outcome.message
@@ -152,7 +153,38 @@ def test_waiting_is_bounded_and_explained() -> None:
     assert isinstance(waiting.error, CollectiveTimeoutError)
     for part in ("rank 0 waited for rank 1 on test rank 1", "all_reduce of 8 float32", "sequence 1", "within 0.5 s"):
         assert part in waiting.message
-    assert "alive" in waiting.message
+    assert "though its process is alive; see what it is doing, or allow more time (timeout_s, " in waiting.message
+
+
+def stopped_past_its_time(rank: int, exchange: Pipe) -> None:
+    timeout = 2.0
+    runtime = connect(rank, exchange, timeout_s=timeout)
+    if rank == 0:
+        exchange.connection.send(os.getpid())
+        sender = threading.Thread(target=say_when_sent, args=(runtime, exchange))
+        sender.start()
+        assert torch.equal(runtime.all_reduce(SMALL), SMALL * 2)
+        sender.join()
+        return
+    waiting = exchange.connection.recv()
+    exchange.connection.recv()
+    os.kill(waiting, signal.SIGSTOP)
+    try:
+        runtime.all_reduce(SMALL)
+        time.sleep(timeout + 0.2)
+    finally:
+        os.kill(waiting, signal.SIGCONT)
+
+
+def say_when_sent(runtime: Runtime, exchange: Pipe) -> None:
+    deadline = time.monotonic() + 30
+    while runtime.counters().packet_messages == 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    exchange.connection.send("sent")
+
+
+def test_a_process_that_was_stopped_finds_what_has_come_meanwhile() -> None:
+    values(stopped_past_its_time)
 
 
 def aborted(rank: int, exchange: Pipe) -> None:
@@ -215,7 +247,7 @@ def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
     exchange(b"done")  # a rank that is through may still have its own message to be posted by its proxy
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(CollectiveTimeoutError, match="that process has ended"):
+    with pytest.raises(CollectiveTimeoutError, match="that process has ended; its log says why"):
         runtime.all_reduce(SMALL)
     runtime.close()
     del runtime
@@ -346,7 +378,7 @@ def closed(rank: int, exchange: Pipe) -> None:
     runtime.close()
     runtime.close()
     assert runtime.closed
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(UsageError, match=rf"^rank {rank} has closed its runtime; connect"):
         runtime.all_reduce(SMALL)
 
 

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+from .programs import Programs, need
+
 MESSAGES = 1000
 LIMIT = 250
 """Instructions for one message: at 3 GHz and one a cycle 0.08 us, little beside the 3 us of the wire."""
-
-
-def compile_with(*arguments: str) -> None:
-    done = subprocess.run(["g++", "-std=c++17", "-O3", "-g", "-pthread", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None or shutil.which("valgrind") is None:
-        pytest.skip("needs g++ and valgrind (Debian packages)")
-    folder = tmp_path_factory.mktemp("proxy_cost")
-    compile_with("-shared", "-fPIC", str(HERE / "verbs_in_memory.cpp"), "-o", str(folder / "libibverbs.so.1"))
-    sources = [str(path) for path in sorted((ROOT / "csrc").rglob("*.cpp")) if "device" not in path.parts[-2:-1]]
-    sources = [path for path in sources if not path.endswith("bindings.cpp")]
-    compile_with(*sources, str(HERE / "proxy_cost.cpp"), "-ldl", "-o", str(folder / "proxy_cost"))
-    return folder / "proxy_cost"
 
 
 def own_instructions(profile: Path) -> Counter[str]:
@@ -55,7 +37,10 @@ def own_instructions(profile: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("kind", ["packets", "payload"])
-def test_a_posted_message_costs_few_instructions(program: Path, kind: str, tmp_path: Path) -> None:
+def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, tmp_path: Path) -> None:
+    need("valgrind", "valgrind")
+    program = programs.link("proxy_cost.cpp", "-O3")
+    driver = programs.libibverbs("verbs_in_memory.cpp")
     profile = tmp_path / "callgrind.out"
     done = subprocess.run(
         [
@@ -63,7 +48,7 @@ def test_a_posted_message_costs_few_instructions(program: Path, kind: str, tmp_p
             "--toggle-collect=spark::Proxy::post(unsigned int)",
             *(str(program), kind, str(MESSAGES)),
         ],
-        env={"LD_LIBRARY_PATH": str(program.parent), "PATH": "/usr/bin:/bin"},
+        env={"LD_LIBRARY_PATH": str(driver), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from .programs import HERE, compile_with, need
 
 HEADER = Path("/usr/include/infiniband/verbs.h")
 
 
 def test_the_description_agrees_with_libibverbs_header() -> None:
-    if not HEADER.exists() or shutil.which("g++") is None:
-        pytest.skip("needs libibverbs' headers (Debian package libibverbs-dev) and g++")
-    source = Path(__file__).with_name("verbs_abi.cpp")
-    done = subprocess.run(
-        ["g++", "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", str(source)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    need("g++", "g++")
+    if not HEADER.exists():
+        pytest.skip("needs libibverbs' headers (Debian package libibverbs-dev)")
+    compile_with("g++", "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof", HERE / "verbs_abi.cpp")

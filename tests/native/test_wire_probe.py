@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+from .programs import Programs
+
 BOUND = 300
 
 PROGRAM = """
@@ -86,16 +85,10 @@ print(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ (Debian package)")
-    folder = tmp_path_factory.mktemp("wire_probe")
-    library = folder / "libibverbs.so.1"
-    words = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", str(HERE / "verbs_in_memory.cpp"), "-o", str(library)]
-    subprocess.run(words, check=True, capture_output=True, timeout=BOUND)
+def report(programs: Programs) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder)},
+        env={**os.environ, "LD_LIBRARY_PATH": str(programs.libibverbs("verbs_in_memory.cpp"))},
         capture_output=True,
         text=True,
         timeout=BOUND,

@@ -1,12 +1,13 @@
-// A libibverbs whose devices copy within one process, and fail: connections break by chance while writes are
-// under way, some of which still arrive afterwards, until the peer has ended its end. For sanitizers and for
-// the link's state machine; real queue pairs are in tests/rdma.
+// A libibverbs whose devices copy within one process, and fail: by chance connections break and posts are
+// refused while writes are under way, some of which still arrive afterwards, until the peer has ended its
+// end. For sanitizers and for the link's state machine; real queue pairs are in tests/rdma.
 //
 // Compiled without sanitizers, and it locks with a spinning flag: its lock must not order the ranks' threads,
 // or a thread sanitizer would take that order for one that the code under test has made. Of what really is
 // ordered, a write after its posting and its last word's reader after it, the sanitizer is told.
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -80,10 +81,21 @@ std::minstd_rand chance(7);
 constexpr uint64_t kPostings = 1 << 16;  // more than are ever under way
 constexpr uint32_t kWord = 8;            // bytes that a reader sees at once
 unsigned char postings[kPostings];
-uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0;
+uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0, refused_posts = 0, early = 0;
 
+uint64_t number_from(const char* variable) {
+  return std::strtoull(std::getenv(variable), nullptr, 10);
+}
+
+// Posts from one break to the next, on average.
 uint64_t break_interval() {
-  static const uint64_t interval = std::strtoull(std::getenv("BREAK_EVERY"), nullptr, 10);
+  static const uint64_t interval = number_from("BREAK_EVERY");
+  return interval;
+}
+
+// Requests from one refused to the next, on average.
+uint64_t refusal_interval() {
+  static const uint64_t interval = number_from("REFUSE_EVERY");
   return interval;
 }
 
@@ -104,13 +116,29 @@ void break_down(End& end, uint32_t status) {
   }
 }
 
+bool peer_receives(const End& end) {
+  auto peer = ends.find(end.destination);
+  return peer != ends.end() &&
+         (peer->second->state == abi::kReadyToReceive || peer->second->state == abi::kReadyToSend);
+}
+
+// Whether an earlier write to the same place is still on its way over a broken connection, and may come last.
+bool may_be_overwritten(const abi::SendRequest& request) {
+  auto region = regions.find(request.remote_key);
+  if (region == regions.end()) return false;  // it does not arrive
+  // The inbox, where announcements come in any order; they have versions.
+  if (request.remote_address == region->second.start) return false;
+  return std::any_of(ends.begin(), ends.end(), [&](const auto& numbered) {
+    const End& end = *numbered.second;
+    return end.state == abi::kError && peer_receives(end) &&
+           std::any_of(end.under_way.begin(), end.under_way.end(),
+                       [&](const Write& write) { return write.target == request.remote_address; });
+  });
+}
+
 // Puts a write's bytes where they belong, in their order, if the peer's end still takes them.
 bool arrive(const End& end, const Write& write) {
-  auto peer = ends.find(end.destination);
-  if (peer == ends.end() ||
-      (peer->second->state != abi::kReadyToReceive && peer->second->state != abi::kReadyToSend)) {
-    return false;
-  }
+  if (!peer_receives(end)) return false;
   auto region = regions.find(write.key);
   if (region == regions.end() || write.target < region->second.start ||
       write.target + write.bytes > region->second.start + region->second.bytes) {
@@ -168,10 +196,16 @@ int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions)
   return count;
 }
 
-int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
+int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** failed) {
   Lock lock;
   End& end = *ends.at(pair->number);
   for (; request != nullptr; request = request->next) {
+    // What was posted before stays under way: the connection itself is whole.
+    if (chance() % refusal_interval() == 0) {
+      ++refused_posts;
+      *failed = request;
+      return ENOMEM;
+    }
     Write write{request->id,
                 request->remote_address,
                 request->remote_key,
@@ -186,6 +220,7 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
       complete(end, write.id, abi::kFlushed);
       continue;
     }
+    early += may_be_overwritten(*request);
     end.under_way.push_back(write);
   }
   if (++posted >= next_break && end.state == abi::kReadyToSend) {
@@ -203,11 +238,14 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
 extern "C" {
 
 // For the test: what the wire has done.
-void unreliable_report(uint64_t* broken, uint64_t* arrived_late, uint64_t* refused_writes) {
+void unreliable_report(uint64_t* broken, uint64_t* not_posted, uint64_t* arrived_late,
+                       uint64_t* refused_writes, uint64_t* too_early) {
   Lock lock;
   *broken = breaks;
+  *not_posted = refused_posts;
   *arrived_late = late;
   *refused_writes = refused;
+  *too_early = early;
 }
 
 abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {

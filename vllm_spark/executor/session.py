@@ -124,7 +124,7 @@ class LinkInterface:
         self._set = {}
 
 
-def exchange_over(lane: Lane, rank: int) -> Callable[[bytes], bytes]:
+def exchange_over(lane: Lane) -> Callable[[bytes], bytes]:
     """A rendezvous' `exchange` over the calls lane: gives this side's bytes, returns the other's."""
 
     def exchange(mine: bytes) -> bytes:
@@ -155,7 +155,7 @@ def connect_runtime(
         SparkError: the two sides do not agree, or cannot reach each other's memory.
     """
     kind, launch = _for_this_device(launch)
-    exchange = exchange_over(lane, rank)
+    exchange = exchange_over(lane)
     transport = _transport(config, exchange)
     try:
         runtime = kind.connect(

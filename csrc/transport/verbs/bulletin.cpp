@@ -49,17 +49,17 @@ void Bulletin::read() {
   }
   // Acquire: pairs with the release after the words were put there.
   if (!news_.load(std::memory_order_acquire)) return;
-  std::deque<LinkState> delivered;
+  std::optional<LinkState> delivered;
   {
     std::lock_guard<std::mutex> lock(shared_);
     news_.store(false, std::memory_order_relaxed);
-    delivered.swap(delivered_);
+    delivered = std::exchange(delivered_, {});
     if (farewell_ != told_) {
       farewell_ = told_;
       changed_ = true;
     }
   }
-  for (const LinkState& state : delivered) accept(state);
+  if (delivered) accept(*delivered);
 }
 
 void Bulletin::accept(const LinkState& state) {
@@ -104,10 +104,12 @@ void Bulletin::tell(const std::string& reason) {
 
 void Bulletin::deliver(const std::string& words) {
   LinkState state;
-  if (!from_bytes(words, state)) return;  // of another version of this package, which was agreed on
+  // A rank of the same version, which was agreed on, announces nothing else: it was damaged, and the next one
+  // says everything again.
+  if (!from_bytes(words, state)) return;
   std::lock_guard<std::mutex> lock(shared_);
-  delivered_.push_back(state);
-  if (delivered_.size() > kMaxRails) delivered_.pop_front();  // only the newest counts
+  if (!delivered_ || state.version > delivered_->version) delivered_ = state;
+  // Release: who sees it takes the lock and finds the announcement.
   news_.store(true, std::memory_order_release);
 }
 

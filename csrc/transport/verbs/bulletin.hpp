@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <chrono>
-#include <deque>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -71,7 +71,7 @@ class Bulletin {
   std::mutex shared_;  // guards the four below
   std::string told_;
   std::string announcement_;
-  std::deque<LinkState> delivered_;
+  std::optional<LinkState> delivered_;  // the newest since `read`
   std::vector<std::string> log_;
   std::atomic<bool> news_{false};  // `told_` or `delivered_` has something new
   std::atomic<Clock::rep> heard_at_{0};

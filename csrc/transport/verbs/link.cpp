@@ -119,10 +119,11 @@ bool Link::send(Rail& rail, const Write& write, bool signal) {
 }
 
 void Link::send_waiting() {
-  // What a failed rail's NIC still has on its way must not arrive after what is sent again. Once the peer has
-  // ended its end of that connection, it cannot.
-  if (repeating_ && !peer_has_ended_failed_rails()) return;
   while (!waiting_.empty()) {
+    // What a failed rail's NIC still has on its way must not arrive after what is sent again. Once the peer
+    // has ended its end of that connection, it cannot. Asked before each message: the one before may have
+    // found that another rail has failed.
+    if (repeating_ && !peer_has_ended_failed_rails()) return;
     Write write = waiting_.front();
     if (newest(write) != write.sequence) {  // its slot has been used again: it had arrived
       waiting_.pop_front();
@@ -209,12 +210,12 @@ void Link::listen() {
 void Link::read_events() {
   for (auto& rail : rails_) {
     for (DeviceEvent event; rail->device().next_event(event);) {
-      if (!event.fatal) continue;
-      for (auto& other : rails_) {
-        bool concerned = event.queue_pair != nullptr ? other->owns(event.queue_pair)
-                                                     : &other->device() == &rail->device() &&
-                                                           (event.port == 0 || event.port == other->port());
-        if (concerned && other->phase() != Phase::kDown) fail(*other, event.text, other->epoch() + 1);
+      // Each rail has opened its device for itself, but hears of all of its ports, and of connections that
+      // are being released.
+      bool concerned = event.queue_pair != nullptr ? rail->owns(event.queue_pair)
+                                                   : event.port == 0 || event.port == rail->port();
+      if (event.fatal && concerned && rail->phase() != Phase::kDown) {
+        fail(*rail, event.text, rail->epoch() + 1);
       }
     }
   }

@@ -1,8 +1,8 @@
 // The verbs transport: all rails to the peer, and what keeps messages going when one of them fails.
 //
-// A rail that fails is connected anew while callers and kernels go on waiting: both halves of every message
-// in question are still in their slots. Both ranks announce the state of their rails to each other, over
-// every rail that works and out of band (docs/protocol.md, "Links").
+// A rail that fails is connected anew while callers and kernels go on waiting: what it may have lost is still
+// in this rank's send slots, and goes again. Both ranks announce the state of their rails to each other, over
+// every rail that works and out of band (docs/protocol.md, "Links that heal").
 #pragma once
 
 #include <atomic>
@@ -63,7 +63,7 @@ class Link final : public Transport {
   // What the peer says and hears out of band, and sentences for people.
   Bulletin& bulletin() { return bulletin_; }
   const LinkCounters& counters() const { return counters_; }
-  // "verbs over rail 0 (mlx5_0) and rail 1 (mlx5_1)"
+  // "verbs on rail 0 (mlx5_0) and rail 1 (mlx5_1)"
   const std::string& path() const { return path_; }
   // Test hook: the rail's queue pair fails, as after an error of the wire.
   void break_rail(uint32_t rail) { to_break_.store(static_cast<int>(rail), std::memory_order_relaxed); }
@@ -110,8 +110,8 @@ class Link final : public Transport {
   // Messages that no rail has taken yet; while `repeating_`, it begins with some that were sent before.
   std::deque<Write> waiting_;
   bool repeating_ = false;
-  std::vector<uint32_t> newest_packets_,
-      newest_pieces_;          // last sequence posted, by slot, and by slot and piece
+  // The last sequences posted, by slot, and by slot and piece.
+  std::vector<uint32_t> newest_packets_, newest_pieces_;
   Rail* pinned_ = nullptr;     // which everything takes until its message
   uint64_t pinned_until_ = 0;  // of this number has arrived
   uint32_t last_posted_ = 0;

@@ -1,0 +1,72 @@
+"""Programs of the native code for tests: each source is compiled once for each set of flags, some at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+BINDINGS = CSRC / "bindings.cpp"
+RUNTIME = tuple(path for path in sorted(CSRC.rglob("*.cpp")) if path != BINDINGS)
+"""What every program is linked with: all but the Python module."""
+FLAGS = ("-std=c++17", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror")
+"""With line numbers, and no more for debuggers: under sanitizers that takes twice as long to compile."""
+SANITIZERS = {
+    "thread": ("-O1", "-fsanitize=thread"),
+    "address and undefined": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+}
+BOUND = 300.0
+"""Seconds after which a compiler counts as hung."""
+
+
+def need(program: str, package: str) -> None:
+    """Skips the test where `program`, of a Debian package, is not installed."""
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program} (Debian package {package})")
+
+
+def compile_with(*command: str | Path) -> None:
+    """Runs a compiler; what it complains of fails the test."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=BOUND)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+class Programs:
+    """What was compiled in this test session, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = itertools.count()  # names of files, also for threads at once
+        self._compiled: dict[tuple[str | Path, ...], Path] = {}
+
+    def link(self, main: str, *flags: str, compiler: str = "g++") -> Path:
+        """The program of `main`, a source beside this file, and `RUNTIME`."""
+        command = (compiler, *FLAGS, *flags)
+        sources = (*RUNTIME, HERE / main)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: self._once(*command, "-c", source), sources))
+        return self._once(*command, *objects, "-ldl")
+
+    def libibverbs(self, source: str) -> Path:
+        """The folder, for LD_LIBRARY_PATH, with a libibverbs made of a source beside this file. It has no sanitizer."""
+        folder = self._folder / Path(source).stem
+        library = folder / "libibverbs.so.1"
+        if not library.exists():
+            folder.mkdir()
+            compile_with("g++", *FLAGS, "-O2", "-shared", "-fPIC", HERE / source, "-o", library)
+        return folder
+
+    def _once(self, *command: str | Path) -> Path:
+        """What `command` makes; it is run if this is the first time that it is asked for."""
+        if command not in self._compiled:
+            target = self._folder / str(next(self._numbers))
+            compile_with(*command, "-o", target)
+            self._compiled[command] = target
+        return self._compiled[command]
