@@ -14,22 +14,14 @@ class Device:
         capability: compute capability, (12, 1) for sm_121.
         multiprocessors: of the whole GPU.
         shared_bytes: of shared memory that one block may have (opt-in limit).
-        shared_bytes_per_multiprocessor: for all blocks together, each pays 1 KiB to the system.
-        registers_per_multiprocessor: of 32 bits.
         threads_per_multiprocessor: that can be resident.
-        l2_bytes: of the L2 cache.
-        dram_bytes_per_second: what the memory can deliver at most.
     """
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
-    shared_bytes_per_multiprocessor: int
-    registers_per_multiprocessor: int
     threads_per_multiprocessor: int
-    l2_bytes: int
-    dram_bytes_per_second: float
 
 
 GB10 = Device(
@@ -37,11 +29,7 @@ GB10 = Device(
     capability=(12, 1),
     multiprocessors=48,
     shared_bytes=101_376,
-    shared_bytes_per_multiprocessor=102_400,
-    registers_per_multiprocessor=65_536,
     threads_per_multiprocessor=1_536,
-    l2_bytes=24 << 20,
-    dram_bytes_per_second=273e9,
 )
 
 DEVICES = {GB10.name: GB10}

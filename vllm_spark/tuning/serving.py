@@ -105,11 +105,7 @@ def this_device() -> Device:
         capability=(found.major, found.minor),
         multiprocessors=found.multi_processor_count,
         shared_bytes=found.shared_memory_per_block_optin,
-        shared_bytes_per_multiprocessor=found.shared_memory_per_multiprocessor,
-        registers_per_multiprocessor=found.regs_per_multiprocessor,
         threads_per_multiprocessor=found.max_threads_per_multi_processor,
-        l2_bytes=found.L2_cache_size,
-        dram_bytes_per_second=0.0,  # nobody asks here
     )
 
 
