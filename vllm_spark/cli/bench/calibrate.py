@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.bench.arguments import add_wire_arguments, modelled_wire, positive
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import positive
+from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
 SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and keep them for serving"

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.bench.arguments import add_wire_arguments, engine_arguments, modelled_wire, positive
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import engine_arguments, positive, positives
+from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
 SUMMARY = "a decode step of vLLM with random weights: one rank, this project's pair, vLLM's own pair"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(one rank without and with tuned tables). Default: all but the last two; with --one-gpu those that run there",
     )
     parser.add_argument(
-        "--batches", type=_batches, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
+        "--batches", type=positives, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
     )
     parser.add_argument("--steps", type=positive, default=200, help="timed steps for each batch (default: 200)")
     parser.add_argument("--rounds", type=positive, default=1, help="how often all candidates run (default: 1)")
@@ -123,7 +124,3 @@ def run(args: argparse.Namespace) -> int:
         if measured:
             console.print(as_table(measured[-1], where()), *profile_tables(measured[-1]))
     return 0
-
-
-def _batches(text: str) -> tuple[int, ...]:
-    return tuple(positive(word) for word in text.split(","))

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.bench.arguments import positive, sizes
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import positive, sizes
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.config import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
 
