@@ -147,8 +147,8 @@ def test_join_finds_the_secret_by_itself(home: Path, tmp_path: Path) -> None:
     [
         (["--json", "--make-secret"], ["--json", "leave one out"]),
         (["--peer", "--make-secret"], ["--make-secret", "not allowed with"]),
-        (["--wait", "0"], ["--wait", "0 is out of range"]),
-        (["--wait", "long"], ["--wait", "long is out of range; give more than 0"]),
+        (["--wait", "0"], ["--wait", "'0' is not a number above 0"]),
+        (["--wait", "long"], ["--wait", "'long' is not a number above 0 and at most 86400"]),
         (["--leader", "desk1"], ["--leader", "desk1", "not an IP address"]),
         (["--slot-kib", "64"], ["--slot-kib"]),
     ],

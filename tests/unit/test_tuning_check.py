@@ -22,7 +22,7 @@ from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_byte
 from vllm_spark.tuning.check_marlin import _gemm
 from vllm_spark.tuning.derive import write_tables
 from vllm_spark.tuning.fused_moe_compile import Compiled, compile_row, kernel_source, unavailable
-from vllm_spark.tuning.fused_moe_default import default_table
+from vllm_spark.tuning.fused_moe_default import default_row, default_table
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -59,7 +59,9 @@ def store_fused_moe(
     tuned_is: Provenance | None = None,
 ) -> Path:
     """A table with rows of our own for few tokens, and vLLM's defaults above."""
-    table = default_table(shape, tuned)
+    first = max(tuned, default=0) + 1
+    above = {key: default_row(shape, key) for key in {first, *default_table(shape).rows} if key >= first}
+    table = FusedMoeTable({**tuned, **above})
     rows = {row: (tuned_is or TUNED) if row in tuned else DEFAULT for row in table.rows}
     return store_fused_moe_table(shape, device, table, FusedMoeProvenance(rows=rows), folder / "fused_moe")
 
@@ -482,9 +484,8 @@ def test_an_entry_for_a_device_that_is_not_known(tmp_path: Path, entry: dict[str
 
 @pytest.mark.parametrize("kernel", ["moe_w13", "moe_w2"])
 def test_rows_of_a_table_are_tokens_for_both_kernels(tmp_path: Path, kernel: str) -> None:
-    path = store_marlin(tmp_path, {3: {}}, kernel=kernel)
-    gemm = _gemm(load_marlin_table(path), 3)
-    assert (gemm.rows, gemm.top_k) == (3, 8 if kernel == "moe_w13" else 1)
+    path = store_marlin(tmp_path, {128: {}}, kernel=kernel)
+    assert _gemm(load_marlin_table(path), 128).block_size_m == 16
 
 
 def test_4_bit_kernels_are_compiled_for_the_tables_own_groups(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm_spark.bench.wire import Greeting, Plan, measure, steps
@@ -37,6 +38,11 @@ def met(config: SparkConfig) -> Iterator[tuple[Meeting, Meeting]]:
         connecting = threads.submit(Meeting.connect, config, PATIENCE)
         with listening.result() as one, connecting.result() as other:
             yield one, other
+
+
+# msgspec reads a type's annotations at its first use, and crashes if two threads do so at once; here both machines are
+# threads of one process.
+msgspec.json.Decoder(Greeting)
 
 
 def test_both_swap_what_they_have_to_say(config: SparkConfig) -> None:

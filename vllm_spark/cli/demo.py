@@ -15,7 +15,7 @@ import re
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from http.client import HTTPException
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vllm_spark.cli.arguments import up_to
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.process import Process, ProcessError, answers, clean_environment, program
@@ -113,14 +114,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="What joins two desks?", help="the chat question (default: %(default)s)")
     parser.add_argument(
         "--max-tokens",
-        type=_positive(int, most=512),
+        type=up_to(512, int),
         default=32,
         metavar="N",
         help="length of every answer, at most 512 (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
-        type=_positive(float, most=86400),
+        type=up_to(86400),
         default=900.0,
         metavar="SECONDS",
         help="give up after this time (default: %(default)g)",
@@ -476,18 +477,3 @@ def _check_installation() -> None:
             raise ConfigurationError(
                 f"the demo needs the package {package}; install it with: pip install 'vllm-spark[demo]'"
             )
-
-
-def _positive(kind: type[int] | type[float], most: float) -> Callable[[str], float]:
-    """An argparse `type`: a number above 0 and at most `most`."""
-
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most {most:g}")
-        return value
-
-    return convert

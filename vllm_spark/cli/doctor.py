@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vllm_spark.cli.arguments import up_to
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.wording import upper_first
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "your configuration, where serve and join look for it",
     )
     parser.add_argument(
-        "--wait", type=seconds, default=60.0, metavar="SECONDS", help="how long --peer waits (default: %(default)g)"
+        "--wait",
+        type=up_to(86400),
+        default=60.0,
+        metavar="SECONDS",
+        help="how long --peer waits (default: %(default)g)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object to standard output, and nothing else"
@@ -117,14 +122,3 @@ def _as_seen_there(path: Path) -> str:
         return str(path.relative_to(Path.home()))
     except (RuntimeError, ValueError):
         return str(path)
-
-
-def seconds(text: str) -> float:
-    """An option's value. Errors of argparse name this function."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give more than 0 and at most 86400 seconds")
-    return value

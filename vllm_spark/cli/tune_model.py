@@ -19,8 +19,8 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_spark.cli import PROGRAM
-from vllm_spark.cli.bench.arguments import engine_arguments, positive
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import engine_arguments, path, positive, positives
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder or file with a config.json, a model of the hub, or one of this project's (configs/models)",
     )
     parser.add_argument(
-        "--tp", type=_numbers, default=(2,), metavar="N,...", help="tensor parallel sizes to tune for (default: 2)"
+        "--tp", type=_sizes, default=(2,), metavar="N,...", help="tensor parallel sizes to tune for (default: 2)"
     )
     parser.add_argument(
         "--kernels",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a decode step, up to 8; larger steps stay as vLLM runs them (default: 1 to 8)",
     )
     parser.add_argument(
-        "--out", type=path_argument, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
+        "--out", type=path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
     )
     parser.add_argument(
         "--rounds",
@@ -78,32 +78,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
     )
-    parser.add_argument("--plot", type=path_argument, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
     parser.add_argument(
         "--keep-logs",
-        type=path_argument,
+        type=path,
         metavar="DIR",
         help="write the engines' output there, into a folder for each size, and keep it",
     )
 
 
-def path_argument(text: str) -> Path:
-    """A file or folder, also as `--option=~/name`, which shells leave as it is."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(positive(word) for word in text.split(",")))
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positives(text)))
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    rows = _numbers(text)
+    rows = sorted(set(positives(text)))
     if max(rows) > LARGEST_ROWS:
         raise argparse.ArgumentTypeError(f"{max(rows)} is more than {LARGEST_ROWS} tokens; tables end there")
-    return tuple(sorted(rows))
+    return tuple(rows)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.finding import Finding, device_findings, provenance_findings, reach_findings, spans
 from vllm_spark.tuning.fused_moe_compile import INT4, Compiled, CompileError
 from vllm_spark.tuning.fused_moe_default import LARGE_TOKENS, default_row, has_default
+from vllm_spark.tuning.fused_moe_shape import INT4_GROUPS, INT4_GROUPS_IN_TILE
 from vllm_spark.tuning.fused_moe_table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -39,8 +40,6 @@ _BLOCKS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K")
 _NEEDED = (*_BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages")
 _KNOWN = (*_NEEDED, "SPLIT_K")
 _POWERS = (*_BLOCKS, "num_warps")
-_INT4_GROUPS = (32, 64, 128)
-_INT4_RATIOS = (1, 2, 4, 8)
 _CHECKED_TOKENS = 16_384
 
 
@@ -184,8 +183,8 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
     if integers and "BLOCK_SIZE_K" in row and tokens <= 6 * shape.experts:
         # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. How many experts a token has
         # the table's name does not say: one, at the least.
-        for group in _INT4_GROUPS if group_size is None else (group_size,):
-            if row["BLOCK_SIZE_K"] // group not in _INT4_RATIOS:
+        for group in INT4_GROUPS if group_size is None else (group_size,):
+            if row["BLOCK_SIZE_K"] // group not in INT4_GROUPS_IN_TILE:
                 yield (
                     f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is {row['BLOCK_SIZE_K'] // group} groups of {group}, "
                     "and vLLM's kernel for few tokens takes 1, 2, 4 or 8"

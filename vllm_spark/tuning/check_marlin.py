@@ -48,13 +48,11 @@ def _gemm(table: MarlinTable, rows: int) -> Gemm:
     moe = shape.kernel != "dense"
     return Gemm(
         moe=moe,
-        rows=rows,
         size_n=shape.size_n,
         size_k=shape.size_k,
         group_size=shape.group_size,
         quant_type=shape.quant_type,
         block_size_m=block_size_m(rows, shape.top_k, shape.experts) if moe else 8,
-        top_k=shape.top_k if shape.kernel == "moe_w13" else 1,
     )
 
 

@@ -6,8 +6,6 @@ left out: its default depends on the experts of a token, which a table's name do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape, FusedMoeTable
 
 LARGE_TOKENS = 1024
@@ -70,22 +68,16 @@ def _row(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[st
     }
 
 
-def default_table(shape: FusedMoeShape, tuned: Mapping[int, dict[str, int]] | None = None) -> FusedMoeTable:
-    """A table that gives every step what it would get without one, except for the rows of `tuned`.
+def default_table(shape: FusedMoeShape) -> FusedMoeTable:
+    """A table that gives every step what it would get without one.
 
-    vLLM takes the nearest key. So there is a key on both sides of every place where the default changes, and one beside
-    the largest tuned row: no step is drawn to a row that was meant for others.
+    vLLM takes the nearest key. So there is a key on both sides of every place where the default changes.
 
     Args:
         shape: of the table; its default must be known (`has_default`).
-        tuned: tokens to parameters, for small steps.
     """
-    tuned = dict(tuned or {})
-    first = max(tuned, default=0) + 1
-    changes = default_changes(shape)
-    keys = {first, *(key for key in (*_PINNED, *changes) if key >= first)}
-    rows = {key: default_row(shape, key) for key in sorted(keys)}
-    return FusedMoeTable({**dict(sorted(tuned.items())), **rows})
+    keys = {1, *_PINNED, *default_changes(shape)}
+    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
 
 
 def default_changes(shape: FusedMoeShape) -> list[int]:

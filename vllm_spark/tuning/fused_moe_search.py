@@ -29,7 +29,7 @@ from vllm_spark.tuning.fused_moe_problem import (
     layer_bytes,
     random_weights,
 )
-from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.tuning.fused_moe_shape import INT4_GROUPS_IN_TILE, FusedMoeExperts, FusedMoeParameters
 from vllm_spark.tuning.fused_moe_trial import Trials
 from vllm_spark.tuning.gb10 import Device
 from vllm_spark.tuning.outcome import FusedMoeOutcome
@@ -44,7 +44,6 @@ _SIZES_N = (32, 64, 128, 256)
 _SIZES_K = (64, 128, 256)
 _WARPS = (4, 8)
 _STAGES = (2, 3, 4, 5)
-_INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
 
 
 def search_space(shape: FusedMoeExperts, rows: int, device: Device) -> list[FusedMoeParameters]:
@@ -73,7 +72,7 @@ def _fits(shape: FusedMoeExperts, device: Device, row: FusedMoeParameters) -> bo
         return False
     if shape.is_int4:
         groups, rest = divmod(size_k, shape.group_size)
-        if rest or groups not in _INT4_GROUPS_IN_TILE or shape.hidden % size_k or shape.intermediate % size_k:
+        if rest or groups not in INT4_GROUPS_IN_TILE or shape.hidden % size_k or shape.intermediate % size_k:
             return False
     needed = shared_bytes(shape.table, values)
     return needed is None or needed <= device.shared_bytes

@@ -13,7 +13,10 @@ from vllm_spark.tuning.fused_moe_table import FusedMoeShape, load_fused_moe_tabl
 from vllm_spark.tuning.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
-"""Sizes of groups for which vLLM has a rule of its own for steps of few tokens."""
+"""Sizes of groups for which vLLM has a kernel and a rule of its own for steps of few tokens."""
+
+INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
+"""Groups along a tile's depth that this kernel takes."""
 
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of those that are searched for, besides bfloat16, which has none."""

@@ -14,7 +14,6 @@ class Device:
         capability: compute capability, (12, 1) for sm_121.
         multiprocessors: of the whole GPU.
         shared_bytes: of shared memory that one block may have (opt-in limit).
-        registers_per_multiprocessor: of 32 bits.
         threads_per_multiprocessor: that can be resident.
     """
 
@@ -22,7 +21,6 @@ class Device:
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
-    registers_per_multiprocessor: int
     threads_per_multiprocessor: int
 
 
@@ -31,7 +29,6 @@ GB10 = Device(
     capability=(12, 1),
     multiprocessors=48,
     shared_bytes=101_376,
-    registers_per_multiprocessor=65_536,
     threads_per_multiprocessor=1_536,
 )
 

@@ -109,7 +109,7 @@ class MarlinCalls:
             return f"they are for blocks of {row.block_size_m} rows, and vLLM makes blocks of {block_size_m} here"
         if row.leaves_tile:
             return None
-        gemm = Gemm(True, rows, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m, top_k)
+        gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m)
         if fault := blocks_fault(row.blocks, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
             return fault
         if (locks := row.blocks * self._device.multiprocessors) > workspace:

@@ -1,4 +1,4 @@
-"""What Marlin's kernels take, how much shared memory they need, and which tile they choose when left alone.
+"""What Marlin's kernels take, and how much shared memory they need.
 
 Facts of vLLM's CUDA sources, alike in 0.26 to 0.33 for weights without act-order: the experts' kernel in
 `csrc/**/moe/marlin_moe_wna16/ops.cu`, the dense one in `csrc/**/quantization/marlin/marlin.cu`, the compiled variants
@@ -8,9 +8,8 @@ capability 8.0 and later).
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -43,7 +42,6 @@ SMALL_TILES = (Tile(128, 128, 256), Tile(64, 128, 128), Tile(128, 64, 128))
 """For one block of 16 rows or less, in the kernel's order of preference."""
 LARGE_TILES = (Tile(64, 256, 256), Tile(64, 128, 128), Tile(128, 64, 128))
 """For more rows."""
-_NARROW = Tile(128, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -79,28 +77,25 @@ class Gemm:
 
     Attributes:
         moe: whether it is the experts' kernel, else the dense one.
-        rows: of the input; with experts the tokens, whatever `top_k` makes of them.
         size_n: output width.
         size_k: input width.
         group_size: weights that share a scale; -1, or `size_k`, for one scale in a column.
         quant_type: a name in `QUANTIZATIONS`.
-        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only.
-        top_k: the `top_k` of the kernel's call: the model's for gate and up, 1 for down; 1 for dense layers.
+        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only, for the dense kernel's tiles are
+            not asked for.
     """
 
     moe: bool
-    rows: int
     size_n: int
     size_k: int
     group_size: int
     quant_type: str
     block_size_m: int = 8
-    top_k: int = 1
 
     @property
     def m_blocks(self) -> int:
         """Blocks of 16 rows in a tile."""
-        return math.ceil(self.block_size_m / 16) if self.moe else min(math.ceil(self.rows / 16), 4)
+        return math.ceil(self.block_size_m / 16)
 
     @property
     def kernel_group_size(self) -> int:
@@ -122,7 +117,7 @@ def compiled_tiles(m_blocks: int) -> tuple[Tile, ...]:
 
 
 def shared_bytes(tile: Tile, gemm: Gemm) -> int:
-    """Shared memory that the kernel's buffers take, in bytes; the launch asks for all that a block may have."""
+    """Shared memory that the buffers of the experts' kernel take, in bytes; it is launched with all that there is."""
     quantization = QUANTIZATIONS[gemm.quant_type]
     rows = 16 * gemm.m_blocks
     inputs = STAGES * rows * tile.thread_k * 2
@@ -131,7 +126,7 @@ def shared_bytes(tile: Tile, gemm: Gemm) -> int:
     groups = 1 if gemm.kernel_group_size == -1 else math.ceil(tile.thread_k / gemm.kernel_group_size)
     scales = STAGES * groups * tile.thread_n * 2
     zero_points = scales * quantization.bits // 16 if quantization.zero_points else 0
-    tokens = 16 * rows if gemm.moe else 0  # of which expert's which row is, twice, and its weight
+    tokens = 16 * rows  # of which expert's which row is, twice, and its weight
     # The sums reuse the weights' memory, and the bias lies behind them.
     reused = max(weights, sums, min(weights, sums) + 2 * tile.thread_n)
     return reused + inputs + scales + zero_points + tokens
@@ -180,9 +175,7 @@ def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
     return None
 
 
-def blocks_fault(
-    blocks_per_sm: int, tile: Tile, gemm: Gemm, device: Device, registers: int | None = None
-) -> str | None:
+def blocks_fault(blocks_per_sm: int, tile: Tile, gemm: Gemm, device: Device) -> str | None:
     """Why so many blocks for each multiprocessor will not do with a tile; None if they will.
 
     All blocks must be resident at once: those at the top of a column wait for those at its bottom, which have higher
@@ -193,7 +186,6 @@ def blocks_fault(
         tile: what each works on.
         gemm: what is asked for.
         device: on which.
-        registers: of a thread, where known.
     """
     if not 1 <= blocks_per_sm <= MAXIMUM_BLOCKS_PER_SM:
         return f"blocks_per_sm is {blocks_per_sm}; Marlin's locks cover 1 to {MAXIMUM_BLOCKS_PER_SM}"
@@ -204,66 +196,4 @@ def blocks_fault(
         return f"with {blocks_per_sm} blocks for each multiprocessor: {fault}"
     if blocks_per_sm * tile.threads > device.threads_per_multiprocessor:
         return f"{blocks_per_sm} blocks of {tile.threads} threads are more than a multiprocessor holds"
-    if registers is not None:
-        fit = device.registers_per_multiprocessor // (-(-registers // 8) * 8 * tile.threads)
-        if blocks_per_sm > fit:
-            return f"{registers} registers a thread leave room for {fit} blocks, not {blocks_per_sm}"
-    return None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the kernel takes when nobody tells it."""
-
-    tile: Tile
-    blocks_per_sm: int
-    m_blocks: int
-
-
-def choose(gemm: Gemm, device: Device, registers: Callable[[Tile], int] | Mapping[Tile, int]) -> Choice | None:
-    """The kernel's own choice: vLLM's default.
-
-    Args:
-        gemm: what is asked for.
-        device: on which.
-        registers: of a thread, for each tile: what the compiler gave that variant of the kernel. Only the experts'
-            kernel asks.
-
-    Returns:
-        None if no tile will do.
-    """
-    return _choose_experts(gemm, device, registers) if gemm.moe else _choose_dense(gemm, device)
-
-
-def _choose_experts(gemm: Gemm, device: Device, registers: Callable[[Tile], int] | Mapping[Tile, int]) -> Choice | None:
-    """The first tile that lets the most blocks share a multiprocessor, as long as there is work for them."""
-    best: Choice | None = None
-    for tile in compiled_tiles(gemm.m_blocks):
-        if tile_fault(tile, gemm, device.shared_bytes - 512) is not None:
-            continue
-        used = registers(tile) if callable(registers) else registers[tile]
-        by_registers = 255 * 1024 // (max(used, 1) * tile.threads * 4)
-        by_memory = device.shared_bytes // (shared_bytes(tile, gemm) + 1536)
-        blocks = max(min(by_registers, by_memory, 4 if gemm.m_blocks == 1 else 2), 1)
-        work = gemm.size_n // tile.thread_n * gemm.rows * gemm.top_k * 4
-        if work < device.multiprocessors * blocks:
-            blocks = max(work // device.multiprocessors, 1)
-        if best is None or blocks > best.blocks_per_sm:
-            best = Choice(tile, blocks, gemm.m_blocks)
-    return best
-
-
-def _choose_dense(gemm: Gemm, device: Device) -> Choice | None:
-    """For the first piece of the rows: the first tile that fits, or the narrow one where most would have no work."""
-    most_pieces = 128 if gemm.size_n <= 4096 else 16
-    for most in range(4, 0, -1):  # blocks of 16 rows in a tile: fewer if their buffers do not fit
-        pieces = min(gemm.rows // (16 * most), most_pieces)
-        part = dataclasses.replace(gemm, rows=16 * most if pieces else gemm.rows)
-        m_blocks = min(part.m_blocks, most)
-        for tile in compiled_tiles(m_blocks):
-            if tile_fault(tile, part, device.shared_bytes - 512) is not None:
-                continue
-            few = gemm.size_n // tile.thread_n * max(pieces, 1) * 4 <= device.multiprocessors
-            narrow = few and tile_fault(_NARROW, part, device.shared_bytes) is None
-            return Choice(_NARROW if narrow else tile, 1, m_blocks)
     return None

@@ -16,16 +16,7 @@ from vllm_spark.tuning.search import CALLS, cold_layers, find, runs
 
 def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinParameters]:
     """Every compiled tile that divides the matrix, with every number of blocks that are resident together."""
-    gemm = Gemm(
-        True,
-        rows,
-        shape.size_n,
-        shape.size_k,
-        shape.group_size,
-        shape.quant_type,
-        BLOCK_SIZE_M,
-        shape.top_k if shape.kernel == "moe_w13" else 1,
-    )
+    gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, BLOCK_SIZE_M)
     return [
         MarlinParameters(
             thread_k=tile.thread_k, thread_n=tile.thread_n, blocks_per_sm=blocks, block_size_m=BLOCK_SIZE_M

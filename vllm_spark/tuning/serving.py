@@ -105,7 +105,6 @@ def this_device() -> Device:
         capability=(found.major, found.minor),
         multiprocessors=found.multi_processor_count,
         shared_bytes=found.shared_memory_per_block_optin,
-        registers_per_multiprocessor=found.regs_per_multiprocessor,
         threads_per_multiprocessor=found.max_threads_per_multi_processor,
     )
 

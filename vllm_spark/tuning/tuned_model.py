@@ -74,7 +74,7 @@ def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
         if not isinstance(layer, Experts) or not isinstance(layer.weights, Int4):
             continue
         for shape in table_shapes.marlin_shapes(layer):
-            gemm = Gemm(True, 1, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
+            gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
             if fault := shape_fault(gemm):
                 raise ConfigurationError(f"{layer.name} of {model.label} cannot be tuned: {fault}")
             shapes[shape] = None

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.bench.arguments import add_wire_arguments, modelled_wire, positive
-from vllm_spark.cli.bench.output import check_writable, wide_console
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.cli.arguments import positive
+from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
+from vllm_spark.cli.output import check_writable, wide_console
+from vllm_spark.errors import ConfigurationError, SparkError
+
+if TYPE_CHECKING:
+    from vllm_spark.collective import RuntimeOptions
+    from vllm_spark.launch_table import LaunchTable
 
 SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and keep them for serving"
 
@@ -49,10 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
     if not torch.cuda.is_available():
         raise ConfigurationError("there is no GPU to calibrate for; on a CPU collectives have no launch shapes")
-    from vllm_spark.bench.calibrate import Trial, calibrate, rows_to_come, shares_one_gpu
-    from vllm_spark.bench.collective_report import format_size
-    from vllm_spark.collective import CollectiveError, RuntimeOptions
-    from vllm_spark.errors import SparkError
+    from vllm_spark.bench.calibrate import shares_one_gpu
     from vllm_spark.launch_table import default_path, store_launch_table
 
     out = args.out or default_path()
@@ -60,22 +64,54 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("this user has no home folder for the table; give a file with --out")
     if args.out is not None:
         check_writable(args.out)
-    options = RuntimeOptions(timeout_s=10.0)
-    wire = modelled_wire(args)
-    if args.path == "direct" and (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
-        raise ConfigurationError(
-            "--wire, --latency-us and --gbytes-per-s are of the modelled wire, which --path direct does not have; "
-            "leave them out"
+    console = wide_console()
+    best = _calibrated(args, torch.cuda.get_device_name(), _options(args), console)
+    store_launch_table(best, out)
+    if shares_one_gpu():
+        console.print(
+            f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since how "
+            "many are best when each has its own cannot be measured here.",
+            soft_wrap=True,
         )
+    console.print(f"Best: {best.shape}, packets up to {best.packet_kib} KiB. Written to {out}", soft_wrap=True)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> RuntimeOptions:
+    """Of both ranks, on the path that is asked for.
+
+    Raises:
+        ConfigurationError: options of a wire for a path without one, or no wire model.
+    """
+    from vllm_spark.collective import RuntimeOptions
+
+    wire = modelled_wire(args)
     if args.path == "wire":
-        options = RuntimeOptions(
+        return RuntimeOptions(
             timeout_s=10.0,
             loopback_mode="proxied",
             wire_latency_us=wire.latency_us,
             wire_gbytes_per_s=wire.gbytes_per_s,
         )
-    console = wide_console()
-    table = Table(title=f"{torch.cuda.get_device_name()}, {args.path}: microseconds, medians", show_lines=False)
+    if (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
+        raise ConfigurationError(
+            "--wire, --latency-us and --gbytes-per-s are of the modelled wire, which --path direct does not have; "
+            "leave them out"
+        )
+    return RuntimeOptions(timeout_s=10.0)
+
+
+def _calibrated(args: argparse.Namespace, gpu: str, options: RuntimeOptions, console: Console) -> LaunchTable:
+    """Measures, and prints every trial, also if a later one fails.
+
+    Raises:
+        SparkError: a rank failed.
+    """
+    from vllm_spark.bench.calibrate import Trial, calibrate, rows_to_come
+    from vllm_spark.bench.collective_report import format_size
+    from vllm_spark.collective import CollectiveError
+
+    table = Table(title=f"{gpu}, {args.path}: microseconds, medians", show_lines=False)
     for column in ("parameter", "value", "mean", "by size"):
         table.add_column(column, justify="right" if column == "mean" else "left")
 
@@ -88,17 +124,8 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(trial.parameter, str(trial.value), f"{trial.mean:.2f}", sizes)
 
         try:
-            best = calibrate(torch.cuda.get_device_name(), options, args.rounds, args.samples, show)
+            return calibrate(gpu, options, args.rounds, args.samples, show)
         except CollectiveError as error:
             raise SparkError(str(error)) from None
         finally:
             console.print(table)
-    store_launch_table(best, out)
-    if shares_one_gpu():
-        console.print(
-            f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since how "
-            "many are best when each has its own cannot be measured here.",
-            soft_wrap=True,
-        )
-    console.print(f"Best: {best.shape}, packets up to {best.packet_kib} KiB. Written to {out}", soft_wrap=True)
-    return 0

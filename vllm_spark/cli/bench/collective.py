@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.bench.arguments import add_wire_arguments, modelled_wire, positive, sizes
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import positive, sizes
+from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
 SUMMARY = "one all-reduce or all-gather, against NCCL or gloo"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.bench.arguments import add_wire_arguments, engine_arguments, modelled_wire, positive
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import engine_arguments, positive, positives
+from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_spark.bench.decode import Settings
 
 SUMMARY = "a decode step of vLLM with random weights: one rank, this project's pair, vLLM's own pair"
 
@@ -34,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(one rank without and with tuned tables). Default: all but the last two; with --one-gpu those that run there",
     )
     parser.add_argument(
-        "--batches", type=_batches, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
+        "--batches", type=positives, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
     )
     parser.add_argument("--steps", type=positive, default=200, help="timed steps for each batch (default: 200)")
     parser.add_argument("--rounds", type=positive, default=1, help="how often all candidates run (default: 1)")
@@ -73,33 +78,13 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench.samples import machine
     from vllm_spark.stage import set_stage
 
-    wire = modelled_wire(args)
+    settings = _settings(args)
     if args.json is not None:
         check_writable(args.json)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = decode.default_candidates(device, args.one_gpu) if args.candidates is None else args.candidates.split(",")
-    settings = decode.Settings(
-        device=device,
-        model=args.model or decode.SHIPPED_MODELS[device],
-        candidates=tuple(names),
-        batches=args.batches,
-        steps=args.steps,
-        rounds=args.rounds,
-        prompt_tokens=args.prompt_tokens,
-        compile=args.compile,
-        one_gpu=args.one_gpu,
-        latency_us=wire.latency_us,
-        gbytes_per_s=wire.gbytes_per_s,
-        engine=args.engine,
-        timeout=args.timeout,
-        profile=args.profile,
-    )
     decode.check(settings)
     console = wide_console()
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True)
-    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
+    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if settings.device == "cuda" else "CPU"
     measured: list[decode.Report] = []
 
     def where() -> str:
@@ -125,5 +110,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    return tuple(positive(word) for word in text.split(","))
+def _settings(args: argparse.Namespace) -> Settings:
+    """What the options say, with what they leave open.
+
+    Raises:
+        ConfigurationError: those of the wire contradict each other, or name no wire model.
+    """
+    import torch
+
+    from vllm_spark.bench import decode
+
+    wire = modelled_wire(args)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = decode.default_candidates(device, args.one_gpu) if args.candidates is None else args.candidates.split(",")
+    return decode.Settings(
+        device=device,
+        model=args.model or decode.SHIPPED_MODELS[device],
+        candidates=tuple(names),
+        batches=args.batches,
+        steps=args.steps,
+        rounds=args.rounds,
+        prompt_tokens=args.prompt_tokens,
+        compile=args.compile,
+        one_gpu=args.one_gpu,
+        latency_us=wire.latency_us,
+        gbytes_per_s=wire.gbytes_per_s,
+        engine=args.engine,
+        timeout=args.timeout,
+        profile=args.profile,
+    )

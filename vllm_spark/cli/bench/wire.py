@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.bench.arguments import positive, sizes
-from vllm_spark.cli.bench.output import check_writable, wide_console
+from vllm_spark.cli.arguments import positive, sizes
+from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.config import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_spark.bench.wire import Plan
+    from vllm_spark.wire_model import WireModel
 
 SUMMARY = "latency and bandwidth of RDMA writes between two machines, and the wire model that they make"
 
@@ -68,40 +72,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: a bad setting, no RDMA port, the other machine did not come or does not fit, or the wire failed.
     """
-    from vllm_spark.bench.collective_report import check_plot
-    from vllm_spark.bench.wire import MAX_DEPTH, Plan, measure
+    from vllm_spark.bench.wire import measure
     from vllm_spark.bench.wire_meeting import Meeting
-    from vllm_spark.bench.wire_report import as_json, as_tables, plot
     from vllm_spark.logs import log_as
-    from vllm_spark.wire_model import store_wire_model
 
     log_as("vllm-spark bench wire")
-    for path in filter(None, (args.output, args.json, args.plot)):
-        check_writable(path)
-    if args.plot is not None:
-        check_plot(args.plot)
-    given: dict[str, Any] = {name: getattr(args, name) for name in _LISTENERS if getattr(args, name) is not None}
+    _check_files(args)
+    given = _of_the_plan(args)
     flags = given_flags(args)
-    if args.connect and (theirs := [*given, *(name for name in _LISTENERS_SETTINGS if name in flags)]):
-        raise ConfigurationError(
-            f"--{theirs[0].replace('_', '-')} is for the machine with --listen, which says what is measured; "
-            "leave it out here"
-        )
-    for name in ("sizes", "bandwidth_sizes"):
-        if name in given:
-            given[name] = tuple(sorted(set(given[name])))
-    for name, most in (("depth", MAX_DEPTH), ("samples", _MOST), ("writes", _MOST)):
-        if given.get(name, 1) > most:
-            raise ConfigurationError(f"--{name} {given[name]} is too many; give at most {most}")
     if args.connect:
         flags["leader"] = args.connect
     config = SparkConfig.resolve(flags=flags)
     ports = _ports(config)
-    rank, plan = 1, None
+    rank, plan, join = 1, None, Meeting.connect
     if args.listen:
-        rank = 0
-        plan = Plan(**given, traffic_class=config.traffic_class, service_level=config.service_level)
-    join = Meeting.listen if args.listen else Meeting.connect
+        rank, plan, join = 0, _plan(given, config), Meeting.listen
     with (
         join(config, args.wait) as meeting,
         Progress(
@@ -117,6 +102,55 @@ def run(args: argparse.Namespace) -> int:
             lambda count: progress.update(task, total=count),
             lambda: progress.advance(task),
         )
+    _show(args, plan, model)
+    return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises ConfigurationError for files that could not be written once all is measured."""
+    from vllm_spark.bench.collective_report import check_plot
+
+    for path in filter(None, (args.output, args.json, args.plot)):
+        check_writable(path)
+    if args.plot is not None:
+        check_plot(args.plot)
+
+
+def _of_the_plan(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what is measured, as far as they were given.
+
+    Raises:
+        ConfigurationError: a value is out of range, or this machine does not say what is measured.
+    """
+    from vllm_spark.bench.wire import MAX_DEPTH
+
+    given: dict[str, Any] = {name: getattr(args, name) for name in _LISTENERS if getattr(args, name) is not None}
+    flags = given_flags(args)
+    if args.connect and (theirs := [*given, *(name for name in _LISTENERS_SETTINGS if name in flags)]):
+        raise ConfigurationError(
+            f"--{theirs[0].replace('_', '-')} is for the machine with --listen, which says what is measured; "
+            "leave it out here"
+        )
+    for name in ("sizes", "bandwidth_sizes"):
+        if name in given:
+            given[name] = tuple(sorted(set(given[name])))
+    for name, most in (("depth", MAX_DEPTH), ("samples", _MOST), ("writes", _MOST)):
+        if given.get(name, 1) > most:
+            raise ConfigurationError(f"--{name} {given[name]} is too many; give at most {most}")
+    return given
+
+
+def _plan(given: dict[str, Any], config: SparkConfig) -> Plan:
+    from vllm_spark.bench.wire import Plan
+
+    return Plan(**given, traffic_class=config.traffic_class, service_level=config.service_level)
+
+
+def _show(args: argparse.Namespace, plan: Plan, model: WireModel) -> None:
+    """Prints tables, and writes the files that were asked for."""
+    from vllm_spark.bench.wire_report import as_json, as_tables, plot
+    from vllm_spark.wire_model import store_wire_model
+
     console = wide_console()
     for table in as_tables(plan, model):
         console.print(table)
@@ -127,7 +161,6 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(as_json(plan, model) + "\n")
     if args.plot is not None:
         plot(model, args.plot)
-    return 0
 
 
 def _ports(config: SparkConfig) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Where the benchmarks' figures go."""
+"""Where figures of the benchmarks and the tuner go."""
 
 from __future__ import annotations
 
