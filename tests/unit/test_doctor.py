@@ -24,7 +24,7 @@ from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
-from vllm_spark.executor.credentials import make_secret
+from vllm_spark.executor.secret import make_secret
 from vllm_spark.launch_table import LaunchTable, store_launch_table
 
 from .folder_rights import no_entry

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
@@ -23,6 +24,7 @@ import msgspec
 from vllm_spark.collective import Runtime
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, PeerLeftError, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.calls import (
     EXECUTE,
     EXECUTE_AND_SAMPLE,
@@ -35,13 +37,14 @@ from vllm_spark.executor.calls import (
 )
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
-from vllm_spark.executor.credentials import load_secret, tls_context
-from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Offer, Reason, decode
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
+from vllm_spark.executor.messages import CALLS, CONTROL, Offer, Reason, decode
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pulse import Pulse, cause_grace
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
@@ -51,15 +54,12 @@ from vllm_spark.executor.session import (
     share_cores,
     use_link_interface,
 )
-from vllm_spark.logs import log_as
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
 from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
-
-CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 
 _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
 # Seconds between two lines that say for whom it waits: twice as long each time.
@@ -71,10 +71,16 @@ _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awa
 
 
 class FollowerSession:
-    """One leader's follower, from the first connection to the last call."""
+    """One leader's follower, from the first connection to the last call.
 
-    def __init__(self, config: SparkConfig) -> None:
-        self._config = config
+    Args:
+        config: the follower's settings.
+        answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
+            settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
+    """
+
+    def __init__(self, config: SparkConfig, answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None]) -> None:
+        self._config, self._answer_doctor = config, answer_doctor
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._ender: threading.Thread | None = None  # who set it
@@ -127,10 +133,8 @@ class FollowerSession:
             frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
             if frame.kind is Kind.OFFER:
                 return control, frame
-            from vllm_spark.doctor.visit import answer
-
             try:
-                answer(control, frame, self._config, caller.host)
+                self._answer_doctor(control, frame, self._config, caller.host)
             except PeerLostError as error:
                 logger.warning("The doctor left early: %s.", error)
             control.close()
@@ -316,33 +320,6 @@ def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
     )
 
 
-def main() -> int:
-    """Entry of a session's process; the settings come as JSON in the environment."""
-    log_as("vllm-spark join")
-    config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-    session = FollowerSession(config)
-    _stop_on_signal(session)
-    try:
-        session.run()
-    except SparkError as error:
-        logger.error("%s.", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _stop_on_signal(session: FollowerSession) -> None:
-    """Has a thread wait for SIGTERM: the main thread may be in a collective when it comes."""
-    awaited = {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before any other thread exists: they inherit it
-
-    def wait() -> None:
-        session.stop(signal.Signals(signal.sigwait(awaited)))
-
-    threading.Thread(target=wait, name="spark-stop", daemon=True).start()
-
-
 def _load_vllm() -> None:
     """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
     from vllm_spark.compat import check_vllm
@@ -390,7 +367,3 @@ def _exit(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
