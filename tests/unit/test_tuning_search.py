@@ -56,12 +56,12 @@ from vllm_spark.tuning.tuned_model import (
     fused_moe_shapes,
     layers_as_served,
     marlin_shapes,
-    not_read_by_default,
     shapes_of,
 )
 from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
 from vllm_spark.tuning.tuner import tune as run_tuner
 from vllm_spark.tuning.versions import installed_versions
+from vllm_spark.tuning.vllm_reads import backend, check_version_takes_int4, not_read_by_default, who_reads
 from vllm_spark.tuning.weights import Int4
 
 from .folder_rights import no_entry
@@ -1049,8 +1049,8 @@ def test_experts_that_triton_does_not_take(quantization: dict[str, Any], why: st
 
 def test_which_tables_vllm_reads_by_itself() -> None:
     assert not_read_by_default(FP8_CHANNEL) is None
-    for shape, backend in ((INT4, "Marlin"), (FP8_BLOCK, "DeepGEMM"), (BF16, "FlashInfer")):
-        assert backend in str(not_read_by_default(shape))
+    for shape, theirs in ((INT4, "Marlin"), (FP8_BLOCK, "DeepGEMM"), (BF16, "FlashInfer")):
+        assert theirs in str(not_read_by_default(shape))
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (data_folder("configs") / "models").iterdir()))
@@ -1374,12 +1374,12 @@ print([name for name in ("torch", "vllm", "triton") if name in sys.modules])
 
 
 def test_the_flag_that_makes_vllm_read_a_table_is_told() -> None:
-    told = tune_model._who_reads([W13, FP8_CHANNEL, INT4])
+    told = who_reads([W13, FP8_CHANNEL, INT4])
     assert len(told) == 1
     assert "--moe-backend triton" in told[0]
     assert "int4" in told[0]
-    assert tune_model._backend([INT4]) == {"moe_backend": "triton"}
-    assert tune_model._backend([W13, BF16]) == {}
+    assert backend([INT4]) == {"moe_backend": "triton"}
+    assert backend([W13, BF16]) == {}
 
 
 def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
@@ -1388,12 +1388,12 @@ def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
 
     if triton_runs_int4_experts():
         assert vllm.map_wna16_backend("triton").value == "TRITON"
-        tune_model._check_version_takes_int4([INT4])
+        check_version_takes_int4([INT4])
     else:
         with pytest.raises(ValueError, match="not supported"):
             vllm.map_wna16_backend("triton")
         with pytest.raises(ConfigurationError, match="runs int4 experts on Marlin alone"):
-            tune_model._check_version_takes_int4([INT4])
+            check_version_takes_int4([INT4])
 
 
 def test_fused_moe_tables_are_beside_their_provenance(tmp_path: Path) -> None:
