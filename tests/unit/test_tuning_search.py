@@ -289,7 +289,7 @@ def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
     assert table.models == ("a TP=2",)
     assert (table.rows[1].thread_n, table.rows[8].leaves_tile) == (128, True)
     assert table.row(9) is None
-    moe = lookup.fused_moe_table(GB10.name, 128, 384, None, None)
+    moe = lookup.find_fused_moe_table(GB10.name, 128, 384, None, None)
     assert moe is not None
     assert moe[0] == paths[1]
     assert moe[1][1] == ROW.row()
