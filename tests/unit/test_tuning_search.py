@@ -912,7 +912,30 @@ def test_a_search_goes_on_without_what_hung(tmp_path: Path, monkeypatch: pytest.
     assert raced == [each for each in space if each != space[1]]
 
 
-def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path) -> None:
+def test_vllms_own_choice_is_not_left_out_when_it_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is compared with it."""
+
+    def find(*given: Any) -> None:
+        raise HangError(MARLIN_DEFAULT)
+
+    monkeypatch.setattr(marlin_search, "runs", lambda *given: True)
+    monkeypatch.setattr(marlin_search, "find", find)
+    monkeypatch.setattr(marlin_search, "MarlinProblem", lambda *given, seed: None)
+    monkeypatch.setattr(marlin_search, "weights_of", lambda shape, on_note: contextlib.nullcontext([]))
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    with pytest.raises(HangError):
+        run_tuner([W13], (1,), GB10, journal, lambda outcome: None)
+    assert journal.hung() == set()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "further"),
+    [
+        ("'this tile'", "it is noted in {folder}, and the same command goes on without it."),
+        ("None", "that is vLLM's own choice, and without it there is nothing to compare with"),
+    ],
+)
+def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path, parameters: str, further: str) -> None:
     program = """
 import atexit, sys, time
 from pathlib import Path
@@ -920,13 +943,13 @@ from vllm_spark.cli.tune_model import _end_at_once
 from vllm_spark.tuning.timing import HangError
 atexit.register(time.sleep, 500)
 print("before", flush=False)
-_end_at_once(HangError("this tile"), Path(sys.argv[1]))
-"""
+_end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
+""".replace("PARAMETERS", parameters)
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout) == (1, "before\n")
-    assert f"this tile'; it is noted in {tmp_path}, and the same command goes on without it." in done.stderr
+    assert f"with {parameters}; {further.format(folder=tmp_path)}" in done.stderr
 
 
 def test_vllms_override_ends_when_a_kernel_fails() -> None:

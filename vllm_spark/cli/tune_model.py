@@ -260,7 +260,12 @@ def _note(console: Console, sentence: str) -> None:
 
 def _end_at_once(error: HangError, out: Path) -> NoReturn:
     """Ends this process: whatever waits for the GPU, as the end of a program does, would wait for the kernel."""
-    print(f"{PROGRAM}: {error}; it is noted in {out}, and the same command goes on without it.", file=sys.stderr)
+    from vllm_spark.tuning.outcome import is_vllms_choice
+
+    further = f"it is noted in {out}, and the same command goes on without it"
+    if is_vllms_choice(error.parameters):
+        further = "that is vLLM's own choice, and without it there is nothing to compare with; serving may hang as well"
+    print(f"{PROGRAM}: {error}; {further}.", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(error.exit_code)
