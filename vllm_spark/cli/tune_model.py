@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_spark.bench.tuned_decode import Comparison
     from vllm_spark.tuning.gb10 import Device
     from vllm_spark.tuning.journal import Journal
+    from vllm_spark.tuning.keeping import Judge
     from vllm_spark.tuning.outcome import Outcome, Shape
     from vllm_spark.tuning.plan import Plan
     from vllm_spark.tuning.timing import HangError
@@ -215,43 +216,33 @@ def _search(
 
 def _keep(
     outcomes: list[Outcome],
-    shapes: list[tuple[TunedModel, list[Shape]]],
+    sizes: list[tuple[TunedModel, list[Shape]]],
     labels: dict[Shape, list[str]],
     tables_of: Callable[[list[Outcome]], list[NewTable]],
-    judge: Callable[[TunedModel, list[Shape], list[NewTable]], dict[int, float]] | None,
+    judge: Judge | None,
     journal: Journal,
     out: Path,
     console: Console,
 ) -> None:
-    """Writes the tables of one size after the other, each as soon as its decode steps were compared.
+    """As `keeping.keep`, and says what is written."""
+    from vllm_spark.tuning.keeping import keep
 
-    Args:
-        tables_of: those that outcomes make, together with what the journal and `out` have.
-        judge: compares, and gives ratios as `promotion.promoted` takes them; None if nothing is compared.
-    """
-    from vllm_spark.tuning.journal import Kept
-    from vllm_spark.tuning.promotion import promoted
-    from vllm_spark.tuning.tuner import store
-
-    judged: dict[tuple[Shape, int], Outcome] = {(outcome.shape, outcome.rows): outcome for outcome in outcomes}
     done = 0
 
     def kept() -> str:
         return (
-            f"tables for {done} of {len(shapes)} sizes are written, and what the search found is kept in {out}; the "
+            f"tables for {done} of {len(sizes)} sizes are written, and what the search found is kept in {out}; the "
             "same command compares decode steps again"
         )
 
+    def show(written: list[Path]) -> None:
+        nonlocal done
+        for each in written:
+            console.print(f"Written: {each}", soft_wrap=True)
+        done += 1
+
     with _told_when_stopped(console, kept):
-        for model, its in shapes:
-            mine = [outcome for outcome in judged.values() if outcome.shape in its]
-            if mine and judge is not None:
-                mine = promoted(mine, judge(model, its, tables_of(mine)))
-                judged |= {(outcome.shape, outcome.rows): outcome for outcome in mine}
-            journal.keep([Kept(outcome, tuple(labels[outcome.shape])) for outcome in mine])
-            for path in store(tables_of(mine), out, lambda sentence: _note(console, sentence)):
-                console.print(f"Written: {path}", soft_wrap=True)
-            done += 1
+        keep(outcomes, sizes, labels, tables_of, judge, journal, out, show, lambda sentence: _note(console, sentence))
 
 
 def _note(console: Console, sentence: str) -> None:
