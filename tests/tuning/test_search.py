@@ -275,7 +275,7 @@ def test_the_command_writes_tables_that_serving_finds(
     assert "Written:" in printed
     assert "--moe-backend triton" in printed
     assert (tmp_path / "plot.svg").stat().st_size > 0
-    found = lookup.fused_moe_table(device.name, 8, 256, None, None)
+    found = lookup.find_fused_moe_table(device.name, 8, 256, None, None)
     assert found is not None
     path, rows, _ = found
     assert {1, 4, 8, 9, 16, 1024} <= set(rows)
@@ -310,7 +310,7 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
     printed = capsys.readouterr().out
     assert "A decode step of one rank of" in printed
     assert {path.name for path in (logs / "tp2").iterdir()} == {"untuned-0.log", "tuned-0.log"}
-    found = lookup.fused_moe_table(device.name, 8, 256, None, None)
+    found = lookup.find_fused_moe_table(device.name, 8, 256, None, None)
     assert found is not None
     path, rows, _ = found
     assert path.is_relative_to(home)
@@ -327,6 +327,6 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
 
     lookup.forget()
     assert tune_command(*words[:3], "--rows", "1", "--no-decode") == 0
-    again = lookup.fused_moe_table(device.name, 8, 256, None, None)
+    again = lookup.find_fused_moe_table(device.name, 8, 256, None, None)
     assert again is not None
     assert {number: again[1][number] for number in (2, 4, 8)} == {number: rows[number] for number in (2, 4, 8)}

@@ -125,16 +125,16 @@ def test_a_bad_file_of_the_user_costs_a_sentence(
 
 def test_a_fused_moe_table_and_its_place(folders: Folders) -> None:
     arguments = (GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
-    assert lookup.fused_moe_table(*arguments) is None
+    assert lookup.find_fused_moe_table(*arguments) is None
     lookup.forget()
     shipped = store_moe(folders.shipped, 64)
-    found = lookup.fused_moe_table(*arguments)
+    found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
     assert found[0] == shipped
     assert found[1][1]["BLOCK_SIZE_N"] == 64
     lookup.forget()
     mine = store_moe(folders.user, 32)
-    found = lookup.fused_moe_table(*arguments)
+    found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
     assert (found[0], found[1][1]["BLOCK_SIZE_N"]) == (mine, 32)
 
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_read_costs_a_sentence(folders: Folders, caplog:
         found = lookup.find_marlin_table(GB10.name, W13)
         assert found is not None
         assert found[0] == marlin
-        of_triton = lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
+        of_triton = lookup.find_fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
         assert of_triton is not None
         assert of_triton[0] == moe
         assert lookup.has_marlin_tables_for_experts(GB10.name)
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_read_costs_a_sentence(folders: Folders, caplog:
 def test_a_table_without_provenance_serves(folders: Folders) -> None:
     path = store_moe(folders.user, 64)
     provenance_path(path).unlink()
-    assert lookup.fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None) is not None
+    assert lookup.find_fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None) is not None
 
 
 # ---- calls of Marlin's operator ----

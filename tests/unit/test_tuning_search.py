@@ -56,12 +56,12 @@ from vllm_spark.tuning.tuned_model import (
     fused_moe_shapes,
     layers_as_served,
     marlin_shapes,
-    not_read_by_default,
     shapes_of,
 )
 from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
 from vllm_spark.tuning.tuner import tune as run_tuner
 from vllm_spark.tuning.versions import installed_versions
+from vllm_spark.tuning.vllm_reads import backend, check_version_takes_int4, not_read_by_default, who_reads
 from vllm_spark.tuning.weights import Int4
 
 from .folder_rights import no_entry
@@ -289,7 +289,7 @@ def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
     assert table.models == ("a TP=2",)
     assert (table.rows[1].thread_n, table.rows[8].leaves_tile) == (128, True)
     assert table.row(9) is None
-    moe = lookup.fused_moe_table(GB10.name, 128, 384, None, None)
+    moe = lookup.find_fused_moe_table(GB10.name, 128, 384, None, None)
     assert moe is not None
     assert moe[0] == paths[1]
     assert moe[1][1] == ROW.row()
@@ -912,7 +912,30 @@ def test_a_search_goes_on_without_what_hung(tmp_path: Path, monkeypatch: pytest.
     assert raced == [each for each in space if each != space[1]]
 
 
-def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path) -> None:
+def test_vllms_own_choice_is_not_left_out_when_it_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is compared with it."""
+
+    def find(*given: Any) -> None:
+        raise HangError(MARLIN_DEFAULT)
+
+    monkeypatch.setattr(marlin_search, "runs", lambda *given: True)
+    monkeypatch.setattr(marlin_search, "find", find)
+    monkeypatch.setattr(marlin_search, "MarlinProblem", lambda *given, seed: None)
+    monkeypatch.setattr(marlin_search, "weights_of", lambda shape, on_note: contextlib.nullcontext([]))
+    journal = Journal(tmp_path, GB10.name, VERSIONS)
+    with pytest.raises(HangError):
+        run_tuner([W13], (1,), GB10, journal, lambda outcome: None)
+    assert journal.hung() == set()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "further"),
+    [
+        ("'this tile'", "it is noted in {folder}, and the same command goes on without it."),
+        ("None", "that is vLLM's own choice, and without it there is nothing to compare with"),
+    ],
+)
+def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path, parameters: str, further: str) -> None:
     program = """
 import atexit, sys, time
 from pathlib import Path
@@ -920,13 +943,13 @@ from vllm_spark.cli.tune_model import _end_at_once
 from vllm_spark.tuning.timing import HangError
 atexit.register(time.sleep, 500)
 print("before", flush=False)
-_end_at_once(HangError("this tile"), Path(sys.argv[1]))
-"""
+_end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
+""".replace("PARAMETERS", parameters)
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stdout) == (1, "before\n")
-    assert f"this tile'; it is noted in {tmp_path}, and the same command goes on without it." in done.stderr
+    assert f"with {parameters}; {further.format(folder=tmp_path)}" in done.stderr
 
 
 def test_vllms_override_ends_when_a_kernel_fails() -> None:
@@ -1049,8 +1072,8 @@ def test_experts_that_triton_does_not_take(quantization: dict[str, Any], why: st
 
 def test_which_tables_vllm_reads_by_itself() -> None:
     assert not_read_by_default(FP8_CHANNEL) is None
-    for shape, backend in ((INT4, "Marlin"), (FP8_BLOCK, "DeepGEMM"), (BF16, "FlashInfer")):
-        assert backend in str(not_read_by_default(shape))
+    for shape, theirs in ((INT4, "Marlin"), (FP8_BLOCK, "DeepGEMM"), (BF16, "FlashInfer")):
+        assert theirs in str(not_read_by_default(shape))
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (data_folder("configs") / "models").iterdir()))
@@ -1374,12 +1397,12 @@ print([name for name in ("torch", "vllm", "triton") if name in sys.modules])
 
 
 def test_the_flag_that_makes_vllm_read_a_table_is_told() -> None:
-    told = tune_model._who_reads([W13, FP8_CHANNEL, INT4])
+    told = who_reads([W13, FP8_CHANNEL, INT4])
     assert len(told) == 1
     assert "--moe-backend triton" in told[0]
     assert "int4" in told[0]
-    assert tune_model._backend([INT4]) == {"moe_backend": "triton"}
-    assert tune_model._backend([W13, BF16]) == {}
+    assert backend([INT4]) == {"moe_backend": "triton"}
+    assert backend([W13, BF16]) == {}
 
 
 def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
@@ -1388,12 +1411,12 @@ def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
 
     if triton_runs_int4_experts():
         assert vllm.map_wna16_backend("triton").value == "TRITON"
-        tune_model._check_version_takes_int4([INT4])
+        check_version_takes_int4([INT4])
     else:
         with pytest.raises(ValueError, match="not supported"):
             vllm.map_wna16_backend("triton")
         with pytest.raises(ConfigurationError, match="runs int4 experts on Marlin alone"):
-            tune_model._check_version_takes_int4([INT4])
+            check_version_takes_int4([INT4])
 
 
 def test_fused_moe_tables_are_beside_their_provenance(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
     from vllm_spark.bench.tuned_decode import Comparison
     from vllm_spark.tuning.gb10 import Device
     from vllm_spark.tuning.journal import Journal
+    from vllm_spark.tuning.keeping import Judge
     from vllm_spark.tuning.outcome import Outcome, Shape
+    from vllm_spark.tuning.plan import Plan
     from vllm_spark.tuning.timing import HangError
     from vllm_spark.tuning.tuned_model import TunedModel
     from vllm_spark.tuning.tuner import NewTable
@@ -104,86 +105,58 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: no GPU, no vLLM, no place for the tables, a model that is not known, or a kernel that failed.
     """
-    plan = _plan(args)
+    from vllm_spark.tuning.plan import make_plan
+
+    plan = make_plan(args.model, args.tp, args.kernels, args.rows)
+    out = _checked_folder(args, plan)
     torch = _torch_with_gpu()
-    if args.kernels == "triton":
-        _check_version_takes_int4(list(plan.labels))
     from vllm_spark.tuning.gpu_claim import claim
     from vllm_spark.tuning.journal import Journal
     from vllm_spark.tuning.report import outcomes_tables, plot
     from vllm_spark.tuning.serving import this_device
     from vllm_spark.tuning.tuner import tables
     from vllm_spark.tuning.versions import installed_versions
+    from vllm_spark.tuning.vllm_reads import backend, check_version_takes_int4, who_reads
 
+    if args.kernels == "triton":
+        check_version_takes_int4(plan.labels)
     device, versions = this_device(), installed_versions()
     where = ", ".join([torch.cuda.get_device_name(), *(f"{each} {version}" for each, version in versions.items())])
-    journal = Journal(plan.out, device.name, versions)
+    journal = Journal(out, device.name, versions)
     console = wide_console()
     with _ended_in_order(), journal.alone(), claim(str(torch.cuda.get_device_properties(0).uuid)):
-        outcomes = _search(list(plan.labels), args.rows, device, journal, plan.out, console)
+        outcomes = _search(list(plan.labels), args.rows, device, journal, out, console)
         for table in outcomes_tables(outcomes, where):
             console.print(table)
 
         def tables_of(mine: list[Outcome]) -> list[NewTable]:
-            return tables(mine, plan.labels, device, versions, journal.kept().values(), plan.out)
+            return tables(mine, plan.labels, device, versions, journal.kept().values(), out)
 
         def judge(model: TunedModel, its: list[Shape], candidates: list[NewTable]) -> dict[int, float]:
-            comparisons = _compare(plan.config, model, {**_backend(its), **args.engine}, candidates, args, console)
+            comparisons = _compare(plan.config, model, {**backend(its), **args.engine}, candidates, args, console)
             console.print(_comparison_table(model.label, comparisons, where))
             return {each.batch: each.ratio for each in comparisons}
 
         if not args.decode:
             console.print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
-        _keep(outcomes, plan.sizes, plan.labels, tables_of, judge if args.decode else None, journal, plan.out, console)
-    for sentence in _who_reads(list(plan.labels)):
+        _keep(outcomes, plan.sizes, plan.labels, tables_of, judge if args.decode else None, journal, out, console)
+    for sentence in who_reads(plan.labels):
         console.print(sentence, soft_wrap=True)
     if args.plot is not None:
         plot(outcomes, where, args.plot)
     return 0
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is tuned.
+def _checked_folder(args: argparse.Namespace, plan: Plan) -> Path:
+    """The tables' folder.
 
-    Attributes:
-        config: of the model.
-        sizes: the model at each tensor parallel size, and its kernels' shapes.
-        labels: for each shape, the models and sizes that have it.
-        out: the tables' folder.
+    Raises:
+        ConfigurationError: it, or another file or shard that comes later, cannot be written or made.
     """
-
-    config: dict[str, Any]
-    sizes: list[tuple[TunedModel, list[Shape]]]
-    labels: dict[Shape, list[str]]
-    out: Path
-
-
-def _plan(args: argparse.Namespace) -> _Plan:
-    """Raises ConfigurationError for all that can be seen to be wrong before a GPU is asked for."""
     from vllm_spark.bench.shard_as_model import shard_as_model
     from vllm_spark.quantization_groups import with_groups_that_fit
     from vllm_spark.tuning.lookup import user_folder
-    from vllm_spark.tuning.model_config import read_model_config
-    from vllm_spark.tuning.outcome import tunable_rows
-    from vllm_spark.tuning.tuned_model import TunedModel, layers_as_served, shapes_of
 
-    name, config = read_model_config(args.model)
-    models = [TunedModel(name, tp, layers_as_served(config, tp)) for tp in args.tp]
-    sizes = [(model, shapes_of(model, args.kernels)) for model in models]
-    labels: dict[Shape, list[str]] = {}
-    for model, its in sizes:
-        for shape in its:
-            labels.setdefault(shape, []).append(model.label)
-    if not labels:
-        raise ConfigurationError(f"there is nothing to tune in {name}: {_NOTHING[args.kernels]}")
-    if not any(tunable_rows(shape, args.rows) for shape in labels):
-        raise ConfigurationError(
-            f"there is nothing to tune in {name} for {args.rows[0]} tokens: vLLM makes larger blocks of them than "
-            "Marlin is tuned for; leave --rows out"
-        )
-    if args.kernels == "triton":
-        _check_triton_takes(name, config)
     out = args.out or user_folder()
     if out is None:
         raise ConfigurationError("this user has no home folder for the tables; give a folder with --out")
@@ -196,9 +169,9 @@ def _plan(args: argparse.Namespace) -> _Plan:
     if args.decode:
         if args.keep_logs is not None:
             _check_folder(args.keep_logs, "--keep-logs")
-        for model in models:  # a shard that cannot be made is no reason to lose a search
-            shard_as_model(with_groups_that_fit(config, model.tp), model.tp)
-    return _Plan(config, sizes, labels, out)
+        for model, _ in plan.sizes:  # a shard that cannot be made is no reason to lose a search
+            shard_as_model(with_groups_that_fit(plan.config, model.tp), model.tp)
+    return out
 
 
 def _search(
@@ -243,43 +216,33 @@ def _search(
 
 def _keep(
     outcomes: list[Outcome],
-    shapes: list[tuple[TunedModel, list[Shape]]],
+    sizes: list[tuple[TunedModel, list[Shape]]],
     labels: dict[Shape, list[str]],
     tables_of: Callable[[list[Outcome]], list[NewTable]],
-    judge: Callable[[TunedModel, list[Shape], list[NewTable]], dict[int, float]] | None,
+    judge: Judge | None,
     journal: Journal,
     out: Path,
     console: Console,
 ) -> None:
-    """Writes the tables of one size after the other, each as soon as its decode steps were compared.
+    """As `keeping.keep`, and says what is written."""
+    from vllm_spark.tuning.keeping import keep
 
-    Args:
-        tables_of: those that outcomes make, together with what the journal and `out` have.
-        judge: compares, and gives ratios as `promotion.promoted` takes them; None if nothing is compared.
-    """
-    from vllm_spark.tuning.journal import Kept
-    from vllm_spark.tuning.promotion import promoted
-    from vllm_spark.tuning.tuner import store
-
-    judged: dict[tuple[Shape, int], Outcome] = {(outcome.shape, outcome.rows): outcome for outcome in outcomes}
     done = 0
 
     def kept() -> str:
         return (
-            f"tables for {done} of {len(shapes)} sizes are written, and what the search found is kept in {out}; the "
+            f"tables for {done} of {len(sizes)} sizes are written, and what the search found is kept in {out}; the "
             "same command compares decode steps again"
         )
 
+    def show(written: list[Path]) -> None:
+        nonlocal done
+        for each in written:
+            console.print(f"Written: {each}", soft_wrap=True)
+        done += 1
+
     with _told_when_stopped(console, kept):
-        for model, its in shapes:
-            mine = [outcome for outcome in judged.values() if outcome.shape in its]
-            if mine and judge is not None:
-                mine = promoted(mine, judge(model, its, tables_of(mine)))
-                judged |= {(outcome.shape, outcome.rows): outcome for outcome in mine}
-            journal.keep([Kept(outcome, tuple(labels[outcome.shape])) for outcome in mine])
-            for path in store(tables_of(mine), out, lambda sentence: _note(console, sentence)):
-                console.print(f"Written: {path}", soft_wrap=True)
-            done += 1
+        keep(outcomes, sizes, labels, tables_of, judge, journal, out, show, lambda sentence: _note(console, sentence))
 
 
 def _note(console: Console, sentence: str) -> None:
@@ -288,7 +251,12 @@ def _note(console: Console, sentence: str) -> None:
 
 def _end_at_once(error: HangError, out: Path) -> NoReturn:
     """Ends this process: whatever waits for the GPU, as the end of a program does, would wait for the kernel."""
-    print(f"{PROGRAM}: {error}; it is noted in {out}, and the same command goes on without it.", file=sys.stderr)
+    from vllm_spark.tuning.outcome import is_vllms_choice
+
+    further = f"it is noted in {out}, and the same command goes on without it"
+    if is_vllms_choice(error.parameters):
+        further = "that is vLLM's own choice, and without it there is nothing to compare with; serving may hang as well"
+    print(f"{PROGRAM}: {error}; {further}.", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(error.exit_code)
@@ -304,42 +272,6 @@ def _told_when_stopped(console: Console, kept: Callable[[], str]) -> Iterator[No
         raise
 
 
-_NOTHING = {
-    "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton); other kernels take no parameters, or, as "
-    "for MXFP4, are not searched",
-    "marlin": "none of its experts have int4 weights; Marlin's other kernels take no parameters, or, as for MXFP4, are "
-    "not searched",
-    "triton": "it has no experts in int4, bfloat16 or fp8, which are those that Triton's kernel takes",
-}
-
-
-def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
-    """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
-    from vllm_spark.tuning.weights import described_quantization
-
-    found = described_quantization(config)
-    described = found if isinstance(found, dict) else {}
-    if str(described.get("quant_method", "")).lower() == "awq":
-        reason = "AWQ's layout of int4 weights"
-    elif described.get("desc_act"):
-        reason = "GPTQ's int4 weights in an order of their own (desc_act)"
-    else:
-        return
-    raise ConfigurationError(
-        f"vLLM's Triton kernel does not take {reason}, which {name} has; leave --kernels triton out to tune Marlin"
-    )
-
-
-def _check_version_takes_int4(shapes: list[Shape]) -> None:
-    from vllm_spark.compat import triton_runs_int4_experts, vllm_version
-    from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts
-
-    if any(isinstance(shape, FusedMoeExperts) and shape.is_int4 for shape in shapes) and not triton_runs_int4_experts():
-        raise ConfigurationError(
-            f"vLLM {vllm_version()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later vLLM"
-        )
-
-
 def _check_folder(folder: Path, option: str) -> None:
     """Raises ConfigurationError if `folder`, given by `option`, cannot be made or written, and makes nothing yet."""
     try:
@@ -351,25 +283,6 @@ def _check_folder(folder: Path, option: str) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "is protected" if parent.is_dir() else "is a file"
         raise ConfigurationError(f"the folder {folder} cannot be written: {parent} {what}; give another with {option}")
-
-
-def _backend(shapes: list[Shape]) -> dict[str, str]:
-    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all of its experts."""
-    from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts
-
-    return {"moe_backend": "triton"} if all(isinstance(shape, FusedMoeExperts) for shape in shapes) else {}
-
-
-def _who_reads(shapes: list[Shape]) -> list[str]:
-    """Sentences about tables that vLLM does not read by itself."""
-    from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts
-    from vllm_spark.tuning.tuned_model import not_read_by_default
-
-    return [
-        f"Serve with --moe-backend triton, or the table for {shape.describe()} is not read: {reason}."
-        for shape in shapes
-        if isinstance(shape, FusedMoeExperts) and (reason := not_read_by_default(shape)) is not None
-    ]
 
 
 def _compare(

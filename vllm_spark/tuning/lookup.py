@@ -88,7 +88,7 @@ def table_files(device: str, kind: str) -> list[Path]:
 
 
 @functools.cache
-def fused_moe_table(
+def find_fused_moe_table(
     device: str, experts: int, size_n: int, dtype: str | None, block_shape: tuple[int, int] | None
 ) -> tuple[Path, dict[int, dict[str, int]], FusedMoeProvenance] | None:
     """Where the table for a shape is, its rows, and what is known of them; None if there is none that can be used.
@@ -118,7 +118,7 @@ def fused_moe_table(
 def forget() -> None:
     """Makes the next look-up read the files again."""
     find_marlin_table.cache_clear()
-    fused_moe_table.cache_clear()
+    find_fused_moe_table.cache_clear()
 
 
 def _is_there(path: Path) -> bool:

@@ -181,7 +181,7 @@ def choose_fused_moe_table(
     if theirs is not None and os.path.exists(os.path.join(theirs, name)):
         logger.info("Triton, %s: as in %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
         return of_vllm()
-    found = lookup.fused_moe_table(device, experts, size_n, dtype, block_shape)
+    found = lookup.find_fused_moe_table(device, experts, size_n, dtype, block_shape)
     if found is None:
         return _left_to_vllm(name, of_vllm, "there is no table of this name" if has_tables(device) else None)
     path, rows, provenance = found

@@ -139,17 +139,3 @@ def _triton_fault(layer: Experts) -> str | None:
         block = " x ".join(map(str, layer.weights.block))
         return f"a rank's widths {widths[0]} and {widths[1]} are no whole number of blocks of {block}, which vLLM wants"
     return None
-
-
-def not_read_by_default(shape: FusedMoeExperts) -> str | None:
-    """Why vLLM would not read its table on a GB10 unless told to, to follow "the table for ..."; None if it would.
-
-    With `--moe-backend triton` it reads all of them.
-    """
-    if shape.is_int4:
-        return "vLLM runs such experts on Marlin by itself"
-    if shape.block_shape is not None:
-        return "vLLM runs such experts on DeepGEMM by itself"
-    if shape.dtype is None:
-        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by itself, where FlashInfer is installed"
-    return None

@@ -38,6 +38,7 @@ from vllm_spark.tuning.outcome import (
     MarlinOutcome,
     Outcome,
     Shape,
+    is_vllms_choice,
     tunable_rows,
 )
 from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
@@ -76,7 +77,8 @@ def tune(
         on_note: called with what a reader of the results should know.
 
     Raises:
-        HangError: a kernel does not end, which the journal knows now: the next search goes on without it.
+        HangError: a kernel does not end, which the journal knows now: the next search goes on without it. With vLLM's
+            own choice none does.
         SparkError: no room on the GPU, or a kernel failed.
     """
     known, hung = journal.known(), journal.hung()
@@ -111,8 +113,9 @@ def tune(
                         )
                         note(found, new=True)
         except HangError as error:
-            if isinstance(error.parameters, MarlinParameters | FusedMoeParameters):
-                journal.add_hang(shape, error.parameters)
+            hanging = error.parameters
+            if isinstance(hanging, MarlinParameters | FusedMoeParameters) and not is_vllms_choice(hanging):
+                journal.add_hang(shape, hanging)
             raise
     return outcomes
 

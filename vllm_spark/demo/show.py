@@ -1,0 +1,213 @@
+"""The demo itself: it starts the pair and then one rank, asks both the same, and says what came of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vllm_spark.demo.comparison import Run, Summary, as_table, first_difference
+from vllm_spark.demo.counters import read_counters
+from vllm_spark.demo.phases import Phases
+from vllm_spark.demo.programs import MODEL_NAME, Server, follower_arguments, leader_arguments, serve_arguments
+from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
+from vllm_spark.process import Process, ProcessError, answers, clean_environment, program
+from vllm_spark.stage import Stage, printable
+from vllm_spark.tiny_model import ModelKind, make_tiny_model
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+TOKEN_PROMPTS = (
+    "def main(",
+    "The cable between the two desks carries",
+    "1, 1, 2, 3, 5, 8, 13, ",
+    "class Process:\n    def __init__(self, name):\n        ",
+    "二つの机、一つのモデル。",
+    "if x == 0: return None\nelif",
+)
+PHASES = (
+    ("vLLM starts", r"."),
+    ("weights", r"Starting to load model"),
+    ("the engine warms up", r"Loading weights took"),
+)
+"""What the leader is doing, and the line of its log that tells."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is shown.
+
+    Attributes:
+        model_kind: of the tiny model.
+        prompt: the chat question, and the last of those whose tokens are compared.
+        max_tokens: length of every answer.
+        timeout: seconds for all of it.
+    """
+
+    model_kind: ModelKind
+    prompt: str
+    max_tokens: int
+    timeout: float
+
+
+class Demo:
+    """One run of the demo; what it starts is on the stage, and the console shows it."""
+
+    def __init__(self, settings: Settings, console: Console, stage: Stage) -> None:
+        self._settings = settings
+        self._console = console
+        self._started = time.monotonic()
+        self._stage = stage
+
+    def run(self) -> Summary:
+        """Shows the pair and then one rank.
+
+        Raises:
+            SparkError: a program failed, or the time is over.
+        """
+        say = self._console.print
+        model = self._stage.folder / f"tiny-{self._settings.model_kind}"
+        say(f"[bold]1. A tiny {self._settings.model_kind} model[/] with random weights: what it says is noise.")
+        make_tiny_model(model, self._settings.model_kind)
+        say("[bold]2. The pair:[/] vllm-spark join, and vllm serve MODEL --spark")
+        with self._pair(model) as server:
+            self._chat(server)
+            before = time.monotonic()
+            tokens = self._greedy(server)
+            pair = Run(tokens, server.start_seconds, time.monotonic() - before, read_counters(server))
+        say("[bold]3. One rank of stock vLLM[/] with the same model, to compare with: vllm serve MODEL")
+        with self._single(model) as server:
+            before = time.monotonic()
+            tokens = self._greedy(server)
+            single = Run(tokens, server.start_seconds, time.monotonic() - before)
+        return self._conclude(pair, single)
+
+    @contextmanager
+    def _pair(self, model: Path) -> Iterator[Server]:
+        """Follower and leader, while they serve."""
+        spark_port, http_port = free_ports(2)
+        environment = clean_environment() | CPU_ENVIRONMENT
+        join = [program("vllm-spark"), *follower_arguments(spark_port)]
+        serve = [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)]
+        with (
+            self._stage.started("vllm-spark join", join, "follower.log", environment) as follower,
+            self._stage.started("vllm serve --spark", serve, "leader.log", environment) as leader,
+        ):
+            yield self._ready(leader, http_port, follower)
+            for process in (leader, follower):
+                if process.exit_code is not None:
+                    raise ProcessError(f"{process.name} ended early, exit code {process.exit_code}", process)
+
+    @contextmanager
+    def _single(self, model: Path) -> Iterator[Server]:
+        """Stock vLLM, while it serves."""
+        (http_port,) = free_ports(1)
+        serve = [program("vllm"), *serve_arguments(model, http_port)]
+        environment = clean_environment() | CPU_ENVIRONMENT
+        with self._stage.started("vllm serve", serve, "single.log", environment) as server:
+            yield self._ready(server, http_port)
+
+    def _ready(self, process: Process, port: int, follower: Process | None = None) -> Server:
+        """Waits until the server answers, showing what it does meanwhile."""
+        before = time.monotonic()
+        url = f"http://{LOOPBACK}:{port}"
+        with Phases(self._console) as phases:
+            if follower is not None:
+                phases.enter("the follower waits for its leader")
+
+            def ready() -> bool:
+                if follower is not None and follower.exit_code is not None:
+                    raise ProcessError(
+                        f"{follower.name} ended while the leader started, exit code {follower.exit_code}", follower
+                    )
+                output = process.output()
+                for name, pattern in reversed(PHASES):
+                    if re.search(pattern, output):
+                        phases.enter(name)
+                        break
+                return answers(f"{url}/health")
+
+            process.wait_until(ready, self._remaining(), "become ready")
+            phases.enter("ready")
+        return Server(url, process, time.monotonic() - before)
+
+    def _chat(self, server: Server) -> None:
+        """Asks the chat question and prints the answer as it comes."""
+        self._console.print(f"   [cyan]You:[/] {printable(self._settings.prompt)}", markup=True)
+        self._console.print("   [cyan]Noise:[/] ", end="")
+        with self._client(server) as client:
+            stream = client.chat.completions.create(
+                model=MODEL_NAME,
+                messages=[{"role": "user", "content": self._settings.prompt}],
+                max_tokens=self._settings.max_tokens,
+                temperature=0,
+                stream=True,
+            )
+            for chunk in stream:
+                text = chunk.choices[0].delta.content if chunk.choices else None
+                self._console.print(printable(text or ""), end="", markup=False, soft_wrap=True)
+        self._console.print()
+
+    def _greedy(self, server: Server) -> list[list[int]]:
+        """The token ids of the greedy answers to the prompts."""
+        with self._client(server) as client:
+            return [self._greedy_answer(client, prompt) for prompt in (*TOKEN_PROMPTS, self._settings.prompt)]
+
+    def _greedy_answer(self, client: OpenAI, prompt: str) -> list[int]:
+        completion = client.completions.create(
+            model=MODEL_NAME,
+            prompt=prompt,
+            max_tokens=self._settings.max_tokens,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        return list((completion.choices[0].model_extra or {})["token_ids"])
+
+    @contextmanager
+    def _client(self, server: Server) -> Iterator[OpenAI]:
+        """The official client; what goes wrong with it is an error of the server that it asks."""
+        import httpx
+        from openai import DefaultHttpxClient, OpenAI, OpenAIError
+
+        client = OpenAI(
+            base_url=f"{server.url}/v1",
+            api_key="none",
+            timeout=self._remaining(),
+            max_retries=0,
+            http_client=DefaultHttpxClient(trust_env=False),  # a proxy has no business on loopback
+        )
+        try:
+            with client:
+                yield client
+        except (OpenAIError, httpx.HTTPError) as error:  # the client leaves errors within a stream as they are
+            raise ProcessError(f"{server.process.name} did not answer: {error}", server.process) from error
+
+    def _remaining(self) -> float:
+        """Seconds left of the time that the user gave, at least one: what is waited for then names itself."""
+        return max(1.0, self._started + self._settings.timeout - time.monotonic())
+
+    def _conclude(self, pair: Run, single: Run) -> Summary:
+        summary = Summary.of(pair, single, time.monotonic() - self._started)
+        self._console.print(as_table(pair, single))
+        self._console.print(
+            "Times are of ranks that share this machine's cores: they say nothing about speed.", soft_wrap=True
+        )
+        if not summary.identical:
+            self._console.print(f"[bold red]The tokens differ:[/] {first_difference(pair.tokens, single.tokens)}")
+        elif summary.fallbacks:
+            self._console.print("[bold red]Some collectives went to vLLM's own path[/] and not through the runtime.")
+        elif not summary.ok:
+            self._console.print("[bold red]A rank has counted no all-reduce:[/] the pair did not work together.")
+        else:
+            self._console.print(
+                f"[bold green]All {summary.tokens} token ids of the pair are those of one rank.[/] "
+                f"{summary.seconds:.0f} s in all."
+            )
+        return summary
