@@ -10,7 +10,7 @@ from vllm_spark.patches import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_spark.executor.counters import engine_failure
+        from vllm_spark.counter_board import engine_failure
 
         original(self, *args, **kwargs)
         if failure := engine_failure():

@@ -23,6 +23,7 @@ from vllm_spark.config import (
     typed_flags,
 )
 from vllm_spark.config_file import check_config_file
+from vllm_spark.counter_board import engine_failure
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
@@ -201,8 +202,6 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
     if config is None:
         original(args)
         return
-    from vllm_spark.executor.counters import engine_failure
-
     try:
         if getattr(args, "headless", False):
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
@@ -244,7 +243,7 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
 
 def _follow_launcher(config: SparkConfig) -> NoReturn:
     """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
-    from vllm_spark.cli.join import follow_leaders
+    from vllm_spark.following import follow_leaders
 
     log_as("vllm-spark rank 1")
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))

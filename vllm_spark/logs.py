@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from vllm_spark.counter_board import engine_failure
 from vllm_spark.errors import SparkError
 
 _DATE_FORMAT = "%m-%d %H:%M:%S"  # vLLM's
@@ -47,7 +48,5 @@ class _OneSentence(logging.Filter):
 
 def _explanation(error: BaseException) -> str | None:
     """The sentence that explains `error`, if there is one: its own, or why the pair broke, which caused it."""
-    from vllm_spark.executor.counters import engine_failure
-
     failure = error if isinstance(error, SparkError) else engine_failure()
     return None if failure is None else str(failure)

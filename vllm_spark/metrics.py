@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_spark.executor.counters import CounterBoard
+from vllm_spark.counter_board import CounterBoard
 
 _COUNTERS = {
     "steps": "Steps whose tokens went into the ranks' digest",

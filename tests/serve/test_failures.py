@@ -91,9 +91,7 @@ class Follower:
 
     def session(self) -> psutil.Process:
         """The process that follows the present leader."""
-        (session,) = (
-            child for child in self.process.descendants() if "vllm_spark.executor.follower" in child.cmdline()
-        )
+        (session,) = (child for child in self.process.descendants() if "vllm_spark.follower_process" in child.cmdline())
         return session
 
 

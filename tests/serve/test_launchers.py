@@ -75,7 +75,7 @@ DYING = """
 import json, os, sys
 from vllm import LLM, SamplingParams
 from vllm_spark.errors import PeerLostError
-from vllm_spark.executor.counters import engine_failure
+from vllm_spark.counter_board import engine_failure
 model, prompt, settings = json.loads(sys.argv[1])
 common = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
 

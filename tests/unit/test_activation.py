@@ -22,7 +22,7 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
         followed.append((config, once))
         return 5
 
-    monkeypatch.setattr("vllm_spark.cli.join.follow_leaders", follow_leaders)
+    monkeypatch.setattr("vllm_spark.following.follow_leaders", follow_leaders)
     with pytest.raises(SystemExit) as end:
         activation.serve(argparse.Namespace(spark=True, spark_port=2222), lambda args: None)
     assert end.value.code == 5

@@ -10,12 +10,13 @@ import pytest
 
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.collective import Runtime, RuntimeOptions, install
+from vllm_spark.counter_board import BOARD_VARIABLE, CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
-from vllm_spark.executor.counters import BOARD_VARIABLE, CounterBoard, RankCounters, local_counters
+from vllm_spark.executor.counters import local_counters
 from vllm_spark.metrics import SparkCollector
 
 ENGINE = """
-from vllm_spark.executor.counters import CounterBoard, RankCounters
+from vllm_spark.counter_board import CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 board = CounterBoard.from_environment()
 board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))

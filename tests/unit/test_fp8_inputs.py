@@ -81,7 +81,7 @@ from vllm_spark.launch_table import LaunchTable
 assignment = Assignment(None, SparkConfig(), LaunchTable(), {}, "127.0.0.1", 1)
 calls = SimpleNamespace(expect=lambda *kinds, timeout: SimpleNamespace(payload=pickle.dumps(assignment)))
 try:
-    FollowerSession(SparkConfig())._follow(calls, "127.0.0.1", 1)
+    FollowerSession(SparkConfig(), print)._follow(calls, "127.0.0.1", 1)
 except Exception as error:
     print(type(error).__name__, error.exit_code, error)
 """

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from vllm_spark.config import SparkConfig
+from vllm_spark.counter_board import CounterBoard
 from vllm_spark.executor import leader
 from vllm_spark.executor.calls import LAST_CALL_OF_THE_START
-from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.handshake import Follower, Listener
 from vllm_spark.executor.leader import SparkExecutor, give_up_unfinished_start

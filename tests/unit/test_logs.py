@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
+from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import PeerLostError
-from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.logs import share_vllms_log
 
 

@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from vllm_spark.config import SparkConfig
+from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.channel import Kind
-from vllm_spark.executor.counters import CounterBoard
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Reason
 from vllm_spark.executor.pair import Pair

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
@@ -51,15 +52,12 @@ from vllm_spark.executor.session import (
     share_cores,
     use_link_interface,
 )
-from vllm_spark.logs import log_as
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
 from vllm_spark.wording import upper_first
 
 logger = logging.getLogger("vllm_spark")
-
-CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 
 _RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
 # Seconds between two lines that say for whom it waits: twice as long each time.
@@ -71,10 +69,16 @@ _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awa
 
 
 class FollowerSession:
-    """One leader's follower, from the first connection to the last call."""
+    """One leader's follower, from the first connection to the last call.
 
-    def __init__(self, config: SparkConfig) -> None:
-        self._config = config
+    Args:
+        config: the follower's settings.
+        answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
+            settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
+    """
+
+    def __init__(self, config: SparkConfig, answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None]) -> None:
+        self._config, self._answer_doctor = config, answer_doctor
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._ender: threading.Thread | None = None  # who set it
@@ -127,10 +131,8 @@ class FollowerSession:
             frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
             if frame.kind is Kind.OFFER:
                 return control, frame
-            from vllm_spark.doctor.visit import answer
-
             try:
-                answer(control, frame, self._config, caller.host)
+                self._answer_doctor(control, frame, self._config, caller.host)
             except PeerLostError as error:
                 logger.warning("The doctor left early: %s.", error)
             control.close()
@@ -316,33 +318,6 @@ def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
     )
 
 
-def main() -> int:
-    """Entry of a session's process; the settings come as JSON in the environment."""
-    log_as("vllm-spark join")
-    config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-    session = FollowerSession(config)
-    _stop_on_signal(session)
-    try:
-        session.run()
-    except SparkError as error:
-        logger.error("%s.", error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _stop_on_signal(session: FollowerSession) -> None:
-    """Has a thread wait for SIGTERM: the main thread may be in a collective when it comes."""
-    awaited = {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before any other thread exists: they inherit it
-
-    def wait() -> None:
-        session.stop(signal.Signals(signal.sigwait(awaited)))
-
-    threading.Thread(target=wait, name="spark-stop", daemon=True).start()
-
-
 def _load_vllm() -> None:
     """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
     from vllm_spark.compat import check_vllm
@@ -390,7 +365,3 @@ def _exit(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,10 +15,11 @@ from typing import Any
 
 from vllm_spark import collective
 from vllm_spark.config import SparkConfig
+from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
-from vllm_spark.executor.counters import CounterBoard, local_counters
+from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import load_secret, tls_context
 from vllm_spark.executor.handshake import Follower, Listener, Offer, Reason
 from vllm_spark.executor.link import leader_address
