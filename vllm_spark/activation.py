@@ -161,7 +161,7 @@ def check_link(config: SparkConfig) -> None:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
     from vllm_spark.executor.credentials import load_secret
-    from vllm_spark.executor.handshake import bind
+    from vllm_spark.executor.endpoint import bind
     from vllm_spark.executor.link import check_ports, leader_address
     from vllm_spark.launch_table import load_launch_table
 

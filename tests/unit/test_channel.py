@@ -22,13 +22,17 @@ from hypothesis import strategies as st
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
-from vllm_spark.executor import credentials, handshake
+from vllm_spark.executor import credentials
+from vllm_spark.executor import listener as listening
+from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, Lane
 from vllm_spark.executor.credentials import Role, load_secret, tls_context
-from vllm_spark.executor.handshake import CALLS, CONTROL, Caller, Follower, Listener, Offer, Reason, Versions
+from vllm_spark.executor.listener import Follower, Listener
+from vllm_spark.executor.messages import CALLS, CONTROL, Hello, Offer, Reason
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.executor.versions import Versions
 
 SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
 LIMIT = 1 << 20
@@ -208,7 +212,7 @@ def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCap
     credentials._load_identity(impostor, certificate, key)
     plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
     connection = TlsConnection(plain, impostor, server_side=False, timeout=5)
-    hello = msgspec.json.encode(handshake.Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
+    hello = msgspec.json.encode(Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
     Lane(connection, "the leader", LIMIT).send(Kind.HELLO, hello)
     with pytest.raises((EOFError, OSError)):
         connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
@@ -387,7 +391,7 @@ def test_a_follower_that_does_not_fit_is_waited_past(listener: Listener, caplog:
 
 def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dies after the offer, one accepts but opens no second lane: the next one gets the place."""
-    monkeypatch.setattr(handshake, "_GREETING_TIMEOUT", 0.5)
+    monkeypatch.setattr(listening, "GREETING_TIMEOUT", 0.5)
 
     def die_after_offer() -> None:
         control = caller(listener).connect(CONTROL)
@@ -412,7 +416,7 @@ def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, m
 
 def test_a_late_connection_of_another_session_is_not_taken(listener: Listener) -> None:
     left, late = lanes()
-    stranger = handshake.Hello(CALLS, "another session", "somewhere", 1, Versions.of_this_process())
+    stranger = Hello(CALLS, "another session", "somewhere", 1, Versions.of_this_process())
     listener._calls.put((stranger, left))
     with ThreadPoolExecutor() as pool:
         joined = pool.submit(join, listener)
@@ -438,7 +442,7 @@ def test_two_threads_may_give_the_place_free(listener: Listener) -> None:
     """As a greeter and the one that waits do: neither waits for a connection that the other one took."""
     listener._calls = _Contended()
     _, late = lanes()
-    listener._calls.put((handshake.Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
+    listener._calls.put((Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
     threads = [threading.Thread(target=listener._release, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -460,7 +464,7 @@ def test_a_listener_survives_when_no_thread_can_be_started(
 
     with monkeypatch.context() as out_of_threads:
         out_of_threads.setattr(threading.Thread, "start", refuse)
-        for _ in range(2 * handshake._GREETERS):
+        for _ in range(2 * listening._GREETERS):
             plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
             assert plain.recv(1) == b""
     assert "can't start new thread" in caplog.text

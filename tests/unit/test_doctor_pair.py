@@ -19,9 +19,11 @@ from vllm_spark.doctor.pair import compare
 from vllm_spark.doctor.report import Report
 from vllm_spark.doctor.visit import Examination, answer, visit
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
+from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import Frame, Kind, Lane
 from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.handshake import CONTROL, Caller, Versions
+from vllm_spark.executor.messages import CONTROL
+from vllm_spark.executor.versions import Versions
 from vllm_spark.local_pair import free_ports
 
 from .gb10_tree import Tree, gb10
@@ -262,7 +264,7 @@ def test_a_question_that_is_none() -> None:
 
 def test_a_leader_still_refuses_another_version() -> None:
     """Only the doctor takes whoever comes."""
-    from vllm_spark.executor.handshake import Listener
+    from vllm_spark.executor.listener import Listener
 
     listener = Listener("127.0.0.1", 0, tls_context(SECRET.encode(), "leader"), LIMIT)
     caller = follower(int(listener.endpoint.rpartition(":")[2]))

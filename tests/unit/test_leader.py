@@ -12,8 +12,8 @@ from vllm_spark.counter_board import CounterBoard
 from vllm_spark.executor import leader
 from vllm_spark.executor.calls import LAST_CALL_OF_THE_START
 from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.handshake import Follower, Listener
 from vllm_spark.executor.leader import SparkExecutor, give_up_unfinished_start
+from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.pair import Pair
 from vllm_spark.patches import all_patches
 from vllm_spark.tuning import serving

@@ -18,7 +18,8 @@ from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.channel import Kind
 from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.handshake import Follower, Listener, Reason
+from vllm_spark.executor.listener import Follower, Listener
+from vllm_spark.executor.messages import Reason
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.store import INIT_METHOD, LeaderStore
 from vllm_spark.local_pair import free_ports

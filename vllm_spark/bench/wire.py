@@ -24,7 +24,7 @@ from vllm_spark.collective.errors import CollectiveError
 from vllm_spark.collective.rails import Port, Rail, pair
 from vllm_spark.collective.rendezvous import LinkOffer, Ports, both_ready, swap_offers, swap_ports
 from vllm_spark.errors import PeerLostError, SparkError
-from vllm_spark.executor.handshake import host_name
+from vllm_spark.executor.endpoint import host_name
 from vllm_spark.wire_model import Bandwidth, Latency, RailWire, Wire, WireModel, fit
 
 logger = logging.getLogger("vllm_spark")

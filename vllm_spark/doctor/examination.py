@@ -15,8 +15,9 @@ from vllm_spark.doctor.rails import Rail, active, find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
 from vllm_spark.doctor.software import check_software
 from vllm_spark.doctor.system import System
-from vllm_spark.executor.handshake import Versions, host_name
+from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.link import is_loopback
+from vllm_spark.executor.versions import Versions
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -15,8 +15,10 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.credentials import load_secret, tls_context
-from vllm_spark.executor.handshake import Listener, Reason, decode, host_name
+from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.link import leader_address
+from vllm_spark.executor.listener import Listener
+from vllm_spark.executor.messages import Reason, decode
 
 logger = logging.getLogger("vllm_spark")
 

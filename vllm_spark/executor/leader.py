@@ -24,8 +24,8 @@ from vllm.v1.serial_utils import run_method
 from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
 from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, LAST_CALL_OF_THE_START, SAMPLE, STEP_METHODS
-from vllm_spark.executor.handshake import Offer
 from vllm_spark.executor.lockstep import WorkerRandomState
+from vllm_spark.executor.messages import Offer
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import parent_process, watch_parent

@@ -19,7 +19,7 @@ import msgspec
 
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane, LaneClosedError
-from vllm_spark.executor.handshake import Reason, decode
+from vllm_spark.executor.messages import Reason, decode
 from vllm_spark.wake_up import WakeUp
 
 logger = logging.getLogger("vllm_spark")

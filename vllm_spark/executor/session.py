@@ -14,7 +14,7 @@ from vllm_spark import __version__, collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
-from vllm_spark.executor.handshake import host_name
+from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.link import interface_of, source_interface, split_rails
 from vllm_spark.launch_table import LaunchTable
 from vllm_spark.ranks import WORLD_SIZE

@@ -165,3 +165,18 @@ class TlsConnection:
     def _flush(self) -> None:
         if self._outgoing.pending:
             self._socket.sendall(self._outgoing.read())
+
+
+def failure_in_words(error: Exception) -> str:
+    """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
+    if isinstance(error, ssl.SSLError):
+        reason = (error.reason or "").upper()
+        rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
+        if rejected or isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                "the other side has another secret; give both machines the same (--spark-secret-file or SPARK_SECRET)"
+            )
+        return f"what is there does not speak this protocol ({reason.replace('_', ' ').lower() or error})"
+    if isinstance(error, OSError):
+        return f"the connection broke before it was authenticated ({error.strerror or error})"
+    return str(error)

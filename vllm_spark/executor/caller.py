@@ -1,0 +1,63 @@
+"""The follower's mouth: how it finds its leader."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import ssl
+
+import msgspec
+
+from vllm_spark.errors import ConfigurationError, RefusedError
+from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.endpoint import format_endpoint, host_name
+from vllm_spark.executor.messages import GREETING_TIMEOUT, Hello, Reason, decode
+from vllm_spark.executor.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.versions import Versions
+
+
+class Caller:
+    """Connects a follower's lanes to its leader.
+
+    Args:
+        host, port: where the leader listens.
+        context: TLS context of the follower.
+        max_frame: limit of one message, in bytes.
+    """
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
+        self.host, self.port, self._context, self._max_frame = host, port, context, max_frame
+        self._session = secrets.token_hex(16)
+        self._versions = Versions.of_this_process()
+        self.endpoint = format_endpoint(host, port)
+
+    def connect(self, lane: str) -> Lane | None:
+        """Opens one lane; None if nobody listens there now.
+
+        Raises:
+            ConfigurationError: the leader has another secret, or is no vllm-spark leader.
+            RefusedError: the leader gave a reason.
+        """
+        try:
+            plain = socket.create_connection((self.host, self.port), timeout=GREETING_TIMEOUT)
+        except OSError:
+            return None
+        try:
+            connection = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
+            opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
+            if (role := opened.peer_role) != "leader":
+                raise ConfigurationError(f"{self.endpoint} authenticated as {role!r}, not as a leader")
+            hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
+            opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=GREETING_TIMEOUT)
+            answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
+        except ssl.SSLError as error:
+            plain.close()
+            raise ConfigurationError(f"{self.endpoint}: {failure_in_words(error)}") from None
+        except (OSError, ChannelError):
+            plain.close()
+            return None
+        if answer.kind is Kind.REFUSAL:
+            opened.close()
+            raise RefusedError(f"the leader at {self.endpoint} refused: {decode(answer, Reason).sentence}")
+        return opened
