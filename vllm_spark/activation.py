@@ -160,9 +160,9 @@ def check_link(config: SparkConfig) -> None:
     Raises:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
-    from vllm_spark.executor.credentials import load_secret
     from vllm_spark.executor.endpoint import bind
     from vllm_spark.executor.link import check_ports, leader_address
+    from vllm_spark.executor.secret import load_secret
     from vllm_spark.launch_table import load_launch_table
 
     check_ports(config)

@@ -15,8 +15,8 @@ from types import FrameType
 from vllm_spark.compat import check_vllm
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
-from vllm_spark.executor.credentials import load_secret
 from vllm_spark.executor.link import leader_endpoint
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.process import end_with_parent
 
 logger = logging.getLogger("vllm_spark")

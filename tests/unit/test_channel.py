@@ -26,11 +26,12 @@ from vllm_spark.executor import credentials
 from vllm_spark.executor import listener as listening
 from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, Lane
-from vllm_spark.executor.credentials import Role, load_secret, tls_context
+from vllm_spark.executor.credentials import Role, tls_context
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.messages import CALLS, CONTROL, Hello, Offer, Reason
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.tls import TlsConnection
 from vllm_spark.executor.versions import Versions
 
@@ -153,7 +154,7 @@ def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pyte
 def test_processes_that_start_together_make_one_secret(tmp_path: Path) -> None:
     look = (
         "from vllm_spark.config import SparkConfig\n"
-        "from vllm_spark.executor.credentials import load_secret\n"
+        "from vllm_spark.executor.secret import load_secret\n"
         "print(load_secret(SparkConfig(), '127.0.0.1', {}).decode())"
     )
     environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -23,7 +23,7 @@ from vllm_spark.doctor.rails import find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
-from vllm_spark.executor.credentials import make_secret
+from vllm_spark.executor.secret import make_secret
 
 from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10

@@ -16,7 +16,7 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.examination import examine, is_bare
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.credentials import load_secret, make_secret
+from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.local_pair import free_ports
 from vllm_spark.process import Process, clean_environment, program
 

@@ -16,9 +16,10 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import MIB, Kind
-from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.link import LOOPBACK
 from vllm_spark.executor.messages import CONTROL
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.local_pair import free_ports
 
 PATIENCE = 60.0

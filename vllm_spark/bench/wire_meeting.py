@@ -18,10 +18,11 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError
 from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import MIB, ChannelError, Frame, Kind, Lane
-from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.link import leader_address, leader_endpoint
 from vllm_spark.executor.listener import Listener
 from vllm_spark.executor.messages import CONTROL, Reason, decode
+from vllm_spark.executor.secret import load_secret
 
 _GREETING_SECONDS = 30.0
 _SEND_SECONDS = 10.0

@@ -6,7 +6,7 @@ import argparse
 import typing
 
 from vllm_spark.config import ENABLE_VARIABLE, SparkConfig, environment_name, flag_name
-from vllm_spark.executor.credentials import SECRET_VARIABLE
+from vllm_spark.executor.secret import SECRET_VARIABLE
 
 SUMMARY = "print the reference of all settings"
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_secret(args: argparse.Namespace) -> int:
-    from vllm_spark.executor.credentials import default_secret_file, make_secret
+    from vllm_spark.executor.secret import default_secret_file, make_secret
 
     if args.json:
         raise ConfigurationError("--json does not go with --make-secret; leave one out")

@@ -14,11 +14,12 @@ from vllm_spark.doctor.examination import Machine, examine
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
-from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.listener import Listener
 from vllm_spark.executor.messages import Reason, decode
+from vllm_spark.executor.secret import load_secret
 
 logger = logging.getLogger("vllm_spark")
 

@@ -1,4 +1,4 @@
-"""One shared secret, and the mutually authenticated TLS 1.3 that is made from it.
+"""The mutually authenticated TLS 1.3 that is made from the shared secret.
 
 Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process makes
 itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks the secret
@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import secrets
 import ssl
-import stat
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
@@ -23,81 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import NameOID
 
-from vllm_spark.config import MINIMUM_SECRET_BYTES, SparkConfig
-from vllm_spark.data_folders import configuration_folder
-from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.link import is_loopback
-
 Role = Literal["leader", "follower"]
 
-SECRET_VARIABLE = "SPARK_SECRET"
 # Certificates never expire: clocks of desks that were off for a year must not keep them apart.
 _VALID_FROM = datetime.datetime(2020, 1, 1)
 _VALID_UNTIL = datetime.datetime(2120, 1, 1)
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
-
-
-def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
-    """The secret that this process shares with its peer.
-
-    Taken from SPARK_SECRET, else from `config.secret_file`, else from `default_secret_file`. On a loopback address,
-    where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
-
-    Raises:
-        ConfigurationError: no secret, or one that is unreadable, readable by others, or too short.
-    """
-    environment = os.environ if environment is None else environment
-    if value := environment.get(SECRET_VARIABLE, ""):
-        return _long_enough(os.fsencode(value).strip(), f"the secret in {SECRET_VARIABLE}")
-    if config.secret_file is not None:
-        return _read_secret(config.secret_file)
-    if is_loopback(link_address):
-        return _own_secret()
-    default = default_secret_file()
-    if default is not None and secret_is_there(default):
-        return _read_secret(default)
-    raise ConfigurationError(
-        f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
-        f"make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
-        f"or give it with --spark-secret-file FILE or in {SECRET_VARIABLE}"
-    )
-
-
-def default_secret_file() -> Path | None:
-    """Where a secret is looked for if none is given; None for a user without a home folder."""
-    folder = configuration_folder()
-    return None if folder is None else folder / "secret"
-
-
-def make_secret(path: Path) -> None:
-    """Writes a fresh secret of 32 random bytes, in hexadecimal digits, to a new file that only its owner may read.
-
-    A folder that is missing is made, for its owner only.
-
-    Raises:
-        ConfigurationError: the file is there already, or cannot be written.
-    """
-    try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(mode=0o700, parents=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        if path.is_dir():
-            raise ConfigurationError(f"{path} is a folder; name a file in it: --make-secret {path}/secret") from None
-        if os.path.lexists(path):
-            raise ConfigurationError(
-                f"{path} exists already and is left as it is; copy that one to the other machine, or delete it first"
-            ) from None
-        raise ConfigurationError(
-            f"no secret can be written to {path} ({error.strerror}); choose another place: --make-secret PATH"
-        ) from None
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            os.fchmod(descriptor, 0o600)  # whatever the umask
-            file.write(secrets.token_hex(32) + "\n")
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise ConfigurationError(f"no secret can be written to {path} ({error.strerror})") from None
 
 
 def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
@@ -125,66 +52,6 @@ def _identity(secret: bytes, role: str) -> tuple[x509.Certificate, x509.Certific
     key = Ed25519PrivateKey.generate()
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role)])
     return authority, _certificate(name, key, authority_key, is_authority=False), key
-
-
-def _read_secret(path: Path) -> bytes:
-    try:
-        mode = path.stat().st_mode
-        content = path.read_bytes().strip()
-    except OSError as error:
-        raise ConfigurationError(
-            f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
-        ) from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigurationError(
-            f"the secret file {path} is open to other users (mode {stat.S_IMODE(mode):04o}); chmod 600 {path}"
-        )
-    return _long_enough(content, f"the secret in {path}")
-
-
-def _long_enough(secret: bytes, what: str) -> bytes:
-    if len(secret) < MINIMUM_SECRET_BYTES:
-        raise ConfigurationError(
-            f"{what} has {len(secret)} bytes, and needs at least {MINIMUM_SECRET_BYTES}; "
-            "make one: vllm-spark doctor --make-secret"
-        )
-    return secret
-
-
-def secret_is_there(path: Path) -> bool:
-    """Whether there is such a file, or may be one: nobody looks into a folder without the right to."""
-    try:
-        return path.exists()
-    except OSError:  # reading it says why
-        return True
-
-
-def _own_secret() -> bytes:
-    """This user's secret for loopback links, made on first use."""
-    try:
-        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-spark"
-    except RuntimeError:
-        raise ConfigurationError(
-            f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}"
-        ) from None
-    path = folder / "loopback.secret"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Written aside and linked into place: two processes that start together agree on whichever came first.
-        draft = folder / f".loopback.{os.getpid()}.{secrets.token_hex(4)}"
-        draft.touch(mode=0o600, exist_ok=False)
-        try:
-            draft.write_text(secrets.token_hex(32))
-            os.link(draft, path)
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
-    except OSError as error:
-        raise ConfigurationError(
-            f"no secret can be kept in {folder} ({error.strerror}); give one in {SECRET_VARIABLE}"
-        ) from None
-    return _read_secret(path)
 
 
 def _certificate(

@@ -37,13 +37,14 @@ from vllm_spark.executor.calls import (
 )
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
-from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import CALLS, CONTROL, Offer, Reason, decode
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pulse import Pulse, cause_grace
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,

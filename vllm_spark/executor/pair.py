@@ -20,12 +20,13 @@ from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
-from vllm_spark.executor.credentials import load_secret, tls_context
+from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import Offer, Reason
 from vllm_spark.executor.pulse import Pulse, cause_grace
+from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     LinkInterface,
