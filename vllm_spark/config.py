@@ -169,7 +169,7 @@ class SparkConfig(BaseModel):
         from vllm_spark.wire_model import load_wire_model
 
         try:
-            fit = load_wire_model(Path(values["wire"]).expanduser()).total.fit
+            fit = load_wire_model(_expanded(values["wire"])).total.fit
         except ConfigurationError as error:
             raise ValueError(str(error)) from None
         numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
@@ -210,7 +210,7 @@ class SparkConfig(BaseModel):
     @field_validator("secret_file", "launch_table", "wire")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser()
+        return None if value is None else _expanded(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> SparkConfig:
@@ -395,6 +395,11 @@ def _neutral(name: str) -> dict[str, Any]:
     if name == "slot_kib":
         return {"packet_kib": 0}
     return {}
+
+
+def _expanded(path: Path | str) -> Path:
+    """`path` with a home folder for `~`; that of a user who does not exist stays, for whoever reads it to explain."""
+    return Path(os.path.expanduser(path))
 
 
 def _is_number(value: Any, number: float) -> bool:

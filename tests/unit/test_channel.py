@@ -31,9 +31,11 @@ from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.messages import CALLS, CONTROL, Hello, Offer, Reason
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.pulse import Pulse
-from vllm_spark.executor.secret import load_secret
+from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.executor.tls import TlsConnection
 from vllm_spark.executor.versions import Versions
+
+from .folder_rights import no_entry
 
 SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
 LIMIT = 1 << 20
@@ -149,6 +151,13 @@ def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pyte
     own = load_secret(SparkConfig(), "127.0.0.1", {})
     assert len(own) == 64
     assert (tmp_path / "vllm-spark" / "loopback.secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_secret_where_nobody_may_look(tmp_path: Path) -> None:
+    for path in (tmp_path / "secret", tmp_path / "folder" / "secret"):
+        with no_entry(tmp_path), pytest.raises(ConfigurationError) as caught:
+            make_secret(path)
+        assert str(caught.value).startswith(f"no secret can be written to {path} (Permission denied); choose another")
 
 
 def test_processes_that_start_together_make_one_secret(tmp_path: Path) -> None:

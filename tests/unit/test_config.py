@@ -124,6 +124,18 @@ def test_a_bad_setting_is_explained_in_one_sentence(sources: dict[str, Any], par
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["secret_file", "launch_table", "wire"])
+def test_a_file_of_a_user_who_does_not_exist(name: str) -> None:
+    """Whoever reads it says that it is not there."""
+    settings = {name: "~no-such-user/file", "loopback_mode": "proxied"}
+    if name == "wire":
+        with pytest.raises(ConfigurationError, match="the wire model ~no-such-user/file cannot be read"):
+            SparkConfig.resolve(flags=settings, environment={})
+    else:
+        config = SparkConfig.resolve(flags=settings, environment={})
+        assert getattr(config, name) == Path("~no-such-user/file")
+
+
 def test_a_wire_model_sets_latency_and_bandwidth(tmp_path: Path) -> None:
     path = wire_file(tmp_path / "wire.json", 1.5, 20.25)
     settings = {"wire": path, "loopback_mode": "proxied"}

@@ -118,6 +118,8 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_model(str(tmp_path), None) == tmp_path
     with pytest.raises(RefusedError, match="there is no model in /no/such/model on this machine; copy it"):
         find_model("/no/such/model", None)
+    with pytest.raises(RefusedError, match="there is no model in ~no-such-user/model on this machine; copy it"):
+        find_model("~no-such-user/model", None)
     single = tmp_path / "m.gguf"
     single.touch()
     with pytest.raises(RefusedError, match=r"m\.gguf is a single file, which --spark does not serve; give a folder"):

@@ -78,7 +78,7 @@ def find_model(model: str, revision: str | None) -> Path:
     Raises:
         RefusedError: it is not there, may not be read, or is a single file.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # leaves a user who does not exist
     is_path = path.is_absolute() or model.startswith((".", "~"))
     try:
         mode = path.stat().st_mode

@@ -69,7 +69,7 @@ def make_secret(path: Path) -> None:
             path.parent.mkdir(mode=0o700, parents=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        if path.is_dir():
+        if os.path.isdir(path):  # False also where nobody may look
             raise ConfigurationError(f"{path} is a folder; name a file in it: --make-secret {path}/secret") from None
         if os.path.lexists(path):
             raise ConfigurationError(
