@@ -88,7 +88,8 @@ def test_a_waiting_follower_stops_when_asked(waiting: Process, number: signal.Si
 
 PATIENT = """
 import sys
-from vllm_spark.cli import join, main
+from vllm_spark import following
+from vllm_spark.cli import main
 {}
 sys.exit(main(["join", "--port", sys.argv[1]]))
 """
@@ -103,9 +104,10 @@ def patient(tmp_path: Path, port: str, setting: str) -> Process:
 @pytest.mark.parametrize(
     ("setting", "state"),
     [
-        ("join._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
+        ("following._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
         (
-            "join._FIRST_PAUSE = 600; join.sys.executable = '/bin/false'",  # sessions that crash are restarted slowly
+            # Sessions that crash are restarted slowly.
+            "following._FIRST_PAUSE = 600; following.sys.executable = '/bin/false'",
             "The session ended with exit code 1; waiting for the next leader",
         ),
     ],
