@@ -56,6 +56,11 @@ class RankCounters(msgspec.Struct):
     reposts: int = 0
 
 
+# Now: msgspec crashes if two threads, of a server that is asked twice for its metrics, are the first to need a type.
+for _kind in (_Failure, RankCounters):
+    msgspec.json.Decoder(_kind)
+
+
 class CounterBoard:
     """One record per rank, and one for a failed start. One process writes, others read; neither ever waits."""
 

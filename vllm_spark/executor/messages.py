@@ -57,6 +57,12 @@ class Offer(msgspec.Struct, frozen=True):
     heartbeat_timeout: float
 
 
+# msgspec reads a type's annotations at its first use, and the process crashes if two threads come to that at once, as
+# the greetings of a follower's two lanes may.
+for _kind in (Hello, Welcome, Reason, Offer):
+    msgspec.json.Decoder(_kind)
+
+
 def decode(frame: Frame, kind: type[Message]) -> Message:
     """The JSON message in `frame`.
 
