@@ -52,7 +52,6 @@ uint64_t read(const std::atomic<uint64_t>& counter) {
 void put_proxy_counters(py::dict& values, const ProxyCounters* proxy) {
   values["proxy_posts"] = proxy ? read(proxy->posts) : 0;
   values["proxy_coalesced"] = proxy ? read(proxy->coalesced) : 0;
-  values["proxy_sleeps"] = proxy ? read(proxy->sleeps) : 0;
 }
 
 void put_link_counters(py::dict& values, const verbs::Link* link) {
@@ -79,7 +78,6 @@ py::dict counters_of(const Runtime& runtime) {
   values["payload_messages"] = read(counters.payload_messages);
   values["chunked_operations"] = read(counters.chunked_operations);
   values["wait_seconds"] = static_cast<double>(read(counters.wait_ns)) * 1e-9;
-  values["longest_wait_seconds"] = static_cast<double>(read(counters.longest_wait_ns)) * 1e-9;
   put_proxy_counters(values, runtime.proxy_counters());
   put_link_counters(values, runtime.link());
   values["last_sequence"] = runtime.last_sequence();
@@ -97,7 +95,6 @@ py::dict counters_of(const device::DeviceRuntime& runtime) {
   values["payload_messages"] = totals.payload_messages;
   values["chunked_operations"] = totals.chunked_operations;
   values["wait_seconds"] = 0.0;
-  values["longest_wait_seconds"] = 0.0;
   put_proxy_counters(values, runtime.proxy_counters());
   put_link_counters(values, runtime.link());
   values["last_sequence"] = static_cast<uint32_t>(totals.sequence);

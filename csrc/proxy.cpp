@@ -113,7 +113,6 @@ void Proxy::sleep_on_doorbell() {
   region_.proxy_asleep().store(1, std::memory_order_seq_cst);
   bool quiet = region_.doorbell().load(std::memory_order_seq_cst) == last_;
   if (quiet && !stopping_.load(std::memory_order_seq_cst)) {
-    counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
     // The kernel compares the word once more: a doorbell rung since then ends the wait at once.
     futex_wait(region_.doorbell(), last_);
   }

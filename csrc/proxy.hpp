@@ -13,7 +13,6 @@ namespace spark {
 struct ProxyCounters {
   std::atomic<uint64_t> posts{0};
   std::atomic<uint64_t> coalesced{0};  // posts beyond the first of one look at the doorbell
-  std::atomic<uint64_t> sleeps{0};
 };
 
 class Proxy {

@@ -53,11 +53,7 @@ class Runtime::Wait {
   ~Wait() {
     if (start_ == Clock::time_point{}) return;
     auto waited = static_cast<uint64_t>((Clock::now() - start_).count());
-    Counters& counters = runtime_.counters_;
-    counters.wait_ns.fetch_add(waited, std::memory_order_relaxed);
-    if (waited > counters.longest_wait_ns.load(std::memory_order_relaxed)) {
-      counters.longest_wait_ns.store(waited, std::memory_order_relaxed);  // one caller at a time: no race
-    }
+    runtime_.counters_.wait_ns.fetch_add(waited, std::memory_order_relaxed);
   }
 
   // Between two looks at the awaited word. Throws when waiting makes no sense any more, but not before one

@@ -24,7 +24,6 @@ struct Counters {
   std::atomic<uint64_t> payload_messages{0};
   std::atomic<uint64_t> chunked_operations{0};
   std::atomic<uint64_t> wait_ns{0};
-  std::atomic<uint64_t> longest_wait_ns{0};
 };
 
 class Runtime {

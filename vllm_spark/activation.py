@@ -160,7 +160,7 @@ def check_link(config: SparkConfig) -> None:
     Raises:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
-    from vllm_spark.executor.endpoint import bind
+    from vllm_spark.executor.endpoint import check_free
     from vllm_spark.executor.link import check_ports, leader_address
     from vllm_spark.executor.secret import load_secret
     from vllm_spark.launch_table import load_launch_table
@@ -169,7 +169,7 @@ def check_link(config: SparkConfig) -> None:
     address = leader_address(config)
     load_secret(config, address)
     load_launch_table(config)
-    bind(address, config.port).close()
+    check_free(address, config.port)
 
 
 def _refuse_one_port_for_both(args: Any, config: SparkConfig) -> None:

@@ -26,6 +26,11 @@ def vllm_version() -> Version | None:
     return None
 
 
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM computes on CPUs."""
+    return "cpu" in str(vllm_version())
+
+
 def check_vllm() -> None:
     """Makes sure that a vLLM is installed with which this project works.
 

@@ -27,6 +27,8 @@ from vllm_spark.wording import lower_first
 FLAG = "--spark"
 ENVIRONMENT_PREFIX = "SPARK_"
 ENABLE_VARIABLE = "SPARK_ENABLE"
+SECRET_VARIABLE = "SPARK_SECRET"
+"""Holds the secret itself. No setting: it is never sent, stored or shown."""
 DEFAULT_PORT = 29650
 MINIMUM_SECRET_BYTES = 16
 _SHORTEST_WAIT = 0.001  # seconds; the least time-out of the runtime (tests/unit/test_session.py compares both)
@@ -66,7 +68,7 @@ class SparkConfig(BaseModel):
     secret_file: Path | None = _setting(
         None,
         "File with the secret that both machines share (at least 16 bytes, readable by its owner only). "
-        "The variable SPARK_SECRET may hold the secret itself instead. Needed except on a loopback address. "
+        f"The variable {SECRET_VARIABLE} may hold the secret itself instead. Needed except on a loopback address. "
         "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
         "`vllm-spark doctor --make-secret` makes it.",
     )
@@ -164,7 +166,7 @@ class SparkConfig(BaseModel):
     @classmethod
     def _read_wire(cls, values: Any) -> Any:
         """Puts the numbers of a wire model where the numbers themselves would stand: the file is the leader's alone."""
-        if not isinstance(values, dict) or not values.get("wire"):
+        if not isinstance(values, dict) or not isinstance(values.get("wire"), str | Path):
             return values
         from vllm_spark.wire_model import load_wire_model
 
@@ -210,6 +212,8 @@ class SparkConfig(BaseModel):
     @field_validator("secret_file", "launch_table", "wire")
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
+        if value is not None and "\0" in str(value):
+            raise ValueError("no file's name has a NUL in it; give another")
         return None if value is None else _expanded(value)
 
     @model_validator(mode="after")
@@ -306,7 +310,7 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
 
     Other software (Apache Spark) owns variables of that prefix too, so only near misses are named.
     """
-    known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, "SPARK_SECRET"}
+    known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, SECRET_VARIABLE}
     sentences = []
     for name in os.environ if environment is None else environment:
         if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
@@ -344,7 +348,7 @@ def _metavar(name: str, field: Any) -> str:
     """What stands for the value in a help text."""
     if str(field.description).startswith("Seconds"):
         return "SECONDS"
-    return "FILE" if name.endswith("_file") else name.upper()
+    return "FILE" if field.annotation == Path | None else name.upper()
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

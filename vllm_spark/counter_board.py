@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from vllm_spark.errors import SparkError
+from vllm_spark.known_types import known
 from vllm_spark.ranks import RANKS
 
 BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
@@ -56,13 +57,11 @@ class RankCounters(msgspec.Struct):
     reposts: int = 0
 
 
-# Now: msgspec crashes if two threads, of a server that is asked twice for its metrics, are the first to need a type.
-for _kind in (_Failure, RankCounters):
-    msgspec.json.Decoder(_kind)
+known(_Failure, RankCounters)
 
 
 class CounterBoard:
-    """One record per rank, and one for a failed start. One process writes, others read; neither ever waits."""
+    """One record per rank, and one for what ended the engine. One process writes, others read; neither ever waits."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._map = None if descriptor is None else mmap.mmap(descriptor, _SLOT * _SLOTS)
@@ -91,7 +90,7 @@ class CounterBoard:
             os.close(descriptor)
 
     def fail(self, error: SparkError) -> None:
-        """Leaves the reason why the engine did not start."""
+        """Leaves the reason why the engine did not start, or stopped."""
         sentence = str(error)
         if len(sentence) > _LONGEST_SENTENCE:
             sentence = sentence[:_LONGEST_SENTENCE] + " [...]"

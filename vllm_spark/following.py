@@ -8,16 +8,15 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from types import FrameType
 
+from vllm_spark.child_process import KILL_SECONDS, end_with_parent, python_module
 from vllm_spark.compat import check_vllm
 from vllm_spark.config import SparkConfig
-from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE
+from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.secret import load_secret
-from vllm_spark.process import end_with_parent
 
 logger = logging.getLogger("vllm_spark")
 
@@ -25,8 +24,6 @@ CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 """In which a session's process finds its settings, as JSON."""
 
 _SESSION = "vllm_spark.follower_process"
-# A folder named vllm_spark where the user happens to be must not become a session's package (Python 3.11 and later).
-_SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
@@ -43,7 +40,11 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     """
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    sessions = _Sessions(config)
+    with _Sessions(config) as sessions:
+        return _follow(sessions, once)
+
+
+def _follow(sessions: _Sessions, once: bool) -> int:
     pause = _FIRST_PAUSE
     while True:
         started = time.monotonic()
@@ -73,23 +74,35 @@ def _end_in_words(code: int) -> str:
 
 
 class _Sessions:
-    """Starts session processes and makes sure that none outlives this one."""
+    """Starts session processes and makes sure that none outlives this one.
+
+    A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
+    """
 
     def __init__(self, config: SparkConfig) -> None:
         self._config = config
         self.stopped: signal.Signals | None = None
+
+    def __enter__(self) -> _Sessions:
         # A signal is one byte in this pipe: whatever the main thread waits for, it wakes up and sees `stopped`.
-        self._signalled, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._stop)
-        signal.signal(signal.SIGINT, self._stop)
+        self._signalled, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._former_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._former = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_wake)
+        os.close(self._signalled)
+        os.close(self._wake)
 
     def run_one(self) -> int:
         """Runs a session to its end and returns its exit code (negative for a signal)."""
         if self.stopped:
             return 0
         process = subprocess.Popen(
-            [sys.executable, *_SAFE_PATH, "-m", _SESSION],
+            python_module(_SESSION),
             env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -107,7 +120,13 @@ class _Sessions:
             # Also compilers and other helpers that the session may have left.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        return process.wait()
+        try:
+            return process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise SparkError(
+                f"the session (process {process.pid}) survives SIGKILL: its driver or disk does not let go of it; "
+                "restart this machine"
+            ) from None
 
     def pause(self, seconds: float) -> None:
         """Waits, but not on when asked to stop."""

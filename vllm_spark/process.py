@@ -6,7 +6,6 @@ happens, `Process.terminate` leaves none of them behind.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -22,15 +21,12 @@ from typing import TypeVar
 
 import psutil
 
-from vllm_spark.errors import EXIT_LOST, SparkError
+from vllm_spark.child_process import KILL_SECONDS, end_with_parent
+from vllm_spark.errors import SparkError
 
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
-KILL_SECONDS = 10.0
-"""How long the kernel may take to end what was sent SIGKILL: a process in a long disk read takes a moment."""
-
 
 OF_A_PAIR = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 """Variables that say who leads, who follows and how: a caller's own settings, or those of a torchrun around it."""
@@ -206,18 +202,6 @@ def program(name: str) -> str:
     if not path.exists():
         raise ProcessError(f"the program `{name}` is not installed beside this Python: {path} does not exist")
     return str(path)
-
-
-def end_with_parent(parent: int) -> Callable[[], None]:
-    """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def arrange() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the kernel was asked
-            os._exit(EXIT_LOST)
-
-    return arrange
 
 
 def clean_environment(without: re.Pattern[str] = FOREIGN) -> dict[str, str]:

@@ -31,7 +31,7 @@ def settings_of(vllm_config: Any) -> SparkConfig:
     if isinstance(config, SparkConfig):
         return config
     section = (vllm_config.additional_config or {}).get(SECTION)
-    if isinstance(section, dict):
+    if isinstance(section, dict) and "version" not in section:  # what `configure` leaves there holds no settings
         return SparkConfig.resolve(file=section)
     raise ConfigurationError(
         "SparkExecutor was started without settings; use --spark, or LLM(..., additional_config={'spark': {}})"

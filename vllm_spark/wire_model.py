@@ -87,6 +87,10 @@ class Fit(_Part):
     """Of the line, at the measured sizes that it was fitted to: 0.1 is 10 %."""
 
 
+CABLE = Fit(latency_us=3.2, gbytes_per_s=24.0)
+"""The cable between two GB10 where nothing was measured: 4 KiB one way between two DGX Spark, and 200 Gb/s."""
+
+
 class Wire(_Part):
     """What was measured over one rail, or over all of them together."""
 

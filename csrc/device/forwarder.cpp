@@ -51,7 +51,6 @@ void Forwarder::run() {
       idle_turns = 0;
       dozing = false;
     } else if (dozing) {
-      counters_.sleeps.fetch_add(1, std::memory_order_relaxed);
       std::this_thread::sleep_for(kDoze);
       transport_.attend();
     } else {

@@ -120,7 +120,12 @@ def test_the_baseline_does_the_same_work() -> None:
         (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
         (["--samples", "0"], "'0' is no whole number above 0"),
-        (["--latency-us", "-1"], "'-1' is no number from 0"),
+        (
+            ["--latency-us", "-1"],
+            "argument --latency-us: loopback_latency_us -1: input should be greater than",
+        ),
+        (["--gbytes-per-s", "20000"], "loopback_gbytes_per_s 20000: input should be less than or equal to 10000"),
+        (["--json", "~no-such-user/x"], "there is no home folder for '~no-such-user/x'"),
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--wire", "x", "--gbytes-per-s", "1"], "--wire x and --gbytes-per-s contradict each other"),
         (["--plot", "figures.abc"], "--plot figures.abc must end in .png, .svg, .pdf"),
@@ -204,7 +209,7 @@ def test_sizes_in_words(size: int, text: str) -> None:
         (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of "),
         (["--batches", "1,0"], "'0' is no whole number above 0"),
         (["--engine", "[]"], "'[]' is no JSON object"),
-        (["--latency-us", "2e9"], "no number from 0"),
+        (["--latency-us", "2e9"], "loopback_latency_us 2e9: input should be less than or equal to 1000000"),
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
         (["--device", "cuda"], "--device cuda: this machine has no GPU"),
@@ -370,7 +375,7 @@ import msgspec
 from vllm_spark.bench.decode_engine import Result
 from vllm_spark.data_file import write_whole
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
-write_whole(Path(sys.argv[4]), msgspec.json.encode(result).decode(), "result")
+write_whole(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
 {then}
 """
 

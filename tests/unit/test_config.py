@@ -102,6 +102,8 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ({"file": {"zzz": 1}}, ["'zzz' does not exist", "vllm-spark config"]),
         ({"flags": {"loopback_latency_us": 3.0}}, ["needs the proxy", "--spark-loopback-mode proxied"]),
         ({"flags": {"wire": GOOD["wire"][0]}}, ["needs the proxy", "leave out --spark-wire"]),
+        ({"file": {"wire": 5}}, ["wire 5", "path"]),
+        ({"file": {"launch_table": "a\0b"}}, ["launch_table a", "NUL"]),
         ({"flags": {"wire": "/no/such/wire"}}, ["the wire model /no/such/wire cannot be read", "bench wire"]),
         (
             {"flags": {"wire": GOOD["wire"][0], "loopback_mode": "proxied", "loopback_latency_us": 3.0}},

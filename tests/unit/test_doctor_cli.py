@@ -93,6 +93,8 @@ def test_below_the_home_folder_the_other_machines_home_counts(
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     assert main(["doctor", "--make-secret"]) == 0
     assert "OTHER:.config/vllm-spark/secret" in capsys.readouterr().out
+    assert main(["doctor", "--make-secret=~/secret"]) == 0
+    assert f"    scp -p {tmp_path}/secret OTHER:secret\n" in capsys.readouterr().out
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +148,7 @@ def test_join_finds_the_secret_by_itself(home: Path, tmp_path: Path) -> None:
     ("argv", "parts"),
     [
         (["--json", "--make-secret"], ["--json", "leave one out"]),
+        (["--make-secret", "~no-such-user/secret"], ["--make-secret", "no home folder for '~no-such-user/secret'"]),
         (["--peer", "--make-secret"], ["--make-secret", "not allowed with"]),
         (["--wait", "0"], ["--wait", "'0' is not a number above 0"]),
         (["--wait", "long"], ["--wait", "'long' is not a number above 0 and at most 86400"]),

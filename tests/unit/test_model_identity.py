@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_only_what_would_be_loaded_is_compared(model: Path) -> None:
 def test_a_file_that_cannot_be_read(model: Path) -> None:
     (model / "model-3.safetensors").symlink_to(model / "nowhere")
     with pytest.raises(RefusedError, match=r"model-3\.safetensors cannot be read \(No such file"):
+        ModelIdentity.of(model)
+
+
+def test_what_is_no_part_of_the_model_is_not_looked_at(model: Path, tmp_path: Path) -> None:
+    """A link may lead to itself, or where nobody may look; a pipe has no end to read to."""
+    before = ModelIdentity.of(model)
+    (model / "loop").symlink_to("loop")
+    (tmp_path / "private").mkdir()
+    (model / "notes").symlink_to(tmp_path / "private" / "notes")
+    os.mkfifo(model / "quantize_config.json")
+    with no_entry(tmp_path / "private"):
+        assert difference(before, model) is None
+    (model / "model-3.safetensors").symlink_to("model-3.safetensors")
+    with pytest.raises(RefusedError, match=r"model-3\.safetensors cannot be read \(Too many levels"):
         ModelIdentity.of(model)
 
 

@@ -57,14 +57,14 @@ def job_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, An
         pass
 
     def started(title: str, command: list[str], log: str, environment: dict[str, str]) -> None:
-        raise Started(command[3])
+        raise Started(command[-2])
 
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["0"])
     monkeypatch.setattr(decode, "_memory", lambda: (50 << 30, 100 << 30))
     given = tuned_decode.Settings(config, 2, tmp_path / "vllm-spark" / "tuned", engine=engine)
     stage: Any = SimpleNamespace(folder=tmp_path, started=started)
     with pytest.raises(Started) as caught:
-        tuned_decode.compare(given, stage, lambda side, number: None)
+        tuned_decode.compare(given, stage, lambda side, number: None, pytest.fail)
     arguments: dict[str, Any] = json.loads(Path(str(caught.value)).read_text())["engine"]
     return arguments
 
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_costs_a_sentence(tmp_path: Path) -> None:
     given = tuned_decode.Settings(shipped("qwen3-30b-a3b-int4"), 2, tmp_path / "vllm-spark" / "tuned")
     stage: Any = SimpleNamespace(folder=tmp_path)
     with pytest.raises(ConfigurationError, match=r"shard/config\.json cannot be written"):
-        tuned_decode.compare(given, stage, lambda side, number: None)
+        tuned_decode.compare(given, stage, lambda side, number: None, pytest.fail)
     stage = SimpleNamespace(folder=tmp_path / "shard")
     untuned = decode.candidates_for("cuda")["untuned"]
     with pytest.raises(ConfigurationError, match=r"untuned-0\.job\.json cannot be written"):

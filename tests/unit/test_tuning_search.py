@@ -872,6 +872,30 @@ def test_ctrl_c_counts_when_the_kernel_is_done(
         timing.wait_for_kernels("these")
 
 
+def test_ctrl_c_in_a_race_counts_when_all_its_kernels_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its way out the process frees memory, which waits for what still runs."""
+    waiting: list[SimpleNamespace] = []
+
+    def event(enable_timing: bool = False) -> SimpleNamespace:
+        new = SimpleNamespace(done=False, record=lambda: None)
+        new.query = lambda: new.done
+        waiting.append(new)
+        return new
+
+    def sleep(seconds: float) -> None:
+        next(each for each in waiting if not each.done).done = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(timing, "_captured", lambda name, body: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        timing.time_in_turns({name: lambda: None for name in "abcd"}, 1, 3)
+    ends = waiting[1::2]
+    assert len(ends) == 4
+    assert all(each.done for each in ends)
+
+
 @pytest.mark.parametrize(
     ("error", "why"),
     [
@@ -1154,9 +1178,13 @@ def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest
     from vllm_spark.bench import tuned_decode
 
     seen: list[tuple[Path, float]] = []
-    monkeypatch.setattr(
-        tuned_decode, "compare", lambda given, stage, show: seen.append((stage.logs, given.timeout)) or []
-    )
+
+    def compare(given: Any, stage: Any, on_engine: Any, on_note: Callable[[str], None]) -> list[Any]:
+        seen.append((stage.logs, given.timeout))
+        on_note("an engine failed at its end")
+        return []
+
+    monkeypatch.setattr(tuned_decode, "compare", compare)
     parser = argparse.ArgumentParser()
     tune_model.add_arguments(parser)
     args = parser.parse_args(["any", "--keep-logs", str(tmp_path / "logs"), "--timeout", "77"])
@@ -1164,6 +1192,7 @@ def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest
         for tp in (1, 2):
             tune_model._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
     assert seen == [(tmp_path / "logs" / "tp1", 77), (tmp_path / "logs" / "tp2", 77)]
+    assert (tmp_path / "out").read_text().count("NOTE: an engine failed at its end") == 2
 
 
 BOTH_SIZES = [(TunedModel("a", tp, []), [shape]) for tp, shape in ((1, W13), (2, BF16))]

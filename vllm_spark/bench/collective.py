@@ -22,6 +22,7 @@ from vllm_spark.bench.samples import percentile
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
+from vllm_spark.wire_model import CABLE
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +60,8 @@ class Settings:
     device: str
     sizes: tuple[int, ...] = DEFAULT_SIZES
     samples: int = 60
-    latency_us: float = 3.2
-    gbytes_per_s: float = 24.0
+    latency_us: float = CABLE.latency_us
+    gbytes_per_s: float = CABLE.gbytes_per_s
     collective: str = "all_reduce"
 
 

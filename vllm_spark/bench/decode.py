@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,8 @@ import psutil
 from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
 from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.samples import percentile
+from vllm_spark.child_process import python_module
+from vllm_spark.config import SECRET_VARIABLE
 from vllm_spark.data_file import write_whole
 from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
@@ -29,6 +30,7 @@ from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.process import OF_A_PAIR, Process, ProcessError, clean_environment
 from vllm_spark.stage import Stage
 from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.wire_model import CABLE
 
 Device = Literal["cuda", "cpu"]
 
@@ -98,8 +100,8 @@ class Settings:
     prompt_tokens: int = 64
     compile: bool = False
     one_gpu: bool = False
-    latency_us: float = 3.2
-    gbytes_per_s: float = 24.0
+    latency_us: float = CABLE.latency_us
+    gbytes_per_s: float = CABLE.gbytes_per_s
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 900.0
@@ -302,7 +304,7 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
 
 def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: Stage, number: int) -> Result:
     """One candidate, from its start to its end."""
-    secret = {"SPARK_SECRET": os.urandom(16).hex()}
+    secret = {SECRET_VARIABLE: os.urandom(16).hex()}
     engine = _engine_arguments(settings, model) | candidate.engine
     with ExitStack() as stack:
         follower: Process | None = None
@@ -311,7 +313,7 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
             engine["additional_config"] = {
                 "spark": {"address": LOOPBACK, "port": port, "transport": "loopback", **candidate.spark}
             }
-            join = [sys.executable, "-m", "vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(port)]
+            join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(port))
             follower = stack.enter_context(
                 stage.started(
                     f"{name}: vllm-spark join",
@@ -325,7 +327,7 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
         process = stack.enter_context(
             stage.started(
                 f"{name}: the engine",
-                [sys.executable, "-m", "vllm_spark.bench.decode_engine", str(job), str(result)],
+                python_module("vllm_spark.bench.decode_engine", str(job), str(result)),
                 f"{name}-{number}.log",
                 _environment(settings, candidate, 0) | secret,
             )

@@ -59,7 +59,8 @@ class Result(msgspec.Struct):
         logprobs: for each batch, each sequence's first tokens of another decoding with their log-probabilities; None
             for one that is no finite number.
         fallbacks: collectives that did not go through vllm_spark; None without it.
-        profile: of rank 0's GPU; None if it was not asked for, or prefilling took too many steps.
+        profile: of rank 0's GPU; None if it was not asked for, prefilling took too many steps, or the profiler saw no
+            kernel.
         failed_end: in words, how a program failed after these figures were complete; empty if all ended well.
     """
 

@@ -29,7 +29,10 @@ def as_table(report: Report, machine: str) -> Table:
     if settings.one_gpu:
         caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
     if settings.profile and (without := sorted(report.rounds.keys() - report.profiles.keys() - set(report.missing))):
-        caption.append(f"No kernels of {', '.join(without)}: prefilling takes too many steps.")
+        caption.append(
+            f"No kernels of {', '.join(without)}: prefilling takes too many steps (fewer --prompt-tokens), or the "
+            "profiler saw none (another one may be attached)."
+        )
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for failed_end in report.failed_ends.values():

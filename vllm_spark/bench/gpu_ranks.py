@@ -15,6 +15,7 @@ import torch
 
 from vllm_spark.collective import DeviceRuntime, RuntimeOptions
 from vllm_spark.errors import SparkError
+from vllm_spark.ranks import RANKS, WORLD_SIZE
 
 MIB = 1 << 20
 BOUND = 60.0
@@ -48,7 +49,7 @@ class GpuPair:
 
     def __init__(self, options: tuple[RuntimeOptions, RuntimeOptions]) -> None:
         queues: tuple[queue.Queue[bytes], queue.Queue[bytes]] = (queue.Queue(), queue.Queue())
-        self.devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in (0, 1)]
+        self.devices = [torch.device("cuda", rank % torch.cuda.device_count()) for rank in RANKS]
         self.streams = [torch.cuda.Stream(device) for device in self.devices]
         self.runtimes: list[DeviceRuntime] = []
         self.barrier = threading.Barrier(2, timeout=BOUND)
@@ -57,7 +58,7 @@ class GpuPair:
 
         def connect(rank: int) -> DeviceRuntime:
             exchange = Exchange(queues[rank], queues[1 - rank])
-            runtime = DeviceRuntime.connect(rank, 2, exchange, options[rank], description=f"test rank {rank}")
+            runtime = DeviceRuntime.connect(rank, WORLD_SIZE, exchange, options[rank], description=f"test rank {rank}")
             assert isinstance(runtime, DeviceRuntime)
             return runtime
 
@@ -76,7 +77,7 @@ class GpuPair:
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
+        threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in RANKS]
         for thread in threads:
             thread.start()
         for thread in threads:

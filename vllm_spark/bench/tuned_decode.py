@@ -58,11 +58,17 @@ class Settings:
     timeout: float = 900.0
 
 
-def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], None]) -> list[Comparison]:
+def compare(
+    settings: Settings,
+    stage: Stage,
+    on_engine: Callable[[str, int], None],
+    on_note: Callable[[str], None],
+) -> list[Comparison]:
     """Runs both sides in every round.
 
     Args:
         on_engine: called with the side and the round (from 0) before each engine starts.
+        on_note: called with a sentence for each engine that failed after its figures were complete.
 
     Raises:
         SparkError: an engine failed; its logs are on the stage.
@@ -92,5 +98,7 @@ def compare(settings: Settings, stage: Stage, on_engine: Callable[[str, int], No
         stage,
         on_engine,
     )
+    for failed_end in report.failed_ends.values():
+        on_note(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said")
     rows = {(row.candidate, row.batch): row.medians for row in report.rows}
     return [Comparison(batch, rows["untuned", batch], rows["tuned", batch]) for batch in settings.batches]

@@ -11,7 +11,6 @@ from typing import Any
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
-_LARGEST_AMOUNT = 1e6
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -57,17 +56,6 @@ def up_to(most: float, kind: type[int] | type[float] = float) -> Callable[[str],
     return convert
 
 
-def amount(text: str) -> float:
-    """A number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= _LARGEST_AMOUNT:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {_LARGEST_AMOUNT:g}")
-    return value
-
-
 def engine_arguments(text: str) -> dict[str, Any]:
     """A JSON object: more arguments of `vllm.LLM`."""
     try:
@@ -79,7 +67,7 @@ def engine_arguments(text: str) -> dict[str, Any]:
     return value
 
 
-def path(text: str) -> Path:
+def user_path(text: str) -> Path:
     """A file or folder, also as `--option=~/name`, which shells leave as it is."""
     try:
         return Path(text).expanduser()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import typing
 
-from vllm_spark.config import ENABLE_VARIABLE, SparkConfig, environment_name, flag_name
-from vllm_spark.executor.secret import SECRET_VARIABLE
+from vllm_spark.config import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, environment_name, flag_name
 
 SUMMARY = "print the reference of all settings"
 

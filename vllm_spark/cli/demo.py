@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
 
-from vllm_spark.cli.arguments import up_to
+from vllm_spark.cli.arguments import up_to, user_path
+from vllm_spark.compat import is_cpu_build, vllm_version
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.tiny_model import ModelKind
 
@@ -42,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="give up after this time (default: %(default)g)",
     )
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the servers' output there and keep it")
+    parser.add_argument(
+        "--keep-logs", type=user_path, metavar="DIR", help="write the servers' output there and keep it"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object to standard output, all else to standard error"
     )
@@ -78,13 +79,12 @@ def _check_installation() -> None:
     Raises:
         ConfigurationError: vLLM's CPU build, or a package of the extra `demo`, is not installed.
     """
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
+    version = vllm_version()
+    if version is None:
         raise ConfigurationError(
             "vLLM is not installed beside this Python; `make demo` in the source tree installs its CPU build"
-        ) from None
-    if "cpu" not in version:
+        )
+    if not is_cpu_build():
         raise ConfigurationError(
             f"the demo puts two ranks on one machine, which needs vLLM's CPU build, and this is vllm {version}; "
             "`make demo` in the source tree installs the CPU build into an environment of its own"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_spark.cli.arguments import up_to
+from vllm_spark.cli.arguments import up_to, user_path
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.wording import upper_first
@@ -18,6 +18,8 @@ SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say 
 
 SETTINGS = ("address", "leader", "port", "secret_file")
 """Those of serve and join that matter here."""
+
+_DEFAULT_PLACE = object()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--make-secret",
         nargs="?",
-        const="",
+        type=user_path,
+        const=_DEFAULT_PLACE,
         metavar="PATH",
         help="make the secret that both machines share, and check nothing; default: vllm-spark/secret in the folder of "
         "your configuration, where serve and join look for it",
@@ -101,18 +104,21 @@ def _make_secret(args: argparse.Namespace) -> int:
     if args.json:
         raise ConfigurationError("--json does not go with --make-secret; leave one out")
     default = default_secret_file()
-    path = Path(args.make_secret).expanduser().absolute() if args.make_secret else default
-    if path is None:
+    secret = default if args.make_secret is _DEFAULT_PLACE else args.make_secret.absolute()
+    if secret is None:
         raise ConfigurationError("this user has no home folder to keep a secret in; give a place: --make-secret PATH")
-    make_secret(path)
-    print(f"Made a secret in {path}, for this user only. Copy it to the other machine (here called OTHER):")
-    there = _as_seen_there(path)
-    folder = shlex.quote(os.path.dirname(there))
-    print(f"    ssh OTHER mkdir -p -m 700 {folder} && scp -p {shlex.quote(str(path))} OTHER:{shlex.quote(there)}")
-    if path == default:
+    make_secret(secret)
+    print(f"Made a secret in {secret}, for this user only. Copy it to the other machine (here called OTHER):")
+    there = _as_seen_there(secret)
+    folder = os.path.dirname(there)
+    first = f"ssh OTHER mkdir -p -m 700 {shlex.quote(folder)} && " if folder else ""
+    print(f"    {first}scp -p {shlex.quote(str(secret))} OTHER:{shlex.quote(there)}")
+    if secret == default:
         print("vllm serve --spark and vllm-spark join find it there by themselves.")
     else:
-        print(f"Then give it to both: vllm serve ... --spark-secret-file {path}, vllm-spark join --secret-file {path}")
+        print(
+            f"Then give it to both: vllm serve ... --spark-secret-file {secret}, vllm-spark join --secret-file {secret}"
+        )
     return 0
 
 

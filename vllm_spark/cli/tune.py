@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_spark.cli import tune_model
-from vllm_spark.cli.arguments import path
+from vllm_spark.cli.arguments import user_path
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         nargs="*",
-        type=path,
+        type=user_path,
         metavar="FOLDER",
         help="check every table in these folders, without a GPU; default: those of this project, and your own",
     )

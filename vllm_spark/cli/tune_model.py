@@ -18,7 +18,7 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_spark.cli import PROGRAM
-from vllm_spark.cli.arguments import engine_arguments, path, positive, positives
+from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path
 from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a decode step, up to 8; larger steps stay as vLLM runs them (default: 1 to 8)",
     )
     parser.add_argument(
-        "--out", type=path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
+        "--out", type=user_path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
     )
     parser.add_argument(
         "--rounds",
@@ -79,10 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
     )
-    parser.add_argument("--plot", type=path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
     parser.add_argument(
         "--keep-logs",
-        type=path,
+        type=user_path,
         metavar="DIR",
         help="write the engines' output there, into a folder for each size, and keep it",
     )
@@ -314,7 +314,7 @@ def _compare(
             progress.update(task, completed=started, description=f"decoding TP={model.tp}, round {number + 1}: {side}")
             started += 1
 
-        return compare(settings, stage, show)
+        return compare(settings, stage, show, lambda sentence: _note(console, sentence))
 
 
 def _comparison_table(label: str, comparisons: list[Comparison], where: str) -> Table:

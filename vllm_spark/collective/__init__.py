@@ -23,7 +23,7 @@ from vllm_spark.collective.errors import (
 from vllm_spark.collective.launch import LaunchShape
 from vllm_spark.collective.link_keeper import Announce
 from vllm_spark.collective.machine import machine_identity
-from vllm_spark.collective.options import RuntimeOptions
+from vllm_spark.collective.options import RuntimeOptions, Transport
 from vllm_spark.collective.rails import Port, local_ports
 from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed
 from vllm_spark.collective.runtime import Counters, Runtime
@@ -44,6 +44,7 @@ __all__ = [
     "Runtime",
     "RuntimeOptions",
     "SocketPeer",
+    "Transport",
     "UsageError",
     "count_fallback",
     "fallbacks",

@@ -29,10 +29,10 @@ class LinkKeeper(threading.Thread):
 
     def run(self) -> None:
         """The thread's loop."""
-        poll = select.poll()
-        poll.register(self._native.link_ready, select.POLLIN)
-        poll.register(self._end, select.POLLIN)
         try:
+            poll = select.poll()
+            poll.register(self._native.link_ready, select.POLLIN)
+            poll.register(self._end, select.POLLIN)
             while not self._stopping:
                 poll.poll()
                 self._pass_on()

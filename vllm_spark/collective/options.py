@@ -13,12 +13,15 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
+Transport = Literal["loopback", "verbs"]
+"""How data reaches the peer: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
+
+
 @dataclass(frozen=True)
 class RuntimeOptions:
     """Options of a runtime; impossible ones raise UsageError."""
 
-    transport: Literal["loopback", "verbs"] = "loopback"
-    """How data reaches the peer: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
+    transport: Transport = "loopback"
     loopback_mode: Literal["direct", "proxied"] = "direct"
     """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as it does for a NIC."""
     wire_latency_us: float = 0.0

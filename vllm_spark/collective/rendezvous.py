@@ -15,6 +15,8 @@ import msgspec
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
 from vllm_spark.collective.rails import Port
+from vllm_spark.known_types import known
+from vllm_spark.ranks import RANKS
 
 Exchange = Callable[[bytes], bytes]
 
@@ -61,6 +63,9 @@ class Ready(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+known(Terms, Address, Ports, LinkOffer, Ready)
+
+
 def agree(exchange: Exchange, mine: Terms) -> Terms:
     """Compares `mine` with the peer's terms and returns the peer's.
 
@@ -72,7 +77,7 @@ def agree(exchange: Exchange, mine: Terms) -> Terms:
     theirs = _swap(exchange, mine, Terms)
     if mine.world_size != theirs.world_size:
         raise AgreementError(_difference("world size", mine.rank, mine.world_size, theirs.rank, theirs.world_size))
-    if {mine.rank, theirs.rank} != {0, 1}:
+    if {mine.rank, theirs.rank} != set(RANKS):
         raise AgreementError(
             f"this process says that it is rank {mine.rank}, and the peer that it is rank {theirs.rank}; "
             "one must be rank 0, the other rank 1"

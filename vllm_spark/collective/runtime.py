@@ -26,6 +26,7 @@ from vllm_spark.collective.rendezvous import (
     swap_offers,
     swap_ports,
 )
+from vllm_spark.ranks import WORLD_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +44,8 @@ class Counters:
     payload_messages: int
     chunked_operations: int
     wait_seconds: float
-    longest_wait_seconds: float
     proxy_posts: int
     proxy_coalesced: int
-    proxy_sleeps: int
     rails_up: int
     """Rails that work now; this and the five below are those of verbs."""
     rail_failures: int
@@ -73,7 +72,7 @@ class Runtime:
         self._native = native
         self._keeper = keeper
         self.rank = rank
-        self.world_size = _native.WORLD_SIZE
+        self.world_size = WORLD_SIZE
         self.options = options
 
     @classmethod
@@ -105,8 +104,8 @@ class Runtime:
             AgreementError: the ranks were set up differently; raised on both.
             CollectiveError: the peer's memory cannot be reached.
         """
-        if world_size != _native.WORLD_SIZE:
-            raise UsageError(f"world size {world_size} is not supported; this runtime joins {_native.WORLD_SIZE} ranks")
+        if world_size != WORLD_SIZE:
+            raise UsageError(f"world size {world_size} is not supported; this runtime joins {WORLD_SIZE} ranks")
         options = cls._fitting(options or RuntimeOptions())
         if options.packet_bytes is None:
             options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))

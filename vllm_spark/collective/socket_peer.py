@@ -1,7 +1,7 @@
 """Two ranks that know each other by one connected socket: all that a runtime needs besides the memory or the rails.
 
 The socket is neither encrypted nor authenticated: it is for benchmarks, tests and programs on a network of one's own.
-vllm_spark's executor brings its own channel.
+vllm_spark's executor brings its own channel; this is for whoever uses the collectives by themselves.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from http.client import HTTPException
 
 from vllm_spark.demo.programs import Server
 from vllm_spark.process import ProcessError
+from vllm_spark.ranks import RANKS
 
 COUNTER_SECONDS = 15.0
 """How long both ranks' counters may take to come to rest on the leader's `/metrics`."""
@@ -44,7 +45,7 @@ def read_counters(server: Server) -> tuple[Counters, Counters]:
     def at_rest() -> bool:
         nonlocal seen, seen_since
         samples = _samples(server.url)
-        now = [samples.get(rank, {}) for rank in ("0", "1")]
+        now = [samples.get(rank, {}) for rank in map(str, RANKS)]
         if now != seen:
             seen, seen_since = now, time.monotonic()
         complete = all(name in rank for rank in seen for name in names.values())

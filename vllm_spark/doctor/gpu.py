@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_spark.compat import vllm_version
+from vllm_spark.compat import is_cpu_build
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.system import System
 
@@ -65,7 +65,7 @@ def find_gpu(system: System) -> Gpu | None:
 
 def missing() -> Finding:
     """That there is no GPU."""
-    cpu_build = "cpu" in str(vllm_version())
+    cpu_build = is_cpu_build()
     return Finding(
         "gpu.driver",
         "GPU and driver",

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 from vllm_spark.compat import SUPPORTED, check_vllm, vllm_version
-from vllm_spark.config import SparkConfig
+from vllm_spark.config import SECRET_VARIABLE, SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.secret import SECRET_VARIABLE, default_secret_file, load_secret, secret_is_there
+from vllm_spark.executor.secret import default_secret_file, load_secret, secret_is_there
 from vllm_spark.patches import all_patches, state_of
 from vllm_spark.wording import upper_first
 

@@ -47,7 +47,11 @@ class Caller:
             connection = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
             opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
             if (role := opened.peer_role) != "leader":
-                raise ConfigurationError(f"{self.endpoint} authenticated as {role!r}, not as a leader")
+                opened.close()
+                raise ConfigurationError(
+                    f"{self.endpoint} authenticated as {role!r}, not as a leader; give the address of the machine that "
+                    "runs vllm serve --spark"
+                )
             hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
             opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=GREETING_TIMEOUT)
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)

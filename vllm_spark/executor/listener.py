@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
-from vllm_spark.executor.endpoint import bind, format_endpoint, host_name
+from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.messages import CALLS, CONTROL, GREETING_TIMEOUT, Hello, Offer, Reason, Welcome, decode
 from vllm_spark.executor.tls import TlsConnection, failure_in_words
@@ -76,8 +76,7 @@ class Listener:
         self._calls: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
         self._greeters = threading.BoundedSemaphore(_GREETERS)
         self._closed = False
-        self._socket = bind(address, port)
-        self._socket.listen(32)
+        self._socket = listen(address, port)
         self.endpoint = format_endpoint(address, self._socket.getsockname()[1])
         self._invitation = invitation(self.endpoint, secret_file)
         threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()

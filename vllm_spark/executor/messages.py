@@ -12,6 +12,7 @@ import msgspec
 from vllm_spark.executor.channel import ChannelError, Frame
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.versions import Versions
+from vllm_spark.known_types import known
 
 CONTROL, CALLS = "control", "calls"
 """The lanes that a follower asks for."""
@@ -57,10 +58,7 @@ class Offer(msgspec.Struct, frozen=True):
     heartbeat_timeout: float
 
 
-# msgspec reads a type's annotations at its first use, and the process crashes if two threads come to that at once, as
-# the greetings of a follower's two lanes may.
-for _kind in (Hello, Welcome, Reason, Offer):
-    msgspec.json.Decoder(_kind)
+known(Hello, Welcome, Reason, Offer)
 
 
 def decode(frame: Frame, kind: type[Message]) -> Message:

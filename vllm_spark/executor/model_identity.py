@@ -34,9 +34,9 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         Raises:
             RefusedError: the folder or a file cannot be read.
         """
-        names = _files(folder)
-        configuration = [name for name in _CONFIGURATION if name in names]
-        weights = _weights(names) if with_weights else []
+        names = _names(folder)
+        configuration = [name for name in _CONFIGURATION if name in names and _is_content(folder / name)]
+        weights = _weights(folder, names) if with_weights else []
         return cls(*({name: _digest(folder / name) for name in chosen} for chosen in (configuration, weights)))
 
     def difference(self, other: ModelIdentity) -> str | None:
@@ -55,21 +55,27 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         return None
 
 
-def _files(folder: Path) -> list[str]:
-    """Names of all in a folder that are no folders; also of links that lead nowhere: who reads those is told so."""
+def _names(folder: Path) -> list[str]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.is_dir())
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise RefusedError(_unreadable(folder, error)) from None
 
 
-def _weights(names: list[str]) -> list[str]:
+def _weights(folder: Path, names: list[str]) -> list[str]:
     """What vLLM would load: a folder may hold the same weights in several formats, of which it takes the first."""
     for pattern in _WEIGHTS:
-        if found := [name for name in names if fnmatchcase(name, pattern)]:
+        if found := [name for name in names if fnmatchcase(name, pattern) and _is_content(folder / name)]:
             return found
     return []
+
+
+def _is_content(path: Path) -> bool:
+    """Whether it is a file, or cannot be looked at, which who reads it is told. Reading a pipe would not end."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def find_model(model: str, revision: str | None) -> Path:

@@ -8,12 +8,10 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_spark.config import MINIMUM_SECRET_BYTES, SparkConfig
+from vllm_spark.config import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig
 from vllm_spark.data_folders import configuration_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.link import is_loopback
-
-SECRET_VARIABLE = "SPARK_SECRET"
 
 
 def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:

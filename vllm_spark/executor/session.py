@@ -6,11 +6,12 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from vllm_spark import __version__, collective
+from vllm_spark.collective import Transport
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import Kind, Lane
@@ -20,8 +21,6 @@ from vllm_spark.launch_table import LaunchTable
 from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
-
-Transport = Literal["loopback", "verbs"]
 
 _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-from vllm_spark.executor.endpoint import bind
+from vllm_spark.executor.endpoint import listen
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 INIT_METHOD = "spark://leader"
@@ -23,7 +23,7 @@ _serving: weakref.ref[LeaderStore] | None = None
 class LeaderStore:
     """The leader's store, on the link's address alone, and where its process groups get it from.
 
-    The socket is bound here, so that no other process can take the port between choosing and using it.
+    The socket listens from here on, so that no other process can take the port between choosing and using it.
 
     Args:
         address: where it listens.
@@ -37,8 +37,7 @@ class LeaderStore:
         from torch.distributed import TCPStore, distributed_c10d, is_initialized, register_rendezvous_handler
 
         global _serving
-        listening = bind(address, 0)
-        listening.listen(64)
+        listening = listen(address, 0)
         self.address, self.port, self._check = address, int(listening.getsockname()[1]), check
         # torch takes over the descriptor and closes it with the store.
         self._store: Any = TCPStore(

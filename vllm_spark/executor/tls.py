@@ -16,6 +16,8 @@ import ssl
 import time
 from typing import cast
 
+from vllm_spark.config import SECRET_VARIABLE
+
 # A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
 _SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
@@ -173,9 +175,8 @@ def failure_in_words(error: Exception) -> str:
         reason = (error.reason or "").upper()
         rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
         if rejected or isinstance(error, ssl.SSLCertVerificationError):
-            return (
-                "the other side has another secret; give both machines the same (--spark-secret-file or SPARK_SECRET)"
-            )
+            ways = f"--spark-secret-file or {SECRET_VARIABLE}"
+            return f"the other side has another secret; give both machines the same ({ways})"
         return f"what is there does not speak this protocol ({reason.replace('_', ' ').lower() or error})"
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"

@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_spark.child_process import end_with_parent, python_module
 from vllm_spark.errors import SparkError
-from vllm_spark.process import end_with_parent
 from vllm_spark.tuning.fused_moe_compile import INT4, CompileError, compile_row
 from vllm_spark.tuning.fused_moe_shape import FusedMoeParameters
 from vllm_spark.tuning.fused_moe_table import FusedMoeShape
@@ -112,9 +112,8 @@ class Trials:
             row.row(),
             self._device.capability,
         ]
-        command = [sys.executable, "-m", "vllm_spark.tuning.fused_moe_trial", json.dumps(what)]
         return subprocess.Popen(
-            command,
+            python_module("vllm_spark.tuning.fused_moe_trial", json.dumps(what)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -48,20 +48,25 @@ def wait_for_kernels(parameters: Hashable) -> None:
     """
     done = torch.cuda.Event()
     done.record()
-    _wait_for(done, parameters)
+    _wait_for([(parameters, done)])
 
 
-def _wait_for(done: torch.cuda.Event, parameters: Hashable) -> None:
-    """Returns when the stream has come to `done`; arguments and errors as those of `wait_for_kernels`."""
-    deadline = time.monotonic() + LONGEST_RUN
+def _wait_for(ends: Iterable[tuple[Hashable, torch.cuda.Event]]) -> None:
+    """Returns when the stream has come to every one of `ends`, each within `LONGEST_RUN` of the one before.
+
+    Args:
+        ends: in their order on the stream, each with what its kernels were called with. Errors as `wait_for_kernels`'.
+    """
     stopped: BaseException | None = None
-    while not done.query():
-        if time.monotonic() > deadline:
-            raise HangError(parameters)
-        try:
-            time.sleep(0.001)
-        except (KeyboardInterrupt, SystemExit) as signal:
-            stopped = signal
+    for parameters, end in ends:
+        deadline = time.monotonic() + LONGEST_RUN
+        while not end.query():
+            if time.monotonic() > deadline:
+                raise HangError(parameters)
+            try:
+                time.sleep(0.001)
+            except (KeyboardInterrupt, SystemExit) as signal:
+                stopped = signal
     if stopped is not None:
         raise stopped
 
@@ -103,8 +108,7 @@ def time_in_turns(candidates: Mapping[Name, Callable[[], None]], calls: int, rou
             graphs[name].replay()
             end.record()
             events.append((name, begin, end))
-        for name, _, end in events:  # in their order on the stream: the first that does not come names what hangs
-            _wait_for(end, name)
+        _wait_for((name, end) for name, _, end in events)  # the first that does not come names what hangs
         if number >= 2:
             for name, begin, end in events:
                 times[name].append(begin.elapsed_time(end) * 1000 / calls)

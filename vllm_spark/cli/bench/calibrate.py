@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.arguments import positive
+from vllm_spark.cli.arguments import positive, user_path
 from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
 from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError, SparkError
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_wire_arguments(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="where the table goes; default: where `vllm serve --spark` looks for it",
     )

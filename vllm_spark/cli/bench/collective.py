@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.arguments import positive, sizes
+from vllm_spark.cli.arguments import positive, sizes, user_path
 from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
 from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
@@ -36,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive, default=60, help="timings for each figure (default: 60)")
     add_wire_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw medians over sizes (png, svg or pdf)")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw medians over sizes (png, svg or pdf)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.arguments import engine_arguments, positive, positives
+from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path
 from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
 from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.errors import ConfigurationError
@@ -58,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", type=positive, default=900, metavar="SECONDS", help="for each candidate (default: 900)"
     )
     add_wire_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="write the engines' output there and keep it")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument(
+        "--keep-logs", type=user_path, metavar="DIR", help="write the engines' output there and keep it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

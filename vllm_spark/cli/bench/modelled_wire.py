@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
-from vllm_spark.cli.arguments import amount
+from vllm_spark.cli.arguments import user_path
+from vllm_spark.config import setting_type
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.wire_model import CABLE, load_wire_model
 
 
 class ModelledWire(NamedTuple):
-    """What the loopback transport puts between two ranks: latency + bytes / bandwidth."""
+    """What the loopback transport puts between two ranks: latency + bytes / bandwidth; 0 GB/s: unlimited."""
 
-    latency_us: float = 3.2
-    gbytes_per_s: float = 24.0
+    latency_us: float = CABLE.latency_us
+    gbytes_per_s: float = CABLE.gbytes_per_s
 
 
 def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
-    """The modelled wire: the defaults are those of the cable between two GB10 (DGX Spark, 4 KiB, one way)."""
-    parser.add_argument("--latency-us", type=amount, help="of the modelled wire (default: 3.2)")
-    parser.add_argument("--gbytes-per-s", type=amount, help="of the modelled wire (default: 24; 0: unlimited)")
+    """The modelled wire: the defaults are those of the cable between two GB10."""
+    parser.add_argument(
+        "--latency-us",
+        type=setting_type("loopback_latency_us"),
+        metavar="MICROSECONDS",
+        help=f"of the modelled wire (default: {CABLE.latency_us:g})",
+    )
+    parser.add_argument(
+        "--gbytes-per-s",
+        type=setting_type("loopback_gbytes_per_s"),
+        metavar="GB/S",
+        help=f"of the modelled wire (default: {CABLE.gbytes_per_s:g}; 0: unlimited)",
+    )
     parser.add_argument(
         "--wire",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="take both from the wire model in this file, which vllm-spark bench wire wrote",
     )
@@ -42,7 +53,5 @@ def modelled_wire(args: argparse.Namespace) -> ModelledWire:
     if given:
         flag = "--" + next(iter(given)).replace("_", "-")
         raise ConfigurationError(f"--wire {args.wire} and {flag} contradict each other; leave one out")
-    from vllm_spark.wire_model import load_wire_model
-
     fit = load_wire_model(args.wire).total.fit
     return ModelledWire(fit.latency_us, fit.gbytes_per_s)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.arguments import positive, sizes
+from vllm_spark.cli.arguments import positive, sizes, user_path
 from vllm_spark.cli.output import check_writable, wide_console
 from vllm_spark.config import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
@@ -57,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listener.add_argument("--depth", type=positive, help="writes under way on each rail (default: 128)")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="write the wire model there, for --spark-wire and for --wire of the other benchmarks",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw both over sizes (png, svg or pdf)")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw both over sizes (png, svg or pdf)")
     add_flags(parser, ["leader", "follower", "both"], prefix="--", names=SETTINGS)
 
 
