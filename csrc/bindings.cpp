@@ -133,7 +133,8 @@ std::vector<verbs::RailAddress> rail_addresses(const std::vector<RailTuple>& rai
     std::string raw = gid;
     verbs::RailAddress address{device, port, {}, mtu};
     if (raw.size() != sizeof address.gid.raw) {
-      throw UsageError("a GID has 16 bytes, and not " + std::to_string(raw.size()));
+      throw UsageError("a GID has 16 bytes, and not " + std::to_string(raw.size()) +
+                       "; give those of a rail that local_ports() found");
     }
     std::memcpy(address.gid.raw, raw.data(), raw.size());
     addresses.push_back(std::move(address));

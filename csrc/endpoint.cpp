@@ -29,8 +29,8 @@ Options checked(const Options& options) {
   if (options.rank < 0 || options.rank >= kWorldSize) {
     refuse("rank " + std::to_string(options.rank) + " does not exist; a pair has ranks 0 and 1");
   }
-  if (options.sizes.slots != 2 * options.depth || (options.depth & (options.depth - 1)) != 0 ||
-      options.depth == 0 || options.sizes.slots > kMaxSlots) {
+  if (options.depth == 0 || options.depth > kMaxSlots / 2 || (options.depth & (options.depth - 1)) != 0 ||
+      options.sizes.slots != 2 * options.depth) {
     // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
     refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
            std::to_string(kMaxSlots / 2));
@@ -144,6 +144,11 @@ void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
   publish_peer(std::move(peer));
 }
 
+void Endpoint::start() {
+  // Release: who asks whether it may send finds all that sending needs.
+  started_.store(true, std::memory_order_release);
+}
+
 void Endpoint::publish_peer(Peer peer) {
   peer_ = std::move(peer);
   // In the single order of all: `abort` poisons, then looks whether there is a peer to tell. Either it sees
@@ -170,7 +175,7 @@ void Endpoint::check_poison() const {
 void Endpoint::check_usable() {
   check_poison();
   if (closed()) throw UsageError(rank_name() + " has closed its runtime; connect a new one");
-  if (!connected_.load(std::memory_order_acquire))
+  if (!started_.load(std::memory_order_acquire))
     throw UsageError("the runtime is not connected; exchange addresses and call connect first");
   if (!owned_by_this_process()) {
     throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +

@@ -62,6 +62,8 @@ class Endpoint {
   // know to connect to them. Throws CollectiveError.
   std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails);
   void connect_link(const std::string& peer_offer, const std::string& description);
+  // Last, when all that collectives need is there: from here on they are allowed.
+  void start();
 
   const Options& options() const { return options_; }
   const RegionLayout& layout() const { return layout_; }
@@ -132,6 +134,7 @@ class Endpoint {
   std::unique_ptr<verbs::Link> link_;
   Transport* transport_ = nullptr;
   std::atomic<bool> connected_{false};  // the peer may be told something
+  std::atomic<bool> started_{false};    // the peer may be sent something
   Peer peer_;
   pid_t process_;
   std::atomic<bool> closed_{false};

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "thread.hpp"
+
 namespace spark {
 namespace {
 
@@ -30,12 +32,12 @@ void futex_wake(std::atomic<uint32_t>& word) {
 
 Proxy::Proxy(Region region, Transport& transport, uint32_t last, const BackoffTimes& times)
     : region_(region), transport_(transport), last_(last), times_(times) {
-  thread_ = std::thread([this] { run(); });
+  thread_ = start_thread([this] { run(); });
 }
 
 void Proxy::stop() {
   if (!thread_.joinable()) return;
-  stopping_.store(true, std::memory_order_seq_cst);
+  stopping_.store(true, std::memory_order_release);  // what was rung before is delivered: see `run`
   futex_wake(region_.doorbell());
   thread_.join();  // bounded: by kLongestSleep, kDrainTime and the transport's farewell
 }
@@ -79,10 +81,10 @@ void Proxy::run() {
 bool Proxy::post_up_to(uint32_t rung) {
   // The doorbell is a level: a rank may ring k+1 before this thread woke for k. Signed distance, since it
   // wraps.
-  uint32_t posted = 0;
-  while (static_cast<int32_t>(rung - last_) > 0) {
-    ++last_;
-    post(last_);
+  uint32_t posted = 0, last = last_.load(std::memory_order_relaxed);
+  while (static_cast<int32_t>(rung - last) > 0) {
+    post(++last);
+    last_.store(last, std::memory_order_release);  // see has_posted
     ++posted;
   }
   if (posted == 0) return false;
@@ -111,10 +113,12 @@ void Proxy::post(uint32_t sequence) {
 void Proxy::sleep_on_doorbell() {
   // See `ring`: the announcement comes before the last look at the doorbell, in the single order of all four.
   region_.proxy_asleep().store(1, std::memory_order_seq_cst);
-  bool quiet = region_.doorbell().load(std::memory_order_seq_cst) == last_;
-  if (quiet && !stopping_.load(std::memory_order_seq_cst)) {
+  uint32_t last = last_.load(std::memory_order_relaxed);
+  bool quiet = region_.doorbell().load(std::memory_order_seq_cst) == last;
+  // Relaxed: a stop that this look misses is no doorbell, and waits until the sleep is over.
+  if (quiet && !stopping_.load(std::memory_order_relaxed)) {
     // The kernel compares the word once more: a doorbell rung since then ends the wait at once.
-    futex_wait(region_.doorbell(), last_);
+    futex_wait(region_.doorbell(), last);
   }
   region_.proxy_asleep().store(0, std::memory_order_relaxed);
 }

@@ -33,6 +33,14 @@ class Proxy {
   // Test hook: while held, the proxy posts nothing, as if it had not been scheduled.
   void hold(bool held) { held_.store(held, std::memory_order_relaxed); }
 
+  // Whether it is through with the message of that number, and reads neither its descriptor nor what is
+  // staged any more (a NIC may).
+  bool has_posted(uint32_t sequence) const {
+    // Acquire: pairs with the release after posting. The caller's stores into the slot come after the proxy's
+    // loads.
+    return static_cast<int32_t>(last_.load(std::memory_order_acquire) - sequence) >= 0;
+  }
+
   const ProxyCounters& counters() const { return counters_; }
 
  private:
@@ -44,7 +52,7 @@ class Proxy {
 
   Region region_;
   Transport& transport_;
-  uint32_t last_;
+  std::atomic<uint32_t> last_;  // posted; written by the thread alone
   BackoffTimes times_;
   ProxyCounters counters_;
   std::atomic<bool> held_{false};

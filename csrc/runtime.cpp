@@ -136,6 +136,7 @@ void Runtime::start() {
     proxy_ =
         std::make_unique<Proxy>(mine_, endpoint_.transport(), options_.first_sequence - 1, options_.backoff);
   }
+  endpoint_.start();
 }
 
 void Runtime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype) {
@@ -211,6 +212,7 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
 
 void Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
   uint32_t sequence = sequence_.load(std::memory_order_relaxed) + 1;
+  if (proxy_) wait_for_send_slot(operation, sequence);
   uint32_t tag = operation.tag();
   bool as_packets = bytes <= options_.sizes.packet_bytes;
   if (as_packets) {
@@ -252,6 +254,14 @@ void Runtime::send(const Operation& operation, const std::byte* data, size_t byt
     proxy_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
+}
+
+// That the peer has a message does not say that the proxy has posted it: one that a failed rail lost goes
+// again from its slot, and carries along what is there by then (docs/protocol.md, "Why that is safe"). Mostly
+// one look.
+void Runtime::wait_for_send_slot(const Operation& operation, uint32_t sequence) {
+  Wait wait(*this, operation, sequence);
+  while (!proxy_->has_posted(sequence - options_.sizes.slots)) wait.step();
 }
 
 const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {

@@ -73,6 +73,7 @@ class Runtime {
   class Wait;
 
   void send(const Operation& operation, const std::byte* data, size_t bytes);
+  void wait_for_send_slot(const Operation& operation, uint32_t sequence);
   // The peer's message under `sequence`, contiguous until the next call.
   const std::byte* receive(const Operation& operation, uint32_t sequence, size_t bytes);
   const std::byte* receive_packets(const Operation& operation, uint32_t sequence, size_t bytes);

@@ -1,8 +1,8 @@
 """Where a running vLLM keeps this project's settings.
 
 vLLM's `additional_config` is part of its compile cache key. None of the settings (addresses, ports, time-outs) changes
-compiled code, so they ride on the configuration object itself, and another port compiles nothing anew; this project's
-version stands in `additional_config`.
+compiled code, so they ride on the configuration object itself, and another port compiles nothing anew. In
+`additional_config` stand this project's version and what does change compiled code (`tuning.serving`).
 """
 
 from __future__ import annotations

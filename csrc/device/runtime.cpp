@@ -116,6 +116,7 @@ void DeviceRuntime::start() {
     forwarder_ =
         std::make_unique<Forwarder>(endpoint_.mine(), endpoint_.transport(), options.first_sequence - 1);
   }
+  endpoint_.start();
 }
 
 Lane DeviceRuntime::receive_lane(unsigned char* base) const {

@@ -1,5 +1,6 @@
-// Two ranks of one process over tests/native/verbs_unreliable.cpp, for the sanitizers: random collectives,
-// each checked, while rails break under them and are connected anew.
+// Two ranks of one process over tests/native/verbs_unreliable.cpp, for the sanitizers: random messages, each
+// checked, while rails break under them and are connected anew. First two ranks on CPUs, with few slots and
+// with as few as can be, then the proxies of two GPU ranks.
 //
 //   link_stress OPERATIONS
 #include <dlfcn.h>
@@ -13,10 +14,14 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/device/forwarder.hpp"
+#include "../../csrc/endpoint.hpp"
 #include "../../csrc/errors.hpp"
 #include "../../csrc/runtime.hpp"
 
 namespace {
+
+constexpr auto kBound = std::chrono::seconds(60);  // for a message, and for a rail
 
 [[noreturn]] void fail(const std::string& what, int operation) {
   std::fprintf(stderr, "operation %d: %s\n", operation, what.c_str());
@@ -66,27 +71,44 @@ class Keeper {
   std::thread thread_;
 };
 
-}  // namespace
+struct Totals {
+  uint64_t failures = 0, recoveries = 0, reposts = 0;
 
-int main(int argc, char** argv) {
-  int operations = argc > 1 ? std::atoi(argv[1]) : 1000;
+  void add(const spark::verbs::Link& link) {
+    failures += link.counters().rail_failures;
+    recoveries += link.counters().rail_recoveries;
+    reposts += link.counters().reposts;
+  }
+};
+
+spark::Options options_of(uint32_t depth) {
   spark::Options options;
-  options.sizes = {64 << 10, 512, 4};
-  options.depth = 2;
+  options.sizes = {64 << 10, 512, 2 * depth};
+  options.depth = depth;
   options.proxied = true;
-  options.stripes = 2;
-  options.timeout = std::chrono::seconds(60);
+  options.timeout = kBound;
   options.first_sequence = 0xffffff00u;  // wraps soon
   options.clear_interval = 16;           // clears often
-  spark::Options other = options;
-  other.rank = 1;
-  spark::Runtime left(options), right(other);
+  return options;
+}
+
+// Joins two ranks, each a Runtime or an Endpoint.
+template <typename Rank>
+void join(Rank& left, Rank& right) {
   std::vector<spark::verbs::RailAddress> rails{{"memory0", 1, {}, 4096}, {"memory1", 1, {}, 4096}};
   spark::verbs::LinkOptions link;
-  link.timeout = std::chrono::seconds(60);
+  link.timeout = kBound;
   std::string left_offer = left.open_link(link, rails), right_offer = right.open_link(link, rails);
   left.connect_link(right_offer, "right");
   right.connect_link(left_offer, "left");
+}
+
+void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
+  spark::Options options = options_of(depth), other = options;
+  options.stripes = other.stripes = 2;
+  other.rank = 1;
+  spark::Runtime left(options), right(other);
+  join(left, right);
   left.begin();
   right.begin();
   {
@@ -99,9 +121,92 @@ int main(int argc, char** argv) {
     right.close();
     closing.join();
   }
-  uint64_t failures = left.link()->counters().rail_failures + right.link()->counters().rail_failures;
-  uint64_t recoveries = left.link()->counters().rail_recoveries + right.link()->counters().rail_recoveries;
-  uint64_t reposts = left.link()->counters().reposts + right.link()->counters().reposts;
+  totals.add(*left.link());
+  totals.add(*right.link());
+}
+
+// What the kernels of packets do, by this thread: one message after another, each staged once the peer's one
+// before has come. It knows nothing of the proxy.
+void run_kernels(spark::Endpoint& endpoint, int operations) {
+  std::mt19937 chance(5);  // the same on both ranks
+  std::mt19937 own_chance(static_cast<unsigned>(endpoint.options().rank));
+  spark::Region region = endpoint.mine();
+  for (int operation = 0; operation < operations; ++operation) {
+    uint32_t sequence = endpoint.options().first_sequence + static_cast<uint32_t>(operation);
+    uint32_t words = 2 * (chance() % 5);
+    if (own_chance() % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own_chance() % 300));
+    auto word = [&](uint32_t half) { return half == 0 ? 7 : half == 1 ? words * 4 : 31 * sequence + half; };
+    std::atomic<uint64_t>* out = region.send_packets(sequence);
+    for (uint32_t half = 0; half < words + 2; ++half) {
+      // Release, in place of the order between kernels.
+      out[half].store(spark::packet_half(word(half), sequence), std::memory_order_release);
+    }
+    const std::atomic<uint64_t>* in = region.recv_packets(sequence);
+    auto start = spark::Clock::now();
+    for (uint32_t half = 0; half < words + 2; ++half) {
+      uint64_t value = in[half].load(std::memory_order_acquire);
+      for (; !spark::half_arrived(value, sequence); value = in[half].load(std::memory_order_acquire)) {
+        if (spark::Clock::now() - start > kBound) fail("a message did not come", operation);
+        std::this_thread::yield();
+      }
+      if (spark::half_data(value) != word(half)) fail("wrong packet", operation);
+    }
+  }
+}
+
+// A link whose thread loses its core whenever messages went again: what their slots carried along is out, and
+// the proxy has not looked for it yet.
+class Preempted : public spark::Transport {
+ public:
+  explicit Preempted(spark::verbs::Link& link) : link_(link) {}
+  void post(uint32_t sequence, const spark::SendDescriptor& descriptor) override {
+    link_.post(sequence, descriptor);
+  }
+  bool progress() override {
+    uint64_t before = posts();
+    bool under_way = link_.progress();
+    if (posts() != before) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return under_way;
+  }
+  void attend() override { link_.attend(); }
+  void finish() override { link_.finish(); }
+
+ private:
+  uint64_t posts() const { return link_.counters().posts[0] + link_.counters().posts[1]; }
+
+  spark::verbs::Link& link_;
+};
+
+void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
+  spark::Options options = options_of(depth), other = options;
+  other.rank = 1;
+  spark::Endpoint left(options), right(other);
+  join(left, right);
+  Preempted left_link(*left.link()), right_link(*right.link());
+  spark::device::Forwarder left_proxy(left.mine(), left_link, options.first_sequence - 1);
+  spark::device::Forwarder right_proxy(right.mine(), right_link, options.first_sequence - 1);
+  {
+    spark::verbs::Bulletin &mine = left.link()->bulletin(), &theirs = right.link()->bulletin();
+    Keeper one(mine, theirs), two(theirs, mine);
+    std::thread peer([&] { run_kernels(right, operations); });
+    run_kernels(left, operations);
+    peer.join();
+    std::thread closing([&] { left_proxy.stop(); });
+    right_proxy.stop();
+    closing.join();
+  }
+  totals.add(*left.link());
+  totals.add(*right.link());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int operations = argc > 1 ? std::atoi(argv[1]) : 1000;
+  Totals totals;
+  run_cpu_pair(2, operations, totals);
+  run_cpu_pair(1, operations / 2, totals);
+  run_gpu_pair(1, operations / 4, totals);
   uint64_t broken = 0, not_posted = 0, late = 0, refused = 0, early = 0;
   void* library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_NOLOAD);
   using Report = void (*)(uint64_t*, uint64_t*, uint64_t*, uint64_t*, uint64_t*);
@@ -111,10 +216,10 @@ int main(int argc, char** argv) {
       "%llu connections broken, %llu posts refused, %llu failures, %llu recoveries, %llu messages again, "
       "%llu writes late, %llu refused, %llu posts too early\n",
       static_cast<unsigned long long>(broken), static_cast<unsigned long long>(not_posted),
-      static_cast<unsigned long long>(failures), static_cast<unsigned long long>(recoveries),
-      static_cast<unsigned long long>(reposts), static_cast<unsigned long long>(late),
+      static_cast<unsigned long long>(totals.failures), static_cast<unsigned long long>(totals.recoveries),
+      static_cast<unsigned long long>(totals.reposts), static_cast<unsigned long long>(late),
       static_cast<unsigned long long>(refused), static_cast<unsigned long long>(early));
-  if (broken < 3 || recoveries < 3 || reposts == 0 || late == 0)
+  if (broken < 3 || totals.recoveries < 3 || totals.reposts == 0 || late == 0)
     fail("hardly anything has failed", operations);
   if (early > 0) fail("messages went again while their first copies could still arrive", operations);
   std::puts("ok");

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,14 @@ def stopped_past_its_time(rank: int, exchange: Pipe) -> None:
         os.kill(waiting, signal.SIGCONT)
 
 
-def say_when_sent(runtime: Runtime, exchange: Pipe) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while runtime.counters().packet_messages == 0 and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
+
+
+def say_when_sent(runtime: Runtime, exchange: Pipe) -> None:
+    wait_until(lambda: runtime.counters().packet_messages > 0)
     exchange.connection.send("sent")
 
 
@@ -228,13 +233,17 @@ def test_an_abort_is_seen_at_the_next_call_with_whole_characters() -> None:
 def aborted_here(rank: int, exchange: Pipe) -> None:
     runtime = connect(rank, exchange)
     if rank == 0:
-        timer = threading.Timer(2.0, runtime.abort, ["changed my mind"])  # in the call, also on a busy machine
-        timer.start()
+        threading.Thread(target=abort_in_the_call, args=(runtime,)).start()
         with pytest.raises(CollectiveAbortedError, match="changed my mind"):
             runtime.all_reduce(SMALL)
         with pytest.raises(PoisonedError, match="changed my mind"):
             runtime.all_gather(SMALL)
     exchange(b"done")
+
+
+def abort_in_the_call(runtime: Runtime) -> None:
+    wait_until(lambda: runtime.counters().packet_messages > 0)
+    runtime.abort("changed my mind")
 
 
 def test_abort_from_another_thread() -> None:
@@ -332,11 +341,17 @@ def coalesced(rank: int, exchange: Pipe) -> int:
         runtime.all_reduce(SMALL)
         if rank == 0:
             runtime._native.hold_proxy(True)
-            threading.Timer(2.0, runtime._native.hold_proxy, [False]).start()
+            threading.Thread(target=let_go_of_four, args=(runtime,)).start()
         total = runtime.all_reduce(torch.full((4096,), 1.0 + rank))  # four chunks, all rung while the proxy is held
         assert torch.equal(total, torch.full((4096,), 3.0))
         exchange(b"read")
         return runtime.counters().proxy_coalesced
+
+
+def let_go_of_four(runtime: Runtime) -> None:
+    first = runtime.counters().last_sequence
+    wait_until(lambda: runtime.counters().last_sequence >= first + 4)
+    runtime._native.hold_proxy(False)
 
 
 def test_the_doorbell_is_a_level() -> None:

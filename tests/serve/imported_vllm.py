@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -72,6 +73,10 @@ def become(order: Order) -> None:
         exit_code = main()
     except SystemExit as end:
         exit_code = end.code
+        if isinstance(exit_code, str):
+            print(exit_code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -48,21 +49,51 @@ def assert_told(process: Process, exit_code: int, *parts: str) -> None:
     assert_all_gone(process)
 
 
-class Serving:
-    """A pair at work, and the port at which its leader listens."""
+class Turned(NamedTuple):
+    """A follower that was turned away, and what it must have been told."""
 
-    def __init__(self, server: Server, port: str) -> None:
-        self.server, self.port = server, port
+    process: Process
+    sentences: tuple[str, ...]
+
+
+class Serving:
+    """A pair at work, the port at which its leader listens, and whom the leader waited past before."""
+
+    def __init__(self, server: Server, port: str, turned: list[Turned]) -> None:
+        self.server, self.port, self.turned = server, port, turned
 
 
 @pytest.fixture(scope="module")
-def serving(hosts: Hosts, tiny_moe: Path) -> Iterator[Serving]:
+def serving(hosts: Hosts, tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Before the follower that fits there are some that do not."""
     port = str(hosts[0].free_port())
-    argv = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port]
-    follower = hosts[1].popen(argv, CPU_ENVIRONMENT | SECRET, "vllm-spark join")
-    with spark_leader(hosts, tiny_moe, port, env=SECRET) as server:
-        yield Serving(server, port)
+    with spark_leader(hosts, tiny_moe, port, env=SECRET, wait=False) as server:
+        server.leader.wait_for_line("Waiting for the follower", ANSWER_SECONDS)
+        turned = list(unfit_followers(hosts, port, tiny_moe, tmp_path_factory.mktemp("unfit")))
+        argv = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port]
+        follower = hosts[1].popen(argv, CPU_ENVIRONMENT | SECRET, "vllm-spark join")
+        server.wait_until_healthy()
+        yield Serving(server, port, turned)
         follower.terminate()
+
+
+def unfit_followers(hosts: Hosts, port: str, model: Path, folder: Path) -> Iterator[Turned]:
+    """Another version, other weights, another model, none: each comes alone, and is waited for."""
+    older = join(hosts, port, {**SECRET, "PYTHONPATH": str(another_version(folder))}, python=MAIN)
+    older.wait(ANSWER_SECONDS)
+    yield Turned(older, (f"vllm_spark is {vllm_spark.__version__} on the leader and 0.0.9 on the follower",))
+    if hosts[0].namespace is None:  # with it comes a mount namespace, in which the follower sees other files
+        return
+    for name, sentence in (
+        ("weights", "the weight file model.safetensors has other content here"),
+        ("config", "the configuration file config.json has other content here"),
+        ("none", "there is no model"),
+    ):
+        other = other_model(model, folder, name)
+        hide = f"mount --bind {other} {model if name != 'none' else model.parent}"
+        process = join(hosts, port, first=hide)
+        process.wait(ANSWER_SECONDS)
+        yield Turned(process, (sentence, str(model)))
 
 
 def assert_untouched(serving: Serving, reference_tokens: list[list[int]]) -> None:
@@ -99,36 +130,13 @@ def test_garbage_at_a_serving_pair(
 
 
 def test_followers_that_do_not_fit_are_waited_past(
-    hosts: Hosts, tiny_moe: Path, tmp_path: Path, reference_tokens: list[list[int]]
+    hosts: Hosts, serving: Serving, reference_tokens: list[list[int]]
 ) -> None:
-    """Another version, other weights, another model, none: each ends with its reason, and the next one is taken."""
-    port = str(hosts[0].free_port())
-    with spark_leader(hosts, tiny_moe, port, env=SECRET, wait=False) as server:
-        server.leader.wait_for_line("Waiting for the follower", ANSWER_SECONDS)
-        older = another_version(tmp_path)
-        assert_told(
-            join(
-                hosts,
-                port,
-                {**SECRET, "PYTHONPATH": str(older)},
-                python=MAIN,
-            ),
-            *(3, f"vllm_spark is {vllm_spark.__version__} on the leader and 0.0.9 on the follower"),
-        )
-        if hosts[0].namespace is not None:  # with it comes a mount namespace, in which the follower sees other files
-            for name, sentence in (
-                ("weights", "the weight file model.safetensors has other content here"),
-                ("config", "the configuration file config.json has other content here"),
-                ("none", "there is no model"),
-            ):
-                other = other_model(tiny_moe, tmp_path, name)
-                hide = f"mount --bind {other} {tiny_moe if name != 'none' else tiny_moe.parent}"
-                assert_told(join(hosts, port, first=hide), 3, sentence, str(tiny_moe))
-        welcome = join(hosts, port)
-        server.wait_until_healthy()
-        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:2]) == reference_tokens[:2]
-        server.leader.terminate()
-        assert welcome.wait(ANSWER_SECONDS) == 0
+    """Each ends with its reason, and the next one is taken."""
+    assert len(serving.turned) == (1 if hosts[0].namespace is None else 4)
+    for turned in serving.turned:
+        assert_told(turned.process, 3, *turned.sentences)
+    assert_untouched(serving, reference_tokens)
 
 
 def another_version(folder: Path) -> Path:

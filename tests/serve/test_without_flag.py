@@ -9,10 +9,9 @@ from pathlib import Path
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
-from . import prompts, shared_memory
+from . import shared_memory
 from .conftest import OneRank
 from .hosts import Host
-from .servers import stock_tp1
 
 LOOK = """
 import json, sys
@@ -57,9 +56,3 @@ def test_vllms_errors_stay_vllms(host: Host, tiny_moe: Path) -> None:
     assert result.returncode == 1
     assert "Cannot assign requested address" in result.stderr
     assert "--spark" not in result.stdout + result.stderr
-
-
-def test_same_tokens_with_the_plugin_shut_out(host: Host, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
-    """`reference_tokens` come from a server that loaded the plugin; VLLM_PLUGINS="" lets none in."""
-    with stock_tp1(host, tiny_moe, env={"VLLM_PLUGINS": ""}) as server:
-        assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:8]) == reference_tokens[:8]

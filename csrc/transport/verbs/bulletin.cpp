@@ -47,8 +47,8 @@ void Bulletin::read() {
     std::memcpy(&state, inbox, sizeof state);
     if (state.whole()) accept(state);
   }
-  // Acquire: pairs with the release after the words were put there.
-  if (!news_.load(std::memory_order_acquire)) return;
+  // Relaxed: a hint. What was put there is read under the lock under which this was set.
+  if (!news_.load(std::memory_order_relaxed)) return;
   std::optional<LinkState> delivered;
   {
     std::lock_guard<std::mutex> lock(shared_);
@@ -98,8 +98,7 @@ uint32_t Bulletin::publish(LinkState& state, bool alone) {
 void Bulletin::tell(const std::string& reason) {
   std::lock_guard<std::mutex> lock(shared_);
   if (told_.empty()) told_ = reason;
-  // Release: who sees it takes the lock and finds the reason.
-  news_.store(true, std::memory_order_release);
+  news_.store(true, std::memory_order_relaxed);
 }
 
 void Bulletin::deliver(const std::string& words) {
@@ -109,8 +108,7 @@ void Bulletin::deliver(const std::string& words) {
   if (!from_bytes(words, state)) return;
   std::lock_guard<std::mutex> lock(shared_);
   if (!delivered_ || state.version > delivered_->version) delivered_ = state;
-  // Release: who sees it takes the lock and finds the announcement.
-  news_.store(true, std::memory_order_release);
+  news_.store(true, std::memory_order_relaxed);
 }
 
 std::string Bulletin::take() {

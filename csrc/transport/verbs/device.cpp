@@ -112,8 +112,8 @@ uint32_t Device::gid_index(uint8_t port, const abi::Gid& gid) const {
   for (const GidInfo& info : list_gids(context_, port, exists ? count : 0)) {
     if (std::memcmp(info.gid.raw, gid.raw, sizeof gid.raw) == 0) return info.index;
   }
-  throw CollectiveError("the RDMA device " + name_ +
-                        " has lost its address; see that its network interface is up");
+  throw CollectiveError("port " + std::to_string(port) + " of the RDMA device " + name_ +
+                        " has lost the address that it was chosen by; see that its network interface is up");
 }
 
 bool Device::next_event(DeviceEvent& event) const {

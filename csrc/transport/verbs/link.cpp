@@ -61,7 +61,8 @@ void Link::connect(const std::string& peer_offer, const std::string& peer_name,
   }
   if (bulletin_.theirs().rail_count != rails_.size()) {
     throw CollectiveError(peer_name + " has " + std::to_string(bulletin_.theirs().rail_count) +
-                          " rails where this rank has " + std::to_string(rails_.size()));
+                          " rails where this rank has " + std::to_string(rails_.size()) +
+                          "; use the same version on both");
   }
   peer_name_ = peer_name;
   stop_ = std::move(stop);

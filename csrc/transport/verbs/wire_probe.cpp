@@ -254,7 +254,8 @@ void WireProbe::connect(const std::string& peer_offer, const std::string& peer_n
 
 std::vector<double> WireProbe::ping(const std::vector<uint32_t>& rails, uint64_t bytes, uint32_t count) {
   std::vector<Part> parts = cut(rails, bytes);
-  if (count == 0 || count > kMaxCount) throw UsageError(text(count) + " round trips are not possible");
+  if (count == 0 || count > kMaxCount)
+    throw UsageError(text(count) + " round trips are not possible; 1 to " + text(kMaxCount) + " are");
   std::vector<double> halves;
   halves.reserve(count);
   for (uint32_t done = 0; done < count; ++done) {
@@ -287,7 +288,8 @@ double WireProbe::stream(const std::vector<uint32_t>& rails, uint64_t bytes, uin
   if (depth == 0 || depth > kMaxDepth) {
     throw UsageError("a depth of " + text(depth) + " is not possible; it goes from 1 to " + text(kMaxDepth));
   }
-  if (count == 0 || count > kMaxCount) throw UsageError(text(count) + " messages are not possible");
+  if (count == 0 || count > kMaxCount)
+    throw UsageError(text(count) + " messages are not possible; 1 to " + text(kMaxCount) + " are");
   Clock::time_point start = Clock::now();
   uint64_t posted = 0, completed = 0;
   std::optional<Patience> patience;
@@ -321,10 +323,12 @@ std::vector<WireProbe::RailEnd*> WireProbe::chosen(const std::vector<uint32_t>& 
     throw UsageError("a message of " + text(bytes) + " bytes is not possible; it goes from 1 to " +
                      text(options_.largest));
   }
-  if (rails.empty()) throw UsageError("no rail was named");
+  if (rails.empty()) throw UsageError("no rail was named; name at least one");
   std::vector<RailEnd*> taken;
   for (uint32_t index : rails) {
-    if (index >= rails_.size()) throw UsageError("there is no rail " + text(index));
+    if (index >= rails_.size()) {
+      throw UsageError("there is no rail " + text(index) + "; they go from 0 to " + text(rails_.size() - 1));
+    }
     taken.push_back(rails_[index].get());
   }
   return taken;
