@@ -21,6 +21,15 @@ KERNEL_ARCHITECTURES = ("90", "121")  # H100 and H200, on which it is measured; 
 PTX_ARCHITECTURES = ("80", "90")
 
 
+def _find_nvcc() -> str | None:
+    """CUDA's packages put it where no PATH leads."""
+    if named := os.environ.get("NVCC") or shutil.which("nvcc"):
+        return named
+    homes = [Path(home) for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+    return next((str(home / "bin" / "nvcc") for home in homes if (home / "bin" / "nvcc").is_file()), None)
+
+
 class BuildNative(build_ext):
     """Says what is missing in a sentence, and whether CUDA kernels are part of this build."""
 
@@ -31,7 +40,7 @@ class BuildNative(build_ext):
         if shutil.which(compiler.split()[0]) is None:
             sys.exit(f"vllm-spark needs a C++17 compiler, and there is no {compiler}; install g++ (apt install g++)")
         super().build_extensions()
-        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        nvcc = _find_nvcc()
         if nvcc is None:
             print("vllm-spark: nvcc was not found, so collectives on GPU tensors are not part of this build")
             return

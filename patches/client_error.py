@@ -10,11 +10,11 @@ from vllm_spark.patches import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_spark.counter_board import engine_failure
+        from vllm_spark.counter_board import engine_death
 
         original(self, *args, **kwargs)
-        if failure := engine_failure():
-            self.args = (f"{failure}.",)
+        if death := engine_death():
+            self.args = (f"{death}.",)
 
     return __init__
 
@@ -23,7 +23,7 @@ PATCH = Patch(
     name="client-error",
     anchor=Anchor("vllm.v1.engine.exceptions:EngineDeadError.__init__"),
     reason="the reason stays in the engine's process, and the text that clients get is fixed",
-    feature="the reason of a lost follower in the answer to clients",
+    feature="the reason of a lost follower, or that the engine was killed, in the answer to clients",
     fingerprints={"1c35b5aa0ca1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
 )

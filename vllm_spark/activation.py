@@ -23,7 +23,7 @@ from vllm_spark.config import (
     typed_flags,
 )
 from vllm_spark.config_file import check_config_file
-from vllm_spark.counter_board import engine_failure
+from vllm_spark.counter_board import engine_death, engine_failure
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
@@ -214,9 +214,9 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         # With several API servers the process that starts them has, and keeps, handlers of its own.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
         original(args)
-        if failure := engine_failure():
+        if death := engine_death():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
-            _exit_with(failure)
+            _exit_with(death)
     except StopRequest as request:
         _exit_with(request.error)
     except SparkError as error:

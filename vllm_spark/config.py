@@ -68,7 +68,8 @@ class SparkConfig(BaseModel):
     secret_file: Path | None = _setting(
         None,
         "File with the secret that both machines share (at least 16 bytes, readable by its owner only). "
-        f"The variable {SECRET_VARIABLE} may hold the secret itself instead. Needed except on a loopback address. "
+        f"The variable {SECRET_VARIABLE} may hold the secret itself instead, not as well. "
+        "Needed except on a loopback address. "
         "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
         "`vllm-spark doctor --make-secret` makes it.",
     )
@@ -207,6 +208,13 @@ class SparkConfig(BaseModel):
     def _is_power_of_two(cls, value: int) -> int:
         if value & (value - 1):
             raise ValueError("it is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
+        return value
+
+    @field_validator("secret_file", "launch_table", "wire", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("it is empty; name a file, or leave it out")
         return value
 
     @field_validator("secret_file", "launch_table", "wire")

@@ -8,15 +8,16 @@ from typing import Any
 
 import yaml
 
-from vllm_spark.config import FLAG
+from vllm_spark.config import FLAG, enabled_by_environment
+from vllm_spark.errors import ConfigurationError
 
 
 def check_config_file(parser: Any, argv: Sequence[str]) -> None:
-    """Ends in a usage error if `--spark` is given with a `--config` file that cannot be read.
+    """Ends in a usage error if `--spark` (or SPARK_ENABLE) is given with a `--config` file that cannot be read.
 
     vLLM reads the file while it parses the command line, and ends with a traceback.
     """
-    if FLAG not in argv:
+    if FLAG not in argv and not _asked_for_by_environment(parser):
         return
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")
@@ -24,6 +25,14 @@ def check_config_file(parser: Any, argv: Sequence[str]) -> None:
             problem = _unreadable(Path(value if equals else following))
             if problem:
                 parser.error(problem)
+
+
+def _asked_for_by_environment(parser: Any) -> bool:
+    try:
+        return enabled_by_environment()
+    except ConfigurationError as error:
+        parser.error(str(error))
+        raise
 
 
 def _unreadable(path: Path) -> str | None:

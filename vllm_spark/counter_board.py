@@ -20,8 +20,8 @@ from vllm_spark.known_types import known
 from vllm_spark.ranks import RANKS
 
 BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
-_FAILURE = len(RANKS)
-_SLOTS = len(RANKS) + 1
+_FAILURE, _AT_WORK = len(RANKS), len(RANKS) + 1
+_SLOTS = len(RANKS) + 2
 _SLOT = 4096
 # Length and checksum of a record: a reader that catches it half written sees that they do not match, whatever
 # order the stores became visible in.
@@ -33,6 +33,10 @@ _LONGEST_SENTENCE = 600  # characters; JSON takes up to six bytes for one
 class _Failure(msgspec.Struct):
     sentence: str
     exit_code: int
+
+
+class _AtWork(msgspec.Struct):
+    process: int
 
 
 class RankCounters(msgspec.Struct):
@@ -57,7 +61,7 @@ class RankCounters(msgspec.Struct):
     reposts: int = 0
 
 
-known(_Failure, RankCounters)
+known(_Failure, _AtWork, RankCounters)
 
 
 class CounterBoard:
@@ -98,9 +102,15 @@ class CounterBoard:
 
     def forget_failure(self) -> None:
         """Takes back the reason that an earlier engine of this process left: another one starts."""
-        if self._map is not None:
-            start = _FAILURE * _SLOT
-            self._map[start : start + _HEADER.size] = bytes(_HEADER.size)
+        self._clear(_FAILURE)
+
+    def begin_work(self) -> None:
+        """Says that the engine is this process, and has not ended unless it takes leave or leaves a reason."""
+        self._put(_AT_WORK, _AtWork(os.getpid()))
+
+    def take_leave(self) -> None:
+        """Says that the engine ends in good order."""
+        self._clear(_AT_WORK)
 
     def failure(self) -> SparkError | None:
         """The reason that the engine left, with its exit code; None if it left none."""
@@ -111,6 +121,19 @@ class CounterBoard:
         error = SparkError(record.sentence)
         error.exit_code = record.exit_code
         return error
+
+    def death(self) -> SparkError | None:
+        """Why the engine, which is dead, is so: the reason that it left, or that it left none; None after a leave."""
+        if failure := self.failure():
+            return failure
+        payload = self._get(_AT_WORK)
+        if payload is None:
+            return None
+        process = msgspec.json.decode(payload, type=_AtWork).process
+        return SparkError(
+            f"the engine (process {process}) ended without a word: killed by hand, by the kernel when memory ran out "
+            "(see dmesg), or because it did not end in time; start it again, with less memory if that was it"
+        )
 
     def write(self, counters: RankCounters | dict[str, Any]) -> None:
         """Replaces the record of the rank that `counters` names."""
@@ -132,6 +155,10 @@ class CounterBoard:
             _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
         )
 
+    def _clear(self, slot: int) -> None:
+        if self._map is not None:
+            self._map[slot * _SLOT : slot * _SLOT + _HEADER.size] = bytes(_HEADER.size)
+
     def _get(self, slot: int) -> bytes | None:
         if self._map is None:
             return None
@@ -150,4 +177,11 @@ def engine_failure() -> SparkError | None:
     """Why the engine that this process started, or is, did not start or stopped; None if no reason was left."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return CounterBoard.from_environment().failure()
+    return None
+
+
+def engine_death() -> SparkError | None:
+    """The same of an engine that has ended, also if it was killed; None if it took leave, or there is no board."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return CounterBoard.from_environment().death()
     return None

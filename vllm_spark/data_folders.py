@@ -16,8 +16,18 @@ def data_folder(name: Literal["patches", "configs"]) -> Path:
 
 def configuration_folder() -> Path | None:
     """Where this user's settings for the project are; None for a user without a home folder."""
+    return _folder_of_user("XDG_CONFIG_HOME", ".config")
+
+
+def state_folder() -> Path | None:
+    """Where what the project makes for this user is; None for a user without a home folder."""
+    return _folder_of_user("XDG_STATE_HOME", ".local/state")
+
+
+def _folder_of_user(variable: str, below_home: str) -> Path | None:
+    """As the XDG Base Directory Specification says, which has relative folders ignored."""
+    folder = Path(os.environ.get(variable, ""))
     try:
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        return (folder if folder.is_absolute() else Path.home() / below_home) / "vllm-spark"
     except RuntimeError:
         return None
-    return folder / "vllm-spark"

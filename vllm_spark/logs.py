@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from vllm_spark.counter_board import engine_failure
+from vllm_spark.counter_board import engine_death, engine_failure
 from vllm_spark.errors import SparkError
 
 _DATE_FORMAT = "%m-%d %H:%M:%S"  # vLLM's
@@ -48,5 +48,8 @@ class _OneSentence(logging.Filter):
 
 def _explanation(error: BaseException) -> str | None:
     """The sentence that explains `error`, if there is one: its own, or why the pair broke, which caused it."""
-    failure = error if isinstance(error, SparkError) else engine_failure()
+    if isinstance(error, SparkError):
+        return str(error)
+    # vLLM raises this once its engine is dead; any other error may be about a request alone.
+    failure = engine_death() if type(error).__name__ == "EngineDeadError" else engine_failure()
     return None if failure is None else str(failure)

@@ -93,7 +93,9 @@ def set_stage(name: str, console: Console, keep_logs: Path | None = None) -> Ite
         try:
             stage.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigurationError(f"--keep-logs {stage.logs}: {error.strerror}") from error
+            raise ConfigurationError(
+                f"--keep-logs {stage.logs}: {error.strerror}; give a folder that you may write, or a new one"
+            ) from error
         try:
             yield stage
         except SparkError:

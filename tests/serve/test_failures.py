@@ -195,6 +195,11 @@ def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim:
         follower.wait_until_it_waits_again(waits, clock)
         if stream is not None:
             stream.assert_told(clock)
+        if victim == "engine":
+            assert server.leader.wait(30) == 1, "a supervisor must see that it failed"
+            said = f"the engine (process {engine.pid}) ended without a word: killed by hand, by the kernel"
+            assert f"vllm serve --spark: {said}" in server.leader.output()
+            assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader, timeout=20)
     shared_memory.assert_as_before(before, follower.process)
 

@@ -121,9 +121,9 @@ def test_where_a_secret_comes_from(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=file)
     assert load_secret(config, "10.0.0.1", {}) == b"from the file, long enough"
     for value in ("from the environment", "from the environment\r\n"):
-        assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": value}) == b"from the environment"
+        assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": value}) == b"from the environment"
     bytes_that_are_no_text = os.fsdecode(b"\xff" * 20)
-    assert load_secret(config, "10.0.0.1", {"SPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
+    assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,12 @@ def test_a_secret_file_that_will_not_do(tmp_path: Path, content: str | None, mod
         load_secret(SparkConfig(secret_file=file), "10.0.0.1", {})
     assert part in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_two_secrets_are_one_too_many(tmp_path: Path) -> None:
+    config = SparkConfig(secret_file=tmp_path / "secret")
+    with pytest.raises(ConfigurationError, match=r"SPARK_SECRET is set, and the secret file .*; leave one out"):
+        load_secret(config, "10.0.0.1", {"SPARK_SECRET": "one of sixteen bytes"})
 
 
 def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +407,9 @@ def test_a_build_of_another_name_has_a_version_too(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_second_leader_does_not_get_the_port(listener: Listener) -> None:
-    with pytest.raises(ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another port"):
+    with pytest.raises(
+        ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another port with"
+    ):
         Listener("127.0.0.1", port_of(listener), tls_context(SECRET, "leader"), LIMIT)
     with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:.*--spark-address"):
         Listener("192.0.2.1", 0, tls_context(SECRET, "leader"), LIMIT)

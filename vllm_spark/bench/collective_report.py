@@ -75,7 +75,7 @@ def check_plot(path: Path) -> None:
     if path.suffix not in PLOT_FORMATS:
         raise ConfigurationError(f"--plot {path} must end in {', '.join(PLOT_FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError("--plot needs matplotlib; install it: pip install 'vllm-spark[bench]'")
+        raise ConfigurationError("--plot needs matplotlib; install it: pip install matplotlib")
 
 
 def plot(report: Report, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -19,6 +20,10 @@ COMMANDS = ("doctor", "demo", "join", "bench", "tune", "patches", "config")
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 + SIGINT, what a shell reports for a program that the signal ended."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""What writing to standard output may fail with where it is a file."""
 
 
 class Command(Protocol):
@@ -41,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ended it, whose message is all that is printed of it.
     """
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except SystemExit as end:  # argparse: --help, or a usage error that it has already explained
         return end.code if isinstance(end.code, int) else EXIT_USAGE
     except KeyboardInterrupt:
@@ -50,8 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader left (`vllm-spark config | head`). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 0
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        _give_up_output()
+        return _fail(
+            f"the output cannot be written ({error.strerror}); make room, or write it elsewhere", SparkError.exit_code
+        )
+
+
+def _give_up_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(words: list[str]) -> int:

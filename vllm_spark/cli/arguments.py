@@ -67,6 +67,13 @@ def engine_arguments(text: str) -> dict[str, Any]:
     return value
 
 
+def words(text: str) -> str:
+    """A text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; write something")
+    return text
+
+
 def user_path(text: str) -> Path:
     """A file or folder, also as `--option=~/name`, which shells leave as it is."""
     try:

@@ -10,7 +10,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from vllm_spark.cli.arguments import up_to, user_path
+from vllm_spark.cli.arguments import up_to, user_path, words
 from vllm_spark.compat import is_cpu_build, vllm_version
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.tiny_model import ModelKind
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kind", choices=kinds, default="moe", help="tiny Qwen3-MoE or tiny Qwen3 (default: moe)"
     )
-    parser.add_argument("--prompt", default="What joins two desks?", help="the chat question (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", type=words, default="What joins two desks?", help="the chat question (default: %(default)s)"
+    )
     parser.add_argument(
         "--max-tokens",
         type=up_to(512, int),
@@ -92,5 +94,5 @@ def _check_installation() -> None:
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(
-                f"the demo needs the package {package}; install it with: pip install 'vllm-spark[demo]'"
+                f"the demo needs the package {package}; install it with: pip install {package.replace('_', '-')}"
             )

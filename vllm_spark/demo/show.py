@@ -110,7 +110,8 @@ class Demo:
         """Stock vLLM, while it serves."""
         (http_port,) = free_ports(1)
         serve = [program("vllm"), *serve_arguments(model, http_port)]
-        environment = clean_environment() | CPU_ENVIRONMENT
+        # Stock vLLM leaves sockets in the folder for temporary files.
+        environment = clean_environment() | CPU_ENVIRONMENT | {"TMPDIR": str(self._stage.folder)}
         with self._stage.started("vllm serve", serve, "single.log", environment) as server:
             yield self._ready(server, http_port)
 
@@ -134,7 +135,10 @@ class Demo:
                         break
                 return answers(f"{url}/health")
 
-            process.wait_until(ready, self._remaining(), "become ready")
+            try:
+                process.wait_until(ready, self._remaining(), "become ready")
+            except ProcessError as error:
+                raise self._told_of_the_limit(error) from None
             phases.enter("ready")
         return Server(url, process, time.monotonic() - before)
 
@@ -192,6 +196,15 @@ class Demo:
     def _remaining(self) -> float:
         """Seconds left of the time that the user gave, at least one: what is waited for then names itself."""
         return max(1.0, self._started + self._settings.timeout - time.monotonic())
+
+    def _told_of_the_limit(self, error: ProcessError) -> ProcessError:
+        """`error`, or if the time is over, that it is: the user knows of the whole, not of what was left of it."""
+        if time.monotonic() < self._started + self._settings.timeout:
+            return error
+        limit = f"the {self._settings.timeout:g} s of --timeout are over"
+        return ProcessError(
+            f"{limit} before {error.process.name if error.process else 'it'} was ready; give more", error.process
+        )
 
     def _conclude(self, pair: Run, single: Run) -> Summary:
         summary = Summary.of(pair, single, time.monotonic() - self._started)

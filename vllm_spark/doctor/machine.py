@@ -49,7 +49,7 @@ def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
         f"The memory that the network card reads and writes is locked, once for each rail: {needed / MB:.0f} MB with "
         "these settings. With this limit it cannot be registered.",
         'echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf   # then log in again\n'
-        "In a systemd unit: LimitMEMLOCK=infinity. In a container: docker run --ulimit memlock=-1 ...",
+        "In a systemd system unit: LimitMEMLOCK=infinity. In a container: docker run --ulimit memlock=-1 ...",
     )
 
 

@@ -55,7 +55,9 @@ def _explained(address: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "choose another port with --spark-port, or end the process that holds it"
+        remedy = (
+            "end what listens there (a leader or a doctor that runs already?), or choose another port with --spark-port"
+        )
         if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
             remedy = "give this machine's address on the link with --spark-address"
         raise ConfigurationError(

@@ -102,9 +102,10 @@ class FollowerSession:
         context = tls_context(load_secret(self._config, host), "follower")
         caller = Caller(host, port, context, self._config.max_frame_mib * MIB)
         invitation = serve_command(host, port, self._config)
+        since = time.monotonic()
         _announce_waiting(caller, 0.0, invitation)
         _load_vllm()
-        control, frame = self._wait_for_offer(caller, invitation)
+        control, frame = self._wait_for_offer(caller, invitation, since)
         offer = self._accept_offer(caller, control, frame)
         calls = caller.connect(CALLS)
         if calls is None:
@@ -126,10 +127,10 @@ class FollowerSession:
         except Exception as error:
             self._give_up(error)
 
-    def _wait_for_offer(self, caller: Caller, invitation: str) -> tuple[Lane, Frame]:
+    def _wait_for_offer(self, caller: Caller, invitation: str, since: float) -> tuple[Lane, Frame]:
         """Waits for a leader with a model; lets every doctor that comes before look at this machine."""
         while True:
-            control = wait_for_leader(caller, invitation)
+            control = wait_for_leader(caller, invitation, since)
             frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
             if frame.kind is Kind.OFFER:
                 return control, frame
@@ -138,6 +139,7 @@ class FollowerSession:
             except PeerLostError as error:
                 logger.warning("The doctor left early: %s.", error)
             control.close()
+            since = time.monotonic()
             _announce_waiting(caller, 0.0, invitation)
 
     def _accept_offer(self, caller: Caller, control: Lane, frame: Frame) -> Offer:
@@ -286,20 +288,20 @@ class FollowerSession:
         _exit(getattr(error, "exit_code", 1))
 
 
-def wait_for_leader(caller: Caller, invitation: str) -> Lane:
+def wait_for_leader(caller: Caller, invitation: str, since: float) -> Lane:
     """Looks for a leader until one answers, saying now and then for whom it waits.
 
     Args:
         caller: connects to the leader.
         invitation: the command that starts the leader.
+        since: when it was first said, in seconds of the monotonic clock.
 
     Raises:
         SparkError: what answers has another secret, other versions, or a follower already.
     """
-    start = time.monotonic()
     next_note = interval = _FIRST_NOTE
     while True:
-        waited = time.monotonic() - start
+        waited = time.monotonic() - since
         if waited >= next_note:
             _announce_waiting(caller, waited, invitation)
             interval = min(2 * interval, _LONGEST_NOTE)

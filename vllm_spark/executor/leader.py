@@ -203,6 +203,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
+        self._board.take_leave()
         _finish(self)
         tuning.stop(self.vllm_config)
         if self._pair is not None:

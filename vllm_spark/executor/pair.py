@@ -101,6 +101,7 @@ class Pair:
         except BaseException:
             pair.close("the leader's start failed")
             raise
+        board.begin_work()
         return pair
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_spark.config import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig
-from vllm_spark.data_folders import configuration_folder
+from vllm_spark.data_folders import configuration_folder, state_folder
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.link import is_loopback
 
@@ -17,14 +17,18 @@ from vllm_spark.executor.link import is_loopback
 def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
     """The secret that this process shares with its peer.
 
-    Taken from SPARK_SECRET, else from `config.secret_file`, else from `default_secret_file`. On a loopback address,
+    Taken from SPARK_SECRET or from `config.secret_file`, else from `default_secret_file`. On a loopback address,
     where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
 
     Raises:
-        ConfigurationError: no secret, or one that is unreadable, readable by others, or too short.
+        ConfigurationError: no secret, or one that is unreadable, readable by others, or too short; or two were given.
     """
     environment = os.environ if environment is None else environment
     if value := environment.get(SECRET_VARIABLE, ""):
+        if config.secret_file is not None:
+            raise ConfigurationError(
+                f"{SECRET_VARIABLE} is set, and the secret file {config.secret_file} is given as well; leave one out"
+            )
         return _long_enough(os.fsencode(value).strip(), f"the secret in {SECRET_VARIABLE}")
     if config.secret_file is not None:
         return _read_secret(config.secret_file)
@@ -111,12 +115,9 @@ def _long_enough(secret: bytes, what: str) -> bytes:
 
 def _own_secret() -> bytes:
     """This user's secret for loopback links, made on first use."""
-    try:
-        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "vllm-spark"
-    except RuntimeError:
-        raise ConfigurationError(
-            f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}"
-        ) from None
+    folder = state_folder()
+    if folder is None:
+        raise ConfigurationError(f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}")
     path = folder / "loopback.secret"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

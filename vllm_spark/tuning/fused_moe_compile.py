@@ -54,7 +54,7 @@ class Compiled:
 def unavailable() -> str | None:
     """Why nothing can be compiled here; None if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'vllm-spark[tune]')"
+        return "Triton is not installed (pip install triton)"
     if kernel_source() is None:
         return "vLLM is not installed, whose kernels would be compiled (pip install vllm)"
     return None
