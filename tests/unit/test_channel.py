@@ -407,9 +407,7 @@ def test_a_build_of_another_name_has_a_version_too(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_second_leader_does_not_get_the_port(listener: Listener) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another port with"
-    ):
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:.*choose another port with"):
         Listener("127.0.0.1", port_of(listener), tls_context(SECRET, "leader"), LIMIT)
     with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:.*--spark-address"):
         Listener("192.0.2.1", 0, tls_context(SECRET, "leader"), LIMIT)
