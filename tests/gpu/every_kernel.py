@@ -7,6 +7,7 @@ With `--tool memcheck` too. Exit code 1 if a result is wrong; what the tool find
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -44,6 +45,8 @@ def wrong_results(pair: GpuPair, rank: int) -> int:
 
 def main() -> int:
     """Runs them all."""
+    # Before CUDA starts: see GpuPair. With kernels loaded at their first use 2 of 8 runs under racecheck hung.
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     wrong = 0
     for mode in ({}, {"loopback_mode": "proxied"}):
         for packet_bytes in (None, 0):
