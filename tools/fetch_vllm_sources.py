@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SETUP_NEEDS = ("setuptools<81", "setuptools_scm", "setuptools_rust", "wheel", "packaging", "jinja2", "cmake", "ninja")
@@ -26,19 +28,33 @@ class FetchError(Exception):
     """A release could not be had; the message says why."""
 
 
-def fetch(version: str, into: Path) -> Path:
-    """Returns the folder that holds the package `vllm` of that release, fetching it if need be.
+def fetch(versions: Sequence[str], into: Path) -> dict[str, Path | FetchError]:
+    """For each release the folder that holds its package `vllm`, fetched if need be, or why it cannot be had.
 
-    Raises:
-        FetchError: pip could not get it.
+    All at once: most of the time goes into what pip does before it hands a release over.
     """
-    target = into / f"vllm-{version}"
-    if (target / "vllm" / "__init__.py").is_file():
-        return target
+    found: dict[str, Path | FetchError] = {
+        version: into / f"vllm-{version}" for version in versions if _is_there(into / f"vllm-{version}")
+    }
+    missing = [version for version in versions if version not in found]
+    if not missing:
+        return found
     into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(len(missing)) as pool:
+        needs = Path(work, "needs")
+        try:
+            _pip("install", "--target", str(needs), *SETUP_NEEDS)
+        except FetchError as error:
+            return found | dict.fromkeys(missing, error)
+        return found | dict(
+            zip(missing, pool.map(lambda version: _fetched(version, into, needs), missing), strict=True)
+        )
+
+
+def _fetched(version: str, into: Path, needs: Path) -> Path | FetchError:
+    target = into / f"vllm-{version}"
     with tempfile.TemporaryDirectory() as work:
-        needs, download = Path(work, "needs"), Path(work, "download")
-        _pip("install", "--target", str(needs), *SETUP_NEEDS)
+        download = Path(work, "download")
         environment = {
             "PYTHONPATH": str(needs),
             "VLLM_TARGET_DEVICE": "empty",
@@ -46,11 +62,16 @@ def fetch(version: str, into: Path) -> Path:
             "SETUPTOOLS_SCM_PRETEND_VERSION": version,
         }
         source = ("--no-binary", ":all:", "--no-deps", "--no-build-isolation")
-        _pip("download", *source, "-d", str(download), f"vllm=={version}", environment=environment)
+        try:
+            _pip("download", *source, "-d", str(download), f"vllm=={version}", environment=environment)
+        except FetchError as error:
+            return error
         _unpack(next(download.glob("*.tar.gz")), into)
-    if not (target / "vllm" / "__init__.py").is_file():
-        raise FetchError(f"the source distribution of vLLM {version} holds no package vllm")
-    return target
+    return target if _is_there(target) else FetchError(f"vLLM {version}'s source distribution holds no package vllm")
+
+
+def _is_there(target: Path) -> bool:
+    return (target / "vllm" / "__init__.py").is_file()
 
 
 def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
@@ -78,13 +99,13 @@ def main() -> int:
     parser.add_argument("versions", nargs="+")
     parser.add_argument("--into", type=Path, default=Path("build/vllm-sources"))
     args = parser.parse_args()
-    for version in args.versions:
-        try:
-            print(fetch(version, args.into))
-        except FetchError as error:
-            print(f"vLLM {version}: {error}", file=sys.stderr)
-            return 1
-    return 0
+    found = fetch(args.versions, args.into)
+    for version, folder in found.items():
+        if isinstance(folder, FetchError):
+            print(f"vLLM {version}: {folder}", file=sys.stderr)
+        else:
+            print(folder)
+    return int(any(isinstance(folder, FetchError) for folder in found.values()))
 
 
 if __name__ == "__main__":

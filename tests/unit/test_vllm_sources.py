@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -170,13 +171,19 @@ def sources(request: pytest.FixtureRequest) -> tuple[str, Path]:
     given = os.environ.get("VLLM_SOURCES")
     if given:
         return request.param, Path(given) / f"vllm-{request.param}"
-    tool = _tool()
-    try:
-        return request.param, tool.fetch(request.param, ROOT / "build" / "vllm-sources")
-    except tool.FetchError as error:
+    folder = _fetched()[request.param]
+    if isinstance(folder, Exception):
         pytest.skip(
-            f"the sources of vLLM {request.param} cannot be had: {error}; set VLLM_SOURCES to a folder with them"
+            f"the sources of vLLM {request.param} cannot be had: {folder}; set VLLM_SOURCES to a folder with them"
         )
+    return request.param, folder
+
+
+@functools.cache
+def _fetched() -> dict[str, Path | Exception]:
+    """The folder of each release, or why there is none."""
+    found: dict[str, Path | Exception] = _tool().fetch(RELEASES, ROOT / "build" / "vllm-sources")
+    return found
 
 
 @pytest.mark.timeout(900)
