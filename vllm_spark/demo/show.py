@@ -110,8 +110,7 @@ class Demo:
         """Stock vLLM, while it serves."""
         (http_port,) = free_ports(1)
         serve = [program("vllm"), *serve_arguments(model, http_port)]
-        # Stock vLLM leaves sockets in the folder for temporary files.
-        environment = clean_environment() | CPU_ENVIRONMENT | {"TMPDIR": str(self._stage.folder)}
+        environment = clean_environment() | CPU_ENVIRONMENT
         with self._stage.started("vllm serve", serve, "single.log", environment) as server:
             yield self._ready(server, http_port)
 
