@@ -24,6 +24,9 @@ from pathlib import Path
 SETUP_NEEDS = ("setuptools<81", "setuptools_scm", "setuptools_rust", "wheel", "packaging", "jinja2", "cmake", "ninja")
 
 
+PIP_SECONDS = 600
+
+
 class FetchError(Exception):
     """A release could not be had; the message says why."""
 
@@ -76,9 +79,17 @@ def _is_there(target: Path) -> bool:
 
 def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(
-        command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=PIP_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise FetchError(f"pip {arguments[0]} took more than {PIP_SECONDS} s; try again later") from None
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         raise FetchError(f"pip {arguments[0]} failed: {(errors or ['no reason given'])[-1].strip()}")

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -123,13 +124,15 @@ class CounterBoard:
         return error
 
     def death(self) -> SparkError | None:
-        """Why the engine, which is dead, is so: the reason that it left, or that it left none; None after a leave."""
+        """Why the engine ended: the reason that it left, or that it left none; None if it took leave, or still runs."""
         if failure := self.failure():
             return failure
         payload = self._get(_AT_WORK)
         if payload is None:
             return None
         process = msgspec.json.decode(payload, type=_AtWork).process
+        if not _has_ended(process):
+            return None  # it failed by an error of vLLM's own, which the log has, and is on its way out
         return SparkError(
             f"the engine (process {process}) ended without a word: killed by hand, by the kernel when memory ran out "
             "(see dmesg), or because it did not end in time; start it again, with less memory if that was it"
@@ -171,6 +174,14 @@ class CounterBoard:
             if zlib.crc32(payload) == checksum:
                 return payload
         return None
+
+
+def _has_ended(process: int) -> bool:
+    """Whether nothing is left of it, or only its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
 
 
 def engine_failure() -> SparkError | None:

@@ -45,7 +45,7 @@ def wrong_results(pair: GpuPair, rank: int) -> int:
 
 def main() -> int:
     """Runs them all."""
-    # Before CUDA starts: see GpuPair. With kernels loaded at their first use 2 of 8 runs under racecheck hung.
+    # Before CUDA starts: see GpuPair. With kernels loaded at their first use 2 of 7 runs under racecheck hung.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     wrong = 0
     for mode in ({}, {"loopback_mode": "proxied"}):

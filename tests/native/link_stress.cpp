@@ -71,6 +71,21 @@ class Keeper {
   std::thread thread_;
 };
 
+// The same both ways.
+struct Keepers {
+  Keepers(spark::verbs::Link& left, spark::verbs::Link& right)
+      : one(left.bulletin(), right.bulletin()), two(right.bulletin(), left.bulletin()) {}
+  Keeper one, two;
+};
+
+// Does both at once.
+template <typename One, typename Other>
+void together(One one, Other other) {
+  std::thread beside(other);
+  one();
+  beside.join();
+}
+
 struct Totals {
   uint64_t failures = 0, recoveries = 0, reposts = 0;
 
@@ -112,14 +127,9 @@ void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
   left.begin();
   right.begin();
   {
-    spark::verbs::Bulletin &mine = left.link()->bulletin(), &theirs = right.link()->bulletin();
-    Keeper one(mine, theirs), two(theirs, mine);
-    std::thread peer([&] { run_rank(right, 1, operations); });
-    run_rank(left, 0, operations);
-    peer.join();
-    std::thread closing([&] { left.close(); });
-    right.close();
-    closing.join();
+    Keepers keepers(*left.link(), *right.link());
+    together([&] { run_rank(left, 0, operations); }, [&] { run_rank(right, 1, operations); });
+    together([&] { left.close(); }, [&] { right.close(); });
   }
   totals.add(*left.link());
   totals.add(*right.link());
@@ -186,14 +196,9 @@ void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::device::Forwarder left_proxy(left.mine(), left_link, options.first_sequence - 1);
   spark::device::Forwarder right_proxy(right.mine(), right_link, options.first_sequence - 1);
   {
-    spark::verbs::Bulletin &mine = left.link()->bulletin(), &theirs = right.link()->bulletin();
-    Keeper one(mine, theirs), two(theirs, mine);
-    std::thread peer([&] { run_kernels(right, operations); });
-    run_kernels(left, operations);
-    peer.join();
-    std::thread closing([&] { left_proxy.stop(); });
-    right_proxy.stop();
-    closing.join();
+    Keepers keepers(*left.link(), *right.link());
+    together([&] { run_kernels(left, operations); }, [&] { run_kernels(right, operations); });
+    together([&] { left_proxy.stop(); }, [&] { right_proxy.stop(); });
   }
   totals.add(*left.link());
   totals.add(*right.link());

@@ -98,6 +98,27 @@ def test_a_reason_is_taken_back(board: CounterBoard) -> None:
     CounterBoard(None).forget_failure()
 
 
+def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) -> None:
+    say = (
+        "from vllm_spark.counter_board import CounterBoard; board = CounterBoard.from_environment(); board.begin_work()"
+    )
+    engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
+    assert engine.stdout is not None
+    engine.stdout.readline()
+    assert board.death() is None, "it still runs"
+    engine.kill()
+    os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)
+    for ended in ("with its exit code left", "wholly"):
+        death = board.death()
+        assert f"the engine (process {engine.pid}) ended without a word" in str(death), ended
+        engine.communicate(timeout=60)
+    board.fail(PeerLostError("the follower left"))
+    assert str(board.death()) == "the follower left"
+    board.forget_failure()
+    board.take_leave()
+    assert board.death() is None
+
+
 def test_a_torn_record_is_not_believed(board: CounterBoard) -> None:
     board.write(RankCounters(0, steps=7))
     assert board._map is not None
