@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cloudpickle
+
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.pickling import dumps_by_value
 
@@ -57,13 +59,20 @@ def encode_call(
     """
     content = (method, args, kwargs)
     executes = method in (EXECUTE, EXECUTE_AND_SAMPLE)
-    if (executes and not args[0].scheduled_new_reqs) or (method in STEP_METHODS and not executes):
-        return _LEDGER.pack(*ledger) + pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+    if executes or method in STEP_METHODS:
+        new_requests = executes and args[0].scheduled_new_reqs
+        dumps: Callable[[Any], bytes] = cloudpickle.dumps if new_requests else _dumps_fast
+    else:
+        dumps = dumps_by_value
     try:
-        return _LEDGER.pack(*ledger) + dumps_by_value(content)
+        return _LEDGER.pack(*ledger) + dumps(content)
     except Exception as error:
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         raise TypeError(f"the call of {name} cannot be sent to the follower: {error}") from error
+
+
+def _dumps_fast(content: Any) -> bytes:
+    return pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def decode_ledger(payload: bytes) -> tuple[int, bytes]:
