@@ -1,6 +1,7 @@
 #include "rail.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -67,9 +68,10 @@ void Rail::offer() {
 }
 
 void Rail::connect(const RailState& peer) {
-  uint32_t index = device_->gid_index(address_.port, address_.gid);
+  source_index_ = device_->gid_index(address_.port, address_.gid);
+  peer_queue_pair_ = peer.queue_pair;
   connection_->pair.connect({peer.queue_pair, peer.packet_number, std::min(address_.mtu, peer.mtu), peer.gid},
-                            index, packet_number_, marks_);
+                            source_index_, packet_number_, marks_);
   remote_base_ = peer.address - layout_.inbox();
   data_.remote_key = flag_.remote_key = peer.remote_key;
   prepare_requests();
@@ -96,6 +98,7 @@ std::vector<Write> Rail::fail(uint32_t epoch) {
   end_connection();
   epoch_ = epoch;
   phase_ = Phase::kDown;
+  open_ = false;
   return lost;
 }
 
@@ -126,7 +129,7 @@ int Rail::post(const Write& write, bool signal) {
 }
 
 int Rail::post_announcement(uint32_t outbox) {
-  aim(layout_.outbox() + outbox * kPage, layout_.inbox(), sizeof(LinkState));
+  aim(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes);
   return submit({{}, true}, &data_, data_, 0, true);
 }
 
@@ -142,15 +145,26 @@ int Rail::submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest
   return connection_->pair.post(first);
 }
 
+// Of a failed completion only these members say something. The vendor's error is often all that tells why.
+std::string Rail::failure_text(const abi::Completion& completion) const {
+  char numbers[128];
+  std::snprintf(numbers, sizeof numbers,
+                " (status %u, vendor error 0x%x; queue pair %u to the peer's %u, from GID index %u)",
+                completion.status, completion.vendor_error, connection_->pair.number(), peer_queue_pair_,
+                source_index_);
+  return Library::get().status_text(completion.status) + std::string(numbers);
+}
+
 std::optional<std::string> Rail::poll() {
   abi::Completion completions[kCompletionsAtOnce];
   int count = connection_->completions.poll(completions, kCompletionsAtOnce);
   if (count < 0) return "its completion queue is broken";
   for (int at = 0; at < count; ++at) {
-    if (completions[at].status != abi::kSuccess) return Library::get().status_text(completions[at].status);
+    if (completions[at].status != abi::kSuccess) return failure_text(completions[at]);
     // All before it have arrived too.
     completed_ = std::max(completed_, completions[at].id);
   }
+  if (phase_ == Phase::kUp && completed_ > risen_at_) phase_ = Phase::kProven;
   return std::nullopt;
 }
 
