@@ -25,10 +25,6 @@ constexpr auto kStartTime = std::chrono::seconds(1);
 // A rail may fail under the last message, and it takes a few seconds to notice.
 constexpr auto kFarewellTime = std::chrono::seconds(5);
 
-std::string no_proof(const std::string& why) {
-  return "no message of " + std::to_string(kProofBytes) + " bytes was acknowledged (" + why + ")";
-}
-
 std::string seconds_text(std::chrono::nanoseconds duration) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f s", std::chrono::duration<double>(duration).count());
@@ -42,7 +38,7 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
     : options_(options),
       layout_(sizes),
       bulletin_(memory, layout_),
-      records_(rails.size(), Record{no_proof("none was answered yet"), HoldDown(options.hold_down)}),
+      records_(rails.size(), Record{"no answer yet", HoldDown(options.hold_down)}),
       rank_name_("rank " + std::to_string(rank)),
       newest_packets_(sizes.slots),
       newest_pieces_(sizes.slots * kMaxPieces) {
@@ -182,39 +178,34 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   }
   if (again > 0) repeating_ = true;
   counters_.reposts.fetch_add(again, std::memory_order_relaxed);
+  record.problem = why;
   record.next_try = {};
   bulletin_.change();
-  if (!connected) {
-    record.problem = why;
-    return;
-  }
+  if (!connected || stopped_) return;
   Clock::time_point now = Clock::now();
   std::chrono::nanoseconds held = record.hold_down.failed(now);
   if (was_open) {
-    record.problem = why;
     record.failed = true;
     record.closed_since = now;
     counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
     counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
-    if (stopped_) return;
-    bulletin_.note(
-        name(rail) + " failed: " + why + "; " + std::to_string(again) +
-        " messages go again, the last one posted is " + std::to_string(last_posted_) +
-        (held > held.zero()
-             ? "; it had come up shortly before, so while another rail works it is held down for " +
-                   seconds_text(held)
-             : ""));
+    std::string sentence = name(rail) + " failed: " + why + "; " + std::to_string(again) +
+                           " messages go again, the last one posted is " + std::to_string(last_posted_);
+    if (held > held.zero()) {
+      sentence += "; as it had come up shortly before, it is held down for " + seconds_text(held) +
+                  " if another rail works";
+    }
+    bulletin_.note(sentence);
     return;
   }
-  record.problem = proven ? "a message of " + std::to_string(kProofBytes) +
-                                " bytes was acknowledged to this rank, but none to the peer (" + why + ")"
-                          : no_proof(why);
   counters_.rail_proof_failures.fetch_add(1, std::memory_order_relaxed);
-  if (stopped_ || record.reported) return;
-  record.reported = true;  // the attempts after it will mostly end alike
-  bulletin_.note(name(rail) + " is connected, but carries no data: " + record.problem +
-                 "; it is tried again, while another rail works after " + seconds_text(held) +
-                 " and then ever more seldom, up to every " + seconds_text(options_.hold_down.longest));
+  if (record.reported) return;
+  record.reported = true;  // the attempts after this one will mostly end alike
+  bulletin_.note(name(rail) + " is connected, but carries no data: no message of " +
+                 std::to_string(kProofBytes) + " bytes was acknowledged to " +
+                 (proven ? peer_name_ : rank_name_) + " (" + why + "); the rail is tried again after " +
+                 seconds_text(held) + ", and then less often, up to every " +
+                 seconds_text(options_.hold_down.longest));
 }
 
 bool Link::progress() {
@@ -281,7 +272,7 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   // not.
   if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
   if (rail.phase() == Phase::kUp && now > record.proof_due) {
-    fail(rail, "none was completed within " + seconds_text(kProofTime), rail.epoch() + 1);
+    fail(rail, "the device completed nothing within " + seconds_text(kProofTime), rail.epoch() + 1);
   }
   bool alone = counters_.rails_up.load(std::memory_order_relaxed) == 0;
   if (rail.up() || now < record.next_try || record.hold_down.holds(now, alone)) return;

@@ -148,8 +148,7 @@ int Rail::submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest
 // Of a failed completion only these members say something. The vendor's error is often all that tells why.
 std::string Rail::failure_text(const abi::Completion& completion) const {
   char numbers[128];
-  std::snprintf(numbers, sizeof numbers,
-                " (status %u, vendor error 0x%x; queue pair %u to the peer's %u, from GID index %u)",
+  std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
                 completion.status, completion.vendor_error, connection_->pair.number(), peer_queue_pair_,
                 source_index_);
   return Library::get().status_text(completion.status) + std::string(numbers);
