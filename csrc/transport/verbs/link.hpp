@@ -77,6 +77,7 @@ class Link final : public Transport {
   // What the peer says and hears out of band, and sentences for people.
   Bulletin& bulletin() { return bulletin_; }
   const LinkCounters& counters() const { return counters_; }
+  size_t rails() const { return rails_.size(); }
   // "verbs on rail 0 (mlx5_0) and rail 1 (mlx5_1)"
   const std::string& path() const { return path_; }
   // Test hook: the rail's queue pair fails, as after an error of the wire.

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../../errors.hpp"
+#include "pin_remedy.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -29,13 +30,12 @@ MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes
   int access = remote ? abi::kLocalWrite | abi::kRemoteWrite : 0;
   region_ = Library::get().reg_mr(device.domain(), memory, bytes, access);
   if (region_ != nullptr) return;
-  if (errno == ENOMEM || errno == EPERM) {
-    throw CollectiveError(
-        "the RDMA device " + device.name() + " cannot pin " + std::to_string(bytes) + " bytes of memory (" +
-        std::strerror(errno) +
-        "); raise the limit (ulimit -l unlimited, or memlock in /etc/security/limits.conf)");
+  int error = errno;
+  if (error == ENOMEM || error == EPERM) {
+    throw CollectiveError("the RDMA device " + device.name() + " cannot pin " + std::to_string(bytes) +
+                          " bytes of memory (" + std::strerror(error) + "); " + pin_remedy());
   }
-  fail(device.name(), "register " + std::to_string(bytes) + " bytes of memory", errno);
+  fail(device.name(), "register " + std::to_string(bytes) + " bytes of memory", error);
 }
 
 MemoryRegion::~MemoryRegion() {
