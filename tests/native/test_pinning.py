@@ -92,7 +92,13 @@ DEFAULT = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y\n"
     ("command_line", "free", "total", "config", "reserved"),
     [
         ("quiet", 0, 0, "", False),
-        ("quiet", 60_000, 65_536, "CONFIG_KEXEC_HANDOVER=y\n# CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT is not set\n", False),
+        (
+            "quiet",
+            60_000,
+            65_536,
+            "CONFIG_KEXEC_HANDOVER=y\n# CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT is not set\n",
+            False,
+        ),
         ("quiet", 9_752_576, 0, "", True),
         ("quiet", 9_752_576, 65_536, DEFAULT, True),
         ("quiet", 0, 0, DEFAULT, True),

@@ -40,6 +40,7 @@ extern "C" void __tsan_release(void* address) __attribute__((weak));
 namespace {
 
 constexpr uint32_t kRetriesExceeded = 12;
+constexpr uint32_t kVendorError = 0x81;
 
 struct Write {
   uint64_t id;
@@ -142,6 +143,7 @@ void complete(End& end, uint64_t id, uint32_t status) {
   abi::Completion completion{};
   completion.id = id;
   completion.status = status;
+  if (status == kRetriesExceeded) completion.vendor_error = kVendorError;
   end.pair.send_completions->completions.push_back(completion);
 }
 
