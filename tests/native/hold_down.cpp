@@ -1,7 +1,7 @@
 // Prints what csrc/transport/verbs/hold_down.cpp makes of failures at given times, a line each: for how many
 // milliseconds the rail is held down while another rail works, and while none does.
 //
-//   hold_down EVENT...    open@SECONDS or fail@SECONDS, in their order
+//   hold_down EVENT...    open@SECONDS, fail@SECONDS or fail-alone@SECONDS, in their order
 #include "../../csrc/transport/verbs/hold_down.hpp"
 
 #include <cstdio>
@@ -35,7 +35,8 @@ int main(int argc, char** argv) {
       hold_down.opened(now);
       continue;
     }
-    auto length = std::chrono::duration_cast<std::chrono::milliseconds>(hold_down.failed(now));
+    bool alone = std::strncmp(argv[at], "fail-alone", 10) == 0;
+    auto length = std::chrono::duration_cast<std::chrono::milliseconds>(hold_down.failed(now, alone));
     if (length.count() != held(hold_down, now, false)) return 3;
     std::printf("%lld %lld\n", static_cast<long long>(length.count()), held(hold_down, now, true));
   }

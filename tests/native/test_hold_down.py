@@ -27,6 +27,14 @@ def test_while_no_rail_works_it_is_short(programs: Programs) -> None:
     assert [alone for _, alone in times] == [100, 200, 400, 800, *[1000] * 5]
 
 
+def test_an_outage_of_all_rails_does_not_lengthen_it(programs: Programs) -> None:
+    """When it is over, the second rail that comes back is used within a second."""
+    beside = [beside for beside, _ in held(programs, *(f"fail-alone@{number}" for number in range(20)))]
+    assert beside == [1000] * 20
+    mixed = held(programs, "fail@0", "fail@2", "fail@5", "fail-alone@6", "fail-alone@7", "fail@20")
+    assert [beside for beside, _ in mixed] == [1000, 2000, 4000, 4000, 4000, 8000]
+
+
 @pytest.mark.parametrize(("worked", "then"), [(59, 4000), (60, 0), (3600, 0)])
 def test_a_rail_that_has_worked_for_a_minute_starts_afresh(worked: int, then: int, programs: Programs) -> None:
     events = ["fail@0", "open@10", "fail@11", "open@100", f"fail@{100 + worked}", f"fail@{101 + worked}"]

@@ -30,8 +30,9 @@ _NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "
 
 FAULTS = {signal.SIGUSR1, signal.SIGUSR2}
 HOLD_SECONDS = 2.0
-STALL_SECONDS = 1.0
-"""An operation that takes so long has waited for a rail that repeated a packet until it gave up (soft-RoCE: 1.5 s)."""
+STALL_SECONDS = 0.5
+"""An operation that takes so long may have waited for a rail that repeated a packet until it gave up (soft-RoCE: 0.55 s
+and more)."""
 LONGEST_SECONDS = 240.0
 """Of an exercise that goes on for what does not come."""
 

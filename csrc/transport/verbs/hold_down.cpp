@@ -4,9 +4,13 @@
 
 namespace spark::verbs {
 
-std::chrono::nanoseconds HoldDown::failed(Clock::time_point now) {
+std::chrono::nanoseconds HoldDown::failed(Clock::time_point now, bool alone) {
   bool steady = opened_ && now - *opened_ >= times_.steady;
-  length_ = steady ? std::chrono::nanoseconds(0) : std::clamp(2 * length_, times_.first, times_.longest);
+  if (steady) {
+    length_ = {};
+  } else {
+    length_ = std::clamp(alone ? length_ : 2 * length_, times_.first, times_.longest);
+  }
   opened_.reset();
   failed_ = now;
   return length_;

@@ -181,19 +181,20 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   record.problem = why;
   record.next_try = {};
   bulletin_.change();
-  if (!connected || stopped_) return;
+  if (!connected) return;
+  if (was_open) counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
+  if (stopped_) return;
   Clock::time_point now = Clock::now();
-  std::chrono::nanoseconds held = record.hold_down.failed(now);
+  std::chrono::nanoseconds held = record.hold_down.failed(now, alone());
   if (was_open) {
     record.failed = true;
     record.closed_since = now;
     counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
-    counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
     std::string sentence = name(rail) + " failed: " + why + "; " + std::to_string(again) +
                            " messages go again, the last one posted is " + std::to_string(last_posted_);
     if (held > held.zero()) {
-      sentence += "; as it had come up shortly before, it is held down for " + seconds_text(held) +
-                  " if another rail works";
+      sentence += "; it had worked for less than " + seconds_text(options_.hold_down.steady) +
+                  ", so while another rail works it is held down for " + seconds_text(held);
     }
     bulletin_.note(sentence);
     return;
@@ -203,9 +204,9 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   record.reported = true;  // the attempts after this one will mostly end alike
   bulletin_.note(name(rail) + " is connected, but carries no data: no message of " +
                  std::to_string(kProofBytes) + " bytes was acknowledged to " +
-                 (proven ? peer_name_ : rank_name_) + " (" + why + "); the rail is tried again after " +
-                 seconds_text(held) + ", and then less often, up to every " +
-                 seconds_text(options_.hold_down.longest));
+                 (proven ? peer_name_ : rank_name_) + " (" + why +
+                 "); while another rail works, it is tried again after " + seconds_text(held) +
+                 ", and then less often, up to every " + seconds_text(options_.hold_down.longest));
 }
 
 bool Link::progress() {
@@ -272,10 +273,12 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   // not.
   if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
   if (rail.phase() == Phase::kUp && now > record.proof_due) {
-    fail(rail, "the device completed nothing within " + seconds_text(kProofTime), rail.epoch() + 1);
+    poll(rail);  // what came while this process did not run counts
+    if (rail.phase() == Phase::kUp) {
+      fail(rail, "the device completed nothing within " + seconds_text(kProofTime), rail.epoch() + 1);
+    }
   }
-  bool alone = counters_.rails_up.load(std::memory_order_relaxed) == 0;
-  if (rail.up() || now < record.next_try || record.hold_down.holds(now, alone)) return;
+  if (rail.up() || now < record.next_try || record.hold_down.holds(now, alone())) return;
   bool same = peer.epoch == rail.epoch();
   try {
     if (rail.phase() == Phase::kDown) {
@@ -329,7 +332,7 @@ void Link::open_if_proven(Rail& rail, Clock::time_point now) {
 }
 
 void Link::judge(Clock::time_point now) {
-  bool lost = counters_.rails_up.load(std::memory_order_relaxed) == 0;
+  bool lost = alone();
   for (auto& rail : rails_) {
     bool held = rail->phase() == Phase::kDown && records_[rail->index()].hold_down.holds(now, lost);
     counters_.conditions[rail->index()].store(rail->open() ? RailCondition::kOpen
@@ -373,7 +376,7 @@ void Link::stop(const std::string& reason) {
 
 void Link::announce() {
   LinkState state = this->state();
-  uint32_t outbox = bulletin_.publish(state, counters_.rails_up.load(std::memory_order_relaxed) == 0);
+  uint32_t outbox = bulletin_.publish(state, alone());
   for (auto& rail : rails_) {
     if (!rail->up() || !rail->has_room()) continue;
     int error = rail->post_announcement(outbox);
@@ -397,10 +400,9 @@ void Link::finish() {
 void Link::settle(Clock::time_point end) {
   auto moving = [this] {
     if (!waiting_.empty()) return true;
-    // A rail that is not open has announcements alone, which an open one carries too.
-    bool alone = counters_.rails_up.load(std::memory_order_relaxed) == 0;
-    return std::any_of(rails_.begin(), rails_.end(), [alone](auto& rail) {
-      return (alone ? rail->up() : rail->open()) && rail->queued() > 0;
+    // A rail that is not open has announcements only, which an open one carries too.
+    return std::any_of(rails_.begin(), rails_.end(), [this](auto& rail) {
+      return (alone() ? rail->up() : rail->open()) && rail->queued() > 0;
     });
   };
   announce();

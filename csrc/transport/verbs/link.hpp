@@ -103,6 +103,8 @@ class Link final : public Transport {
   void settle(Clock::time_point end);
   LinkState state() const;
   std::string loss() const;
+  // No rail is open. Relaxed: this thread is the one that writes the counter.
+  bool alone() const { return counters_.rails_up.load(std::memory_order_relaxed) == 0; }
   std::string name(const Rail& rail) const { return rail.name() + " to " + peer_name_; }
 
   // What is known of a rail beyond its connection.
