@@ -1,6 +1,7 @@
 #include "queue_pair.hpp"
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "../../errors.hpp"
@@ -110,6 +111,16 @@ void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t
          abi::kState | abi::kTimeout | abi::kRetryCount | abi::kReceiverRetry | abi::kSendPacketNumber |
              abi::kMaxReads,
          "send to the peer");
+  peer_number_ = peer.queue_pair;
+  source_index_ = source_index;
+}
+
+// Of a failed completion nothing but its request, status, vendor's error and queue pair is valid.
+std::string QueuePair::failure_text(const abi::Completion& completion) const {
+  char numbers[128];
+  std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
+                completion.status, completion.vendor_error, pair_->number, peer_number_, source_index_);
+  return Library::get().status_text(completion.status) + std::string(numbers);
 }
 
 void QueuePair::end() noexcept {

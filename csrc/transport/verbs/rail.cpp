@@ -1,7 +1,6 @@
 #include "rail.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -11,6 +10,7 @@ namespace {
 
 constexpr uint32_t kPacketNumbers = 1u << 24;
 constexpr int kCompletionsAtOnce = 8;
+static_assert(kProofBytes >= mtu_bytes(5), "an announcement fills the largest packet of the largest MTU");
 
 }  // namespace
 
@@ -68,10 +68,9 @@ void Rail::offer() {
 }
 
 void Rail::connect(const RailState& peer) {
-  source_index_ = device_->gid_index(address_.port, address_.gid);
-  peer_queue_pair_ = peer.queue_pair;
+  uint32_t index = device_->gid_index(address_.port, address_.gid);
   connection_->pair.connect({peer.queue_pair, peer.packet_number, std::min(address_.mtu, peer.mtu), peer.gid},
-                            source_index_, packet_number_, marks_);
+                            index, packet_number_, marks_);
   remote_base_ = peer.address - layout_.inbox();
   data_.remote_key = flag_.remote_key = peer.remote_key;
   prepare_requests();
@@ -145,21 +144,12 @@ int Rail::submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest
   return connection_->pair.post(first);
 }
 
-// Of a failed completion only these members say something. The vendor's error is often all that tells why.
-std::string Rail::failure_text(const abi::Completion& completion) const {
-  char numbers[128];
-  std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
-                completion.status, completion.vendor_error, connection_->pair.number(), peer_queue_pair_,
-                source_index_);
-  return Library::get().status_text(completion.status) + std::string(numbers);
-}
-
 std::optional<std::string> Rail::poll() {
   abi::Completion completions[kCompletionsAtOnce];
   int count = connection_->completions.poll(completions, kCompletionsAtOnce);
   if (count < 0) return "its completion queue is broken";
   for (int at = 0; at < count; ++at) {
-    if (completions[at].status != abi::kSuccess) return failure_text(completions[at]);
+    if (completions[at].status != abi::kSuccess) return connection_->pair.failure_text(completions[at]);
     // All before it have arrived too.
     completed_ = std::max(completed_, completions[at].id);
   }

@@ -112,7 +112,6 @@ class Rail {
   };
 
   void end_connection();
-  std::string failure_text(const abi::Completion& completion) const;
   void prepare_requests();
   void aim(size_t from, size_t to, size_t bytes);
   int submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest& last, uint32_t flags,
@@ -133,8 +132,6 @@ class Rail {
   Phase phase_ = Phase::kDown;
   uint32_t epoch_ = 1;
   uint32_t packet_number_ = 0;
-  uint32_t source_index_ = 0;  // of this rank's GID, and the peer's queue pair: for messages
-  uint32_t peer_queue_pair_ = 0;
   uint64_t remote_base_ = 0;  // where the peer's region begins, of which only the receiving part is open
 
   // Built once, and only patched for each message.
