@@ -60,6 +60,8 @@ class RankCounters(msgspec.Struct):
     rails_up: int = 0
     rail_failures: int = 0
     rail_recoveries: int = 0
+    rail_proof_failures: int = 0
+    rails_held_down: int = 0
     reposts: int = 0
 
 

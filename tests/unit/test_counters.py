@@ -20,7 +20,8 @@ from vllm_spark.counter_board import CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 board = CounterBoard.from_environment()
 board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
-board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3})
+board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3,
+             "rail_proof_failures": 4, "rails_held_down": 1})
 board.fail(PeerLostError("the follower left"))
 """
 
@@ -49,6 +50,8 @@ def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None
     assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
     assert (samples["vllm_spark_rails_up", "0"], samples["vllm_spark_rails_up", "1"]) == (0, 2)
     assert samples["vllm_spark_reposts_total", "1"] == 3
+    assert samples["vllm_spark_rail_proof_failures_total", "1"] == 4
+    assert samples["vllm_spark_rails_held_down", "1"] == 1
     assert {name.removeprefix("vllm_spark_").removesuffix("_total") for name, _ in samples} == {
         "token_digest" if field == "digest" else field for field in RankCounters.__struct_fields__ if field != "rank"
     }
