@@ -58,7 +58,7 @@ class Anchor:
         return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
-When = Literal["start", "leading", "serving"]
+When = Literal["start", "leading", "serving", "tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Patch:
         fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
         replace: takes the original callable, returns the replacement.
         when: `start` in every process of vLLM, before its command line is read; `leading` in the process that serves
-            clients of a pair; `serving` in the processes that run a model for a pair, before they load it.
+            clients of a pair; `serving` in the processes that run a model for a pair, before they load it; `tuning` in
+            those that use tuned parameters.
     """
 
     name: str

@@ -54,6 +54,7 @@ from vllm_spark.executor.session import (
     share_cores,
     use_link_interface,
 )
+from vllm_spark.patches import apply_all
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
@@ -171,6 +172,7 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        apply_all("serving")
         tuning.start(assignment.vllm_config)
         self._worker = _load_worker(assignment.vllm_config)
         tuning.tell_of_experts(self._worker)

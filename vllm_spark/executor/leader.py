@@ -32,6 +32,7 @@ from vllm_spark.executor.parent import parent_process, watch_parent
 from vllm_spark.executor.session import share_cores
 from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
+from vllm_spark.patches import apply_all
 from vllm_spark.platform import activate
 from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.settings import settings_of
@@ -86,6 +87,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
+            apply_all("serving")
             tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
             tuning.tell_of_experts(self.driver_worker)
