@@ -8,6 +8,7 @@ life, failures, goodbyes, used by a thread of its own). A lane is used by one th
 from __future__ import annotations
 
 import enum
+import select
 import ssl
 import struct
 import time
@@ -128,6 +129,14 @@ class Lane:
             raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
         except (OSError, ValueError) as error:
             raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
+        if self.pending or (descriptor := self.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout) * 1000))
 
     def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
         """Receives one frame; looks for it without sleeping for the first `awake` seconds.

@@ -31,7 +31,7 @@ from vllm_spark.executor.calls import (
     SAMPLE,
     Call,
     decode_call,
-    decode_ledger,
+    decode_header,
     encode_error,
     encode_result,
 )
@@ -89,6 +89,7 @@ class FollowerSession:
         self._running_model = False
         self._pulse: Pulse | None = None
         self._failed_call = ""  # why the last call that is answered failed
+        self._failed_number = 0  # and which it was
         self._worker: Any = None
         self._runtime: Runtime | None = None
         self._leader_config = config  # until it comes
@@ -186,11 +187,12 @@ class FollowerSession:
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
         from vllm.v1.serial_utils import run_method
 
-        self._ledger.compare(*decode_ledger(payload))
+        header = decode_header(payload)
+        self._ledger.compare(header.step, header.digest)
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
-        self._failed_call = ""
+        self._failed_call, self._failed_number = "", 0
         method: str | Callable[..., Any] = "a call that cannot be loaded here"
         try:
             call = decode_call(payload)
@@ -198,15 +200,16 @@ class FollowerSession:
             result = run_method(self._worker, call.method, call.args, call.kwargs)
             if hasattr(result, "get_output"):
                 result = result.get_output()
-            answer = encode_result(result)
+            answer = encode_result(result, header.number)
             if method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
             # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", method)
-            answer = encode_error(error)
+            answer = encode_error(error, header.number)
             self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
+            self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
 
     def _run_step(self, call: Call) -> None:
@@ -244,7 +247,11 @@ class FollowerSession:
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())
-        return {"counters": msgspec.to_builtins(counters), "failed_call": self._failed_call}
+        return {
+            "counters": msgspec.to_builtins(counters),
+            "failed_call": self._failed_call,
+            "failed_number": self._failed_number,
+        }
 
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))

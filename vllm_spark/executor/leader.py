@@ -110,6 +110,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
         Raises:
             SparkError: the follower is lost, or its worker failed.
+            TimeoutError: the follower did not answer within `timeout` seconds; the pair works on.
         """
         pair = self._working_pair()
         try:
@@ -176,6 +177,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Any]:
+        deadline = None if timeout is None else time.monotonic() + timeout
         pair.ask(method, args, kwargs)
         try:
             with self._random_state:
@@ -189,7 +191,11 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         except BaseException:
             pair.fail(SparkError("the leader was interrupted in a call"))
             raise
-        return [mine, pair.answer(timeout)]
+        try:
+            return [mine, pair.answer(None if deadline is None else deadline - time.monotonic())]
+        except TimeoutError as error:
+            name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+            raise TimeoutError(f"the call of {name} timed out after {timeout:g} s: {error}") from None
 
     def check_health(self) -> None:
         """Raises the reason if the pair is broken."""

@@ -16,7 +16,7 @@ from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import PeerLostError, SparkError
-from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
+from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
@@ -64,7 +64,8 @@ class Pair:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
-        self._asked_at: float | None = None  # when the call was sent whose answer is awaited
+        self._asked = 0  # the number of the last call that is answered
+        self._asked_at: float | None = None  # when it was sent, while its answer is awaited
         self._running_model = False
         self._pulse = Pulse(
             follower.control,
@@ -121,19 +122,30 @@ class Pair:
         Raises:
             SparkError: the pair is broken.
         """
-        self._send(Kind.QUERY, method, args, kwargs)
+        self._send(Kind.QUERY, method, args, kwargs, self._asked + 1)
+        self._asked += 1
         self._asked_at = time.monotonic()
 
     def answer(self, timeout: float | None) -> Any:
-        """The result of the last `ask`, which must be fetched also if this rank failed.
+        """The result of the last `ask`; answers to those before it that were given up are dropped.
 
         Raises:
             RemoteError: the follower's worker raised.
-            SparkError: the pair broke, or no answer came within `timeout` seconds.
+            TimeoutError: no answer came within `timeout` seconds; the pair works on.
+            SparkError: the pair broke.
         """
-        payload = self._follower.calls.expect(Kind.REPLY, timeout=timeout).payload
-        self._asked_at = None
-        return decode_reply(payload)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        lane = self._follower.calls
+        try:
+            while True:
+                # What has begun to come is read to its end: half a message would leave the lane useless.
+                if deadline is not None and not lane.wait(deadline - time.monotonic()):
+                    raise TimeoutError(f"{self._follower.name} did not answer in time")
+                payload = lane.expect(Kind.REPLY).payload
+                if replied_number(payload) == self._asked:
+                    return decode_reply(payload)
+        finally:
+            self._asked_at = None
 
     def settle(self, error: BaseException) -> None:
         """Fetches and drops the answer of the last `ask`, after this rank failed in it.
@@ -144,7 +156,7 @@ class Pair:
             self.answer(_SETTLE_TIMEOUT)
         except RemoteError:
             return
-        except SparkError:
+        except (SparkError, TimeoutError):
             self.fail(SparkError(f"the leader's worker failed: {type(error).__name__}: {error}"))
 
     @contextlib.contextmanager
@@ -251,15 +263,21 @@ class Pair:
         )
 
     def _send(
-        self, kind: Kind, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        kind: Kind,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        number: int = 0,
     ) -> None:
         self.check()
-        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs))
+        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs, number))
 
     def _take_report(self, theirs: dict[str, Any]) -> None:
         self._board.write(theirs["counters"])
         asked_at = self._asked_at
-        if theirs["failed_call"] and asked_at is not None and time.monotonic() - asked_at > _SETTLE_TIMEOUT:
+        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._asked else time.monotonic() - asked_at
+        if waited > _SETTLE_TIMEOUT:
             # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
             self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
 
