@@ -26,6 +26,7 @@ ARGUMENTS = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--e
 EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.Saboteur")
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 MIXED_REQUESTS = 200
+COUNTING = "1, 2, 3, 1, 2, 3, 1, 2, 3, "
 
 
 def mixed_requests(server: Server) -> list[list[int]]:
@@ -150,6 +151,15 @@ def test_ranks_stay_in_step_when_sampling_without_a_seed(pair: Server) -> None:
     assert_nothing_left(pair)
 
 
+def test_a_call_that_times_out_leaves_the_pair_at_work(pair: Server) -> None:
+    """As in vLLM, whoever called is told, and everything goes on."""
+    before = prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2])
+    assert post(pair, "/collective_rpc", {"method": "sleep_on", "args": [1, 3.0], "timeout": 0.2}) >= 400
+    assert "the call of sleep_on timed out after 0.2 s: the follower on" in pair.leader.output()
+    assert call(pair, "sleep_on", 1, 0.0) == [{"rank": 0}, {"rank": 1}], "and not the answer to the call before it"
+    assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
+
+
 def test_sleep_and_wake_up(pair: Server) -> None:
     """vLLM's CPU worker ignores sleep, and says so on each rank; the calls reach both and change nothing."""
     before = prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2])
@@ -176,6 +186,17 @@ def test_ngram_speculation(hosts: Hosts, tiny_moe: Path, reference_tokens: list[
             tokens[:32] for tokens in reference_tokens[:6]
         ]
         assert server.metrics("vllm:spec_decode_num_draft_tokens")["vllm:spec_decode_num_draft_tokens_total"][""] > 0
+        # Cold enough for tokens to repeat, so that there are drafts to verify, which both ranks must do alike.
+        for temperature in (0.02, 0.04, 0.08, 0.16, 1.0):
+            server.client.completions.create(
+                model=server.client.models.list().data[0].id,
+                prompt=[COUNTING] * 4,
+                max_tokens=64,
+                temperature=temperature,
+                top_p=0.9,
+                extra_body={"ignore_eos": True},
+            )
+        assert_nothing_left(server)
 
 
 def assert_drift_is_found(server: Server, rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -65,6 +66,12 @@ class Saboteur:
                 call()
             counted[name] = fallbacks() - before
         return counted
+
+    def sleep_on(self, rank: int, seconds: float) -> dict[str, int]:
+        """Takes so long on one rank; says which rank it was called on."""
+        if self.rank == rank:
+            time.sleep(seconds)
+        return {"rank": self.rank}
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""
