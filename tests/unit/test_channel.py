@@ -591,11 +591,13 @@ def test_a_pulse_leaves_nothing_open() -> None:
         pulse.stop()
 
 
-def test_a_failure_is_passed_on_with_its_sentence() -> None:
+@pytest.mark.parametrize("stop", ["", "."])
+def test_a_failure_is_passed_on_with_its_sentence(stop: str) -> None:
+    """Also if it ends in the words of another program, with a full stop of their own."""
     left, right = lanes()
     first, _, _ = beat(left)
     _, _, ends = beat(right)
-    first.say(Kind.FAILURE, Reason("the worker fell over", "Traceback ..."))
+    first.say(Kind.FAILURE, Reason(f"the worker fell over{stop}", "Traceback ..."))
     first.stop()
     wait_for(lambda: ends, "the failure")
     assert str(ends[0]) == "the leader failed: the worker fell over"

@@ -13,8 +13,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cloudpickle
+
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.pickling import dumps_by_value
+from vllm_spark.wording import described
 
 _HEADER = struct.Struct("<Q8sQ")
 _NUMBER = struct.Struct("<Q")
@@ -71,13 +74,20 @@ def encode_call(
     """
     content, header = (method, args, kwargs), _HEADER.pack(*ledger, number)
     executes = method in (EXECUTE, EXECUTE_AND_SAMPLE)
-    if (executes and not args[0].scheduled_new_reqs) or (method in STEP_METHODS and not executes):
-        return header + pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+    if executes or method in STEP_METHODS:
+        new_requests = executes and args[0].scheduled_new_reqs
+        dumps: Callable[[Any], bytes] = cloudpickle.dumps if new_requests else _dumps_fast
+    else:
+        dumps = dumps_by_value
     try:
-        return header + dumps_by_value(content)
+        return header + dumps(content)
     except Exception as error:
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         raise TypeError(f"the call of {name} cannot be sent to the follower: {error}") from error
+
+
+def _dumps_fast(content: Any) -> bytes:
+    return pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def decode_header(payload: bytes) -> Header:
@@ -104,7 +114,7 @@ def encode_result(result: Any, number: int) -> bytes:
 
 def encode_error(error: BaseException, number: int) -> bytes:
     """The bytes of a failed reply to the call of that number."""
-    content = (False, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+    content = (False, described(error), "".join(traceback.format_exception(error)))
     return _NUMBER.pack(number) + pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
 
 

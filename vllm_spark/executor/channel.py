@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.wording import without_stop
 
 MIB = 1 << 20
 _HEADER = struct.Struct("<BxxxI")
@@ -196,4 +197,4 @@ def _reason(error: Exception) -> str:
         return (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return without_stop(str(error)) or type(error).__name__

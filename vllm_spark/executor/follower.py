@@ -59,7 +59,7 @@ from vllm_spark.patches import apply_all
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import described, upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -208,7 +208,7 @@ class FollowerSession:
             # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", method)
             answer = encode_error(error, header.number)
-            self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
+            self._failed_call = f"its worker failed in {method!r}: {described(error)}"
             self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
 
@@ -293,7 +293,7 @@ class FollowerSession:
             import traceback
 
             details = "".join(traceback.format_exception(error))
-        sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, SparkError) else described(error)
         if self._pulse is not None:
             self._pulse.say(Kind.FAILURE, Reason(sentence, details))
             self._pulse.stop(timeout=2.0)

@@ -22,7 +22,7 @@ from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.messages import CALLS, CONTROL, GREETING_TIMEOUT, Hello, Offer, Reason, Welcome, decode
 from vllm_spark.executor.tls import TlsConnection, failure_in_words
 from vllm_spark.executor.versions import Versions
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import upper_first, without_stop
 
 logger = logging.getLogger("vllm_spark")
 
@@ -189,7 +189,7 @@ class Listener:
             try:
                 threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: the next connection may find one
-                logger.warning("Turned away a connection from %s: %s.", address[0], error)
+                logger.warning("Turned away a connection from %s: %s.", address[0], without_stop(str(error)))
                 connection.close()
                 self._greeters.release()
 

@@ -38,7 +38,7 @@ from vllm_spark.executor.session import (
 from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
 from vllm_spark.ranks import LEADER_RANK
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import described, upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -157,7 +157,7 @@ class Pair:
         except RemoteError:
             return
         except (SparkError, TimeoutError):
-            self.fail(SparkError(f"the leader's worker failed: {type(error).__name__}: {error}"))
+            self.fail(SparkError(f"the leader's worker failed: {described(error)}"))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

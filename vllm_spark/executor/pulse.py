@@ -22,6 +22,7 @@ from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane, LaneClo
 from vllm_spark.executor.messages import Reason, decode
 from vllm_spark.executor.silence import Silence
 from vllm_spark.wake_up import WakeUp
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
@@ -125,7 +126,7 @@ class Pulse(threading.Thread):
             end = error
         except Exception as error:  # a bug here must end the work too, not only this thread
             logger.exception("The control thread failed.")
-            end = SparkError(f"the control thread failed: {error}")
+            end = SparkError(f"the control thread failed: {described(error)}")
         if end is not None and not self._stopping:
             self._on_end(end)
 
