@@ -60,8 +60,8 @@ def _make_owned(parent: Path) -> Path | None:
             if len(os.fsencode(folder)) > _LONGEST:
                 folder.rmdir()
                 logger.warning(
-                    "vLLM's sockets have no folder of their own, and stay behind after a kill: the path of %s is longer "
-                    "than %d bytes, with which a socket's is too long; set TMPDIR to a shorter one.",
+                    "vLLM's sockets have no folder of their own, and stay behind after a kill: the path of %s is "
+                    "longer than %d bytes, with which a socket's is too long; set TMPDIR to a shorter one.",
                     folder,
                     _LONGEST,
                 )
