@@ -21,6 +21,9 @@ from vllm_spark.known_types import known
 from vllm_spark.ranks import RANKS
 
 BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
+"""Where the board is: `/proc/PID/fd/NUMBER`, a space, and its inode: another process may have got that number since."""
+
+_MEMORY_NAME = "vllm-spark-counters"
 _FAILURE, _AT_WORK = len(RANKS), len(RANKS) + 1
 _SLOTS = len(RANKS) + 2
 _SLOT = 4096
@@ -74,18 +77,19 @@ class CounterBoard:
     @classmethod
     def create(cls) -> CounterBoard:
         """A new board, announced to the processes that this one starts from now on."""
-        descriptor = os.memfd_create("vllm-spark-counters", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create(_MEMORY_NAME, os.MFD_CLOEXEC)
         os.ftruncate(descriptor, _SLOT * _SLOTS)
-        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
+        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor} {os.fstat(descriptor).st_ino}"
         return cls(descriptor)
 
     @classmethod
     def from_environment(cls) -> CounterBoard:
-        """The board that a parent process announced; one that forgets everything if there is none."""
-        path = os.environ.get(BOARD_VARIABLE)
-        if not path:
-            return cls(None)
+        """The board that a parent process announced; one that forgets everything if there is none, or none any more."""
+        path, _, inode = os.environ.get(BOARD_VARIABLE, "").partition(" ")
         try:
+            # Looked at before it is opened, which is no harmless thing to do with every file.
+            if os.readlink(path) != f"/memfd:{_MEMORY_NAME} (deleted)" or str(os.stat(path).st_ino) != inode:
+                return cls(None)
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return cls(None)

@@ -42,7 +42,9 @@ def test_a_strangers_folder_is_not_executed(site_packages: Path, project: str | 
         (site_packages / "pyproject.toml").write_text(project)
     said = names(site_packages)
     assert "executed" not in said
-    assert f"incomplete: there is no folder {site_packages / 'vllm_spark' / 'data' / 'patches'}; install it again" in said
+    assert (
+        f"incomplete: there is no folder {site_packages / 'vllm_spark' / 'data' / 'patches'}; install it again" in said
+    )
 
 
 def test_a_checkout_and_an_installed_package_have_theirs(site_packages: Path) -> None:
