@@ -23,6 +23,11 @@ class Hook:
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
+        Anchor("vllm.v1.engine.core:EngineCoreProc.run_engine_core"),
+        "the stack of an engine that has a process of its own shows it",
+        {"6e1a26904205": "0.26.0, 0.32.0, 0.33.0"},
+    ),
+    Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", scope="source"),
         "the leader's own worker is made by it",
         {"4e1939978dfb": "0.26.0, 0.32.0, 0.33.0"},

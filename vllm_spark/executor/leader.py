@@ -28,7 +28,7 @@ from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.messages import Offer
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
-from vllm_spark.executor.parent import parent_process, watch_parent
+from vllm_spark.executor.parent import in_engine_process, watch_parent
 from vllm_spark.executor.session import share_cores
 from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
@@ -59,6 +59,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         """
         global _unfinished
         give_up_unfinished_start()
+        self._owns_process = in_engine_process()
         self.driver_worker = None
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
@@ -67,12 +68,13 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._groups_of_others = torch.distributed.is_initialized()
         self._board = CounterBoard.from_environment()
         share_vllms_log()
-        watch_parent(self._parent_died)
-        if parent_process() is None:
+        if self._owns_process:
+            watch_parent(self._parent_died)
+        else:
             _unfinished = self
         try:
             # In the user's own process signals are the user's.
-            with contextlib.nullcontext() if parent_process() is None else ended_by_signals():
+            with ended_by_signals() if self._owns_process else contextlib.nullcontext():
                 self._start()
         except BaseException as error:
             self._give_up_start(error if isinstance(error, SparkError) else None)
@@ -82,7 +84,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         activate()
         offer = _offer(self.vllm_config)
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
-        if parent_process() is not None:
+        if self._owns_process:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
@@ -216,7 +218,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         tuning.stop(self.vllm_config)
         if self._pair is not None:
             self._pair.close("the leader is shutting down")
-            if self._pair.failed and parent_process() is not None:
+            if self._pair.failed and self._owns_process:
                 # All was said, to clients and in the log; vLLM's engine would end in a traceback.
                 os._exit(EXIT_LOST)
         worker, self.driver_worker = self.driver_worker, None
@@ -233,7 +235,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         Args:
             reason: what the user is to read; None for an error that needs its traceback.
         """
-        if parent_process() is None:
+        if not self._owns_process:
             self.shutdown()
             if not self._groups_of_others:
                 destroy_model_parallel()
