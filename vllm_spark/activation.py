@@ -107,6 +107,9 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     if section is None:
         return create()
     check_vllm()
+    from vllm_spark.executor.environment import record_environment
+
+    record_environment()
     if not isinstance(section, (SparkConfig, dict)):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"

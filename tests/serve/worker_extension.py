@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -72,6 +74,17 @@ class Saboteur:
         if self.rank == rank:
             time.sleep(seconds)
         return {"rank": self.rank}
+
+    def environment(self, *names: str) -> dict[str, object]:
+        """Variables of this rank, what vLLM took from one of them when it was imported, and numba's threads."""
+        from vllm.utils import torch_utils
+
+        numba = sys.modules.get("numba")
+        return {
+            "variables": {name: os.environ.get(name) for name in names},
+            "layer names": torch_utils._USE_LAYERNAME,
+            "numba": numba and numba.config.NUMBA_NUM_THREADS,
+        }
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""

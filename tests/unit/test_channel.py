@@ -468,6 +468,21 @@ def test_a_follower_that_does_not_fit_is_waited_past(listener: Listener, caplog:
     assert "does not fit: other weights. Still waiting." in caplog.text
 
 
+def test_a_follower_that_starts_again_is_waited_for(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """It comes back with the leader's environment: nothing failed."""
+    caplog.set_level("INFO")
+
+    def come_twice() -> None:
+        join(listener, Kind.RESTART)
+        wait_for(lambda: "starts again" in caplog.text, "the leader lets it go")
+        join(listener)
+
+    threading.Thread(target=come_twice, daemon=True).start()
+    accept(listener)
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+    assert listener._last_problem == ""
+
+
 def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dies after the offer, one accepts but opens no second lane: the next one gets the place."""
     monkeypatch.setattr(listening, "GREETING_TIMEOUT", 0.5)

@@ -38,6 +38,7 @@ from vllm_spark.executor.calls import (
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import Environment, RestartError, SessionEnvironment, adopt
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
@@ -49,6 +50,7 @@ from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    limit_numba_threads,
     link_patience,
     local_address_towards,
     prepare_process_group,
@@ -79,10 +81,18 @@ class FollowerSession:
         config: the follower's settings.
         answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
             settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
+        adopted: the leader's environment with which this process was started; None without.
     """
 
-    def __init__(self, config: SparkConfig, answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None]) -> None:
+    def __init__(
+        self,
+        config: SparkConfig,
+        answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None],
+        *,
+        adopted: Environment | None = None,
+    ) -> None:
         self._config, self._answer_doctor = config, answer_doctor
+        self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._ender: threading.Thread | None = None  # who set it
@@ -100,6 +110,7 @@ class FollowerSession:
 
         Raises:
             SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
+            RestartError: the leader has another environment, with which another process must start.
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
@@ -149,6 +160,11 @@ class FollowerSession:
         offer = decode(frame, Offer)
         logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
         try:
+            self._environment.check(offer.environment)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=5.0)
+            raise
+        try:
             folder = find_model(offer.model, offer.revision)
             mine = ModelIdentity.of(folder, with_weights=offer.with_weights)
             if difference := mine.difference(offer.identity):
@@ -161,7 +177,7 @@ class FollowerSession:
 
     def _follow(self, calls: Lane, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
-        _adopt_environment(assignment.environment)
+        adopt(assignment.environment)
         prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
         use_link_interface(assignment.store_address, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
@@ -174,6 +190,7 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        limit_numba_threads()
         apply_all("serving")
         tuning.start(assignment.vllm_config)
         self._worker = _load_worker(assignment.vllm_config)
@@ -340,14 +357,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _adopt_environment(environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        mine = os.environ.get(name)
-        if mine is not None and mine != value:
-            logger.warning("%s is %r here and %r on the leader; the leader's counts.", name, mine, value)
-        os.environ[name] = value
 
 
 def _load_worker(vllm_config: Any) -> Any:

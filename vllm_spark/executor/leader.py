@@ -24,12 +24,13 @@ from vllm.v1.serial_utils import run_method
 from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
 from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, LAST_CALL_OF_THE_START, SAMPLE, STEP_METHODS
+from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.messages import Offer
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import in_engine_process, watch_parent
-from vllm_spark.executor.session import share_cores
+from vllm_spark.executor.session import limit_numba_threads, share_cores
 from vllm_spark.executor.store import INIT_METHOD
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.patches import apply_all
@@ -87,6 +88,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         if self._owns_process:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
+        if self._owns_process:
+            limit_numba_threads()
         self._random_state = WorkerRandomState()
         with self._pair.explained(), self._random_state:
             apply_all("serving")
@@ -324,6 +327,7 @@ def _offer(vllm_config: Any) -> Offer:
         with_weights=with_weights,
         identity=identity,
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
+        environment=recorded_environment(),
     )
 
 

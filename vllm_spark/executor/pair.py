@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call, re
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import travelling_variables
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
@@ -32,7 +34,6 @@ from vllm_spark.executor.session import (
     LinkInterface,
     connect_runtime,
     link_patience,
-    travelling_environment,
     use_link_interface,
 )
 from vllm_spark.executor.store import LeaderStore
@@ -255,7 +256,9 @@ class Pair:
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         self._store = LeaderStore(address, self.check)
         launch = load_launch_table(config)
-        assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
+        assignment = Assignment(
+            vllm_config, config, launch, travelling_variables(os.environ), address, self._store.port
+        )
         self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
