@@ -18,9 +18,10 @@ import msgspec
 
 from vllm_spark.errors import SparkError
 from vllm_spark.known_types import known
+from vllm_spark.patches import ANNOUNCED
 from vllm_spark.ranks import RANKS
 
-BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
+BOARD_VARIABLE = ANNOUNCED
 """Where the board is: `/proc/PID/fd/NUMBER`, a space, and its inode: another process may have got that number since."""
 
 _MEMORY_NAME = "vllm-spark-counters"
