@@ -116,7 +116,7 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) 
     board.fail(PeerLostError("the follower left"))
     assert str(board.death()) == "the follower left"
     board.forget_failure()
-    board.take_leave()
+    board.end_work(in_order=True)
     assert board.death() is None
 
 

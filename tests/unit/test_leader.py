@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.config import SparkConfig
-from vllm_spark.counter_board import CounterBoard
+from vllm_spark.counter_board import BOARD_VARIABLE, CounterBoard
 from vllm_spark.executor import leader
 from vllm_spark.executor import pair as pair_module
 from vllm_spark.executor.calls import LAST_CALL_OF_THE_START, RemoteError, decode_header, encode_result
@@ -52,6 +52,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
     monkeypatch.setattr(serving, "_served", None)
+    monkeypatch.setenv(BOARD_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
     made.far_calls = far_calls  # the follower's end
@@ -157,3 +158,24 @@ def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     with pytest.raises(RemoteError, match=r"its worker failed in 'rank': ValueError: 7$"):
         pair.check()
     executor.shutdown()
+
+
+@pytest.mark.parametrize(("error", "in_order"), [(None, True), (SystemExit(0), True), (RuntimeError("a bug"), False)])
+def test_a_stop_is_told_from_an_error_of_vllm(
+    executor: SparkExecutor, error: BaseException | None, in_order: bool
+) -> None:
+    """As vLLM's engine does, which ends its executor while it leaves its loop."""
+    board = executor._board = CounterBoard.create()
+    board.begin_work()
+
+    def run_engine() -> None:
+        try:
+            if error is not None:
+                raise error
+        finally:
+            executor.shutdown()
+
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        run_engine()
+    assert board.ended_in_order() is in_order
+    assert board.death() is None

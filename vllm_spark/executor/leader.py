@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -216,7 +217,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
-        self._board.take_leave()
+        # vLLM calls this while the error ends its engine; a stop is SystemExit there.
+        self._board.end_work(in_order=not isinstance(sys.exc_info()[1], Exception))
         _finish(self)
         tuning.stop(self.vllm_config)
         if self._pair is not None:
