@@ -54,7 +54,15 @@ class Header(NamedTuple):
 
 
 class RemoteError(SparkError):
-    """A worker call failed on the follower; the message carries what it raised there."""
+    """A worker call failed on the follower.
+
+    Attributes:
+        details: the traceback there; empty where it is not known.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def encode_call(
@@ -132,5 +140,5 @@ def decode_reply(payload: bytes) -> Any:
     """
     succeeded, result, details = pickle.loads(memoryview(payload)[_NUMBER.size :])
     if not succeeded:
-        raise RemoteError(f"the follower's worker raised {result}\n{details}")
+        raise RemoteError(f"the follower's worker failed: {result}", details)
     return result

@@ -41,6 +41,7 @@ from vllm_spark.settings import settings_of
 from vllm_spark.socket_folder import remove_socket_folder
 from vllm_spark.stopping import ended_by_signals
 from vllm_spark.tuning import serving as tuning
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
@@ -79,7 +80,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             with ended_by_signals() if self._owns_process else contextlib.nullcontext():
                 self._start()
         except BaseException as error:
-            self._give_up_start(error if isinstance(error, SparkError) else None)
+            self._give_up_start(error)
             raise
 
     def _start(self) -> None:
@@ -123,8 +124,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             result = self._run(pair, method, timeout, args, kwargs or {}, non_block, single_value)
         except BaseException as error:
             if not self._started:
-                # What the worker itself raises on either rank keeps its traceback.
-                self._give_up_start(error if isinstance(error, SparkError) and pair.failed else None)
+                self._give_up_start(error)
             raise
         if method == LAST_CALL_OF_THE_START:
             self._started = True
@@ -230,22 +230,27 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         if worker is not None:
             worker.shutdown()
 
-    def _give_up_start(self, reason: SparkError | None) -> None:
+    def _give_up_start(self, error: BaseException | None) -> None:
         """Does what vLLM does not do for an engine that does not start; returns in the user's own process.
 
         There everything is released: the next engine, paired or not, needs the port, the follower and the names of the
-        process groups. An engine in a process of its own has all that end with it. If there is a sentence that says
-        why, it leaves that for the API server and ends at once, which spares the user vLLM's traceback.
+        process groups. An engine in a process of its own has all that end with it: it leaves a sentence that says why
+        for the API server, and ends at once. Both ranks often fail alike, and which one is first is chance: so that
+        there is a sentence, and one traceback of whoever failed, does not depend on it.
 
         Args:
-            reason: what the user is to read; None for an error that needs its traceback.
+            error: why; None if vLLM knows. What is no Exception, as an interrupt, ends the engine by itself.
         """
         if not self._owns_process:
             self.shutdown()
             if not self._groups_of_others:
                 destroy_model_parallel()
                 destroy_distributed_environment()
-        elif reason is not None:
+        elif isinstance(error, Exception):
+            reason = error
+            if not isinstance(reason, SparkError):
+                logger.error("The leader's worker failed.", exc_info=error)
+                reason = SparkError(f"the leader's worker failed: {described(error)}")
             self._board.fail(reason)
             logger.error("The engine does not start: %s.", reason)
             os._exit(reason.exit_code)

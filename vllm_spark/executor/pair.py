@@ -131,10 +131,17 @@ class Pair:
         """The result of the last `ask`; answers to those before it that were given up are dropped.
 
         Raises:
-            RemoteError: the follower's worker raised.
+            RemoteError: the follower's worker raised; the log has its traceback.
             TimeoutError: no answer came within `timeout` seconds; the pair works on.
             SparkError: the pair broke.
         """
+        try:
+            return self._answer(timeout)
+        except RemoteError as error:
+            logger.error("%s failed:\n%s", upper_first(self._follower.name), error.details)
+            raise
+
+    def _answer(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
         lane = self._follower.calls
         try:
@@ -154,7 +161,7 @@ class Pair:
         The follower may wait in a collective for what this rank will not do; if it does not come back, the pair ends.
         """
         try:
-            self.answer(_SETTLE_TIMEOUT)
+            self._answer(_SETTLE_TIMEOUT)
         except RemoteError:
             return
         except (SparkError, TimeoutError):
