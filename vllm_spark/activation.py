@@ -70,6 +70,9 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     """
     check_vllm()
     apply_all("leading")
+    from vllm_spark.executor.environment import record_environment
+
+    record_environment()
     if not isinstance(section, (SparkConfig, dict)):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"

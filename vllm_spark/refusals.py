@@ -12,6 +12,7 @@ from typing import Any
 from vllm_spark.config import FLAG
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
+from vllm_spark.wording import without_stop
 
 logger = logging.getLogger("vllm_spark")
 
@@ -176,11 +177,11 @@ def vllms_objections(model: Any) -> Iterator[None]:
             raise ConfigurationError(_indivisible(objection)) from error
         if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
             raise ConfigurationError(_model_not_found(str(model), objection)) from error
-        raise ConfigurationError(f"{objection.rstrip('.')} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+        raise ConfigurationError(f"{objection} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
 
 
 def _indivisible(what: str) -> str:
-    return f"this model cannot be cut into two equal halves ({what.rstrip('.')}); serve it without {FLAG}"
+    return f"this model cannot be cut into two equal halves ({without_stop(what)}); serve it without {FLAG}"
 
 
 def _first_objection(error: Exception) -> str:
@@ -191,11 +192,11 @@ def _first_objection(error: Exception) -> str:
         text = f"{'.'.join(map(str, field))}: {text}" if field else text
     else:
         text = str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
+    return without_stop(text.strip().splitlines()[0])
 
 
 def _model_not_found(model: str, objection: str) -> str:
-    sentence = f"the model {model} cannot be loaded ({objection.rstrip('.')})"
+    sentence = f"the model {model} cannot be loaded ({objection})"
     if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
         return sentence  # a name on the hub, or a folder here
     try:

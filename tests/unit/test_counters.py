@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) 
     board.fail(PeerLostError("the follower left"))
     assert str(board.death()) == "the follower left"
     board.forget_failure()
-    board.take_leave()
+    board.end_work(in_order=True)
     assert board.death() is None
 
 
@@ -134,5 +135,22 @@ def test_without_a_board_everything_is_forgotten(monkeypatch: pytest.MonkeyPatch
     lonely = CounterBoard.from_environment()
     lonely.write(RankCounters(0))
     assert lonely.read() == []
-    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999")
+    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999 7")
     assert CounterBoard.from_environment().read() == []
+
+
+def test_another_file_of_that_number_is_left_alone(
+    board: CounterBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that made the board is gone, and another one has its number: with a file there, or another board."""
+    path, _, inode = os.environ[BOARD_VARIABLE].partition(" ")
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(bytes(1 << 16))
+    with theirs.open("r+b") as file:
+        monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/{file.fileno()} {inode}".strip())
+        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
+    assert theirs.read_bytes() == bytes(1 << 16)
+    for announced in (f"{path} 1", path):
+        monkeypatch.setenv(BOARD_VARIABLE, announced)
+        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
+    assert board.failure() is None

@@ -31,13 +31,14 @@ from vllm_spark.executor.calls import (
     SAMPLE,
     Call,
     decode_call,
-    decode_ledger,
+    decode_header,
     encode_error,
     encode_result,
 )
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import Environment, RestartError, SessionEnvironment, adopt
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
@@ -49,16 +50,18 @@ from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    limit_numba_threads,
     link_patience,
     local_address_towards,
     prepare_process_group,
     share_cores,
     use_link_interface,
 )
+from vllm_spark.patches import apply_all
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import described, upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -78,16 +81,25 @@ class FollowerSession:
         config: the follower's settings.
         answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
             settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
+        adopted: the leader's environment with which this process was started; None without.
     """
 
-    def __init__(self, config: SparkConfig, answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None]) -> None:
+    def __init__(
+        self,
+        config: SparkConfig,
+        answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None],
+        *,
+        adopted: Environment | None = None,
+    ) -> None:
         self._config, self._answer_doctor = config, answer_doctor
+        self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._ender: threading.Thread | None = None  # who set it
         self._running_model = False
         self._pulse: Pulse | None = None
         self._failed_call = ""  # why the last call that is answered failed
+        self._failed_number = 0  # and which it was
         self._worker: Any = None
         self._runtime: Runtime | None = None
         self._leader_config = config  # until it comes
@@ -98,6 +110,7 @@ class FollowerSession:
 
         Raises:
             SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
+            RestartError: the leader has another environment, with which another process must start.
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
@@ -147,6 +160,11 @@ class FollowerSession:
         offer = decode(frame, Offer)
         logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
         try:
+            self._environment.check(offer.environment)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=5.0)
+            raise
+        try:
             folder = find_model(offer.model, offer.revision)
             mine = ModelIdentity.of(folder, with_weights=offer.with_weights)
             if difference := mine.difference(offer.identity):
@@ -159,7 +177,7 @@ class FollowerSession:
 
     def _follow(self, calls: Lane, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
-        _adopt_environment(assignment.environment)
+        adopt(assignment.environment)
         prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
         use_link_interface(assignment.store_address, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
@@ -172,6 +190,8 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        limit_numba_threads()
+        apply_all("serving")
         tuning.start(assignment.vllm_config)
         self._worker = _load_worker(assignment.vllm_config)
         tuning.tell_of_experts(self._worker)
@@ -184,11 +204,12 @@ class FollowerSession:
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
         from vllm.v1.serial_utils import run_method
 
-        self._ledger.compare(*decode_ledger(payload))
+        header = decode_header(payload)
+        self._ledger.compare(header.step, header.digest)
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
-        self._failed_call = ""
+        self._failed_call, self._failed_number = "", 0
         method: str | Callable[..., Any] = "a call that cannot be loaded here"
         try:
             call = decode_call(payload)
@@ -196,15 +217,16 @@ class FollowerSession:
             result = run_method(self._worker, call.method, call.args, call.kwargs)
             if hasattr(result, "get_output"):
                 result = result.get_output()
-            answer = encode_result(result)
+            answer = encode_result(result, header.number)
             if method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
             # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", method)
-            answer = encode_error(error)
-            self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
+            answer = encode_error(error, header.number)
+            self._failed_call = f"its worker failed in {method!r}: {described(error)}"
+            self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
 
     def _run_step(self, call: Call) -> None:
@@ -242,7 +264,11 @@ class FollowerSession:
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())
-        return {"counters": msgspec.to_builtins(counters), "failed_call": self._failed_call}
+        return {
+            "counters": msgspec.to_builtins(counters),
+            "failed_call": self._failed_call,
+            "failed_number": self._failed_number,
+        }
 
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
@@ -284,7 +310,7 @@ class FollowerSession:
             import traceback
 
             details = "".join(traceback.format_exception(error))
-        sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, SparkError) else described(error)
         if self._pulse is not None:
             self._pulse.say(Kind.FAILURE, Reason(sentence, details))
             self._pulse.stop(timeout=2.0)
@@ -331,14 +357,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _adopt_environment(environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        mine = os.environ.get(name)
-        if mine is not None and mine != value:
-            logger.warning("%s is %r here and %r on the leader; the leader's counts.", name, mine, value)
-        os.environ[name] = value
 
 
 def _load_worker(vllm_config: Any) -> Any:

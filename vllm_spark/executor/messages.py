@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from vllm_spark.executor.channel import ChannelError, Frame
+from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.versions import Versions
 from vllm_spark.known_types import known
@@ -56,6 +57,7 @@ class Offer(msgspec.Struct, frozen=True):
     with_weights: bool
     identity: ModelIdentity
     heartbeat_timeout: float
+    environment: Environment = Environment()
 
 
 known(Hello, Welcome, Reason, Offer)
