@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -95,6 +96,20 @@ def vllms_objections(model: Any) -> Iterator[None]:
         if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
             raise ConfigurationError(_model_not_found(str(model), objection)) from error
         raise ConfigurationError(f"{objection.rstrip('.')} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+
+
+_ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
+
+
+def adapter_refusal(name: str, reason: str) -> str:
+    """The sentence for an adapter that the follower does not have, or has with other content."""
+    return f"the adapter {name} cannot be loaded on both machines: {reason}"
+
+
+def adapter_refusal_in(text: str) -> str | None:
+    """The sentence of `adapter_refusal` in what vLLM made of it, without a full stop; None if there is none."""
+    found = _ADAPTER_REFUSAL.search(text)
+    return None if found is None else found.group().rstrip(".")
 
 
 def _indivisible(what: str) -> str:

@@ -55,6 +55,8 @@ class Kind(enum.IntEnum):
     """JSON: the leader is a doctor, and asks how the follower's machine is."""
     FINDINGS = 16
     """JSON: how it is."""
+    PROGRESS = 18
+    """JSON: what the follower does before it answers an OFFER."""
 
 
 class Frame(NamedTuple):
