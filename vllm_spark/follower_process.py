@@ -13,9 +13,9 @@ import threading
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.visit import answer
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.follower import FollowerSession
-from vllm_spark.following import CONFIG_VARIABLE
+from vllm_spark.following import CONFIG_VARIABLE, ONCE_VARIABLE
 from vllm_spark.logs import log_as
 
 logger = logging.getLogger("vllm_spark")
@@ -25,13 +25,15 @@ def main() -> int:
     """Entry of a session's process; the settings come as JSON in the environment."""
     log_as("vllm-spark join")
     config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-    session = FollowerSession(config, answer)
+    once = bool(os.environ.pop(ONCE_VARIABLE, ""))
+    session = FollowerSession(config, answer, once=once)
     _stop_on_signal(session)
     try:
         session.run()
     except SparkError as error:
         logger.error("%s.", error)
-        return error.exit_code
+        heals = isinstance(error, RefusedError) and not isinstance(error, VersionsError)
+        return 1 if heals and not once else error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

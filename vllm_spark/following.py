@@ -23,6 +23,9 @@ logger = logging.getLogger("vllm_spark")
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 """In which a session's process finds its settings, as JSON."""
 
+ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+"""In which it finds whether the first refusal is the last (any value but an empty one)."""
+
 _SESSION = "vllm_spark.follower_process"
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
@@ -30,7 +33,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
 def follow_leaders(config: SparkConfig, *, once: bool) -> int:
-    """Runs a session process per leader until refused, stopped, or (with `once`) the first leader left.
+    """Runs a session process per leader until stopped, or (with `once`) the first leader left or refused.
+
+    It also ends for what no waiting heals: the leader has another secret, or other versions.
 
     Returns:
         The exit code of the command: 0 when stopped, else that of the last session.
@@ -40,7 +45,7 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     """
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    with _Sessions(config) as sessions:
+    with _Sessions(config, once) as sessions:
         return _follow(sessions, once)
 
 
@@ -79,8 +84,8 @@ class _Sessions:
     A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
     """
 
-    def __init__(self, config: SparkConfig) -> None:
-        self._config = config
+    def __init__(self, config: SparkConfig, once: bool) -> None:
+        self._environment = {CONFIG_VARIABLE: config.model_dump_json(), ONCE_VARIABLE: "1" if once else ""}
         self.stopped: signal.Signals | None = None
 
     def __enter__(self) -> _Sessions:
@@ -103,7 +108,7 @@ class _Sessions:
             return 0
         process = subprocess.Popen(
             python_module(_SESSION),
-            env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
+            env={**os.environ, **self._environment},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=end_with_parent(os.getpid()),

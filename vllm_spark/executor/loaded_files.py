@@ -248,4 +248,3 @@ def first_line(error: BaseException) -> str:
     """What an error says, for a sentence: its first line, without a full stop."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
-

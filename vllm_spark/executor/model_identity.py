@@ -65,7 +65,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         Raises:
             RefusedError: the folder or a file cannot be read.
         """
-        if kind == "file" or place.is_file():
+        if kind == "file" or os.path.isfile(place):
             return cls({}, {place.name: _digest(place)} if with_weights or kind == "file" else {})
         names = _names(place)
         configuration = [name for name in _CONFIGURATION[kind] if name in names and _is_content(place / name)]
@@ -105,7 +105,7 @@ def signature_of(place: Path) -> tuple[tuple[str, int, int, int], ...]:
     Costs some microseconds a file. An empty one stands for a place that cannot be looked at.
     """
     try:
-        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        files = sorted(place.iterdir()) if os.path.isdir(place) else [place]
         states = [(file.name, file.stat()) for file in files]
     except OSError:
         return ()
@@ -135,7 +135,7 @@ def _beside(folder: Path, names: list[str]) -> tuple[list[str], list[str]]:
         configuration.append(_MODULES)
     for inner in sorted({*_module_folders(folder, names), *(name for name in _FOLDERS_WITH_WEIGHTS if name in names)}):
         below = folder / inner
-        if below.is_dir():
+        if os.path.isdir(below):
             files = _names(below)
             configuration += [f"{inner}/config.json"] if "config.json" in files else []
             weights += [f"{inner}/{name}" for name in _weights(below, files, "model")]

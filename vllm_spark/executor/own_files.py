@@ -61,8 +61,13 @@ def _candidates(wanted: LoadedFiles) -> Iterator[Path]:
     for place in _all_candidates(wanted):
         if (name := os.path.abspath(place)) not in seen:
             seen.add(name)
-            if place.exists():
-                yield place
+            try:
+                os.stat(place)
+            except PermissionError:
+                pass  # whoever reads it is told
+            except OSError:
+                continue
+            yield place
 
 
 def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
@@ -75,11 +80,7 @@ def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
     if wanted.origin == "modelscope":
         yield _modelscope_cache() / wanted.name
     if wanted.origin != "object storage":
-        try:
-            if os.path.exists(wanted.place):
-                yield Path(wanted.place)
-        except OSError:
-            pass
+        yield Path(wanted.place)
     if hub is None and wanted.kind == "model" and wanted.origin == "path":
         yield from (place for place in _everything_cached() if _configuration_fits(place, wanted))
 
@@ -101,12 +102,10 @@ def _configuration_fits(place: Path, wanted: LoadedFiles) -> bool:
 def _difference(place: Path, wanted: LoadedFiles) -> str | None:
     """What differs there from the leader's, as a part of a sentence; None if nothing does."""
     try:
-        mine = ModelIdentity.of(
-            place, with_weights=wanted.with_weights, kind=wanted.kind, with_code=wanted.with_code
-        )
+        mine = ModelIdentity.of(place, with_weights=wanted.with_weights, kind=wanted.kind, with_code=wanted.with_code)
     except RefusedError as error:
         return str(error)
-    if wanted.kind == "file" or not place.is_dir():
+    if wanted.kind == "file" or not os.path.isdir(place):
         same = list(mine.weights.values()) == list(wanted.identity.weights.values())  # whatever the files are called
         return None if same else f"the {wanted.what} has other content on {host_name()}"
     return mine.difference(wanted.identity, f"on {host_name()}")
