@@ -167,7 +167,8 @@ def _download(what: str, model: Any, load_config: Any) -> None:
 
 def _not_here(what: str, name: str, revision: str | None, reason: str) -> str:
     command = f"hf download {name}" + (f" --revision {revision}" if revision not in (None, "main") else "")
-    return f"the {what} {name} is not on {host_name()} ({reason}); download it there: {command}"
+    host = host_name()
+    return f"the {what} {name} is not on {host} ({reason}); download it on {host}: {command}"
 
 
 def _from_modelscope(what: str, model: Any, load_config: Any, with_weights: bool) -> Path:

@@ -159,7 +159,7 @@ def _refusal(wanted: LoadedFiles, problem: str, failure: str) -> str:
         name = wanted.name if wanted.origin == "hub" else wanted.hub.repository
         state = f"the {what} {name}, commit {wanted.hub.commit}, is not"
     elif wanted.origin == "path":
-        return f"there is no {what} in {wanted.place} on {host}; {_remedy(wanted)}"
+        return f"there is no {what} in {wanted.place} on {host}; copy the leader's there"
     else:
         state = f"the {what} {wanted.name} is not"
     if problem:
