@@ -67,7 +67,11 @@ def run(script: str, argument: Any, home: Path, hub: Hub | None, **variables: st
     environment |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
     environment |= {"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub.url}
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(argument)], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", script, json.dumps(argument)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, done.stdout + done.stderr

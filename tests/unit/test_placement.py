@@ -69,7 +69,10 @@ def test_no_path_of_the_leaders_is_left(config: VllmConfig, alice: Path) -> None
     assert {"config.model_config.model", "config.speculative_config.draft_model_config.model"} <= set(before)
     place_files(theirs, {each.place: Path("/bob") / Path(each.place).name for each in offered})
     left = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
-    assert left == ["config.model_config.served_model_name", "config.speculative_config.draft_model_config.served_model_name"]
+    assert left == [
+        "config.model_config.served_model_name",
+        "config.speculative_config.draft_model_config.served_model_name",
+    ]
     assert theirs.model_config.model == "/bob/model"
     assert theirs.model_config.tokenizer == "/bob/tokenizer"
     assert theirs.model_config.hf_config._name_or_path == "/bob/model"
