@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: the few endpoints that downloads use, for the real huggingface_hub (HF_ENDPOINT).
+"""A stand-in for the Hugging Face hub: the few endpoints that downloads of the real huggingface_hub use (HF_ENDPOINT).
 
 It serves folders as repositories, each with one commit, on a loopback address.
 """

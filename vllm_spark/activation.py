@@ -24,13 +24,14 @@ from vllm_spark.config import (
 )
 from vllm_spark.config_file import check_config_file
 from vllm_spark.counter_board import engine_death, engine_failure
-from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
+from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
 from vllm_spark.quantization_groups import repeat_where_groups_straddle
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 from vllm_spark.refusals import (
     EXECUTOR,
+    adapter_refusal_in,
     refuse_fp8_inputs_of_marlin,
     refuse_indivisible_shards,
     refuse_what_a_pair_cannot_do,
@@ -136,6 +137,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
+    apply_all("engine")
     dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
     make_socket_folder()
 
@@ -235,6 +237,12 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         )
     except KeyboardInterrupt:
         _exit_with(engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
+    except ValueError as error:
+        # So vLLM ends for an adapter of the command line that its engine refuses.
+        sentence = adapter_refusal_in(str(error))
+        if sentence is None:
+            raise
+        _exit_with(RefusedError(sentence))
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
         failure = engine_failure()

@@ -58,7 +58,7 @@ class Anchor:
         return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
-When = Literal["start", "leading", "serving"]
+When = Literal["start", "engine", "leading", "serving"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Patch:
         feature: what is lost while the patch is disabled.
         fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
         replace: takes the original callable, returns the replacement.
-        when: `start` in every process of vLLM, before its command line is read; `leading` in the process that serves
+        when: `start` in every process of vLLM, before its command line is read; `engine` in a process that
+            makes an engine of a pair, whoever starts it; `leading` in the process that serves
             clients of a pair; `serving` in the processes that run a model for a pair, before they load it.
     """
 

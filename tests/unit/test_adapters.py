@@ -33,7 +33,7 @@ def make_adapter(folder: Path, weights: bytes = b"weights") -> Path:
 
 
 class Ranks:
-    """Both sides, in one process; the follower sees the leader's folder unless `follower_place` says where it has it."""
+    """Both sides, in one process and with the same files; `change` is called between their looks at them."""
 
     def __init__(self) -> None:
         self.loaded: set[int] = set()
@@ -92,8 +92,8 @@ def test_an_adapter_with_other_content_is_refused(ranks: Ranks, tmp_path: Path) 
     with pytest.raises(RefusedError) as caught:
         ranks.leader.settle(request(adapter))
     assert str(caught.value) == (
-        "the adapter sql cannot be loaded on both machines: the weight file adapter_model.safetensors has other content "
-        f"on {host_name()} ({adapter}), compared with the leader; copy the leader's adapter sql to {adapter} on "
+        "the adapter sql cannot be loaded on both machines: the weight file adapter_model.safetensors has other "
+        f"content on {host_name()} ({adapter}), compared with the leader; copy the leader's adapter sql to {adapter} on "
         f"{host_name()}"
     )
 

@@ -97,6 +97,19 @@ def test_another_commit_with_other_weights(model: Path, cache: Path) -> None:
     )
 
 
+def test_the_same_commit_with_other_weights(model: Path, cache: Path) -> None:
+    """Downloading it once more would change nothing."""
+    wanted = in_leaders_cache(model)
+    mine = cache_model(hidden(model), cache, "somebody/tiny")
+    (mine / "model.safetensors").write_bytes(bytes(999) + b"\1")
+    host = host_name()
+    assert refusal(wanted) == (
+        f"the weight file model.safetensors has other content on {host} ({mine}), compared with the leader; "
+        f"delete {cache}/models--somebody--tiny on {host} and download it anew: "
+        f"hf download somebody/tiny --revision {COMMIT}"
+    )
+
+
 def test_a_model_of_the_hub_that_is_not_here(model: Path, cache: Path) -> None:
     host = host_name()
     assert refusal(in_leaders_cache(model)) == (

@@ -39,12 +39,12 @@ class LeaderAdapters:
     """The leader's side.
 
     Args:
-        compare: asks the follower for the same files; returns None, or the sentence why it does not have them.
+        ask: asks the follower for the same files; returns None, or the sentence why it does not have them.
         loaded: asks this rank's worker.
     """
 
-    def __init__(self, compare: Callable[[LoadedFiles], str | None], loaded: Loaded) -> None:
-        self._compare, self._loaded = compare, loaded
+    def __init__(self, ask: Callable[[LoadedFiles], str | None], loaded: Loaded) -> None:
+        self._ask, self._loaded = ask, loaded
         self._compared: dict[str, _Compared] = {}
 
     def settle(self, request: Any) -> Any:
@@ -54,8 +54,21 @@ class LeaderAdapters:
             RefusedError: the follower does not have it, or has another one.
             Exception: vLLM's own, for an adapter that is not there.
         """
-        compared = self._compare_folder(request.lora_name, str(request.lora_path), request.lora_int_id)
+        compared = self.compare(request.lora_name, str(request.lora_path), request.lora_int_id)
         return msgspec.structs.replace(request, lora_path=str(compared.place))
+
+    def compare(self, name: str, path: str, adapter_id: int) -> _Compared:
+        """Has the follower look for the adapter, whatever was compared before. `path` is as in a LoRARequest.
+
+        Raises:
+            RefusedError, Exception: as `settle`.
+        """
+        place = _find_adapter(name, path)
+        signature = signature_of(place)  # before it is read: a change in between is noticed
+        if refusal := self._ask(adapter_files(name, path, place)):
+            raise RefusedError(adapter_refusal(name, refusal))
+        self._compared[path] = compared = _Compared(name, place, signature, adapter_id)
+        return compared
 
     def settle_step(self, output: Any) -> None:
         """Does so for adapters that a step may load. vLLM's SchedulerOutput is changed in place.
@@ -81,15 +94,7 @@ class LeaderAdapters:
             loaded = self._loaded() if loaded is None else loaded
             for path, compared in list(self._compared.items()):
                 if compared.adapter_id not in loaded and signature_of(compared.place) != compared.signature:
-                    self._compare_folder(compared.name, path, compared.adapter_id)
-
-    def _compare_folder(self, name: str, path: str, adapter_id: int) -> _Compared:
-        place = _find_adapter(name, path)
-        signature = signature_of(place)  # before it is read: a change in between is noticed
-        if refusal := self._compare(adapter_files(name, path, place)):
-            raise RefusedError(adapter_refusal(name, refusal))
-        self._compared[path] = compared = _Compared(name, place, signature, adapter_id)
-        return compared
+                    self.compare(compared.name, path, compared.adapter_id)
 
 
 def _find_adapter(name: str, path: str) -> Path:

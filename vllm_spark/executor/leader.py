@@ -25,6 +25,7 @@ from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
 from vllm_spark.executor.adapters import ADD_LORA, LeaderAdapters
 from vllm_spark.executor.calls import (
+    COMPARE_ADAPTER,
     COMPARE_FILES,
     EXECUTE,
     EXECUTE_AND_SAMPLE,
@@ -143,7 +144,11 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         with self._call_lock, pair.explained():
             if self._adapters is not None and method in (ADD_LORA, EXECUTE):
                 args, kwargs = self._with_own_adapters(pair, self._adapters, str(method), args, kwargs)
-            if method in STEP_METHODS:
+            if method == COMPARE_ADAPTER:
+                if self._adapters is not None:
+                    self._adapters.compare(*args)
+                result: Any = None if single_value else [None]
+            elif method in STEP_METHODS:
                 output = self._step(pair, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
                     return output if single_value else _finished([output.result()])

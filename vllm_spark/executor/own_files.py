@@ -153,7 +153,8 @@ def _modelscope_cache() -> Path:
 def _refusal(wanted: LoadedFiles, problem: str, failure: str) -> str:
     host, what = host_name(), wanted.what
     if problem and not failure:
-        return f"{problem}, compared with the leader; {_remedy(wanted)}"
+        damaged = "is missing" not in problem
+        return f"{problem}, compared with the leader; {_remedy(wanted, damaged=damaged)}"
     reason = f" ({failure})" if failure else ""
     if wanted.hub is not None:
         name = wanted.name if wanted.origin == "hub" else wanted.hub.repository
@@ -167,13 +168,17 @@ def _refusal(wanted: LoadedFiles, problem: str, failure: str) -> str:
     return f"{state} on {host}{reason}; {_remedy(wanted)}"
 
 
-def _remedy(wanted: LoadedFiles) -> str:
+def _remedy(wanted: LoadedFiles, *, damaged: bool = False) -> str:
     """What to do about it, and on which machine."""
     host = host_name()
     if wanted.origin == "modelscope":
         return f"download it on {host}: modelscope download --model {wanted.name}"
     if wanted.origin == "object storage":
         return f"pip install runai-model-streamer on {host}, and let it reach that storage"
-    if wanted.hub is not None:
-        return f"download it on {host}: hf download {wanted.hub.repository} --revision {wanted.hub.commit}"
+    if (hub := wanted.hub) is not None:
+        command = f"hf download {hub.repository} --revision {hub.commit}"
+        if damaged and (snapshot := cached_snapshot(hub.repository, hub.commit)) is not None:
+            # The same commit with other content: a download would find it complete.
+            return f"delete {snapshot.parents[1]} on {host} and download it anew: {command}"
+        return f"download it on {host}: {command}"
     return f"copy the leader's {wanted.what} to {wanted.place} on {host}"
