@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from vllm_spark.compat import vllm_version
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor import hub_cache
 from vllm_spark.executor.endpoint import host_name
@@ -20,7 +21,7 @@ from vllm_spark.known_types import known
 Origin = Literal["path", "hub", "modelscope", "object storage"]
 """Where a name leads: to this machine's files, or to a place that every machine can ask."""
 
-_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "pt", "mistral"})
+_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache"})
 """Load formats of vLLM that read weight files out of the model's folder."""
 
 _INDEX = "model.safetensors.index.json"
@@ -117,6 +118,11 @@ def _model_files(what: str, model: Any, load_config: Any) -> LoadedFiles:
         return LoadedFiles(what, url, str(place), "model", identity, "object storage", None, False, with_code)
     with_weights = load_format != "dummy"
     place, origin = _find(what, model, load_config, with_weights)
+    if load_format in _FILE_FORMATS and place.is_file():
+        raise RefusedError(
+            f"the {what} {model.model} is a single file, from which vLLM {vllm_version()} loads no weights in the format "
+            f"{load_format}; give a folder in Hugging Face format"
+        )
     identity = ModelIdentity.of(place, with_weights=with_weights, with_code=with_code)
     if load_format in _FILE_FORMATS and not identity.weights:
         raise RefusedError(

@@ -41,6 +41,7 @@ _LOCAL_VARIABLES = frozenset(
         "VLLM_LOGGING_CONFIG_PATH",
         "VLLM_TUNED_CONFIG_FOLDER",
         "VLLM_CPU_OMP_THREADS_BIND",
+        "VLLM_USE_MODELSCOPE",  # the follower loads from folders, whatever they were downloaded from
         "VLLM_ENABLE_V1_MULTIPROCESSING",
         "VLLM_WORKER_MULTIPROC_METHOD",
     }
