@@ -6,10 +6,10 @@ import weakref
 from http import HTTPStatus
 from typing import Any
 
+from vllm_spark.command_line import SECTION
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.calls import COMPARE_ADAPTER
 from vllm_spark.refusals import adapter_refusal_in
-from vllm_spark.settings import SECTION
 
 _compared: weakref.WeakKeyDictionary[Any, set[tuple[int, str]]] = weakref.WeakKeyDictionary()
 """By engine: ids and paths of adapters that came with requests."""

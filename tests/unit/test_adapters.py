@@ -93,8 +93,8 @@ def test_an_adapter_with_other_content_is_refused(ranks: Ranks, tmp_path: Path) 
         ranks.leader.settle(request(adapter))
     assert str(caught.value) == (
         "the adapter sql cannot be loaded on both machines: the weight file adapter_model.safetensors has other "
-        f"content on {host_name()} ({adapter}), compared with the leader; copy the leader's adapter sql to {adapter} on "
-        f"{host_name()}"
+        f"content on {host_name()} ({adapter}), compared with the leader; copy the leader's adapter sql to {adapter} "
+        f"on {host_name()}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllm_spark.errors import RefusedError
 from vllm_spark.executor.placement import place_files
 from vllm_spark.tiny_model import make_tiny_model
 
@@ -104,3 +105,17 @@ def test_a_draft_model_is_compared(config: VllmConfig, alice: Path) -> None:
         weights.write_bytes(content)
     assert before["model"] == after["model"]
     assert before["draft model"] != after["draft model"]
+
+
+def test_a_single_file_has_no_weights_in_these_formats(config: VllmConfig, alice: Path) -> None:
+    """vLLM 0.32 reads GGUF files with a plugin alone, which brings a load format of its own."""
+    theirs: VllmConfig = pickle.loads(pickle.dumps(config))
+    file = alice / "m.gguf"
+    file.write_bytes(b"GGUF")
+    theirs.speculative_config = None
+    theirs.model_config.model = theirs.model_config.tokenizer = str(file)
+    with pytest.raises(RefusedError, match=rf"^the model {file} is a single file, from which .* format auto"):
+        files_of(theirs)
+    theirs.load_config.load_format = "gguf"
+    (offered,) = files_of(theirs)
+    assert (offered.place, list(offered.identity.weights)) == (str(file), ["m.gguf"])

@@ -287,7 +287,7 @@ class FollowerSession:
 
 def _load_vllm() -> None:
     """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
-    from vllm_spark.compat import check_vllm
+    from vllm_spark.fit import check_vllm
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")

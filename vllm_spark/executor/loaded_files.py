@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vllm_spark.compat import vllm_version
+from vllm_spark.compat import installed_vllm
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor import hub_cache
 from vllm_spark.executor.endpoint import host_name
@@ -120,8 +120,8 @@ def _model_files(what: str, model: Any, load_config: Any) -> LoadedFiles:
     place, origin = _find(what, model, load_config, with_weights)
     if load_format in _FILE_FORMATS and place.is_file():
         raise RefusedError(
-            f"the {what} {model.model} is a single file, from which vLLM {vllm_version()} loads no weights in the format "
-            f"{load_format}; give a folder in Hugging Face format"
+            f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
+            f"format {load_format}; give a folder in Hugging Face format"
         )
     identity = ModelIdentity.of(place, with_weights=with_weights, with_code=with_code)
     if load_format in _FILE_FORMATS and not identity.weights:
