@@ -12,7 +12,7 @@ from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.hub_cache import HubPlace, cached_snapshot, hub_place_of
-from vllm_spark.executor.loaded_files import LoadedFiles
+from vllm_spark.executor.loaded_files import LoadedFiles, Origin
 from vllm_spark.executor.model_identity import Kind, ModelIdentity
 from vllm_spark.executor.own_files import find_own
 
@@ -151,6 +151,44 @@ def test_what_the_leader_has_in_a_folder_is_in_the_followers_cache(model: Path, 
     mine = cache_model(model, cache, "somebody/tiny")
     hide(model)
     assert find_own(wanted) == mine
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["hub/models/somebody/tiny-1___5", "models/somebody/tiny-1.5", "models/somebody--tiny-1.5/snapshots/master"],
+)
+@pytest.mark.parametrize("origin", ["modelscope", "path"])
+def test_a_model_of_modelscope(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, origin: Origin
+) -> None:
+    """Under its name, or under the path that vLLM puts in its place where it is offline."""
+    name = "somebody/tiny-1.5" if origin == "modelscope" else str(model)
+    wanted = LoadedFiles("model", name, str(model), "model", ModelIdentity.of(model), origin)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "bob"))
+    mine = tmp_path / "bob" / layout
+    shutil.copytree(model, mine)
+    hide(model)
+    assert find_own(wanted) == mine
+
+
+def test_a_model_of_modelscope_that_is_not_here(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = LoadedFiles("model", "somebody/tiny", str(model), "model", ModelIdentity.of(model), "modelscope")
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(cache))
+    hide(model)
+    host = host_name()
+    assert refusal(wanted).startswith(f"the model somebody/tiny is not on {host} (")
+    assert refusal(wanted).endswith(f"; download it on {host}: modelscope download --model somebody/tiny")
+
+
+def test_object_storage_needs_a_package(model: Path, cache: Path) -> None:
+    """vLLM streams weights from there on both ranks; the follower fetches the configuration for itself."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    wanted = LoadedFiles(
+        "model", "s3://bucket/tiny", str(model), "model", ModelIdentity.of(model), "object storage", with_weights=False
+    )
+    host = host_name()
+    assert refusal(wanted).startswith(f"the model s3://bucket/tiny is not on {host} (")
+    assert "runai-model-streamer" in refusal(wanted)
 
 
 def test_the_followers_copy_beats_another_one_at_the_leaders_path(model: Path, cache: Path) -> None:

@@ -12,6 +12,7 @@ from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.hub_cache import HubPlace, cached_snapshot, cached_snapshots
 from vllm_spark.executor.loaded_files import LoadedFiles, first_line
 from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.modelscope_cache import all_in_modelscope, cached_in_modelscope
 
 _BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 """Small files of a model that a worker may read too: tokenizer, processor, code."""
@@ -78,7 +79,7 @@ def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
         for snapshot in cached_snapshots(hub.repository):
             yield snapshot / hub.inside
     if wanted.origin == "modelscope":
-        yield _modelscope_cache() / wanted.name
+        yield from cached_in_modelscope(wanted.name)
     if wanted.origin != "object storage":
         yield Path(wanted.place)
     if hub is None and wanted.kind == "model" and wanted.origin == "path":
@@ -87,7 +88,7 @@ def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
 
 def _everything_cached() -> Iterator[Path]:
     yield from cached_snapshots()
-    yield from sorted(_modelscope_cache().glob("*/*"))
+    yield from all_in_modelscope()
 
 
 def _configuration_fits(place: Path, wanted: LoadedFiles) -> bool:
@@ -143,11 +144,6 @@ def _download_from_modelscope(name: str) -> Path:
     from modelscope.hub.snapshot_download import snapshot_download
 
     return Path(snapshot_download(name, local_files_only=not hub_cache.may_download()))
-
-
-def _modelscope_cache() -> Path:
-    root = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
-    return Path(os.path.expanduser(root), "hub", "models")
 
 
 def _refusal(wanted: LoadedFiles, problem: str, failure: str) -> str:
