@@ -63,8 +63,8 @@ def strings_in(value: Any, path: str = "config", seen: set[int] | None = None) -
 def test_no_path_of_the_leaders_is_left(config: VllmConfig, alice: Path) -> None:
     """But in what clients see, which stays the leader's."""
     offered = files_of(config)
-    assert [each.what for each in offered] == ["model", "draft model", "tokenizer"]
-    assert [each.required for each in offered] == [True, True, False]
+    assert [each.what for each in offered] == ["model", "model's tokenizer", "draft model"]
+    assert [each.required for each in offered] == [True, False, True]
     theirs: VllmConfig = pickle.loads(pickle.dumps(config))
     before = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
     assert {"config.model_config.model", "config.speculative_config.draft_model_config.model"} <= set(before)
@@ -80,6 +80,23 @@ def test_no_path_of_the_leaders_is_left(config: VllmConfig, alice: Path) -> None
     assert theirs.speculative_config.model == "/bob/draft"
     assert theirs.speculative_config.draft_model_config.model == "/bob/draft"
     assert config.model_config.model == str(alice / "model")
+
+
+def test_a_tokenizer_that_workers_read_is_compared_with_its_model(alice: Path) -> None:
+    """One folder is found for both: the tokenizer's files of another snapshot are not looked for."""
+    folder = make_tiny_model(alice / "two-vocabularies", "dense")
+    draft = make_tiny_model(alice / "other-vocabulary", "dense")
+    speculative = {"model": str(draft), "num_speculative_tokens": 2, "method": "draft_model"}
+    made = EngineArgs(
+        model=str(folder), speculative_config={**speculative, "use_heterogeneous_vocab": True}, max_model_len=512
+    ).create_engine_config()
+    offered = files_of(made)
+    assert [(each.what, each.with_tokenizer) for each in offered] == [("model", True), ("draft model", True)]
+    assert all("tokenizer.json" in each.identity.configuration for each in offered)
+    (draft / "tokenizer_config.json").write_text("{}")
+    assert offered[1].identity_at(draft).difference(offered[1].identity) == (
+        "the configuration file tokenizer_config.json has other content here"
+    )
 
 
 def test_files_of_options(config: VllmConfig, alice: Path) -> None:

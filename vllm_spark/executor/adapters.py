@@ -15,7 +15,7 @@ import msgspec
 from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.loaded_files import LoadedFiles, adapter_files
-from vllm_spark.executor.model_identity import ModelIdentity, signature_of
+from vllm_spark.executor.model_identity import signature_of
 from vllm_spark.executor.own_files import find_own
 from vllm_spark.refusals import adapter_refusal
 
@@ -181,7 +181,7 @@ class FollowerAdapters:
         own = self._own[path]
         if (signature := signature_of(own.place)) == own.signature:
             return
-        mine = ModelIdentity.of(own.place, kind="adapter")
+        mine = own.wanted.identity_at(own.place)
         if difference := mine.difference(own.wanted.identity, f"on {host_name()}"):
             raise SparkError(
                 f"the {own.wanted.what} was changed while the pair serves: {difference} ({own.place}); "

@@ -63,14 +63,14 @@ def cached_snapshot(repository: str, revision: str | None, cache: str | Path | N
     name = str(getattr(revision, "resolved", None) or revision or _DEFAULT_REVISION)
     if not name or ".." in name.split("/"):
         return None
-    if (snapshot := folder / _SNAPSHOTS / name).is_dir():
+    if os.path.isdir(snapshot := folder / _SNAPSHOTS / name):
         return snapshot
     try:
         commit = (folder / "refs" / name).read_text().strip()
     except OSError:
         return None
     snapshot = folder / _SNAPSHOTS / commit
-    return snapshot if commit and snapshot.is_dir() else None
+    return snapshot if commit and os.path.isdir(snapshot) else None
 
 
 def cached_snapshots(repository: str | None = None, cache: str | Path | None = None) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ class LoadedFiles(msgspec.Struct, frozen=True):
         hub: what it is on the Hugging Face hub; None if that is not known.
         with_weights: whether weights are loaded from there.
         with_code: whether Python files in it may be executed.
+        with_tokenizer: whether a worker reads a tokenizer and a processor there too.
         required: whether the follower must have it.
     """
 
@@ -53,7 +55,22 @@ class LoadedFiles(msgspec.Struct, frozen=True):
     hub: HubPlace | None = None
     with_weights: bool = True
     with_code: bool = False
+    with_tokenizer: bool = False
     required: bool = True
+
+    def identity_at(self, place: Path, *, with_weights: bool | None = None) -> ModelIdentity:
+        """What is in another place, read as `identity` was.
+
+        Raises:
+            RefusedError: it cannot be read.
+        """
+        return ModelIdentity.of(
+            place,
+            with_weights=self.with_weights if with_weights is None else with_weights,
+            kind=self.kind,
+            with_code=self.with_code,
+            with_tokenizer=self.with_tokenizer,
+        )
 
 
 known(LoadedFiles)
@@ -65,19 +82,24 @@ def files_of(vllm_config: Any) -> list[LoadedFiles]:
     Raises:
         RefusedError: something is not there, cannot be read or downloaded, or has no weights.
     """
-    model = vllm_config.model_config
-    found = [_model_files("model", model, vllm_config.load_config)]
-    speculative = vllm_config.speculative_config
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    two_vocabularies = bool(getattr(speculative, "use_heterogeneous_vocab", False))
+    models = [("model", model, vllm_config.load_config, two_vocabularies or model.is_multimodal_model)]
     draft = getattr(speculative, "draft_model_config", None)
     if draft is not None and draft.model not in (model.model, model.model_weights):
         load_config = getattr(speculative, "draft_load_config", None) or vllm_config.load_config
-        found.append(_model_files("draft model", draft, load_config))
-    two_vocabularies = bool(getattr(speculative, "use_heterogeneous_vocab", False))
-    found += _tokenizer_files("tokenizer", model, required=two_vocabularies or model.is_multimodal_model)
-    if two_vocabularies and draft is not None:
-        found += _tokenizer_files("draft model's tokenizer", draft, required=True)
+        models.append(("draft model", draft, load_config, two_vocabularies))
+    found: list[LoadedFiles] = []
+    for what, each, load_config, reads_tokenizer in models:
+        own_tokenizer = each.tokenizer == each.model and not each.skip_tokenizer_init
+        found.append(_model_files(what, each, load_config, with_tokenizer=reads_tokenizer and own_tokenizer))
+        if not own_tokenizer:
+            found += _tokenizer_files(f"{what}'s tokenizer", each, required=reads_tokenizer)
     found += [_one_file(what, path) for what, path in _single_files(vllm_config)]
-    return found
+    unique: dict[str, LoadedFiles] = {}
+    for files in found:
+        unique.setdefault(files.place, files)  # a draft model has its target's tokenizer
+    return list(unique.values())
 
 
 def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
@@ -104,33 +126,35 @@ def missing_weights(place: Path) -> list[str]:
         names = set(index["weight_map"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
-    return sorted(name for name in names if not (place / str(name)).exists())
+    return sorted(name for name in names if not os.path.exists(place / str(name)))
 
 
-def _model_files(what: str, model: Any, load_config: Any) -> LoadedFiles:
+def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: bool) -> LoadedFiles:
     load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
     with_code = bool(model.trust_remote_code)
+    read = partial(ModelIdentity.of, with_code=with_code, with_tokenizer=with_tokenizer)
+    files = partial(LoadedFiles, what, kind="model", with_code=with_code, with_tokenizer=with_tokenizer)
     if model.model_weights:
         # The configuration was copied from object storage into a folder of this user; weights are streamed.
-        place = Path(model.model)
-        identity = ModelIdentity.of(place, with_weights=False, with_code=with_code)
-        url = str(model.model_weights)
-        return LoadedFiles(what, url, str(place), "model", identity, "object storage", None, False, with_code)
+        place, url = Path(model.model), str(model.model_weights)
+        identity = read(place, with_weights=False)
+        return files(name=url, place=str(place), identity=identity, origin="object storage", with_weights=False)
     with_weights = load_format != "dummy"
     place, origin = _find(what, model, load_config, with_weights)
-    if load_format in _FILE_FORMATS and place.is_file():
+    if load_format in _FILE_FORMATS and os.path.isfile(place):
         raise RefusedError(
             f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
             f"format {load_format}; give a folder in Hugging Face format"
         )
-    identity = ModelIdentity.of(place, with_weights=with_weights, with_code=with_code)
+    identity = read(place, with_weights=with_weights)
     if load_format in _FILE_FORMATS and not identity.weights:
         raise RefusedError(
             f"there are no weight files in {place}, and both sides compare them before they load any; "
             f"copy or download the whole {what} there first"
         )
     hub = None if origin == "modelscope" else hub_place_of(place)
-    return LoadedFiles(what, model.model, str(place), "model", identity, origin, hub, with_weights, with_code)
+    name = str(model.model)
+    return files(name=name, place=str(place), identity=identity, origin=origin, hub=hub, with_weights=with_weights)
 
 
 def _find(what: str, model: Any, load_config: Any, with_weights: bool) -> tuple[Path, Origin]:
@@ -147,11 +171,13 @@ def _find(what: str, model: Any, load_config: Any, with_weights: bool) -> tuple[
         place = cached_snapshot(name, model.revision, cache)
         if place is None:
             raise RefusedError(_not_here(what, name, model.revision, "its download left nothing in the cache"))
-    if cache is not None and not (place / "config.json").exists() and hub_cache.may_download():
+    hub = hub_place_of(place)
+    if cache is not None and hub is not None and not os.path.exists(place / "config.json"):
         # vLLM keeps the configuration in its user's cache, and the weights here.
-        hub = hub_place_of(place)
-        assert hub is not None
-        hub_cache.download(hub, _BESIDE_WEIGHTS, cache)
+        try:
+            hub_cache.download(hub, _BESIDE_WEIGHTS, cache)
+        except Exception as error:
+            raise RefusedError(_not_here(what, name, model.revision, first_line(error))) from error
     return place, "hub"
 
 
@@ -194,9 +220,9 @@ def _from_modelscope(what: str, model: Any, load_config: Any, with_weights: bool
 
 
 def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[LoadedFiles]:
-    """The tokenizer's files. Only some engines' workers need them; others' are found if they can be."""
+    """A tokenizer of its own. Only some engines' workers need it; others' is found if it can be."""
     name = str(model.tokenizer)
-    if model.skip_tokenizer_init or (not required and model.tokenizer == model.model):
+    if model.skip_tokenizer_init:
         return
     try:
         place = existing_path(what, name) or cached_snapshot(name, model.tokenizer_revision)
@@ -204,7 +230,7 @@ def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[Loade
         if required:
             raise
         return
-    if place is not None and place.is_dir():
+    if place is not None and os.path.isdir(place):
         identity = ModelIdentity.of(place, kind="tokenizer")
         origin: Origin = "path" if str(place) == os.path.abspath(os.path.expanduser(name)) else "hub"
         yield LoadedFiles(what, name, str(place), "tokenizer", identity, origin, hub_place_of(place), required=required)

@@ -52,7 +52,13 @@ class ModelIdentity(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(
-        cls, place: Path, *, with_weights: bool = True, kind: Kind = "model", with_code: bool = False
+        cls,
+        place: Path,
+        *,
+        with_weights: bool = True,
+        kind: Kind = "model",
+        with_code: bool = False,
+        with_tokenizer: bool = False,
     ) -> ModelIdentity:
         """Reads what vLLM would load from `place`, a folder or a single file.
 
@@ -61,6 +67,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
             with_weights: False if they are not loaded from there (dummy weights, object storage).
             kind: what it is.
             with_code: whether Python files in it may be executed (`--trust-remote-code`).
+            with_tokenizer: whether a worker reads the tokenizer's and the processor's files there too.
 
         Raises:
             RefusedError: the folder or a file cannot be read.
@@ -68,7 +75,8 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         if kind == "file" or os.path.isfile(place):
             return cls({}, {place.name: _digest(place)} if with_weights or kind == "file" else {})
         names = _names(place)
-        configuration = [name for name in _CONFIGURATION[kind] if name in names and _is_content(place / name)]
+        wanted = _CONFIGURATION[kind] + (_CONFIGURATION["tokenizer"] if with_tokenizer else ())
+        configuration = [name for name in wanted if name in names and _is_content(place / name)]
         if with_code:
             configuration += [name for name in names if name.endswith(".py") and _is_content(place / name)]
         weights = _weights(place, names, kind) if with_weights else []

@@ -11,7 +11,6 @@ from vllm_spark.executor import hub_cache
 from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.hub_cache import HubPlace, cached_snapshot, cached_snapshots
 from vllm_spark.executor.loaded_files import LoadedFiles, first_line
-from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.modelscope_cache import all_in_modelscope, cached_in_modelscope
 
 _BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
@@ -94,7 +93,7 @@ def _everything_cached() -> Iterator[Path]:
 def _configuration_fits(place: Path, wanted: LoadedFiles) -> bool:
     """Whether it is worth reading the weights there."""
     try:
-        mine = ModelIdentity.of(place, with_weights=False, with_code=wanted.with_code)
+        mine = wanted.identity_at(place, with_weights=False)
     except RefusedError:
         return False
     return bool(mine.configuration) and mine.configuration == wanted.identity.configuration
@@ -103,7 +102,7 @@ def _configuration_fits(place: Path, wanted: LoadedFiles) -> bool:
 def _difference(place: Path, wanted: LoadedFiles) -> str | None:
     """What differs there from the leader's, as a part of a sentence; None if nothing does."""
     try:
-        mine = ModelIdentity.of(place, with_weights=wanted.with_weights, kind=wanted.kind, with_code=wanted.with_code)
+        mine = wanted.identity_at(place)
     except RefusedError as error:
         return str(error)
     if wanted.kind == "file" or not os.path.isdir(place):
