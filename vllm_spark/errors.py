@@ -40,6 +40,10 @@ class RefusedError(SparkError):
     exit_code = EXIT_REFUSED
 
 
+class VersionsError(RefusedError):
+    """The two machines run other versions: they cannot work together until one of them is installed anew."""
+
+
 class PeerLostError(SparkError):
     """The peer died, froze or became unreachable."""
 

@@ -34,6 +34,8 @@ RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
 
 EXIT_RESTART = 75
 """With which a session ends whose leader has another environment: its result, with which the next one starts."""
+ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+"""In which it finds whether the first refusal is the last (any value but an empty one)."""
 
 _SESSION = "vllm_spark.follower_process"
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
@@ -42,7 +44,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
 def follow_leaders(config: SparkConfig, *, once: bool) -> int:
-    """Runs a session process per leader until refused, stopped, or (with `once`) the first leader left.
+    """Runs a session process per leader until stopped, or (with `once`) the first leader left or refused.
+
+    It also ends for what no waiting heals: the leader has another secret, or other versions.
 
     Returns:
         The exit code of the command: 0 when stopped, else that of the last session.
@@ -52,7 +56,7 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     """
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    with _Sessions(config) as sessions:
+    with _Sessions(config, once) as sessions:
         return _follow(sessions, once)
 
 
@@ -94,8 +98,8 @@ class _Sessions:
     A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
     """
 
-    def __init__(self, config: SparkConfig) -> None:
-        self._config = config
+    def __init__(self, config: SparkConfig, once: bool) -> None:
+        self._settings = {CONFIG_VARIABLE: config.model_dump_json(), ONCE_VARIABLE: "1" if once else ""}
         self._leader: Environment | None = None  # the environment of the last leader that had another one
         self.stopped: signal.Signals | None = None
 
@@ -157,7 +161,7 @@ class _Sessions:
             ) from None
 
     def _environment(self, result: int) -> dict[str, str]:
-        ours = {CONFIG_VARIABLE: self._config.model_dump_json(), RESULT_VARIABLE: str(result)}
+        ours = {**self._settings, RESULT_VARIABLE: str(result)}
         if self._leader is None:
             return {**os.environ, **ours}
         return {

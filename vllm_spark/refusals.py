@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -164,12 +165,19 @@ def vllms_objections(model: Any) -> Iterator[None]:
     """Turns what vLLM raises for arguments that it does not take into one sentence.
 
     Raises:
-        ConfigurationError: in place of a ValueError (pydantic's included) or OSError (a model that is not there).
+        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (a model that is not there) or an
+            ImportError (an optional package of vLLM's, such as one that reads object storage).
     """
     try:
         yield
     except SparkError:
         raise
+    except ImportError as error:
+        logger.debug("vLLM's own words:", exc_info=error)
+        raise ConfigurationError(
+            f"vLLM needs a package that it cannot import here ({_first_objection(error).rstrip('.')}); install it into "
+            "the environment of vLLM on both machines"
+        ) from error
     except (ValueError, OSError) as error:
         logger.debug("vLLM's own words:", exc_info=error)
         objection = _first_objection(error)
@@ -178,6 +186,20 @@ def vllms_objections(model: Any) -> Iterator[None]:
         if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
             raise ConfigurationError(_model_not_found(str(model), objection)) from error
         raise ConfigurationError(f"{objection} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+
+
+_ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
+
+
+def adapter_refusal(name: str, reason: str) -> str:
+    """The sentence for an adapter that the follower does not have, or has with other content."""
+    return f"the adapter {name} cannot be loaded on both machines: {reason}"
+
+
+def adapter_refusal_in(text: str) -> str | None:
+    """The sentence of `adapter_refusal` in what vLLM made of it, without a full stop; None if there is none."""
+    found = _ADAPTER_REFUSAL.search(text)
+    return None if found is None else found.group().rstrip(".")
 
 
 def _indivisible(what: str) -> str:
@@ -200,9 +222,11 @@ def _model_not_found(model: str, objection: str) -> str:
     if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
         return sentence  # a name on the hub, or a folder here
     try:
-        is_folder = stat.S_ISDIR(os.stat(model).st_mode)
+        mode = os.stat(model).st_mode
     except PermissionError as error:
         return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
     except (OSError, ValueError):
-        is_folder = False
-    return sentence if is_folder else f"there is no folder {model}; give a model's folder, or its name on the hub"
+        return f"there is no folder {model}; give a model's folder, or its name on the hub"
+    if stat.S_ISDIR(mode):
+        return sentence
+    return f"the single file {model} cannot be loaded as a model by this vLLM ({objection.rstrip('.')}); give a folder"

@@ -32,7 +32,6 @@ from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, 
 from vllm_spark.executor.credentials import Role, tls_context
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.messages import CALLS, CONTROL, Hello, Offer, Reason
-from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.executor.tls import TlsConnection
@@ -42,7 +41,7 @@ from .folder_rights import no_entry
 
 SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
 LIMIT = 1 << 20
-OFFER = Offer("model", None, "auto", True, ModelIdentity({}, {}), 5.0)
+OFFER = Offer("model", [], 5.0)
 
 
 def wait_for(condition: Callable[[], Any], what: str, bound: float = 20.0) -> Any:

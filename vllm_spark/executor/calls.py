@@ -32,6 +32,13 @@ told, and a step costs one message."""
 LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
 """Once it has returned on both ranks, the engine is up."""
 
+COMPARE_ADAPTER = "compare adapter"
+"""Not a method of the worker: the leader compares an adapter with the follower's, and nothing is loaded."""
+
+COMPARE_FILES = "compare files"
+"""Not a method of the worker: the follower looks for the files of one argument, and answers with None or with the
+sentence why it does not have them."""
+
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
 multiprocessing executor does), so the follower does not answer."""

@@ -57,6 +57,8 @@ class Kind(enum.IntEnum):
     """JSON: the leader is a doctor, and asks how the follower's machine is."""
     FINDINGS = 16
     """JSON: how it is."""
+    PROGRESS = 18
+    """JSON: what the follower does before it answers an OFFER."""
     RESTART = 19
     """Empty, in answer to an OFFER: the follower comes back with the leader's environment, in another process."""
 

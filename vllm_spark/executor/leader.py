@@ -24,11 +24,20 @@ from vllm.v1.serial_utils import run_method
 
 from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
-from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, LAST_CALL_OF_THE_START, SAMPLE, STEP_METHODS
+from vllm_spark.executor.adapters import ADD_LORA, LeaderAdapters
+from vllm_spark.executor.calls import (
+    COMPARE_ADAPTER,
+    COMPARE_FILES,
+    EXECUTE,
+    EXECUTE_AND_SAMPLE,
+    LAST_CALL_OF_THE_START,
+    SAMPLE,
+    STEP_METHODS,
+)
 from vllm_spark.executor.environment import recorded_environment
+from vllm_spark.executor.loaded_files import LoadedFiles, files_of
 from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.messages import Offer
-from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import in_engine_process, watch_parent
 from vllm_spark.executor.session import limit_numba_threads, share_cores
@@ -44,9 +53,6 @@ from vllm_spark.tuning import serving as tuning
 from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
-
-_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "pt"})
-"""Load formats of vLLM that read weight files out of the model's folder."""
 
 _LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
 
@@ -68,6 +74,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._call_lock = threading.Lock()
         self._sampling_announced = False
         self._started = False
+        self._adapters: LeaderAdapters | None = None
         self._groups_of_others = torch.distributed.is_initialized()
         self._board = CounterBoard.from_environment()
         share_vllms_log()
@@ -98,6 +105,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
             tuning.tell_of_experts(self.driver_worker)
+        if self.vllm_config.lora_config is not None:
+            self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
 
     def _distributed_args(self) -> tuple[str, int, int]:
         return INIT_METHOD, LEADER_RANK, 0
@@ -142,7 +151,13 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         single_value: bool,
     ) -> Any:
         with self._call_lock, pair.explained():
-            if method in STEP_METHODS:
+            if self._adapters is not None and method in (ADD_LORA, EXECUTE):
+                args, kwargs = self._with_own_adapters(pair, self._adapters, str(method), args, kwargs)
+            if method == COMPARE_ADAPTER:
+                if self._adapters is not None:
+                    self._adapters.compare(*args)
+                result: Any = None if single_value else [None]
+            elif method in STEP_METHODS:
                 output = self._step(pair, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
                     return output if single_value else _finished([output.result()])
@@ -151,6 +166,35 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 results = self._query(pair, method, timeout, args, kwargs)
                 result = results[LEADER_RANK] if single_value else results
         return _finished(result) if non_block else result
+
+    def _with_own_adapters(
+        self, pair: Pair, adapters: LeaderAdapters, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that may load adapters, once both ranks have the same ones.
+
+        A refused adapter is an error of the call that adds it. A step cannot be refused: its other requests are
+        under way.
+        """
+        if method == ADD_LORA:
+            args = tuple(adapters.settle(each) for each in args)
+            return args, {name: adapters.settle(each) for name, each in kwargs.items()}
+        try:
+            adapters.settle_step(args[0])
+        except RefusedError as error:
+            pair.fail(error)
+            raise
+        return args, kwargs
+
+    def _compare_files(self, wanted: LoadedFiles) -> str | None:
+        """Has the follower look for the same files; the sentence why it does not have them, or None."""
+        pair = self._working_pair()
+        pair.ask(COMPARE_FILES, (wanted,), {})
+        refusal: str | None = pair.answer(None)
+        return refusal
+
+    def _loaded_adapters(self) -> set[int]:
+        loaded: set[int] = run_method(self.driver_worker, "list_loras", (), {})
+        return loaded
 
     def _step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], non_block: bool) -> Any:
         # Before it runs here: the worker changes its arguments in place.
@@ -316,23 +360,10 @@ class _StepFuture(Future[Any]):
 
 
 def _offer(vllm_config: Any) -> Offer:
-    """The model that this leader serves, as a follower must have it."""
-    model = vllm_config.model_config
-    load_format = getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format)
-    folder = find_model(model.model, model.revision)
-    with_weights = load_format != "dummy"
-    identity = ModelIdentity.of(folder, with_weights=with_weights)
-    if load_format in _FILE_FORMATS and not identity.weights:
-        raise RefusedError(
-            f"there are no weight files in {folder}, and both sides compare them before they load any; "
-            "copy or download the whole model there first"
-        )
+    """What this leader serves, as a follower must have it."""
     return Offer(
-        model=model.model,
-        revision=model.revision,
-        load_format=str(load_format),
-        with_weights=with_weights,
-        identity=identity,
+        model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
+        files=files_of(vllm_config),
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
         environment=recorded_environment(),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
@@ -172,6 +172,8 @@ class Pair:
         """Replaces an error by its cause, if the control lane knows it: what surfaces first is often a symptom."""
         try:
             yield
+        except RefusedError:
+            raise  # it is its own cause
         except Exception as error:
             self._failed.wait(cause_grace(error))
             if isinstance(error, ChannelError | FrameTooLargeError):

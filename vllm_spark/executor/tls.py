@@ -170,15 +170,21 @@ class TlsConnection:
             self._socket.sendall(self._outgoing.read())
 
 
+def is_secret_failure(error: ssl.SSLError) -> bool:
+    """Whether a handshake failed because the two sides have different secrets."""
+    reason = (error.reason or "").upper()
+    rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
+    return rejected or isinstance(error, ssl.SSLCertVerificationError)
+
+
 def failure_in_words(error: Exception) -> str:
     """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
     if isinstance(error, ssl.SSLError):
-        reason = (error.reason or "").upper()
-        rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
-        if rejected or isinstance(error, ssl.SSLCertVerificationError):
+        if is_secret_failure(error):
             ways = f"--spark-secret-file or {SECRET_VARIABLE}"
             return f"the other side has another secret; give both machines the same ({ways})"
-        return f"what is there does not speak this protocol ({reason.replace('_', ' ').lower() or error})"
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return f"what is there does not speak this protocol ({reason})"
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
     return without_stop(str(error))
