@@ -23,6 +23,8 @@ from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 from vllm_spark.refusals import (
     EXECUTOR,
     adapter_refusal_in,
+    keep_collectives,
+    refuse_configuration,
     refuse_fp8_inputs_of_marlin,
     refuse_indivisible_shards,
     refuse_what_a_pair_cannot_do,
@@ -69,6 +71,9 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     """
     check_vllm()
     apply_all("leading")
+    from vllm_spark.executor.environment import record_environment
+
+    record_environment()
     if not isinstance(section, (SparkConfig, dict)):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
@@ -92,8 +97,12 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
         **(engine_args.additional_config or {}),
         SECTION: {"version": __version__},
     }
+    keep_collectives(engine_args)
     with vllms_objections(engine_args.model):
         vllm_config = create()
+    # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
+    vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
+    refuse_configuration(vllm_config)
     refuse_indivisible_shards(vllm_config)
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     check_link(config)

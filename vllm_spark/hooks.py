@@ -26,6 +26,11 @@ _ALL = "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
+        Anchor("vllm.v1.engine.core:EngineCoreProc.run_engine_core"),
+        "the stack of an engine that has a process of its own shows it",
+        {"6e1a26904205": "0.26.0, 0.32.0, 0.33.0"},
+    ),
+    Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", scope="source"),
         "the leader's own worker is made by it",
         {"4e1939978dfb": _ALL},

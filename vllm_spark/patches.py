@@ -63,7 +63,7 @@ class Anchor:
         return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
-When = Literal["start", "engine", "leading", "serving"]
+When = Literal["start", "engine", "leading", "serving", "tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Patch:
             whatever it is given unless `--spark` is asked for, so it is made without a look at the source, which plain
             vLLM would pay for. `engine` in a process that makes an engine of a pair, whoever starts it; `leading` in
             the process that serves clients of a pair; `serving` in the processes that run a model for a pair, before
-            they load it.
+            they load it; `tuning` in those that use tuned parameters.
         required: whether `--spark` cannot be had without it.
     """
 

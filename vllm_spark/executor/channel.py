@@ -8,6 +8,7 @@ life, failures, goodbyes, used by a thread of its own). A lane is used by one th
 from __future__ import annotations
 
 import enum
+import select
 import ssl
 import struct
 import time
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.wording import without_stop
 
 MIB = 1 << 20
 _HEADER = struct.Struct("<BxxxI")
@@ -57,6 +59,8 @@ class Kind(enum.IntEnum):
     """JSON: how it is."""
     PROGRESS = 18
     """JSON: what the follower does before it answers an OFFER."""
+    RESTART = 19
+    """Empty, in answer to an OFFER: the follower comes back with the leader's environment, in another process."""
 
 
 class Frame(NamedTuple):
@@ -131,6 +135,14 @@ class Lane:
         except (OSError, ValueError) as error:
             raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
+    def wait(self, timeout: float) -> bool:
+        """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
+        if self.pending or (descriptor := self.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout) * 1000))
+
     def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
         """Receives one frame; looks for it without sleeping for the first `awake` seconds.
 
@@ -189,4 +201,4 @@ def _reason(error: Exception) -> str:
         return (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return without_stop(str(error)) or type(error).__name__

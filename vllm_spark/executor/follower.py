@@ -34,13 +34,14 @@ from vllm_spark.executor.calls import (
     SAMPLE,
     Call,
     decode_call,
-    decode_ledger,
+    decode_header,
     encode_error,
     encode_result,
 )
 from vllm_spark.executor.channel import MIB, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
@@ -52,15 +53,18 @@ from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    limit_numba_threads,
     link_patience,
     local_address_towards,
     prepare_process_group,
     share_cores,
     use_link_interface,
 )
+from vllm_spark.patches import apply_all
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
@@ -77,10 +81,19 @@ class FollowerSession:
         answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
             settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
         once: end when the first leader does, or when it refuses; the exit code is then that of the reason.
+        adopted: the leader's environment with which this process was started; None without.
     """
 
-    def __init__(self, config: SparkConfig, answer_doctor: AnswerDoctor, *, once: bool = False) -> None:
+    def __init__(
+        self,
+        config: SparkConfig,
+        answer_doctor: AnswerDoctor,
+        *,
+        once: bool = False,
+        adopted: Environment | None = None,
+    ) -> None:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
+        self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own: dict[str, Path] = {}  # where this machine has the leader's files
         self._adapters = FollowerAdapters(self._loaded_adapters)
         self._ledger = TokenLedger()
@@ -89,6 +102,7 @@ class FollowerSession:
         self._running_model = False
         self._pulse: Pulse | None = None
         self._failed_call = ""  # why the last call that is answered failed
+        self._failed_number = 0  # and which it was
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
@@ -100,6 +114,7 @@ class FollowerSession:
 
         Raises:
             SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
+            RestartError: the leader has another environment, with which another process must start.
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
@@ -107,7 +122,7 @@ class FollowerSession:
         def connect() -> Caller:
             return Caller(host, port, context, self._config.max_frame_mib * MIB)
 
-        search = LeaderSearch(self._config, connect, self._answer_doctor, once=self._once)
+        search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
         search.announce()
         _load_vllm()
         caller, control, offer, self._own = search.find()
@@ -133,7 +148,7 @@ class FollowerSession:
 
     def _follow(self, calls: Lane, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
-        _adopt_environment(assignment.environment)
+        adopt(assignment.environment)
         prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
         use_link_interface(assignment.store_address, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
@@ -146,6 +161,8 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        limit_numba_threads()
+        apply_all("serving")
         tuning.start(assignment.vllm_config)
         place_files(assignment.vllm_config, self._own)
         self._worker = _load_worker(assignment.vllm_config)
@@ -160,11 +177,12 @@ class FollowerSession:
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
         from vllm.v1.serial_utils import run_method
 
-        self._ledger.compare(*decode_ledger(payload))
+        header = decode_header(payload)
+        self._ledger.compare(header.step, header.digest)
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
-        self._failed_call = ""
+        self._failed_call, self._failed_number = "", 0
         method: str | Callable[..., Any] = "a call that cannot be loaded here"
         try:
             call = decode_call(payload)
@@ -175,15 +193,16 @@ class FollowerSession:
                 result = run_method(self._worker, call.method, *self._with_own_adapters(call))
             if hasattr(result, "get_output"):
                 result = result.get_output()
-            answer = encode_result(result)
+            answer = encode_result(result, header.number)
             if method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
             # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", method)
-            answer = encode_error(error)
-            self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
+            answer = encode_error(error, header.number)
+            self._failed_call = f"its worker failed in {method!r}: {described(error)}"
+            self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
 
     def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -234,7 +253,11 @@ class FollowerSession:
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())
-        return {"counters": msgspec.to_builtins(counters), "failed_call": self._failed_call}
+        return {
+            "counters": msgspec.to_builtins(counters),
+            "failed_call": self._failed_call,
+            "failed_number": self._failed_number,
+        }
 
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
@@ -276,7 +299,7 @@ class FollowerSession:
             import traceback
 
             details = "".join(traceback.format_exception(error))
-        sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, SparkError) else described(error)
         if self._pulse is not None:
             self._pulse.say(Kind.FAILURE, Reason(sentence, details))
             self._pulse.stop(timeout=2.0)
@@ -291,14 +314,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _adopt_environment(environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        mine = os.environ.get(name)
-        if mine is not None and mine != value:
-            logger.warning("%s is %r here and %r on the leader; the leader's counts.", name, mine, value)
-        os.environ[name] = value
 
 
 def _load_worker(vllm_config: Any) -> Any:

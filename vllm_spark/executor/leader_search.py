@@ -16,6 +16,7 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, VersionsError
 from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import Frame, Kind, Lane
+from vllm_spark.executor.environment import Environment, RestartError
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.messages import CONTROL, PROGRESS_INTERVAL, Offer, Progress, Reason, decode
 from vllm_spark.executor.own_files import find_own
@@ -57,13 +58,21 @@ class LeaderSearch:
         config: the follower's settings.
         make_caller: makes what connects to the leader, anew for each try.
         answer_doctor: what to do when a doctor comes in a leader's place.
+        check_environment: raises RestartError unless this process has the leader's environment.
         once: end at the first refusal.
     """
 
     def __init__(
-        self, config: SparkConfig, make_caller: Callable[[], Caller], answer_doctor: AnswerDoctor, *, once: bool
+        self,
+        config: SparkConfig,
+        make_caller: Callable[[], Caller],
+        answer_doctor: AnswerDoctor,
+        check_environment: Callable[[Environment], None],
+        *,
+        once: bool,
     ) -> None:
         self._config, self._make_caller, self._answer_doctor, self._once = config, make_caller, answer_doctor, once
+        self._check_environment = check_environment
         first = make_caller()
         self._endpoint = first.endpoint
         self._invitation = serve_command(first.host, first.port, config)
@@ -94,6 +103,7 @@ class LeaderSearch:
             VersionsError: it has other versions.
             RefusedError: `once`, and something does not fit.
             PeerLostError: the leader went away meanwhile.
+            RestartError: it has another environment, with which another process must start.
         """
         while True:
             try:
@@ -167,6 +177,11 @@ class LeaderSearch:
         if offer.model != self._model:
             self._model = offer.model
             logger.info("The leader at %s serves %s.", self._endpoint, offer.model)
+        try:
+            self._check_environment(offer.environment)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
+            raise
         own: dict[str, Path] = {}
         try:
             with _progress(control) as say:

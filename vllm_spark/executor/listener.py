@@ -32,7 +32,7 @@ from vllm_spark.executor.messages import (
 )
 from vllm_spark.executor.tls import TlsConnection, failure_in_words
 from vllm_spark.executor.versions import Versions
-from vllm_spark.wording import upper_first, without_numbers
+from vllm_spark.wording import upper_first, without_numbers, without_stop
 
 logger = logging.getLogger("vllm_spark")
 
@@ -102,13 +102,15 @@ class Listener:
         """
         for hello, control in self._arrivals(timeout):
             try:
-                return self._settle(hello, control, offer)
+                if (follower := self._settle(hello, control, offer)) is not None:
+                    return follower
+                logger.info("The follower on %s starts again, with this leader's environment.", hello.host)
             except SparkError as error:
                 self._last_problem = f"; the last one that came did not fit: {error}"
                 if self._is_news(hello.host, str(error)):
                     logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
-                control.close()
-                self._release()
+            control.close()
+            self._release()
         raise self._nobody_came(timeout)
 
     def wait_for_visitor(self, timeout: float) -> tuple[Hello, Lane]:
@@ -156,9 +158,16 @@ class Listener:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower:
+    def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower | None:
+        """Offers the model; None if the follower comes back with this leader's environment, in another process.
+
+        Raises:
+            SparkError: it does not fit, or went away.
+        """
         control.send(Kind.OFFER, msgspec.json.encode(offer), timeout=GREETING_TIMEOUT)
         answer = self._answer(hello, control)
+        if answer.kind is Kind.RESTART:
+            return None
         if answer.kind is Kind.FAILURE:
             raise RefusedError(decode(answer, Reason).sentence)
         calls = self._calls_lane(hello.session)
@@ -170,7 +179,7 @@ class Listener:
         """What a follower says to an offer. It may take long to download a model, and reports that it does."""
         activity = ""
         while True:
-            frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
+            frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
             if frame.kind is not Kind.PROGRESS:
                 return frame
             if (news := decode(frame, Progress).activity) != activity:
@@ -212,7 +221,7 @@ class Listener:
             try:
                 threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: the next connection may find one
-                logger.warning("Turned away a connection from %s: %s.", address[0], error)
+                logger.warning("Turned away a connection from %s: %s.", address[0], without_stop(str(error)))
                 connection.close()
                 self._greeters.release()
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from vllm_spark.executor.channel import ChannelError, Frame
+from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.loaded_files import LoadedFiles
 from vllm_spark.executor.versions import Versions
 from vllm_spark.known_types import known
@@ -69,6 +70,7 @@ class Offer(msgspec.Struct, frozen=True):
     model: str
     files: list[LoadedFiles]
     heartbeat_timeout: float
+    environment: Environment = Environment()
 
 
 class Progress(msgspec.Struct, frozen=True):

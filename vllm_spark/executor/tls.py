@@ -17,6 +17,7 @@ import time
 from typing import cast
 
 from vllm_spark.config import SECRET_VARIABLE
+from vllm_spark.wording import without_stop
 
 # A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
 _SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
@@ -186,4 +187,4 @@ def failure_in_words(error: Exception) -> str:
         return f"what is there does not speak this protocol ({reason})"
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
-    return str(error)
+    return without_stop(str(error))
