@@ -18,13 +18,7 @@ from vllm_spark.doctor.visit import answer
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
 from vllm_spark.executor.follower import FollowerSession
-from vllm_spark.following import (
-    ADOPTED_VARIABLE,
-    CONFIG_VARIABLE,
-    EXIT_RESTART,
-    ONCE_VARIABLE,
-    RESULT_VARIABLE,
-)
+from vllm_spark.following import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.logs import log_as
 
 logger = logging.getLogger("vllm_spark")
@@ -34,8 +28,8 @@ def main() -> int:
     """Entry of a session's process; the settings come as JSON in the environment, and the leader's if it has one."""
     log_as("vllm-spark join")
     config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-    once = bool(os.environ.pop(ONCE_VARIABLE, ""))
     result = int(os.environ.pop(RESULT_VARIABLE))
+    once = bool(os.environ.pop(ONCE_VARIABLE, ""))
     adopted = os.environ.pop(ADOPTED_VARIABLE, None)
     environment = None if adopted is None else msgspec.json.decode(adopted, type=Environment)
     session = FollowerSession(config, answer, once=once, adopted=environment)

@@ -26,6 +26,9 @@ logger = logging.getLogger("vllm_spark")
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 """In which a session's process finds its settings, as JSON."""
 
+ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+"""In which it finds whether the first refusal is the last (any value but an empty one)."""
+
 ADOPTED_VARIABLE = "_SPARK_ADOPTED_ENVIRONMENT"
 """In which it finds the leader's environment that was laid over this one's for it, as JSON; absent without one."""
 
@@ -34,8 +37,6 @@ RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
 
 EXIT_RESTART = 75
 """With which a session ends whose leader has another environment: its result, with which the next one starts."""
-ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
-"""In which it finds whether the first refusal is the last (any value but an empty one)."""
 
 _SESSION = "vllm_spark.follower_process"
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
@@ -99,7 +100,7 @@ class _Sessions:
     """
 
     def __init__(self, config: SparkConfig, once: bool) -> None:
-        self._settings = {CONFIG_VARIABLE: config.model_dump_json(), ONCE_VARIABLE: "1" if once else ""}
+        self._config, self._once = config, once
         self._leader: Environment | None = None  # the environment of the last leader that had another one
         self.stopped: signal.Signals | None = None
 
@@ -161,7 +162,8 @@ class _Sessions:
             ) from None
 
     def _environment(self, result: int) -> dict[str, str]:
-        ours = {**self._settings, RESULT_VARIABLE: str(result)}
+        ours = {CONFIG_VARIABLE: self._config.model_dump_json(), RESULT_VARIABLE: str(result)}
+        ours[ONCE_VARIABLE] = "1" if self._once else ""
         if self._leader is None:
             return {**os.environ, **ours}
         return {

@@ -15,6 +15,11 @@ def lower_first(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
+def without_numbers(sentence: str) -> str:
+    """To see whether two sentences give the same reason: durations and process ids in them change."""
+    return re.sub(r"\d+", "#", sentence)
+
+
 def without_stop(text: str) -> str:
     """`text` as it stands within a sentence, or before a full stop: what others wrote may end in one."""
     return text.rstrip(". \t\r\n")
@@ -24,8 +29,3 @@ def described(error: BaseException) -> str:
     """Type and message of an error that was not written to stand alone, without a full stop."""
     message = without_stop(str(error))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def without_numbers(sentence: str) -> str:
-    """To see whether two sentences give the same reason: durations and process ids in them change."""
-    return re.sub(r"\d+", "#", sentence)

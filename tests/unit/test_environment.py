@@ -43,7 +43,7 @@ OF_FILES = [
     "VLLM_TUNED_CONFIG_FOLDER",
 ]
 OF_WORK = [
-    "VLLM_USE_MODELSCOPE",
+    "VLLM_USE_TRITON_AWQ",
     "VLLM_USE_LAYERNAME",
     "VLLM_LOGGING_LEVEL",
     "VLLM_MLA_DISABLE",
@@ -105,7 +105,7 @@ def test_each_difference_is_named_once(environment: pytest.MonkeyPatch, caplog: 
     environment.setenv("VLLM_MLA_DISABLE", "1")
     environment.setenv("VLLM_USE_LAYERNAME", "1")
     environment.setenv("NCCL_ALGO", "Ring")
-    leader = Environment.of({"VLLM_USE_LAYERNAME": "0", "VLLM_USE_MODELSCOPE": "1"})
+    leader = Environment.of({"VLLM_USE_LAYERNAME": "0", "VLLM_USE_TRITON_AWQ": "1"})
     session = SessionEnvironment(None)
     for _ in range(2):
         with pytest.raises(RestartError) as restart:
@@ -114,9 +114,9 @@ def test_each_difference_is_named_once(environment: pytest.MonkeyPatch, caplog: 
         "NCCL_ALGO is 'Ring' here and not set on the leader; it does not travel, set it alike on both machines.",
         "VLLM_MLA_DISABLE is '1' here and not set on the leader, whose counts.",
         "VLLM_USE_LAYERNAME is '1' here and '0' on the leader, whose counts.",
-        "VLLM_USE_MODELSCOPE is not set here and '1' on the leader, whose counts.",
+        "VLLM_USE_TRITON_AWQ is not set here and '1' on the leader, whose counts.",
     ]
-    assert with_leaders(os.environ, restart.value.environment).keys() >= {"VLLM_USE_MODELSCOPE", "NCCL_ALGO", "PATH"}
+    assert with_leaders(os.environ, restart.value.environment).keys() >= {"VLLM_USE_TRITON_AWQ", "NCCL_ALGO", "PATH"}
     assert "VLLM_MLA_DISABLE" not in with_leaders(os.environ, leader)
     assert with_leaders(os.environ, leader)["VLLM_USE_LAYERNAME"] == "0"
 

@@ -49,7 +49,7 @@ def search(listener: Listener, secret: bytes = SECRET, *, once: bool = False) ->
     def connect() -> Caller:
         return caller(listener, secret)
 
-    return LeaderSearch(SparkConfig(), connect, lambda *given: None, check_environment=lambda leaders: None, once=once)
+    return LeaderSearch(SparkConfig(), connect, lambda *given: None, lambda environment: None, once=once)
 
 
 def model_at(folder: Path, weights: bytes = b"weights") -> Path:

@@ -31,6 +31,28 @@ def test_a_model_whose_folder_may_not_be_entered(tmp_path: Path) -> None:
         raise OSError("the same")
 
 
+def test_a_single_file_that_vllm_does_not_take(tmp_path: Path) -> None:
+    """It is there, and not a folder: both are said."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    with pytest.raises(ConfigurationError) as caught, vllms_objections(str(model)):
+        raise OSError(f"It looks like the config file at '{model}' is not a valid JSON file.")
+    assert str(caught.value) == (
+        f"the single file {model} cannot be loaded as a model by this vLLM (It looks like the config file at '{model}' "
+        "is not a valid JSON file); give a folder"
+    )
+
+
+def test_a_package_that_vllm_lacks() -> None:
+    """What reads s3:// is not part of plain vLLM."""
+    with pytest.raises(ConfigurationError) as caught, vllms_objections("s3://bucket/model"):
+        raise ModuleNotFoundError("No module named 'runai_model_streamer'")
+    assert str(caught.value) == (
+        "vLLM needs a package that it cannot import here (No module named 'runai_model_streamer'); install it into the "
+        "environment of vLLM on both machines"
+    )
+
+
 def made_by_vllm(**parts: Any) -> SimpleNamespace:
     """A configuration as vLLM makes it for a pair, but for `parts`, named by their path with two underscores."""
     parallel = SimpleNamespace(
@@ -110,25 +132,3 @@ def test_compiler_passes_with_collectives_of_their_own_are_off() -> None:
     passes.fuse_allreduce_rms = True
     with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms does not go with --spark"):
         keep_collectives(arguments)
-
-
-def test_a_single_file_that_vllm_does_not_take(tmp_path: Path) -> None:
-    """It is there, and not a folder: both are said."""
-    model = tmp_path / "m.gguf"
-    model.write_bytes(b"GGUF")
-    with pytest.raises(ConfigurationError) as caught, vllms_objections(str(model)):
-        raise OSError(f"It looks like the config file at '{model}' is not a valid JSON file.")
-    assert str(caught.value) == (
-        f"the single file {model} cannot be loaded as a model by this vLLM (It looks like the config file at '{model}' "
-        "is not a valid JSON file); give a folder"
-    )
-
-
-def test_a_package_that_vllm_lacks() -> None:
-    """What reads s3:// is not part of plain vLLM."""
-    with pytest.raises(ConfigurationError) as caught, vllms_objections("s3://bucket/model"):
-        raise ModuleNotFoundError("No module named 'runai_model_streamer'")
-    assert str(caught.value) == (
-        "vLLM needs a package that it cannot import here (No module named 'runai_model_streamer'); install it into the "
-        "environment of vLLM on both machines"
-    )

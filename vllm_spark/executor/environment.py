@@ -24,6 +24,8 @@ _PREFIX = "VLLM_"
 
 _LOCAL_NAMES = frozenset(
     {
+        # The follower loads from folders, whatever they were downloaded from, and need not have that library.
+        "VLLM_USE_MODELSCOPE",
         # Of a process, or of how it starts others.
         "VLLM_CONFIGURE_LOGGING",
         "VLLM_DIST_IDENT",

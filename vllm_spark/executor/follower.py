@@ -122,9 +122,7 @@ class FollowerSession:
         def connect() -> Caller:
             return Caller(host, port, context, self._config.max_frame_mib * MIB)
 
-        search = LeaderSearch(
-            self._config, connect, self._answer_doctor, check_environment=self._environment.check, once=self._once
-        )
+        search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
         search.announce()
         _load_vllm()
         caller, control, offer, self._own = search.find()

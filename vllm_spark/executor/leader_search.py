@@ -58,7 +58,7 @@ class LeaderSearch:
         config: the follower's settings.
         make_caller: makes what connects to the leader, anew for each try.
         answer_doctor: what to do when a doctor comes in a leader's place.
-        check_environment: raises RestartError if this process cannot work with the leader's environment.
+        check_environment: raises RestartError unless this process has the leader's environment.
         once: end at the first refusal.
     """
 
@@ -67,12 +67,13 @@ class LeaderSearch:
         config: SparkConfig,
         make_caller: Callable[[], Caller],
         answer_doctor: AnswerDoctor,
-        *,
         check_environment: Callable[[Environment], None],
+        *,
         once: bool,
     ) -> None:
         self._check_environment = check_environment
         self._config, self._make_caller, self._answer_doctor, self._once = config, make_caller, answer_doctor, once
+        self._check_environment = check_environment
         first = make_caller()
         self._endpoint = first.endpoint
         self._invitation = serve_command(first.host, first.port, config)
@@ -103,7 +104,7 @@ class LeaderSearch:
             VersionsError: it has other versions.
             RefusedError: `once`, and something does not fit.
             PeerLostError: the leader went away meanwhile.
-            RestartError: the leader has another environment, with which another process must start.
+            RestartError: it has another environment, with which another process must start.
         """
         while True:
             try:
@@ -177,6 +178,11 @@ class LeaderSearch:
         if offer.model != self._model:
             self._model = offer.model
             logger.info("The leader at %s serves %s.", self._endpoint, offer.model)
+        try:
+            self._check_environment(offer.environment)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
+            raise
         own: dict[str, Path] = {}
         try:
             self._check_environment(offer.environment)

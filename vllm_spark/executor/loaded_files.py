@@ -140,7 +140,7 @@ def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: boo
         identity = read(place, with_weights=False)
         return files(name=url, place=str(place), identity=identity, origin="object storage", with_weights=False)
     with_weights = load_format != "dummy"
-    place, origin = _find(what, model, load_config, with_weights)
+    place, origin = _find(what, model, load_config, complete=load_format in _FILE_FORMATS)
     if load_format in _FILE_FORMATS and os.path.isfile(place):
         raise RefusedError(
             f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
@@ -157,16 +157,20 @@ def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: boo
     return files(name=name, place=str(place), identity=identity, origin=origin, hub=hub, with_weights=with_weights)
 
 
-def _find(what: str, model: Any, load_config: Any, with_weights: bool) -> tuple[Path, Origin]:
-    """Where the leader has a model; downloads it if need be and if it may."""
+def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[Path, Origin]:
+    """Where the leader has a model; downloads it if need be and if it may.
+
+    Args:
+        complete: whether its weights must be there too. (They are not for dummy weights, say.)
+    """
     name = str(model.model)
     if (path := existing_path(what, name)) is not None:
         return path, "path"
     if uses_modelscope():
-        return _from_modelscope(what, model, load_config, with_weights), "modelscope"
-    cache = load_config.download_dir if with_weights else None
+        return _from_modelscope(what, model, load_config, complete), "modelscope"
+    cache = load_config.download_dir if complete else None
     place = cached_snapshot(name, model.revision, cache)
-    if place is None or (with_weights and not _is_complete(place)):
+    if place is None or (complete and not _is_complete(place)):
         _download(what, model, load_config)
         place = cached_snapshot(name, model.revision, cache)
         if place is None:
@@ -198,25 +202,22 @@ def _download(what: str, model: Any, load_config: Any) -> None:
 
 
 def _not_here(what: str, name: str, revision: str | None, reason: str) -> str:
-    command = f"hf download {name}" + (f" --revision {revision}" if revision not in (None, "main") else "")
+    command = f"modelscope download --model {name}" if uses_modelscope() else f"hf download {name}"
+    if revision not in (None, "main"):
+        command += f" --revision {revision}"
     host = host_name()
     return f"the {what} {name} is not on {host} ({reason}); download it on {host}: {command}"
 
 
-def _from_modelscope(what: str, model: Any, load_config: Any, with_weights: bool) -> Path:
+def _from_modelscope(what: str, model: Any, load_config: Any, complete: bool) -> Path:
+    if complete:
+        _download(what, model, load_config)
     try:
         from modelscope.hub.snapshot_download import snapshot_download
 
-        if with_weights:
-            _download(what, model, load_config)
         return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
-    except RefusedError:
-        raise
     except Exception as error:
-        raise RefusedError(
-            f"the {what} {model.model} of ModelScope is not on {host_name()} ({first_line(error)}); "
-            f"download it there: modelscope download --model {model.model}"
-        ) from error
+        raise RefusedError(_not_here(what, model.model, model.revision, first_line(error))) from error
 
 
 def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[LoadedFiles]:
