@@ -40,8 +40,6 @@ _LOCAL_NAMES = frozenset(
         # Files and folders whose names do not end as `_LOCAL_ENDINGS`.
         "VLLM_ASSETS_CACHE",
         "VLLM_MEDIA_CACHE",
-        # The follower loads from folders, whatever they were downloaded from.
-        "VLLM_USE_MODELSCOPE",
         # Hardware.
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_GPU_NIC_PCIE_MAPPING",

@@ -71,7 +71,6 @@ class LeaderSearch:
         *,
         once: bool,
     ) -> None:
-        self._check_environment = check_environment
         self._config, self._make_caller, self._answer_doctor, self._once = config, make_caller, answer_doctor, once
         self._check_environment = check_environment
         first = make_caller()
@@ -184,11 +183,6 @@ class LeaderSearch:
             control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
             raise
         own: dict[str, Path] = {}
-        try:
-            self._check_environment(offer.environment)
-        except RestartError:
-            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
-            raise
         try:
             with _progress(control) as say:
                 for wanted in offer.files:

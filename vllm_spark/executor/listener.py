@@ -176,7 +176,7 @@ class Listener:
         return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls)
 
     def _answer(self, hello: Hello, control: Lane) -> Frame:
-        """A follower's answer to an offer. It may take long to download a model, and reports that it does."""
+        """What a follower says to an offer. It may take long to download a model, and reports that it does."""
         activity = ""
         while True:
             frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
