@@ -27,7 +27,7 @@ SECRET = {"SPARK_SECRET": "the secret of both machines"}
 MODEL, ADAPTER = "spark/tiny", "spark/sql"
 PROMPTS = prompts.PROMPTS[:4]
 WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2")
-STEP_SECONDS = 120.0
+STEP_SECONDS = 180.0
 """Bound for a process to import vLLM, to look at the other one, and to say so."""
 
 

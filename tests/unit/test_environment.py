@@ -68,7 +68,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_what_names_files_or_a_machine_stays() -> None:
     assert [name for name in OF_FILES if travels(name)] == []
     assert [
-        name for name in ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_API_KEY", "VLLM_PLUGINS", "HOME") if travels(name)
+        name
+        for name in ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_MODELSCOPE", "HOME")
+        if travels(name)
     ] == []
     assert [name for name in OF_WORK if not travels(name)] == []
 
