@@ -207,7 +207,9 @@ void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
           [](AnyRuntime& runtime, const std::vector<RailTuple>& rails, double timeout_s,
              uint8_t traffic_class, uint8_t service_level) {
             std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
-            verbs::LinkOptions options{nanoseconds(timeout_s), {traffic_class, service_level}};
+            verbs::LinkOptions options;
+            options.timeout = nanoseconds(timeout_s);
+            options.marks = {traffic_class, service_level};
             std::string offer;
             {
               py::gil_scoped_release unlocked;
