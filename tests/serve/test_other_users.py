@@ -21,14 +21,16 @@ from . import prompts
 from .adapters import RANK, make_adapter
 from .hosts import Hosts
 from .process import Process, assert_all_gone
-from .servers import Server, spark_leader, stock_tp1
+from .servers import START_SECONDS, Server, spark_leader, stock_tp1
 
 SECRET = {"SPARK_SECRET": "the secret of both machines"}
 MODEL, ADAPTER = "spark/tiny", "spark/sql"
 PROMPTS = prompts.PROMPTS[:4]
 WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2")
-STEP_SECONDS = 180.0
+STEP_SECONDS = START_SECONDS
 """Bound for a process to import vLLM, to look at the other one, and to say so."""
+RUNTIME_LORA = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+"""On both sides: a follower with another environment than its leader's starts once more."""
 
 
 class Users(NamedTuple):
@@ -66,7 +68,9 @@ def join(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Process]
     hide = f"mount -t tmpfs none {users.alice} && mount --bind {users.at_bobs} {users.shared}"
     command = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port, *more]
     argv = ["/bin/sh", "-c", f'{hide} && exec "$@"', "sh", *command]
-    process = hosts[1].popen(argv, CPU_ENVIRONMENT | SECRET | users.environment(users.bob), "vllm-spark join")
+    process = hosts[1].popen(
+        argv, CPU_ENVIRONMENT | SECRET | RUNTIME_LORA | users.environment(users.bob), "vllm-spark join"
+    )
     try:
         yield process
     finally:
@@ -76,7 +80,7 @@ def join(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Process]
 @contextmanager
 def serve(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Server]:
     """`vllm serve MODEL --spark` as alice; not waited for."""
-    environment = SECRET | users.environment(users.alice) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    environment = SECRET | RUNTIME_LORA | users.environment(users.alice)
     with spark_leader(hosts, Path(MODEL), port, more, environment, wait=False) as server:
         yield server
 
@@ -126,14 +130,17 @@ def pair(hosts: Hosts, users: Users) -> Iterator[Pair]:
     weights = users.bob / f"hf/hub/models--spark--tiny/snapshots/{COMMIT}/model.safetensors"
     right = weights.read_bytes()
     weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
-    with join(hosts, users, port) as follower, serve(hosts, users, port, *WITH_ADAPTERS) as server:
-        refusal = "the weight file model.safetensors has other content on"
-        server.leader.wait_for_line(f"does not fit: {refusal} .*Still waiting", STEP_SECONDS)
-        follower.wait_for_line(f"{refusal[1:]} .* Waiting on", STEP_SECONDS)
+    try:
+        with join(hosts, users, port) as follower, serve(hosts, users, port, *WITH_ADAPTERS) as server:
+            refusal = "he weight file model.safetensors has other content on"
+            server.leader.wait_for_line(f"does not fit: t{refusal} .*Still waiting", STEP_SECONDS)
+            follower.wait_for_line(f"T{refusal} .* Waiting on", STEP_SECONDS)
+            weights.write_bytes(right)
+            follower.wait_for_line("and this machine fit now", STEP_SECONDS)
+            server.wait_until_healthy()
+            yield Pair(server, follower)
+    finally:
         weights.write_bytes(right)
-        follower.wait_for_line("and this machine fit now", STEP_SECONDS)
-        server.wait_until_healthy()
-        yield Pair(server, follower)
 
 
 def load_adapter(server: Server, name: str, path: Path | str) -> httpx.Response:
@@ -246,7 +253,7 @@ def test_an_adapter_of_a_request(namespaces: Hosts, users: Users, stock: dict[st
     settings = {"address": namespaces[0].address, "port": port, "transport": "loopback"}
     adapters = [str(users.shared / "other"), ADAPTER]
     given = json.dumps([MODEL, PROMPTS, settings, RANK, adapters])
-    environment = CPU_ENVIRONMENT | SECRET | users.environment(users.alice)
+    environment = CPU_ENVIRONMENT | SECRET | RUNTIME_LORA | users.environment(users.alice)
     with join(namespaces, users, str(port), "--once") as follower:
         leader = namespaces[0].popen([sys.executable, "-u", "-c", OFFLINE, given], environment, "offline")
         refusal = leader.wait_for_line("^refused: (.*)$", 2 * STEP_SECONDS)[1]
