@@ -18,7 +18,8 @@ from vllm_spark.executor.pair import Pair
 from vllm_spark.patches import all_patches
 from vllm_spark.tuning import serving
 
-from .test_channel import LIMIT, SECRET, lanes
+from .test_channel import LIMIT, SECRET
+from .test_pair import near_lanes
 
 
 class Worker:
@@ -36,9 +37,8 @@ class Worker:
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     """With a pair on real sockets, up to the point where vLLM goes on by itself."""
-    control, calls = lanes()
     listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
-    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls), CounterBoard(None))
+    pair = Pair(SparkConfig(), listener, Follower("the follower", *near_lanes()), CounterBoard(None))
 
     def load(self: Any) -> None:
         self._pair, self.driver_worker = pair, Worker()

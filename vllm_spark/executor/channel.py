@@ -55,6 +55,8 @@ class Kind(enum.IntEnum):
     """JSON: the leader is a doctor, and asks how the follower's machine is."""
     FINDINGS = 16
     """JSON: how it is."""
+    GROUP = 17
+    """MessagePack: a part of a message of torch's process groups or of their store."""
 
 
 class Frame(NamedTuple):

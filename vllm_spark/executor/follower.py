@@ -38,10 +38,11 @@ from vllm_spark.executor.calls import (
 from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.group_link import GroupLink
 from vllm_spark.executor.invitation import serve_command, where_to_type
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.messages import CALLS, CONTROL, Offer, Reason, decode
+from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Offer, Reason, decode
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.secret import load_secret
@@ -50,7 +51,6 @@ from vllm_spark.executor.session import (
     connect_runtime,
     link_patience,
     local_address_towards,
-    prepare_process_group,
     share_cores,
     use_link_interface,
 )
@@ -107,8 +107,8 @@ class FollowerSession:
         _load_vllm()
         control, frame = self._wait_for_offer(caller, invitation, since)
         offer = self._accept_offer(caller, control, frame)
-        calls = caller.connect(CALLS)
-        if calls is None:
+        calls, groups = caller.connect(CALLS), caller.connect(GROUPS)
+        if calls is None or groups is None:
             raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
         self._pulse = Pulse(
             control,
@@ -120,10 +120,10 @@ class FollowerSession:
             patience=self._patience,
         )
         self._pulse.start()
-        for lane in (control, calls):
+        for lane in (control, calls, groups):
             lane.rely_on_beats()
         try:
-            self._follow(calls, host, port)
+            self._follow(calls, GroupLink(groups), host, port)
         except Exception as error:
             self._give_up(error)
 
@@ -156,11 +156,10 @@ class FollowerSession:
         control.send(Kind.ACCEPTANCE, timeout=5.0)
         return offer
 
-    def _follow(self, calls: Lane, host: str, port: int) -> None:
+    def _follow(self, calls: Lane, groups: GroupLink, host: str, port: int) -> None:
         assignment: Assignment = pickle.loads(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         _adopt_environment(assignment.environment)
-        prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
-        use_link_interface(assignment.store_address, local_address_towards(host, port))
+        use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
 
         activate()
@@ -172,7 +171,7 @@ class FollowerSession:
         )
         share_cores(self._runtime)
         tuning.start(assignment.vllm_config)
-        self._worker = _load_worker(assignment.vllm_config)
+        self._worker = _load_worker(assignment.vllm_config, groups)
         tuning.tell_of_experts(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
@@ -338,11 +337,14 @@ def _adopt_environment(environment: dict[str, str]) -> None:
         os.environ[name] = value
 
 
-def _load_worker(vllm_config: Any) -> Any:
+def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
     """vLLM's worker for rank 1, with its half of the model loaded."""
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from vllm_spark.executor.store import INIT_METHOD, open_groups
+
+    open_groups(groups, FOLLOWER_RANK)
     # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.
     worker = WorkerWrapperBase(rpc_rank=0, global_rank=FOLLOWER_RANK)
     worker.init_worker(
@@ -351,7 +353,7 @@ def _load_worker(vllm_config: Any) -> Any:
                 "vllm_config": vllm_config,
                 "local_rank": 0,
                 "rank": FOLLOWER_RANK,
-                "distributed_init_method": "env://",
+                "distributed_init_method": INIT_METHOD,
                 "is_driver_worker": False,
                 "shared_worker_lock": None,
             }

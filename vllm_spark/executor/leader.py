@@ -30,7 +30,7 @@ from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import parent_process, watch_parent
 from vllm_spark.executor.session import share_cores
-from vllm_spark.executor.store import INIT_METHOD
+from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.platform import activate
 from vllm_spark.ranks import LEADER_RANK
@@ -85,6 +85,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
         self._random_state = WorkerRandomState()
+        open_groups(self._pair.groups, LEADER_RANK)
         with self._pair.explained(), self._random_state:
             tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
@@ -214,6 +215,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         worker, self.driver_worker = self.driver_worker, None
         if worker is not None:
             worker.shutdown()
+        close_groups()
 
     def _give_up_start(self, reason: SparkError | None) -> None:
         """Does what vLLM does not do for an engine that does not start; returns in the user's own process.

@@ -19,7 +19,18 @@ from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
-from vllm_spark.executor.messages import CALLS, CONTROL, GREETING_TIMEOUT, Hello, Offer, Reason, Welcome, decode
+from vllm_spark.executor.messages import (
+    CALLS,
+    CONTROL,
+    GREETING_TIMEOUT,
+    GROUPS,
+    LANES,
+    Hello,
+    Offer,
+    Reason,
+    Welcome,
+    decode,
+)
 from vllm_spark.executor.tls import TlsConnection, failure_in_words
 from vllm_spark.executor.versions import Versions
 from vllm_spark.wording import upper_first
@@ -33,11 +44,12 @@ _GREETERS = 8  # connections that may be greeted at once; more wait in the kerne
 
 
 class Follower(msgspec.Struct):
-    """An accepted follower: its two lanes and how to call it."""
+    """An accepted follower: its lanes and how to call it."""
 
     name: str
     control: Lane
     calls: Lane
+    groups: Lane
 
 
 class Listener:
@@ -73,7 +85,10 @@ class Listener:
         self._claimant: Hello | None = None
         self._claimed_at = 0.0
         self._control: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
-        self._calls: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
+        # The lanes that an accepted follower opens besides.
+        self._further: dict[str, queue.SimpleQueue[tuple[Hello, Lane]]] = {
+            lane: queue.SimpleQueue() for lane in (CALLS, GROUPS)
+        }
         self._greeters = threading.BoundedSemaphore(_GREETERS)
         self._closed = False
         self._socket = listen(address, port)
@@ -149,22 +164,24 @@ class Listener:
         answer = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, timeout=_OFFER_TIMEOUT)
         if answer.kind is Kind.FAILURE:
             raise RefusedError(decode(answer, Reason).sentence)
-        calls = self._calls_lane(hello.session)
-        for lane in (control, calls):
+        calls, groups = (self._further_lane(lane, hello.session) for lane in (CALLS, GROUPS))
+        for lane in (control, calls, groups):
             lane.rely_on_beats()
-        return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls)
+        return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls, groups)
 
-    def _calls_lane(self, session: str) -> Lane:
-        """The session's second connection. One of a session that was given up may still be on its way here."""
+    def _further_lane(self, name: str, session: str) -> Lane:
+        """Another connection of the session. One of a session that was given up may still be on its way here."""
         end = time.monotonic() + GREETING_TIMEOUT
         while True:
             try:
-                hello, calls = self._calls.get(timeout=max(0.0, end - time.monotonic()))
+                hello, lane = self._further[name].get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
-                raise PeerLostError("it opened no second connection") from None
+                raise PeerLostError(
+                    f"it did not open the connection for {name} within {GREETING_TIMEOUT:g} s"
+                ) from None
             if hello.session == session:
-                return calls
-            calls.close()
+                return lane
+            lane.close()
 
     def _release(self, claimant: Hello | None = None) -> None:
         """Gives the place free, if `claimant` has it (default: whoever has it)."""
@@ -172,9 +189,10 @@ class Listener:
             if claimant is not None and self._claimant is not claimant:
                 return
             self._claimant = None
-        with contextlib.suppress(queue.Empty):  # another thread may empty it too
-            while True:
-                self._calls.get_nowait()[1].close()
+        for lanes in self._further.values():
+            with contextlib.suppress(queue.Empty):  # another thread may empty it too
+                while True:
+                    lanes.get_nowait()[1].close()
 
     def _accept(self) -> None:
         while not self._closed:
@@ -202,7 +220,7 @@ class Listener:
             if (role := lane.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
             hello = decode(lane.expect(Kind.HELLO, timeout=GREETING_TIMEOUT), Hello)
-            if hello.lane not in (CONTROL, CALLS):
+            if hello.lane not in LANES:
                 raise ChannelError(f"it asked for a lane {hello.lane!r}, which does not exist")
             if refusal := self._judge(hello):
                 lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=GREETING_TIMEOUT)
@@ -213,7 +231,7 @@ class Listener:
             lane.send(Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
             lane.max_frame = self._max_frame
             lane.peer = f"the follower on {hello.host}"
-            (self._control if hello.lane == CONTROL else self._calls).put((hello, lane))
+            (self._control if hello.lane == CONTROL else self._further[hello.lane]).put((hello, lane))
         except (OSError, SparkError) as error:
             # Port scanners, other secrets, broken clients: worth a line, never worth the server.
             reason = failure_in_words(error)
@@ -232,7 +250,7 @@ class Listener:
         if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
             return difference
         with self._lock:
-            if hello.lane == CALLS:
+            if hello.lane != CONTROL:
                 if self._claimant is None or self._claimant.session != hello.session:
                     return "its session is not the one that was accepted"
                 return None

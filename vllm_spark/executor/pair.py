@@ -16,11 +16,12 @@ from typing import Any
 from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.group_link import GroupLink
 from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
@@ -35,7 +36,6 @@ from vllm_spark.executor.session import (
     travelling_environment,
     use_link_interface,
 )
-from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
 from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.wording import upper_first
@@ -57,7 +57,7 @@ class Pair:
         self.ledger = TokenLedger()
         self._listener, self._follower, self._board = listener, follower, board
         self._runtime: collective.Runtime | None = None
-        self._store: LeaderStore | None = None
+        self.groups = GroupLink(follower.groups)
         self._interface: LinkInterface | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
@@ -209,9 +209,8 @@ class Pair:
         self._board.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
-        if self._store is not None and not self._running_model:
-            self._store.close()  # this rank may wait there for the other one's process groups
         self._follower.calls.interrupt()
+        self.groups.fail(error)
         for callback in self._on_failure:
             callback()
 
@@ -235,15 +234,15 @@ class Pair:
         self._listener.close()
         self._follower.calls.close()
         self._follower.control.close()
+        self.groups.close(PeerLeftError(farewell))
         if self._runtime is not None:
             self._runtime.close()
         if self._interface is not None:
             self._interface.forget()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
-        self._store = LeaderStore(address, self.check)
         launch = load_launch_table(config)
-        assignment = Assignment(vllm_config, config, launch, travelling_environment(), address, self._store.port)
+        assignment = Assignment(vllm_config, config, launch, travelling_environment())
         self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(

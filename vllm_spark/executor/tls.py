@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import ssl
+import threading
 import time
 from typing import cast
 
@@ -24,7 +25,9 @@ _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arr
 
 
 class TlsConnection:
-    """An authenticated connection. Owns the socket. For one thread at a time, but for `interrupt`.
+    """An authenticated connection. Owns the socket.
+
+    One thread may send while another receives; two may not do the same. `interrupt` is for any thread.
 
     Args:
         plain: a connected socket.
@@ -41,6 +44,7 @@ class TlsConnection:
         self._socket = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._state = threading.Lock()  # OpenSSL's, which sending and receiving share; never held while one waits
         self._buffer = memoryview(bytearray(_READ))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -75,7 +79,8 @@ class TlsConnection:
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
-        self._tls.write(data)
+        with self._state:
+            self._tls.write(data)
         if timeout is None:
             self._flush()
             return
@@ -93,7 +98,8 @@ class TlsConnection:
         got = 0
         while got < len(view):
             try:
-                count = self._read(view[got:])
+                with self._state:
+                    count = self._read(view[got:])
                 if count == 0:  # the peer ended the TLS session
                     raise EOFError
                 got += count
@@ -144,7 +150,8 @@ class TlsConnection:
             count = self._socket.recv_into(self._buffer)
         if count == 0:
             raise EOFError
-        self._incoming.write(self._buffer[:count])
+        with self._state:
+            self._incoming.write(self._buffer[:count])
 
     def _look_for(self, seconds: float) -> int | None:
         end = time.monotonic() + seconds
@@ -165,8 +172,10 @@ class TlsConnection:
             raise TimeoutError("timed out")
 
     def _flush(self) -> None:
-        if self._outgoing.pending:
-            self._socket.sendall(self._outgoing.read())
+        with self._state:
+            data = self._outgoing.read()
+        if data:
+            self._socket.sendall(data)
 
 
 def failure_in_words(error: Exception) -> str:

@@ -10,7 +10,7 @@ import msgspec
 from vllm_spark import __version__
 from vllm_spark.compat import vllm_version
 
-CHANNEL_VERSION = 1
+CHANNEL_VERSION = 2
 """Version of the messages between leader and follower."""
 
 
