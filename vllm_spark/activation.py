@@ -118,6 +118,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     refuse_what_a_pair_cannot_do(engine_args)
     _make_paths_absolute(engine_args)
 
+    from vllm_spark.executor.pickling import dumps_configuration
     from vllm_spark.platform import activate, compute_capability
 
     activate()
@@ -135,6 +136,7 @@ def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
+    dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
     make_socket_folder()
 
     from vllm_spark.metrics import publish_counters

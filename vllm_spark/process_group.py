@@ -152,7 +152,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         self._numbers = itertools.count()
         self._streams: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
-    def getBackendName(self) -> str:  # noqa: N802
+    def getBackendName(self) -> str:
         """The name under which torch knows this kind of group."""
         return BACKEND
 

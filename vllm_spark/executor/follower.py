@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -32,6 +31,7 @@ from vllm_spark.executor.calls import (
     SAMPLE,
     Call,
     decode_call,
+    decode_ledger,
     encode_error,
     encode_result,
 )
@@ -44,6 +44,7 @@ from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Offer, Reason, decode
 from vllm_spark.executor.model_identity import ModelIdentity, find_model
+from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
@@ -157,7 +158,7 @@ class FollowerSession:
         return offer
 
     def _follow(self, calls: Lane, groups: GroupLink, host: str, port: int) -> None:
-        assignment: Assignment = pickle.loads(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
+        assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         _adopt_environment(assignment.environment)
         use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
@@ -182,25 +183,27 @@ class FollowerSession:
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
         from vllm.v1.serial_utils import run_method
 
-        call = decode_call(payload)
-        self._ledger.compare(call.step, call.digest)
+        self._ledger.compare(*decode_ledger(payload))
         if reply_to is None:
-            self._run_step(call)
+            self._run_step(decode_call(payload))
             return
         self._failed_call = ""
+        method: str | Callable[..., Any] = "a call that cannot be loaded here"
         try:
+            call = decode_call(payload)
+            method = call.method
             result = run_method(self._worker, call.method, call.args, call.kwargs)
             if hasattr(result, "get_output"):
                 result = result.get_output()
             answer = encode_result(result)
-            if call.method == LAST_CALL_OF_THE_START:
+            if method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
             # in a collective that this rank does not come to: the control lane tells it then.
-            logger.exception("The worker failed in %s.", call.method)
+            logger.exception("The worker failed in %s.", method)
             answer = encode_error(error)
-            self._failed_call = f"its worker failed in {call.method!r}: {type(error).__name__}: {error}"
+            self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
         reply_to.send(Kind.REPLY, answer)
 
     def _run_step(self, call: Call) -> None:

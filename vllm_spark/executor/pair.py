@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from vllm_spark.executor.link import leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import Offer, Reason
+from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
@@ -121,8 +121,8 @@ class Pair:
         Raises:
             SparkError: the pair is broken.
         """
-        self._asked_at = time.monotonic()
         self._send(Kind.QUERY, method, args, kwargs)
+        self._asked_at = time.monotonic()
 
     def answer(self, timeout: float | None) -> Any:
         """The result of the last `ask`, which must be fetched also if this rank failed.
@@ -243,7 +243,7 @@ class Pair:
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         launch = load_launch_table(config)
         assignment = Assignment(vllm_config, config, launch, travelling_environment())
-        self._follower.calls.send(Kind.ASSIGNMENT, pickle.dumps(assignment), timeout=_ASSIGNMENT_TIMEOUT)
+        self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
             LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails

@@ -102,7 +102,7 @@ class Table:
         return all(key in self._values for key in keys)
 
 
-class PairStore(Store):
+class PairStore(Store):  # type: ignore[misc]
     """torch's view of the pair's store on one rank.
 
     Args:
@@ -180,8 +180,8 @@ class PairStore(Store):
         self._limit = timeout
 
     # As C++ calls them.
-    getNumKeys = num_keys  # noqa: N815
-    deleteKey = delete_key  # noqa: N815
+    getNumKeys = num_keys
+    deleteKey = delete_key
 
     @property
     def timeout(self) -> timedelta:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.patches import apply_all
-from vllm_spark.settings import SECTION
+from vllm_spark.settings import add_compiled
 from vllm_spark.tuning import fused_moe_table as fused_moe
 from vllm_spark.tuning import lookup
 from vllm_spark.tuning import marlin_table as marlin
@@ -53,8 +53,7 @@ def start(vllm_config: Any = None) -> None:
         logger.info("There are no tuned parameters for the device %s: vLLM's own stay.", device_name())
     _widths_with_atomic_add = layers_with_atomic_add()
     if vllm_config is not None and (digest := compiled_digest()) is not None:
-        ours = vllm_config.additional_config.get(SECTION, {})
-        vllm_config.additional_config = {**vllm_config.additional_config, SECTION: {**ours, "atomic_add": digest}}
+        add_compiled(vllm_config, "atomic_add", digest)
 
 
 def stop(vllm_config: Any) -> None:

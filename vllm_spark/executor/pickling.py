@@ -1,0 +1,111 @@
+"""Pickles that arrive whatever they are made of.
+
+A class or function that the other machine cannot import (of the user's script, of a model's remote code) travels by
+value. What cannot travel at all is named: the path to the part of the value, and its type.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cloudpickle
+
+from vllm_spark.errors import ConfigurationError, SparkError
+
+_DEEPEST = 6
+"""Levels of attributes and items that are searched for what cannot be pickled."""
+
+
+def dumps_by_value(value: Any) -> bytes:
+    """`value` pickled so that a process without this one's scripts and downloaded code can load it.
+
+    Raises:
+        whatever pickling raises: most often TypeError or pickle.PicklingError.
+    """
+    _register_remote_code()
+    return bytes(cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+def dumps_configuration(configuration: Any, name: str) -> bytes:
+    """`configuration` pickled by value.
+
+    Args:
+        configuration: an object with attributes.
+        name: how to call it in an error.
+
+    Raises:
+        ConfigurationError: a part of it cannot be pickled; the sentence names that part.
+    """
+    try:
+        return dumps_by_value(configuration)
+    except Exception as error:
+        path, part = _unpicklable_part(configuration)
+        raise ConfigurationError(
+            f"{'.'.join((name, *path))} is {_described(part)}, which cannot be sent to the follower "
+            f"({_first_line(error)}); give a value that can be pickled"
+        ) from error
+
+
+def loads_configuration(payload: bytes) -> Any:
+    """What `dumps_configuration` of an authenticated peer made.
+
+    Raises:
+        SparkError: it needs a module or a name that is not on this machine.
+    """
+    try:
+        return pickle.loads(payload)
+    except (ImportError, AttributeError) as error:
+        raise SparkError(
+            f"the leader's configuration needs what cannot be imported here ({_first_line(error)}); install it on this "
+            "machine too, or name its folder in PYTHONPATH here"
+        ) from error
+
+
+def _register_remote_code() -> None:
+    """Has cloudpickle send classes of a model's own code (trust_remote_code) by value: no other process imports them.
+
+    vLLM does so in the processes that read such a model's configuration, but not in its engine's.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        cloudpickle.register_pickle_by_value(sys.modules[name])
+
+
+def _unpicklable_part(value: Any) -> tuple[list[str], Any]:
+    """The path from `value` to the innermost part that cannot be pickled, and that part."""
+    path: list[str] = []
+    while len(path) < _DEEPEST:
+        found = next(((name, part) for name, part in _parts(value) if not _can_be_pickled(part)), None)
+        if found is None:
+            break
+        path.append(found[0])
+        value = found[1]
+    return path, value
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((str(key), part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((str(index), part) for index, part in enumerate(value))
+    elif not isinstance(value, type):
+        yield from getattr(value, "__dict__", {}).items()
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        dumps_by_value(value)
+    except Exception:
+        return False
+    return True
+
+
+def _described(value: Any) -> str:
+    kind = type(value)
+    return f"of the type {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
