@@ -9,6 +9,7 @@ as the message itself (benchmarks/spine.py).
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import select
 import socket
@@ -21,6 +22,9 @@ from vllm_spark.config import SECRET_VARIABLE
 
 # A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
 _SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
+_REFUSED_DATES = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
+# What a peer answers in these cases. It answers another secret with "unknown CA".
+_ALERTS_OF_DATES = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
 
 
@@ -182,6 +186,8 @@ def failure_in_words(error: Exception) -> str:
     """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or "").upper()
+        if (clock := _about_a_clock(error, reason)) is not None:
+            return clock
         rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
         if rejected or isinstance(error, ssl.SSLCertVerificationError):
             ways = f"--spark-secret-file or {SECRET_VARIABLE}"
@@ -190,3 +196,23 @@ def failure_in_words(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
     return str(error)
+
+
+def _about_a_clock(error: ssl.SSLError, reason: str) -> str | None:
+    """The sentence for a certificate that the other side, or this one, refuses for its dates alone; else None.
+
+    This version's certificates are valid at all times; those of another one may begin and end.
+    """
+    refused = getattr(error, "verify_code", 0) if isinstance(error, ssl.SSLCertVerificationError) else 0
+    if refused in _REFUSED_DATES:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (
+            f"the other side's certificate is {_REFUSED_DATES[refused]} by the clock of this machine, which says "
+            f"{now:%Y-%m-%d %H:%M} UTC; set the clock (timedatectl) and install the same vllm_spark on both machines"
+        )
+    if reason in _ALERTS_OF_DATES:
+        return (
+            "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has another "
+            "vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"
+        )
+    return None
