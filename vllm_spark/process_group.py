@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.distributed import Backend, ProcessGroup, ReduceOp, Work
@@ -28,6 +28,9 @@ _COLLECTIVES = "collectives"
 _UNSET = timedelta(0)  # torch's marker for "as the group has it" is negative
 
 Tensors = list[torch.Tensor]
+Address = tuple[str, str, int]
+"""Which message: group, stream within it, number. Both ranks run a group's operations in the same order."""
+
 Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _REDUCTIONS: tuple[tuple[Any, str, Reduction], ...] = (
@@ -40,14 +43,6 @@ _REDUCTIONS: tuple[tuple[Any, str, Reduction], ...] = (
     (ReduceOp.BOR, "bitwise or", torch.bitwise_or),
     (ReduceOp.BXOR, "bitwise xor", torch.bitwise_xor),
 )
-
-
-class Address(NamedTuple):
-    """Which message: both ranks run a group's operations in the same order, so both know its number."""
-
-    group: str
-    stream: str
-    number: int
 
 
 class Messages(Protocol):
@@ -298,7 +293,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         if self._alone or source == destination:
             raise SparkError(f"rank {self._own} of process group {self._label} cannot send to itself")
         stream = f"rank {source} to {destination}, tag {tag}"
-        return Address(self._label, stream, next(self._streams[stream]))
+        return self._label, stream, next(self._streams[stream])
 
     def _collective(
         self,
@@ -312,7 +307,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         """Sends and receives at most one message, of the group's next number."""
         if self._alone:
             return PairWork(receive or send or [])
-        address = Address(self._label, _COLLECTIVES, next(self._numbers))
+        address = self._label, _COLLECTIVES, next(self._numbers)
         if send is not None:
             self._link.send(address, operation, _bytes_of(send))
         if receive is None:
@@ -336,7 +331,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
                 data = self._link.take(address, operation, seconds)
             except TimeoutError:
                 raise PeerLostError(
-                    f"the other rank ({self._link.peer}) did not come to {operation}, operation {address.number} of "
+                    f"the other rank ({self._link.peer}) did not come to {operation}, operation {address[2]} of "
                     f"process group {self._label}, within {seconds:g} s"
                 ) from None
             self._put(data, targets, operation, reduction)

@@ -24,6 +24,7 @@ from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
 from vllm_spark.executor.secret import make_secret
 from vllm_spark.launch_table import LaunchTable, store_launch_table
 
@@ -464,7 +465,7 @@ def test_a_bare_machine_is_told_two_things(tmp_path: Path) -> None:
     machine = examine(System(tmp_path), SparkConfig())
     assert [found.id for found in machine.findings] == ["rdma.devices", "gpu.driver"]
     assert is_bare(machine)
-    assert Report.of(machine, None, []).exit_code == 2
+    assert Report.of(machine, None, []).exit_code == EXIT_PROBLEM
     assert len(examine(System(tmp_path), SparkConfig(), thorough=True).findings) > 4
 
 
@@ -502,8 +503,8 @@ def test_the_worst_counts() -> None:
 
     assert status() == 0
     assert status("ok", "note", "unknown", "not applicable") == 0
-    assert status("warning", "ok") == 1
-    assert status("warning", "problem", "ok") == 2
+    assert status("warning", "ok") == EXIT_WARNINGS
+    assert status("warning", "problem", "ok") == EXIT_PROBLEM
 
 
 def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:

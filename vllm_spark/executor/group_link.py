@@ -15,7 +15,9 @@ import msgspec
 
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
-from vllm_spark.process_group import Address
+
+Address = tuple[str, str, int]
+"""Which message: group, stream within it, number. Both ranks run a group's operations in the same order."""
 
 logger = logging.getLogger("vllm_spark")
 
@@ -112,7 +114,7 @@ class GroupLink:
             message = self._mail.pop(address)
         if message.operation != operation:
             raise ChannelError(
-                f"operation {address.number} of process group {address.group} is {operation} here and "
+                f"operation {address[2]} of process group {address[0]} is {operation} here and "
                 f"{message.operation} on the other side ({self.peer})"
             )
         return message.data
@@ -134,8 +136,8 @@ class GroupLink:
         """From now on `handler` gets the messages of `stream`, in the receiving thread: it must not wait."""
         with self._arrival:
             self._handlers[stream] = handler
-            waiting = sorted(address for address in self._mail if address.stream == stream and self._has(address))
-            messages = [(address.number, self._mail.pop(address)) for address in waiting]
+            waiting = sorted(address for address in self._mail if address[1] == stream and self._has(address))
+            messages = [(address[2], self._mail.pop(address)) for address in waiting]
         for number, message in messages:
             handler(number, message)
 
@@ -177,7 +179,7 @@ class GroupLink:
             self._fail(SparkError(f"the thread of the process groups failed: {error}"))
 
     def _accept(self, piece: Piece) -> None:
-        address = Address(piece.group, piece.stream, piece.number)
+        address = piece.group, piece.stream, piece.number
         with self._arrival:
             message = self._mail.setdefault(address, Message(piece.operation, piece.total))
             message.data += piece.data

@@ -19,6 +19,7 @@ from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
+from vllm_spark.executor.limited_log import LimitedLog
 from vllm_spark.executor.messages import (
     CALLS,
     CONTROL,
@@ -89,6 +90,7 @@ class Listener:
         self._further: dict[str, queue.SimpleQueue[tuple[Hello, Lane]]] = {
             lane: queue.SimpleQueue() for lane in (CALLS, GROUPS)
         }
+        self._turned_away = LimitedLog("connections that were turned away")
         self._greeters = threading.BoundedSemaphore(_GREETERS)
         self._closed = False
         self._socket = listen(address, port)
@@ -158,6 +160,7 @@ class Listener:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self._turned_away.close()
 
     def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower:
         control.send(Kind.OFFER, msgspec.json.encode(offer), timeout=GREETING_TIMEOUT)
@@ -207,7 +210,9 @@ class Listener:
             try:
                 threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: the next connection may find one
-                logger.warning("Turned away a connection from %s: %s.", address[0], error)
+                self._turned_away.warning(
+                    address[0], str(error), f"Turned away a connection from {address[0]}: {error}."
+                )
                 connection.close()
                 self._greeters.release()
 
@@ -224,7 +229,9 @@ class Listener:
                 raise ChannelError(f"it asked for a lane {hello.lane!r}, which does not exist")
             if refusal := self._judge(hello):
                 lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=GREETING_TIMEOUT)
-                logger.warning("Refused a follower on %s (process %d): %s.", hello.host, hello.process, refusal)
+                self._turned_away.warning(
+                    peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {refusal}."
+                )
                 self._last_problem = f"; the last one that came, from {hello.host}, was refused: {refusal}"
                 lane.close()
                 return
@@ -235,7 +242,7 @@ class Listener:
         except (OSError, SparkError) as error:
             # Port scanners, other secrets, broken clients: worth a line, never worth the server.
             reason = failure_in_words(error)
-            logger.warning("Turned away a connection from %s: %s.", peer, reason)
+            self._turned_away.warning(peer, reason, f"Turned away a connection from {peer}: {reason}.")
             self._last_problem = f"; the last one that came, from {peer}, was turned away: {reason}"
             if hello is not None:
                 self._release(hello)

@@ -16,7 +16,7 @@ import msgspec
 from torch.distributed import DistStoreError, Store, distributed_c10d, is_initialized, register_rendezvous_handler
 
 from vllm_spark.executor.group_link import GroupLink, Message
-from vllm_spark.process_group import Address, use_messages
+from vllm_spark.process_group import use_messages
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 INIT_METHOD = "spark://pair"
@@ -193,11 +193,11 @@ class PairStore(Store):  # type: ignore[misc]
     ) -> list[bytes]:
         number = next(self._numbers)
         request = Request(operation, keys, values or [])
-        answer = Address("", _ANSWERS, number)
+        answer = "", _ANSWERS, number
         if self._rank == LEADER_RANK:
             self._table.run(request, lambda found: self._link.deliver(answer, "", msgspec.msgpack.encode(found)))
         else:
-            self._link.send(Address("", _REQUESTS, number), "", msgspec.msgpack.encode(request))
+            self._link.send(("", _REQUESTS, number), "", msgspec.msgpack.encode(request))
         seconds = _ANSWER_SECONDS if timeout is None else timeout.total_seconds()
         try:
             return _decode_answer(self._link.take(answer, "", seconds))
@@ -209,7 +209,7 @@ class PairStore(Store):  # type: ignore[misc]
 
     def _serve(self, number: int, message: Message) -> None:
         request = _decode_request(message.data)
-        answer = Address("", _ANSWERS, number)
+        answer = "", _ANSWERS, number
         self._table.run(request, lambda found: self._link.send(answer, "", msgspec.msgpack.encode(found)))
 
 
