@@ -91,8 +91,8 @@ class Host:
     def firewall(self, port: int | None) -> Iterator[None]:
         """Has this host drop all TCP packets from the other one, but for those to or from `port` of either.
 
-        Written as routing rules, which need nothing but `ip`: a packet that finds no route on its way in is dropped, and
-        its sender is told nothing. Clients in the root namespace are let through.
+        Written as routing rules, which need nothing but `ip`: a packet that finds no route on its way in is dropped,
+        and its sender is told nothing. Clients in the root namespace are let through.
         """
         if self.namespace is None:
             raise RuntimeError("loopback addresses have no firewall; use the fixture `namespaces`")

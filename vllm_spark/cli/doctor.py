@@ -25,8 +25,8 @@ _DEFAULT_PLACE = object()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark doctor`."""
     parser.epilog = (
-        f"exit code: 0 all is well, {EXIT_WARNINGS} warnings only, {EXIT_PROBLEM} something keeps the pair from working, "
-        f"{EXIT_USAGE} wrong usage or settings"
+        f"exit code: 0 all is well, {EXIT_WARNINGS} warnings only, {EXIT_PROBLEM} something keeps the pair from "
+        f"working, {EXIT_USAGE} wrong usage or settings"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -82,15 +82,22 @@ def run(args: argparse.Namespace) -> int:
     machine = examine(system, config, leader, thorough=args.peer)
     peer, together = None, []
     if args.peer:
-        from vllm_spark.doctor.pair import compare, nobody
+        from vllm_spark.doctor.firewall import opening
+        from vllm_spark.doctor.pair import compare, nobody, reached
         from vllm_spark.doctor.visit import visit
+        from vllm_spark.executor.endpoint import format_endpoint
+        from vllm_spark.executor.link import interface_of, is_loopback, leader_address
 
+        command = ""
         try:
+            address = leader_address(config)
+            if not is_loopback(address):
+                command = opening(system, config.port, interface_of(address))
             peer = visit(config, args.wait)
         except SparkError as error:
-            together = [nobody(str(error))]
+            together = [nobody(str(error), command)]
         else:
-            together = list(compare(system, machine, peer))
+            together = [reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:

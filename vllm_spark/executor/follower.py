@@ -316,9 +316,10 @@ def wait_for_leader(caller: Caller, invitation: str, since: float) -> Lane:
 
 def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
     logger.info(
-        "Waiting for a leader at %s (%.0f s so far, no limit). %s run: %s",
+        "Waiting for a leader at %s (%.0f s so far, no limit). %s%s run: %s",
         caller.endpoint,
         waited,
+        f"{caller.last_problem} " if caller.last_problem else "",
         upper_first(where_to_type(caller.endpoint)),
         invitation,
     )

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_spark.config import split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.limited_log import LimitedLog
+from vllm_spark.executor.link import is_loopback
 from vllm_spark.executor.messages import (
     CALLS,
     CONTROL,
@@ -139,9 +141,16 @@ class Listener:
 
     def _nobody_came(self, timeout: float) -> PeerLostError:
         return PeerLostError(
-            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}; "
+            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}{self._firewall()}; "
             f"{where_to_type(self.endpoint)} run: {self._invitation}"
         )
+
+    def _firewall(self) -> str:
+        """What may keep a follower out that nobody has seen."""
+        host, port = split_endpoint(self.endpoint)
+        if is_loopback(host) or self._last_problem:
+            return ""
+        return f"; if it waits already, let TCP port {port} through the firewall of this machine"
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(

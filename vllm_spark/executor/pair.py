@@ -20,8 +20,9 @@ from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.exposure import EXPOSED, shared_network
 from vllm_spark.executor.group_link import GroupLink
-from vllm_spark.executor.link import leader_address
+from vllm_spark.executor.link import interface_of, is_loopback, leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import Offer, Reason
@@ -86,6 +87,7 @@ class Pair:
         board.forget_failure()
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
+        _warn_of_others(address)
         listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
         try:
             follower = listener.wait_for_follower(offer, config.join_timeout)
@@ -270,3 +272,17 @@ class Pair:
         step, digest = self.ledger.state()
         self._board.write(local_counters(LEADER_RANK, (step, digest)))
         return {"step": step, "digest": digest.hex()}
+
+
+def _warn_of_others(address: str) -> None:
+    """One line if others than the follower may reach the link."""
+    interface = None if is_loopback(address) else interface_of(address)
+    if interface is not None and (reason := shared_network(interface)):
+        logger.warning(
+            "The link's address %s is on %s, which %s. %s; join both machines with a cable of their own, and give its "
+            "address with --spark-address.",
+            address,
+            interface,
+            reason,
+            EXPOSED,
+        )

@@ -212,7 +212,7 @@ def _about_a_clock(error: ssl.SSLError, reason: str) -> str | None:
         )
     if reason in _ALERTS_OF_DATES:
         return (
-            "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has another "
-            "vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"
+            "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has "
+            "another vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"
         )
     return None
