@@ -26,4 +26,5 @@ PATCH = Patch(
     feature="the reason of a lost follower, or that the engine was killed, in the answer to clients",
     fingerprints={"1c35b5aa0ca1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
+    when="leading",
 )

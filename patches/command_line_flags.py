@@ -9,10 +9,10 @@ from vllm_spark.patches import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    def add_cli_args(parser: Any) -> Any:
-        from vllm_spark.activation import add_option_group
+    def add_cli_args(*args: Any, **kwargs: Any) -> Any:
+        from vllm_spark.command_line import add_option_group
 
-        parser = original(parser)
+        parser = original(*args, **kwargs)
         add_option_group(parser)
         return parser
 
@@ -26,4 +26,5 @@ PATCH = Patch(
     feature="the flags --spark and --spark-*",
     fingerprints={"d884a77f60d9": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
+    required=True,
 )

@@ -11,12 +11,17 @@ from vllm_spark.patches import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_spark.command_line import section_of
+
+        section = section_of(self)
+        if section is None:
+            return original(self, *args, **kwargs)
         from vllm_spark.activation import configure
 
         # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
         if leader := sys.modules.get("vllm_spark.executor.leader"):
             leader.give_up_unfinished_start()
-        return configure(self, lambda: original(self, *args, **kwargs))
+        return configure(self, section, lambda: original(self, *args, **kwargs))
 
     return create_engine_config
 
@@ -28,4 +33,5 @@ PATCH = Patch(
     feature="serving on a pair (--spark)",
     fingerprints={"47e28d3493ac": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
+    required=True,
 )

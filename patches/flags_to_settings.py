@@ -9,19 +9,26 @@ from vllm_spark.patches import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_cli_args(cls: type, args: Any) -> Any:
+    def from_cli_args(cls: type, *args: Any, **kwargs: Any) -> Any:
+        from vllm_spark.command_line import settings_of_command_line
+
+        parsed = args[0] if args else kwargs.get("args")
+        config = settings_of_command_line(parsed)
+        if config is None:
+            return original(cls, *args, **kwargs)
         from vllm_spark.activation import carry_settings
 
-        return carry_settings(lambda: original(cls, args), args)
+        return carry_settings(config, parsed, lambda: original(cls, *args, **kwargs))
 
     return from_cli_args
 
 
 PATCH = Patch(
     name="flags-to-settings",
-    anchor=Anchor("vllm.engine.arg_utils:EngineArgs.from_cli_args", scope="source"),
+    anchor=Anchor("vllm.engine.arg_utils:EngineArgs.from_cli_args"),
     reason="it keeps only the options that are fields of EngineArgs and drops all others in silence",
     feature="the flags --spark and --spark-*",
-    fingerprints={"bf29243cf535": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
+    fingerprints={"ab5a6b5608d1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
+    required=True,
 )

@@ -33,4 +33,5 @@ PATCH = Patch(
     },
     replace=_replace,
     when="serving",
+    required=True,
 )

@@ -9,10 +9,15 @@ from vllm_spark.patches import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    def cmd(args: Any) -> None:
+    def cmd(*given: Any, **kwargs: Any) -> Any:
+        from vllm_spark.command_line import asks_for_spark
+
+        args = given[0] if given else kwargs.get("args")
+        if not asks_for_spark(args):
+            return original(*given, **kwargs)
         from vllm_spark.activation import serve
 
-        serve(args, original)
+        return serve(args, lambda: original(*given, **kwargs))
 
     return cmd
 
@@ -24,4 +29,5 @@ PATCH = Patch(
     feature="vllm serve --spark under torchrun, and errors without a traceback",
     fingerprints={"eeb99fc7f8bd": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
+    required=True,
 )

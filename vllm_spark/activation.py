@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import logging
 import os
@@ -12,19 +11,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from vllm_spark import __version__
-from vllm_spark.compat import check_vllm
-from vllm_spark.config import (
-    FLAG,
-    SparkConfig,
-    add_flags,
-    enabled_by_environment,
-    given_flags,
-    misspelt_variables,
-    typed_flags,
-)
-from vllm_spark.config_file import check_config_file
+from vllm_spark.command_line import SECTION, settings_of_command_line
+from vllm_spark.config import FLAG, SparkConfig, misspelt_variables
 from vllm_spark.counter_board import engine_death, engine_failure
 from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
+from vllm_spark.fit import check_vllm
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
 from vllm_spark.quantization_groups import repeat_where_groups_straddle
@@ -36,7 +27,7 @@ from vllm_spark.refusals import (
     refuse_what_a_pair_cannot_do,
     vllms_objections,
 )
-from vllm_spark.settings import SECTION, attach_settings
+from vllm_spark.settings import attach_settings
 from vllm_spark.socket_folder import make_socket_folder
 from vllm_spark.stopping import StopRequest, raise_on_stop_signals
 from vllm_spark.wording import upper_first
@@ -44,27 +35,17 @@ from vllm_spark.wording import upper_first
 logger = logging.getLogger("vllm_spark")
 
 
-def add_option_group(parser: Any) -> None:
-    """Adds `--spark` and its options to one of vLLM's parsers, in a group that `--help=Spark` shows."""
-    check_config_file(parser, sys.argv)
-    group = parser.add_argument_group(
-        title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
-    )
-    group.add_argument(
-        FLAG, action="store_true", default=argparse.SUPPRESS, help="Serve on this machine and its follower together."
-    )
-    add_flags(group, ["leader", "both"])
+def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) -> Any:
+    """Makes vLLM's engine arguments with the settings of a command line in them.
 
-
-def carry_settings(create: Callable[[], Any], args: Any) -> Any:
-    """Makes vLLM's engine arguments with the settings of a parsed command line in them, if it asks for vllm_spark.
+    Args:
+        config: the settings.
+        args: the parsed command line.
+        create: makes vLLM's engine arguments.
 
     Raises:
-        ConfigurationError: a bad or contradictory setting, or arguments that vLLM does not take.
+        ConfigurationError: arguments that vLLM does not take.
     """
-    config = settings_of_command_line(args)
-    if config is None:
-        return create()
     if _serving:
         # Here and not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
         raise_on_stop_signals()
@@ -74,39 +55,19 @@ def carry_settings(create: Callable[[], Any], args: Any) -> Any:
     return engine_args
 
 
-def settings_of_command_line(args: Any) -> SparkConfig | None:
-    """The settings that a parsed command line and the environment give; None without `--spark`.
+def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
+    """Makes vLLM's configuration for a pair.
+
+    Args:
+        engine_args: vLLM's; changed in place.
+        section: the settings, or a dictionary of them.
+        create: makes vLLM's configuration of `engine_args`.
 
     Raises:
-        ConfigurationError: a bad or contradictory setting.
+        ConfigurationError: something that a pair cannot do, or a vLLM that this project does not know.
     """
-    given = given_flags(args)
-    if not (getattr(args, "spark", None) or enabled_by_environment()):
-        if given:
-            name = next(iter(given)).replace("_", "-")
-            raise ConfigurationError(f"{FLAG}-{name} was given without {FLAG}; add {FLAG}, or leave it out")
-        return None
-    # vLLM merges its --config file into the command line. What was not typed came from there, and yields to
-    # the environment.
-    typed = typed_flags(sys.argv) if any(word.startswith("--config") for word in sys.argv) else given.keys()
-    return SparkConfig.resolve(
-        flags={name: value for name, value in given.items() if name in typed},
-        file={name: value for name, value in given.items() if name not in typed},
-    )
-
-
-def configure(engine_args: Any, create: Callable[[], Any]) -> Any:
-    """Makes vLLM's configuration; with spark settings in `engine_args`, one that runs on the pair.
-
-    Raises:
-        ConfigurationError: something that a pair cannot do.
-    """
-    section = (engine_args.additional_config or {}).get(SECTION)
-    if section is None and enabled_by_environment():
-        section = {}  # an LLM(...) of the user's own; a command line has been read before
-    if section is None:
-        return create()
     check_vllm()
+    apply_all("leading")
     if not isinstance(section, (SparkConfig, dict)):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
@@ -194,15 +155,22 @@ _serving = False
 """True in a process that becomes `vllm serve`'s only API server."""
 
 
-def serve(args: Any, original: Callable[[Any], None]) -> None:
-    """`vllm serve`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences."""
+def serve(args: Any, original: Callable[[], None]) -> None:
+    """`vllm serve --spark`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences.
+
+    Args:
+        args: the parsed command line.
+        original: vLLM's command.
+    """
     global _serving
     try:
         config = settings_of_command_line(args)
+        if config is not None:
+            check_vllm()
     except SparkError as error:
         _exit_with(error)
     if config is None:
-        original(args)
+        original()
         return
     try:
         if getattr(args, "headless", False):
@@ -215,7 +183,7 @@ def serve(args: Any, original: Callable[[Any], None]) -> None:
         apply_all("leading")
         # With several API servers the process that starts them has, and keeps, handlers of its own.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
-        original(args)
+        original()
         if death := engine_death():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
             _exit_with(death)

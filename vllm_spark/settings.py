@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_spark.command_line import SECTION
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
-
-SECTION = "spark"
 
 
 class SettingsEntry(dict[str, Any]):

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spark.compat import vllm_version
+from vllm_spark.compat import installed_vllm
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor import credentials
@@ -408,11 +408,11 @@ def test_a_build_of_another_name_has_a_version_too(monkeypatch: pytest.MonkeyPat
         return names[name]
 
     monkeypatch.setattr(metadata, "version", version)
-    vllm_version.cache_clear()
+    installed_vllm.cache_clear()
     try:
         assert Versions.of_this_process().vllm == "0.32.0"
     finally:
-        vllm_version.cache_clear()
+        installed_vllm.cache_clear()
 
 
 def test_a_second_leader_does_not_get_the_port(listener: Listener) -> None:

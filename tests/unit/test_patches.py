@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vllm_spark import patches
-from vllm_spark.patches import Anchor, Patch, all_patches, state_of
-
-from .vllm_hooks import HOOKS
+from vllm_spark.hooks import HOOKS
+from vllm_spark.patches import Anchor, Patch, When, all_patches, state_of
 
 SOURCE = '''
 class Engine:
@@ -70,20 +73,22 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def patch_for(package: str, method: str, fingerprints: dict[str, str] | None = None) -> Patch:
+def patch_for(package: str, method: str, fingerprints: dict[str, str] | None = None, when: When = "serving") -> Patch:
     anchor = Anchor(f"{package}.engine:Engine.{method}")
     known = fingerprints or {anchor.fingerprint(SOURCE) or "": "1.0"}
-    return Patch(
-        f"{package}-{method}", anchor, "reason", "the feature", known, lambda old: lambda *a, **k: ("new", old(*a, **k))
-    )
+
+    def replace(old: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: ("new", old(*args, **kwargs))
+
+    return Patch(f"{package}-{method}", anchor, "reason", "the feature", known, replace, when)
 
 
 def test_patches_apply_once_and_keep_the_kind_of_method(fake_package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [patch_for(fake_package, method) for method in ("plain", "made", "method")]
     monkeypatch.setattr(patches, "all_patches", lambda: made)
     assert [state_of(patch) for patch in made] == ["ready"] * 3
-    patches.apply_all()
-    patches.apply_all()
+    patches.apply_all("serving")
+    patches.apply_all("serving")
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1, b=2) == ("new", 3)
     assert engine().plain(1) == ("new", 2)
@@ -97,11 +102,13 @@ def test_an_unknown_source_disables_that_feature_alone(
     fake_package: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     unknown, known = patch_for(fake_package, "plain", {"000000000000": "1.0"}), patch_for(fake_package, "method")
-    gone = Patch("gone", Anchor(f"{fake_package}.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old)
-    absent = Patch("absent", Anchor("no_such_package.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old)
+    gone = Patch("gone", Anchor(f"{fake_package}.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old, "serving")
+    absent = Patch(
+        "absent", Anchor("no_such_package.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old, "serving"
+    )
     monkeypatch.setattr(patches, "all_patches", lambda: [unknown, gone, absent, known])
     with caplog.at_level(logging.WARNING):
-        patches.apply_all()
+        patches.apply_all("serving")
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1) == 2
     assert engine().method() == ("new", 1)
@@ -113,17 +120,49 @@ def test_an_unknown_source_disables_that_feature_alone(
     ]
 
 
-def test_the_plugin_loads_neither_torch_nor_the_native_module() -> None:
-    look = """
-import sys
-import vllm_spark.patches
+def test_patches_of_the_start_wait_for_their_module(
+    fake_package: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are made without a look at the source, and of what is not there the log tells."""
+    unknown = patch_for(fake_package, "plain", {"000000000000": "1.0"}, "start")
+    gone = Patch("not-there", Anchor(f"{fake_package}.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old)
+    monkeypatch.setattr(patches, "all_patches", lambda: [unknown, gone, patch_for(fake_package, "method")])
+    patches.watch_imports()
+    patches.watch_imports()
+    assert f"{fake_package}.engine" not in sys.modules
+    engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
+    assert engine.plain(1) == ("new", 2)
+    assert engine().method() == 1
+    assert "which has no Engine.gone in" in caplog.text
+
+
+PLUGIN = """
+import json, sys
+import vllm.engine.arg_utils
+if sys.argv[1] == "serve":
+    import vllm.entrypoints.cli.serve
+before = set(sys.modules)
 from vllm_spark.plugin import register
-vllm_spark.patches.all_patches = lambda: []
 register()
-print(sorted({"torch", "vllm", "vllm_spark._native"} & sys.modules.keys()))
+if sys.argv[1] == "serve":
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    parser = vllm.engine.arg_utils.AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.parse_args([])
+print("\\n" + json.dumps(sorted(set(sys.modules) - before)))
 """
-    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("process", ["engine", "serve"])
+def test_a_process_without_the_flag_loads_a_few_modules_of_this_package_alone(process: str) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    argv = [sys.executable, "-c", PLUGIN, process]
+    environment = os.environ | {"VLLM_PLUGINS": "spark"}  # without vLLM's own plugins
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "vllm_spark.patches" in loaded
+    assert [name for name in loaded if name.partition(".")[0] != "vllm_spark"] == []
+    assert len(loaded) <= 10
+    assert "vllm_spark.activation" not in loaded
 
 
 def test_the_plugin_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""A pair's settings stay on vLLM's configuration, whatever vLLM does to it, and are no part of its compile cache key."""
+"""A pair's settings stay on vLLM's configuration, whatever vLLM does to it, and change no compile cache key."""
 
 from __future__ import annotations
 

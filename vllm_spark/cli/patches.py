@@ -7,10 +7,11 @@ import textwrap
 
 from rich.console import Console
 
-from vllm_spark.compat import SUPPORTED, vllm_version
+from vllm_spark.compat import SUPPORTED, installed_vllm
+from vllm_spark.fit import required_misfits
 from vllm_spark.patches import all_patches, state_of
 
-SUMMARY = "show every change to vLLM that --spark needs, and its state"
+SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed one"
 
 _FITS = ("ready", "applied")
 
@@ -20,13 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints each patch with its state. Returns 0 if all fit the installed vLLM, 1 if not."""
+    """Prints each patch with its state, and what else of vLLM is not as this project knows it.
+
+    Returns:
+        0 if all fit the installed vLLM, 1 if not.
+    """
     console = Console(highlight=False)
-    console.print(f"vLLM {vllm_version() or 'not installed'} (this version works with {SUPPORTED})")
+    console.print(f"vLLM {installed_vllm() or 'not installed'} (this version works with {SUPPORTED})")
     states = []
     for patch in all_patches():
         states.append(state_of(patch))
-        console.print(f"\n[bold]{patch.name}[/bold]: [{'green' if states[-1] in _FITS else 'red'}]{states[-1]}[/]")
+        need = "required" if patch.required else "optional"
+        colour = "green" if states[-1] in _FITS else "red"
+        console.print(f"\n[bold]{patch.name}[/bold] ({need}): [{colour}]{states[-1]}[/]")
         for label, text in (
             ("replaces", f"{patch.anchor.module}:{patch.anchor.qualified_name}"),
             ("gives", patch.feature),
@@ -35,4 +42,7 @@ def run(args: argparse.Namespace) -> int:
             indent = " " * 18
             lines = textwrap.wrap(text, max(20, console.width - len(indent)), break_long_words=False)
             console.print(f"  {label:<16}" + f"\n{indent}".join(lines), soft_wrap=True)
-    return 0 if all(state in _FITS for state in states) else 1
+    misfits = required_misfits() if installed_vllm() else ()
+    for symbol, problem in misfits:
+        console.print(f"\n[red]--spark refuses to start[/]: {symbol} {problem}")
+    return 0 if not misfits and all(state in _FITS for state in states) else 1

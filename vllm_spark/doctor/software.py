@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from vllm_spark.compat import SUPPORTED, check_vllm, vllm_version
+from vllm_spark.compat import SUPPORTED, installed_vllm
 from vllm_spark.config import SECRET_VARIABLE, SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.secret import default_secret_file, load_secret, secret_is_there
+from vllm_spark.fit import check_vllm
 from vllm_spark.patches import all_patches, state_of
 from vllm_spark.wording import upper_first
 
@@ -19,7 +20,7 @@ _ANYWHERE = "192.0.2.1"  # an address of no machine, but none of the loopback's 
 def check_software(config: SparkConfig, *, secret_needed: bool) -> Iterator[Finding]:
     """All of this module. `secret_needed` is False on a machine that has no link to another one."""
     yield _vllm()
-    if vllm_version() is not None:
+    if installed_vllm() is not None:
         yield _patches()
     yield _secret(config, secret_needed)
 
@@ -34,11 +35,11 @@ def _vllm() -> Finding:
             "software.vllm",
             title,
             "problem",
-            str(vllm_version() or "not installed"),
+            str(installed_vllm() or "not installed"),
             f"{upper_first(sentence)}. vLLM {SUPPORTED} works.",
             upper_first(remedy),
         )
-    return Finding("software.vllm", title, "ok", str(vllm_version()))
+    return Finding("software.vllm", title, "ok", str(installed_vllm()))
 
 
 def _patches() -> Finding:

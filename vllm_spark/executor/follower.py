@@ -327,7 +327,7 @@ def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
 
 def _load_vllm() -> None:
     """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
-    from vllm_spark.compat import check_vllm
+    from vllm_spark.fit import check_vllm
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")

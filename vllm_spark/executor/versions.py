@@ -8,7 +8,7 @@ from importlib import metadata
 import msgspec
 
 from vllm_spark import __version__
-from vllm_spark.compat import vllm_version
+from vllm_spark.compat import installed_vllm, source_version
 
 CHANNEL_VERSION = 2
 """Version of the messages between leader and follower."""
@@ -29,7 +29,7 @@ class Versions(msgspec.Struct, frozen=True):
         return cls(
             channel=str(CHANNEL_VERSION),
             vllm_spark=__version__,
-            vllm=str(vllm_version() or "none"),
+            vllm=source_version(installed_vllm() or "none"),
             torch=_installed("torch").partition("+")[0],
             python=".".join(platform.python_version_tuple()[:2]),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vllm_spark.compat import triton_runs_int4_experts, vllm_version
+from vllm_spark.compat import installed_vllm, triton_runs_int4_experts
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts
 from vllm_spark.tuning.outcome import Shape
@@ -42,5 +42,6 @@ def check_version_takes_int4(shapes: Iterable[Shape]) -> None:
     """Raises ConfigurationError for int4 experts that the installed vLLM would run on Marlin, whatever it is told."""
     if any(isinstance(shape, FusedMoeExperts) and shape.is_int4 for shape in shapes) and not triton_runs_int4_experts():
         raise ConfigurationError(
-            f"vLLM {vllm_version()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later vLLM"
+            f"vLLM {installed_vllm()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later "
+            "vLLM"
         )

@@ -1,0 +1,71 @@
+"""Runs something once a module has been imported, whoever imports it, and imports nothing itself.
+
+wrapt does this too, and its import alone costs every process of a plain vLLM more than this project may.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from types import ModuleType
+from typing import Any
+
+Action = Callable[[ModuleType], None]
+
+_waiting: dict[str, list[Action]] = {}
+
+
+def after_import(name: str, action: Action) -> None:
+    """Calls `action` with the module `name`: now if it is imported, else right after it will have been.
+
+    What `action` raises is raised where the module is imported.
+    """
+    module = sys.modules.get(name)
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        action(module)
+        return
+    _waiting.setdefault(name, []).append(action)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what the other finders find, with a loader that runs the actions afterwards."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _waiting:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _LoaderWithActions(spec.loader, _waiting.pop(fullname))
+                return spec
+        return None
+
+
+class _LoaderWithActions(Loader):
+    def __init__(self, loader: Any, actions: list[Action]) -> None:
+        self._loader, self._actions = loader, actions
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        created: ModuleType | None = self._loader.create_module(spec)
+        return created
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The module keeps the loader that it would have had: source code and resources are asked of it.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        for action in self._actions:
+            action(module)
+
+
+_finder = _Finder()
