@@ -9,6 +9,7 @@ rare calls, not for speed.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,9 @@ class Messages(Protocol):
 
     def has(self, address: Address) -> bool:
         """True if a message has arrived."""
+
+    def end_work(self, reason: SparkError) -> None:
+        """Ends the work of this rank."""
 
 
 class PairWork(Work):  # type: ignore[misc]
@@ -382,6 +386,33 @@ def instead_of_gloo() -> Iterator[None]:
         yield
     finally:
         torch.distributed.new_group = original
+
+
+@contextmanager
+def connecting(what: str, seconds: float) -> Iterator[None]:
+    """Ends the pair's work if the body, in which `what` connects both ranks by itself, takes more than `seconds`.
+
+    Nothing can interrupt it, but the engine's process can end.
+    """
+
+    def give_up() -> None:
+        if _messages is not None:
+            _messages.end_work(
+                PeerLostError(
+                    f"{what} did not connect to the other rank within {seconds:g} s; it uses TCP ports of its own "
+                    "choice, so let everything through the firewalls of both machines on the link"
+                )
+            )
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if timer is not threading.current_thread():
+            timer.join()
 
 
 def _make(options: Any, _: Any) -> PairGroup:

@@ -23,10 +23,11 @@ from vllm_spark.executor.credentials import Role, tls_context
 from vllm_spark.executor.group_link import GroupLink
 from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.executor.tls import TlsConnection
-from vllm_spark.process_group import BACKEND, instead_of_gloo
+from vllm_spark.process_group import BACKEND, connecting, instead_of_gloo
 
 SECRET = b"one secret, long enough"
 SECONDS = 60.0
+ended: list[Exception] = []
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 
 
@@ -39,7 +40,7 @@ def link(rank: int, port: int) -> GroupLink:
     else:
         plain = _connect(port)
     connection = TlsConnection(plain, tls_context(SECRET, role), server_side=rank == 0, timeout=SECONDS)
-    return GroupLink(Lane(connection, f"rank {1 - rank}", 1 << 30))
+    return GroupLink(Lane(connection, f"rank {1 - rank}", 1 << 30), ended.append)
 
 
 def _connect(port: int) -> socket.socket:
@@ -271,6 +272,21 @@ def left_alone(rank: int, port: int) -> dict[str, Any]:
     errors = [_error(dist.barrier), _error(lambda: dist.all_reduce(torch.ones(1)))]
     errors.append(_error(lambda: dist.distributed_c10d._get_default_store().get("nothing")))
     return {"errors": errors, "seconds": time.monotonic() - begun}
+
+
+def stuck(rank: int, port: int) -> dict[str, Any]:
+    """What connects by itself takes too long, or does not."""
+    opened = link(rank, port)
+    join(rank, opened)
+    dist.barrier()
+    with connecting("NCCL", 60):
+        in_time = len(ended)
+    with connecting("NCCL", 0.2):
+        end = time.monotonic() + SECONDS
+        while not ended and time.monotonic() < end:
+            time.sleep(0.01)
+    dist.barrier()
+    return {"in time": in_time, "errors": [str(error) for error in ended], "threads": threading.active_count()}
 
 
 def closed(rank: int, port: int) -> dict[str, Any]:

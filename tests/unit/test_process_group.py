@@ -109,6 +109,16 @@ def test_closing_ends_every_wait() -> None:
     assert "closed the connection" in theirs["error"]
 
 
+def test_what_connects_by_itself_is_bounded() -> None:
+    """NCCL waits for ever for a port that a firewall keeps closed, where nothing can interrupt it."""
+    for answer in run("stuck"):
+        assert answer["in time"] == 0
+        (sentence,) = answer["errors"]
+        assert sentence.startswith("NCCL did not connect to the other rank within 0.2 s; ")
+        assert "firewall" in sentence
+        assert answer["threads"] == 2  # this one and the link's
+
+
 @pytest.mark.parametrize("device", ["meta"])
 def test_only_tensors_of_the_cpu(device: str) -> None:
     import torch

@@ -124,7 +124,7 @@ class FollowerSession:
         for lane in (control, calls, groups):
             lane.rely_on_beats()
         try:
-            self._follow(calls, GroupLink(groups), host, port)
+            self._follow(calls, GroupLink(groups, self._give_up), host, port)
         except Exception as error:
             self._give_up(error)
 

@@ -65,10 +65,11 @@ class GroupLink:
 
     Args:
         lane: the groups lane, owned by this object from here on; a thread of its own receives from it.
+        end_work: ends the work of this rank, for a reason that nobody who waits here would see.
     """
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, lane: Lane, end_work: Callable[[SparkError], None]) -> None:
+        self._lane, self.end_work = lane, end_work
         self._arrival = threading.Condition()
         self._mail: dict[Address, Message] = {}
         self._handlers: dict[str, Callable[[int, Message], None]] = {}

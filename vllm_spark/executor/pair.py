@@ -58,7 +58,7 @@ class Pair:
         self.ledger = TokenLedger()
         self._listener, self._follower, self._board = listener, follower, board
         self._runtime: collective.Runtime | None = None
-        self.groups = GroupLink(follower.groups)
+        self.groups = GroupLink(follower.groups, self.fail)
         self._interface: LinkInterface | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()

@@ -81,6 +81,8 @@ def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
     values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
     if local_address:
         values["VLLM_HOST_IP"] = local_address
+    # NCCL's watchdog would ask the store of the process groups every second whether to write its state to a file.
+    values["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     chosen = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(chosen)
     return LinkInterface(chosen)

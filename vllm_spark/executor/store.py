@@ -7,6 +7,8 @@ everybody, and wait there for a follower that is dead for half an hour.
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -22,6 +24,9 @@ from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 INIT_METHOD = "spark://pair"
 """How torch is told to use the pair's store."""
 
+logger = logging.getLogger("vllm_spark")
+
+_SPLIT_GROUPS = "VLLM_DISTRIBUTED_USE_SPLIT_GROUP"
 _REQUESTS, _ANSWERS = "store requests", "store answers"
 _DEFAULT_TIMEOUT = timedelta(minutes=5)
 _ANSWER_SECONDS = 60.0  # for the leader's answer to what never waits for a key
@@ -223,6 +228,9 @@ def open_groups(link: GroupLink, rank: int) -> None:
     if not _registered:
         register_rendezvous_handler("spark", _rendezvous)
         _registered = True
+    if os.environ.get(_SPLIT_GROUPS, "0") not in ("", "0"):
+        logger.warning("%s is ignored: it would make groups of gloo, which needs ports of its own.", _SPLIT_GROUPS)
+        os.environ[_SPLIT_GROUPS] = "0"
     _current = PairStore(link, rank), rank
     use_messages(link)
     if not is_initialized():
