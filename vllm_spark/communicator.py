@@ -107,7 +107,7 @@ class _OutOfPlace(CpuCommunicator):  # type: ignore[misc]
 
 
 class SparkCpuCommunicator(_Routing, _OutOfPlace):
-    """CPU tensors: the runtime's CPU reduce, else gloo."""
+    """CPU tensors: the runtime's CPU reduce, else the pair's process group."""
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:
         """False: vLLM's own shared-memory path would take both ranks to be on one host."""

@@ -2,8 +2,8 @@
 
 Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process makes
 itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks the secret
-never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What torch and vLLM exchange
-beside the channel is not covered (docs/protocol.md, "What is not protected").
+never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What the collectives and NCCL
+exchange beside the channel is not covered (docs/protocol.md, "What is not protected").
 """
 
 from __future__ import annotations
