@@ -155,6 +155,11 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         """The name under which torch knows this kind of group."""
         return BACKEND
 
+    @property
+    def group_name(self) -> str:
+        """The name under which torch registers the group. (torch's own asks a backend, and here there is none.)"""
+        return self._label
+
     def set_timeout(self, timeout: timedelta) -> None:
         """How long an operation waits for the other rank unless it is told."""
         self._limit = timeout

@@ -178,7 +178,13 @@ def alone(rank: int, port: int) -> dict[str, Any]:
     dist.all_gather_object(objects, "x", group=mine)
     dist.barrier(group=mine)
     assert all(one.tolist() == [0, 1, 2, 3] for one in (value, gathered, parts[0], scattered))
-    return {"objects": objects, "size": dist.get_world_size(mine), "rank": dist.get_rank(mine)}
+    found = {"objects": objects, "size": dist.get_world_size(mine), "rank": dist.get_rank(mine)}
+    dist.barrier()
+    dist.destroy_process_group(mine)
+    dist.destroy_process_group()
+    close_groups()
+    assert not dist.is_initialized()
+    return found
 
 
 def both_send_much(rank: int, port: int) -> dict[str, Any]:
