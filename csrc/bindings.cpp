@@ -6,7 +6,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
 #include <tuple>
+#include <utility>
 
 #include "device/runtime.hpp"
 #include "errors.hpp"
@@ -18,7 +20,36 @@ namespace py = pybind11;
 namespace spark {
 namespace {
 
+// For whatever may wait, take a lock or call a driver, be it for a moment: with the interpreter's lock held
+// no other thread of Python runs, among them those that send heartbeats and carry what heals a link. None of
+// these functions touches a Python object, and no lock of theirs is held when the interpreter's is taken
+// again.
 using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+// The same for the end of an object, which may be the garbage collector's work: closing waits for the GPU and
+// for the peer.
+struct DeleteUnlocked {
+  template <typename Object>
+  void operator()(Object* object) const {
+    // Python may be gone, or the thread not one of its own: then there is nothing to release.
+    if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
+      delete object;
+      return;
+    }
+    py::gil_scoped_release unlocked;
+    delete object;
+  }
+};
+
+template <typename Object>
+using Held = std::unique_ptr<Object, DeleteUnlocked>;
+
+// Makes an object without the interpreter's lock: pinning memory and loading kernels take a while.
+template <typename Object, typename... Arguments>
+Held<Object> make_unlocked(Arguments&&... arguments) {
+  py::gil_scoped_release unlocked;
+  return Held<Object>(new Object(std::forward<Arguments>(arguments)...));
+}
 
 void* pointer(uintptr_t address) {
   return reinterpret_cast<void*>(address);
@@ -60,10 +91,17 @@ void put_link_counters(py::dict& values, const verbs::Link* link) {
   values["rails_up"] = read(counters.rails_up);
   values["rail_failures"] = read(counters.rail_failures);
   values["rail_recoveries"] = read(counters.rail_recoveries);
+  values["rail_proof_failures"] = read(counters.rail_proof_failures);
   values["reposts"] = read(counters.reposts);
   py::list posts;
   for (const auto& rail : counters.posts) posts.append(read(rail));
   values["rail_posts"] = py::tuple(posts);
+  py::list states;
+  for (size_t rail = 0; link != nullptr && rail < link->rails(); ++rail) {
+    states.append(verbs::kRailConditions[static_cast<uint32_t>(
+        counters.conditions[rail].load(std::memory_order_relaxed))]);
+  }
+  values["rail_states"] = py::tuple(states);
   values["link_lost"] = counters.lost.load(std::memory_order_relaxed);
 }
 
@@ -112,8 +150,13 @@ py::tuple address_of(const AnyRuntime& runtime) {
 }
 
 py::list rdma_ports() {
+  std::vector<verbs::PortInfo> found;
+  {
+    py::gil_scoped_release unlocked;
+    found = verbs::list_ports();
+  }
   py::list ports;
-  for (const verbs::PortInfo& info : verbs::list_ports()) {
+  for (const verbs::PortInfo& info : found) {
     py::list gids;
     for (const verbs::GidInfo& gid : info.gids) {
       gids.append(py::make_tuple(gid.index,
@@ -150,7 +193,7 @@ verbs::Link& link_of(const AnyRuntime& runtime) {
 
 // What both runtimes have in common.
 template <typename AnyRuntime>
-void bind_common(py::class_<AnyRuntime>& bound) {
+void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
   bound.def("address", &address_of<AnyRuntime>)
       .def(
           "connect",
@@ -179,17 +222,27 @@ void bind_common(py::class_<AnyRuntime>& bound) {
       .def("abort", &AnyRuntime::abort, Unlocked())
       .def("close", &AnyRuntime::close, Unlocked())
       .def("hold_proxy", &AnyRuntime::hold_proxy)
-      .def("deliver",
-           [](AnyRuntime& runtime, const std::string& announcement) {
-             link_of(runtime).bulletin().deliver(announcement);
-           })
+      .def(
+          "deliver",
+          [](AnyRuntime& runtime, const std::string& announcement) {
+            link_of(runtime).bulletin().deliver(announcement);
+          },
+          Unlocked())
       .def("take_announcement",
-           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).bulletin().take()); })
+           [](AnyRuntime& runtime) {
+             std::string announcement;
+             {
+               py::gil_scoped_release unlocked;
+               announcement = link_of(runtime).bulletin().take();
+             }
+             return py::bytes(announcement);
+           })
       .def("silence",
            [](const AnyRuntime& runtime) {
              return std::chrono::duration<double>(link_of(runtime).bulletin().silence()).count();
            })
-      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); })
+      .def(
+          "take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); }, Unlocked())
       .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
       .def_property_readonly("link_ready",
                              [](const AnyRuntime& runtime) {
@@ -203,14 +256,14 @@ void bind_common(py::class_<AnyRuntime>& bound) {
 
 void bind_wire_probe(py::module_& module) {
   using verbs::WireProbe;
-  auto probe = py::class_<WireProbe>(module, "WireProbe");
+  auto probe = py::class_<WireProbe, Held<WireProbe>>(module, "WireProbe");
   probe.attr("MAX_DEPTH") = WireProbe::kMaxDepth;
   probe
       .def(py::init([](const std::vector<RailTuple>& rails, uint64_t largest, double timeout_s,
                        uint8_t traffic_class, uint8_t service_level, const std::function<void()>& attend) {
              verbs::ProbeOptions options{
                  largest, nanoseconds(timeout_s), {traffic_class, service_level}, attend};
-             return std::make_unique<WireProbe>(options, rail_addresses(rails));
+             return make_unlocked<WireProbe>(options, rail_addresses(rails));
            }),
            py::kw_only(), py::arg("rails"), py::arg("largest"), py::arg("timeout_s"),
            py::arg("traffic_class"), py::arg("service_level"), py::arg("attend"))
@@ -248,11 +301,11 @@ PYBIND11_MODULE(_native, module) {
   module.attr("REGION_VERSION") = kRegionVersion;
   module.attr("MAX_DEPTH") = kMaxSlots / 2;
 
-  auto runtime = py::class_<Runtime>(module, "Runtime");
+  auto runtime = py::class_<Runtime, Held<Runtime>>(module, "Runtime");
   runtime.def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
                           double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
                           uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
-                return std::make_unique<Runtime>(make_options(
+                return make_unlocked<Runtime>(make_options(
                     rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s, stripes,
                     timeout_s, first_sequence, largest_message, clear_interval));
               }),
@@ -277,7 +330,7 @@ PYBIND11_MODULE(_native, module) {
 
   using device::DeviceRuntime;
   using device::LaunchShape;
-  auto device_runtime = py::class_<DeviceRuntime>(module, "DeviceRuntime");
+  auto device_runtime = py::class_<DeviceRuntime, Held<DeviceRuntime>>(module, "DeviceRuntime");
   device_runtime.def(
       py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
                   double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
@@ -285,12 +338,13 @@ PYBIND11_MODULE(_native, module) {
                   uint32_t payload_threads, uint32_t payload_blocks, uint32_t payload_bytes_per_block,
                   uint32_t payload_message_bytes, bool dependent_launch, const py::bytes& kernels,
                   uint32_t clear_interval) {
-        return std::make_unique<DeviceRuntime>(
+        std::string image = kernels;
+        return make_unlocked<DeviceRuntime>(
             make_options(rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
                          stripes, timeout_s, first_sequence, largest_message, clear_interval),
             LaunchShape{packet_threads, payload_threads, payload_blocks, payload_bytes_per_block,
                         payload_message_bytes, dependent_launch},
-            kernels);
+            image);
       }),
       py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
       py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
@@ -299,19 +353,24 @@ PYBIND11_MODULE(_native, module) {
       py::arg("payload_message_bytes"), py::arg("dependent_launch"), py::arg("kernels"),
       py::arg("clear_interval") = Options().clear_interval);
   bind_common(device_runtime);
-  // These launch a kernel and return: microseconds, for which the interpreter lock need not be handed around.
+  // These launch a kernel and return, which takes microseconds; but a launch waits while the driver's queue
+  // of launches is full, as it is when the kernels in front wait for the peer.
   device_runtime
-      .def("all_reduce",
-           [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype,
-              uintptr_t handle) {
-             self.all_reduce(pointer(in), pointer(out), elements, dtype, stream(handle));
-           })
-      .def("all_gather",
-           [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes,
-              uintptr_t handle) {
-             self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
-           })
-      .def("check", &DeviceRuntime::check);
+      .def(
+          "all_reduce",
+          [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype,
+             uintptr_t handle) {
+            self.all_reduce(pointer(in), pointer(out), elements, dtype, stream(handle));
+          },
+          Unlocked())
+      .def(
+          "all_gather",
+          [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes,
+             uintptr_t handle) {
+            self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
+          },
+          Unlocked())
+      .def("check", &DeviceRuntime::check, Unlocked());
 
   bind_wire_probe(module);
 }

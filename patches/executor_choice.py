@@ -11,6 +11,9 @@ from vllm_spark.patches import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
+        if leader := sys.modules.get("vllm_spark.executor.leader"):
+            leader.give_up_unfinished_start()
         from vllm_spark.command_line import section_of
 
         section = section_of(self)
@@ -18,9 +21,6 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         from vllm_spark.activation import configure
 
-        # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
-        if leader := sys.modules.get("vllm_spark.executor.leader"):
-            leader.give_up_unfinished_start()
         return configure(self, section, lambda: original(self, *args, **kwargs))
 
     return create_engine_config

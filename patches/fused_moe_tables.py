@@ -45,5 +45,5 @@ PATCH = Patch(
         "f3fed2eb4d4b": "0.31.0, 0.32.0, 0.33.0",
     },
     replace=_replace,
-    when="serving",
+    when="tuning",
 )

@@ -27,5 +27,5 @@ PATCH = Patch(
     feature="tuned parameters of Marlin for linear layers",
     fingerprints={"bd5b0a0e3649": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,
-    when="serving",
+    when="tuning",
 )

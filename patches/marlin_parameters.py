@@ -31,5 +31,5 @@ PATCH = Patch(
         "8a677e00bc64": "0.30.0, 0.31.0, 0.32.0, 0.33.0",
     },
     replace=_replace,
-    when="serving",
+    when="tuning",
 )

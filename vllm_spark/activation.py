@@ -14,7 +14,7 @@ from vllm_spark import __version__
 from vllm_spark.command_line import SECTION, settings_of_command_line
 from vllm_spark.config import FLAG, SparkConfig, misspelt_variables
 from vllm_spark.counter_board import engine_death, engine_failure
-from vllm_spark.errors import ConfigurationError, SparkError, StoppedError
+from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.fit import check_vllm
 from vllm_spark.logs import log_as, share_vllms_log
 from vllm_spark.patches import apply_all
@@ -22,6 +22,9 @@ from vllm_spark.quantization_groups import repeat_where_groups_straddle
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 from vllm_spark.refusals import (
     EXECUTOR,
+    adapter_refusal_in,
+    keep_collectives,
+    refuse_configuration,
     refuse_fp8_inputs_of_marlin,
     refuse_indivisible_shards,
     refuse_what_a_pair_cannot_do,
@@ -68,6 +71,9 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     """
     check_vllm()
     apply_all("leading")
+    from vllm_spark.executor.environment import record_environment
+
+    record_environment()
     if not isinstance(section, (SparkConfig, dict)):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
@@ -91,12 +97,17 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
         **(engine_args.additional_config or {}),
         SECTION: {"version": __version__},
     }
+    keep_collectives(engine_args)
     with vllms_objections(engine_args.model):
         vllm_config = create()
+    # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
+    vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
+    refuse_configuration(vllm_config)
     refuse_indivisible_shards(vllm_config)
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     check_link(config)
     attach_settings(vllm_config, config)
+    apply_all("engine")
     dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
     make_socket_folder()
 
@@ -203,6 +214,12 @@ def serve(args: Any, original: Callable[[], None]) -> None:
         )
     except KeyboardInterrupt:
         _exit_with(engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
+    except ValueError as error:
+        # So vLLM ends for an adapter of the command line that its engine refuses.
+        sentence = adapter_refusal_in(str(error))
+        if sentence is None:
+            raise
+        _exit_with(RefusedError(sentence))
     except RuntimeError:
         # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
         failure = engine_failure()

@@ -67,7 +67,8 @@ class SparkConfig(BaseModel):
     port: int = _setting(DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535)
     secret_file: Path | None = _setting(
         None,
-        "File with the secret that both machines share (at least 16 bytes, readable by its owner only). "
+        "File with the secret that both machines share (at least 16 bytes; this user's or root's, and readable by its "
+        "owner only, unless it is on a read-only mount, as containers have their secrets). "
         f"The variable {SECRET_VARIABLE} may hold the secret itself instead, not as well. "
         "Needed except on a loopback address. "
         "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
@@ -194,6 +195,16 @@ class SparkConfig(BaseModel):
             raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
         if port is not None and info.field_name == "address":
             raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _is_no_service(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                "it is not a port but an address, which Kubernetes puts into SPARK_PORT for a service with the name "
+                "`spark`; set SPARK_PORT in the container's `env`, or `enableServiceLinks: false` for its pod"
+            )
         return value
 
     @field_validator("rails")

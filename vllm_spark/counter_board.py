@@ -22,6 +22,9 @@ from vllm_spark.patches import ANNOUNCED
 from vllm_spark.ranks import RANKS
 
 BOARD_VARIABLE = ANNOUNCED
+"""Where the board is: `/proc/PID/fd/NUMBER`, a space, and its inode: another process may have got that number since."""
+
+_MEMORY_NAME = "vllm-spark-counters"
 _FAILURE, _AT_WORK = len(RANKS), len(RANKS) + 1
 _SLOTS = len(RANKS) + 2
 _SLOT = 4096
@@ -39,6 +42,8 @@ class _Failure(msgspec.Struct):
 
 class _AtWork(msgspec.Struct):
     process: int
+    left: bool = False
+    in_order: bool = False
 
 
 class RankCounters(msgspec.Struct):
@@ -60,6 +65,8 @@ class RankCounters(msgspec.Struct):
     rails_up: int = 0
     rail_failures: int = 0
     rail_recoveries: int = 0
+    rail_proof_failures: int = 0
+    rails_held_down: int = 0
     reposts: int = 0
 
 
@@ -75,18 +82,19 @@ class CounterBoard:
     @classmethod
     def create(cls) -> CounterBoard:
         """A new board, announced to the processes that this one starts from now on."""
-        descriptor = os.memfd_create("vllm-spark-counters", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create(_MEMORY_NAME, os.MFD_CLOEXEC)
         os.ftruncate(descriptor, _SLOT * _SLOTS)
-        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor}"
+        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor} {os.fstat(descriptor).st_ino}"
         return cls(descriptor)
 
     @classmethod
     def from_environment(cls) -> CounterBoard:
-        """The board that a parent process announced; one that forgets everything if there is none."""
-        path = os.environ.get(BOARD_VARIABLE)
-        if not path:
-            return cls(None)
+        """The board that a parent process announced; one that forgets everything if there is none, or none any more."""
+        path, _, inode = os.environ.get(BOARD_VARIABLE, "").partition(" ")
         try:
+            # Looked at before it is opened, which is no harmless thing to do with every file.
+            if os.readlink(path) != f"/memfd:{_MEMORY_NAME} (deleted)" or str(os.stat(path).st_ino) != inode:
+                return cls(None)
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return cls(None)
@@ -107,12 +115,17 @@ class CounterBoard:
         self._clear(_FAILURE)
 
     def begin_work(self) -> None:
-        """Says that the engine is this process, and has not ended unless it takes leave or leaves a reason."""
+        """Says that the engine is this process, and runs until it calls `end_work` or leaves a reason."""
         self._put(_AT_WORK, _AtWork(os.getpid()))
 
-    def take_leave(self) -> None:
-        """Says that the engine ends in good order."""
-        self._clear(_AT_WORK)
+    def end_work(self, *, in_order: bool) -> None:
+        """Says that the engine ends by itself: because it was asked to, or by an error of vLLM's own."""
+        self._put(_AT_WORK, _AtWork(os.getpid(), left=True, in_order=in_order))
+
+    def ended_in_order(self) -> bool:
+        """Whether the engine has ended because it was asked to."""
+        record = self._at_work()
+        return record is not None and record.in_order
 
     def failure(self) -> SparkError | None:
         """The reason that the engine left, with its exit code; None if it left none."""
@@ -125,18 +138,17 @@ class CounterBoard:
         return error
 
     def death(self) -> SparkError | None:
-        """Why the engine ended: the reason that it left, or that it left none; None if it took leave, or still runs."""
+        """Why the engine ended: the reason that it left, or that it was killed; None if it runs, or ended by itself."""
         if failure := self.failure():
             return failure
-        payload = self._get(_AT_WORK)
-        if payload is None:
+        record = self._at_work()
+        if record is None or record.left:
             return None
-        process = msgspec.json.decode(payload, type=_AtWork).process
-        if not _has_ended(process):
+        if not _has_ended(record.process):
             return None  # it failed by an error of vLLM's own, which the log has, and is on its way out
         return SparkError(
-            f"the engine (process {process}) ended without a word: killed by hand, by the kernel when memory ran out "
-            "(see dmesg), or because it did not end in time; start it again, with less memory if that was it"
+            f"the engine (process {record.process}) ended without a word: killed by hand, by the kernel when memory "
+            "ran out (see dmesg), or because it did not end in time; start it again, with less memory if that was it"
         )
 
     def write(self, counters: RankCounters | dict[str, Any]) -> None:
@@ -148,6 +160,10 @@ class CounterBoard:
         """The ranks' records written so far."""
         payloads = [self._get(rank) for rank in RANKS]
         return [msgspec.json.decode(payload, type=RankCounters) for payload in payloads if payload is not None]
+
+    def _at_work(self) -> _AtWork | None:
+        payload = self._get(_AT_WORK)
+        return None if payload is None else msgspec.json.decode(payload, type=_AtWork)
 
     def _put(self, slot: int, record: msgspec.Struct) -> None:
         if self._map is None:
@@ -193,7 +209,14 @@ def engine_failure() -> SparkError | None:
 
 
 def engine_death() -> SparkError | None:
-    """The same of an engine that has ended, also if it was killed; None if it took leave, or there is no board."""
+    """The same of an engine that has ended, also if it was killed; None if it ended itself, or there is no board."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         return CounterBoard.from_environment().death()
     return None
+
+
+def engine_ended_in_order() -> bool:
+    """Whether the engine that this process started has ended because it was asked to."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        return CounterBoard.from_environment().ended_in_order()
+    return False

@@ -6,12 +6,38 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from vllm_spark.errors import SparkError
+
+_PROJECT = 'name = "vllm-spark"'
+"""A line of the file pyproject.toml of this project alone."""
+
+
+_PACKAGE = Path(__file__).parent
+
 
 def data_folder(name: Literal["patches", "configs"]) -> Path:
-    """Where the files of `name` are."""
-    package = Path(__file__).parent
-    installed = package / "data" / name
-    return installed if installed.is_dir() else package.parent / name
+    """Where the files of `name` are: in the installed package, or beside the package in this project's checkout.
+
+    Raises:
+        SparkError: in neither. A folder of that name beside an installed package is somebody else's.
+    """
+    installed = _PACKAGE / "data" / name
+    if installed.is_dir():
+        return installed
+    if _is_checkout(_PACKAGE.parent):
+        return _PACKAGE.parent / name
+    raise SparkError(
+        f"this installation of vllm-spark is incomplete: there is no folder {installed}; install it again: "
+        "pip install --force-reinstall --no-deps vllm-spark, or the same with the path of its source tree"
+    )
+
+
+def _is_checkout(folder: Path) -> bool:
+    """Whether `folder` is the top of this project's source tree."""
+    try:
+        return _PROJECT in (folder / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def configuration_folder() -> Path | None:

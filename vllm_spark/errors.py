@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_spark.wording import without_stop
+
 EXIT_USAGE = 2
 """The command or its settings are wrong: nothing was started."""
 
@@ -22,10 +24,14 @@ class SparkError(Exception):
     """A failure that is explained by its message alone.
 
     The message is one sentence that names the offending value and the remedy. `exit_code` is what a
-    command line returns for it.
+    command line returns for it. Whoever shows the message adds a full stop: it has none, also if it ends in the words
+    of another program.
     """
 
     exit_code: int = 1
+
+    def __str__(self) -> str:
+        return without_stop(super().__str__())
 
 
 class ConfigurationError(SparkError):
@@ -38,6 +44,10 @@ class RefusedError(SparkError):
     """The peer was reached, but the two sides do not fit together."""
 
     exit_code = EXIT_REFUSED
+
+
+class VersionsError(RefusedError):
+    """The two machines run other versions: they cannot work together until one of them is installed anew."""
 
 
 class PeerLostError(SparkError):

@@ -11,27 +11,44 @@ import signal
 import sys
 import threading
 
+import msgspec
+
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.visit import answer
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import RefusedError, SparkError, VersionsError
+from vllm_spark.executor.environment import Environment, RestartError
 from vllm_spark.executor.follower import FollowerSession
-from vllm_spark.following import CONFIG_VARIABLE
+from vllm_spark.following import (
+    ADOPTED_VARIABLE,
+    CONFIG_VARIABLE,
+    EXIT_RESTART,
+    ONCE_VARIABLE,
+    RESULT_VARIABLE,
+)
 from vllm_spark.logs import log_as
 
 logger = logging.getLogger("vllm_spark")
 
 
 def main() -> int:
-    """Entry of a session's process; the settings come as JSON in the environment."""
+    """Entry of a session's process; the settings come as JSON in the environment, and the leader's if it has one."""
     log_as("vllm-spark join")
     config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-    session = FollowerSession(config, answer)
+    once = bool(os.environ.pop(ONCE_VARIABLE, ""))
+    result = int(os.environ.pop(RESULT_VARIABLE))
+    adopted = os.environ.pop(ADOPTED_VARIABLE, None)
+    environment = None if adopted is None else msgspec.json.decode(adopted, type=Environment)
+    session = FollowerSession(config, answer, once=once, adopted=environment)
     _stop_on_signal(session)
     try:
         session.run()
     except SparkError as error:
         logger.error("%s.", error)
-        return error.exit_code
+        heals = isinstance(error, RefusedError) and not isinstance(error, VersionsError)
+        return 1 if heals and not once else error.exit_code
+    except RestartError as restart:
+        os.write(result, msgspec.json.encode(restart.environment))
+        return EXIT_RESTART
     except KeyboardInterrupt:
         return 130
     return 0

@@ -11,9 +11,12 @@ import subprocess
 import time
 from types import FrameType
 
+import msgspec
+
 from vllm_spark.child_process import KILL_SECONDS, end_with_parent, python_module
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
+from vllm_spark.executor.environment import Environment, with_leaders
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.secret import load_secret
 from vllm_spark.fit import check_vllm
@@ -23,6 +26,17 @@ logger = logging.getLogger("vllm_spark")
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
 """In which a session's process finds its settings, as JSON."""
 
+ADOPTED_VARIABLE = "_SPARK_ADOPTED_ENVIRONMENT"
+"""In which it finds the leader's environment that was laid over this one's for it, as JSON; absent without one."""
+
+RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
+"""In which it finds the descriptor of a file for its result."""
+
+EXIT_RESTART = 75
+"""With which a session ends whose leader has another environment: its result, with which the next one starts."""
+ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+"""In which it finds whether the first refusal is the last (any value but an empty one)."""
+
 _SESSION = "vllm_spark.follower_process"
 _STOP_GRACE = 3.0  # seconds for a session to say goodbye
 _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
@@ -30,7 +44,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
 def follow_leaders(config: SparkConfig, *, once: bool) -> int:
-    """Runs a session process per leader until refused, stopped, or (with `once`) the first leader left.
+    """Runs a session process per leader until stopped, or (with `once`) the first leader left or refused.
+
+    It also ends for what no waiting heals: the leader has another secret, or other versions.
 
     Returns:
         The exit code of the command: 0 when stopped, else that of the last session.
@@ -40,7 +56,7 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     """
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    with _Sessions(config) as sessions:
+    with _Sessions(config, once) as sessions:
         return _follow(sessions, once)
 
 
@@ -52,6 +68,9 @@ def _follow(sessions: _Sessions, once: bool) -> int:
         if sessions.stopped:
             logger.info("Stopped by %s.", sessions.stopped.name)
             return 0
+        if code == EXIT_RESTART:
+            logger.info("The next process starts with the leader's environment.")
+            continue
         if code in (EXIT_USAGE, EXIT_REFUSED):
             return code
         if once:
@@ -79,8 +98,9 @@ class _Sessions:
     A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
     """
 
-    def __init__(self, config: SparkConfig) -> None:
-        self._config = config
+    def __init__(self, config: SparkConfig, once: bool) -> None:
+        self._settings = {CONFIG_VARIABLE: config.model_dump_json(), ONCE_VARIABLE: "1" if once else ""}
+        self._leader: Environment | None = None  # the environment of the last leader that had another one
         self.stopped: signal.Signals | None = None
 
     def __enter__(self) -> _Sessions:
@@ -101,9 +121,21 @@ class _Sessions:
         """Runs a session to its end and returns its exit code (negative for a signal)."""
         if self.stopped:
             return 0
+        result = os.memfd_create("vllm-spark-session-result", os.MFD_CLOEXEC)
+        try:
+            code = self._run(result)
+            if code == EXIT_RESTART:
+                content = os.pread(result, os.fstat(result).st_size, 0)
+                self._leader = msgspec.json.decode(content, type=Environment)
+            return code
+        finally:
+            os.close(result)
+
+    def _run(self, result: int) -> int:
         process = subprocess.Popen(
             python_module(_SESSION),
-            env={**os.environ, CONFIG_VARIABLE: self._config.model_dump_json()},
+            env=self._environment(result),
+            pass_fds=[result],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=end_with_parent(os.getpid()),
@@ -127,6 +159,16 @@ class _Sessions:
                 f"the session (process {process.pid}) survives SIGKILL: its driver or disk does not let go of it; "
                 "restart this machine"
             ) from None
+
+    def _environment(self, result: int) -> dict[str, str]:
+        ours = {**self._settings, RESULT_VARIABLE: str(result)}
+        if self._leader is None:
+            return {**os.environ, **ours}
+        return {
+            **with_leaders(os.environ, self._leader),
+            **ours,
+            ADOPTED_VARIABLE: msgspec.json.encode(self._leader).decode(),
+        }
 
     def pause(self, seconds: float) -> None:
         """Waits, but not on when asked to stop."""

@@ -26,6 +26,11 @@ _ALL = "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
+        Anchor("vllm.v1.engine.core:EngineCoreProc.run_engine_core"),
+        "the stack of an engine that has a process of its own shows it",
+        {"6e1a26904205": "0.26.0, 0.32.0, 0.33.0"},
+    ),
+    Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", scope="source"),
         "the leader's own worker is made by it",
         {"4e1939978dfb": _ALL},
@@ -172,5 +177,31 @@ HOOKS: tuple[Hook, ...] = (
         Anchor("vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase.broadcast"),
         "counted and passed on",
         {"9d7bcb49a0c6": _ALL},
+    ),
+    Hook(
+        Anchor("vllm.v1.executor.abstract:Executor.add_lora", scope="source"),
+        "goes through collective_rpc, where the adapter is compared",
+        {"7de00a9c2cd1": _ALL},
+    ),
+    Hook(
+        Anchor("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.add_adapter", scope="source"),
+        "when an adapter's files are read: what is in memory and not to be loaded in place is not",
+        {
+            "83aa6fbaaa21": "0.26.0, 0.27.0",
+            "e4492f871d5e": "0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0",
+        },
+    ),
+    Hook(
+        Anchor("vllm.lora.utils:get_adapter_absolute_path", scope="source"),
+        "where a rank finds an adapter",
+        {
+            "3b8144260976": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0",
+            "77439c26a595": "0.31.0, 0.32.0, 0.33.0",
+        },
+    ),
+    Hook(
+        Anchor("vllm.model_executor.model_loader.base_loader:BaseModelLoader.download_model", scope="source"),
+        "downloads a model on the leader",
+        {"a07d772a8a77": _ALL},
     ),
 )

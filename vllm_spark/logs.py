@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 
-from vllm_spark.counter_board import engine_death, engine_failure
+from vllm_spark.counter_board import engine_death, engine_ended_in_order, engine_failure
 from vllm_spark.errors import SparkError
+
+_DEAD = "EngineDeadError"
+"""vLLM's error for whoever asks an engine that has ended."""
 
 _DATE_FORMAT = "%m-%d %H:%M:%S"  # vLLM's
 
@@ -33,12 +36,21 @@ def share_vllms_log() -> None:
             handler.addFilter(_OneSentence())
 
 
+_OF_CLIENTS = "vllm.v1.engine.async_llm"
+"""The logger of what reads an engine's answers. It logs their end as a failure, also when a server is stopped."""
+
+
 class _OneSentence(logging.Filter):
-    """Leaves a sentence of a failure that is explained by one: vLLM logs it in each process with its traceback."""
+    """Leaves a sentence of a failure that is explained by one: vLLM logs it in each process with its traceback.
+
+    Leaves nothing of the end of an engine that was asked to end.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, BaseException) and not logging.getLogger("vllm").isEnabledFor(logging.DEBUG):
+            if record.name == _OF_CLIENTS and type(error).__name__ == _DEAD and engine_ended_in_order():
+                return False
             sentence = _explanation(error)
             if sentence is not None:
                 record.msg, record.args = f"{record.getMessage()} {sentence}.", ()
@@ -51,5 +63,5 @@ def _explanation(error: BaseException) -> str | None:
     if isinstance(error, SparkError):
         return str(error)
     # vLLM raises this once its engine is dead; any other error may be about a request alone.
-    failure = engine_death() if type(error).__name__ == "EngineDeadError" else engine_failure()
+    failure = engine_death() if type(error).__name__ == _DEAD else engine_failure()
     return None if failure is None else str(failure)

@@ -21,7 +21,12 @@ _COUNTERS = {
     "proxy_posts": "Messages that the proxy sent",
     "rail_failures": "Times that an RDMA rail failed",
     "rail_recoveries": "Times that a failed RDMA rail came back",
+    "rail_proof_failures": "Times that an RDMA rail was connected but carried no full-size message",
     "reposts": "Messages sent again because a rail failed before they were known to have arrived",
+}
+_GAUGES = {
+    "rails_up": "RDMA rails that data goes over now; 0 without RDMA",
+    "rails_held_down": "RDMA rails that failed soon after they came up, and are not used for a while",
 }
 
 
@@ -32,7 +37,7 @@ class SparkCollector:
         self._board = board
 
     def collect(self) -> Iterator[Any]:
-        """Yields one family per counter, and two gauges, with a sample per rank."""
+        """Yields one family per counter and gauge, with a sample per rank."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         records = list(self._board.read())
@@ -41,10 +46,11 @@ class SparkCollector:
             for record in records:
                 family.add_metric([str(record.rank)], getattr(record, field))
             yield family
-        rails = GaugeMetricFamily("vllm_spark_rails_up", "RDMA rails that work now; 0 without RDMA", labels=["rank"])
-        for record in records:
-            rails.add_metric([str(record.rank)], record.rails_up)
-        yield rails
+        for field, description in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])
+            for record in records:
+                gauge.add_metric([str(record.rank)], getattr(record, field))
+            yield gauge
         digest = GaugeMetricFamily(
             "vllm_spark_token_digest",
             "Rolling digest of every sampled token (48 of its bits); the same on both ranks after the same steps",

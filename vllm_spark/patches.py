@@ -63,7 +63,7 @@ class Anchor:
         return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
-When = Literal["start", "leading", "serving"]
+When = Literal["start", "engine", "leading", "serving", "tuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,9 @@ class Patch:
         replace: takes the original callable, returns the replacement.
         when: `start` in every process of vLLM, as soon as it has imported the module; such a replacement passes on
             whatever it is given unless `--spark` is asked for, so it is made without a look at the source, which plain
-            vLLM would pay for. `leading` in the process that serves clients of a pair; `serving` in the processes that
-            run a model for a pair, before they load it.
+            vLLM would pay for. `engine` in a process that makes an engine of a pair, whoever starts it; `leading` in
+            the process that serves clients of a pair; `serving` in the processes that run a model for a pair, before
+            they load it; `tuning` in those that use tuned parameters.
         required: whether `--spark` cannot be had without it.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from vllm_spark.config import FLAG
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
+from vllm_spark.wording import without_stop
 
 logger = logging.getLogger("vllm_spark")
 
@@ -45,6 +47,88 @@ def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
         raise ConfigurationError(
             f"WORLD_SIZE is {world_size}, and a pair has {WORLD_SIZE} ranks; launch one process on each of two machines"
         )
+
+
+_OWN_COLLECTIVES = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
+"""Compiler passes of vLLM that put collectives of their own, for GPUs of one machine, in place of this project's. Some
+versions turn them on by themselves, where FlashInfer is installed or a model is dense."""
+
+
+def keep_collectives(engine_args: Any) -> None:
+    """Turns off vLLM's compiler passes that go past this project's collectives.
+
+    Raises:
+        ConfigurationError: one of them was asked for.
+    """
+    passes = getattr(getattr(engine_args, "compilation_config", None), "pass_config", None)
+    for name in _OWN_COLLECTIVES:
+        if not hasattr(passes, name):
+            continue  # of another version, or nobody's configuration
+        if getattr(passes, name):
+            raise ConfigurationError(
+                f"--compilation-config.pass_config.{name} does not go with {FLAG}: its collectives reach no other "
+                "machine; leave it out"
+            )
+        setattr(passes, name, False)
+
+
+_TWO_RANKS = "a pair has exactly two tensor-parallel ranks; leave it out, in the environment too"
+_NO_KV_CONNECTORS = "KV connectors need vLLM's own executors; leave it out"
+_CONFIGURATION: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+    ("parallel_config.tensor_parallel_size", "--tensor-parallel-size", (WORLD_SIZE,), _TWO_RANKS),
+    ("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.data_parallel_size", "--data-parallel-size (or VLLM_DP_SIZE)", (1,), _TWO_RANKS),
+    ("parallel_config.decode_context_parallel_size", "--decode-context-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.prefill_context_parallel_size", "--prefill-context-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.nnodes", "--nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
+    ("parallel_config.enable_elastic_ep", "--enable-elastic-ep", (False,), _TWO_RANKS),
+    ("parallel_config.enable_fault_tolerance", "--enable-fault-tolerance", (False,), _TWO_RANKS),
+    (
+        "parallel_config.assigned_physical_gpu_ids",
+        "--device-ids",
+        (None,),
+        "each machine has a GPU of its own; set CUDA_VISIBLE_DEVICES on the machine where another one is meant",
+    ),
+    (
+        "parallel_config.distributed_executor_backend",
+        "--distributed-executor-backend",
+        (EXECUTOR,),
+        "--spark brings an executor of its own; leave it out",
+    ),
+    (
+        "kv_transfer_config.kv_connector",
+        "--kv-transfer-config (or --kv-offloading-size)",
+        (None,),
+        _NO_KV_CONNECTORS,
+    ),
+    (
+        "ec_transfer_config.ec_connector",
+        "--ec-transfer-config",
+        (None,),
+        "encoder-cache connectors need vLLM's own executors; leave it out",
+    ),
+    (
+        "model_config.multimodal_config.mm_processor_cache_type",
+        "--mm-processor-cache-type",
+        (None, "lru"),
+        "a shared-memory cache does not reach the other machine; use lru",
+    ),
+)
+"""Where vLLM's configuration holds what a pair cannot do, the option or variable of it, what is possible, and why."""
+
+
+def refuse_configuration(vllm_config: Any) -> None:
+    """Raises ConfigurationError for what a pair cannot do in the configuration that vLLM made.
+
+    Options are checked before that too (`refuse_what_a_pair_cannot_do`), where vLLM would refuse them in other words or
+    act on them; but vLLM derives some from others, from the environment, and from files.
+    """
+    for path, option, allowed, remedy in _CONFIGURATION:
+        value = vllm_config
+        for name in path.split("."):
+            value = getattr(value, name, allowed[0]) if value is not None else None
+        if value is not None and value not in allowed:
+            raise ConfigurationError(f"{option} {value} does not go with {FLAG}: {remedy}")
 
 
 def refuse_indivisible_shards(vllm_config: Any) -> None:
@@ -81,12 +165,19 @@ def vllms_objections(model: Any) -> Iterator[None]:
     """Turns what vLLM raises for arguments that it does not take into one sentence.
 
     Raises:
-        ConfigurationError: in place of a ValueError (pydantic's included) or OSError (a model that is not there).
+        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (a model that is not there) or an
+            ImportError (an optional package of vLLM's, such as one that reads object storage).
     """
     try:
         yield
     except SparkError:
         raise
+    except ImportError as error:
+        logger.debug("vLLM's own words:", exc_info=error)
+        raise ConfigurationError(
+            f"vLLM needs a package that it cannot import here ({_first_objection(error).rstrip('.')}); install it into "
+            "the environment of vLLM on both machines"
+        ) from error
     except (ValueError, OSError) as error:
         logger.debug("vLLM's own words:", exc_info=error)
         objection = _first_objection(error)
@@ -94,11 +185,25 @@ def vllms_objections(model: Any) -> Iterator[None]:
             raise ConfigurationError(_indivisible(objection)) from error
         if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
             raise ConfigurationError(_model_not_found(str(model), objection)) from error
-        raise ConfigurationError(f"{objection.rstrip('.')} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+        raise ConfigurationError(f"{objection} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+
+
+_ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
+
+
+def adapter_refusal(name: str, reason: str) -> str:
+    """The sentence for an adapter that the follower does not have, or has with other content."""
+    return f"the adapter {name} cannot be loaded on both machines: {reason}"
+
+
+def adapter_refusal_in(text: str) -> str | None:
+    """The sentence of `adapter_refusal` in what vLLM made of it, without a full stop; None if there is none."""
+    found = _ADAPTER_REFUSAL.search(text)
+    return None if found is None else found.group().rstrip(".")
 
 
 def _indivisible(what: str) -> str:
-    return f"this model cannot be cut into two equal halves ({what.rstrip('.')}); serve it without {FLAG}"
+    return f"this model cannot be cut into two equal halves ({without_stop(what)}); serve it without {FLAG}"
 
 
 def _first_objection(error: Exception) -> str:
@@ -109,17 +214,19 @@ def _first_objection(error: Exception) -> str:
         text = f"{'.'.join(map(str, field))}: {text}" if field else text
     else:
         text = str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
+    return without_stop(text.strip().splitlines()[0])
 
 
 def _model_not_found(model: str, objection: str) -> str:
-    sentence = f"the model {model} cannot be loaded ({objection.rstrip('.')})"
+    sentence = f"the model {model} cannot be loaded ({objection})"
     if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
         return sentence  # a name on the hub, or a folder here
     try:
-        is_folder = stat.S_ISDIR(os.stat(model).st_mode)
+        mode = os.stat(model).st_mode
     except PermissionError as error:
         return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
     except (OSError, ValueError):
-        is_folder = False
-    return sentence if is_folder else f"there is no folder {model}; give a model's folder, or its name on the hub"
+        return f"there is no folder {model}; give a model's folder, or its name on the hub"
+    if stat.S_ISDIR(mode):
+        return sentence
+    return f"the single file {model} cannot be loaded as a model by this vLLM ({objection.rstrip('.')}); give a folder"

@@ -32,8 +32,8 @@ _LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
 def make_socket_folder() -> None:
     """Sends vLLM's sockets of this process, and of those that it starts, to a folder that goes away with it.
 
-    Does nothing if the variable is set, or if a socket's path would be too long there. Removes what killed processes
-    of this user have left.
+    Does nothing if the variable is set, or, as the log says then, if a socket's path would be too long there. Removes
+    what killed processes of this user have left.
     """
     if VARIABLE in os.environ:
         return
@@ -59,6 +59,12 @@ def _make_owned(parent: Path) -> Path | None:
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             if len(os.fsencode(folder)) > _LONGEST:
                 folder.rmdir()
+                logger.warning(
+                    "vLLM's sockets have no folder of their own, and stay behind after a kill: the path of %s is "
+                    "longer than %d bytes, with which a socket's is too long; set TMPDIR to a shorter one.",
+                    folder,
+                    _LONGEST,
+                )
                 return None
             if _lock(folder, os.O_CREAT) is not None:
                 return folder  # else one that cleans up took it for abandoned, in the moment before it was locked

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import signal
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +22,8 @@ from vllm_spark.process import Process
 
 TAIL_LINES = 12
 ERROR_LINES = 6
+KEPT_LOGS = 5
+"""Failures of one subcommand whose logs stay in the temporary folder."""
 ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*|vllm serve --spark: .*)", re.MULTILINE)
 """A sentence of ours, or the last line of a traceback, also as vLLM's engine logs it: vLLM's own last words name only
 its wrapper."""
@@ -104,9 +109,22 @@ def set_stage(name: str, console: Console, keep_logs: Path | None = None) -> Ite
             stage.explain(console)
             logs = keep_logs
             if logs is None:
+                _remove_old_logs(Path(tempfile.gettempdir()), f"vllm-spark-{name}-logs-")
                 logs = Path(shutil.move(stage.logs, tempfile.mkdtemp(prefix=f"vllm-spark-{name}-logs-")))
             console.print(f"The logs are in {logs}", soft_wrap=True)
             raise
+
+
+def _remove_old_logs(parent: Path, prefix: str) -> None:
+    """Makes room for the logs of one more failure: this user's newest folders of that prefix stay, the others go."""
+    mine = []
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):  # another program of this user may remove it too
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                mine.append((found.st_mtime, folder))
+    for _, folder in sorted(mine, reverse=True)[KEPT_LOGS - 1 :]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def printable(text: str) -> str:

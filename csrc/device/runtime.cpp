@@ -50,8 +50,8 @@ Options polled_by_gpus(Options options) {
 DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image)
     : endpoint_(polled_by_gpus(options)), context_(current_context()), shape_(shape), gpu_([&] {
         Progress progress = first_progress(options);
-        return new Lent{Kernels(image), RegisteredMemory(endpoint_.memory(), endpoint_.layout().total()),
-                        nullptr, MappedMemory(sizeof(Report)), DeviceMemory(&progress, sizeof progress)};
+        return new Lent{Kernels(image), nullptr, nullptr, MappedMemory(sizeof(Report)),
+                        DeviceMemory(&progress, sizeof progress)};
       }()) {
   if (compute_capability() < kFirstWithDependentLaunch) shape_.dependent_launch = false;
   // A message goes when all of its pieces are there, and a block ends with its last message: one that waited
@@ -84,6 +84,7 @@ DeviceRuntime::~DeviceRuntime() {
 
 void DeviceRuntime::connect(const Address& peer, const std::string& description) {
   endpoint_.connect(peer, description);
+  pin();
   gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), endpoint_.layout().total());
   start();
   peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
@@ -94,15 +95,21 @@ void DeviceRuntime::connect(const Address& peer, const std::string& description)
 
 void DeviceRuntime::connect_link(const std::string& peer_offer, const std::string& description) {
   endpoint_.connect_link(peer_offer, description);
+  // Here and not in `start`: if it fails, the peer is told before either rank begins.
+  pin();
+}
+
+void DeviceRuntime::pin() {
+  gpu_->mine = std::make_unique<RegisteredMemory>(endpoint_.memory(), endpoint_.layout().total());
 }
 
 void DeviceRuntime::start() {
   const Options& options = endpoint_.options();
   const RegionLayout& layout = endpoint_.layout();
-  rank_.in = receive_lane(gpu_->mine.on_device());
-  rank_.out = options.proxied ? send_lane(gpu_->mine.on_device()) : receive_lane(gpu_->theirs->on_device());
-  rank_.abort =
-      reinterpret_cast<const uint32_t*>(gpu_->mine.on_device() + layout.control() + offsetof(Control, abort));
+  rank_.in = receive_lane(gpu_->mine->on_device());
+  rank_.out = options.proxied ? send_lane(gpu_->mine->on_device()) : receive_lane(gpu_->theirs->on_device());
+  rank_.abort = reinterpret_cast<const uint32_t*>(gpu_->mine->on_device() + layout.control() +
+                                                  offsetof(Control, abort));
   rank_.progress = reinterpret_cast<Progress*>(gpu_->progress.on_device());
   rank_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
   rank_.timeout_ns = static_cast<uint64_t>(options.timeout.count());

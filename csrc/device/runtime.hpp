@@ -78,17 +78,20 @@ class DeviceRuntime {
   void hold_proxy(bool held);
 
  private:
+  // Lets the GPU use this rank's region. After the NIC has registered it: the kernel moves pages out of
+  // memory that must stay movable when they are pinned first, and cannot once the GPU's driver holds them.
+  void pin();
   void start();
   void launch(const Operation& operation, const Call& call, Stream stream);
   Lane receive_lane(unsigned char* base) const;
   Lane send_lane(unsigned char* base) const;
   const Report& report() const { return *static_cast<const Report*>(gpu_->report.on_host()); }
 
-  // What the driver lends, and takes back only in the context it came from.
+  // Resources of the CUDA driver; they must be released with their context current.
   struct Lent {
     Kernels kernels;
-    RegisteredMemory mine;
-    std::unique_ptr<RegisteredMemory> theirs;  // once connected, if the peer is on this machine
+    std::unique_ptr<RegisteredMemory> mine;    // once connected
+    std::unique_ptr<RegisteredMemory> theirs;  // the same, if the peer is on this machine
     MappedMemory report;
     DeviceMemory progress;
   };

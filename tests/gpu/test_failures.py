@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -171,6 +172,42 @@ def test_two_streams_at_once(make_pair: MakePair, sizes: tuple[int, int]) -> Non
     first, _ = pair.outcomes(body)
     assert isinstance(first, UsageError)
     assert "on two streams at the same time" in str(first)
+
+
+def test_a_full_launch_queue_stops_no_other_thread(make_pair: MakePair) -> None:
+    """The driver makes a launch wait while some thousand are queued, as they are when a peer does not answer.
+
+    Heartbeats, and the thread that heals a link, must go on meanwhile.
+    """
+    pair = make_pair(timeout_s=40.0)
+    launches, launched, ends = 20_000, 0, []
+
+    def launch() -> None:
+        nonlocal launched
+        with torch.cuda.device(pair.devices[0]), torch.cuda.stream(pair.streams[0]):
+            tensor = ones(64)
+            out = torch.empty_like(tensor)
+            try:
+                for _ in range(launches):
+                    pair.runtimes[0].all_reduce(tensor, out)
+                    launched += 1
+            except CollectiveError as error:
+                ends.append(error)
+
+    thread = threading.Thread(target=launch, daemon=True)
+    thread.start()
+    before = -1
+    while launched != before:  # one launch takes microseconds
+        before = launched
+        thread.join(1.0)
+        assert thread.is_alive(), f"the launches ended: {ends}"
+    assert 0 < launched < launches
+    pair.runtimes[1].abort("the test has seen enough")
+    thread.join(60.0)
+    assert not thread.is_alive()
+    # With the interpreter's lock held, this thread would have come to that only after the kernel's time-out.
+    assert "the test has seen enough" in str(ends[0])
+    assert not isinstance(ends[0], CollectiveTimeoutError)
 
 
 def test_proxy_that_is_not_scheduled(make_pair: MakePair) -> None:

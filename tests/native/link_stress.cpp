@@ -4,7 +4,6 @@
 //
 //   link_stress OPERATIONS
 #include <dlfcn.h>
-#include <poll.h>
 
 #include <atomic>
 #include <cstdio>
@@ -18,73 +17,11 @@
 #include "../../csrc/endpoint.hpp"
 #include "../../csrc/errors.hpp"
 #include "../../csrc/runtime.hpp"
+#include "link_ranks.hpp"
 
 namespace {
 
-constexpr auto kBound = std::chrono::seconds(60);  // for a message, and for a rail
-
-[[noreturn]] void fail(const std::string& what, int operation) {
-  std::fprintf(stderr, "operation %d: %s\n", operation, what.c_str());
-  std::_Exit(1);
-}
-
-void run_rank(spark::Runtime& runtime, int rank, int operations) {
-  std::mt19937 chance(5);  // the same on both ranks
-  std::mt19937 own_chance(static_cast<unsigned>(rank));
-  for (int operation = 0; operation < operations; ++operation) {
-    size_t count = 1 + chance() % (operation % 20 == 0 ? 40'000 : 1200);
-    auto first = static_cast<float>(chance() % 1000), second = static_cast<float>(chance() % 1000);
-    std::vector<float> in(count, rank == 0 ? first : second), out(count, -1);
-    // In place of the last few, so that an old message is not taken for the new one.
-    for (size_t at = 0; at < count; at += 7) in[at] += static_cast<float>(at % 100);
-    // Now and then a rank comes late, and what the other one sent lies in its slot unread.
-    if (own_chance() % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own_chance() % 1500));
-    runtime.all_reduce(in.data(), out.data(), count, spark::DType::kFloat32);
-    for (size_t at = 0; at < count; ++at) {
-      float expected = first + second + (at % 7 == 0 ? 2 * static_cast<float>(at % 100) : 0);
-      if (out[at] != expected) fail("wrong sum at " + std::to_string(at), operation);
-    }
-  }
-}
-
-// Passes on what a rank says of its rails, as the channel between two machines does.
-class Keeper {
- public:
-  Keeper(spark::verbs::Bulletin& from, spark::verbs::Bulletin& to)
-      : thread_([this, &from, &to] {
-          while (!stopping_.load(std::memory_order_relaxed)) {
-            pollfd ready{from.ready(), POLLIN, 0};
-            poll(&ready, 1, 20);
-            std::string announcement = from.take();
-            for (const std::string& sentence : from.take_log())
-              std::fprintf(stderr, "%s\n", sentence.c_str());
-            if (!announcement.empty()) to.deliver(announcement);
-          }
-        }) {}
-  ~Keeper() {
-    stopping_.store(true, std::memory_order_relaxed);
-    thread_.join();
-  }
-
- private:
-  std::atomic<bool> stopping_{false};
-  std::thread thread_;
-};
-
-// The same both ways.
-struct Keepers {
-  Keepers(spark::verbs::Link& left, spark::verbs::Link& right)
-      : one(left.bulletin(), right.bulletin()), two(right.bulletin(), left.bulletin()) {}
-  Keeper one, two;
-};
-
-// Does both at once.
-template <typename One, typename Other>
-void together(One one, Other other) {
-  std::thread beside(other);
-  one();
-  beside.join();
-}
+using namespace spark::testing;
 
 struct Totals {
   uint64_t failures = 0, recoveries = 0, reposts = 0;
@@ -107,15 +44,12 @@ spark::Options options_of(uint32_t depth) {
   return options;
 }
 
-// Joins two ranks, each a Runtime or an Endpoint.
-template <typename Rank>
-void join(Rank& left, Rank& right) {
-  std::vector<spark::verbs::RailAddress> rails{{"memory0", 1, {}, 4096}, {"memory1", 1, {}, 4096}};
+// Rails break every few messages: a hold-down of seconds would leave them unused.
+spark::verbs::LinkOptions link_options() {
   spark::verbs::LinkOptions link;
   link.timeout = kBound;
-  std::string left_offer = left.open_link(link, rails), right_offer = right.open_link(link, rails);
-  left.connect_link(right_offer, "right");
-  right.connect_link(left_offer, "left");
+  link.hold_down = {std::chrono::milliseconds(1), std::chrono::milliseconds(5), std::chrono::seconds(60)};
+  return link;
 }
 
 void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
@@ -123,12 +57,13 @@ void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
   options.stripes = other.stripes = 2;
   other.rank = 1;
   spark::Runtime left(options), right(other);
-  join(left, right);
+  join(left, right, link_options());
   left.begin();
   right.begin();
   {
     Keepers keepers(*left.link(), *right.link());
-    together([&] { run_rank(left, 0, operations); }, [&] { run_rank(right, 1, operations); });
+    auto more = [operations](int operation) { return operation < operations; };
+    together([&] { run_rank(left, 0, more); }, [&] { run_rank(right, 1, more); });
     together([&] { left.close(); }, [&] { right.close(); });
   }
   totals.add(*left.link());
@@ -191,7 +126,7 @@ void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Options options = options_of(depth), other = options;
   other.rank = 1;
   spark::Endpoint left(options), right(other);
-  join(left, right);
+  join(left, right, link_options());
   Preempted left_link(*left.link()), right_link(*right.link());
   spark::device::Forwarder left_proxy(left.mine(), left_link, options.first_sequence - 1);
   spark::device::Forwarder right_proxy(right.mine(), right_link, options.first_sequence - 1);

@@ -56,8 +56,15 @@ class Programs:
 
     def libibverbs(self, source: str) -> Path:
         """The folder, for LD_LIBRARY_PATH, with a libibverbs made of a source beside this file. It has no sanitizer."""
+        return self._library(source, "libibverbs.so.1")
+
+    def libcuda(self) -> Path:
+        """The same with the libcuda of cuda_in_memory.cpp."""
+        return self._library("cuda_in_memory.cpp", "libcuda.so.1")
+
+    def _library(self, source: str, name: str) -> Path:
         folder = self._folder / Path(source).stem
-        library = folder / "libibverbs.so.1"
+        library = folder / name
         if not library.exists():
             folder.mkdir()
             compile_with("g++", *FLAGS, "-O2", "-shared", "-fPIC", HERE / source, "-o", library)

@@ -21,6 +21,7 @@ int main(int argc, char** argv) {
   left.connect_link(right_offer, "right");
   right.connect_link(left_offer, "left");
   spark::Proxy proxy(left.mine(), left.transport(), 0, {});
+  spark::Proxy peer(right.mine(), right.transport(), 0, {});  // proves its end of the rails
   for (uint32_t sequence = 1; sequence <= messages; ++sequence) {
     left.mine().descriptor(sequence) = {packets ? spark::Protocol::kPackets : spark::Protocol::kPayload, 7,
                                         packets ? 64u : 4096u};
@@ -33,4 +34,5 @@ int main(int argc, char** argv) {
     while (!arrived()) std::this_thread::yield();
   }
   proxy.stop();
+  peer.stop();
 }

@@ -17,11 +17,16 @@ namespace abi = spark::verbs::abi;
 struct abi::Device {
   const char* name;
 };
-struct abi::ProtectionDomain {};
+// Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
+struct abi::ProtectionDomain {
+  const abi::Device* device;
+  int number;
+};
 
 namespace {
 
 abi::Device devices[] = {{"memory0"}, {"memory1"}};
+int domains = 0;  // opened so far; tests open devices from one thread
 
 int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions);
 int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** failed);
@@ -53,8 +58,8 @@ int ibv_close_device(abi::Context* context) {
   delete context;
   return 0;
 }
-abi::ProtectionDomain* ibv_alloc_pd(abi::Context*) {
-  return new abi::ProtectionDomain;
+abi::ProtectionDomain* ibv_alloc_pd(abi::Context* context) {
+  return new abi::ProtectionDomain{context->device, domains++};
 }
 int ibv_dealloc_pd(abi::ProtectionDomain* domain) {
   delete domain;

@@ -1,10 +1,15 @@
 // A libibverbs whose two devices copy within one process: for counting what our own code does for a message,
 // which no emulated NIC lets one see. Not for correctness: that is shown on real queue pairs in tests/rdma.
+//
+// With the variable REFUSE_PINNING no memory can be registered (ENOMEM).
 
+#include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 
+#include "trace.hpp"
 #include "verbs_devices.hpp"
 
 struct abi::CompletionQueue {
@@ -41,6 +46,11 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
 extern "C" {
 
 abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int) {
+  if (std::getenv("REFUSE_PINNING") != nullptr) {
+    errno = ENOMEM;
+    return nullptr;
+  }
+  trace("nic-register", memory, bytes);
   auto* region = new abi::MemoryRegion{};
   region->address = memory;
   region->length = bytes;

@@ -2,6 +2,16 @@
 // refused while writes are under way, some of which still arrive afterwards, until the peer has ended its
 // end. For sanitizers and for the link's state machine; real queue pairs are in tests/rdma.
 //
+// What it does is set by environment variables. Each may be absent, which is never:
+//
+//   BREAK_EVERY    posts from one broken connection to the next, on average
+//   REFUSE_EVERY   requests from one that is refused to the next, on average
+//   FAULTY_DEVICE  memory0, memory1 or `both`: the rails whose connections come up and then lose writes
+//   LOSE_OVER      on these, writes of more bytes than this are lost; -1: all writes
+//   LOSE_FROM      on these, everything from this write of a connection on is lost
+//   LOSE_ONE_WAY   if 1, only what the rank that opened its devices first sends is lost
+//   RETRY_MS       after so long a connection whose write was lost is broken
+//
 // Compiled without sanitizers, and it locks with a spinning flag: its lock must not order the ranks' threads,
 // or a thread sanitizer would take that order for one that the code under test has made. Of what really is
 // ordered, a write after its posting and its last word's reader after it, the sanitizer is told.
@@ -9,12 +19,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
+#include <optional>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -27,6 +40,7 @@ extern "C" void __tsan_release(void* address) __attribute__((weak));
 namespace {
 
 constexpr uint32_t kRetriesExceeded = 12;
+constexpr uint32_t kVendorError = 0x81;
 
 struct Write {
   uint64_t id;
@@ -44,6 +58,10 @@ struct Write {
 };
 
 struct End {
+  abi::ProtectionDomain domain{};
+  uint64_t carried = 0;  // writes that have arrived
+  std::optional<std::chrono::steady_clock::time_point>
+      lost;  // when a write was lost first: nothing arrives any more
   abi::QueuePair pair{};
   abi::QueuePairState state = abi::kReset;
   uint32_t destination = 0;
@@ -81,28 +99,51 @@ std::minstd_rand chance(7);
 constexpr uint64_t kPostings = 1 << 16;  // more than are ever under way
 constexpr uint32_t kWord = 8;            // bytes that a reader sees at once
 unsigned char postings[kPostings];
+bool healed = false;  // FAULTY_DEVICE is not faulty any more
+std::map<std::string, uint64_t>& connections = *new std::map<std::string, uint64_t>;  // made, by device
 uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0, refused_posts = 0, early = 0;
 
-uint64_t number_from(const char* variable) {
-  return std::strtoull(std::getenv(variable), nullptr, 10);
+int64_t number_from(const char* variable, int64_t absent) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? absent : std::strtoll(text, nullptr, 10);
 }
 
-// Posts from one break to the next, on average.
-uint64_t break_interval() {
-  static const uint64_t interval = number_from("BREAK_EVERY");
-  return interval;
+// What the environment says. Zero intervals: never.
+struct Faults {
+  uint64_t break_interval = static_cast<uint64_t>(number_from("BREAK_EVERY", 0));
+  uint64_t refusal_interval = static_cast<uint64_t>(number_from("REFUSE_EVERY", 0));
+  std::string device = std::getenv("FAULTY_DEVICE") == nullptr ? "" : std::getenv("FAULTY_DEVICE");
+  int64_t lose_over = number_from("LOSE_OVER", INT64_MAX);
+  uint64_t lose_from = static_cast<uint64_t>(number_from("LOSE_FROM", INT64_MAX));
+  bool one_way = number_from("LOSE_ONE_WAY", 0) == 1;
+  std::chrono::milliseconds retry{number_from("RETRY_MS", 500)};
+};
+
+const Faults& faults() {
+  static const Faults faults;
+  return faults;
 }
 
-// Requests from one refused to the next, on average.
-uint64_t refusal_interval() {
-  static const uint64_t interval = number_from("REFUSE_EVERY");
-  return interval;
+bool is_faulty(const End& end) {
+  if (healed || (faults().device != "both" && faults().device != end.domain.device->name)) return false;
+  return !faults().one_way || end.domain.number < 2;
+}
+
+// Whether the wire has lost this write of `end`, or one before it: a reliable connection delivers in order.
+bool is_lost(End& end, const Write& write) {
+  if (end.lost) return true;
+  if (!is_faulty(end)) return false;
+  if (static_cast<int64_t>(write.bytes) <= faults().lose_over && end.carried + 1 < faults().lose_from)
+    return false;
+  end.lost = std::chrono::steady_clock::now();
+  return true;
 }
 
 void complete(End& end, uint64_t id, uint32_t status) {
   abi::Completion completion{};
   completion.id = id;
   completion.status = status;
+  if (status == kRetriesExceeded) completion.vendor_error = kVendorError;
   end.pair.send_completions->completions.push_back(completion);
 }
 
@@ -158,6 +199,16 @@ bool arrive(const End& end, const Write& write) {
   return true;
 }
 
+// The first write under way does not arrive: the sender waits for an acknowledgement until it has repeated
+// often enough.
+void lose(End& end) {
+  if (end.state != abi::kError) {
+    if (std::chrono::steady_clock::now() - *end.lost < faults().retry) return;
+    break_down(end, kRetriesExceeded);
+  }
+  end.under_way.clear();
+}
+
 // The wire: carries a write of a connection picked by chance, again and again.
 void carry() {
   for (;;) {
@@ -168,9 +219,14 @@ void carry() {
         // may.
         uint32_t patience = end->state == abi::kError ? 400 : 3;
         if (end->under_way.empty() || chance() % patience != 0) continue;
+        if (is_lost(*end, end->under_way.front())) {
+          lose(*end);
+          continue;
+        }
         Write write = end->under_way.front();
         end->under_way.pop_front();
         bool arrived = arrive(*end, write);
+        end->carried += arrived;
         if (end->state == abi::kError) {
           late += arrived;
         } else if (!arrived) {
@@ -201,7 +257,7 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** fai
   End& end = *ends.at(pair->number);
   for (; request != nullptr; request = request->next) {
     // What was posted before stays under way: the connection itself is whole.
-    if (chance() % refusal_interval() == 0) {
+    if (faults().refusal_interval != 0 && chance() % faults().refusal_interval == 0) {
       ++refused_posts;
       *failed = request;
       return ENOMEM;
@@ -223,12 +279,12 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** fai
     early += may_be_overwritten(*request);
     end.under_way.push_back(write);
   }
-  if (++posted >= next_break && end.state == abi::kReadyToSend) {
+  if (++posted >= next_break && faults().break_interval != 0 && end.state == abi::kReadyToSend) {
     if (next_break != 0) {
       ++breaks;
       break_down(end, kRetriesExceeded);
     }
-    next_break = posted + 1 + chance() % (2 * break_interval());
+    next_break = posted + 1 + chance() % (2 * faults().break_interval);
   }
   return 0;
 }
@@ -246,6 +302,18 @@ void unreliable_report(uint64_t* broken, uint64_t* not_posted, uint64_t* arrived
   *arrived_late = late;
   *refused_writes = refused;
   *too_early = early;
+}
+
+// For the test: connections made over a device so far.
+uint64_t unreliable_connections(const char* device) {
+  Lock lock;
+  return connections[device];
+}
+
+// For the test: from now on no rail is faulty.
+void unreliable_heal() {
+  Lock lock;
+  healed = true;
 }
 
 abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {
@@ -273,10 +341,11 @@ int ibv_destroy_cq(abi::CompletionQueue* queue) {
   delete queue;
   return 0;
 }
-abi::QueuePair* ibv_create_qp(abi::ProtectionDomain*, abi::QueuePairSetup* setup) {
+abi::QueuePair* ibv_create_qp(abi::ProtectionDomain* domain, abi::QueuePairSetup* setup) {
   static std::atomic_flag started = ATOMIC_FLAG_INIT;
   if (!started.test_and_set()) std::thread(carry).detach();
   auto* end = new End;
+  end->domain = *domain;
   end->pair.send_completions = setup->send_completions;
   Lock lock;
   end->pair.number = next_number++;
@@ -291,6 +360,7 @@ int ibv_modify_qp(abi::QueuePair* pair, abi::QueuePairAttributes* attributes, in
     return 0;
   }
   end.state = static_cast<abi::QueuePairState>(attributes->state);
+  if (end.state == abi::kReadyToSend) ++connections[end.domain.device->name];
   if ((mask & abi::kDestinationQueuePair) != 0) end.destination = attributes->destination_queue_pair;
   return 0;
 }

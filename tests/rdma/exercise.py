@@ -30,6 +30,9 @@ _NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "
 
 FAULTS = {signal.SIGUSR1, signal.SIGUSR2}
 HOLD_SECONDS = 2.0
+STALL_SECONDS = 0.5
+"""An operation that takes so long may have waited for a rail that repeated a packet until it gave up (soft-RoCE: 0.55 s
+and more)."""
 LONGEST_SECONDS = 240.0
 """Of an exercise that goes on for what does not come."""
 
@@ -117,11 +120,15 @@ def fail_on_signals(runtime: Runtime) -> None:
             print("held", flush=True)
 
 
-def both_recovered(runtime: Runtime, recoveries: int, started: float) -> bool:
-    """Whether so many rails have come back on both ranks, which must stop after the same operation; or never will."""
-    if not recoveries:
+def both_are_done(runtime: Runtime, recoveries: int, seconds: float, started: float) -> bool:
+    """Whether so many rails have come back, or never will, and so much time has passed; the same on both ranks.
+
+    They must stop after the same operation.
+    """
+    if not recoveries and not seconds:
         return True
-    enough = runtime.counters().rail_recoveries >= recoveries or time.monotonic() - started >= LONGEST_SECONDS
+    passed = time.monotonic() - started
+    enough = passed >= LONGEST_SECONDS or (passed >= seconds and runtime.counters().rail_recoveries >= recoveries)
     mine = np.array([enough], dtype=np.float32)
     both = np.zeros_like(mine)
     runtime._native.all_reduce(mine.ctypes.data, both.ctypes.data, 1, _NATIVE["float32"])
@@ -136,6 +143,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=29700)
     parser.add_argument("--operations", type=int, default=1000)
     parser.add_argument("--recoveries", type=int, default=0, help="go on until so many rails have come back, on both")
+    parser.add_argument("--seconds", type=float, default=0, help="go on for so long, from the start")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--largest", type=int, default=20_000, help="elements of the largest input")
     parser.add_argument("--elements", type=int, nargs="*", default=[], help="exact sizes, before the random ones")
@@ -161,7 +169,7 @@ def main() -> int:
     try:
         for elements in args.elements:
             exercise.one(elements)
-        while exercise.done < args.operations or not both_recovered(runtime, args.recoveries, started):
+        while exercise.done < args.operations or not both_are_done(runtime, args.recoveries, args.seconds, started):
             before = time.monotonic()
             exercise.one()
             gaps.append(time.monotonic() - before)
@@ -175,6 +183,7 @@ def main() -> int:
         "digest": exercise.digest.hexdigest(),
         "seconds": round(time.monotonic() - started, 3),
         "longest": round(max(gaps, default=0), 3),
+        "stalls": sum(gap >= STALL_SECONDS for gap in gaps),
         "counters": dataclasses.asdict(runtime.counters()),
     }
     runtime.close()

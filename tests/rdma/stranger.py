@@ -25,7 +25,7 @@ EXCHANGE, ANNOUNCEMENT = 1, 2
 HEADER = struct.Struct("<BxxxI")
 RAIL = struct.Struct("<6IQ16s")
 STATE_HEAD, REASON, MAX_RAILS = struct.Struct("<QII"), 512, 4
-OFFERED, READY = 1, 2
+OFFERED, READY, PROVEN = 1, 2, 4
 PAGE, PIECES, FLAG = 4096, 64, 128
 ALL_REDUCE, FLOAT32 = 1, 1
 
@@ -130,6 +130,7 @@ class Stranger:
         self._pair.connect(self._other)
         channel.exchange()
         channel.answer({"problem": ""})
+        self._prove()
 
     def all_reduce(self, values: list[float]) -> list[float]:
         """One all-reduce of float32, as packets or as payload, by size."""
@@ -171,6 +172,16 @@ class Stranger:
         self._channel.send(ANNOUNCEMENT, self._state(READY))
         while struct.unpack_from("<II", self._channel.receive(ANNOUNCEMENT), STATE_HEAD.size)[1] < READY:
             pass
+        self._prove()
+
+    def _prove(self) -> None:
+        """Has an announcement of a whole page acknowledged, says so, and waits until rank 0 has done the same."""
+        self._write(self._state(READY).ljust(PAGE, b"\0"), 0)
+        self._channel.send(ANNOUNCEMENT, self._state(PROVEN))
+        while True:
+            epoch, phase = struct.unpack_from("<II", self._channel.receive(ANNOUNCEMENT), STATE_HEAD.size)
+            if (epoch, phase) == (self._epoch, PROVEN):
+                return
 
     def _by_packets(self, data: bytes, tag: int) -> bytes:
         words = [

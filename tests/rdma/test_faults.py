@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from .machines import Pair
-from .ranks import Ranks
+from .ranks import Outcome, Ranks
 
 OPERATIONS = 2000
 BEFORE = 300
@@ -110,6 +111,57 @@ def test_no_message_is_lost_or_wrong(
         if least_failures:
             assert outcome.counters["rail_recoveries"] >= 1, "the rail is back before the end"
             assert "works again, after" in outcome.output
+
+
+EVERYTHING, LARGE = 0, 1600
+"""Packets of more bytes than this are lost. One with an RDMA write of 4096 bytes has 4166, its acknowledgement 62."""
+SECONDS = 20.0
+A_BUSY_HOST = 2
+"""Stalls and failures of the healthy rail that are excused: where the host stops a machine, its peer hears nothing."""
+
+
+def most_attempts(outcome: Outcome) -> float:
+    """Connections of a rail that is held down for 1, 2, 4 ... s after each."""
+    return 2 + math.log2(outcome.report["seconds"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("over", "both_ways"),
+    [
+        pytest.param(EVERYTHING, True, id="everything"),
+        pytest.param(LARGE, True, id="large packets"),
+        pytest.param(LARGE, False, id="large packets of one rank", marks=pytest.mark.thorough),
+    ],
+)
+def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over: int, both_ways: bool) -> None:
+    for machine in machines[: 1 + both_ways]:
+        machine.rails[1].lose(over)
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
+    for outcome in ranks.agree():
+        counters = outcome.counters
+        assert counters["rail_posts"][1] == 0
+        assert counters["rail_states"][1] != "open"
+        assert outcome.report["stalls"] <= counters["rail_failures"] + A_BUSY_HOST
+        assert 2 <= counters["rail_proof_failures"] <= most_attempts(outcome)
+        assert outcome.output.count("is connected, but carries no data: no message of 4096 bytes was acknowledged") == 1
+
+
+@pytest.mark.parametrize("over", [pytest.param(EVERYTHING, id="everything"), pytest.param(LARGE, id="large packets")])
+def test_a_rail_that_starts_to_lose_data_stalls_one_operation(machines: Pair, over: int) -> None:
+    """From then on the healthy rail carries everything, though the other one can be connected at any time."""
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
+    ranks.reach(BEFORE)
+    for machine in machines:
+        machine.rails[1].lose(over)
+    outcomes = ranks.agree()
+    for outcome in outcomes:
+        counters = outcome.counters
+        assert counters["rail_failures"] >= 1
+        assert counters["rail_recoveries"] < counters["rail_failures"], "rail 1 stays out of use"
+        assert counters["rail_states"][1] != "open"
+        assert outcome.report["stalls"] <= counters["rail_failures"] + A_BUSY_HOST
+        assert counters["rail_failures"] <= 1 + 2 * A_BUSY_HOST
+        assert counters["rail_proof_failures"] <= most_attempts(outcome)
 
 
 def test_a_link_that_stays_down_is_given_up_by_both(machines: Pair) -> None:

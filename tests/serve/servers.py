@@ -146,6 +146,7 @@ def spark_tp2(
     env: Mapping[str, str] | None = None,
     *,
     join_args: Sequence[str] = (),
+    join_env: Mapping[str, str] | None = None,
     wait: bool = True,
 ) -> Iterator[Server]:
     """The product: `vllm-spark join` on host 1, `vllm serve MODEL --spark` on host 0.
@@ -156,6 +157,7 @@ def spark_tp2(
         extra_args: further arguments of `vllm serve`.
         env: further variables of both.
         join_args: further arguments of `vllm-spark join`.
+        join_env: further variables of it.
         wait: False yields at once, for tests of what happens during the start.
     """
     first, second = hosts
@@ -163,7 +165,7 @@ def spark_tp2(
     environment = {"SPARK_SECRET": secrets.token_hex(16)} | dict(env or {})
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", spark_port, *join_args]
     with ExitStack() as stack:
-        follower = second.popen(join, CPU_ENVIRONMENT | environment, "vllm-spark join")
+        follower = second.popen(join, CPU_ENVIRONMENT | environment | dict(join_env or {}), "vllm-spark join")
         stack.callback(follower.terminate)
         leader = stack.enter_context(spark_leader(hosts, model, spark_port, extra_args, environment, wait=False))
         server = Server(leader.url, leader.leader, follower)

@@ -26,6 +26,10 @@ ARGUMENTS = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--e
 EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.Saboteur")
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 MIXED_REQUESTS = 200
+# What the two ranks are started with: a variable that vLLM reads while it is imported, one that only the follower has.
+LEADERS = {"VLLM_USE_LAYERNAME": "0"}
+FOLLOWERS = {"VLLM_USE_LAYERNAME": "1", "VLLM_LOG_BATCHSIZE_INTERVAL": "9", "NCCL_ALGO": "Ring"}
+COUNTING = "1, 2, 3, 1, 2, 3, 1, 2, 3, "
 
 
 def mixed_requests(server: Server) -> list[list[int]]:
@@ -150,6 +154,15 @@ def test_ranks_stay_in_step_when_sampling_without_a_seed(pair: Server) -> None:
     assert_nothing_left(pair)
 
 
+def test_a_call_that_times_out_leaves_the_pair_at_work(pair: Server) -> None:
+    """As in vLLM, whoever called is told, and everything goes on."""
+    before = prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2])
+    assert post(pair, "/collective_rpc", {"method": "sleep_on", "args": [1, 3.0], "timeout": 0.2}) >= 400
+    assert "the call of sleep_on timed out after 0.2 s: the follower on" in pair.leader.output()
+    assert call(pair, "sleep_on", 1, 0.0) == [{"rank": 0}, {"rank": 1}], "and not the answer to the call before it"
+    assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
+
+
 def test_sleep_and_wake_up(pair: Server) -> None:
     """vLLM's CPU worker ignores sleep, and says so on each rank; the calls reach both and change nothing."""
     before = prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2])
@@ -171,11 +184,24 @@ def test_drift_of_the_leader_ends_in_an_error(hosts: Hosts, tiny_moe: Path) -> N
 
 def test_ngram_speculation(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
     speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4})
-    with spark_tp2(hosts, tiny_moe, ["--speculative-config", speculation]) as server:
+    arguments = ["--speculative-config", speculation, *EXTENSION]
+    with spark_tp2(hosts, tiny_moe, arguments, DEVELOPMENT | LEADERS, join_env=FOLLOWERS) as server:
+        assert_equal_environments(server)
         assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:6], max_tokens=32) == [
             tokens[:32] for tokens in reference_tokens[:6]
         ]
         assert server.metrics("vllm:spec_decode_num_draft_tokens")["vllm:spec_decode_num_draft_tokens_total"][""] > 0
+        # Cold enough for tokens to repeat, so that there are drafts to verify, which both ranks must do alike.
+        for temperature in (0.02, 0.04, 0.08, 0.16, 1.0):
+            server.client.completions.create(
+                model=server.client.models.list().data[0].id,
+                prompt=[COUNTING] * 4,
+                max_tokens=64,
+                temperature=temperature,
+                top_p=0.9,
+                extra_body={"ignore_eos": True},
+            )
+        assert_nothing_left(server)
 
 
 def assert_drift_is_found(server: Server, rank: int) -> None:
@@ -195,6 +221,25 @@ def assert_drift_is_found(server: Server, rank: int) -> None:
     assert drawn >= 3
     assert int(message[1]) == drawn + 1
     assert server.leader.wait(30) != 0
+
+
+def assert_equal_environments(server: Server) -> None:
+    """The follower has the leader's, from its process's start on, and says what was different."""
+    leaders, followers = call(server, "environment", *FOLLOWERS)
+    assert leaders["variables"] | {"NCCL_ALGO": "Ring"} == followers["variables"]
+    assert leaders["layer names"] is followers["layer names"] is False
+    assert leaders["numba"] == followers["numba"] == 1
+    assert server.follower is not None
+    log = server.follower.output()
+    for sentence in (
+        "VLLM_USE_LAYERNAME is '1' here and '0' on the leader, whose counts.",
+        "VLLM_LOG_BATCHSIZE_INTERVAL is '9' here and not set on the leader, whose counts.",
+        "NCCL_ALGO is 'Ring' here and not set on the leader; it does not travel, set it alike on both machines.",
+    ):
+        assert sentence in log
+    assert log.count("The next process starts with the leader's environment.") == 1
+    assert re.search("INFO .*The follower on .* starts again, with this leader's environment", server.leader.output())
+    assert "does not fit" not in server.leader.output()
 
 
 def assert_nothing_left(server: Server) -> None:

@@ -370,3 +370,24 @@ def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) 
         assert whose in message[1]
         assert "RuntimeError: planted failure" in message[1]
         assert_all_gone(server.leader, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "method"),
+    [
+        pytest.param("0", "load_model", id="leader loads"),
+        pytest.param("0 1", "load_model", id="both load"),
+        pytest.param("1", "determine_available_memory", id="follower measures memory"),
+    ],
+)
+def test_a_worker_that_fails_while_the_engine_starts(hosts: Hosts, tiny_moe: Path, ranks: str, method: str) -> None:
+    """One sentence and one traceback, whichever rank is first. Of two that fail alike the follower is the later one."""
+    arguments = ["--worker-extension-cls", "tests.serve.failing_extension.Failing"]
+    environment = {"FAILING_RANKS": ranks, "FAILING_IN": method, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with spark_tp2(hosts, tiny_moe, arguments, environment, wait=False) as server:
+        assert server.leader.wait(START_SECONDS) == 1
+        output = server.leader.output()
+        (sentence,) = re.findall("^vllm serve --spark: .*", output, re.MULTILINE)
+        assert sentence.endswith(f"failed: ValueError: planted failure of rank {ranks[0]}.")
+        assert output.count("Traceback") == 1
+        assert_all_gone(server.leader)

@@ -130,3 +130,64 @@ def test_a_follower_killed_while_the_engine_starts(
         assert sentence in output
     follower.terminate()
     assert_all_gone(leader, follower)
+
+
+USERS_CHILD = """
+import json, multiprocessing, signal, sys
+
+def child(model, prompt, settings):
+    from vllm import LLM, SamplingParams
+    from vllm_spark.errors import SparkError
+
+    common = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
+    sampling = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    try:
+        try:
+            dying = "tests.serve.dying_extension.Dying"
+            LLM(model, **common, additional_config={"spark": settings}, worker_extension_cls=dying)
+        except SparkError as error:
+            print("the start failed:", error)
+        llm = LLM(model, **common, additional_config={"spark": settings})
+        try:
+            while True:
+                output = llm.generate(prompt, sampling, use_tqdm=False)
+                print("generated:", list(output[0].outputs[0].token_ids))
+        except Exception as error:
+            print("generating failed:", error)
+        llm.llm_engine.engine_core.shutdown()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        print("the user's finally ran")
+
+if __name__ == "__main__":
+    # Forked: spawning would need a file to import this from.
+    process = multiprocessing.get_context("fork").Process(target=child, args=json.loads(sys.argv[1]))
+    process.start()
+    process.join()
+    print("exit code of the child:", process.exitcode)
+"""
+
+
+def test_a_users_own_child_process_is_not_ended(
+    hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]
+) -> None:
+    """Neither when an engine in it does not start, nor when its pair breaks: the user has things to release."""
+    first, second = hosts
+    port = first.free_port()
+    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
+    join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
+    follower = second.popen(join, environment | {"DYING_IN": LAST_CALL_OF_THE_START}, "vllm-spark join")
+    settings = {"address": first.address, "port": port, "transport": "loopback"}
+    argv = [sys.executable, "-u", "-c", USERS_CHILD, json.dumps([str(tiny_moe), prompts.PROMPTS[1], settings])]
+    leader = first.popen(argv, environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "offline, in a child")
+    leader.wait_for_line("^the start failed: the follower on .* start it again if it ended", 200)
+    tokens = leader.wait_for_line(r"^generated: (\[\d+, .*\])$", 200)[1]
+    assert json.loads(tokens) == reference_tokens[1]
+    (session,) = (child for child in follower.descendants() if "vllm_spark.follower_process" in child.cmdline())
+    session.kill()
+    leader.wait_for_line("^generating failed: the follower on .* start it again if it ended", 60)
+    leader.wait_for_line("^the user's finally ran$", 60)
+    assert leader.wait(60) == 0
+    assert "exit code of the child: 0" in leader.output()
+    follower.terminate()
+    assert_all_gone(leader, follower)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -70,6 +72,9 @@ def test_dense_model(hosts: Hosts, host: Host, tiny_dense: Path) -> None:
         alone = prompts.greedy_tokens(server.client, prompts.PROMPTS[:6], concurrency=1)
         together = prompts.greedy_tokens(server.client, concurrency=16)
         assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
+        os.killpg(server.leader.pid, signal.SIGINT)  # a terminal's Ctrl-C: its engine may end before it is asked to
+        assert server.leader.wait(60) == 0
+        assert "Traceback" not in server.leader.output()
     assert_all_gone(*server.processes)
     if (alone, together) != (expected[:6], expected):
         with stock_tp2(hosts, tiny_dense) as server:

@@ -85,8 +85,8 @@ def unfit_followers(hosts: Hosts, port: str, model: Path, folder: Path) -> Itera
     if hosts[0].namespace is None:  # with it comes a mount namespace, in which the follower sees other files
         return
     for name, sentence in (
-        ("weights", "the weight file model.safetensors has other content here"),
-        ("config", "the configuration file config.json has other content here"),
+        ("weights", "the weight file model.safetensors has other content on "),
+        ("config", "the configuration file config.json has other content on "),
         ("none", "there is no model"),
     ):
         other = other_model(model, folder, name)

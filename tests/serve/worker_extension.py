@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -65,6 +68,23 @@ class Saboteur:
                 call()
             counted[name] = fallbacks() - before
         return counted
+
+    def sleep_on(self, rank: int, seconds: float) -> dict[str, int]:
+        """Takes so long on one rank; says which rank it was called on."""
+        if self.rank == rank:
+            time.sleep(seconds)
+        return {"rank": self.rank}
+
+    def environment(self, *names: str) -> dict[str, object]:
+        """Variables of this rank, what vLLM took from one of them when it was imported, and numba's threads."""
+        from vllm.utils import torch_utils
+
+        numba = sys.modules.get("numba")
+        return {
+            "variables": {name: os.environ.get(name) for name in names},
+            "layer names": torch_utils._USE_LAYERNAME,
+            "numba": numba and numba.config.NUMBA_NUM_THREADS,
+        }
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""

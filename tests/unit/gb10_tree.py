@@ -164,8 +164,12 @@ def gb10(root: Path, host: int = 1) -> Tree:
     tree.write(
         "proc/meminfo",
         f"MemTotal: {120 * GIB_IN_KIB} kB\nMemAvailable: {110 * GIB_IN_KIB} kB\nBuffers: 1024 kB\n"
-        f"Cached: {8 * GIB_IN_KIB} kB\nSwapTotal: {16 * GIB_IN_KIB} kB\nSwapFree: {16 * GIB_IN_KIB} kB",
+        f"Cached: {8 * GIB_IN_KIB} kB\nSwapTotal: {16 * GIB_IN_KIB} kB\nSwapFree: {16 * GIB_IN_KIB} kB\n"
+        "CmaTotal: 131072 kB\nCmaFree: 65536 kB",
     )
+    tree.write("proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz-6.14.0-1015-nvidia ro quiet")
+    tree.write("proc/sys/kernel/osrelease", "6.14.0-1015-nvidia")
+    tree.write("boot/config-6.14.0-1015-nvidia", "CONFIG_CMA=y")
     for core, most in enumerate((2_808_000, 3_900_000)):
         for name, text in (
             ("scaling_governor", "performance"),

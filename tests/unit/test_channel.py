@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shlex
 import socket
 import ssl
 import subprocess
@@ -31,7 +32,6 @@ from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, 
 from vllm_spark.executor.credentials import Role, tls_context
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Hello, Offer, Reason
-from vllm_spark.executor.model_identity import ModelIdentity
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.executor.tls import TlsConnection
@@ -41,7 +41,7 @@ from .folder_rights import no_entry
 
 SECRET, OTHER = b"one secret, long enough", b"another secret, as long"
 LIMIT = 1 << 20
-OFFER = Offer("model", None, "auto", True, ModelIdentity({}, {}), 5.0)
+OFFER = Offer("model", [], 5.0)
 
 
 def wait_for(condition: Callable[[], Any], what: str, bound: float = 20.0) -> Any:
@@ -151,6 +151,42 @@ def test_a_secret_file_that_will_not_do(tmp_path: Path, content: str | None, mod
         load_secret(SparkConfig(secret_file=file), "10.0.0.1", {})
     assert part in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+def test_a_secret_file_of_another_user_will_not_do(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    make_secret(file)
+    os.chown(file, 4321, 4321)
+    with pytest.raises(ConfigurationError) as caught:
+        load_secret(SparkConfig(secret_file=file), "10.0.0.1", {})
+    assert str(caught.value) == (
+        f"the secret file {file} belongs to another user (id 4321), who can replace it; chown 0 {file}, "
+        "or, in a container, mount it read-only"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize(
+    ("owner", "mode"), [(0, 0o444), (4321, 0o600)], ids=["Kubernetes", "docker run -v FILE:FILE:ro"]
+)
+def test_a_secret_of_a_container_will_do(tmp_path: Path, owner: int, mode: int) -> None:
+    """On a read-only mount no chmod can change it."""
+    file = tmp_path / "mounted" / "secret"
+    file.parent.mkdir()
+    file.write_text("one of sixteen bytes")
+    file.chmod(mode)
+    os.chown(file, owner, owner)
+    load = (
+        "from pathlib import Path; from vllm_spark.config import SparkConfig; "
+        "from vllm_spark.executor.secret import load_secret; "
+        f"print(load_secret(SparkConfig(secret_file=Path({str(file)!r})), '10.0.0.1', {{}}))"
+    )
+    folder = file.parent
+    mount = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder} && ! chmod 600 {file} && exec "
+    command = ["unshare", "--mount", "sh", "-c", mount + shlex.join([sys.executable, "-c", load])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "b'one of sixteen bytes'\n", done.stderr
 
 
 def test_two_secrets_are_one_too_many(tmp_path: Path) -> None:
@@ -440,6 +476,21 @@ def test_a_follower_that_does_not_fit_is_waited_past(listener: Listener, caplog:
     assert "does not fit: other weights. Still waiting." in caplog.text
 
 
+def test_a_follower_that_starts_again_is_waited_for(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """It comes back with the leader's environment: nothing failed."""
+    caplog.set_level("INFO")
+
+    def come_twice() -> None:
+        join(listener, Kind.RESTART)
+        wait_for(lambda: "starts again" in caplog.text, "the leader lets it go")
+        join(listener)
+
+    threading.Thread(target=come_twice, daemon=True).start()
+    accept(listener)
+    assert [record.message for record in caplog.records if record.levelname != "INFO"] == []
+    assert listener._last_problem == ""
+
+
 def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dies after the offer, one accepts but opens no further lane: the next one gets the place."""
     monkeypatch.setattr(listening, "GREETING_TIMEOUT", 0.5)
@@ -603,11 +654,13 @@ def test_a_pulse_leaves_nothing_open() -> None:
         pulse.stop()
 
 
-def test_a_failure_is_passed_on_with_its_sentence() -> None:
+@pytest.mark.parametrize("stop", ["", "."])
+def test_a_failure_is_passed_on_with_its_sentence(stop: str) -> None:
+    """Also if it ends in the words of another program, with a full stop of their own."""
     left, right = lanes()
     first, _, _ = beat(left)
     _, _, ends = beat(right)
-    first.say(Kind.FAILURE, Reason("the worker fell over", "Traceback ..."))
+    first.say(Kind.FAILURE, Reason(f"the worker fell over{stop}", "Traceback ..."))
     first.stop()
     wait_for(lambda: ends, "the failure")
     assert str(ends[0]) == "the leader failed: the worker fell over"

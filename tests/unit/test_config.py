@@ -92,6 +92,10 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
     [
         ({"flags": {"port": 0}}, ["--spark-port 0", "greater than or equal to 1"]),
         ({"environment": {"SPARK_PORT": "http"}}, ["SPARK_PORT http", "integer"]),
+        (
+            {"environment": {"SPARK_PORT": "tcp://10.96.0.7:29650"}},
+            ["SPARK_PORT tcp://10.96.0.7:29650: it is not a port", "Kubernetes", "enableServiceLinks: false"],
+        ),
         ({"flags": {"heartbeat_timeout": 0.1}}, ["--spark-heartbeat-timeout 0.1", "0.5"]),
         ({"environment": {"SPARK_TRANSPORT": "ib"}}, ["SPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
         ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),

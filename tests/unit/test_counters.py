@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,8 @@ from vllm_spark.counter_board import CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 board = CounterBoard.from_environment()
 board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
-board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3})
+board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3,
+             "rail_proof_failures": 4, "rails_held_down": 1})
 board.fail(PeerLostError("the follower left"))
 """
 
@@ -49,6 +51,8 @@ def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None
     assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
     assert (samples["vllm_spark_rails_up", "0"], samples["vllm_spark_rails_up", "1"]) == (0, 2)
     assert samples["vllm_spark_reposts_total", "1"] == 3
+    assert samples["vllm_spark_rail_proof_failures_total", "1"] == 4
+    assert samples["vllm_spark_rails_held_down", "1"] == 1
     assert {name.removeprefix("vllm_spark_").removesuffix("_total") for name, _ in samples} == {
         "token_digest" if field == "digest" else field for field in RankCounters.__struct_fields__ if field != "rank"
     }
@@ -115,7 +119,7 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) 
     board.fail(PeerLostError("the follower left"))
     assert str(board.death()) == "the follower left"
     board.forget_failure()
-    board.take_leave()
+    board.end_work(in_order=True)
     assert board.death() is None
 
 
@@ -131,5 +135,22 @@ def test_without_a_board_everything_is_forgotten(monkeypatch: pytest.MonkeyPatch
     lonely = CounterBoard.from_environment()
     lonely.write(RankCounters(0))
     assert lonely.read() == []
-    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999")
+    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999 7")
     assert CounterBoard.from_environment().read() == []
+
+
+def test_another_file_of_that_number_is_left_alone(
+    board: CounterBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that made the board is gone, and another one has its number: with a file there, or another board."""
+    path, _, inode = os.environ[BOARD_VARIABLE].partition(" ")
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(bytes(1 << 16))
+    with theirs.open("r+b") as file:
+        monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/{file.fileno()} {inode}".strip())
+        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
+    assert theirs.read_bytes() == bytes(1 << 16)
+    for announced in (f"{path} 1", path):
+        monkeypatch.setenv(BOARD_VARIABLE, announced)
+        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
+    assert board.failure() is None

@@ -179,6 +179,20 @@ def small_memlock(tree: Tree) -> None:
     tree.write("proc/self/limits", "Max locked memory         8388608              8388608              bytes")
 
 
+def handover_memory(tree: Tree) -> None:
+    tree.write("proc/meminfo", (tree.system.text("proc/meminfo") or "").replace("CmaFree: 65536", "CmaFree: 9752576"))
+
+
+def handover_memory_in_use(tree: Tree) -> None:
+    """Nothing of it is free just now, so the kernel's counters do not show it."""
+    tree.write("proc/sys/kernel/osrelease", "7.0.0-1019-nvidia")
+    tree.write("boot/config-7.0.0-1019-nvidia", "CONFIG_KEXEC_HANDOVER=y\nCONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y")
+
+
+def handover_asked_for(tree: Tree) -> None:
+    tree.write("proc/cmdline", "quiet kho=off kho=on")
+
+
 def translating_iommu(tree: Tree) -> None:
     tree.write("sys/devices/pci/0000:01:00.0/iommu_group/type", "DMA-FQ")
 
@@ -300,6 +314,9 @@ def no_gpu(tree: Tree) -> None:
         (narrow_lanes, "link.pcie", "warning", ["roceP2p1s0f0 x2", "fwupdmgr"]),
         (no_device_file, "rdma.access", "problem", ["/dev/infiniband/uverbs2", "--device /dev/infiniband"]),
         (small_memlock, "machine.memlock", "problem", ["8.4 MB", "34 MB", "memlock unlimited"]),
+        (handover_memory, "machine.handover", "warning", ["9.3 GiB", "0.1 GiB", "kho=off", "ENOMEM"]),
+        (handover_memory_in_use, "machine.handover", "warning", ["by default", "kho=off"]),
+        (handover_asked_for, "machine.handover", "warning", ["kho=on", "kho=off"]),
         (translating_iommu, "machine.iommu", "note", ["rocep1s0f0 DMA-FQ", "iommu.passthrough=1"]),
         (slow_governor, "machine.governor", "warning", ["performance, powersave", "tee /sys/devices/system/cpu"]),
         (other_governor, "machine.governor", "note", ["performance, schedutil"]),
@@ -357,6 +374,22 @@ def test_a_leaders_port_that_can_be_reached() -> None:
         assert check_reach("127.0.0.1", port).value == f"127.0.0.1:{port} answers"
     found = check_reach("127.0.0.1", port)
     assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nobody listens there now")
+
+
+@pytest.mark.parametrize("option", ["kho=off", "kho=0", "kho=n"])
+def test_memory_that_is_not_reserved_for_handover(tree: Tree, option: str) -> None:
+    handover_memory(tree)
+    handover_memory_in_use(tree)
+    assert findings(tree)["machine.handover"].status == "warning"
+    tree.write("proc/cmdline", f"quiet {option} splash")
+    found = findings(tree)["machine.handover"]
+    assert (found.status, found.value) == ("ok", f"none ({option})")
+
+
+def test_memory_reserved_for_handover_counts_on_a_gb10_alone(tree: Tree) -> None:
+    handover_memory(tree)
+    tree.write("proc/driver/nvidia/gpus/000f:01:00.0/information", "Model: \t\t NVIDIA H200")
+    assert "machine.handover" not in findings(tree)
 
 
 def test_nothing_follows_from_a_missing_cable(tree: Tree) -> None:

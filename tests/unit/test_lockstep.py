@@ -59,7 +59,7 @@ def test_the_peers_digest_may_come_first() -> None:
     theirs.record(output([[1]]))
     mine = TokenLedger()
     mine.compare(*theirs.state())
-    with pytest.raises(DriftError):
+    with pytest.raises(DriftError, match=r"start vllm serve again .*vllm-spark doctor --peer, .* report"):
         mine.record(output([[2]]))
 
 

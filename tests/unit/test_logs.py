@@ -56,3 +56,37 @@ def test_debugging_shows_everything(log: io.StringIO) -> None:
     logging.getLogger("vllm").setLevel(logging.DEBUG)
     fail(PeerLostError("the follower is gone"))
     assert "Traceback" in log.getvalue()
+
+
+class EngineDeadError(Exception):
+    """Of vLLM, as far as its name goes."""
+
+
+def fail_to_read(error: Exception) -> None:
+    try:
+        raise error
+    except Exception:
+        logging.getLogger("vllm.v1.engine.async_llm").exception("AsyncLLM output_handler failed.")
+
+
+def test_the_end_of_an_engine_that_was_stopped_is_no_failure(log: io.StringIO) -> None:
+    board = CounterBoard.create()
+    board.begin_work()
+    board.end_work(in_order=True)
+    fail_to_read(EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause."))
+    assert log.getvalue() == ""
+    fail_to_read(RuntimeError("a bug"))
+    assert "RuntimeError: a bug" in log.getvalue()
+
+
+@pytest.mark.parametrize("engine", ["at work", "failed", "started again"])
+def test_any_other_end_of_an_engine_is_one(log: io.StringIO, engine: str) -> None:
+    board = CounterBoard.create()
+    board.begin_work()
+    if engine != "at work":
+        board.end_work(in_order=engine == "started again")
+    if engine == "started again":
+        board.begin_work()
+    fail_to_read(EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause."))
+    assert "AsyncLLM output_handler failed" in log.getvalue()
+    assert "Traceback" in log.getvalue()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.model_identity import ModelIdentity, find_model
+from vllm_spark.executor.loaded_files import existing_path, missing_weights
+from vllm_spark.executor.model_identity import ModelIdentity
 
 from .folder_rights import no_entry
 
@@ -76,7 +78,7 @@ def test_what_is_no_part_of_the_model_is_not_looked_at(model: Path, tmp_path: Pa
 def test_a_folder_that_may_not_be_entered(model: Path, tmp_path: Path) -> None:
     """Of a model in another user's home, or with the rights of a careless copy."""
     with no_entry(tmp_path), pytest.raises(RefusedError) as caught:
-        find_model(str(model), None)
+        existing_path("model", str(model))
     assert str(caught.value) == f"{model} cannot be read (Permission denied); let the user that serves it read it"
     for with_weights in (True, False):
         with no_entry(model), pytest.raises(RefusedError) as caught:
@@ -84,14 +86,11 @@ def test_a_folder_that_may_not_be_entered(model: Path, tmp_path: Path) -> None:
         assert str(caught.value) == f"{model} cannot be read (Permission denied); let the user that serves it read it"
 
 
-def test_a_model_of_the_hub_is_found_from_a_folder_that_may_not_be_entered(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its name is a relative path too, but nobody means the folder where the process happens to be."""
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *given, **more: str(model))
+def test_a_name_of_the_hub_in_a_folder_that_may_not_be_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a relative path too, but nobody means the folder where the process happens to be."""
     monkeypatch.chdir(tmp_path)
     with no_entry(tmp_path):
-        assert find_model("somebody/something", None) == model
+        assert existing_path("model", "somebody/something") is None
 
 
 def test_a_file_that_may_not_be_read(model: Path) -> None:
@@ -129,20 +128,20 @@ def test_another_checkpoint_of_the_same_size_differs_in_the_middle(tmp_path: Pat
     assert difference(before, tmp_path) is not None
 
 
-def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_model(str(tmp_path), None) == tmp_path
-    with pytest.raises(RefusedError, match="there is no model in /no/such/model on this machine; copy it"):
-        find_model("/no/such/model", None)
-    with pytest.raises(RefusedError, match="there is no model in ~no-such-user/model on this machine; copy it"):
-        find_model("~no-such-user/model", None)
-    single = tmp_path / "m.gguf"
-    single.touch()
-    with pytest.raises(RefusedError, match=r"m\.gguf is a single file, which --spark does not serve; give a folder"):
-        find_model(str(single), None)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        RefusedError, match=r"nobody/nothing is not on this .*; download it .*: hf download nobody/nothing$"
-    ):
-        find_model("nobody/nothing", None)
-    with pytest.raises(RefusedError, match=r"hf download nobody/nothing --revision v1\.5$"):
-        find_model("nobody/nothing", "v1.5")
+def test_what_a_name_leads_to_on_the_leader(tmp_path: Path) -> None:
+    assert existing_path("model", str(tmp_path)) == tmp_path
+    (tmp_path / "m.gguf").touch()
+    assert existing_path("model", f"{tmp_path}/m.gguf") == tmp_path / "m.gguf"
+    assert existing_path("model", "nobody/nothing") is None
+    for path in ("/no/such/model", "~no-such-user/model", "./model"):
+        with pytest.raises(RefusedError, match=rf"^there is no draft model in {path} on .*; copy it there from the"):
+            existing_path("draft model", path)
+
+
+def test_weights_that_an_index_names(model: Path) -> None:
+    assert missing_weights(model) == []
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-3.safetensors", "c": "model-3.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert missing_weights(model) == ["model-3.safetensors"]
+    (model / "model.safetensors.index.json").write_text("[]")
+    assert missing_weights(model) == []

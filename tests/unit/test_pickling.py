@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, decode_call, decode_ledger, encode_call
+from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, decode_call, decode_header, encode_call
 from vllm_spark.executor.pickling import dumps_configuration
 
 SENDING = """
@@ -33,7 +33,7 @@ made = {
         SimpleNamespace(model_config=SimpleNamespace(hf_overrides=of_script, own=Own(4))), "VllmConfig"
     ),
     "call": lambda: encode_call((7, b"12345678"), of_script, (Own(21),), {}),
-    "result": lambda: encode_result(Own(3)),
+    "result": lambda: encode_result(Own(3), 1),
     "step": lambda: encode_call((7, b"12345678"), "execute_model",
                                 (SimpleNamespace(scheduled_new_reqs=[Own(5)]),), {}),
 }
@@ -56,7 +56,7 @@ def test_a_configuration_with_functions_and_classes_of_a_script() -> None:
 
 def test_a_call_with_functions_and_classes_of_a_script() -> None:
     payload = sent("call")
-    assert decode_ledger(payload) == (7, b"12345678")
+    assert decode_header(payload) == (7, b"12345678", 0)
     call = decode_call(payload)
     assert callable(call.method)
     assert call.method("worker", *call.args) == 42

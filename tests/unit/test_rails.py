@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_spark import _native
-from vllm_spark.collective import UsageError, local_ports
+from vllm_spark.collective import UsageError, local_ports, rails
 from vllm_spark.config import SparkConfig
 from vllm_spark.errors import ConfigurationError
 
@@ -45,6 +47,28 @@ def test_a_port_is_named_once(choices: tuple[str, ...]) -> None:
     with pytest.raises(UsageError) as caught:
         local_ports(choices)
     assert str(caught.value) == f"the rails {', '.join(choices)} name port 1 of mlx5_0 twice; name each port once"
+
+
+@pytest.mark.parametrize("looks_through", [False, True], ids=["older Python", "newer Python"])
+def test_a_mapped_ipv4_address_is_of_its_network(looks_through: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of 169.254/16, whatever `is_link_local` says of it: both machines must find the same rails."""
+    native = ipaddress.IPv6Address.is_link_local.fget  # type: ignore[attr-defined]
+
+    def is_link_local(address: ipaddress.IPv6Address) -> bool:
+        mapped = address.ipv4_mapped
+        return mapped.is_link_local and looks_through if mapped is not None else bool(native(address))
+
+    monkeypatch.setattr(ipaddress.IPv6Address, "is_link_local", property(is_link_local))
+    mapped = ipaddress.IPv6Address("::ffff:169.254.1.2").packed
+    local = ipaddress.IPv6Address("fe80::1").packed
+    monkeypatch.setattr(
+        _native, "rdma_ports", lambda: [("mlx5_0", 1, True, True, 4096, [(1, local, 7), (3, mapped, 7)])]
+    )
+    entry = SimpleNamespace(address="169.254.1.2", netmask="255.255.0.0")
+    monkeypatch.setattr(rails.socket, "if_indextoname", lambda index: "enp1s0f0np0")
+    monkeypatch.setattr(rails.psutil, "net_if_addrs", lambda: {"enp1s0f0np0": [entry]})
+    (port,) = local_ports()
+    assert [address.network for address in port.addresses] == ["169.254.0.0/16", rails.LINK_LOCAL]
 
 
 @pytest.mark.parametrize("rail", ["", ":1", "mlx5_0:", "mlx5_0:0", "mlx5_0:x", "mlx5_0:1:2:3", "mlx5 0"])

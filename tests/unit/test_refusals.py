@@ -1,13 +1,19 @@
-"""What vLLM does not take, in one sentence."""
+"""What vLLM does not take and what a pair cannot do, each in one sentence."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.refusals import vllms_objections
+from vllm_spark.refusals import EXECUTOR, keep_collectives, refuse_configuration, vllms_objections
+from vllm_spark.tiny_model import make_tiny_model
 
 from .folder_rights import no_entry
 
@@ -23,3 +29,106 @@ def test_a_model_whose_folder_may_not_be_entered(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigurationError, match=r"there is no folder .*/model; give"), vllms_objections(str(model)):
         raise OSError("the same")
+
+
+def made_by_vllm(**parts: Any) -> SimpleNamespace:
+    """A configuration as vLLM makes it for a pair, but for `parts`, named by their path with two underscores."""
+    parallel = SimpleNamespace(
+        tensor_parallel_size=2,
+        pipeline_parallel_size=1,
+        data_parallel_size=1,
+        decode_context_parallel_size=1,
+        nnodes=1,
+        distributed_executor_backend=EXECUTOR,
+        assigned_physical_gpu_ids=None,
+    )
+    config = SimpleNamespace(
+        parallel_config=parallel, kv_transfer_config=None, model_config=SimpleNamespace(multimodal_config=None)
+    )
+    for path, value in parts.items():
+        *owners, name = path.split("__")
+        owner = config
+        for each in owners:
+            owner = getattr(owner, each)
+        setattr(owner, name, value)
+    return config
+
+
+def test_what_a_pair_can_do_is_not_refused() -> None:
+    refuse_configuration(made_by_vllm())
+    refuse_configuration(made_by_vllm(model_config__multimodal_config=SimpleNamespace(mm_processor_cache_type="lru")))
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (
+            {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
+            "--kv-transfer-config (or --kv-offloading-size) OffloadingConnector does not go with --spark: KV conn",
+        ),
+        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size (or VLLM_DP_SIZE) 2 does not go with"),
+        (
+            {"parallel_config__assigned_physical_gpu_ids": [1]},
+            "--device-ids [1] does not go with --spark: each machine",
+        ),
+        ({"parallel_config__distributed_executor_backend": "mp"}, "--distributed-executor-backend mp does not go with"),
+        (
+            {"model_config__multimodal_config": SimpleNamespace(mm_processor_cache_type="shm")},
+            "--mm-processor-cache-type shm does not go with --spark: a shared-memory cache",
+        ),
+    ],
+)
+def test_what_vllm_derived_is_refused_like_what_was_typed(parts: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        refuse_configuration(made_by_vllm(**parts))
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("size", ["--kv-offloading-size", "VLLM_DP_SIZE"])
+def test_what_the_installed_vllm_derives_is_found(tmp_path: Path, size: str) -> None:
+    """The real thing: a connector that nobody named, and a variable of vLLM's that no option shows."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    program = f"""
+from vllm.engine.arg_utils import EngineArgs
+offload = {{"kv_offloading_size": 1}} if {size!r}.startswith("--") else {{}}
+EngineArgs(model={str(make_tiny_model(tmp_path, "moe"))!r}, additional_config={{"spark": {{}}}}, **offload
+           ).create_engine_config()
+"""
+    environment = os.environ | ({} if size.startswith("--") else {size: "2"})
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"(or {size})" in last, done.stderr[-2000:]
+    assert "does not go with --spark" in last
+
+
+def test_compiler_passes_with_collectives_of_their_own_are_off() -> None:
+    passes = SimpleNamespace(fuse_allreduce_rms=None, enable_sp=None, fuse_norm_quant=None)
+    arguments = SimpleNamespace(compilation_config=SimpleNamespace(pass_config=passes))
+    keep_collectives(arguments)
+    assert vars(passes) == {"fuse_allreduce_rms": False, "enable_sp": False, "fuse_norm_quant": None}
+    passes.fuse_allreduce_rms = True
+    with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms does not go with --spark"):
+        keep_collectives(arguments)
+
+
+def test_a_single_file_that_vllm_does_not_take(tmp_path: Path) -> None:
+    """It is there, and not a folder: both are said."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    with pytest.raises(ConfigurationError) as caught, vllms_objections(str(model)):
+        raise OSError(f"It looks like the config file at '{model}' is not a valid JSON file.")
+    assert str(caught.value) == (
+        f"the single file {model} cannot be loaded as a model by this vLLM (It looks like the config file at '{model}' "
+        "is not a valid JSON file); give a folder"
+    )
+
+
+def test_a_package_that_vllm_lacks() -> None:
+    """What reads s3:// is not part of plain vLLM."""
+    with pytest.raises(ConfigurationError) as caught, vllms_objections("s3://bucket/model"):
+        raise ModuleNotFoundError("No module named 'runai_model_streamer'")
+    assert str(caught.value) == (
+        "vLLM needs a package that it cannot import here (No module named 'runai_model_streamer'); install it into the "
+        "environment of vLLM on both machines"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.socket_folder import PREFIX, VARIABLE
+from vllm_spark.socket_folder import PREFIX, VARIABLE, make_socket_folder
 
 OWNER = """
 import os, sys
@@ -133,3 +133,17 @@ def test_paths_stay_short_enough_for_sockets(start: Callable[..., Owner], folder
     owner = start(TMPDIR=str(deep))
     assert folder_of(owner) == Path("None")
     assert list(deep.iterdir()) == []
+
+
+def test_the_log_says_that_a_path_is_too_long(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deep = folders / ("x" * 80)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    make_socket_folder()
+    assert VARIABLE not in os.environ
+    (message,) = caplog.messages
+    assert f"and stay behind after a kill: the path of {deep}/" in message
+    assert message.endswith("set TMPDIR to a shorter one.")

@@ -24,7 +24,8 @@ from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store
 
 __all__ = ["folders"]  # a fixture
 
-SERVING = {"fused-moe-tables", "marlin-atomic-add", "marlin-parameters", "repeated-scales"}
+TUNING = {"fused-moe-tables", "marlin-atomic-add", "marlin-parameters"}
+SERVING = {"repeated-scales", "speculation-on-cpu"}
 
 
 class Engine(SimpleNamespace):
@@ -50,12 +51,13 @@ def patch(name: str) -> Patch:
     return next(each for each in all_patches() if each.name == name)
 
 
-def test_these_are_for_serving() -> None:
+def test_these_are_for_serving_and_those_for_tuned_parameters() -> None:
     assert {each.name for each in all_patches() if each.when == "serving"} == SERVING
+    assert {each.name for each in all_patches() if each.when == "tuning"} == TUNING
 
 
-def test_only_a_serving_process_has_them() -> None:
-    """What vLLM loads by itself applies the others; serving applies these, once."""
+def test_only_a_process_that_uses_tables_has_them() -> None:
+    """What vLLM loads by itself applies others, and so does a rank of a pair; tuning applies these, once."""
     look = """
 import json
 from vllm_spark import patches
@@ -72,8 +74,8 @@ print(json.dumps([before, sorted(patches._applied), marked]))
 """
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=300, check=True)
     before, after, marked = json.loads(done.stdout.splitlines()[-1])
-    assert not SERVING.intersection(before)
-    assert set(after) - set(before) == SERVING
+    assert not TUNING.intersection(before)
+    assert set(after) - set(before) == TUNING
     assert marked == ["marlin-parameters", "fused-moe-tables"]
 
 
@@ -87,8 +89,8 @@ def test_an_unknown_source_disables_one_of_them(
     applied: list[str] = []
     monkeypatch.setattr(patches, "_applied", set())
     monkeypatch.setattr(patches, "_apply", lambda each: applied.append(each.name))
-    patches.apply_all("serving")
-    assert set(applied) == SERVING - {"marlin-parameters"}
+    patches.apply_all("tuning")
+    assert set(applied) == TUNING - {"marlin-parameters"}
     assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
 
 

@@ -15,6 +15,7 @@ from vllm_spark.errors import SparkError
 from vllm_spark.executor.parent import watch_parent
 from vllm_spark.local_pair import free_ports
 from vllm_spark.ranks import WORLD_SIZE
+from vllm_spark.wording import described
 
 _CONNECT_SECONDS = 120.0
 
@@ -132,4 +133,4 @@ def _run(rank: Rank, body: Callable[..., None], arguments: tuple[Any, ...], envi
         rank._results.send((str(error), None))
     except Exception as error:
         traceback.print_exc()
-        rank._results.send((f"{type(error).__name__}: {error}", None))
+        rank._results.send((described(error), None))

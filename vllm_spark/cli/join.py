@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm_spark")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The follower's own settings; all others come from the leader."""
     add_flags(parser, ["follower", "both"], prefix="--")
-    parser.add_argument("--once", action="store_true", help="end when the first leader leaves")
+    parser.add_argument("--once", action="store_true", help="end when the first leader leaves or does not fit")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -178,7 +178,9 @@ def _port(device: str, number: int, mtu: int, gids: Iterable[tuple[int, bytes, i
 def _network(gid: bytes, interface: int) -> str:
     """The network that the interface with index `interface` has for this address."""
     address = ipaddress.IPv6Address(gid)
-    if address.is_link_local:
+    # Asked of IPv6 alone: in newer versions of Python `is_link_local` looks at a mapped IPv4 address, in older ones it
+    # does not, and 169.254/16 is a network like others here.
+    if address.ipv4_mapped is None and address.is_link_local:
         return LINK_LOCAL
     wanted = str(address.ipv4_mapped or address)
     name = ""

@@ -20,7 +20,7 @@ from vllm_spark.ranks import RANKS
 
 Exchange = Callable[[bytes], bytes]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 _Message = TypeVar("_Message", bound=msgspec.Struct)
 

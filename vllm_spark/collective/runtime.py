@@ -47,15 +47,21 @@ class Counters:
     proxy_posts: int
     proxy_coalesced: int
     rails_up: int
-    """Rails that work now; this and the five below are those of verbs."""
+    """Rails that data goes over now; this and the seven below are those of verbs."""
     rail_failures: int
+    """Times that a rail failed over which data went."""
     rail_recoveries: int
+    """Times that such a rail carried data again."""
+    rail_proof_failures: int
+    """Connections of a rail that failed before both ranks had a full-size message acknowledged over them."""
     reposts: int
     """Messages sent again because a rail failed before they were known to have arrived."""
     rail_posts: tuple[int, ...]
     """Messages sent over each rail, or pieces of one."""
+    rail_states: tuple[str, ...]
+    """What each rail does now: `open` (data goes over it), `unproven`, `held down` or `down`."""
     link_lost: bool
-    """True while no rail works."""
+    """True while data goes over no rail; at the start too, for the milliseconds until one is proven."""
     last_sequence: int
 
 
@@ -265,12 +271,12 @@ class Runtime:
 
     @property
     def silence(self) -> float | None:
-        """Seconds since the peer's proxy last said something over a rail; None without rails."""
+        """Seconds since the peer's proxy last announced something, over a rail or out of band; None without rails."""
         return None if self._keeper is None else float(self._native.silence())
 
     @property
     def link_lost(self) -> bool:
-        """True while no rail works, and everything waits for one to come back."""
+        """True while data goes over no rail, and everything waits for one."""
         return bool(self._native.counters()["link_lost"])
 
     def abort(self, reason: str) -> None:

@@ -10,6 +10,7 @@ from vllm_spark.config import SparkConfig, split_endpoint
 from vllm_spark.doctor import gpu, rdma
 from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.firewall import check_firewall, check_reach
+from vllm_spark.doctor.handover import check_handover
 from vllm_spark.doctor.machine import check_machine
 from vllm_spark.doctor.network import check_network, check_shared
 from vllm_spark.doctor.rails import Rail, active, find_rails
@@ -76,6 +77,8 @@ def _findings(
         return
     secret_needed = bool(rails) or any(name and not is_loopback(name) for name in (config.address, peer))
     yield from guarded("machine", lambda: check_machine(system, config, rails))
+    if chip is not None and gpu.GB10 in chip.model and active(rails):
+        yield from guarded("machine.handover", lambda: [check_handover(system)])
     yield from guarded("software", lambda: check_software(config, secret_needed=secret_needed))
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import msgspec
 
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
+from vllm_spark.wording import described
 
 Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"]
 """From best to worst. Only a problem keeps the pair from working; only warnings and problems change an exit code."""
@@ -66,6 +67,6 @@ def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Findi
             name,
             "A check that failed",
             "unknown",
-            f"{type(error).__name__}: {error}",
+            described(error),
             "The check met something on this machine that it was not written for; please report it.",
         )

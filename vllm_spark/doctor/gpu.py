@@ -19,7 +19,8 @@ _PROC = "proc/driver/nvidia"
 _DRIVER = re.compile(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b")
 _SLOWED = re.compile(r"^\s*(HW [\w ]*?(?:Slowdown|Brake))\s*: Active", re.MULTILINE)
 _NCCL_VARIABLE = "VLLM_NCCL_SO_PATH"
-_GB10 = "GB10"
+GB10 = "GB10"
+"""In the name of the GPU that this is made for."""
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -188,7 +189,7 @@ def _nccl(system: System, gpu: Gpu) -> Finding:
     return Finding(
         "gpu.nccl",
         title,
-        "warning" if _GB10 in gpu.model else "note",
+        "warning" if GB10 in gpu.model else "note",
         f"{version} from pip" + (f", {_NCCL_VARIABLE}={chosen}" if chosen else ""),
         "What the pair's own collectives do not take goes through NCCL. On two GB10, pip's build hung after 20 to 26 "
         "minutes under load, and DGX OS's build of the same version did not (vllm issues 42354 and 41725).",

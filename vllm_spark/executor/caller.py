@@ -9,11 +9,11 @@ import ssl
 
 import msgspec
 
-from vllm_spark.errors import ConfigurationError, RefusedError
+from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
 from vllm_spark.executor.channel import ChannelError, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name
 from vllm_spark.executor.messages import GREETING_TIMEOUT, Hello, Reason, decode
-from vllm_spark.executor.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.tls import TlsConnection, failure_in_words, is_secret_failure
 from vllm_spark.executor.versions import Versions
 
 
@@ -38,8 +38,9 @@ class Caller:
         """Opens one lane; None if nobody listens there now.
 
         Raises:
-            ConfigurationError: the leader has another secret, or is no vllm-spark leader.
-            RefusedError: the leader gave a reason.
+            ConfigurationError: the leader has another secret.
+            VersionsError: it has other versions.
+            RefusedError: it gave another reason, or what is there is not a vllm-spark leader.
         """
         try:
             plain = socket.create_connection((self.host, self.port), timeout=GREETING_TIMEOUT)
@@ -59,7 +60,7 @@ class Caller:
             opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
             if (role := opened.peer_role) != "leader":
                 opened.close()
-                raise ConfigurationError(
+                raise RefusedError(
                     f"{self.endpoint} authenticated as {role!r}, not as a leader; give the address of the machine that "
                     "runs vllm serve --spark"
                 )
@@ -68,11 +69,14 @@ class Caller:
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
         except ssl.SSLError as error:
             plain.close()
-            raise ConfigurationError(f"{self.endpoint}: {failure_in_words(error)}") from None
+            kind = ConfigurationError if is_secret_failure(error) else RefusedError
+            raise kind(f"{self.endpoint}: {failure_in_words(error)}") from None
         except (OSError, ChannelError):
             plain.close()
             return None
         if answer.kind is Kind.REFUSAL:
             opened.close()
-            raise RefusedError(f"the leader at {self.endpoint} refused: {decode(answer, Reason).sentence}")
+            reason = decode(answer, Reason)
+            refusal = VersionsError if reason.final else RefusedError
+            raise refusal(f"the leader at {self.endpoint} refused: {reason.sentence}")
         return opened

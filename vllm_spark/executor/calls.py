@@ -1,7 +1,8 @@
 """Worker calls as bytes.
 
 A call is what vLLM's executors call a collective RPC: a worker method's name (or a function), its arguments, and
-whether an answer is wanted. The leader's token ledger rides along: 16 bytes before the pickle.
+whether an answer is wanted. Before its pickle stand 24 bytes: the leader's step and token digest, and the call's
+number, which comes back with its answer. Calls of the decode loop, which are not answered, have the number 0.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import cloudpickle
 
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.pickling import dumps_by_value
+from vllm_spark.wording import described
 
-_LEDGER = struct.Struct("<Q8s")
+_HEADER = struct.Struct("<Q8sQ")
+_NUMBER = struct.Struct("<Q")
 
 EXECUTE, SAMPLE = "execute_model", "sample_tokens"
 
@@ -28,6 +31,13 @@ told, and a step costs one message."""
 
 LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
 """Once it has returned on both ranks, the engine is up."""
+
+COMPARE_ADAPTER = "compare adapter"
+"""Not a method of the worker: the leader compares an adapter with the follower's, and nothing is loaded."""
+
+COMPARE_FILES = "compare files"
+"""Not a method of the worker: the follower looks for the files of one argument, and answers with None or with the
+sentence why it does not have them."""
 
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
@@ -42,12 +52,32 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Header(NamedTuple):
+    """What stands before a call's pickle."""
+
+    step: int
+    digest: bytes
+    number: int
+
+
 class RemoteError(SparkError):
-    """A worker call failed on the follower; the message carries what it raised there."""
+    """A worker call failed on the follower.
+
+    Attributes:
+        details: the traceback there; empty where it is not known.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 def encode_call(
-    ledger: tuple[int, bytes], method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ledger: tuple[int, bytes],
+    method: str | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    number: int = 0,
 ) -> bytes:
     """The bytes of a call.
 
@@ -57,7 +87,7 @@ def encode_call(
     Raises:
         TypeError: the arguments cannot be pickled; the sentence says whose.
     """
-    content = (method, args, kwargs)
+    content, header = (method, args, kwargs), _HEADER.pack(*ledger, number)
     executes = method in (EXECUTE, EXECUTE_AND_SAMPLE)
     if executes or method in STEP_METHODS:
         new_requests = executes and args[0].scheduled_new_reqs
@@ -65,7 +95,7 @@ def encode_call(
     else:
         dumps = dumps_by_value
     try:
-        return _LEDGER.pack(*ledger) + dumps(content)
+        return header + dumps(content)
     except Exception as error:
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         raise TypeError(f"the call of {name} cannot be sent to the follower: {error}") from error
@@ -75,10 +105,9 @@ def _dumps_fast(content: Any) -> bytes:
     return pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
 
 
-def decode_ledger(payload: bytes) -> tuple[int, bytes]:
-    """The leader's step and digest that came with a call; nothing is unpickled."""
-    step, digest = _LEDGER.unpack_from(payload)
-    return step, digest
+def decode_header(payload: bytes) -> Header:
+    """What stands before a call; nothing is unpickled."""
+    return Header(*_HEADER.unpack_from(payload))
 
 
 def decode_call(payload: bytes) -> Call:
@@ -87,18 +116,27 @@ def decode_call(payload: bytes) -> Call:
     Raises:
         whatever unpickling raises: ImportError for a module that is on the leader alone, for example.
     """
-    return Call(*pickle.loads(memoryview(payload)[_LEDGER.size :]))
+    return Call(*pickle.loads(memoryview(payload)[_HEADER.size :]))
 
 
-def encode_result(result: Any) -> bytes:
-    """The bytes of a successful reply; pickled by value, since a user's function may have made the result."""
-    return dumps_by_value((True, result, ""))
+def encode_result(result: Any, number: int) -> bytes:
+    """The bytes of a successful reply to the call of that number.
+
+    Pickled by value, since a user's function may have made the result.
+    """
+    return _NUMBER.pack(number) + dumps_by_value((True, result, ""))
 
 
-def encode_error(error: BaseException) -> bytes:
-    """The bytes of a failed reply."""
-    details = "".join(traceback.format_exception(error))
-    return pickle.dumps((False, f"{type(error).__name__}: {error}", details), protocol=pickle.HIGHEST_PROTOCOL)
+def encode_error(error: BaseException, number: int) -> bytes:
+    """The bytes of a failed reply to the call of that number."""
+    content = (False, described(error), "".join(traceback.format_exception(error)))
+    return _NUMBER.pack(number) + pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def replied_number(payload: bytes) -> int:
+    """The number of the call that a reply answers; nothing is unpickled."""
+    (number,) = _NUMBER.unpack_from(payload)
+    return int(number)
 
 
 def decode_reply(payload: bytes) -> Any:
@@ -107,7 +145,7 @@ def decode_reply(payload: bytes) -> Any:
     Raises:
         RemoteError: the call failed on the follower.
     """
-    succeeded, result, details = pickle.loads(payload)
+    succeeded, result, details = pickle.loads(memoryview(payload)[_NUMBER.size :])
     if not succeeded:
-        raise RemoteError(f"the follower's worker raised {result}\n{details}")
+        raise RemoteError(f"the follower's worker failed: {result}", details)
     return result

@@ -9,6 +9,7 @@ one thread at a time, or by one that sends and another that receives.
 from __future__ import annotations
 
 import enum
+import select
 import ssl
 import struct
 import time
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.wording import without_stop
 
 MIB = 1 << 20
 _HEADER = struct.Struct("<BxxxI")
@@ -58,6 +60,10 @@ class Kind(enum.IntEnum):
     """JSON: how it is."""
     GROUP = 17
     """MessagePack: a part of a message of torch's process groups or of their store."""
+    PROGRESS = 18
+    """JSON: what the follower does before it answers an OFFER."""
+    RESTART = 19
+    """Empty, in answer to an OFFER: the follower comes back with the leader's environment, in another process."""
 
 
 class Frame(NamedTuple):
@@ -132,6 +138,14 @@ class Lane:
         except (OSError, ValueError) as error:
             raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
 
+    def wait(self, timeout: float) -> bool:
+        """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
+        if self.pending or (descriptor := self.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout) * 1000))
+
     def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
         """Receives one frame; looks for it without sleeping for the first `awake` seconds.
 
@@ -190,4 +204,4 @@ def _reason(error: Exception) -> str:
         return (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) or type(error).__name__
+    return without_stop(str(error)) or type(error).__name__

@@ -8,7 +8,7 @@ from vllm_spark.counter_board import RankCounters
 _OF_RUNTIME = (
     *("all_reduces", "all_gathers", "all_reduce_bytes", "all_gather_bytes", "wait_seconds"),
     *("packet_messages", "payload_messages", "chunked_operations", "proxy_posts"),
-    *("rails_up", "rail_failures", "rail_recoveries", "reposts"),
+    *("rails_up", "rail_failures", "rail_recoveries", "rail_proof_failures", "reposts"),
 )
 
 
@@ -24,4 +24,5 @@ def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
         runs = runtime.counters()
         for name in _OF_RUNTIME:
             setattr(counters, name, getattr(runs, name))
+        counters.rails_held_down = runs.rail_states.count("held down")
     return counters

@@ -16,56 +16,58 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 
 from vllm_spark.collective import Runtime
 from vllm_spark.config import SparkConfig
-from vllm_spark.errors import EXIT_LOST, PeerLeftError, PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError
+from vllm_spark.executor.adapters import ADD_LORA, FollowerAdapters
 from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.calls import (
+    COMPARE_FILES,
     EXECUTE,
     EXECUTE_AND_SAMPLE,
     LAST_CALL_OF_THE_START,
     SAMPLE,
     Call,
     decode_call,
-    decode_ledger,
+    decode_header,
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
+from vllm_spark.executor.channel import MIB, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.group_link import GroupLink
-from vllm_spark.executor.invitation import serve_command, where_to_type
+from vllm_spark.executor.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Offer, Reason, decode
-from vllm_spark.executor.model_identity import ModelIdentity, find_model
+from vllm_spark.executor.messages import CALLS, GROUPS, Reason
 from vllm_spark.executor.pickling import loads_configuration
+from vllm_spark.executor.placement import place_files
 from vllm_spark.executor.pulse import Pulse, cause_grace
 from vllm_spark.executor.secret import load_secret
 from vllm_spark.executor.session import (
     Assignment,
     connect_runtime,
+    limit_numba_threads,
     link_patience,
     local_address_towards,
     share_cores,
     use_link_interface,
 )
+from vllm_spark.patches import apply_all
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
 from vllm_spark.tuning import serving as tuning
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
-_RETRY_INTERVAL = 0.5  # seconds between two looks for a leader
-# Seconds between two lines that say for whom it waits: twice as long each time.
-_FIRST_NOTE, _LONGEST_NOTE = 15.0, 900.0
-_OFFER_TIMEOUT = 300.0  # seconds for the leader to finish with a follower that did not fit
 _ASSIGNMENT_TIMEOUT = 120.0
 _END_GRACE = 5.0  # seconds in which the thread that ends this process does so
 _AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
@@ -78,17 +80,31 @@ class FollowerSession:
         config: the follower's settings.
         answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
             settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
+        once: end when the first leader does, or when it refuses; the exit code is then that of the reason.
+        adopted: the leader's environment with which this process was started; None without.
     """
 
-    def __init__(self, config: SparkConfig, answer_doctor: Callable[[Lane, Frame, SparkConfig, str], None]) -> None:
-        self._config, self._answer_doctor = config, answer_doctor
+    def __init__(
+        self,
+        config: SparkConfig,
+        answer_doctor: AnswerDoctor,
+        *,
+        once: bool = False,
+        adopted: Environment | None = None,
+    ) -> None:
+        self._config, self._answer_doctor, self._once = config, answer_doctor, once
+        self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
+        self._own: dict[str, Path] = {}  # where this machine has the leader's files
+        self._adapters = FollowerAdapters(self._loaded_adapters)
         self._ledger = TokenLedger()
         self._ended = threading.Event()
         self._ender: threading.Thread | None = None  # who set it
         self._running_model = False
         self._pulse: Pulse | None = None
         self._failed_call = ""  # why the last call that is answered failed
+        self._failed_number = 0  # and which it was
         self._worker: Any = None
+        self._serves_adapters = False
         self._runtime: Runtime | None = None
         self._leader_config = config  # until it comes
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -98,16 +114,20 @@ class FollowerSession:
 
         Raises:
             SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
+            RestartError: the leader has another environment, with which another process must start.
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
-        caller = Caller(host, port, context, self._config.max_frame_mib * MIB)
-        invitation = serve_command(host, port, self._config)
-        since = time.monotonic()
-        _announce_waiting(caller, 0.0, invitation)
+
+        def connect() -> Caller:
+            return Caller(host, port, context, self._config.max_frame_mib * MIB)
+
+        search = LeaderSearch(
+            self._config, connect, self._answer_doctor, check_environment=self._environment.check, once=self._once
+        )
+        search.announce()
         _load_vllm()
-        control, frame = self._wait_for_offer(caller, invitation, since)
-        offer = self._accept_offer(caller, control, frame)
+        caller, control, offer, self._own = search.find()
         calls, groups = caller.connect(CALLS), caller.connect(GROUPS)
         if calls is None or groups is None:
             raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
@@ -128,38 +148,9 @@ class FollowerSession:
         except Exception as error:
             self._give_up(error)
 
-    def _wait_for_offer(self, caller: Caller, invitation: str, since: float) -> tuple[Lane, Frame]:
-        """Waits for a leader with a model; lets every doctor that comes before look at this machine."""
-        while True:
-            control = wait_for_leader(caller, invitation, since)
-            frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
-            if frame.kind is Kind.OFFER:
-                return control, frame
-            try:
-                self._answer_doctor(control, frame, self._config, caller.host)
-            except PeerLostError as error:
-                logger.warning("The doctor left early: %s.", error)
-            control.close()
-            since = time.monotonic()
-            _announce_waiting(caller, 0.0, invitation)
-
-    def _accept_offer(self, caller: Caller, control: Lane, frame: Frame) -> Offer:
-        offer = decode(frame, Offer)
-        logger.info("The leader at %s serves %s.", caller.endpoint, offer.model)
-        try:
-            folder = find_model(offer.model, offer.revision)
-            mine = ModelIdentity.of(folder, with_weights=offer.with_weights)
-            if difference := mine.difference(offer.identity):
-                raise RefusedError(f"{difference} ({folder}), compared with the leader; copy the leader's model here")
-        except RefusedError as error:
-            control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=5.0)
-            raise
-        control.send(Kind.ACCEPTANCE, timeout=5.0)
-        return offer
-
     def _follow(self, calls: Lane, groups: GroupLink, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
-        _adopt_environment(assignment.environment)
+        adopt(assignment.environment)
         use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
 
@@ -171,8 +162,12 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
         )
         share_cores(self._runtime)
+        limit_numba_threads()
+        apply_all("serving")
         tuning.start(assignment.vllm_config)
+        place_files(assignment.vllm_config, self._own)
         self._worker = _load_worker(assignment.vllm_config, groups)
+        self._serves_adapters = assignment.vllm_config.lora_config is not None
         tuning.tell_of_experts(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
@@ -183,28 +178,44 @@ class FollowerSession:
     def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
         from vllm.v1.serial_utils import run_method
 
-        self._ledger.compare(*decode_ledger(payload))
+        header = decode_header(payload)
+        self._ledger.compare(header.step, header.digest)
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
-        self._failed_call = ""
+        self._failed_call, self._failed_number = "", 0
         method: str | Callable[..., Any] = "a call that cannot be loaded here"
         try:
             call = decode_call(payload)
             method = call.method
-            result = run_method(self._worker, call.method, call.args, call.kwargs)
+            if method == COMPARE_FILES:
+                result: Any = self._adapters.compare(*call.args)
+            else:
+                result = run_method(self._worker, call.method, *self._with_own_adapters(call))
             if hasattr(result, "get_output"):
                 result = result.get_output()
-            answer = encode_result(result)
+            answer = encode_result(result, header.number)
             if method == LAST_CALL_OF_THE_START:
                 logger.info("Ready: from now on this machine takes part in every step of its leader.")
         except Exception as error:
             # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
             # in a collective that this rank does not come to: the control lane tells it then.
             logger.exception("The worker failed in %s.", method)
-            answer = encode_error(error)
-            self._failed_call = f"its worker failed in {method!r}: {type(error).__name__}: {error}"
+            answer = encode_error(error, header.number)
+            self._failed_call = f"its worker failed in {method!r}: {described(error)}"
+            self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
+
+    def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call; of one that adds an adapter, with this machine's folder."""
+        if call.method != ADD_LORA or not self._serves_adapters:
+            return call.args, call.kwargs
+        place = self._adapters.place
+        return tuple(place(each) for each in call.args), {name: place(each) for name, each in call.kwargs.items()}
+
+    def _loaded_adapters(self) -> set[int]:
+        loaded: set[int] = self._worker.list_loras()
+        return loaded
 
     def _run_step(self, call: Call) -> None:
         from vllm.v1.serial_utils import run_method
@@ -213,6 +224,8 @@ class FollowerSession:
             self._running_model = True
             self._pulse.model_runs()
         method = EXECUTE if call.method == EXECUTE_AND_SAMPLE else call.method
+        if method == EXECUTE and self._serves_adapters:
+            self._adapters.place_step(call.args[0])
         output = run_method(self._worker, method, call.args, call.kwargs)
         if output is None and call.method == EXECUTE_AND_SAMPLE:
             output = run_method(self._worker, SAMPLE, (None,), {})
@@ -241,7 +254,11 @@ class FollowerSession:
 
     def _report(self) -> dict[str, Any]:
         counters = local_counters(FOLLOWER_RANK, self._ledger.state())
-        return {"counters": msgspec.to_builtins(counters), "failed_call": self._failed_call}
+        return {
+            "counters": msgspec.to_builtins(counters),
+            "failed_call": self._failed_call,
+            "failed_number": self._failed_number,
+        }
 
     def _compare(self, theirs: Any) -> None:
         self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
@@ -283,46 +300,13 @@ class FollowerSession:
             import traceback
 
             details = "".join(traceback.format_exception(error))
-        sentence = str(error) if isinstance(error, SparkError) else f"{type(error).__name__}: {error}"
+        sentence = str(error) if isinstance(error, SparkError) else described(error)
         if self._pulse is not None:
             self._pulse.say(Kind.FAILURE, Reason(sentence, details))
             self._pulse.stop(timeout=2.0)
-        _exit(getattr(error, "exit_code", 1))
-
-
-def wait_for_leader(caller: Caller, invitation: str, since: float) -> Lane:
-    """Looks for a leader until one answers, saying now and then for whom it waits.
-
-    Args:
-        caller: connects to the leader.
-        invitation: the command that starts the leader.
-        since: when it was first said, in seconds of the monotonic clock.
-
-    Raises:
-        SparkError: what answers has another secret, other versions, or a follower already.
-    """
-    next_note = interval = _FIRST_NOTE
-    while True:
-        waited = time.monotonic() - since
-        if waited >= next_note:
-            _announce_waiting(caller, waited, invitation)
-            interval = min(2 * interval, _LONGEST_NOTE)
-            next_note = waited + interval
-        lane = caller.connect(CONTROL)
-        if lane is not None:
-            return lane
-        time.sleep(_RETRY_INTERVAL)
-
-
-def _announce_waiting(caller: Caller, waited: float, invitation: str) -> None:
-    logger.info(
-        "Waiting for a leader at %s (%.0f s so far, no limit). %s%s run: %s",
-        caller.endpoint,
-        waited,
-        f"{caller.last_problem} " if caller.last_problem else "",
-        upper_first(where_to_type(caller.endpoint)),
-        invitation,
-    )
+        code = getattr(error, "exit_code", 1)
+        # What was wrong with one leader's work need not be wrong with the next one's.
+        _exit(1 if code in (EXIT_USAGE, EXIT_REFUSED) and not self._once else code)
 
 
 def _load_vllm() -> None:
@@ -331,14 +315,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _adopt_environment(environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        mine = os.environ.get(name)
-        if mine is not None and mine != value:
-            logger.warning("%s is %r here and %r on the leader; the leader's counts.", name, mine, value)
-        os.environ[name] = value
 
 
 def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,26 +24,35 @@ from vllm.v1.serial_utils import run_method
 
 from vllm_spark.counter_board import CounterBoard
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
-from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, LAST_CALL_OF_THE_START, SAMPLE, STEP_METHODS
+from vllm_spark.executor.adapters import ADD_LORA, LeaderAdapters
+from vllm_spark.executor.calls import (
+    COMPARE_ADAPTER,
+    COMPARE_FILES,
+    EXECUTE,
+    EXECUTE_AND_SAMPLE,
+    LAST_CALL_OF_THE_START,
+    SAMPLE,
+    STEP_METHODS,
+)
+from vllm_spark.executor.environment import recorded_environment
+from vllm_spark.executor.loaded_files import LoadedFiles, files_of
 from vllm_spark.executor.lockstep import WorkerRandomState
 from vllm_spark.executor.messages import Offer
-from vllm_spark.executor.model_identity import ModelIdentity, find_model
 from vllm_spark.executor.pair import Pair
-from vllm_spark.executor.parent import parent_process, watch_parent
-from vllm_spark.executor.session import share_cores
+from vllm_spark.executor.parent import in_engine_process, watch_parent
+from vllm_spark.executor.session import limit_numba_threads, share_cores
 from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.logs import share_vllms_log
+from vllm_spark.patches import apply_all
 from vllm_spark.platform import activate
 from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.settings import settings_of
 from vllm_spark.socket_folder import remove_socket_folder
 from vllm_spark.stopping import ended_by_signals
 from vllm_spark.tuning import serving as tuning
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
-
-_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "pt"})
-"""Load formats of vLLM that read weight files out of the model's folder."""
 
 _LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
 
@@ -58,38 +68,46 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         """
         global _unfinished
         give_up_unfinished_start()
+        self._owns_process = in_engine_process()
         self.driver_worker = None
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
         self._sampling_announced = False
         self._started = False
+        self._adapters: LeaderAdapters | None = None
         self._groups_of_others = torch.distributed.is_initialized()
         self._board = CounterBoard.from_environment()
         share_vllms_log()
-        watch_parent(self._parent_died)
-        if parent_process() is None:
+        if self._owns_process:
+            watch_parent(self._parent_died)
+        else:
             _unfinished = self
         try:
             # In the user's own process signals are the user's.
-            with contextlib.nullcontext() if parent_process() is None else ended_by_signals():
+            with ended_by_signals() if self._owns_process else contextlib.nullcontext():
                 self._start()
         except BaseException as error:
-            self._give_up_start(error if isinstance(error, SparkError) else None)
+            self._give_up_start(error)
             raise
 
     def _start(self) -> None:
         activate()
         offer = _offer(self.vllm_config)
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
-        if parent_process() is not None:
+        if self._owns_process:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
+        if self._owns_process:
+            limit_numba_threads()
         self._random_state = WorkerRandomState()
         open_groups(self._pair.groups, LEADER_RANK)
         with self._pair.explained(), self._random_state:
+            apply_all("serving")
             tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
             tuning.tell_of_experts(self.driver_worker)
+        if self.vllm_config.lora_config is not None:
+            self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
 
     def _distributed_args(self) -> tuple[str, int, int]:
         return INIT_METHOD, LEADER_RANK, 0
@@ -109,14 +127,14 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
         Raises:
             SparkError: the follower is lost, or its worker failed.
+            TimeoutError: the follower did not answer within `timeout` seconds; the pair works on.
         """
         pair = self._working_pair()
         try:
             result = self._run(pair, method, timeout, args, kwargs or {}, non_block, single_value)
         except BaseException as error:
             if not self._started:
-                # What the worker itself raises on either rank keeps its traceback.
-                self._give_up_start(error if isinstance(error, SparkError) and pair.failed else None)
+                self._give_up_start(error)
             raise
         if method == LAST_CALL_OF_THE_START:
             self._started = True
@@ -134,7 +152,13 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         single_value: bool,
     ) -> Any:
         with self._call_lock, pair.explained():
-            if method in STEP_METHODS:
+            if self._adapters is not None and method in (ADD_LORA, EXECUTE):
+                args, kwargs = self._with_own_adapters(pair, self._adapters, str(method), args, kwargs)
+            if method == COMPARE_ADAPTER:
+                if self._adapters is not None:
+                    self._adapters.compare(*args)
+                result: Any = None if single_value else [None]
+            elif method in STEP_METHODS:
                 output = self._step(pair, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
                     return output if single_value else _finished([output.result()])
@@ -143,6 +167,35 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 results = self._query(pair, method, timeout, args, kwargs)
                 result = results[LEADER_RANK] if single_value else results
         return _finished(result) if non_block else result
+
+    def _with_own_adapters(
+        self, pair: Pair, adapters: LeaderAdapters, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that may load adapters, once both ranks have the same ones.
+
+        A refused adapter is an error of the call that adds it. A step cannot be refused: its other requests are
+        under way.
+        """
+        if method == ADD_LORA:
+            args = tuple(adapters.settle(each) for each in args)
+            return args, {name: adapters.settle(each) for name, each in kwargs.items()}
+        try:
+            adapters.settle_step(args[0])
+        except RefusedError as error:
+            pair.fail(error)
+            raise
+        return args, kwargs
+
+    def _compare_files(self, wanted: LoadedFiles) -> str | None:
+        """Has the follower look for the same files; the sentence why it does not have them, or None."""
+        pair = self._working_pair()
+        pair.ask(COMPARE_FILES, (wanted,), {})
+        refusal: str | None = pair.answer(None)
+        return refusal
+
+    def _loaded_adapters(self) -> set[int]:
+        loaded: set[int] = run_method(self.driver_worker, "list_loras", (), {})
+        return loaded
 
     def _step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], non_block: bool) -> Any:
         # Before it runs here: the worker changes its arguments in place.
@@ -175,6 +228,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Any]:
+        deadline = None if timeout is None else time.monotonic() + timeout
         pair.ask(method, args, kwargs)
         try:
             with self._random_state:
@@ -188,7 +242,11 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         except BaseException:
             pair.fail(SparkError("the leader was interrupted in a call"))
             raise
-        return [mine, pair.answer(timeout)]
+        try:
+            return [mine, pair.answer(None if deadline is None else deadline - time.monotonic())]
+        except TimeoutError as error:
+            name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+            raise TimeoutError(f"the call of {name} timed out after {timeout:g} s: {error}") from None
 
     def check_health(self) -> None:
         """Raises the reason if the pair is broken."""
@@ -204,12 +262,13 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
-        self._board.take_leave()
+        # vLLM calls this while the error ends its engine; a stop is SystemExit there.
+        self._board.end_work(in_order=not isinstance(sys.exc_info()[1], Exception))
         _finish(self)
         tuning.stop(self.vllm_config)
         if self._pair is not None:
             self._pair.close("the leader is shutting down")
-            if self._pair.failed and parent_process() is not None:
+            if self._pair.failed and self._owns_process:
                 # All was said, to clients and in the log; vLLM's engine would end in a traceback.
                 os._exit(EXIT_LOST)
         worker, self.driver_worker = self.driver_worker, None
@@ -217,22 +276,27 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             worker.shutdown()
         close_groups()
 
-    def _give_up_start(self, reason: SparkError | None) -> None:
+    def _give_up_start(self, error: BaseException | None) -> None:
         """Does what vLLM does not do for an engine that does not start; returns in the user's own process.
 
         There everything is released: the next engine, paired or not, needs the port, the follower and the names of the
-        process groups. An engine in a process of its own has all that end with it. If there is a sentence that says
-        why, it leaves that for the API server and ends at once, which spares the user vLLM's traceback.
+        process groups. An engine in a process of its own has all that end with it: it leaves a sentence that says why
+        for the API server, and ends at once. Both ranks often fail alike, and which one is first is chance: so that
+        there is a sentence, and one traceback of whoever failed, does not depend on it.
 
         Args:
-            reason: what the user is to read; None for an error that needs its traceback.
+            error: why; None if vLLM knows. What is no Exception, as an interrupt, ends the engine by itself.
         """
-        if parent_process() is None:
+        if not self._owns_process:
             self.shutdown()
             if not self._groups_of_others:
                 destroy_model_parallel()
                 destroy_distributed_environment()
-        elif reason is not None:
+        elif isinstance(error, Exception):
+            reason = error
+            if not isinstance(reason, SparkError):
+                logger.error("The leader's worker failed.", exc_info=error)
+                reason = SparkError(f"the leader's worker failed: {described(error)}")
             self._board.fail(reason)
             logger.error("The engine does not start: %s.", reason)
             os._exit(reason.exit_code)
@@ -298,24 +362,12 @@ class _StepFuture(Future[Any]):
 
 
 def _offer(vllm_config: Any) -> Offer:
-    """The model that this leader serves, as a follower must have it."""
-    model = vllm_config.model_config
-    load_format = getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format)
-    folder = find_model(model.model, model.revision)
-    with_weights = load_format != "dummy"
-    identity = ModelIdentity.of(folder, with_weights=with_weights)
-    if load_format in _FILE_FORMATS and not identity.weights:
-        raise RefusedError(
-            f"there are no weight files in {folder}, and both sides compare them before they load any; "
-            "copy or download the whole model there first"
-        )
+    """What this leader serves, as a follower must have it."""
     return Offer(
-        model=model.model,
-        revision=model.revision,
-        load_format=str(load_format),
-        with_weights=with_weights,
-        identity=identity,
+        model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
+        files=files_of(vllm_config),
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
+        environment=recorded_environment(),
     )
 
 

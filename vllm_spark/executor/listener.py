@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_spark.config import split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
-from vllm_spark.executor.channel import ChannelError, Kind, Lane
+from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
 from vllm_spark.executor.limited_log import LimitedLog
@@ -30,13 +30,14 @@ from vllm_spark.executor.messages import (
     LANES,
     Hello,
     Offer,
+    Progress,
     Reason,
     Welcome,
     decode,
 )
 from vllm_spark.executor.tls import TlsConnection, failure_in_words
 from vllm_spark.executor.versions import Versions
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import upper_first, without_numbers, without_stop
 
 logger = logging.getLogger("vllm_spark")
 
@@ -83,6 +84,7 @@ class Listener:
     ) -> None:
         self._context, self._max_frame = context, max_frame
         self._last_problem = ""
+        self._refusals: dict[str, str] = {}  # by host, without numbers
         self._versions = None if any_versions else Versions.of_this_process()
         self._lock = threading.Lock()
         self._claimant: Hello | None = None
@@ -110,12 +112,15 @@ class Listener:
         """
         for hello, control in self._arrivals(timeout):
             try:
-                return self._settle(hello, control, offer)
+                if (follower := self._settle(hello, control, offer)) is not None:
+                    return follower
+                logger.info("The follower on %s starts again, with this leader's environment.", hello.host)
             except SparkError as error:
                 self._last_problem = f"; the last one that came did not fit: {error}"
-                logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
-                control.close()
-                self._release()
+                if self._is_news(hello.host, str(error)):
+                    logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
+            control.close()
+            self._release()
         raise self._nobody_came(timeout)
 
     def wait_for_visitor(self, timeout: float) -> tuple[Hello, Lane]:
@@ -171,15 +176,33 @@ class Listener:
         self._socket.close()
         self._turned_away.close()
 
-    def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower:
+    def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower | None:
+        """Offers the model; None if the follower comes back with this leader's environment, in another process.
+
+        Raises:
+            SparkError: it does not fit, or went away.
+        """
         control.send(Kind.OFFER, msgspec.json.encode(offer), timeout=GREETING_TIMEOUT)
-        answer = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, timeout=_OFFER_TIMEOUT)
+        answer = self._answer(hello, control)
+        if answer.kind is Kind.RESTART:
+            return None
         if answer.kind is Kind.FAILURE:
             raise RefusedError(decode(answer, Reason).sentence)
         calls, groups = (self._further_lane(lane, hello.session) for lane in (CALLS, GROUPS))
         for lane in (control, calls, groups):
             lane.rely_on_beats()
         return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls, groups)
+
+    def _answer(self, hello: Hello, control: Lane) -> Frame:
+        """A follower's answer to an offer. It may take long to download a model, and reports that it does."""
+        activity = ""
+        while True:
+            frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
+            if frame.kind is not Kind.PROGRESS:
+                return frame
+            if (news := decode(frame, Progress).activity) != activity:
+                activity = news
+                logger.info("The follower on %s is %s.", hello.host, activity)
 
     def _further_lane(self, name: str, session: str) -> Lane:
         """Another connection of the session. One of a session that was given up may still be on its way here."""
@@ -219,9 +242,8 @@ class Listener:
             try:
                 threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: the next connection may find one
-                self._turned_away.warning(
-                    address[0], str(error), f"Turned away a connection from {address[0]}: {error}."
-                )
+                reason = without_stop(str(error))
+                self._turned_away.warning(address[0], reason, f"Turned away a connection from {address[0]}: {reason}.")
                 connection.close()
                 self._greeters.release()
 
@@ -237,11 +259,13 @@ class Listener:
             if hello.lane not in LANES:
                 raise ChannelError(f"it asked for a lane {hello.lane!r}, which does not exist")
             if refusal := self._judge(hello):
-                lane.send(Kind.REFUSAL, msgspec.json.encode(Reason(refusal)), timeout=GREETING_TIMEOUT)
-                self._turned_away.warning(
-                    peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {refusal}."
-                )
-                self._last_problem = f"; the last one that came, from {hello.host}, was refused: {refusal}"
+                lane.send(Kind.REFUSAL, msgspec.json.encode(refusal), timeout=GREETING_TIMEOUT)
+                reason = refusal.sentence
+                if self._is_news(hello.host, reason):
+                    self._turned_away.warning(
+                        peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {reason}."
+                    )
+                self._last_problem = f"; the last one that came, from {hello.host}, was refused: {reason}"
                 lane.close()
                 return
             lane.send(Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
@@ -261,18 +285,25 @@ class Listener:
         finally:
             self._greeters.release()
 
-    def _judge(self, hello: Hello) -> str | None:
+    def _is_news(self, host: str, sentence: str) -> bool:
+        """Whether that host's follower is refused for another reason than before: it comes again and again."""
+        with self._lock:
+            former = self._refusals.get(host)
+            self._refusals[host] = without_numbers(sentence)
+            return former != self._refusals[host]
+
+    def _judge(self, hello: Hello) -> Reason | None:
         """Why `hello` is refused; None if it is taken, in which case its session holds the place."""
         if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
-            return difference
+            return Reason(difference, final=True)
         with self._lock:
             if hello.lane != CONTROL:
                 if self._claimant is None or self._claimant.session != hello.session:
-                    return "its session is not the one that was accepted"
+                    return Reason("its session is not the one that was accepted")
                 return None
             if self._claimant is not None:
                 held = time.monotonic() - self._claimed_at
-                return (
+                return Reason(
                     f"this leader has a follower already, on {self._claimant.host} "
                     f"(process {self._claimant.process}), for {held:.0f} s; stop that one first"
                 )

@@ -70,8 +70,10 @@ class TokenLedger:
         mine, theirs = self._mine.get(step), self._theirs.get(step)
         if mine is not None and theirs is not None and mine != theirs:
             raise DriftError(
-                f"the ranks sampled different tokens at step {step} (digest {mine.hex()} here, {theirs.hex()} there); "
-                "the answers after it cannot be trusted, restart both sides and report this"
+                f"the ranks sampled different tokens at step {step} (digest {mine.hex()} here, {theirs.hex()} there), "
+                "so that answers from there on may be wrong; start vllm serve again (vllm-spark join waits for it), "
+                "and if it happens again, compare both machines with vllm-spark doctor --peer, try without speculation and "
+                "without code of your own or the model's, and report what makes the difference"
             )
 
 

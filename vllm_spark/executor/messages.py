@@ -10,7 +10,8 @@ from typing import TypeVar
 import msgspec
 
 from vllm_spark.executor.channel import ChannelError, Frame
-from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.environment import Environment
+from vllm_spark.executor.loaded_files import LoadedFiles
 from vllm_spark.executor.versions import Versions
 from vllm_spark.known_types import known
 
@@ -19,6 +20,9 @@ CONTROL, CALLS, GROUPS = LANES = "control", "calls", "groups"
 
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to say who it is."""
+
+PROGRESS_INTERVAL = 10.0
+"""Seconds between two messages of a follower that takes its time for an offer."""
 
 Message = TypeVar("Message", bound=msgspec.Struct)
 
@@ -41,24 +45,41 @@ class Welcome(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why a connection, a model or the common work was ended."""
+    """Why a connection, a model or the common work was ended.
+
+    Attributes:
+        sentence: for the other side's user.
+        details: a traceback, for its log.
+        final: True if trying again cannot help: the versions differ.
+    """
 
     sentence: str
     details: str = ""
+    final: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What the leader serves; the follower must have the same."""
+    """What the leader serves: the follower must have the same files, wherever it has them.
+
+    Attributes:
+        model: its name, for messages.
+        files: everything that both ranks load from files.
+        heartbeat_timeout: of the session, in seconds.
+    """
 
     model: str
-    revision: str | None
-    load_format: str
-    with_weights: bool
-    identity: ModelIdentity
+    files: list[LoadedFiles]
     heartbeat_timeout: float
+    environment: Environment = Environment()
 
 
-known(Hello, Welcome, Reason, Offer)
+class Progress(msgspec.Struct, frozen=True):
+    """What a follower does before it answers an offer, at least once in `PROGRESS_INTERVAL`."""
+
+    activity: str
+
+
+known(Hello, Welcome, Reason, Offer, Progress)
 
 
 def decode(frame: Frame, kind: type[Message]) -> Message:

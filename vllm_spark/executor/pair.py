@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from typing import Any
 from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
-from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call
+from vllm_spark.errors import PeerLeftError, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.environment import travelling_variables
 from vllm_spark.executor.exposure import EXPOSED, shared_network
 from vllm_spark.executor.group_link import GroupLink
 from vllm_spark.executor.link import interface_of, is_loopback, leader_address
@@ -34,12 +36,11 @@ from vllm_spark.executor.session import (
     LinkInterface,
     connect_runtime,
     link_patience,
-    travelling_environment,
     use_link_interface,
 )
 from vllm_spark.launch_table import load_launch_table
 from vllm_spark.ranks import LEADER_RANK
-from vllm_spark.wording import upper_first
+from vllm_spark.wording import described, upper_first
 
 logger = logging.getLogger("vllm_spark")
 
@@ -65,7 +66,8 @@ class Pair:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
-        self._asked_at: float | None = None  # when the call was sent whose answer is awaited
+        self._asked = 0  # the number of the last call that is answered
+        self._asked_at: float | None = None  # when it was sent, while its answer is awaited
         self._running_model = False
         self._pulse = Pulse(
             follower.control,
@@ -123,19 +125,37 @@ class Pair:
         Raises:
             SparkError: the pair is broken.
         """
-        self._send(Kind.QUERY, method, args, kwargs)
+        self._send(Kind.QUERY, method, args, kwargs, self._asked + 1)
+        self._asked += 1
         self._asked_at = time.monotonic()
 
     def answer(self, timeout: float | None) -> Any:
-        """The result of the last `ask`, which must be fetched also if this rank failed.
+        """The result of the last `ask`; answers to those before it that were given up are dropped.
 
         Raises:
-            RemoteError: the follower's worker raised.
-            SparkError: the pair broke, or no answer came within `timeout` seconds.
+            RemoteError: the follower's worker raised; the log has its traceback.
+            TimeoutError: no answer came within `timeout` seconds; the pair works on.
+            SparkError: the pair broke.
         """
-        payload = self._follower.calls.expect(Kind.REPLY, timeout=timeout).payload
-        self._asked_at = None
-        return decode_reply(payload)
+        try:
+            return self._answer(timeout)
+        except RemoteError as error:
+            logger.error("%s failed:\n%s", upper_first(self._follower.name), error.details)
+            raise
+
+    def _answer(self, timeout: float | None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        lane = self._follower.calls
+        try:
+            while True:
+                # What has begun to come is read to its end: half a message would leave the lane useless.
+                if deadline is not None and not lane.wait(deadline - time.monotonic()):
+                    raise TimeoutError(f"{self._follower.name} did not answer in time")
+                payload = lane.expect(Kind.REPLY).payload
+                if replied_number(payload) == self._asked:
+                    return decode_reply(payload)
+        finally:
+            self._asked_at = None
 
     def settle(self, error: BaseException) -> None:
         """Fetches and drops the answer of the last `ask`, after this rank failed in it.
@@ -143,17 +163,19 @@ class Pair:
         The follower may wait in a collective for what this rank will not do; if it does not come back, the pair ends.
         """
         try:
-            self.answer(_SETTLE_TIMEOUT)
+            self._answer(_SETTLE_TIMEOUT)
         except RemoteError:
             return
-        except SparkError:
-            self.fail(SparkError(f"the leader's worker failed: {type(error).__name__}: {error}"))
+        except (SparkError, TimeoutError):
+            self.fail(SparkError(f"the leader's worker failed: {described(error)}"))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """Replaces an error by its cause, if the control lane knows it: what surfaces first is often a symptom."""
         try:
             yield
+        except RefusedError:
+            raise  # it is its own cause
         except Exception as error:
             self._failed.wait(cause_grace(error))
             if isinstance(error, ChannelError | FrameTooLargeError):
@@ -244,7 +266,7 @@ class Pair:
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         launch = load_launch_table(config)
-        assignment = Assignment(vllm_config, config, launch, travelling_environment())
+        assignment = Assignment(vllm_config, config, launch, travelling_variables(os.environ))
         self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
@@ -252,15 +274,21 @@ class Pair:
         )
 
     def _send(
-        self, kind: Kind, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        kind: Kind,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        number: int = 0,
     ) -> None:
         self.check()
-        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs))
+        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs, number))
 
     def _take_report(self, theirs: dict[str, Any]) -> None:
         self._board.write(theirs["counters"])
         asked_at = self._asked_at
-        if theirs["failed_call"] and asked_at is not None and time.monotonic() - asked_at > _SETTLE_TIMEOUT:
+        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._asked else time.monotonic() - asked_at
+        if waited > _SETTLE_TIMEOUT:
             # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
             self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
 

@@ -20,7 +20,9 @@ import msgspec
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane, LaneClosedError
 from vllm_spark.executor.messages import Reason, decode
+from vllm_spark.executor.silence import Silence
 from vllm_spark.wake_up import WakeUp
+from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
@@ -32,6 +34,7 @@ _CAUSE_GRACE = 0.5
 _CLOSED_GRACE = 5.0
 
 _BEATS_PER_TIMEOUT = 5
+_LOOKS_PER_BEAT = 10  # at a silence that is over the limit and borne all the same, as while the link is out
 
 
 def cause_grace(error: BaseException) -> float:
@@ -75,13 +78,12 @@ class Pulse(threading.Thread):
         self._on_link, self._patience = on_link, patience
         self._outbox: deque[tuple[Kind, bytes]] = deque()
         self._wake = WakeUp()
-        self._running_since: float | None = None
+        self._silence = Silence(timeout, STARTUP_TIMEOUT, time.monotonic())
         self._stopping = False
 
     def model_runs(self) -> None:
         """From now on the short heartbeat time-out counts, and silence anew: before, the peer was allowed more."""
-        if self._running_since is None:
-            self._running_since = time.monotonic()
+        self._silence.model_runs(time.monotonic())
 
     def say(self, kind: Kind, message: msgspec.Struct) -> None:
         """Queues a message for the peer."""
@@ -124,7 +126,7 @@ class Pulse(threading.Thread):
             end = error
         except Exception as error:  # a bug here must end the work too, not only this thread
             logger.exception("The control thread failed.")
-            end = SparkError(f"the control thread failed: {error}")
+            end = SparkError(f"the control thread failed: {described(error)}")
         if end is not None and not self._stopping:
             self._on_end(end)
 
@@ -133,12 +135,13 @@ class Pulse(threading.Thread):
         poll.register(self._lane.fileno(), select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         now = time.monotonic()
-        heard, next_beat, last_turn = now, now, now
+        next_beat, last_turn = now, now
+        self._silence.end(now)
         while True:
             now = time.monotonic()
             if now - last_turn > 2 * self._interval:
                 # This process itself was stopped or starved: the peer's silence proves nothing yet.
-                heard = now
+                self._silence.end(now)
             last_turn = now
             stopping = self._stopping  # read first: what was said before the stop is sent
             self._flush()
@@ -147,17 +150,15 @@ class Pulse(threading.Thread):
             if now >= next_beat:
                 self._lane.send(Kind.BEAT, msgspec.json.encode(self._report()), timeout=self._timeout)
                 next_beat = now + self._interval
-            since = self._running_since
-            limit = max(self._timeout, STARTUP_TIMEOUT) if since is None else self._timeout
-            silence = now - (heard if since is None else max(heard, since))
-            if silence > limit and silence > self._patience():
-                raise PeerLostError(f"{self._lane.peer} gave no sign of life for {now - heard:.1f} s")
-            ready = [] if self._lane.pending else poll.poll(max(0.0, next_beat - now) * 1000)
+            if self._silence.is_too_long(now, self._patience()):
+                raise PeerLostError(f"{self._lane.peer} gave no sign of life for {self._silence.seconds(now):.1f} s")
+            next_turn = min(next_beat, self._silence.look_again_at(now, self._interval / _LOOKS_PER_BEAT))
+            ready = [] if self._lane.pending else poll.poll(max(0.0, next_turn - now) * 1000)
             readable = self._lane.pending or self._lane.fileno() in [descriptor for descriptor, _ in ready]
             self._wake.hush()
             if readable:
                 frame = self._lane.receive(timeout=max(self._timeout, self._patience()))
-                heard = time.monotonic()
+                self._silence.end(time.monotonic())
                 if frame.kind is Kind.BEAT:
                     self._on_report(msgspec.json.decode(frame.payload))
                 elif frame.kind is Kind.LINK:

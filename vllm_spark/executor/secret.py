@@ -21,7 +21,8 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
 
     Raises:
-        ConfigurationError: no secret, or one that is unreadable, readable by others, or too short; or two were given.
+        ConfigurationError: no secret, or one that is unreadable, another user's, readable by others, or too short; or
+            two were given.
     """
     environment = os.environ if environment is None else environment
     if value := environment.get(SECRET_VARIABLE, ""):
@@ -91,17 +92,34 @@ def make_secret(path: Path) -> None:
 
 def _read_secret(path: Path) -> bytes:
     try:
-        mode = path.stat().st_mode
-        content = path.read_bytes().strip()
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            mounted_read_only = bool(os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY)
+            content = file.read().strip()
     except OSError as error:
         raise ConfigurationError(
             f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
         ) from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigurationError(
-            f"the secret file {path} is open to other users (mode {stat.S_IMODE(mode):04o}); chmod 600 {path}"
-        )
+    if not mounted_read_only:
+        _check_rights(path, found)
     return _long_enough(content, f"the secret in {path}")
+
+
+def _check_rights(path: Path, found: os.stat_result) -> None:
+    """That nobody but this user and root can read or replace the file.
+
+    Not asked of a read-only mount, where neither owner nor mode can be changed: containers get their secrets so, owned
+    by root and with mode 0444, and who may read them there is for whoever runs the container to say.
+    """
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigurationError(
+            f"the secret file {path} belongs to another user (id {found.st_uid}), who can replace it; "
+            f"chown {os.geteuid()} {path}, or, in a container, mount it read-only"
+        )
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigurationError(
+            f"the secret file {path} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); chmod 600 {path}"
+        )
 
 
 def _long_enough(secret: bytes, what: str) -> bytes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -26,42 +27,17 @@ _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 
 _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
 
-# Variables of vLLM that describe a machine or a process rather than the work.
-_LOCAL_VARIABLES = frozenset(
-    {
-        "VLLM_HOST_IP",
-        "VLLM_PORT",
-        "VLLM_RPC_BASE_PATH",
-        "VLLM_CACHE_ROOT",
-        "VLLM_CONFIG_ROOT",
-        "VLLM_ASSETS_CACHE",
-        "VLLM_API_KEY",
-        "VLLM_DIST_IDENT",
-        "VLLM_PLUGINS",
-        "VLLM_LOGGING_CONFIG_PATH",
-        "VLLM_TUNED_CONFIG_FOLDER",
-        "VLLM_CPU_OMP_THREADS_BIND",
-        "VLLM_ENABLE_V1_MULTIPROCESSING",
-        "VLLM_WORKER_MULTIPROC_METHOD",
-    }
-)
-
 
 class Assignment(msgspec.Struct):
-    """What the leader gives its follower to work with; travels pickled, after both sides agreed."""
+    """What the leader gives its follower to work with; travels pickled, after both sides agreed.
+
+    `environment` has what vLLM itself has set on the leader too, while it made its configuration.
+    """
 
     vllm_config: Any
     config: SparkConfig
     launch: LaunchTable
     environment: dict[str, str]
-
-
-def travelling_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """vLLM's variables that must hold on both ranks: they do not travel with its configuration."""
-    environment = os.environ if environment is None else environment
-    return {
-        name: value for name, value in environment.items() if name.startswith("VLLM_") and name not in _LOCAL_VARIABLES
-    }
 
 
 def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
@@ -237,6 +213,18 @@ def share_cores(runtime: collective.Runtime) -> None:
         torch.get_num_threads(),
         threads,
     )
+
+
+def limit_numba_threads() -> None:
+    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
+
+    vLLM uses no more, and those that numba starts besides spin while they wait: two ranks on two cores took 0.2 s a
+    step. To be called before numba is imported, in a process that is a rank's alone.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and "numba" not in sys.modules:
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 
 def local_address_towards(host: str, port: int) -> str | None:

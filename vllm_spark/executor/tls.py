@@ -19,6 +19,7 @@ import time
 from typing import cast
 
 from vllm_spark.config import SECRET_VARIABLE
+from vllm_spark.wording import without_stop
 
 # A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
 _SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
@@ -182,27 +183,36 @@ class TlsConnection:
             self._socket.sendall(data)
 
 
+def is_secret_failure(error: ssl.SSLError) -> bool:
+    """Whether a handshake failed because the two sides have different secrets."""
+    if _about_a_clock(error) is not None:
+        return False
+    reason = (error.reason or "").upper()
+    rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
+    return rejected or isinstance(error, ssl.SSLCertVerificationError)
+
+
 def failure_in_words(error: Exception) -> str:
     """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
     if isinstance(error, ssl.SSLError):
-        reason = (error.reason or "").upper()
-        if (clock := _about_a_clock(error, reason)) is not None:
+        if (clock := _about_a_clock(error)) is not None:
             return clock
-        rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
-        if rejected or isinstance(error, ssl.SSLCertVerificationError):
+        if is_secret_failure(error):
             ways = f"--spark-secret-file or {SECRET_VARIABLE}"
             return f"the other side has another secret; give both machines the same ({ways})"
-        return f"what is there does not speak this protocol ({reason.replace('_', ' ').lower() or error})"
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return f"what is there does not speak this protocol ({reason})"
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
-    return str(error)
+    return without_stop(str(error))
 
 
-def _about_a_clock(error: ssl.SSLError, reason: str) -> str | None:
+def _about_a_clock(error: ssl.SSLError) -> str | None:
     """The sentence for a certificate that the other side, or this one, refuses for its dates alone; else None.
 
     This version's certificates are valid at all times; those of another one may begin and end.
     """
+    reason = (error.reason or "").upper()
     refused = getattr(error, "verify_code", 0) if isinstance(error, ssl.SSLCertVerificationError) else 0
     if refused in _REFUSED_DATES:
         now = datetime.datetime.now(datetime.timezone.utc)

@@ -46,7 +46,7 @@ def start(vllm_config: Any = None) -> None:
             calls `stop`.
     """
     global _served, _widths_with_atomic_add
-    apply_all("serving")
+    apply_all("tuning")
     _served = _THIS_PROCESS if vllm_config is None else vllm_config
     _forget_choices()
     if not has_tables(device_name()):

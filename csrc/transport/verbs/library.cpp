@@ -15,7 +15,7 @@ void find(void* handle, Function& function, const char* name, const char* versio
   void* found = dlvsym(handle, name, version);
   if (found == nullptr) found = dlsym(handle, name);
   if (found == nullptr) {
-    throw CollectiveError(std::string(kName) + " has no " + name + "; install rdma-core 28 or later");
+    throw CollectiveError(std::string(kName) + " has no " + name + "; install rdma-core 32 or later");
   }
   function = reinterpret_cast<Function>(found);
 }

@@ -17,6 +17,11 @@ constexpr auto kRetryInterval = std::chrono::milliseconds(100);
 // Connecting may take a second of this thread's time (the kernel looks for the peer's address), so what fails
 // again and again is tried less often.
 constexpr auto kLongestRetryInterval = std::chrono::seconds(5);
+// A rail that is up must be proven within this time. Longer than a NIC takes to repeat a packet in vain,
+// which ends the wait earlier and says why: this one is for a device that completes nothing.
+constexpr auto kProofTime = std::chrono::seconds(10);
+// How long a fresh link may be without an open rail before that is reported: a proof takes milliseconds.
+constexpr auto kStartTime = std::chrono::seconds(1);
 // A rail may fail under the last message, and it takes a few seconds to notice.
 constexpr auto kFarewellTime = std::chrono::seconds(5);
 
@@ -33,7 +38,7 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
     : options_(options),
       layout_(sizes),
       bulletin_(memory, layout_),
-      troubles_(rails.size()),
+      records_(rails.size(), Record{"no answer yet", HoldDown(options.hold_down)}),
       rank_name_("rank " + std::to_string(rank)),
       newest_packets_(sizes.slots),
       newest_pieces_(sizes.slots * kMaxPieces) {
@@ -45,6 +50,7 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
     rails_.push_back(std::make_unique<Rail>(index, rails[index], memory, sizes, options.marks, reaper_));
     path_ += (index == 0 ? "verbs on " : " and ") + rails_.back()->name();
   }
+  counters_.lost.store(true, std::memory_order_relaxed);  // until a rail is proven
 }
 
 std::string Link::offer() {
@@ -70,7 +76,6 @@ void Link::connect(const std::string& peer_offer, const std::string& peer_name,
     rail->connect(bulletin_.theirs().rails[rail->index()]);
     rail->rise();  // nothing is sent before both ranks have told each other that they have come this far
   }
-  counters_.rails_up.store(rails_.size(), std::memory_order_relaxed);
 }
 
 void Link::post(uint32_t sequence, const SendDescriptor& descriptor) {
@@ -99,8 +104,7 @@ Rail* Link::choose() {
   }
   Rail* best = nullptr;
   for (auto& rail : rails_) {
-    if (rail->phase() == Phase::kUp && (best == nullptr || rail->queued() < best->queued()))
-      best = rail.get();
+    if (rail->open() && (best == nullptr || rail->queued() < best->queued())) best = rail.get();
   }
   return best;
 }
@@ -109,11 +113,11 @@ Rail* Link::choose() {
 bool Link::send(Rail& rail, const Write& write, bool signal) {
   if (!rail.has_room()) {
     poll(rail);
-    if (rail.phase() != Phase::kUp || !rail.has_room()) return false;
+    if (!rail.open() || !rail.has_room()) return false;
   }
   counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
   int error = rail.post(write, signal);
-  // It is among those that failed with the rail, which go again.
+  // `fail` has queued this message for retransmission.
   if (error != 0)
     fail(rail, std::string("it takes no message (") + std::strerror(error) + ")", rail.epoch() + 1);
   return true;
@@ -152,12 +156,17 @@ bool Link::peer_has_ended_failed_rails() const {
 }
 
 void Link::poll(Rail& rail) {
-  if (std::optional<std::string> problem = rail.poll()) fail(rail, *problem, rail.epoch() + 1);
+  Phase before = rail.phase();
+  if (std::optional<std::string> problem = rail.poll()) {
+    fail(rail, *problem, rail.epoch() + 1);
+  } else if (rail.phase() != before) {
+    bulletin_.change();  // the peer may not send data before it knows
+  }
 }
 
 void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
-  Trouble& trouble = troubles_[rail.index()];
-  bool worked = rail.phase() == Phase::kUp;
+  Record& record = records_[rail.index()];
+  bool connected = rail.up(), was_open = rail.open(), proven = rail.phase() == Phase::kProven;
   std::vector<Write> lost = rail.fail(epoch);
   if (pinned_ == &rail) pinned_ = nullptr;
   size_t again = 0;
@@ -169,20 +178,40 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   }
   if (again > 0) repeating_ = true;
   counters_.reposts.fetch_add(again, std::memory_order_relaxed);
-  trouble.problem = why;
-  trouble.next_try = {};
+  record.problem = why;
+  record.next_try = {};
   bulletin_.change();
-  if (!worked || stopped_) return;
-  trouble.since = Clock::now();
-  counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
-  counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
-  bulletin_.note(rail.name() + " to " + peer_name_ + " failed: " + why + "; " + std::to_string(again) +
-                 " messages go again, the last one posted is " + std::to_string(last_posted_));
+  if (!connected) return;
+  if (was_open) counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
+  if (stopped_) return;
+  Clock::time_point now = Clock::now();
+  std::chrono::nanoseconds held = record.hold_down.failed(now, alone());
+  if (was_open) {
+    record.failed = true;
+    record.closed_since = now;
+    counters_.rail_failures.fetch_add(1, std::memory_order_relaxed);
+    std::string sentence = name(rail) + " failed: " + why + "; " + std::to_string(again) +
+                           " messages go again, the last one posted is " + std::to_string(last_posted_);
+    if (held > held.zero()) {
+      sentence += "; it had worked for less than " + seconds_text(options_.hold_down.steady) +
+                  ", so while another rail works it is held down for " + seconds_text(held);
+    }
+    bulletin_.note(sentence);
+    return;
+  }
+  counters_.rail_proof_failures.fetch_add(1, std::memory_order_relaxed);
+  if (record.reported) return;
+  record.reported = true;  // the attempts after this one will mostly end alike
+  bulletin_.note(name(rail) + " is connected, but carries no data: no message of " +
+                 std::to_string(kProofBytes) + " bytes was acknowledged to " +
+                 (proven ? peer_name_ : rank_name_) + " (" + why +
+                 "); while another rail works, it is tried again after " + seconds_text(held) +
+                 ", and then less often, up to every " + seconds_text(options_.hold_down.longest));
 }
 
 bool Link::progress() {
   for (auto& rail : rails_) {
-    if (rail->phase() == Phase::kUp && rail->queued() > 0) poll(*rail);
+    if (rail->up() && rail->queued() > 0) poll(*rail);
   }
   if (!waiting_.empty()) send_waiting();
   return !stopped_ && !waiting_.empty();
@@ -192,10 +221,21 @@ void Link::attend() {
   Clock::time_point now = Clock::now();
   if (now < next_look_) return;
   next_look_ = now + kLookInterval;
+  if (!begun_) {
+    begun_ = true;
+    lost_since_ = now;
+    for (Record& record : records_) {
+      record.closed_since = now;
+      record.proof_due = now + kProofTime;
+    }
+  }
   listen();
   if (!stopped_) {
     read_events();
-    for (auto& rail : rails_) connect_anew(*rail, now);
+    for (auto& rail : rails_) {
+      connect_anew(*rail, now);
+      open_if_proven(*rail, now);
+    }
     judge(now);
   }
   if (bulletin_.due(now, stopped_)) announce();
@@ -221,24 +261,30 @@ void Link::read_events() {
     }
   }
   int broken = to_break_.exchange(-1, std::memory_order_relaxed);
-  if (broken >= 0 && rails_[static_cast<size_t>(broken)]->phase() == Phase::kUp) {
+  if (broken >= 0 && rails_[static_cast<size_t>(broken)]->up()) {
     rails_[static_cast<size_t>(broken)]->break_down();
   }
 }
 
 void Link::connect_anew(Rail& rail, Clock::time_point now) {
-  Trouble& trouble = troubles_[rail.index()];
+  Record& record = records_[rail.index()];
   const RailState& peer = bulletin_.theirs().rails[rail.index()];
   // Both ends take part in every connection: if one has failed, the other one has too, whether it knows or
   // not.
   if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
-  if (rail.phase() == Phase::kUp || now < trouble.next_try) return;
+  if (rail.phase() == Phase::kUp && now > record.proof_due) {
+    poll(rail);  // what came while this process did not run counts
+    if (rail.phase() == Phase::kUp) {
+      fail(rail, "the device completed nothing within " + seconds_text(kProofTime), rail.epoch() + 1);
+    }
+  }
+  if (rail.up() || now < record.next_try || record.hold_down.holds(now, alone())) return;
   bool same = peer.epoch == rail.epoch();
   try {
     if (rail.phase() == Phase::kDown) {
       if (!rail.device().port_active(rail.port())) {
-        trouble.problem = "its port is down";
-        trouble.next_try = now + kRetryInterval;
+        record.problem = "its port is down";
+        record.next_try = now + kRetryInterval;
         return;
       }
       rail.offer();
@@ -251,52 +297,73 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   } catch (const CollectiveError& error) {
     // A queue pair that got half way cannot be connected again: another one can.
     if (rail.phase() == Phase::kOffered) fail(rail, error.what(), rail.epoch() + 1);
-    trouble.problem = error.what();
-    trouble.pause =
-        std::clamp<std::chrono::nanoseconds>(2 * trouble.pause, kRetryInterval, kLongestRetryInterval);
-    trouble.next_try =
-        Clock::now() + trouble.pause;  // not `now`: trying may have taken longer than the pause
+    record.problem = error.what();
+    record.pause =
+        std::clamp<std::chrono::nanoseconds>(2 * record.pause, kRetryInterval, kLongestRetryInterval);
+    record.next_try = Clock::now() + record.pause;  // not `now`: trying may have taken longer than the pause
     return;
   }
   if (rail.phase() != Phase::kReady || !same || peer.phase < Phase::kReady) return;
   rail.rise();
-  trouble.pause = {};
-  trouble.problem = "the peer does not answer";
-  trouble.unproven = true;
-  trouble.risen_at = rail.posted();
-  bulletin_.change();
+  record.pause = {};
+  record.proof_due = Clock::now() + kProofTime;
+  bulletin_.change();  // and this announcement is what proves the connection
+}
+
+// Data may go over a rail once both ends have proven it: a path can lose what one of them sends and carry
+// what the other does.
+void Link::open_if_proven(Rail& rail, Clock::time_point now) {
+  const RailState& peer = bulletin_.theirs().rails[rail.index()];
+  if (rail.open() || rail.phase() != Phase::kProven) return;
+  if (peer.epoch != rail.epoch() || peer.phase < Phase::kProven) return;
+  rail.open_for_data();
+  worked_ = true;
+  Record& record = records_[rail.index()];
+  record.hold_down.opened(now);
   counters_.rails_up.fetch_add(1, std::memory_order_relaxed);
-  counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
-  bulletin_.note(rail.name() + " to " + peer_name_ + " works again, after " +
-                 seconds_text(now - trouble.since));
+  std::string after = ", after " + seconds_text(now - record.closed_since);
+  if (record.failed) {
+    counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
+    bulletin_.note(name(rail) + " works again" + after);
+  } else if (record.reported) {
+    bulletin_.note(name(rail) + " carries data now" + after);
+  }
+  record.failed = record.reported = false;
 }
 
 void Link::judge(Clock::time_point now) {
-  // Only a message that arrived proves a connection: out of band the ranks may agree on one that carries
-  // nothing.
-  bool lost = true;
+  bool lost = alone();
   for (auto& rail : rails_) {
-    Trouble& trouble = troubles_[rail->index()];
-    if (rail->phase() != Phase::kUp) continue;
-    if (rail->completed() > trouble.risen_at) trouble.unproven = false;
-    if (!trouble.unproven) lost = false;
+    bool held = rail->phase() == Phase::kDown && records_[rail->index()].hold_down.holds(now, lost);
+    counters_.conditions[rail->index()].store(rail->open() ? RailCondition::kOpen
+                                              : rail->up() ? RailCondition::kUnproven
+                                              : held       ? RailCondition::kHeldDown
+                                                           : RailCondition::kDown,
+                                              std::memory_order_relaxed);
   }
-  if (lost != counters_.lost.exchange(lost, std::memory_order_relaxed)) {
-    lost_since_ = now;
-    if (lost) {
-      bulletin_.note("no rail to " + peer_name_ + " works; everything waits for one, up to " +
-                     seconds_text(options_.timeout));
-    }
+  if (lost != counters_.lost.exchange(lost, std::memory_order_relaxed)) lost_since_ = now;
+  if (!lost) {
+    loss_reported_ = false;
+    return;
   }
-  if (lost && now - lost_since_ > options_.timeout) stop(loss());
+  if (!loss_reported_ && (worked_ || now - lost_since_ > kStartTime)) {
+    loss_reported_ = true;
+    bulletin_.note("no rail to " + peer_name_ + (worked_ ? " works" : " carries data yet") +
+                   "; everything waits for one, up to " + seconds_text(options_.timeout));
+  }
+  if (now - lost_since_ > options_.timeout) stop(loss());
 }
 
 std::string Link::loss() const {
-  std::string text = rank_name_ + " lost its link to " + peer_name_ + ": no rail came back within " +
-                     seconds_text(options_.timeout) + " (";
+  std::string within = " within " + seconds_text(options_.timeout) + " (";
+  std::string text =
+      rank_name_ + (worked_ ? " lost its link to " + peer_name_ + ": no rail came back" + within
+                            : " has no link to " + peer_name_ + ": no rail has carried a message of " +
+                                  std::to_string(kProofBytes) + " bytes" + within);
   for (auto& rail : rails_) {
-    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " + troubles_[rail->index()].problem;
+    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " + records_[rail->index()].problem;
   }
+  if (!worked_) return text + "); see cables, addresses and MTU with vllm-spark doctor --peer";
   return text + "); the last message posted is " + std::to_string(last_posted_) +
          "; see the cable and the other machine";
 }
@@ -309,9 +376,9 @@ void Link::stop(const std::string& reason) {
 
 void Link::announce() {
   LinkState state = this->state();
-  uint32_t outbox = bulletin_.publish(state, counters_.rails_up.load(std::memory_order_relaxed) == 0);
+  uint32_t outbox = bulletin_.publish(state, alone());
   for (auto& rail : rails_) {
-    if (rail->phase() != Phase::kUp || !rail->has_room()) continue;
+    if (!rail->up() || !rail->has_room()) continue;
     int error = rail->post_announcement(outbox);
     if (error != 0)
       fail(*rail, std::string("it takes no message (") + std::strerror(error) + ")", rail->epoch() + 1);
@@ -333,8 +400,10 @@ void Link::finish() {
 void Link::settle(Clock::time_point end) {
   auto moving = [this] {
     if (!waiting_.empty()) return true;
-    return std::any_of(rails_.begin(), rails_.end(),
-                       [](auto& rail) { return rail->phase() == Phase::kUp && rail->queued() > 0; });
+    // A rail that is not open has announcements only, which an open one carries too.
+    return std::any_of(rails_.begin(), rails_.end(), [this](auto& rail) {
+      return (alone() ? rail->up() : rail->open()) && rail->queued() > 0;
+    });
   };
   announce();
   while (!stopped_ && moving() && Clock::now() < end) {

@@ -1,8 +1,9 @@
 // The verbs transport: all rails to the peer, and what keeps messages going when one of them fails.
 //
-// A rail that fails is connected anew while callers and kernels go on waiting: what it may have lost is still
-// in this rank's send slots, and goes again. Both ranks announce the state of their rails to each other, over
-// every rail that works and out of band (docs/protocol.md, "Links that heal").
+// Data goes only over rails that have carried an announcement as large as the largest packet since they were
+// connected, at both ends. A rail that fails is connected anew while callers and kernels go on waiting: what
+// it may have lost is still in this rank's send slots, and goes again. Both ranks announce the state of their
+// rails to each other, over every rail that works and out of band (docs/protocol.md, "Links that heal").
 #pragma once
 
 #include <atomic>
@@ -18,6 +19,7 @@
 #include "../../shared_memory.hpp"
 #include "../transport.hpp"
 #include "bulletin.hpp"
+#include "hold_down.hpp"
 #include "rail.hpp"
 
 namespace spark::verbs {
@@ -25,16 +27,28 @@ namespace spark::verbs {
 struct LinkOptions {
   std::chrono::nanoseconds timeout{std::chrono::seconds(30)};  // without any rail, before both ranks stop
   WireClass marks;
+  HoldDownTimes hold_down;  // of rails that fail soon after they came up
 };
+
+// What a rail does, for people and tests.
+enum class RailCondition : uint32_t {
+  kDown,      // it has no connection, and waits for its port, its peer or the next attempt
+  kHeldDown,  // it has failed soon after it came up, and is left alone for a while
+  kUnproven,  // it is connected, but no full-size message has been acknowledged at both ends
+  kOpen,      // data goes over it
+};
+constexpr const char* kRailConditions[] = {"down", "held down", "unproven", "open"};
 
 // For people and tests: relaxed words of different moments.
 struct LinkCounters {
-  std::atomic<uint64_t> rails_up{0};
+  std::atomic<uint64_t> rails_up{0};  // that are open
   std::atomic<uint64_t> rail_failures{0};
   std::atomic<uint64_t> rail_recoveries{0};
+  std::atomic<uint64_t> rail_proof_failures{0};  // connections that failed before data went over them
   std::atomic<uint64_t> reposts{0};
   std::atomic<uint64_t> posts[kMaxRails] = {};
-  std::atomic<bool> lost{false};  // no rail works now
+  std::atomic<RailCondition> conditions[kMaxRails] = {};
+  std::atomic<bool> lost{false};  // no rail is open now
 };
 
 class Link final : public Transport {
@@ -63,6 +77,7 @@ class Link final : public Transport {
   // What the peer says and hears out of band, and sentences for people.
   Bulletin& bulletin() { return bulletin_; }
   const LinkCounters& counters() const { return counters_; }
+  size_t rails() const { return rails_.size(); }
   // "verbs on rail 0 (mlx5_0) and rail 1 (mlx5_1)"
   const std::string& path() const { return path_; }
   // Test hook: the rail's queue pair fails, as after an error of the wire.
@@ -81,20 +96,27 @@ class Link final : public Transport {
   void listen();
   void read_events();
   void connect_anew(Rail& rail, Clock::time_point now);
+  void open_if_proven(Rail& rail, Clock::time_point now);
   void judge(Clock::time_point now);
   void stop(const std::string& reason);
   void announce();
   void settle(Clock::time_point end);
   LinkState state() const;
   std::string loss() const;
+  // No rail is open. Relaxed: this thread is the one that writes the counter.
+  bool alone() const { return counters_.rails_up.load(std::memory_order_relaxed) == 0; }
+  std::string name(const Rail& rail) const { return rail.name() + " to " + peer_name_; }
 
   // What is known of a rail beyond its connection.
-  struct Trouble {
-    std::string problem;  // why it is down, or would be
-    Clock::time_point since{}, next_try{};
-    std::chrono::nanoseconds pause{0};  // between two tries
-    bool unproven = false;              // it is up, but nothing has arrived over it yet
-    uint64_t risen_at = 0;              // number of the last message before it came up
+  struct Record {
+    std::string problem;  // the last reason for which it was not open
+    HoldDown hold_down;
+    Clock::time_point next_try{};       // after an attempt to connect that failed
+    std::chrono::nanoseconds pause{0};  // between two such attempts
+    Clock::time_point proof_due{};      // while it is up and not proven
+    Clock::time_point closed_since{};   // while it is not open
+    bool failed = false;                // it was open before, and its failure has been counted
+    bool reported = false;              // it has been reported that it connects but carries no data
   };
 
   LinkOptions options_;
@@ -102,7 +124,7 @@ class Link final : public Transport {
   Bulletin bulletin_;
   Reaper reaper_;
   std::vector<std::unique_ptr<Rail>> rails_;
-  std::vector<Trouble> troubles_;  // by rail
+  std::vector<Record> records_;  // by rail
   std::string path_, peer_name_, rank_name_;
   std::function<void(const std::string&)> stop_;
   LinkCounters counters_;
@@ -118,6 +140,9 @@ class Link final : public Transport {
 
   bool stopped_ = false;  // the peer has stopped, or is given up
   Clock::time_point next_look_{}, lost_since_{};
+  bool begun_ = false;          // the peer has connected its rails too
+  bool worked_ = false;         // a rail has been open
+  bool loss_reported_ = false;  // it has been reported that no rail is open now
   std::atomic<int> to_break_{-1};
 };
 

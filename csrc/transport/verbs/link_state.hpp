@@ -14,13 +14,18 @@ namespace spark::verbs {
 constexpr uint32_t kMaxRails = 4;
 
 // How far a rail's connection has come. Both ranks go through these in step: nothing is sent before the peer
-// is known to receive.
+// is known to receive, and no data before a message of kProofBytes was acknowledged at both ends.
 enum class Phase : uint32_t {
   kDown = 0,     // no queue pair
   kOffered = 1,  // a queue pair, and the peer is told of it
   kReady = 2,    // connected to the peer's: it may send
-  kUp = 3,       // the peer is ready too
+  kUp = 3,       // the peer is ready too: announcements are sent
+  kProven = 4,   // the peer's NIC has acknowledged an announcement; data is sent once the peer says the same
 };
+
+// Bytes of an announcement on a rail: its page, padded with what does not count. As large as the payload of
+// the largest packet that RDMA has, so a path that loses large packets does not carry it.
+constexpr size_t kProofBytes = kPage;
 
 struct RailState {
   uint32_t epoch;  // which connection this is: every failure begins another

@@ -1,9 +1,11 @@
 #include "queue_pair.hpp"
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 
 #include "../../errors.hpp"
+#include "pin_remedy.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -29,13 +31,12 @@ MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes
   int access = remote ? abi::kLocalWrite | abi::kRemoteWrite : 0;
   region_ = Library::get().reg_mr(device.domain(), memory, bytes, access);
   if (region_ != nullptr) return;
-  if (errno == ENOMEM || errno == EPERM) {
-    throw CollectiveError(
-        "the RDMA device " + device.name() + " cannot pin " + std::to_string(bytes) + " bytes of memory (" +
-        std::strerror(errno) +
-        "); raise the limit (ulimit -l unlimited, or memlock in /etc/security/limits.conf)");
+  int error = errno;
+  if (error == ENOMEM || error == EPERM) {
+    throw CollectiveError("the RDMA device " + device.name() + " cannot pin " + std::to_string(bytes) +
+                          " bytes of memory (" + std::strerror(error) + "); " + pin_remedy());
   }
-  fail(device.name(), "register " + std::to_string(bytes) + " bytes of memory", errno);
+  fail(device.name(), "register " + std::to_string(bytes) + " bytes of memory", error);
 }
 
 MemoryRegion::~MemoryRegion() {
@@ -110,6 +111,16 @@ void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t
          abi::kState | abi::kTimeout | abi::kRetryCount | abi::kReceiverRetry | abi::kSendPacketNumber |
              abi::kMaxReads,
          "send to the peer");
+  peer_number_ = peer.queue_pair;
+  source_index_ = source_index;
+}
+
+// Of a failed completion nothing but its request, status, vendor's error and queue pair is valid.
+std::string QueuePair::failure_text(const abi::Completion& completion) const {
+  char numbers[128];
+  std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
+                completion.status, completion.vendor_error, pair_->number, peer_number_, source_index_);
+  return Library::get().status_text(completion.status) + std::string(numbers);
 }
 
 void QueuePair::end() noexcept {

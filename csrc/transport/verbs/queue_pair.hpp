@@ -76,6 +76,9 @@ class QueuePair {
   // Ends all traffic both ways, as an error of the wire does. What was posted completes with an error.
   void end() noexcept;
 
+  // Why a request has failed, with what tells a NIC's vendor or a network's administrator more.
+  std::string failure_text(const abi::Completion& completion) const;
+
   // Zero, or the error's number.
   int post(abi::SendRequest* first) const {
     abi::SendRequest* failed = nullptr;
@@ -89,6 +92,7 @@ class QueuePair {
   uint8_t port_;
   abi::QueuePair* pair_;
   abi::PostSend post_;
+  uint32_t peer_number_ = 0, source_index_ = 0;  // once connected
 };
 
 }  // namespace spark::verbs

@@ -10,6 +10,7 @@ namespace {
 
 constexpr uint32_t kPacketNumbers = 1u << 24;
 constexpr int kCompletionsAtOnce = 8;
+static_assert(kProofBytes >= mtu_bytes(5), "an announcement fills the largest packet of the largest MTU");
 
 }  // namespace
 
@@ -96,6 +97,7 @@ std::vector<Write> Rail::fail(uint32_t epoch) {
   end_connection();
   epoch_ = epoch;
   phase_ = Phase::kDown;
+  open_ = false;
   return lost;
 }
 
@@ -126,7 +128,7 @@ int Rail::post(const Write& write, bool signal) {
 }
 
 int Rail::post_announcement(uint32_t outbox) {
-  aim(layout_.outbox() + outbox * kPage, layout_.inbox(), sizeof(LinkState));
+  aim(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes);
   return submit({{}, true}, &data_, data_, 0, true);
 }
 
@@ -147,10 +149,11 @@ std::optional<std::string> Rail::poll() {
   int count = connection_->completions.poll(completions, kCompletionsAtOnce);
   if (count < 0) return "its completion queue is broken";
   for (int at = 0; at < count; ++at) {
-    if (completions[at].status != abi::kSuccess) return Library::get().status_text(completions[at].status);
+    if (completions[at].status != abi::kSuccess) return connection_->pair.failure_text(completions[at]);
     // All before it have arrived too.
     completed_ = std::max(completed_, completions[at].id);
   }
+  if (phase_ == Phase::kUp && completed_ > risen_at_) phase_ = Phase::kProven;
   return std::nullopt;
 }
 

@@ -46,6 +46,10 @@ class Rail {
   const Device& device() const { return *device_; }
   uint8_t port() const { return address_.port; }
   Phase phase() const { return phase_; }
+  // Announcements go over it.
+  bool up() const { return phase_ >= Phase::kUp; }
+  // Data goes over it: both ends have proven the connection.
+  bool open() const { return open_; }
   uint32_t epoch() const { return epoch_; }
   RailState state() const;
   bool owns(const void* queue_pair) const { return connection_ && connection_->pair.is(queue_pair); }
@@ -55,8 +59,13 @@ class Rail {
   void offer();
   // Connects to what the peer offers. From offered to ready. Throws CollectiveError.
   void connect(const RailState& peer);
-  // The peer is ready too.
-  void rise() { phase_ = Phase::kUp; }
+  // The peer is ready too. From ready to up.
+  void rise() {
+    phase_ = Phase::kUp;
+    risen_at_ = posted_;
+  }
+  // The peer has proven its end too, in the same epoch. The rail must be proven.
+  void open_for_data() { open_ = true; }
   // Ends the connection; the next one has number `epoch`. Returns what was posted and not acknowledged, in
   // order.
   std::vector<Write> fail(uint32_t epoch);
@@ -72,7 +81,8 @@ class Rail {
   int post(const Write& write, bool signal);
   // Starts moving the announcement in outbox `outbox` to the peer's inbox.
   int post_announcement(uint32_t outbox);
-  // Takes note of what has completed. Not empty: why the connection is broken.
+  // Takes note of what has completed; the first completion since the rail came up, which is an
+  // announcement's, proves the connection. Not empty: why the connection is broken.
   std::optional<std::string> poll();
 
   // Numbers of the last message posted and of the last one known to have arrived.
@@ -131,6 +141,8 @@ class Rail {
 
   std::vector<Posted> ring_;  // by number modulo its size
   uint64_t posted_ = 0, completed_ = 0;
+  uint64_t risen_at_ = 0;  // number of the last message before it came up
+  bool open_ = false;
 };
 
 }  // namespace spark::verbs

@@ -123,9 +123,8 @@ class WireProbe::RailEnd {
     int count = connection_->completions.poll(completions, kCompletionsAtOnce);
     if (count < 0) fail(peer_name, "its completion queue is broken");
     for (int at = 0; at < count; ++at) {
-      uint32_t status = completions[at].status;
-      if (status != abi::kSuccess) {
-        fail(peer_name, std::string(Library::get().status_text(status)) + ", status " + text(status));
+      if (completions[at].status != abi::kSuccess) {
+        fail(peer_name, connection_->pair.failure_text(completions[at]));
       }
       completed_ = std::max(completed_, completions[at].id);
     }

@@ -60,9 +60,22 @@ class Rail:
         """
         self._run("tc", "qdisc", "replace", "dev", self.interface, "root", "netem", *netem)
 
+    def lose(self, over: int = 0) -> None:
+        """Loses IP packets of more than `over` bytes, Ethernet header included, that this end sends.
+
+        The carrier stays, and ARP gets through: connections are still made over it.
+        """
+        self._run("tc", "qdisc", "replace", "dev", self.interface, "root", "handle", "1:", "prio")
+        condition = ("basic", "match", f"meta(pkt_len gt {over})")
+        self._run(
+            *("tc", "filter", "replace", "dev", self.interface, "parent", "1:", "protocol", "ip", "prio", "1"),
+            *(*condition, "action", "drop"),
+        )
+
     def unimpair(self) -> None:
-        """Ends what `impair` did."""
-        if "netem" in self._run("tc", "qdisc", "show", "dev", self.interface):
+        """Ends what `impair` and `lose` did."""
+        shown = self._run("tc", "qdisc", "show", "dev", self.interface)
+        if "netem" in shown or "prio " in shown:
             self._run("tc", "qdisc", "delete", "dev", self.interface, "root")
 
     def heal(self) -> None:

@@ -1,0 +1,195 @@
+"""Tiny checkpoints beside those of `vllm_spark.tiny_model`: drafts, a vision-language model, a model with own code.
+
+Each has random weights from a fixed seed, so that a draft's guesses are hardly ever right: steps reject them, and what
+is answered must be as without them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_spark import tiny_model
+from vllm_spark.tiny_model import make_tiny_model
+
+OWN_CONFIGURATION = '''
+from transformers import Qwen3MoeConfig
+
+class OwnConfig(Qwen3MoeConfig):
+    """A configuration class that no other process can import."""
+
+    model_type = "own_moe"
+'''
+
+
+def make_eagle3_head(folder: Path, target: Path) -> Path:
+    """An EAGLE3 head for a model of `make_tiny_model`: one Llama layer, over three of the target's hidden states."""
+    folder.mkdir()
+    hidden, heads, width = tiny_model.HIDDEN, tiny_model.HEADS, tiny_model.INTERMEDIATE
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "fc.weight": (hidden, 3 * hidden),
+        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
+        "midlayer.mlp.gate_proj.weight": (width, hidden),
+        "midlayer.mlp.up_proj.weight": (width, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, width),
+        "lm_head.weight": (tiny_model.VOCABULARY, hidden),
+    }
+    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
+    weights = {
+        name: torch.randn(shape, generator=generator) * tiny_model.WEIGHT_SCALE for name, shape in shapes.items()
+    }
+    weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
+    weights["embed_tokens.weight"] = embedding.float()
+    _save(
+        folder,
+        weights,
+        {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "vocab_size": tiny_model.VOCABULARY,
+            "draft_vocab_size": tiny_model.VOCABULARY,
+            "hidden_size": hidden,
+            "intermediate_size": width,
+            "num_hidden_layers": 1,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads // 2,
+            "head_dim": hidden // heads,
+            "max_position_embeddings": tiny_model.CONTEXT,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            # vLLM's own choice names one layer twice in a model of four.
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        },
+    )
+    return folder
+
+
+def make_draft_model(folder: Path, target: Path) -> Path:
+    """A Qwen3 with the tokenizer of `target`, and other weights."""
+    make_tiny_model(folder, "dense", seed=7)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(target / name, folder / name)
+    return folder
+
+
+def make_model_with_mtp(folder: Path) -> Path:
+    """A MiMo (a Qwen2 with one layer that predicts the token after the next)."""
+    make_tiny_model(folder, "dense")
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    hidden, width = tiny_model.HIDDEN, tiny_model.INTERMEDIATE
+    generator = torch.Generator().manual_seed(5)
+    weights = {name: value for name, value in weights.items() if "q_norm" not in name and "k_norm" not in name}
+    layers = [f"model.layers.{layer}" for layer in range(tiny_model.LAYERS)] + ["model.mtp_layers.0"]
+    for layer in layers:
+        for part, size in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
+            weights[f"{layer}.self_attn.{part}_proj.bias"] = torch.zeros(size, dtype=torch.bfloat16)
+    mtp = {
+        "input_proj": (hidden, 2 * hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 2, hidden),
+        "self_attn.v_proj": (hidden // 2, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
+    }
+    for name, shape in mtp.items():
+        value = torch.randn(shape, generator=generator) * tiny_model.WEIGHT_SCALE
+        weights[f"model.mtp_layers.0.{name}.weight"] = value.to(torch.bfloat16)
+    norms = ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_layernorm", "post_attention_layernorm")
+    for name in norms:
+        weights[f"model.mtp_layers.0.{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "num_nextn_predict_layers": 1}
+    config |= {"auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
+    (folder / "configuration_mimo.py").write_text(
+        "from transformers import Qwen2Config\n\nclass MiMoConfig(Qwen2Config):\n    model_type = 'mimo'\n"
+    )
+    _save(folder, weights, config)
+    return folder
+
+
+def make_model_with_own_configuration(folder: Path, model: Path) -> Path:
+    """`model` once more, with a configuration class of its own (`--trust-remote-code`)."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_moe", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_own.py").write_text(OWN_CONFIGURATION)
+    return folder
+
+
+def make_vision_model(folder: Path) -> Path:
+    """A Qwen2-VL of two layers, whose vision tower has two as well."""
+    from transformers import (
+        AutoTokenizer,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    make_tiny_model(folder, "dense")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
+    for leftover in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / leftover).unlink()
+    torch.manual_seed(11)
+    hidden = 128
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": tiny_model.VOCABULARY + 64,
+            "hidden_size": hidden,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": tiny_model.WEIGHT_SCALE,
+            "max_position_embeddings": tiny_model.CONTEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": hidden,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "initializer_range": tiny_model.WEIGHT_SCALE,
+        },
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+    )
+    Qwen2VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
+    pixels = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}assistant: "
+    )
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+        chat_template=template,
+    ).save_pretrained(folder)
+    return folder
+
+
+def _save(folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,132 @@
+"""Memory that both a NIC and the GPU use: who pins it first, and what is said where it cannot be pinned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .programs import Programs
+
+BOUND = 300
+
+PROGRAM = """
+import sys
+from vllm_spark import _native
+
+def make(rank):
+    return _native.DeviceRuntime(rank=rank, proxied=True, timeout_s=30.0, slot_bytes=1 << 16, packet_bytes=1 << 12,
+        depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1, first_sequence=1, largest_message=1 << 26,
+        packet_threads=288, payload_threads=256, payload_blocks=32, payload_bytes_per_block=4096,
+        payload_message_bytes=1 << 17, dependent_launch=True, kernels=b"image")
+
+rails = [(device, port, gids[0][1], mtu) for device, port, _, _, mtu, gids in _native.rdma_ports()]
+ranks = [make(0), make(1)]
+try:
+    offers = [rank.open_link(rails=rails, timeout_s=5.0, traffic_class=0, service_level=0) for rank in ranks]
+except _native.CollectiveError as error:
+    sys.exit(str(error))
+for rank, offer in zip(ranks, offers[::-1]):
+    rank.connect_link(offer, "the other")
+for rank in ranks:
+    rank.begin()
+for rank in ranks:
+    rank.close()
+"""
+
+LIMIT = (
+    "raise the limit of locked memory (ulimit -l unlimited, memlock in /etc/security/limits.conf, or "
+    "LimitMEMLOCK=infinity in a systemd unit)"
+)
+HANDOVER = (
+    "; if it is unlimited, boot with kho=off on the kernel's command line: pages that lie in the memory reserved for "
+    "kexec handover cannot be pinned once the GPU's driver uses them"
+)
+
+
+def run(programs: Programs, **variables: str) -> subprocess.CompletedProcess[str]:
+    libraries = f"{programs.libcuda()}:{programs.libibverbs('verbs_in_memory.cpp')}"
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "LD_LIBRARY_PATH": libraries, **variables},
+        capture_output=True,
+        text=True,
+        timeout=BOUND,
+    )
+
+
+def test_the_nic_pins_a_region_before_the_gpu_does(programs: Programs, tmp_path: Path) -> None:
+    """The other way round the NIC cannot: the kernel moves no page that the GPU's driver holds."""
+    trace = tmp_path / "trace"
+    done = run(programs, TRACE=str(trace))
+    assert done.returncode == 0, done.stderr
+    calls = [line.split() for line in trace.read_text().splitlines()]
+    regions = [(index, int(at), int(size)) for index, (call, at, size) in enumerate(calls) if call == "cuda-register"]
+    assert len(regions) == 2, "one for each rank"
+    for index, start, size in regions:
+        within = [
+            number
+            for number, (call, at, _) in enumerate(calls)
+            if call == "nic-register" and start <= int(at) < start + size
+        ]
+        assert len(within) == 4, "two rails register a sending and a receiving part each"
+        assert max(within) < index, calls
+
+
+def test_memory_that_a_nic_cannot_pin(programs: Programs) -> None:
+    done = run(programs, REFUSE_PINNING="1")
+    assert done.returncode == 1
+    start, _, remedy = done.stderr.strip().partition("); ")
+    assert start.startswith("the RDMA device memory0 cannot pin ")
+    assert start.endswith(" bytes of memory (Cannot allocate memory")
+    assert remedy in (LIMIT, LIMIT + HANDOVER), "whichever this machine's kernel needs"
+
+
+DEFAULT = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y\n"
+
+
+@pytest.mark.parametrize(
+    ("command_line", "free", "total", "config", "reserved"),
+    [
+        ("quiet", 0, 0, "", False),
+        (
+            "quiet",
+            60_000,
+            65_536,
+            "CONFIG_KEXEC_HANDOVER=y\n# CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT is not set\n",
+            False,
+        ),
+        ("quiet", 9_752_576, 0, "", True),
+        ("quiet", 9_752_576, 65_536, DEFAULT, True),
+        ("quiet", 0, 0, DEFAULT, True),
+        ("quiet kho=off", 9_752_576, 0, DEFAULT, False),
+        ("kho=0 quiet", 0, 0, DEFAULT, False),
+        ("kho=off kho=on", 0, 0, "", True),
+        ("xkho=on", 0, 0, "", False),
+    ],
+)
+def test_what_is_said_of_memory_reserved_for_kexec_handover(
+    command_line: str, free: int, total: int, config: str, reserved: bool, programs: Programs, tmp_path: Path
+) -> None:
+    for path, text in (
+        ("proc/cmdline", f"BOOT_IMAGE=/vmlinuz {command_line}\n"),
+        ("proc/meminfo", f"MemTotal:  125829120 kB\nCmaTotal:  {total} kB\nCmaFree:  {free} kB\nBuffers: 1 kB\n"),
+        ("proc/sys/kernel/osrelease", "7.0.0-1019-nvidia\n"),
+        ("boot/config-7.0.0-1019-nvidia", config),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    done = subprocess.run(
+        [programs.link("pin_remedy.cpp", "-O2"), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == LIMIT + (HANDOVER if reserved else "")
+
+
+def test_a_machine_whose_files_cannot_be_read(programs: Programs, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [programs.link("pin_remedy.cpp", "-O2"), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == LIMIT

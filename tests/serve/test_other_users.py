@@ -1,0 +1,258 @@
+"""Two users with folders of their own: models, drafts and adapters are found by what they are, and compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.hub import COMMIT, cache_model
+from vllm_spark.local_pair import CPU_ENVIRONMENT
+from vllm_spark.process import program
+from vllm_spark.tiny_model import make_tiny_model
+
+from . import prompts
+from .adapters import RANK, make_adapter
+from .hosts import Hosts
+from .process import Process, assert_all_gone
+from .servers import Server, spark_leader, stock_tp1
+
+SECRET = {"SPARK_SECRET": "the secret of both machines"}
+MODEL, ADAPTER = "spark/tiny", "spark/sql"
+PROMPTS = prompts.PROMPTS[:4]
+WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2")
+STEP_SECONDS = 120.0
+"""Bound for a process to import vLLM, to look at the other one, and to say so."""
+
+
+class Users(NamedTuple):
+    """Two users' folders, and one with what both see under the same path, where the follower's content may differ."""
+
+    alice: Path
+    bob: Path
+    shared: Path
+    at_bobs: Path
+
+    @staticmethod
+    def environment(home: Path) -> dict[str, str]:
+        """Of a user with that home, who is offline."""
+        return {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def users(tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Users:
+    made = Users(*(tmp_path_factory.mktemp(name) for name in ("alice", "bob", "shared", "at-bobs")))
+    sql = make_adapter(made.shared / "sql")
+    for home in (made.alice, made.bob):
+        cache_model(tiny_dense, home / "hf/hub", MODEL)
+        cache_model(sql, home / "hf/hub", ADAPTER)
+    make_adapter(made.shared / "other", seed=1)
+    make_tiny_model(made.shared / "draft", "dense", seed=1)
+    make_adapter(made.shared / "absent", seed=1)
+    make_adapter(made.at_bobs / "other", seed=2)
+    make_tiny_model(made.at_bobs / "draft", "dense", seed=2)
+    return made
+
+
+@contextmanager
+def join(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Process]:
+    """`vllm-spark join` as bob, who sees nothing of alice's, and his own files where both have a path in common."""
+    hide = f"mount -t tmpfs none {users.alice} && mount --bind {users.at_bobs} {users.shared}"
+    command = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port, *more]
+    argv = ["/bin/sh", "-c", f'{hide} && exec "$@"', "sh", *command]
+    process = hosts[1].popen(argv, CPU_ENVIRONMENT | SECRET | users.environment(users.bob), "vllm-spark join")
+    try:
+        yield process
+    finally:
+        process.terminate()
+
+
+@contextmanager
+def serve(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Server]:
+    """`vllm serve MODEL --spark` as alice; not waited for."""
+    environment = SECRET | users.environment(users.alice) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with spark_leader(hosts, Path(MODEL), port, more, environment, wait=False) as server:
+        yield server
+
+
+def tokens_of(server: Server, model: str) -> list[list[int]]:
+    """Greedy answers of a model or an adapter."""
+    return [
+        (
+            server.client.completions.create(
+                model=model,
+                prompt=prompt,
+                max_tokens=32,
+                temperature=0,
+                extra_body={"return_token_ids": True, "ignore_eos": True},
+            )
+            .choices[0]
+            .model_extra
+            or {}
+        )["token_ids"]
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="module")
+def stock(hosts: Hosts, tiny_dense: Path, users: Users) -> dict[str, list[list[int]]]:
+    """What one stock rank answers, without and with the adapter."""
+    more = (*WITH_ADAPTERS, "--lora-modules", f"sql={users.shared / 'sql'}", "--served-model-name", MODEL)
+    with stock_tp1(hosts[0], tiny_dense, more) as server:
+        answers = {name: tokens_of(server, name) for name in (MODEL, "sql")}
+    assert answers[MODEL] != answers["sql"]
+    return answers
+
+
+class Pair(NamedTuple):
+    """Alice's server and bob's follower."""
+
+    server: Server
+    follower: Process
+
+
+@pytest.fixture(scope="module")
+def pair(hosts: Hosts, users: Users) -> Iterator[Pair]:
+    """Bob has other weights at first. Neither of the two is started again when he has the right ones."""
+    if hosts[0].namespace is None:
+        pytest.skip("needs network namespaces: run as root with iproute2 installed")
+    port = str(hosts[0].free_port())
+    weights = users.bob / f"hf/hub/models--spark--tiny/snapshots/{COMMIT}/model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    with join(hosts, users, port) as follower, serve(hosts, users, port, *WITH_ADAPTERS) as server:
+        refusal = "the weight file model.safetensors has other content on"
+        server.leader.wait_for_line(f"does not fit: {refusal} .*Still waiting", STEP_SECONDS)
+        follower.wait_for_line(f"{refusal[1:]} .* Waiting on", STEP_SECONDS)
+        weights.write_bytes(right)
+        follower.wait_for_line("and this machine fit now", STEP_SECONDS)
+        server.wait_until_healthy()
+        yield Pair(server, follower)
+
+
+def load_adapter(server: Server, name: str, path: Path | str) -> httpx.Response:
+    with httpx.Client(trust_env=False, timeout=120) as client:
+        return client.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
+
+
+def test_each_serves_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:
+    assert tokens_of(pair.server, MODEL) == stock[MODEL]
+    assert pair.server.leader.output().count("does not fit") == 1
+    assert pair.follower.output().count("Waiting on; the leader") == 1
+
+
+def test_each_loads_an_adapter_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:
+    assert load_adapter(pair.server, "sql", ADAPTER).status_code == 200
+    assert tokens_of(pair.server, "sql") == stock["sql"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("other", "the weight file adapter_model.safetensors has other content on"),
+        ("absent", "there is no adapter absent in"),
+    ],
+)
+def test_an_adapter_that_differs_is_refused(
+    pair: Pair, users: Users, stock: dict[str, list[list[int]]], name: str, sentence: str
+) -> None:
+    """Where the follower has another one at the same path, its answers would be a mixture of two adapters'."""
+    response = load_adapter(pair.server, name, users.shared / name)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert error["message"].startswith(f"the adapter {name} cannot be loaded on both machines: {sentence}")
+    logged = error["message"].replace("<path>", str(users.shared / name))  # vLLM tells clients no paths
+    assert logged.rstrip(".") in pair.server.leader.output()
+    assert ".." not in error["message"]
+    assert tokens_of(pair.server, MODEL) == stock[MODEL]
+
+
+def test_an_adapter_that_is_nowhere_is_not_found_as_without_a_pair(
+    pair: Pair, users: Users, stock: dict[str, list[list[int]]]
+) -> None:
+    response = load_adapter(pair.server, "none", users.shared / "none")
+    assert response.status_code == 404, response.text
+    assert "No adapter found for" in response.json()["error"]["message"]
+    assert tokens_of(pair.server, MODEL) == stock[MODEL]
+
+
+def assert_refused(process: Process, *parts: str) -> None:
+    assert process.wait(STEP_SECONDS) == 3, process.tail()
+    output = process.output()
+    assert "Traceback" not in output, output
+    for part in parts:
+        assert part in output, output
+
+
+def test_a_draft_model_that_differs_is_refused(namespaces: Hosts, users: Users) -> None:
+    """At the start, before anything is loaded."""
+    port = str(namespaces[0].free_port())
+    draft = users.shared / "draft"
+    speculative = {"model": str(draft), "num_speculative_tokens": 2}
+    with (
+        join(namespaces, users, port, "--once") as follower,
+        serve(namespaces, users, port, "--speculative-config", json.dumps(speculative)) as server,
+    ):
+        sentence = f"the weight file model.safetensors has other content on .* \\({draft}\\)"
+        server.leader.wait_for_line(f"does not fit: {sentence}.*copy the leader's draft model to {draft}", STEP_SECONDS)
+        assert_refused(follower, str(draft))
+    assert_all_gone(server.leader, follower)
+
+
+def test_an_adapter_of_the_command_line_that_differs(namespaces: Hosts, users: Users) -> None:
+    """vLLM loads it last; what it raises then is a traceback."""
+    port = str(namespaces[0].free_port())
+    modules = ("--lora-modules", f"other={users.shared / 'other'}")
+    with join(namespaces, users, port, "--once") as follower:
+        with serve(namespaces, users, port, *WITH_ADAPTERS, *modules) as server:
+            sentence = "vllm serve --spark: the adapter other cannot be loaded on both machines: the weight file"
+            server.leader.wait_for_line(sentence, 2 * STEP_SECONDS)
+            assert server.leader.wait(30) == 3
+            assert "Traceback" not in server.leader.output()
+        assert follower.wait(30) == 0
+    assert_all_gone(server.leader, follower)
+
+
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm_spark.errors import RefusedError
+
+if __name__ == "__main__":
+    model, prompts, settings, rank, adapters = json.loads(sys.argv[1])
+    common = dict(dtype="float32", enforce_eager=True, max_model_len=1024, enable_lora=True, max_lora_rank=rank)
+    llm = LLM(model, **common, additional_config={"spark": settings})
+    greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    for number, adapter in enumerate(adapters, start=1):
+        request = LoRARequest(f"adapter-{number}", number, adapter)
+        try:
+            outputs = llm.generate(prompts, greedy, use_tqdm=False, lora_request=request)
+            print("answered:", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+        except RefusedError as error:
+            print(f"refused: {error}")
+"""
+
+
+def test_an_adapter_of_a_request(namespaces: Hosts, users: Users, stock: dict[str, list[list[int]]]) -> None:
+    """A program hands them to each call; a refused one is an error of that call."""
+    port = namespaces[0].free_port()
+    settings = {"address": namespaces[0].address, "port": port, "transport": "loopback"}
+    adapters = [str(users.shared / "other"), ADAPTER]
+    given = json.dumps([MODEL, PROMPTS, settings, RANK, adapters])
+    environment = CPU_ENVIRONMENT | SECRET | users.environment(users.alice)
+    with join(namespaces, users, str(port), "--once") as follower:
+        leader = namespaces[0].popen([sys.executable, "-u", "-c", OFFLINE, given], environment, "offline")
+        refusal = leader.wait_for_line("^refused: (.*)$", 2 * STEP_SECONDS)[1]
+        assert refusal.startswith("the adapter adapter-1 cannot be loaded on both machines: the weight file")
+        answer = leader.wait_for_line(r"^answered: (.*)$", STEP_SECONDS)[1]
+        assert json.loads(answer) == stock["sql"]
+        assert leader.wait(60) == 0
+        assert follower.wait(30) == 0
+    assert_all_gone(leader, follower)

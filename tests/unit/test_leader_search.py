@@ -1,0 +1,210 @@
+"""A follower outlives what its leaders refuse, and says each reason once. Real sockets, real TLS."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vllm_spark.config import SparkConfig
+from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
+from vllm_spark.executor import leader_search
+from vllm_spark.executor.caller import Caller
+from vllm_spark.executor.credentials import tls_context
+from vllm_spark.executor.leader_search import Found, LeaderSearch
+from vllm_spark.executor.listener import Follower, Listener
+from vllm_spark.executor.loaded_files import LoadedFiles
+from vllm_spark.executor.messages import CALLS, CONTROL, Offer
+from vllm_spark.executor.model_identity import ModelIdentity
+
+from .test_channel import LIMIT, OTHER, SECRET, caller, listener, wait_for
+
+__all__ = ["listener"]
+
+REFUSED_BY_FOLLOWER = "there is no model in "
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vllm_spark")
+    monkeypatch.setattr(leader_search, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as made:
+        yield made
+
+
+def search(listener: Listener, secret: bytes = SECRET, *, once: bool = False) -> LeaderSearch:
+    def connect() -> Caller:
+        return caller(listener, secret)
+
+    return LeaderSearch(SparkConfig(), connect, lambda *given: None, check_environment=lambda leaders: None, once=once)
+
+
+def model_at(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def offer_of(folder: Path) -> Offer:
+    files = LoadedFiles("model", str(folder), str(folder), "model", ModelIdentity.of(folder))
+    return Offer(str(folder), [files], 5.0)
+
+
+def follow(looking: LeaderSearch) -> Found:
+    """What a follower does until the leader has both its lanes."""
+    found = looking.find()
+    assert found.caller.connect(CALLS) is not None
+    return found
+
+
+def accepted(listener: Listener, offer: Offer, pool: ThreadPoolExecutor) -> Future[Follower]:
+    return pool.submit(listener.wait_for_follower, offer, 30.0)
+
+
+def messages(caplog: pytest.LogCaptureFixture, pattern: str) -> list[str]:
+    return [message for message in caplog.messages if re.search(pattern, message)]
+
+
+def test_a_missing_model_is_copied_while_both_wait(
+    listener: Listener, tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each side says once what is wrong, and neither has to be started again."""
+    model = model_at(tmp_path / "model")
+    offer = offer_of(model)
+    model.rename(tmp_path / "elsewhere")
+    leader = accepted(listener, offer, pool)
+    follower = pool.submit(follow, search(listener))
+    tries = listener._refusals
+    wait_for(lambda: tries, "the leader is told")
+    wait_for(lambda: messages(caplog, "Waiting on; the leader at"), "the follower logs it")
+    former, listener._last_problem = listener._last_problem, ""
+    wait_for(lambda: listener._last_problem, "the follower asks again")
+    assert listener._last_problem == former
+    (tmp_path / "elsewhere").rename(model)
+    assert leader.result(30).name.startswith("the follower on")
+    assert follower.result(30).own == {str(model): model}
+    assert len(messages(caplog, f"does not fit: {REFUSED_BY_FOLLOWER}.*Still waiting")) == 1
+    assert len(messages(caplog, "There is no model in .* Waiting on; the leader at")) == 1
+    assert len(messages(caplog, "and this machine fit now")) == 1
+
+
+def test_another_reason_is_said(
+    listener: Listener, tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_at(tmp_path / "model")
+    offer = offer_of(model)
+    model_at(model, b"another")
+    leader = accepted(listener, offer, pool)
+    follower = pool.submit(follow, search(listener))
+    wait_for(lambda: messages(caplog, "does not fit: the weight file model.safetensors has"), "the first reason")
+    (model / "model.safetensors").unlink()
+    wait_for(lambda: messages(caplog, "does not fit: the weight file model.safetensors is missing"), "the second one")
+    model_at(model)
+    leader.result(30)
+    follower.result(30)
+    assert len(messages(caplog, "Still waiting")) == 2
+
+
+def test_the_next_follower_comes_when_the_place_is_free(
+    listener: Listener, tmp_path: Path, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    offer = offer_of(model_at(tmp_path / "model"))
+    leader = accepted(listener, offer, pool)
+    follow(search(listener))
+    leader.result(30)
+    second = pool.submit(follow, search(listener))
+    wait_for(lambda: messages(caplog, "has a follower already.*Waiting on; the leader at"), "it is refused")
+    listener._last_problem = ""
+    wait_for(lambda: listener._last_problem, "it asks again")
+    leader = accepted(listener, offer, pool)
+    listener._release()
+    second.result(30)
+    leader.result(30)
+    assert len(messages(caplog, "Refused a follower on")) == 1
+
+
+def test_once_ends_at_the_first_refusal(listener: Listener, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    model = model_at(tmp_path / "model")
+    offer = offer_of(model)
+    model.rename(tmp_path / "elsewhere")
+    leader = accepted(listener, offer, pool)
+    with pytest.raises(RefusedError, match=REFUSED_BY_FOLLOWER) as caught:
+        search(listener, once=True).find()
+    assert caught.value.exit_code == 3
+    wait_for(lambda: listener._refusals, "the leader is told")
+    (tmp_path / "elsewhere").rename(model)
+    follow(search(listener))
+    leader.result(30)
+
+
+def test_what_no_waiting_heals(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match="has another secret"):
+        search(listener, OTHER).find()
+    other = search(listener)
+    speaker = caller(listener)
+    speaker._versions = msgspec.structs.replace(speaker._versions, vllm="0.0.1")
+    other._make_caller = lambda: speaker
+    with pytest.raises(VersionsError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
+        other.find()
+
+
+def test_what_is_not_a_leader_may_become_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another program has the port; it ends, and the leader gets it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        speaker = Caller("127.0.0.1", port, tls_context(SECRET, "follower"), LIMIT)
+        with pytest.raises(RefusedError, match="what is there does not speak this protocol"):
+            speaker.connect(CONTROL)
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_follower_that_takes_its_time_says_what_it_does(
+    listener: Listener,
+    tmp_path: Path,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The leader waits for as long as it does: a download may take hours."""
+    monkeypatch.setattr(leader_search, "PROGRESS_INTERVAL", 0.1)
+    monkeypatch.setattr("vllm_spark.executor.listener._OFFER_TIMEOUT", 1.0)
+    model = model_at(tmp_path / "model")
+    offer, downloaded = offer_of(model), threading.Event()
+
+    def find(wanted: LoadedFiles, say: Any) -> Path:
+        say(f"downloading {wanted.name}")
+        assert downloaded.wait(30)
+        return model
+
+    monkeypatch.setattr(leader_search, "find_own", find)
+    leader = accepted(listener, offer, pool)
+    follower = pool.submit(follow, search(listener))
+    wait_for(lambda: messages(caplog, r"The follower on .* is downloading .*model\."), "the leader logs it")
+    threading.Timer(2.0, downloaded.set).start()  # longer than the leader waits for silence
+    follower.result(30)
+    leader.result(30)

@@ -1,0 +1,96 @@
+"""The limit of a peer's silence holds, whenever a rank's own heartbeats make it look."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor.channel import Kind
+from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.silence import Silence
+
+from .test_channel import lanes, wait_for
+
+LIMIT, STARTING, INTERVAL = 5.0, 60.0, 1.0
+
+
+def lost_at(silence: Silence, now: float, patience: float = 0.0) -> float:
+    """When a rank that looks at its own heartbeats, and when it is told to, counts the peer as dead."""
+    next_beat = now
+    while not silence.is_too_long(now, patience):
+        if now >= next_beat:
+            next_beat = now + INTERVAL
+        again = min(next_beat, silence.look_again_at(now, INTERVAL / 10))
+        assert again > now, "time goes on"
+        now = again
+    return now
+
+
+@given(phase=st.floats(0.001, 0.999), start=st.floats(0.0, 1e6))
+def test_the_limit_counts_from_the_last_sign_of_life(phase: float, start: float) -> None:
+    silence = Silence(LIMIT, STARTING, start)
+    silence.model_runs(start)
+    silence.end(start + phase)
+    assert lost_at(silence, start + phase) == pytest.approx(start + phase + LIMIT)
+    assert silence.seconds(start + phase + LIMIT) == pytest.approx(LIMIT)
+
+
+@given(phase=st.floats(0.001, 0.999))
+def test_a_start_has_a_longer_limit(phase: float) -> None:
+    silence = Silence(LIMIT, STARTING, 0.0)
+    silence.end(phase)
+    assert lost_at(silence, phase) == pytest.approx(phase + STARTING)
+    silence.model_runs(50.0)
+    silence.model_runs(59.0)  # a second call changes nothing
+    assert lost_at(silence, 59.0) == 59.0
+    assert not silence.is_too_long(54.9, 0.0)
+    assert silence.is_too_long(55.0, 0.0)
+
+
+@given(patience=st.floats(0.0, 30.0), phase=st.floats(0.001, 0.999))
+def test_patience_is_the_longer_one(patience: float, phase: float) -> None:
+    silence = Silence(LIMIT, STARTING, 0.0)
+    silence.model_runs(0.0)
+    silence.end(phase)
+    noticed = lost_at(silence, phase, patience) - phase
+    assert (
+        noticed == pytest.approx(LIMIT) if patience < LIMIT else patience < noticed <= patience + INTERVAL / 10 + 1e-6
+    )
+
+
+def test_a_rank_looks_when_the_limit_is_over_and_not_at_its_next_beat() -> None:
+    """Five tries: a busy machine may run the thread late, but not each time."""
+    limit, beats_per_limit = 2.0, 5
+    late = []
+    for _ in range(5):
+        left, right = lanes()
+        sent: list[float] = []
+        ends: list[tuple[float, SparkError]] = []
+        pulse = Pulse(
+            right,
+            limit,
+            report=lambda sent=sent: sent.append(time.monotonic()),
+            on_report=lambda _: None,
+            on_end=lambda error, ends=ends: ends.append((time.monotonic(), error)),
+            on_link=lambda _: None,
+            patience=lambda: 0.0,
+        )
+        pulse.start()
+        pulse.model_runs()
+        wait_for(lambda sent=sent: sent, "this side's beat")
+        time.sleep(limit / beats_per_limit / 4)  # so that the limit ends long before one of its beats
+        last = time.monotonic()
+        left.send(Kind.BEAT, b"null")
+        wait_for(lambda ends=ends: ends, "the end")
+        at, error = ends[0]
+        left.close()
+        assert isinstance(error, PeerLostError)
+        assert at - last > limit - 0.01, "not before the limit"
+        late.append(at - last - limit)
+        if late[-1] < limit / beats_per_limit / 4:
+            return
+    pytest.fail(f"noticed {', '.join(f'{seconds:.2f}' for seconds in late)} s after the limit of {limit} s")
