@@ -13,9 +13,11 @@ from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicat
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
 from vllm_spark.collective import Runtime, count_fallback, installed
+from vllm_spark.process_group import connecting
 
 logger = logging.getLogger("vllm_spark")
 
+_NCCL_SECONDS = 120.0  # for both ranks to come to it and to connect
 _ROUTED_GROUPS = ("tp", "ep")
 
 
@@ -105,7 +107,7 @@ class _OutOfPlace(CpuCommunicator):  # type: ignore[misc]
 
 
 class SparkCpuCommunicator(_Routing, _OutOfPlace):
-    """CPU tensors: the runtime's CPU reduce, else gloo."""
+    """CPU tensors: the runtime's CPU reduce, else the pair's process group."""
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:
         """False: vLLM's own shared-memory path would take both ranks to be on one host."""
@@ -113,4 +115,8 @@ class SparkCpuCommunicator(_Routing, _OutOfPlace):
 
 
 class SparkCudaCommunicator(_Routing, CudaCommunicator):  # type: ignore[misc]
-    """CUDA tensors: the runtime's kernels, else NCCL."""
+    """CUDA tensors: the runtime's kernels, else NCCL, which vLLM connects here."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with connecting("NCCL", _NCCL_SECONDS):
+            super().__init__(*args, **kwargs)

@@ -13,6 +13,12 @@ EXIT_REFUSED = 3
 EXIT_LOST = 4
 """The peer or the link went away while working together."""
 
+EXIT_WARNINGS = 5
+"""`vllm-spark doctor` found warnings, and nothing worse."""
+
+EXIT_PROBLEM = 6
+"""`vllm-spark doctor` found something that keeps the pair from working."""
+
 
 class SparkError(Exception):
     """A failure that is explained by its message alone.

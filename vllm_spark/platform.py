@@ -12,10 +12,16 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.process_group import BACKEND, pair_is_up
 
 
 class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]
-    """CPU: collectives through `SparkCpuCommunicator`."""
+    """CPU: collectives through `SparkCpuCommunicator`, process groups through `PairGroup`."""
+
+    @property
+    def dist_backend(self) -> str:
+        """The kind of process group that vLLM makes for its ranks."""
+        return BACKEND if pair_is_up() else str(super().dist_backend)
 
     @classmethod
     def get_device_communicator_cls(cls) -> str:

@@ -87,6 +87,36 @@ class Host:
         """Puts the cable back, and waits until the interface has its carrier."""
         self._cable("up")
 
+    @contextmanager
+    def firewall(self, port: int | None) -> Iterator[None]:
+        """Has this host drop all TCP packets from the other one, but for those to or from `port` of either.
+
+        Written as routing rules, which need nothing but `ip`: a packet that finds no route on its way in is dropped,
+        and its sender is told nothing. Clients in the root namespace are let through.
+        """
+        if self.namespace is None:
+            raise RuntimeError("loopback addresses have no firewall; use the fixture `namespaces`")
+        clients = f"{self.address.rpartition('.')[0]}.254"
+        allowed = [["from", clients]]
+        if port is not None:
+            allowed += [["iif", "eth0", "ipproto", "tcp", side, str(port)] for side in ("dport", "sport")]
+        rules = [["pref", "100", "lookup", "local"]]
+        rules += [["pref", str(number), *rule, "lookup", "local"] for number, rule in enumerate(allowed, 10)]
+        rules += [["pref", "20", "iif", "eth0", "ipproto", "tcp", "blackhole"]]
+        with ExitStack() as stack:
+            for rule in rules:
+                _ip("-n", self.namespace, "rule", "add", *rule)
+                stack.callback(_ip, "-n", self.namespace, "rule", "delete", *rule)
+            # The kernel's first rule knows this host's own addresses, and would come before all others.
+            _ip("-n", self.namespace, "rule", "delete", "pref", "0")
+            stack.callback(_ip, "-n", self.namespace, "rule", "add", "pref", "0", "lookup", "local")
+            yield
+
+    def listening(self) -> set[str]:
+        """`address:port` of every TCP socket that listens on this host."""
+        lines = self.run(["ss", "-tlnH"]).stdout.splitlines()
+        return {line.split()[3] for line in lines}
+
     def _cable(self, state: Literal["up", "down"]) -> None:
         if self.outside is None or self.namespace is None:
             raise RuntimeError("loopback addresses have no cable; use the fixture `namespaces`")

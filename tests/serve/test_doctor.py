@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spark.errors import EXIT_PROBLEM
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
@@ -67,7 +68,7 @@ def test_both_machines_side_by_side_and_then_a_leader(
     wait = ("--wait", str(ANSWER_SECONDS))
     first = doctor(hosts, follower.port, "--json", *wait, secret=made_secret)
     report = json.loads(first.output().splitlines()[-1])
-    assert first.exit_code == report["exit_code"] == 2  # neither host has an RDMA device
+    assert first.exit_code == report["exit_code"] == EXIT_PROBLEM  # neither host has an RDMA device
     assert report["peer"]["versions"] == report["machine"]["versions"]
     for machine in (report["machine"], report["peer"]):
         findings = {found["id"]: found for found in machine["findings"]}
@@ -77,7 +78,7 @@ def test_both_machines_side_by_side_and_then_a_leader(
     assert [found["status"] for found in report["pair"] if found["id"] == "pair.versions"] == ["ok"]
 
     second = doctor(hosts, follower.port, *wait, secret=made_secret)
-    assert second.exit_code == 2
+    assert second.exit_code == EXIT_PROBLEM
     for part in ("(here)", "(there)", "PROBLEM RDMA devices", "Same versions", "vLLM"):
         assert part in second.output()
 
@@ -91,7 +92,7 @@ def test_both_machines_side_by_side_and_then_a_leader(
 
 def test_a_doctor_is_no_leader_for_a_follower_that_follows_once(hosts: Hosts) -> None:
     waiting = start_follower(hosts, "--once")
-    assert doctor(hosts, waiting.port, "--wait", str(ANSWER_SECONDS)).exit_code == 2
+    assert doctor(hosts, waiting.port, "--wait", str(ANSWER_SECONDS)).exit_code == EXIT_PROBLEM
     waiting.process.wait_for_line(r"(?s)asks how this machine is.*Waiting for a leader", 30)
     assert waiting.process.exit_code is None
     waiting.process.terminate()
@@ -99,7 +100,7 @@ def test_a_doctor_is_no_leader_for_a_follower_that_follows_once(hosts: Hosts) ->
 
 def test_nobody_comes(hosts: Hosts) -> None:
     process = doctor(hosts, str(hosts[0].free_port()), "--wait", "1")
-    assert process.exit_code == 2
+    assert process.exit_code == EXIT_PROBLEM
     assert "PROBLEM The other machine: not seen" in process.output()
     assert f"> vllm-spark join --leader {hosts[0].address}:" in process.output()
 
@@ -108,7 +109,7 @@ def test_another_secret_ends_the_follower_and_is_named_by_the_doctor(hosts: Host
     follower.process.wait_for_line("Waiting for a leader", ANSWER_SECONDS)
     other = {"SPARK_SECRET": "another one, also long"}
     process = doctor(hosts, follower.port, "--wait", str(ANSWER_SECONDS / 4), secret=other)
-    assert process.exit_code == 2
+    assert process.exit_code == EXIT_PROBLEM
     assert "another secret" in " ".join(process.output().split())
     assert follower.process.wait(ANSWER_SECONDS) == 2
 
@@ -117,7 +118,7 @@ def test_without_a_secret_nobody_is_waited_for(hosts: Hosts, tmp_path: Path) -> 
     if hosts[0].namespace is None:
         pytest.skip("on a loopback address none is needed")
     process = doctor(hosts, str(hosts[0].free_port()), secret={"XDG_CONFIG_HOME": str(tmp_path)})
-    assert process.exit_code == 2
+    assert process.exit_code == EXIT_PROBLEM
     assert "PROBLEM Shared secret: none" in process.output()
     assert "> vllm-spark doctor --make-secret" in process.output()
     assert "make one with `vllm-spark doctor --make-secret`" in " ".join(process.output().split())

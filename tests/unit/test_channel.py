@@ -31,7 +31,7 @@ from vllm_spark.executor.caller import Caller
 from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, Lane
 from vllm_spark.executor.credentials import Role, tls_context
 from vllm_spark.executor.listener import Follower, Listener
-from vllm_spark.executor.messages import CALLS, CONTROL, Hello, Offer, Reason
+from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Hello, Offer, Reason
 from vllm_spark.executor.pulse import Pulse
 from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.executor.tls import TlsConnection
@@ -104,7 +104,15 @@ def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -
     control = wait_for(lambda: speaker.connect(CONTROL), "the listener answers")
     control.expect(Kind.OFFER, timeout=10)
     control.send(answer, msgspec.json.encode(Reason(reason)) if reason else b"")
-    return control, speaker.connect(CALLS) if answer is Kind.ACCEPTANCE else None
+    if answer is not Kind.ACCEPTANCE:
+        return control, None
+    calls = speaker.connect(CALLS)
+    OPEN.append(speaker.connect(GROUPS))
+    return control, calls
+
+
+OPEN: list[Lane | None] = []
+"""Connections that last as long as the tests."""
 
 
 def accept(listener: Listener, timeout: float = 20.0) -> Follower:
@@ -333,6 +341,7 @@ def assert_usable(listener: Listener) -> None:
     thread.join(10)
     follower.control.close()
     follower.calls.close()
+    follower.groups.close()
     listener._release()
 
 
@@ -483,7 +492,7 @@ def test_a_follower_that_starts_again_is_waited_for(listener: Listener, caplog: 
 
 
 def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One dies after the offer, one accepts but opens no second lane: the next one gets the place."""
+    """One dies after the offer, one accepts but opens no further lane: the next one gets the place."""
     monkeypatch.setattr(listening, "GREETING_TIMEOUT", 0.5)
 
     def die_after_offer() -> None:
@@ -507,10 +516,11 @@ def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, m
     accept(listener, timeout=30)
 
 
-def test_a_late_connection_of_another_session_is_not_taken(listener: Listener) -> None:
+@pytest.mark.parametrize("name", [CALLS, GROUPS])
+def test_a_late_connection_of_another_session_is_not_taken(listener: Listener, name: str) -> None:
     left, late = lanes()
-    stranger = Hello(CALLS, "another session", "somewhere", 1, Versions.of_this_process())
-    listener._calls.put((stranger, left))
+    stranger = Hello(name, "another session", "somewhere", 1, Versions.of_this_process())
+    listener._further[name].put((stranger, left))
     with ThreadPoolExecutor() as pool:
         joined = pool.submit(join, listener)
         follower = accept(listener)
@@ -533,9 +543,9 @@ class _Contended(queue.SimpleQueue[Any]):
 
 def test_two_threads_may_give_the_place_free(listener: Listener) -> None:
     """As a greeter and the one that waits do: neither waits for a connection that the other one took."""
-    listener._calls = _Contended()
+    listener._further[CALLS] = _Contended()
     _, late = lanes()
-    listener._calls.put((Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
+    listener._further[CALLS].put((Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
     threads = [threading.Thread(target=listener._release, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -579,7 +589,9 @@ def _unless_refused(speaker: Caller, then: Listener | None = None) -> Lane | Non
     if control is not None and then is not None:
         control.expect(Kind.OFFER, timeout=10)
         control.send(Kind.ACCEPTANCE)
-        assert speaker.connect(CALLS) is not None
+        for name in (CALLS, GROUPS):
+            OPEN.append(speaker.connect(name))
+            assert OPEN[-1] is not None
     return control
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.doctor import finding as finding_module
 from vllm_spark.doctor.examination import Machine, examine, is_bare
 from vllm_spark.doctor.finding import Finding, exit_code, worst
+from vllm_spark.doctor.firewall import check_reach
 from vllm_spark.doctor.rails import find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.system import System
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
 from vllm_spark.executor.secret import make_secret
 from vllm_spark.launch_table import LaunchTable, store_launch_table
 
@@ -211,6 +214,25 @@ def capped_clock(tree: Tree) -> None:
     tree.write("sys/devices/system/cpu/cpu1/cpufreq/scaling_max_freq", "1800000")
 
 
+def default_route(tree: Tree) -> None:
+    """The address that is named is that of the office network."""
+    routes = (tree.root / "proc/net/route").read_text()
+    tree.write("proc/net/route", routes.replace("wlP9s9", "enp1s0f0np0"))
+
+
+def neighbours(tree: Tree) -> None:
+    lines = [f"10.0.0.{number} 0x1 0x2 02:00:00:00:00:0{number} * enp1s0f0np0" for number in range(2, 7)]
+    tree.write("proc/net/arp", "\n".join(["IP address HW type Flags HW address Mask Device", *lines]))
+
+
+def ufw(tree: Tree) -> None:
+    tree.write("etc/ufw/ufw.conf", "# comment\nENABLED=yes\nLOGLEVEL=low")
+
+
+def firewalld(tree: Tree) -> None:
+    tree.program("firewall-cmd", "#!/bin/sh\n[ $1 = --state ] && echo running")
+
+
 def memory(tree: Tree, available: int, cached: int, swap_free: int) -> None:
     tree.write(
         "proc/meminfo",
@@ -275,6 +297,20 @@ def no_gpu(tree: Tree) -> None:
         (one_network, "link.networks", "warning", ["169.254.0.0/16", "10.0.1.1/24"]),
         (another_network, "link.peer", "problem", ["10.0.0.2 through wlP9s9", "10.9.0.1/24", "--spark-address"]),
         (no_route, "link.peer", "problem", ["no route to 10.0.0.2"]),
+        (
+            default_route,
+            "link.shared",
+            "warning",
+            ["enp1s0f0np0 has the default route", "neither encrypted nor authenticated", "--spark-address"],
+        ),
+        (
+            neighbours,
+            "link.shared",
+            "warning",
+            ["has 5 other machines in its network (10.0.0.2, 10.0.0.3, 10.0.0.4 and 2 more)"],
+        ),
+        (ufw, "link.firewall", "note", ["ufw allow in on enp1s0f0np0 to any port 29650 proto tcp"]),
+        (firewalld, "link.firewall", "note", ["firewalld is active", "--add-port=29650/tcp"]),
         (narrow_lanes, "link.pcie", "warning", ["roceP2p1s0f0 x2", "fwupdmgr"]),
         (no_device_file, "rdma.access", "problem", ["/dev/infiniband/uverbs2", "--device /dev/infiniband"]),
         (small_memlock, "machine.memlock", "problem", ["8.4 MB", "34 MB", "memlock unlimited"]),
@@ -303,6 +339,41 @@ def test_a_fault(tree: Tree, fault: Callable[[Tree], None], name: str, status: s
     assert found.status == status
     for part in parts:
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+def test_one_neighbour_is_the_other_machine(tree: Tree) -> None:
+    """And what did not answer, or is at another interface, is none."""
+    tree.write(
+        "proc/net/arp",
+        "IP address HW type Flags HW address Mask Device\n"
+        "10.0.0.2 0x1 0x2 02:00:00:00:00:02 * enp1s0f0np0\n"
+        "10.0.0.3 0x1 0x0 00:00:00:00:00:00 * enp1s0f0np0\n"
+        "192.168.1.1 0x1 0x2 02:00:00:00:00:03 * wlP9s9",
+    )
+    assert findings(tree)["link.shared"].status == "ok"
+
+
+def test_a_default_route_of_ipv6_counts_too(tree: Tree) -> None:
+    zeros = "0" * 32
+    fields = f"{zeros} 00 {zeros} 00 {{}} 00000400 00000001 00000000 00000003 {{}}"
+    tree.write("proc/net/ipv6_route", fields.format(zeros, "lo"))
+    assert findings(tree)["link.shared"].status == "ok"
+    tree.write("proc/net/ipv6_route", fields.format("fe80" + "0" * 27 + "1", "enp1s0f0np0"))
+    assert findings(tree)["link.shared"].value == "enp1s0f0np0 has the default route"
+
+
+def test_the_port_that_is_set_is_the_one_that_is_opened(tree: Tree) -> None:
+    ufw(tree)
+    for config in (SparkConfig(port=4711), SparkConfig(leader="10.0.0.2:4711")):
+        assert "to any port 4711 proto" in findings(tree, config=config)["link.firewall"].remedy
+
+
+def test_a_leaders_port_that_can_be_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert check_reach("127.0.0.1", port).value == f"127.0.0.1:{port} answers"
+    found = check_reach("127.0.0.1", port)
+    assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nobody listens there now")
 
 
 @pytest.mark.parametrize("option", ["kho=off", "kho=0", "kho=n"])
@@ -497,7 +568,7 @@ def test_a_bare_machine_is_told_two_things(tmp_path: Path) -> None:
     machine = examine(System(tmp_path), SparkConfig())
     assert [found.id for found in machine.findings] == ["rdma.devices", "gpu.driver"]
     assert is_bare(machine)
-    assert Report.of(machine, None, []).exit_code == 2
+    assert Report.of(machine, None, []).exit_code == EXIT_PROBLEM
     assert len(examine(System(tmp_path), SparkConfig(), thorough=True).findings) > 4
 
 
@@ -535,8 +606,8 @@ def test_the_worst_counts() -> None:
 
     assert status() == 0
     assert status("ok", "note", "unknown", "not applicable") == 0
-    assert status("warning", "ok") == 1
-    assert status("warning", "problem", "ok") == 2
+    assert status("warning", "ok") == EXIT_WARNINGS
+    assert status("warning", "problem", "ok") == EXIT_PROBLEM
 
 
 def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:

@@ -15,7 +15,7 @@ from vllm_spark.cli import main
 from vllm_spark.config import SparkConfig
 from vllm_spark.doctor.examination import examine, is_bare
 from vllm_spark.doctor.system import System
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError
 from vllm_spark.executor.secret import load_secret, make_secret
 from vllm_spark.local_pair import free_ports
 from vllm_spark.process import Process, clean_environment, program
@@ -164,11 +164,19 @@ def test_bad_input(home: Path, argv: list[str], parts: list[str]) -> None:
         assert part in done.stderr
 
 
+def test_no_exit_code_means_two_things(home: Path) -> None:
+    """A script tells a pair that cannot work from a word that was mistyped, and either from a crash."""
+    assert len({0, 1, EXIT_USAGE, EXIT_REFUSED, EXIT_LOST, EXIT_WARNINGS, EXIT_PROBLEM}) == 7
+    assert spark(home, "doctor", "--peeer").returncode == EXIT_USAGE
+    page = " ".join(spark(home, "doctor", "--help").stdout.split())
+    assert "exit code: 0 all is well, 5 warnings only, 6 something keeps the pair from working, 2 wrong usage" in page
+
+
 def test_a_machine_with_nothing_is_told_so_and_what_still_works(home: Path) -> None:
     if not is_bare(examine(System(), SparkConfig())):
         pytest.skip("this machine has an RDMA device or a GPU")
     done = spark(home, "doctor")
-    assert done.returncode == 2
+    assert done.returncode == EXIT_PROBLEM
     assert "no RDMA device" in done.stdout
     assert "vllm-spark demo" in done.stdout
     assert len(done.stdout.splitlines()) < 8
@@ -181,7 +189,7 @@ def test_the_whole_examination_of_this_machine(home: Path) -> None:
     port = str(free_ports(1)[0])
     done = spark(home, "doctor", "--peer", "--wait", "0.1", "--address", "127.0.0.1", "--port", port, "--json")
     report = json.loads(done.stdout)
-    assert done.returncode == report["exit_code"] == 2
+    assert done.returncode == report["exit_code"] == EXIT_PROBLEM
     assert "A check that failed" not in [found["title"] for found in report["machine"]["findings"]]
     assert report["pair"][0]["id"] == "pair.peer"
 

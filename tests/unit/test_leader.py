@@ -43,9 +43,9 @@ class Worker:
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     """With a pair on real sockets, up to the point where vLLM goes on by itself."""
-    (control, _), (calls, far_calls) = lanes(), lanes()
+    (control, _), (calls, far_calls), (groups, _far_groups) = lanes(), lanes(), lanes()
     listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
-    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls), CounterBoard(None))
+    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls, groups), CounterBoard(None))
 
     def load(self: Any) -> None:
         self._pair, self.driver_worker = pair, Worker()

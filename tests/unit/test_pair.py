@@ -8,21 +8,21 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import msgspec
 import pytest
 
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import PeerLostError, SparkError
-from vllm_spark.executor.channel import Kind
+from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.channel import Kind, Lane
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.messages import Reason
 from vllm_spark.executor.pair import Pair
-from vllm_spark.executor.store import INIT_METHOD, LeaderStore
+from vllm_spark.executor.store import PairStore
 from vllm_spark.local_pair import free_ports
+from vllm_spark.ranks import LEADER_RANK
 
 from .test_channel import LIMIT, OFFER, SECRET, lanes
 
@@ -34,8 +34,18 @@ def listener() -> Iterator[Listener]:
     made.close()
 
 
+def near_lanes() -> list[Lane]:
+    """The leader's ends of control, calls and groups; the far ones stay open."""
+    ends = [lanes() for _ in range(3)]
+    FAR_ENDS.extend(far for _, far in ends)
+    return [near for near, _ in ends]
+
+
+FAR_ENDS: list[Lane] = []
+
+
 def test_a_host_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    follower = Follower("the follower on Desk-2 (process 7)", *lanes())
+    follower = Follower("the follower on Desk-2 (process 7)", *near_lanes())
     monkeypatch.setattr(Listener, "wait_for_follower", lambda *given: follower)
     monkeypatch.setattr(Pair, "_start_work", lambda *given: None)
     (port,) = free_ports(1)
@@ -46,8 +56,7 @@ def test_a_host_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes before the failure, after it, or in the same moment."""
-    control, calls = lanes()
-    follower = Follower("the follower", control, calls)
+    follower = Follower("the follower", *near_lanes())
     interval = sys.getswitchinterval()
     monkeypatch.setattr(Listener, "close", lambda listener: None)
     sys.setswitchinterval(1e-6)
@@ -69,7 +78,8 @@ def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.Monke
 def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listener) -> None:
     """A busy machine runs the thread of the calls first, which finds its lane closed and no reason why."""
     (control, far_control), (calls, far_calls) = lanes(), lanes()
-    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls), CounterBoard(None))
+    groups, _far_groups = lanes()
+    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls, groups), CounterBoard(None))
     far_control.send(Kind.GOODBYE, msgspec.json.encode(Reason("it was stopped there")))
     far_calls.close()
     far_control.close()
@@ -80,35 +90,29 @@ def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listene
     pulse.join()
 
 
-def join_group(errors: list[Any]) -> None:
-    import torch.distributed
-
-    try:
-        torch.distributed.init_process_group(
-            "gloo", init_method=INIT_METHOD, rank=0, world_size=2, timeout=timedelta(minutes=30)
-        )
-    except Exception as error:
-        errors.append(error)
-
-
-def test_nobody_waits_in_the_store_of_a_broken_pair() -> None:
+def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None:
     """For a follower that will not come: neither who waits already, nor who comes later."""
-    broken = threading.Event()
+    pair = Pair(SparkConfig(), listener, Follower("the follower", *near_lanes()), CounterBoard(None))
+    store = PairStore(pair.groups, LEADER_RANK)
+    errors: list[Exception] = []
 
-    def check() -> None:
-        if broken.is_set():
-            raise SparkError("the follower is gone")
+    def wait() -> None:
+        try:
+            store.wait(["a key of the follower"], timedelta(minutes=30))
+        except Exception as error:
+            errors.append(error)
 
-    store = LeaderStore("127.0.0.1", check)
-    errors: list[Any] = []
-    waiting = threading.Thread(target=join_group, args=(errors,), daemon=True)
+    waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    waiting.join(3)
+    waiting.join(1)
     assert waiting.is_alive(), errors
-    broken.set()
-    store.close()
+    pair.fail(PeerLostError("the follower is gone"))
     waiting.join(30)
     assert not waiting.is_alive()
-    join_group(errors)
-    assert "closed" in str(errors[0])
-    assert str(errors[1]) == "the follower is gone"
+    wait()
+    assert len(errors) == 2
+    for error in errors:
+        assert isinstance(error, PeerLostError)
+        assert str(error).startswith("the follower is gone; ")
+    pair.close("the test is over")
+    assert "spark-groups" not in [thread.name for thread in threading.enumerate()]

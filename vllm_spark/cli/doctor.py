@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path
 from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
-from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError
 from vllm_spark.wording import upper_first
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say how to mend what is wrong"
@@ -24,7 +24,10 @@ _DEFAULT_PLACE = object()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark doctor`."""
-    parser.epilog = "exit code: 0 all is well, 1 warnings only, 2 something keeps the pair from working"
+    parser.epilog = (
+        f"exit code: 0 all is well, {EXIT_WARNINGS} warnings only, {EXIT_PROBLEM} something keeps the pair from "
+        f"working, {EXIT_USAGE} wrong usage or settings"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--peer",
@@ -57,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Examines, and prints what was found; or makes a secret.
 
     Returns:
-        0 if all is well, 1 if there are warnings only, 2 if something keeps the pair from working.
+        0 if all is well, EXIT_WARNINGS if there are warnings only, EXIT_PROBLEM if something keeps the pair from
+        working.
 
     Raises:
         SparkError: a bad setting; or no secret could be made.
@@ -78,15 +82,22 @@ def run(args: argparse.Namespace) -> int:
     machine = examine(system, config, leader, thorough=args.peer)
     peer, together = None, []
     if args.peer:
-        from vllm_spark.doctor.pair import compare, nobody
+        from vllm_spark.doctor.firewall import opening
+        from vllm_spark.doctor.pair import compare, nobody, reached
         from vllm_spark.doctor.visit import visit
+        from vllm_spark.executor.endpoint import format_endpoint
+        from vllm_spark.executor.link import interface_of, is_loopback, leader_address
 
+        command = ""
         try:
+            address = leader_address(config)
+            if not is_loopback(address):
+                command = opening(system, config.port, interface_of(address))
             peer = visit(config, args.wait)
         except SparkError as error:
-            together = [nobody(str(error))]
+            together = [nobody(str(error), command)]
         else:
-            together = list(compare(system, machine, peer))
+            together = [reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:

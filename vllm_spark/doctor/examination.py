@@ -6,14 +6,16 @@ from collections.abc import Iterator
 
 import msgspec
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config import SparkConfig, split_endpoint
 from vllm_spark.doctor import gpu, rdma
 from vllm_spark.doctor.finding import Finding, guarded
+from vllm_spark.doctor.firewall import check_firewall, check_reach
 from vllm_spark.doctor.handover import check_handover
 from vllm_spark.doctor.machine import check_machine
-from vllm_spark.doctor.network import check_network
+from vllm_spark.doctor.network import check_network, check_shared
 from vllm_spark.doctor.rails import Rail, active, find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
+from vllm_spark.doctor.routes import interface_towards
 from vllm_spark.doctor.software import check_software
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.endpoint import host_name
@@ -63,6 +65,14 @@ def _findings(
         away = peer if peer is None or not is_loopback(peer) else None
         yield from guarded("link", lambda: check_network(system, rails, away))
     yield from [gpu.missing()] if chip is None else guarded("gpu", lambda: gpu.check_gpu(system, chip))
+    port = leader_port(config)
+    ways = [way for way in (config.address, peer) if way and not is_loopback(way)]
+    interfaces = _interfaces(system, rails, ways)
+    if interfaces and (active(rails) or not rails):
+        yield from guarded("link.shared", lambda: [check_shared(system, interfaces)])
+        yield from guarded("link.firewall", lambda: [check_firewall(system, port, interfaces[0])])
+    if peer is not None and not is_loopback(peer) and system.live:
+        yield from guarded("link.port", lambda: [check_reach(peer, port)])
     if not rails and chip is None and not thorough:
         return
     secret_needed = bool(rails) or any(name and not is_loopback(name) for name in (config.address, peer))
@@ -70,3 +80,14 @@ def _findings(
     if chip is not None and gpu.GB10 in chip.model and active(rails):
         yield from guarded("machine.handover", lambda: [check_handover(system)])
     yield from guarded("software", lambda: check_software(config, secret_needed=secret_needed))
+
+
+def leader_port(config: SparkConfig) -> int:
+    """The port at which the leader listens, or is looked for."""
+    return (split_endpoint(config.leader)[1] if config.leader else None) or config.port
+
+
+def _interfaces(system: System, rails: list[Rail], addresses: list[str]) -> list[str]:
+    """Over which the pair talks: those of `addresses`, this machine's own or the peer's; else the rails'."""
+    named = [found for address in addresses if (found := interface_towards(system, address))]
+    return list(dict.fromkeys(named or [rail.netdev for rail in active(rails) if rail.netdev]))

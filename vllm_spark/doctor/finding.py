@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
 from vllm_spark.wording import described
 
 Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"]
@@ -46,8 +47,9 @@ def worst(findings: Iterable[Finding]) -> Status:
 
 
 def exit_code(status: Status) -> int:
-    """2 for a problem, 1 for a warning, 0 for anything better."""
-    return {"problem": 2, "warning": 1}.get(status, 0)
+    """EXIT_PROBLEM for a problem, EXIT_WARNINGS for a warning, 0 for anything better: no code that an error has."""
+    codes: dict[Status, int] = {"problem": EXIT_PROBLEM, "warning": EXIT_WARNINGS}
+    return codes.get(status, 0)
 
 
 def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from vllm_spark.doctor.rails import Rail, active
 from vllm_spark.doctor.rdma_mtu import BEST, MTU_COSTS, rdma_mtu
 from vllm_spark.doctor.routes import interface_towards
 from vllm_spark.doctor.system import System
+from vllm_spark.executor.exposure import EXPOSED, shared_network
 
 _PCIE_LANES = 4
 """Of each of the port's PCIe functions on a GB10."""
@@ -25,6 +26,27 @@ def check_network(system: System, rails: list[Rail], peer: str | None) -> Iterat
     if any(_own(rail) for rail in up):
         yield _networks(up)
         yield _way_to_peer(system, up, peer)
+
+
+def check_shared(system: System, interfaces: list[str]) -> Finding:
+    """Whether the networks of the link hold other machines than the two.
+
+    Args:
+        interfaces: those over which the pair talks.
+    """
+    title = "A network of the pair's own"
+    shared = {name: reason for name in interfaces if (reason := shared_network(name, system.root))}
+    if not shared:
+        return Finding("link.shared", title, "ok", ", ".join(interfaces))
+    return Finding(
+        "link.shared",
+        title,
+        "warning",
+        "; ".join(f"{name} {reason}" for name, reason in shared.items()),
+        f"{EXPOSED}.",
+        "Join the two machines with a cable, give both ends addresses in a network of its own, such as 10.0.0.1/24 and "
+        "10.0.0.2/24, and name those: --spark-address on the first machine, --leader on the second.",
+    )
 
 
 def _mtu(up: list[Rail]) -> Finding:

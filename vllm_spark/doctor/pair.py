@@ -49,8 +49,18 @@ def _between(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding
         yield _pings(system, meetings)
 
 
-def nobody(sentence: str) -> Finding:
-    """That the other machine was not seen."""
+def reached(host: str, endpoint: str) -> Finding:
+    """That the follower on `host` came through to this machine's port, which is all that it needs."""
+    return Finding("pair.port", "The follower reaches this machine", "ok", f"{endpoint}, from {host}")
+
+
+def nobody(sentence: str, opening: str = "") -> Finding:
+    """That the other machine was not seen.
+
+    Args:
+        sentence: why.
+        opening: the command that lets it in; empty where no firewall is between.
+    """
     problem, _, remedy = sentence.partition("; on the other machine run: ")
     return Finding(
         "pair.peer",
@@ -58,7 +68,11 @@ def nobody(sentence: str) -> Finding:
         "problem",
         "not seen",
         f"{upper_first(problem)}.",
-        f"{remedy}   # on the other machine" if remedy else "",
+        "\n".join(
+            [f"{remedy}   # on the other machine"] + ([f"{opening}   # here, if it waits there"] if opening else [])
+        )
+        if remedy
+        else "",
     )
 
 

@@ -31,6 +31,8 @@ class Caller:
         self._session = secrets.token_hex(16)
         self._versions = Versions.of_this_process()
         self.endpoint = format_endpoint(host, port)
+        self.last_problem = ""
+        """Why the last try to connect failed, as a sentence; empty where nobody listens, which needs no remedy."""
 
     def connect(self, lane: str) -> Lane | None:
         """Opens one lane; None if nobody listens there now.
@@ -42,8 +44,17 @@ class Caller:
         """
         try:
             plain = socket.create_connection((self.host, self.port), timeout=GREETING_TIMEOUT)
-        except OSError:
+        except ConnectionRefusedError:
+            self.last_problem = ""
             return None
+        except OSError as error:
+            problem = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached ({error.strerror})"
+            self.last_problem = (
+                f"{self.endpoint} {problem}: a firewall there may keep TCP port {self.port} closed, its machine may be "
+                "off, or the address is wrong."
+            )
+            return None
+        self.last_problem = ""
         try:
             connection = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
             opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)

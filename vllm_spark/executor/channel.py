@@ -1,8 +1,9 @@
 """Framed, authenticated messages between the leader and its follower.
 
-A `Lane` is one TLS connection carrying frames: a header of kind and length, then the payload. Two lanes join the
-machines: *calls* (worker calls and their replies, used by the thread that runs the model) and *control* (signs of
-life, failures, goodbyes, used by a thread of its own). A lane is used by one thread at a time.
+A `Lane` is one TLS connection carrying frames: a header of kind and length, then the payload. Three lanes join the
+machines: *calls* (worker calls and their replies, used by the thread that runs the model), *control* (signs of life,
+failures, goodbyes, used by a thread of its own) and *groups* (messages of torch's process groups). A lane is used by
+one thread at a time, or by one that sends and another that receives.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Kind(enum.IntEnum):
     """JSON: the leader is a doctor, and asks how the follower's machine is."""
     FINDINGS = 16
     """JSON: how it is."""
+    GROUP = 17
+    """MessagePack: a part of a message of torch's process groups or of their store."""
     PROGRESS = 18
     """JSON: what the follower does before it answers an OFFER."""
     RESTART = 19

@@ -2,8 +2,8 @@
 
 Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process makes
 itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks the secret
-never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What torch and vLLM exchange
-beside the channel is not covered (docs/protocol.md, "What is not protected").
+never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What the collectives and NCCL
+exchange beside the channel is not covered (docs/protocol.md, "What is not protected").
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from cryptography.x509.oid import NameOID
 
 Role = Literal["leader", "follower"]
 
-# Certificates never expire: clocks of desks that were off for a year must not keep them apart.
-_VALID_FROM = datetime.datetime(2020, 1, 1)
-_VALID_UNTIL = datetime.datetime(2120, 1, 1)
+# The secret decides, never a clock: machines that lost their clock say 1970, and a link need not reach a time server.
+# These are the first and the last moment that X.509 knows.
+_VALID_FROM = datetime.datetime(1950, 1, 1)
+_VALID_UNTIL = datetime.datetime(9999, 12, 31, 23, 59, 59)
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
 
 

@@ -42,10 +42,11 @@ from vllm_spark.executor.channel import MIB, Kind, Lane
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
+from vllm_spark.executor.group_link import GroupLink
 from vllm_spark.executor.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.link import leader_endpoint
 from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.messages import CALLS, Reason
+from vllm_spark.executor.messages import CALLS, GROUPS, Reason
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.placement import place_files
 from vllm_spark.executor.pulse import Pulse, cause_grace
@@ -56,7 +57,6 @@ from vllm_spark.executor.session import (
     limit_numba_threads,
     link_patience,
     local_address_towards,
-    prepare_process_group,
     share_cores,
     use_link_interface,
 )
@@ -126,8 +126,8 @@ class FollowerSession:
         search.announce()
         _load_vllm()
         caller, control, offer, self._own = search.find()
-        calls = caller.connect(CALLS)
-        if calls is None:
+        calls, groups = caller.connect(CALLS), caller.connect(GROUPS)
+        if calls is None or groups is None:
             raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
         self._pulse = Pulse(
             control,
@@ -139,18 +139,17 @@ class FollowerSession:
             patience=self._patience,
         )
         self._pulse.start()
-        for lane in (control, calls):
+        for lane in (control, calls, groups):
             lane.rely_on_beats()
         try:
-            self._follow(calls, host, port)
+            self._follow(calls, GroupLink(groups, self._give_up), host, port)
         except Exception as error:
             self._give_up(error)
 
-    def _follow(self, calls: Lane, host: str, port: int) -> None:
+    def _follow(self, calls: Lane, groups: GroupLink, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
-        prepare_process_group(FOLLOWER_RANK, assignment.store_address, assignment.store_port)
-        use_link_interface(assignment.store_address, local_address_towards(host, port))
+        use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.platform import activate, compute_capability
 
         activate()
@@ -165,7 +164,7 @@ class FollowerSession:
         apply_all("serving")
         tuning.start(assignment.vllm_config)
         place_files(assignment.vllm_config, self._own)
-        self._worker = _load_worker(assignment.vllm_config)
+        self._worker = _load_worker(assignment.vllm_config, groups)
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         tuning.tell_of_experts(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
@@ -316,11 +315,14 @@ def _load_vllm() -> None:
     importlib.import_module("vllm.v1.worker.worker_base")
 
 
-def _load_worker(vllm_config: Any) -> Any:
+def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
     """vLLM's worker for rank 1, with its half of the model loaded."""
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from vllm_spark.executor.store import INIT_METHOD, open_groups
+
+    open_groups(groups, FOLLOWER_RANK)
     # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.
     worker = WorkerWrapperBase(rpc_rank=0, global_rank=FOLLOWER_RANK)
     worker.init_worker(
@@ -329,7 +331,7 @@ def _load_worker(vllm_config: Any) -> Any:
                 "vllm_config": vllm_config,
                 "local_rank": 0,
                 "rank": FOLLOWER_RANK,
-                "distributed_init_method": "env://",
+                "distributed_init_method": INIT_METHOD,
                 "is_driver_worker": False,
                 "shared_worker_lock": None,
             }

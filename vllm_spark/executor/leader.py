@@ -41,7 +41,7 @@ from vllm_spark.executor.messages import Offer
 from vllm_spark.executor.pair import Pair
 from vllm_spark.executor.parent import in_engine_process, watch_parent
 from vllm_spark.executor.session import limit_numba_threads, share_cores
-from vllm_spark.executor.store import INIT_METHOD
+from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.logs import share_vllms_log
 from vllm_spark.patches import apply_all
 from vllm_spark.platform import activate
@@ -100,6 +100,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         if self._owns_process:
             limit_numba_threads()
         self._random_state = WorkerRandomState()
+        open_groups(self._pair.groups, LEADER_RANK)
         with self._pair.explained(), self._random_state:
             apply_all("serving")
             tuning.start(self.vllm_config)
@@ -273,6 +274,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         worker, self.driver_worker = self.driver_worker, None
         if worker is not None:
             worker.shutdown()
+        close_groups()
 
     def _give_up_start(self, error: BaseException | None) -> None:
         """Does what vLLM does not do for an engine that does not start; returns in the user's own process.

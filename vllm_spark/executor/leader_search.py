@@ -81,12 +81,13 @@ class LeaderSearch:
         self._refusal = ""
         self._model = ""
 
-    def announce(self) -> None:
-        """Logs for whom it waits."""
+    def announce(self, problem: str = "") -> None:
+        """Logs for whom it waits, and why the last try to connect failed."""
         logger.info(
-            "Waiting for a leader at %s (%.0f s so far, no limit). %s run: %s",
+            "Waiting for a leader at %s (%.0f s so far, no limit). %s%s run: %s",
             self._endpoint,
             time.monotonic() - self._since,
+            f"{problem} " if problem else "",
             upper_first(where_to_type(self._endpoint)),
             self._invitation,
         )
@@ -164,7 +165,7 @@ class LeaderSearch:
         while True:
             waited = time.monotonic() - start
             if waited >= next_note:
-                self.announce()
+                self.announce(caller.last_problem)
                 interval = min(2 * interval, _LONGEST_NOTE)
                 next_note = waited + interval
             lane = caller.connect(CONTROL)

@@ -15,14 +15,19 @@ from pathlib import Path
 
 import msgspec
 
+from vllm_spark.config import split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import ChannelError, Frame, Kind, Lane
 from vllm_spark.executor.endpoint import format_endpoint, host_name, listen
 from vllm_spark.executor.invitation import join_command, where_to_type
+from vllm_spark.executor.limited_log import LimitedLog
+from vllm_spark.executor.link import is_loopback
 from vllm_spark.executor.messages import (
     CALLS,
     CONTROL,
     GREETING_TIMEOUT,
+    GROUPS,
+    LANES,
     Hello,
     Offer,
     Progress,
@@ -43,11 +48,12 @@ _GREETERS = 8  # connections that may be greeted at once; more wait in the kerne
 
 
 class Follower(msgspec.Struct):
-    """An accepted follower: its two lanes and how to call it."""
+    """An accepted follower: its lanes and how to call it."""
 
     name: str
     control: Lane
     calls: Lane
+    groups: Lane
 
 
 class Listener:
@@ -84,7 +90,11 @@ class Listener:
         self._claimant: Hello | None = None
         self._claimed_at = 0.0
         self._control: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
-        self._calls: queue.SimpleQueue[tuple[Hello, Lane]] = queue.SimpleQueue()
+        # The lanes that an accepted follower opens besides.
+        self._further: dict[str, queue.SimpleQueue[tuple[Hello, Lane]]] = {
+            lane: queue.SimpleQueue() for lane in (CALLS, GROUPS)
+        }
+        self._turned_away = LimitedLog("connections that were turned away")
         self._greeters = threading.BoundedSemaphore(_GREETERS)
         self._closed = False
         self._socket = listen(address, port)
@@ -136,9 +146,16 @@ class Listener:
 
     def _nobody_came(self, timeout: float) -> PeerLostError:
         return PeerLostError(
-            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}; "
+            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}{self._firewall()}; "
             f"{where_to_type(self.endpoint)} run: {self._invitation}"
         )
+
+    def _firewall(self) -> str:
+        """What may keep a follower out that nobody has seen."""
+        host, port = split_endpoint(self.endpoint)
+        if is_loopback(host) or self._last_problem:
+            return ""
+        return f"; if it waits already, let TCP port {port} through the firewall of this machine"
 
     def _announce(self, waited: float, timeout: float) -> None:
         logger.info(
@@ -157,6 +174,7 @@ class Listener:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        self._turned_away.close()
 
     def _settle(self, hello: Hello, control: Lane, offer: Offer) -> Follower | None:
         """Offers the model; None if the follower comes back with this leader's environment, in another process.
@@ -170,10 +188,10 @@ class Listener:
             return None
         if answer.kind is Kind.FAILURE:
             raise RefusedError(decode(answer, Reason).sentence)
-        calls = self._calls_lane(hello.session)
-        for lane in (control, calls):
+        calls, groups = (self._further_lane(lane, hello.session) for lane in (CALLS, GROUPS))
+        for lane in (control, calls, groups):
             lane.rely_on_beats()
-        return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls)
+        return Follower(f"the follower on {hello.host} (process {hello.process})", control, calls, groups)
 
     def _answer(self, hello: Hello, control: Lane) -> Frame:
         """What a follower says to an offer. It may take long to download a model, and reports that it does."""
@@ -186,17 +204,19 @@ class Listener:
                 activity = news
                 logger.info("The follower on %s is %s.", hello.host, activity)
 
-    def _calls_lane(self, session: str) -> Lane:
-        """The session's second connection. One of a session that was given up may still be on its way here."""
+    def _further_lane(self, name: str, session: str) -> Lane:
+        """Another connection of the session. One of a session that was given up may still be on its way here."""
         end = time.monotonic() + GREETING_TIMEOUT
         while True:
             try:
-                hello, calls = self._calls.get(timeout=max(0.0, end - time.monotonic()))
+                hello, lane = self._further[name].get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
-                raise PeerLostError("it opened no second connection") from None
+                raise PeerLostError(
+                    f"it did not open the connection for {name} within {GREETING_TIMEOUT:g} s"
+                ) from None
             if hello.session == session:
-                return calls
-            calls.close()
+                return lane
+            lane.close()
 
     def _release(self, claimant: Hello | None = None) -> None:
         """Gives the place free, if `claimant` has it (default: whoever has it)."""
@@ -204,9 +224,10 @@ class Listener:
             if claimant is not None and self._claimant is not claimant:
                 return
             self._claimant = None
-        with contextlib.suppress(queue.Empty):  # another thread may empty it too
-            while True:
-                self._calls.get_nowait()[1].close()
+        for lanes in self._further.values():
+            with contextlib.suppress(queue.Empty):  # another thread may empty it too
+                while True:
+                    lanes.get_nowait()[1].close()
 
     def _accept(self) -> None:
         while not self._closed:
@@ -221,7 +242,8 @@ class Listener:
             try:
                 threading.Thread(target=self._greet, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: the next connection may find one
-                logger.warning("Turned away a connection from %s: %s.", address[0], without_stop(str(error)))
+                reason = without_stop(str(error))
+                self._turned_away.warning(address[0], reason, f"Turned away a connection from {address[0]}: {reason}.")
                 connection.close()
                 self._greeters.release()
 
@@ -234,24 +256,26 @@ class Listener:
             if (role := lane.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
             hello = decode(lane.expect(Kind.HELLO, timeout=GREETING_TIMEOUT), Hello)
-            if hello.lane not in (CONTROL, CALLS):
+            if hello.lane not in LANES:
                 raise ChannelError(f"it asked for a lane {hello.lane!r}, which does not exist")
             if refusal := self._judge(hello):
                 lane.send(Kind.REFUSAL, msgspec.json.encode(refusal), timeout=GREETING_TIMEOUT)
                 reason = refusal.sentence
                 if self._is_news(hello.host, reason):
-                    logger.warning("Refused a follower on %s (process %d): %s.", hello.host, hello.process, reason)
+                    self._turned_away.warning(
+                        peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {reason}."
+                    )
                 self._last_problem = f"; the last one that came, from {hello.host}, was refused: {reason}"
                 lane.close()
                 return
             lane.send(Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
             lane.max_frame = self._max_frame
             lane.peer = f"the follower on {hello.host}"
-            (self._control if hello.lane == CONTROL else self._calls).put((hello, lane))
+            (self._control if hello.lane == CONTROL else self._further[hello.lane]).put((hello, lane))
         except (OSError, SparkError) as error:
             # Port scanners, other secrets, broken clients: worth a line, never worth the server.
             reason = failure_in_words(error)
-            logger.warning("Turned away a connection from %s: %s.", peer, reason)
+            self._turned_away.warning(peer, reason, f"Turned away a connection from {peer}: {reason}.")
             self._last_problem = f"; the last one that came, from {peer}, was turned away: {reason}"
             if hello is not None:
                 self._release(hello)
@@ -273,7 +297,7 @@ class Listener:
         if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
             return Reason(difference, final=True)
         with self._lock:
-            if hello.lane == CALLS:
+            if hello.lane != CONTROL:
                 if self._claimant is None or self._claimant.session != hello.session:
                     return Reason("its session is not the one that was accepted")
                 return None

@@ -15,7 +15,7 @@ from vllm_spark.executor.loaded_files import LoadedFiles
 from vllm_spark.executor.versions import Versions
 from vllm_spark.known_types import known
 
-CONTROL, CALLS = "control", "calls"
+CONTROL, CALLS, GROUPS = LANES = "control", "calls", "groups"
 """The lanes that a follower asks for."""
 
 GREETING_TIMEOUT = 5.0

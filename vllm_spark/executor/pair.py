@@ -16,13 +16,15 @@ from typing import Any
 from vllm_spark import collective
 from vllm_spark.config import SparkConfig
 from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.calls import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.channel import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.environment import travelling_variables
-from vllm_spark.executor.link import leader_address
+from vllm_spark.executor.exposure import EXPOSED, shared_network
+from vllm_spark.executor.group_link import GroupLink
+from vllm_spark.executor.link import interface_of, is_loopback, leader_address
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.lockstep import TokenLedger
 from vllm_spark.executor.messages import Offer, Reason
@@ -36,7 +38,6 @@ from vllm_spark.executor.session import (
     link_patience,
     use_link_interface,
 )
-from vllm_spark.executor.store import LeaderStore
 from vllm_spark.launch_table import load_launch_table
 from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.wording import described, upper_first
@@ -58,7 +59,7 @@ class Pair:
         self.ledger = TokenLedger()
         self._listener, self._follower, self._board = listener, follower, board
         self._runtime: collective.Runtime | None = None
-        self._store: LeaderStore | None = None
+        self.groups = GroupLink(follower.groups, self.fail)
         self._interface: LinkInterface | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
@@ -88,6 +89,7 @@ class Pair:
         board.forget_failure()
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
+        _warn_of_others(address)
         listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
         try:
             follower = listener.wait_for_follower(offer, config.join_timeout)
@@ -231,9 +233,8 @@ class Pair:
         self._board.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
-        if self._store is not None and not self._running_model:
-            self._store.close()  # this rank may wait there for the other one's process groups
         self._follower.calls.interrupt()
+        self.groups.fail(error)
         for callback in self._on_failure:
             callback()
 
@@ -257,17 +258,15 @@ class Pair:
         self._listener.close()
         self._follower.calls.close()
         self._follower.control.close()
+        self.groups.close(PeerLeftError(farewell))
         if self._runtime is not None:
             self._runtime.close()
         if self._interface is not None:
             self._interface.forget()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
-        self._store = LeaderStore(address, self.check)
         launch = load_launch_table(config)
-        assignment = Assignment(
-            vllm_config, config, launch, travelling_variables(os.environ), address, self._store.port
-        )
+        assignment = Assignment(vllm_config, config, launch, travelling_variables(os.environ))
         self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
@@ -301,3 +300,17 @@ class Pair:
         step, digest = self.ledger.state()
         self._board.write(local_counters(LEADER_RANK, (step, digest)))
         return {"step": step, "digest": digest.hex()}
+
+
+def _warn_of_others(address: str) -> None:
+    """One line if others than the follower may reach the link."""
+    interface = None if is_loopback(address) else interface_of(address)
+    if interface is not None and (reason := shared_network(interface)):
+        logger.warning(
+            "The link's address %s is on %s, which %s. %s; join both machines with a cable of their own, and give its "
+            "address with --spark-address.",
+            address,
+            interface,
+            reason,
+            EXPOSED,
+        )

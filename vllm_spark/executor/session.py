@@ -38,44 +38,27 @@ class Assignment(msgspec.Struct):
     config: SparkConfig
     launch: LaunchTable
     environment: dict[str, str]
-    store_address: str
-    store_port: int
 
 
-def prepare_process_group(rank: int, store_address: str, store_port: int) -> None:
-    """Sets what torch's `env://` rendezvous reads, as an external launcher would.
-
-    For the follower, whose process is its session's. The leader's may be the user's own, in which these variables would
-    say to whatever comes after the pair that a launcher has made it.
-    """
-    os.environ.update(
-        MASTER_ADDR=store_address,
-        MASTER_PORT=str(store_port),
-        RANK=str(rank),
-        LOCAL_RANK="0",
-        WORLD_SIZE=str(WORLD_SIZE),
-        # The store exists already, on the leader: nobody else is to open one.
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
-
-
-def use_link_interface(store_address: str, local_address: str | None) -> LinkInterface:
+def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
     """Tells gloo, NCCL and vLLM of the link, by this process's environment; what the user has set stays.
 
     vLLM would take the address of the route to the internet: without one its ranks wait for each other at 0.0.0.0, and
     with one they listen on a network that is not the link.
 
     Args:
-        store_address: where the leader's store listens.
+        leader: the leader's address.
         local_address: this side's address on the link; None to ask the routing table.
 
     Returns:
         What takes it back; a process that ends with its pair needs no such thing.
     """
-    interface = interface_of(local_address) if local_address else source_interface(store_address)
+    interface = interface_of(local_address) if local_address else source_interface(leader)
     values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
     if local_address:
         values["VLLM_HOST_IP"] = local_address
+    # NCCL's watchdog would ask the store of the process groups every second whether to write its state to a file.
+    values["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     chosen = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(chosen)
     return LinkInterface(chosen)

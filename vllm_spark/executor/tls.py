@@ -9,10 +9,12 @@ as the message itself (benchmarks/spine.py).
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import select
 import socket
 import ssl
+import threading
 import time
 from typing import cast
 
@@ -21,11 +23,16 @@ from vllm_spark.wording import without_stop
 
 # A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
 _SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
+_REFUSED_DATES = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
+# What a peer answers in these cases. It answers another secret with "unknown CA".
+_ALERTS_OF_DATES = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
 
 
 class TlsConnection:
-    """An authenticated connection. Owns the socket. For one thread at a time, but for `interrupt`.
+    """An authenticated connection. Owns the socket.
+
+    One thread may send while another receives; two may not do the same. `interrupt` is for any thread.
 
     Args:
         plain: a connected socket.
@@ -42,6 +49,7 @@ class TlsConnection:
         self._socket = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._state = threading.Lock()  # OpenSSL's, which sending and receiving share; never held while one waits
         self._buffer = memoryview(bytearray(_READ))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -76,7 +84,8 @@ class TlsConnection:
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
-        self._tls.write(data)
+        with self._state:
+            self._tls.write(data)
         if timeout is None:
             self._flush()
             return
@@ -94,7 +103,8 @@ class TlsConnection:
         got = 0
         while got < len(view):
             try:
-                count = self._read(view[got:])
+                with self._state:
+                    count = self._read(view[got:])
                 if count == 0:  # the peer ended the TLS session
                     raise EOFError
                 got += count
@@ -145,7 +155,8 @@ class TlsConnection:
             count = self._socket.recv_into(self._buffer)
         if count == 0:
             raise EOFError
-        self._incoming.write(self._buffer[:count])
+        with self._state:
+            self._incoming.write(self._buffer[:count])
 
     def _look_for(self, seconds: float) -> int | None:
         end = time.monotonic() + seconds
@@ -166,12 +177,16 @@ class TlsConnection:
             raise TimeoutError("timed out")
 
     def _flush(self) -> None:
-        if self._outgoing.pending:
-            self._socket.sendall(self._outgoing.read())
+        with self._state:
+            data = self._outgoing.read()
+        if data:
+            self._socket.sendall(data)
 
 
 def is_secret_failure(error: ssl.SSLError) -> bool:
     """Whether a handshake failed because the two sides have different secrets."""
+    if _about_a_clock(error) is not None:
+        return False
     reason = (error.reason or "").upper()
     rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
     return rejected or isinstance(error, ssl.SSLCertVerificationError)
@@ -180,6 +195,8 @@ def is_secret_failure(error: ssl.SSLError) -> bool:
 def failure_in_words(error: Exception) -> str:
     """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
     if isinstance(error, ssl.SSLError):
+        if (clock := _about_a_clock(error)) is not None:
+            return clock
         if is_secret_failure(error):
             ways = f"--spark-secret-file or {SECRET_VARIABLE}"
             return f"the other side has another secret; give both machines the same ({ways})"
@@ -188,3 +205,24 @@ def failure_in_words(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
     return without_stop(str(error))
+
+
+def _about_a_clock(error: ssl.SSLError) -> str | None:
+    """The sentence for a certificate that the other side, or this one, refuses for its dates alone; else None.
+
+    This version's certificates are valid at all times; those of another one may begin and end.
+    """
+    reason = (error.reason or "").upper()
+    refused = getattr(error, "verify_code", 0) if isinstance(error, ssl.SSLCertVerificationError) else 0
+    if refused in _REFUSED_DATES:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (
+            f"the other side's certificate is {_REFUSED_DATES[refused]} by the clock of this machine, which says "
+            f"{now:%Y-%m-%d %H:%M} UTC; set the clock (timedatectl) and install the same vllm_spark on both machines"
+        )
+    if reason in _ALERTS_OF_DATES:
+        return (
+            "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has "
+            "another vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"
+        )
+    return None

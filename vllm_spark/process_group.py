@@ -1,0 +1,457 @@
+"""A process group of torch for the CPU whose messages take the pair's authenticated connection.
+
+vLLM asks torch for gloo groups to coordinate its ranks: some broadcasts, barriers and gathered objects while it starts,
+and on the CPU what the collective runtime does not take. gloo listens on ports of its own choice, to everybody, and
+what it carries is unpickled. `PairGroup` does the same operations over the groups lane; it is written for two ranks and
+rare calls, not for speed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch.distributed import Backend, ProcessGroup, ReduceOp, Work
+
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.ranks import WORLD_SIZE
+
+BACKEND = "spark"
+"""The name under which torch knows this kind of process group."""
+
+_COLLECTIVES = "collectives"
+_UNSET = timedelta(0)  # torch's marker for "as the group has it" is negative
+
+Tensors = list[torch.Tensor]
+Address = tuple[str, str, int]
+"""Which message: group, stream within it, number. Both ranks run a group's operations in the same order."""
+
+Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_REDUCTIONS: tuple[tuple[Any, str, Reduction], ...] = (
+    (ReduceOp.SUM, "sum", torch.add),
+    (ReduceOp.AVG, "average", lambda first, second: (first + second) / 2),
+    (ReduceOp.PRODUCT, "product", torch.mul),
+    (ReduceOp.MIN, "minimum", torch.minimum),
+    (ReduceOp.MAX, "maximum", torch.maximum),
+    (ReduceOp.BAND, "bitwise and", torch.bitwise_and),
+    (ReduceOp.BOR, "bitwise or", torch.bitwise_or),
+    (ReduceOp.BXOR, "bitwise xor", torch.bitwise_xor),
+)
+
+
+class Messages(Protocol):
+    """Carries messages between both ranks. For any thread."""
+
+    @property
+    def peer(self) -> str:
+        """How to name the other rank in messages."""
+
+    def send(self, address: Address, operation: str, data: bytes) -> None:
+        """Sends one message; raises SparkError if the pair is broken."""
+
+    def take(self, address: Address, operation: str, timeout: float) -> bytearray:
+        """Waits for a message, and removes it.
+
+        Raises:
+            TimeoutError: it has not come within `timeout` seconds.
+            SparkError: the pair is broken, or the other rank runs another operation.
+        """
+
+    def has(self, address: Address) -> bool:
+        """True if a message has arrived."""
+
+    def end_work(self, reason: SparkError) -> None:
+        """Ends the work of this rank."""
+
+
+class PairWork(Work):  # type: ignore[misc]
+    """An operation whose own part is done, and which ends once the other rank's message is there.
+
+    Args:
+        arrived: whether it is there.
+        finish: waits for it, given the longest wait in seconds, and puts it where it belongs; None if the operation
+            ended already.
+        results: the tensors that hold the outcome.
+        source: the rank that a received message comes from.
+    """
+
+    def __init__(
+        self,
+        results: list[torch.Tensor],
+        arrived: Callable[[], bool] | None = None,
+        finish: Callable[[float | None], None] | None = None,
+        source: int = -1,
+    ) -> None:
+        super().__init__()
+        self._results, self._arrived, self._finish, self._source = results, arrived, finish, source
+
+    def wait(self, timeout: timedelta = _UNSET) -> bool:
+        """Waits for the end of the operation.
+
+        Raises:
+            SparkError: the pair is broken, the ranks run different operations, or the other one came too late.
+        """
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish(timeout.total_seconds() if timeout > _UNSET else None)
+        return True
+
+    def synchronize(self) -> None:
+        """As `wait`."""
+        self.wait()
+
+    def is_completed(self) -> bool:
+        """True if `wait` does not have to wait."""
+        return self._finish is None or self._arrived is None or self._arrived()
+
+    def result(self) -> list[torch.Tensor]:
+        """The tensors that hold the outcome."""
+        self.wait()
+        return self._results
+
+    def source_rank(self) -> int:
+        """The rank that a received message came from."""
+        return self._source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        """A future that is done: waits for the operation first."""
+        future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+        future.set_result(self.result())
+        return future
+
+
+class PairGroup(ProcessGroup):  # type: ignore[misc]
+    """A process group of both ranks, or of one.
+
+    A rank sends what the other one needs when an operation is called, and receives when it is waited for.
+
+    Args:
+        messages: carries the group's messages.
+        name: the group's, the same on both ranks.
+        rank, size: this rank in the group, and the group's size.
+        timeout: how long an operation waits for the other rank unless it is told.
+    """
+
+    def __init__(self, messages: Messages, name: str, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)
+        if size > WORLD_SIZE:
+            raise SparkError(f"process group {name} has {size} ranks; a pair has {WORLD_SIZE}")
+        self._link, self._label, self._own, self._peer = messages, name, rank, 1 - rank
+        self._alone = size == 1
+        self._limit = timeout
+        self._numbers = itertools.count()
+        self._streams: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+    def getBackendName(self) -> str:
+        """The name under which torch knows this kind of group."""
+        return BACKEND
+
+    @property
+    def group_name(self) -> str:
+        """The name under which torch registers the group. (torch's own asks a backend, and here there is none.)"""
+        return self._label
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """How long an operation waits for the other rank unless it is told."""
+        self._limit = timeout
+
+    def broadcast(self, tensors: Tensors, opts: Any) -> Work:
+        """Copies the root's tensors to the other rank."""
+        mine = opts.rootRank == self._own
+        return self._collective("broadcast", opts, send=tensors if mine else None, receive=None if mine else tensors)
+
+    def allreduce(self, tensors: Tensors, opts: Any) -> Work:
+        """Reduces both ranks' tensors in place, in rank order."""
+        name, reduction = _reduction(opts.reduceOp)
+        return self._collective(f"all_reduce ({name})", opts, send=tensors, receive=tensors, reduction=reduction)
+
+    allreduce_coalesced = allreduce
+
+    def reduce(self, tensors: Tensors, opts: Any) -> Work:
+        """As `allreduce`, on the root alone."""
+        name, reduction = _reduction(opts.reduceOp)
+        mine = opts.rootRank == self._own
+        return self._collective(
+            f"reduce ({name})",
+            opts,
+            send=None if mine else tensors,
+            receive=tensors if mine else None,
+            reduction=reduction,
+        )
+
+    def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Work:
+        """Gives both ranks both inputs, in rank order."""
+        for parts, mine in zip(outputs, inputs, strict=True):
+            _copy(parts[self._own], mine)
+        theirs = [] if self._alone else [parts[self._peer] for parts in outputs]
+        return self._collective("all_gather", opts, send=inputs, receive=theirs)
+
+    def allgather_coalesced(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Work:
+        """As `allgather`, with outputs by rank and then by input."""
+        return self.allgather([list(parts) for parts in zip(*outputs, strict=True)], inputs, opts)
+
+    def all_gather_single(self, output: torch.Tensor, own: torch.Tensor, opts: Any = None) -> Work:
+        """As `allgather`, into one tensor."""
+        return self.all_gather_single_coalesced([output], [own], opts)
+
+    _allgather_base = all_gather_single
+
+    def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Work:
+        """Several `all_gather_single` at once."""
+        flat = [own.reshape(-1) for own in inputs]
+        return self.allgather([self._parts(output) for output in outputs], flat, opts)
+
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+
+    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
+        """Gives the root both inputs, in rank order."""
+        if opts.rootRank != self._own:
+            return self._collective("gather", opts, send=inputs, receive=None)
+        for parts, mine in zip(outputs, inputs, strict=True):
+            _copy(parts[self._own], mine)
+        theirs = [] if self._alone else [parts[self._peer] for parts in outputs]
+        return self._collective("gather", opts, send=None, receive=theirs)
+
+    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
+        """Gives each rank its part of the root's inputs."""
+        if opts.rootRank != self._own:
+            return self._collective("scatter", opts, send=None, receive=outputs)
+        for output, parts in zip(outputs, inputs, strict=True):
+            _copy(output, parts[self._own])
+        theirs = [] if self._alone else [parts[self._peer] for parts in inputs]
+        return self._collective("scatter", opts, send=theirs, receive=None)
+
+    def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
+        """Gives each rank the sum (or what is asked for) of its parts of both ranks' inputs."""
+        name, reduction = _reduction(opts.reduceOp)
+        for output, parts in zip(outputs, inputs, strict=True):
+            _copy(output, parts[self._own])
+        theirs = [] if self._alone else [parts[self._peer] for parts in inputs]
+        return self._collective(f"reduce_scatter ({name})", opts, send=theirs, receive=outputs, reduction=reduction)
+
+    def reduce_scatter_single(self, output: torch.Tensor, whole: torch.Tensor, opts: Any) -> Work:
+        """As `reduce_scatter`, from one tensor."""
+        return self.reduce_scatter_single_coalesced([output], [whole], opts)
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any) -> Work:
+        """Several `reduce_scatter_single` at once."""
+        flat = [output.view(-1) for output in outputs]
+        return self.reduce_scatter(flat, [self._parts(whole) for whole in inputs], opts)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Work:
+        """Gives each rank its input of both ranks."""
+        _copy(outputs[self._own], inputs[self._own])
+        if self._alone:
+            return PairWork(outputs)
+        return self._collective("all_to_all", opts, send=[inputs[self._peer]], receive=[outputs[self._peer]])
+
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        whole: torch.Tensor,
+        output_sizes: list[int] | None,
+        input_sizes: list[int] | None,
+        opts: Any = None,
+    ) -> Work:
+        """As `alltoall`, with tensors that are cut along their first dimension, evenly or as the sizes say."""
+        count = 1 if self._alone else WORLD_SIZE
+        return self.alltoall(
+            list(output.split(output_sizes) if output_sizes else output.tensor_split(count)),
+            list(whole.split(input_sizes) if input_sizes else whole.tensor_split(count)),
+            opts,
+        )
+
+    alltoall_base = all_to_all_single
+
+    def barrier(self, opts: Any = None) -> Work:
+        """Ends once the other rank has called it too."""
+        return self._collective("barrier", opts, send=[], receive=[])
+
+    def send(self, tensors: Tensors, destination: int, tag: int = 0) -> Work:
+        """Sends tensors to the other rank, which receives them with the same tag."""
+        address = self._message(self._own, destination, tag)
+        self._link.send(address, "send", _bytes_of(tensors))
+        return PairWork(tensors)
+
+    def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Work:
+        """Receives what the other rank sends with the same tag."""
+        return self._receiving(self._message(source, self._own, tag), "send", tensors, None, None, source)
+
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
+        """As `recv`: there is one other rank."""
+        return self.recv(tensors, self._peer, tag)
+
+    def _parts(self, whole: torch.Tensor) -> Tensors:
+        """One part of the elements for each rank."""
+        return list(whole.view(-1).chunk(1 if self._alone else WORLD_SIZE))
+
+    def _message(self, source: int, destination: int, tag: int) -> Address:
+        if self._alone or source == destination:
+            raise SparkError(f"rank {self._own} of process group {self._label} cannot send to itself")
+        stream = f"rank {source} to {destination}, tag {tag}"
+        return self._label, stream, next(self._streams[stream])
+
+    def _collective(
+        self,
+        operation: str,
+        opts: Any,
+        *,
+        send: Tensors | None,
+        receive: Tensors | None,
+        reduction: Reduction | None = None,
+    ) -> Work:
+        """Sends and receives at most one message, of the group's next number."""
+        if self._alone:
+            return PairWork(receive or send or [])
+        address = self._label, _COLLECTIVES, next(self._numbers)
+        if send is not None:
+            self._link.send(address, operation, _bytes_of(send))
+        if receive is None:
+            return PairWork(send or [])
+        return self._receiving(address, operation, receive, reduction, getattr(opts, "timeout", None), self._peer)
+
+    def _receiving(
+        self,
+        address: Address,
+        operation: str,
+        targets: Tensors,
+        reduction: Reduction | None,
+        limit: timedelta | None,
+        source: int,
+    ) -> Work:
+        usual = self._limit if limit is None or limit <= _UNSET else limit
+
+        def finish(seconds: float | None) -> None:
+            seconds = usual.total_seconds() if seconds is None else seconds
+            try:
+                data = self._link.take(address, operation, seconds)
+            except TimeoutError:
+                raise PeerLostError(
+                    f"the other rank ({self._link.peer}) did not come to {operation}, operation {address[2]} of "
+                    f"process group {self._label}, within {seconds:g} s"
+                ) from None
+            self._put(data, targets, operation, reduction)
+
+        return PairWork(targets, lambda: self._link.has(address), finish, source)
+
+    def _put(self, data: bytearray, targets: Tensors, operation: str, reduction: Reduction | None) -> None:
+        expected = sum(target.nbytes for target in targets)
+        if len(data) != expected:
+            raise SparkError(
+                f"{operation} in process group {self._label} moves {expected} bytes here and {len(data)} on the other "
+                f"rank ({self._link.peer})"
+            )
+        with torch.inference_mode():
+            for target, theirs in zip(targets, _tensors_of(data, targets), strict=True):
+                if reduction is None:
+                    target.copy_(theirs)
+                else:
+                    target.copy_(reduction(target, theirs) if self._own < self._peer else reduction(theirs, target))
+
+
+_messages: Messages | None = None
+
+
+def use_messages(messages: Messages | None) -> None:
+    """From now on this process's groups of this kind take `messages`; None once there is no pair any more."""
+    global _messages
+    _messages = messages
+    if BACKEND not in Backend.backend_list:
+        Backend.register_backend(BACKEND, _make, extended_api=True, devices=["cpu"])
+
+
+def pair_is_up() -> bool:
+    """True while this process's groups of this kind have somebody to carry their messages."""
+    return _messages is not None
+
+
+@contextmanager
+def instead_of_gloo() -> Iterator[None]:
+    """Has `torch.distributed.new_group` make groups of this kind where gloo is asked for."""
+    original = torch.distributed.new_group
+
+    def new_group(*args: Any, backend: Any = None, **kwargs: Any) -> Any:
+        return original(*args, backend=BACKEND if backend == Backend.GLOO else backend, **kwargs)
+
+    torch.distributed.new_group = new_group
+    try:
+        yield
+    finally:
+        torch.distributed.new_group = original
+
+
+@contextmanager
+def connecting(what: str, seconds: float) -> Iterator[None]:
+    """Ends the pair's work if the body, in which `what` connects both ranks by itself, takes more than `seconds`.
+
+    Nothing can interrupt it, but the engine's process can end.
+    """
+
+    def give_up() -> None:
+        if _messages is not None:
+            _messages.end_work(
+                PeerLostError(
+                    f"{what} did not connect to the other rank within {seconds:g} s; it uses TCP ports of its own "
+                    "choice, so let everything through the firewalls of both machines on the link"
+                )
+            )
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if timer is not threading.current_thread():
+            timer.join()
+
+
+def _make(options: Any, _: Any) -> PairGroup:
+    if _messages is None:
+        raise SparkError(f"process groups of the kind {BACKEND!r} exist only while a pair is up")
+    return PairGroup(_messages, options.group_id, options.group_rank, options.group_size, options.timeout)
+
+
+def _reduction(asked: Any) -> tuple[str, Reduction]:
+    for kind, name, reduction in _REDUCTIONS:
+        if asked == kind:
+            return name, reduction
+    raise SparkError(f"process groups of a pair do not support the reduction {asked}")
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.inference_mode():
+        target.copy_(source)
+
+
+def _bytes_of(tensors: Tensors) -> bytes:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise SparkError(f"a tensor on {tensor.device} was given to a process group for the CPU")
+    return b"".join(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def _tensors_of(data: bytearray, like: Tensors) -> Iterator[torch.Tensor]:
+    begin = 0
+    for tensor in like:
+        if not tensor.numel():
+            yield torch.empty_like(tensor)
+            continue
+        part = torch.frombuffer(data, dtype=torch.uint8, count=tensor.nbytes, offset=begin)
+        # A fresh copy begins where its type may begin.
+        yield (part.clone() if begin else part).view(tensor.dtype).view(tensor.shape)
+        begin += tensor.nbytes
