@@ -22,7 +22,7 @@ from vllm_spark.executor.credentials import tls_context
 from vllm_spark.executor.leader_search import Found, LeaderSearch
 from vllm_spark.executor.listener import Follower, Listener
 from vllm_spark.executor.loaded_files import LoadedFiles
-from vllm_spark.executor.messages import CALLS, CONTROL, Offer
+from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Offer
 from vllm_spark.executor.model_identity import ModelIdentity
 
 from .test_channel import LIMIT, OTHER, SECRET, caller, listener, wait_for
@@ -65,9 +65,10 @@ def offer_of(folder: Path) -> Offer:
 
 
 def follow(looking: LeaderSearch) -> Found:
-    """What a follower does until the leader has both its lanes."""
+    """What a follower does until the leader has all its lanes."""
     found = looking.find()
-    assert found.caller.connect(CALLS) is not None
+    for lane in (CALLS, GROUPS):
+        assert found.caller.connect(lane) is not None
     return found
 
 
