@@ -65,6 +65,7 @@ def test_mtp(hosts: Hosts, host: Host, tmp_path: Path) -> None:
         assert_no_fallback_and_drafts(server)
 
 
+@pytest.mark.thorough
 def test_a_configuration_class_of_the_models_own(
     hosts: Hosts, tiny_moe: Path, stock_tokens: list[list[int]], tmp_path: Path
 ) -> None:

@@ -375,9 +375,9 @@ def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) 
 @pytest.mark.parametrize(
     ("ranks", "method"),
     [
-        pytest.param("0", "load_model", id="leader loads"),
+        pytest.param("0", "load_model", id="leader loads", marks=pytest.mark.thorough),
         pytest.param("0 1", "load_model", id="both load"),
-        pytest.param("1", "determine_available_memory", id="follower measures memory"),
+        pytest.param("1", "determine_available_memory", id="follower measures memory", marks=pytest.mark.thorough),
     ],
 )
 def test_a_worker_that_fails_while_the_engine_starts(hosts: Hosts, tiny_moe: Path, ranks: str, method: str) -> None:

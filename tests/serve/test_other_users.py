@@ -197,6 +197,7 @@ def assert_refused(process: Process, *parts: str) -> None:
         assert part in output, output
 
 
+@pytest.mark.thorough
 def test_a_draft_model_that_differs_is_refused(namespaces: Hosts, users: Users) -> None:
     """At the start, before anything is loaded."""
     port = str(namespaces[0].free_port())
@@ -212,6 +213,7 @@ def test_a_draft_model_that_differs_is_refused(namespaces: Hosts, users: Users) 
     assert_all_gone(server.leader, follower)
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_the_command_line_that_differs(namespaces: Hosts, users: Users) -> None:
     """vLLM loads it last; what it raises then is a traceback."""
     port = str(namespaces[0].free_port())
@@ -247,6 +249,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.thorough
 def test_an_adapter_of_a_request(namespaces: Hosts, users: Users, stock: dict[str, list[list[int]]]) -> None:
     """A program hands them to each call; a refused one is an error of that call."""
     port = namespaces[0].free_port()

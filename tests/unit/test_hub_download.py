@@ -104,6 +104,7 @@ def test_both_sides_download_what_vllm_loads(hub: Hub, model: Path, tmp_path: Pa
     assert "somebody/tiny/pytorch_model.bin" not in hub.downloads
 
 
+@pytest.mark.thorough
 def test_a_follower_that_is_offline_is_told_what_to_type(hub: Hub, tmp_path: Path) -> None:
     offered = offer("somebody/tiny", tmp_path / "alice", hub)
     result = run(FOLLOWER, offered, tmp_path / "bob", None)
@@ -115,6 +116,7 @@ def test_a_follower_that_is_offline_is_told_what_to_type(hub: Hub, tmp_path: Pat
     assert result["code"] == 3
 
 
+@pytest.mark.thorough
 def test_a_model_that_came_in_part_is_completed(hub: Hub, model: Path, tmp_path: Path) -> None:
     """An interrupted download leaves some files of a snapshot."""
     offered = offer("somebody/tiny", tmp_path / "alice", hub)
@@ -124,6 +126,7 @@ def test_a_model_that_came_in_part_is_completed(hub: Hub, model: Path, tmp_path:
     assert (snapshot / "model.safetensors").exists()
 
 
+@pytest.mark.thorough
 def test_weights_may_have_a_folder_of_their_own(hub: Hub, tmp_path: Path) -> None:
     """`--download-dir` is for weights; the configuration goes to the user's cache."""
     folder = tmp_path / "weights"
@@ -133,6 +136,7 @@ def test_weights_may_have_a_folder_of_their_own(hub: Hub, tmp_path: Path) -> Non
     assert offered[0]["identity"]["configuration"].keys() == {"config.json"}
 
 
+@pytest.mark.thorough
 def test_a_model_that_the_leader_cannot_download(model: Path, tmp_path: Path) -> None:
     """Its configuration comes, so that vLLM begins; its weights are nowhere."""
     empty = tmp_path / "empty"
