@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from vllm_spark.doctor.rails import find_rails
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
+from vllm_spark.doctor.software import PLUGIN
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
 from vllm_spark.executor.secret import make_secret
@@ -531,6 +533,26 @@ def test_nccl_of_pip(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_kernels_of_this_build(tree: Tree) -> None:
     built = Path(_native.__file__).with_name("kernels.fatbin").exists()
     assert findings(tree)["gpu.kernels"].status == ("ok" if built else "problem")
+
+
+@pytest.mark.parametrize(("allowed", "left_out"), [("", True), ("other", True), ("other,spark", False), (None, False)])
+def test_a_list_of_plugins_that_leaves_this_one_out(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, allowed: str | None, left_out: bool
+) -> None:
+    if allowed is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    found = findings(tree).get("software.plugins")
+    assert (found is not None) == left_out
+    if found is not None:
+        assert found.status == "problem"
+        assert "does not know --spark" in found.explanation
+
+
+def test_the_plugin_has_the_name_that_vllm_finds() -> None:
+    (entry,) = (each for each in entry_points(group="vllm.general_plugins") if each.module.startswith("vllm_spark"))
+    assert entry.name == PLUGIN
 
 
 # --- the secret ------------------------------------------------------------------------------------------------------

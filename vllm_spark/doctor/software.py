@@ -14,6 +14,9 @@ from vllm_spark.fit import check_vllm
 from vllm_spark.patches import all_patches, state_of
 from vllm_spark.wording import upper_first
 
+PLUGIN = "spark"
+"""The name under which vLLM finds this project's plugin (pyproject.toml)."""
+
 _ANYWHERE = "192.0.2.1"  # an address of no machine, but none of the loopback's either
 
 
@@ -22,6 +25,7 @@ def check_software(config: SparkConfig, *, secret_needed: bool) -> Iterator[Find
     yield _vllm()
     if installed_vllm() is not None:
         yield _patches()
+        yield from _plugins()
     yield _secret(config, secret_needed)
 
 
@@ -56,6 +60,21 @@ def _patches() -> Finding:
         f"{len(states) - len(unfit)} of {len(states)} fit",
         f"This vLLM's source is not one that vllm_spark knows at these places, so it cannot offer: {lost}.",
         "vllm-spark patches   # what they are",
+    )
+
+
+def _plugins() -> Iterator[Finding]:
+    """A variable of vLLM's that lists the plugins to load, if it leaves this one out."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None or PLUGIN in allowed.split(","):
+        return
+    yield Finding(
+        "software.plugins",
+        "Plugins of vLLM",
+        "problem",
+        f"VLLM_PLUGINS={allowed}",
+        f"vLLM loads these plugins alone, so on a leader it does not know --spark ({PLUGIN} is missing).",
+        f"unset VLLM_PLUGINS   # or add {PLUGIN} to it",
     )
 
 
