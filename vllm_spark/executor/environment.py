@@ -45,6 +45,7 @@ _LOCAL_NAMES = frozenset(
         "VLLM_GPU_NIC_PCIE_MAPPING",
         "VLLM_NIC_SELECTION_VARS",
         # Of the API server alone, and what its user tells the project vLLM.
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_API_KEY",
         "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
         "VLLM_DO_NOT_TRACK",
