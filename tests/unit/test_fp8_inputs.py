@@ -78,10 +78,10 @@ from vllm_spark.config import SparkConfig
 from vllm_spark.executor.follower import FollowerSession
 from vllm_spark.executor.session import Assignment
 from vllm_spark.launch_table import LaunchTable
-assignment = Assignment(None, SparkConfig(), LaunchTable(), {}, "127.0.0.1", 1)
+assignment = Assignment(None, SparkConfig(), LaunchTable(), {})
 calls = SimpleNamespace(expect=lambda *kinds, timeout: SimpleNamespace(payload=pickle.dumps(assignment)))
 try:
-    FollowerSession(SparkConfig(), print)._follow(calls, "127.0.0.1", 1)
+    FollowerSession(SparkConfig(), print)._follow(calls, None, "127.0.0.1", 1)
 except Exception as error:
     print(type(error).__name__, error.exit_code, error)
 """
