@@ -45,14 +45,17 @@ class _Finder(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _LoaderWithActions(spec.loader, _waiting.pop(fullname))
+                    spec.loader = _LoaderWithActions(spec.loader)
                 return spec
         return None
 
 
 class _LoaderWithActions(Loader):
-    def __init__(self, loader: Any, actions: list[Action]) -> None:
-        self._loader, self._actions = loader, actions
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # what runpy asks of it, for example
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
@@ -64,7 +67,7 @@ class _LoaderWithActions(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        for action in self._actions:
+        for action in _waiting.pop(module.__name__, []):
             action(module)
 
 

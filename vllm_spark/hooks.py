@@ -28,7 +28,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         Anchor("vllm.v1.engine.core:EngineCoreProc.run_engine_core"),
         "the stack of an engine that has a process of its own shows it",
-        {"6e1a26904205": "0.26.0, 0.32.0, 0.33.0"},
+        {"6e1a26904205": _ALL},
     ),
     Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", scope="source"),

@@ -161,6 +161,10 @@ def test_a_call_that_times_out_leaves_the_pair_at_work(pair: Server) -> None:
     assert "the call of sleep_on timed out after 0.2 s: the follower on" in pair.leader.output()
     assert call(pair, "sleep_on", 1, 0.0) == [{"rank": 0}, {"rank": 1}], "and not the answer to the call before it"
     assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
+    # An answer that nobody waits for any more, and that is larger than what a connection holds by itself.
+    large = {"method": "sleep_on", "args": [1, 1.0, 32 << 20], "timeout": 0.2}
+    assert post(pair, "/collective_rpc", large) >= 400
+    assert prompts.greedy_tokens(pair.client, prompts.PROMPTS[:2]) == before
 
 
 def test_sleep_and_wake_up(pair: Server) -> None:

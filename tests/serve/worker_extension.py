@@ -69,11 +69,11 @@ class Saboteur:
             counted[name] = fallbacks() - before
         return counted
 
-    def sleep_on(self, rank: int, seconds: float) -> dict[str, int]:
-        """Takes so long on one rank; says which rank it was called on."""
+    def sleep_on(self, rank: int, seconds: float, size: int = 0) -> dict[str, object]:
+        """Takes so long on one rank; says which rank it was called on, with so many further bytes."""
         if self.rank == rank:
             time.sleep(seconds)
-        return {"rank": self.rank}
+        return {"rank": self.rank} | ({"more": "x" * size} if size else {})
 
     def environment(self, *names: str) -> dict[str, object]:
         """Variables of this rank, what vLLM took from one of them when it was imported, and numba's threads."""

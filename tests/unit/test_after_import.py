@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -65,3 +66,18 @@ def test_a_package_and_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         after_import(each, lambda module: seen.append(module.__name__))
     importlib.import_module(f"{name}.part")
     assert seen == [name, f"{name}.part"]
+
+
+def test_a_module_that_was_only_looked_for_or_failed_once(module_name: str, tmp_path: Path) -> None:
+    seen: list[str] = []
+    after_import(module_name, lambda module: seen.append(module.__name__))
+    assert importlib.util.find_spec(module_name) is not None
+    path = tmp_path / f"{module_name}.py"
+    text = path.read_text()
+    path.write_text("raise RuntimeError\n")
+    importlib.invalidate_caches()
+    with pytest.raises(RuntimeError):
+        importlib.import_module(module_name)
+    path.write_text(text + "# of another size than before\n")
+    importlib.import_module(module_name)
+    assert seen == [module_name]

@@ -73,7 +73,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         self._pair: Pair | None = None
         self._call_lock = threading.Lock()
         self._sampling_announced = False
-        self._started = False
+        self._started = self._ended = self._groups_opened = False
         self._adapters: LeaderAdapters | None = None
         self._groups_of_others = torch.distributed.is_initialized()
         self._board = CounterBoard.from_environment()
@@ -101,6 +101,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             limit_numba_threads()
         self._random_state = WorkerRandomState()
         open_groups(self._pair.groups, LEADER_RANK)
+        self._groups_opened = True
         with self._pair.explained(), self._random_state:
             apply_all("serving")
             tuning.start(self.vllm_config)
@@ -263,7 +264,9 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Tells the follower, and releases everything; may be called again, and after a failed start."""
         # vLLM calls this while the error ends its engine; a stop is SystemExit there.
-        self._board.end_work(in_order=not isinstance(sys.exc_info()[1], Exception))
+        if not self._ended:
+            self._ended = True
+            self._board.end_work(in_order=not isinstance(sys.exc_info()[1], Exception))
         _finish(self)
         tuning.stop(self.vllm_config)
         if self._pair is not None:
@@ -274,7 +277,9 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         worker, self.driver_worker = self.driver_worker, None
         if worker is not None:
             worker.shutdown()
-        close_groups()
+        if self._groups_opened:  # a later engine of this process may have opened its own since
+            self._groups_opened = False
+            close_groups()
 
     def _give_up_start(self, error: BaseException | None) -> None:
         """Does what vLLM does not do for an engine that does not start; returns in the user's own process.

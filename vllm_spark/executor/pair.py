@@ -67,6 +67,7 @@ class Pair:
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
         self._asked = 0  # the number of the last call that is answered
+        self._owed = False  # whether the answer of the last `ask` was given up and has not come yet
         self._asked_at: float | None = None  # when it was sent, while its answer is awaited
         self._running_model = False
         self._pulse = Pulse(
@@ -117,6 +118,10 @@ class Pair:
         if not self._running_model:
             self._running_model = True
             self._pulse.model_runs()
+        if self._owed:
+            # The follower comes to no call before it has sent that answer, which the connection alone may not hold.
+            with contextlib.suppress(RemoteError):
+                self._answer(None)
         self._send(Kind.CALL, method, args, kwargs)
 
     def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,9 +155,11 @@ class Pair:
             while True:
                 # What has begun to come is read to its end: half a message would leave the lane useless.
                 if deadline is not None and not lane.wait(deadline - time.monotonic()):
+                    self._owed = True
                     raise TimeoutError(f"{self._follower.name} did not answer in time")
                 payload = lane.expect(Kind.REPLY).payload
                 if replied_number(payload) == self._asked:
+                    self._owed = False
                     return decode_reply(payload)
         finally:
             self._asked_at = None
