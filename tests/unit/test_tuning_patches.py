@@ -25,7 +25,7 @@ from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store
 __all__ = ["folders"]  # a fixture
 
 TUNING = {"fused-moe-tables", "marlin-atomic-add", "marlin-parameters"}
-SERVING = {"repeated-scales", "speculation-on-cpu"}
+SERVING = {"process-groups", "repeated-scales", "speculation-on-cpu"}
 
 
 class Engine(SimpleNamespace):
