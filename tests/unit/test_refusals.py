@@ -118,7 +118,7 @@ EngineArgs(model={str(make_tiny_model(tmp_path, "moe"))!r}, additional_config={{
 """
     environment = os.environ | ({} if size.startswith("--") else {size: "2"})
     argv = [sys.executable, "-c", program]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environment, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert f"(or {size})" in last, done.stderr[-2000:]
     assert "does not go with --spark" in last
