@@ -1,21 +1,32 @@
-"""The hosts, tiny models and reports of tests/serve, for the models here."""
+"""The tiny models and reports of tests/serve, for the models here, and two hosts of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 from tests.serve.conftest import (
-    host,
-    hosts,
     logs,
     pytest_runtest_makereport,
     pytest_runtest_teardown,
     pytest_sessionfinish,
     tiny_moe,
 )
+from tests.serve.hosts import Host, Hosts, two_hosts
 
-__all__ = [
-    "host",
-    "hosts",
-    "logs",
-    "pytest_runtest_makereport",
-    "pytest_runtest_teardown",
-    "pytest_sessionfinish",
-    "tiny_moe",
-]
+__all__ = ["logs", "pytest_runtest_makereport", "pytest_runtest_teardown", "pytest_sessionfinish", "tiny_moe"]
+
+
+@pytest.fixture(scope="module")
+def hosts(logs: Path) -> Iterator[Hosts]:
+    """Two hosts, gone after the module: their names are those that the hosts of tests/serve need."""
+    with two_hosts(logs) as (pair, _):
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def host(hosts: Hosts) -> Host:
+    """The first host, where one is enough."""
+    return hosts[0]
