@@ -1,7 +1,7 @@
 """Types of messages that msgspec knows before two threads may need them at once.
 
 It reads a type's annotations at the first use, and the process crashes if two threads come to that together, as the
-greetings of a follower's two lanes may (msgspec 0.22: 12 times in 12 tries for a type with others in it).
+greetings of a follower's lanes may (msgspec 0.22: 12 times in 12 tries for a type with others in it).
 """
 
 from __future__ import annotations

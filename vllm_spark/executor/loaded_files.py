@@ -26,7 +26,8 @@ _FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "pt",
 """Load formats of vLLM that read weight files out of the model's folder."""
 
 _INDEX = "model.safetensors.index.json"
-_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+"""Small files of a model that a worker may read too: tokenizer, processor, code."""
 
 
 class LoadedFiles(msgspec.Struct, frozen=True):
@@ -179,7 +180,7 @@ def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[P
     if cache is not None and hub is not None and not os.path.exists(place / "config.json"):
         # vLLM keeps the configuration in its user's cache, and the weights here.
         try:
-            hub_cache.download(hub, _BESIDE_WEIGHTS, cache)
+            hub_cache.download(hub, BESIDE_WEIGHTS, cache)
         except Exception as error:
             raise RefusedError(_not_here(what, name, model.revision, first_line(error))) from error
     return place, "hub"

@@ -10,11 +10,8 @@ from vllm_spark.errors import RefusedError
 from vllm_spark.executor import hub_cache
 from vllm_spark.executor.endpoint import host_name
 from vllm_spark.executor.hub_cache import HubPlace, cached_snapshot, cached_snapshots
-from vllm_spark.executor.loaded_files import LoadedFiles, first_line
+from vllm_spark.executor.loaded_files import BESIDE_WEIGHTS, LoadedFiles, first_line
 from vllm_spark.executor.modelscope_cache import all_in_modelscope, cached_in_modelscope
-
-_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
-"""Small files of a model that a worker may read too: tokenizer, processor, code."""
 
 
 def find_own(wanted: LoadedFiles, say: Callable[[str], None] = lambda activity: None) -> Path:
@@ -128,7 +125,7 @@ def _names_to_download(wanted: LoadedFiles, hub: HubPlace) -> list[str]:
         return [hub.inside]
     inside = f"{hub.inside}/" if hub.inside else ""
     names = [*wanted.identity.configuration, *wanted.identity.weights]
-    return [*(inside + name for name in names), *(inside + pattern for pattern in _BESIDE_WEIGHTS)]
+    return [*(inside + name for name in names), *(inside + pattern for pattern in BESIDE_WEIGHTS)]
 
 
 def _pull_from_object_storage(url: str) -> Path:

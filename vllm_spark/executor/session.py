@@ -1,4 +1,4 @@
-"""What both ranks do alike once they are joined: the rendezvous of the runtime, and vLLM's process groups."""
+"""What both ranks do alike once they are joined: the link's interface, the runtime's rendezvous, threads."""
 
 from __future__ import annotations
 
