@@ -1,4 +1,4 @@
-"""Builds the native module and lays the data folders into the wheel; everything else is in pyproject.toml."""
+"""Builds the native module and its CUDA kernels; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-DATA_FOLDERS = ("patches", "configs")
 WARNINGS = ["-Wall", "-Wextra"]
 KERNEL_ARCHITECTURES = ("90", "121")  # H100 and H200, on which it is measured; GB10, for which it is made
 # As PTX, for every GPU that has no code of its own. From 9.0 on the host starts a kernel while the one before it still
@@ -70,23 +68,12 @@ class BuildNative(build_ext):
             shutil.copy2(self.kernels, ROOT / "vllm_spark")
 
 
-class BuildPackage(build_py):
-    """Copies the top-level data folders to vllm_spark/data, where an installed package looks for them."""
-
-    def run(self) -> None:
-        super().run()
-        if self.editable_mode:
-            return  # a checkout is read in place
-        for folder in DATA_FOLDERS:
-            target = Path(self.build_lib, "vllm_spark", "data", folder)
-            shutil.copytree(ROOT / folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-
-
 ParallelCompile("SPARK_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 setup(
+    # Follows the links vllm_spark/patches and vllm_spark/configs to the folders at the top.
     packages=find_packages(include=["vllm_spark", "vllm_spark.*"]),
-    package_data={"vllm_spark": ["py.typed", "*.pyi", "kernels.fatbin"]},
+    package_data={"vllm_spark": ["py.typed", "*.pyi", "kernels.fatbin"], "vllm_spark.configs": ["**/*.json"]},
     ext_modules=[
         Pybind11Extension(
             "vllm_spark._native",
@@ -97,5 +84,5 @@ setup(
             extra_link_args=["-pthread"],
         )
     ],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPackage},
+    cmdclass={"build_ext": BuildNative},
 )

@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spark.bench.samples import machine, percentile
-from vllm_spark.executor.channel import Kind, Lane
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.tls import TlsConnection
+from vllm_spark.bench.statistics import machine, percentile
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.executor.channel.tls import TlsConnection
 
 SIZES = (600, 8800)
 PAUSE = 0.002  # seconds between two messages: the receiver is asleep when the next one comes

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.bench.samples import Samples, machine, ratios, summary
+from vllm_spark.bench.statistics import Samples, machine, ratios, summary
 
 SIZES = (4 << 10, 64 << 10, 1 << 20)  # bytes
 PAUSES = (0.0, 20e-6, 200e-6, 5e-3)  # seconds of quiet before a single all-reduce

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.bench.samples import machine, ratios, summary
+from vllm_spark.bench.statistics import machine, ratios, summary
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (1, 32)
@@ -163,7 +163,7 @@ def main() -> None:
     from rich.progress import track
     from rich.table import Table
 
-    from vllm_spark.tiny_model import make_tiny_model
+    from vllm_spark.models.tiny import make_tiny_model
 
     rounds: dict[str, list[dict[str, dict[str, list[float]]]]] = {name: [] for name in EXECUTORS}
     with tempfile.TemporaryDirectory() as folder:

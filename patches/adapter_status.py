@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     async def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_spark.client_adapters import as_client_error
+        from vllm_spark.entrypoints.client_adapters import as_client_error
 
         return as_client_error(await original(self, *args, **kwargs))
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(*args: Any, **kwargs: Any) -> Any:
-        from vllm_spark.command_line import add_option_group
+        from vllm_spark.entrypoints.command_line import add_option_group
 
         parser = original(*args, **kwargs)
         add_option_group(parser)

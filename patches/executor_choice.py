@@ -6,20 +6,20 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
-        if leader := sys.modules.get("vllm_spark.executor.leader"):
+        if leader := sys.modules.get("vllm_spark.executor.executor"):
             leader.give_up_unfinished_start()
-        from vllm_spark.command_line import section_of
+        from vllm_spark.entrypoints.command_line import section_of
 
         section = section_of(self)
         if section is None:
             return original(self, *args, **kwargs)
-        from vllm_spark.activation import configure
+        from vllm_spark.entrypoints.serve import configure
 
         return configure(self, section, lambda: original(self, *args, **kwargs))
 

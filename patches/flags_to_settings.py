@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, *args: Any, **kwargs: Any) -> Any:
-        from vllm_spark.command_line import settings_of_command_line
+        from vllm_spark.entrypoints.command_line import settings_of_command_line
 
         parsed = args[0] if args else kwargs.get("args")
         config = settings_of_command_line(parsed)
         if config is None:
             return original(cls, *args, **kwargs)
-        from vllm_spark.activation import carry_settings
+        from vllm_spark.entrypoints.serve import carry_settings
 
         return carry_settings(config, parsed, lambda: original(cls, *args, **kwargs))
 

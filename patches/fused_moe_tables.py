@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     import functools
 
-    from vllm_spark.tuning import serving
+    from vllm_spark.kernels import runtime
 
     cached: Any = original  # by functools.lru_cache
     uncached: Callable[..., dict[int, Any] | None] = cached.__wrapped__
@@ -27,9 +27,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         def of_vllm() -> dict[int, Any] | None:
             return uncached(E, N, dtype, block_n, block_k)
 
-        if not serving.is_active():
+        if not runtime.is_active():
             return of_vllm()
-        return serving.choose_fused_moe_table(E, N, dtype, block_n, block_k, of_vllm)
+        return runtime.choose_fused_moe_table(E, N, dtype, block_n, block_k, of_vllm)
 
     maxsize: int | None = cached.cache_parameters()["maxsize"]
     return functools.lru_cache(maxsize=maxsize)(get_moe_configs)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.tuning import serving
+    from vllm_spark.kernels import runtime
 
     def should_use_atomic_add_reduce(m: int, n: int, k: int, device: Any, dtype: Any) -> bool:
         # Compilers trace this, with an m that has no number.
-        if serving.adds_atomically(n, k):
+        if runtime.adds_atomically(n, k):
             return True
         return bool(original(m, n, k, device, dtype))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.tuning import serving
+    from vllm_spark.kernels import runtime
 
     def moe_wna16_marlin_gemm(*args: Any, **kwargs: Any) -> Any:
-        calls = serving.marlin_calls(original) if serving.is_active() else None
+        calls = runtime.marlin_calls(original) if runtime.is_active() else None
         # vLLM gives sizes by name, and no tile.
         if calls is None or "size_m" not in kwargs or "thread_k" in kwargs:
             return original(*args, **kwargs)

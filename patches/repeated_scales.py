@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.quantization_groups import repeated
+    from vllm_spark.models.regroup import repeated
 
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
         return repeated(original(self, model_config, model), model_config.hf_config)

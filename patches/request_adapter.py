@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -14,7 +14,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     parameters = inspect.signature(original)
 
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_spark.client_adapters import compare_adapter
+        from vllm_spark.entrypoints.client_adapters import compare_adapter
 
         compare_adapter(self, parameters.bind(self, *args, **kwargs).arguments.get("lora_request"))
         return original(self, *args, **kwargs)

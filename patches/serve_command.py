@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def cmd(*given: Any, **kwargs: Any) -> Any:
-        from vllm_spark.command_line import asks_for_spark
+        from vllm_spark.entrypoints.command_line import asks_for_spark
 
         args = given[0] if given else kwargs.get("args")
         if not asks_for_spark(args):
             return original(*given, **kwargs)
-        from vllm_spark.activation import serve
+        from vllm_spark.entrypoints.serve import serve
 
         return serve(args, lambda: original(*given, **kwargs))
 

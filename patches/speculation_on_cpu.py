@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark.patches import Anchor, Patch
+from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:

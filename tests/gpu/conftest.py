@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _reason_to_skip() -> str | None:
     import torch
 
-    from vllm_spark.collective.device_runtime import KERNELS
+    from vllm_spark.collective.cuda_runtime import KERNELS
 
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
@@ -42,7 +42,7 @@ def _reason_to_skip() -> str | None:
 @pytest.fixture
 def make_pair() -> Iterator[Callable[..., Any]]:
     """Makes connected pairs with the given options, and closes them; `launch` may be a shape for each rank."""
-    from vllm_spark.bench.gpu_ranks import GpuPair
+    from vllm_spark.bench.ranks import GpuPair
     from vllm_spark.collective import LaunchShape, RuntimeOptions
 
     pairs: list[GpuPair] = []

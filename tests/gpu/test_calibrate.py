@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vllm_spark.cli import main
-from vllm_spark.config import SparkConfig
-from vllm_spark.launch_table import load_launch_table
+from vllm_spark.collective.launch_table import load_launch_table
+from vllm_spark.config.settings import SparkConfig
 
 
 @pytest.mark.parametrize("path", ["direct", "wire"])

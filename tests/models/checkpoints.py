@@ -1,4 +1,4 @@
-"""Tiny checkpoints beside those of `vllm_spark.tiny_model`: drafts, a vision-language model, a model with own code.
+"""Tiny checkpoints beside those of `vllm_spark.models.tiny`: drafts, a vision-language model, a model with own code.
 
 Each has random weights from a fixed seed, so that a draft's guesses are hardly ever right: steps reject them, and what
 is answered must be as without them.
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_spark import tiny_model
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models import tiny
+from vllm_spark.models.tiny import make_tiny_model
 
 OWN_CONFIGURATION = '''
 from transformers import Qwen3MoeConfig
@@ -30,7 +30,7 @@ class OwnConfig(Qwen3MoeConfig):
 def make_eagle3_head(folder: Path, target: Path) -> Path:
     """An EAGLE3 head for a model of `make_tiny_model`: one Llama layer, over three of the target's hidden states."""
     folder.mkdir()
-    hidden, heads, width = tiny_model.HIDDEN, tiny_model.HEADS, tiny_model.INTERMEDIATE
+    hidden, heads, width = tiny.HIDDEN, tiny.HEADS, tiny.INTERMEDIATE
     generator = torch.Generator().manual_seed(3)
     shapes = {
         "fc.weight": (hidden, 3 * hidden),
@@ -41,12 +41,10 @@ def make_eagle3_head(folder: Path, target: Path) -> Path:
         "midlayer.mlp.gate_proj.weight": (width, hidden),
         "midlayer.mlp.up_proj.weight": (width, hidden),
         "midlayer.mlp.down_proj.weight": (hidden, width),
-        "lm_head.weight": (tiny_model.VOCABULARY, hidden),
+        "lm_head.weight": (tiny.VOCABULARY, hidden),
     }
     norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
-    weights = {
-        name: torch.randn(shape, generator=generator) * tiny_model.WEIGHT_SCALE for name, shape in shapes.items()
-    }
+    weights = {name: torch.randn(shape, generator=generator) * tiny.WEIGHT_SCALE for name, shape in shapes.items()}
     weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
     embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
     weights["embed_tokens.weight"] = embedding.float()
@@ -56,15 +54,15 @@ def make_eagle3_head(folder: Path, target: Path) -> Path:
         {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
-            "vocab_size": tiny_model.VOCABULARY,
-            "draft_vocab_size": tiny_model.VOCABULARY,
+            "vocab_size": tiny.VOCABULARY,
+            "draft_vocab_size": tiny.VOCABULARY,
             "hidden_size": hidden,
             "intermediate_size": width,
             "num_hidden_layers": 1,
             "num_attention_heads": heads,
             "num_key_value_heads": heads // 2,
             "head_dim": hidden // heads,
-            "max_position_embeddings": tiny_model.CONTEXT,
+            "max_position_embeddings": tiny.CONTEXT,
             "rms_norm_eps": 1e-6,
             "tie_word_embeddings": False,
             # vLLM's own choice names one layer twice in a model of four.
@@ -87,10 +85,10 @@ def make_model_with_mtp(folder: Path) -> Path:
     make_tiny_model(folder, "dense")
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")
-    hidden, width = tiny_model.HIDDEN, tiny_model.INTERMEDIATE
+    hidden, width = tiny.HIDDEN, tiny.INTERMEDIATE
     generator = torch.Generator().manual_seed(5)
     weights = {name: value for name, value in weights.items() if "q_norm" not in name and "k_norm" not in name}
-    layers = [f"model.layers.{layer}" for layer in range(tiny_model.LAYERS)] + ["model.mtp_layers.0"]
+    layers = [f"model.layers.{layer}" for layer in range(tiny.LAYERS)] + ["model.mtp_layers.0"]
     for layer in layers:
         for part, size in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
             weights[f"{layer}.self_attn.{part}_proj.bias"] = torch.zeros(size, dtype=torch.bfloat16)
@@ -105,7 +103,7 @@ def make_model_with_mtp(folder: Path) -> Path:
         "mlp.down_proj": (hidden, width),
     }
     for name, shape in mtp.items():
-        value = torch.randn(shape, generator=generator) * tiny_model.WEIGHT_SCALE
+        value = torch.randn(shape, generator=generator) * tiny.WEIGHT_SCALE
         weights[f"model.mtp_layers.0.{name}.weight"] = value.to(torch.bfloat16)
     norms = ("token_layernorm", "hidden_layernorm", "final_layernorm", "input_layernorm", "post_attention_layernorm")
     for name in norms:
@@ -151,14 +149,14 @@ def make_vision_model(folder: Path) -> Path:
     hidden = 128
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": tiny_model.VOCABULARY + 64,
+            "vocab_size": tiny.VOCABULARY + 64,
             "hidden_size": hidden,
             "intermediate_size": 256,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "initializer_range": tiny_model.WEIGHT_SCALE,
-            "max_position_embeddings": tiny_model.CONTEXT,
+            "initializer_range": tiny.WEIGHT_SCALE,
+            "max_position_embeddings": tiny.CONTEXT,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
         },
         vision_config={
@@ -167,7 +165,7 @@ def make_vision_model(folder: Path) -> Path:
             "hidden_size": hidden,
             "num_heads": 4,
             "mlp_ratio": 2,
-            "initializer_range": tiny_model.WEIGHT_SCALE,
+            "initializer_range": tiny.WEIGHT_SCALE,
         },
         vision_start_token_id=start,
         vision_end_token_id=end,

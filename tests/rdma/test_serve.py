@@ -19,9 +19,9 @@ from tests.serve.hosts import Host
 from tests.serve.process import end_all
 from tests.serve.prompts import PROMPTS
 from tests.serve.servers import COMMON_ARGUMENTS, stock_tp1
-from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK
-from vllm_spark.process import program
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
+from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK
+from vllm_spark.processes.managed import program
 
 from .conftest import MACHINES
 from .machines import CannotRun, Command, Pair, booted

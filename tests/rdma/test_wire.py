@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.config import SparkConfig
-from vllm_spark.process import program
-from vllm_spark.wire_model import WireModel, fit, load_wire_model
+from vllm_spark.collective.link_model import WireModel, fit, load_wire_model
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.processes.managed import program
 
 from .machines import Command, Finished, Machine, Pair
 

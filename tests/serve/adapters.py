@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vllm_spark import tiny_model
+from vllm_spark.models import tiny
 
 RANK = 8
 
@@ -17,12 +17,10 @@ def make_adapter(folder: Path, seed: int = 0) -> Path:
 
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for layer in range(tiny_model.LAYERS):
+    for layer in range(tiny.LAYERS):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        weights[f"{name}.lora_A.weight"] = torch.randn(RANK, tiny_model.HIDDEN, generator=generator)
-        weights[f"{name}.lora_B.weight"] = torch.randn(
-            tiny_model.HEADS * tiny_model.HEAD_DIM, RANK, generator=generator
-        )
+        weights[f"{name}.lora_A.weight"] = torch.randn(RANK, tiny.HIDDEN, generator=generator)
+        weights[f"{name}.lora_B.weight"] = torch.randn(tiny.HEADS * tiny.HEAD_DIM, RANK, generator=generator)
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "bias": "none"}

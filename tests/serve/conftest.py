@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
 
 from . import process, prompts
 from .hosts import Host, Hosts, two_hosts

@@ -28,7 +28,7 @@ from typing import Literal
 
 import psutil
 
-from vllm_spark.process import POLL_SECONDS, clean_environment
+from vllm_spark.processes.managed import POLL_SECONDS, clean_environment
 
 from .process import Process, start
 

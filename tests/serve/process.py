@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from vllm_spark.process import POLL_SECONDS, Process, ProcessError
+from vllm_spark.processes.managed import POLL_SECONDS, Process, ProcessError
 
 __all__ = ["Process", "ProcessError", "assert_all_gone", "end_all", "start", "started"]
 

@@ -15,8 +15,8 @@ from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import answers, program
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import answers, program
 
 from .hosts import Host, Hosts
 from .process import Process, ProcessError

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_spark.process import POLL_SECONDS, Process
+from vllm_spark.processes.managed import POLL_SECONDS, Process
 
 SHARED = Path("/dev/shm")
 REGION = "vllm-spark-region"

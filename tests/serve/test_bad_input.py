@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.config import SparkConfig, flag_name
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import clean_environment, program
+from vllm_spark.config.settings import SparkConfig, flag_name
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import clean_environment, program
 
 from .hosts import Host
 from .imported_vllm import LEAVE_SECONDS, RUN_SECONDS, Order, Run

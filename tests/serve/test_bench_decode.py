@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import clean_environment, program
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import clean_environment, program
 
 from .process import Process, assert_all_gone, start
 

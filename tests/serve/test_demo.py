@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from vllm_spark.process import Process, clean_environment, program
+from vllm_spark.processes.managed import Process, clean_environment, program
 
 from . import shared_memory
 from .process import assert_all_gone

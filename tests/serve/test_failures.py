@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from vllm_spark.backend.ipc_folder import PREFIX
 from vllm_spark.errors import EXIT_LOST
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
-from vllm_spark.socket_folder import PREFIX
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import prompts, shared_memory
 from .hosts import Hosts
@@ -91,7 +91,11 @@ class Follower:
 
     def session(self) -> psutil.Process:
         """The process that follows the present leader."""
-        (session,) = (child for child in self.process.descendants() if "vllm_spark.follower_process" in child.cmdline())
+        (session,) = (
+            child
+            for child in self.process.descendants()
+            if "vllm_spark.entrypoints.follower_process" in child.cmdline()
+        )
         return session
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import EXIT_LOST
-from vllm_spark.executor.calls import LAST_CALL_OF_THE_START
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
+from vllm_spark.executor.rpc import LAST_CALL_OF_THE_START
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import prompts
 from .hosts import Hosts
@@ -75,7 +75,7 @@ DYING = """
 import json, os, sys
 from vllm import LLM, SamplingParams
 from vllm_spark.errors import PeerLostError
-from vllm_spark.counter_board import engine_failure
+from vllm_spark.backend.status import engine_failure
 model, prompt, settings = json.loads(sys.argv[1])
 common = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024}
 
@@ -183,7 +183,9 @@ def test_a_users_own_child_process_is_not_ended(
     leader.wait_for_line("^the start failed: the follower on .* start it again if it ended", 200)
     tokens = leader.wait_for_line(r"^generated: (\[\d+, .*\])$", 200)[1]
     assert json.loads(tokens) == reference_tokens[1]
-    (session,) = (child for child in follower.descendants() if "vllm_spark.follower_process" in child.cmdline())
+    (session,) = (
+        child for child in follower.descendants() if "vllm_spark.entrypoints.follower_process" in child.cmdline()
+    )
     session.kill()
     leader.wait_for_line("^generating failed: the follower on .* start it again if it ended", 60)
     leader.wait_for_line("^the user's finally ran$", 60)

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_spark.errors import EXIT_PROBLEM
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import prompts
 from .hosts import Host, Hosts

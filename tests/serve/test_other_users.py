@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from tests.hub import COMMIT, cache_model
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import prompts
 from .adapters import RANK, make_adapter

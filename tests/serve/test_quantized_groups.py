@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark import tiny_model
+from vllm_spark.models import tiny
 
 from . import prompts
 from .hosts import Hosts
@@ -35,8 +35,8 @@ def tiny_gptq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    monkeypatch.setattr(tiny_model, "INTERMEDIATE", WIDTH)
-    folder = tiny_model.make_tiny_model(tmp_path / "tiny-gptq", "dense")
+    monkeypatch.setattr(tiny, "INTERMEDIATE", WIDTH)
+    folder = tiny.make_tiny_model(tmp_path / "tiny-gptq", "dense")
     quantized: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if not name.endswith("_proj.weight"):

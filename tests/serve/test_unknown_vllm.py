@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import EXIT_USAGE
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import prompts
 from .hosts import Host

@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_spark.local_pair import CPU_ENVIRONMENT
-from vllm_spark.process import program
+from vllm_spark.processes.local import CPU_ENVIRONMENT
+from vllm_spark.processes.managed import program
 
 from . import shared_memory
 from .conftest import OneRank
@@ -37,7 +37,7 @@ def test_stock_classes_are_in_use(host: Host, tiny_moe: Path) -> None:
     assert seen["communicator"].startswith("vllm.")
     assert seen["executor"].startswith("vllm.v1.executor.")
     assert seen["additional_config"] == {}
-    assert "vllm_spark.patches" in seen["ours"], "the plugin was loaded"
+    assert "vllm_spark.compat.patching" in seen["ours"], "the plugin was loaded"
     assert "vllm_spark._native" not in seen["ours"]
     assert not [name for name in seen["ours"] if name.startswith(("vllm_spark.collective", "vllm_spark.executor"))]
 

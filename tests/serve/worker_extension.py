@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import torch
 
-from vllm_spark.executor.pair import Pair
-from vllm_spark.executor.pulse import Pulse
+from vllm_spark.executor.heartbeat import Pulse
+from vllm_spark.executor.leader import Pair
 
 
 class Saboteur:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spark.quantization_groups import repeated
-from vllm_spark.tuning import lookup, serving
-from vllm_spark.tuning.marlin_table import FOLDER, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
-from vllm_spark.tuning.marlin_table import store_marlin_table as store
+from vllm_spark.kernels import lookup, runtime
+from vllm_spark.kernels.marlin.table import FOLDER, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
+from vllm_spark.kernels.marlin.table import store_marlin_table as store
+from vllm_spark.models.regroup import repeated
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(600)
@@ -55,7 +55,7 @@ def assert_within_rounding(mine: torch.Tensor, theirs: torch.Tensor, *, weighted
 @pytest.fixture(scope="module", params=SHARDS)
 def weights(request: pytest.FixtureRequest) -> Iterator[tuple[MarlinShape, list[Any]]]:
     """A shape of the model and one layer's random weights."""
-    from vllm_spark.tuning.marlin_problem import random_weights
+    from vllm_spark.kernels.marlin.problem import random_weights
 
     shape = shard(request.param)
     yield shape, [random_weights(shape, seed=1)]
@@ -64,13 +64,13 @@ def weights(request: pytest.FixtureRequest) -> Iterator[tuple[MarlinShape, list[
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_tiles_agree_with_vllms_choice(weights: tuple[MarlinShape, list[Any]], rows: int) -> None:
-    from vllm_spark.tuning.marlin_problem import MarlinProblem
-    from vllm_spark.tuning.marlin_search import search_space
+    from vllm_spark.kernels.marlin.problem import MarlinProblem
+    from vllm_spark.kernels.marlin.search import search_space
 
     shape, layers = weights
     problem = MarlinProblem(shape, layers, rows, calls=1, seed=rows)
     default = problem.call(0, MarlinParameters()).clone()
-    candidates = search_space(shape, rows, serving.this_device())
+    candidates = search_space(shape, rows, runtime.this_device())
     assert len({(each.thread_k, each.thread_n) for each in candidates}) == 3, "every compiled tile divides these"
     for candidate in candidates:
         problem.output.fill_(torch.nan)
@@ -80,7 +80,7 @@ def test_tiles_agree_with_vllms_choice(weights: tuple[MarlinShape, list[Any]], r
 
 def test_other_weights_do_not_agree(weights: tuple[MarlinShape, list[Any]]) -> None:
     """What the comparison would say of a wrong result."""
-    from vllm_spark.tuning.marlin_problem import MarlinProblem, random_weights
+    from vllm_spark.kernels.marlin.problem import MarlinProblem, random_weights
 
     shape, layers = weights
     mine = MarlinProblem(shape, layers, 1, calls=1, seed=1).call(0, MarlinParameters()).clone()
@@ -96,8 +96,8 @@ def experts(shape_13: MarlinShape, shape_2: MarlinShape, rows: int) -> dict[str,
     """Arguments of vLLM's whole block of experts on Marlin."""
     from vllm.scalar_type import scalar_types
 
-    from vllm_spark.tuning.marlin_problem import random_weights
-    from vllm_spark.tuning.routing import route
+    from vllm_spark.kernels.marlin.problem import random_weights
+    from vllm_spark.kernels.tune.timing import route
 
     first, second = random_weights(shape_13, seed=3), random_weights(shape_2, seed=4)
     routed, chosen = (tensor.cuda() for tensor in route(rows, shape_13.experts, shape_13.top_k, 5))
@@ -132,11 +132,11 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def serving_with_tables() -> Iterator[None]:
     """What an engine of a pair does with its process."""
     engine = SimpleNamespace(additional_config={})
-    serving.start(engine)
+    runtime.start(engine)
     try:
         yield
     finally:
-        serving.stop(engine)
+        runtime.stop(engine)
 
 
 def test_vllms_experts_run_with_the_tables_parameters(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,14 +144,14 @@ def test_vllms_experts_run_with_the_tables_parameters(tables: Path, monkeypatch:
     import vllm._custom_ops as ops
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 
-    from vllm_spark.patches import all_patches
+    from vllm_spark.compat.patching import all_patches
 
     tiles = {
         "w13-tp2": MarlinRow(thread_k=128, thread_n=64, blocks_per_sm=2, block_size_m=8),
         "w2-tp2": MarlinRow(thread_k=128, thread_n=128, blocks_per_sm=1, block_size_m=8, use_atomic_add=True),
     }
     for name, row in tiles.items():
-        store(MarlinTable(device=serving.device_name(), shape=shard(name), rows={4: row}), tables / FOLDER)
+        store(MarlinTable(device=runtime.device_name(), shape=shard(name), rows={4: row}), tables / FOLDER)
     four, five = (experts(shard("w13-tp2"), shard("w2-tp2"), rows) for rows in (4, 5))
     default = fused_marlin_moe(**four).clone()
 

@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from vllm_spark import activation
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.entrypoints import serve
 
 
 def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,9 +22,9 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
         followed.append((config, once))
         return 5
 
-    monkeypatch.setattr("vllm_spark.following.follow_leaders", follow_leaders)
+    monkeypatch.setattr("vllm_spark.entrypoints.join.follow_leaders", follow_leaders)
     with pytest.raises(SystemExit) as end:
-        activation.serve(argparse.Namespace(spark=True, spark_port=2222), lambda args: None)
+        serve.serve(argparse.Namespace(spark=True, spark_port=2222), lambda args: None)
     assert end.value.code == 5
     ((config, once),) = followed
     assert (config.leader, config.port, config.max_frame_mib, once) == ("127.0.0.5", 2222, 7, True)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from vllm_spark.backend.support import adapter_refusal, adapter_refusal_in
 from vllm_spark.errors import RefusedError, SparkError
-from vllm_spark.executor import model_identity
-from vllm_spark.executor.adapters import FollowerAdapters, LeaderAdapters
-from vllm_spark.executor.endpoint import host_name
-from vllm_spark.executor.loaded_files import LoadedFiles
-from vllm_spark.refusals import adapter_refusal, adapter_refusal_in
+from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.model_files import comparison
+from vllm_spark.executor.model_files.adapters import FollowerAdapters, LeaderAdapters
+from vllm_spark.executor.model_files.loaded import LoadedFiles
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -112,7 +112,7 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
     ranks.follower.place_step(output)
     assert ranks.compared == 1
     reads: list[Path] = []
-    monkeypatch.setattr(model_identity, "_digest", lambda path: reads.append(path) or "")
+    monkeypatch.setattr(comparison, "_digest", lambda path: reads.append(path) or "")
     ranks.loaded = {1}
     for _ in range(3):
         output = step(request(adapter))

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_spark.after_import import after_import
+from vllm_spark.compat.after_import import after_import
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ from vllm_spark.bench.wire_report import as_json as as_wire_json
 from vllm_spark.bench.wire_report import as_tables, named
 from vllm_spark.bench.wire_report import plot as plot_wire
 from vllm_spark.cli import main
+from vllm_spark.collective.link_model import WireModel
 from vllm_spark.errors import SparkError
-from vllm_spark.process import program
-from vllm_spark.wire_model import WireModel
+from vllm_spark.processes.managed import program
 
 from .wires import wire_model
 
@@ -373,7 +373,7 @@ import sys, time
 from pathlib import Path
 import msgspec
 from vllm_spark.bench.decode_engine import Result
-from vllm_spark.data_file import write_whole
+from vllm_spark.files import write_whole
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
 write_whole(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
 {then}

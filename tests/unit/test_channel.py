@@ -22,20 +22,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spark.compat import installed_vllm
-from vllm_spark.config import SparkConfig
+from vllm_spark.compat.versions import installed_vllm
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
-from vllm_spark.executor import credentials
-from vllm_spark.executor import listener as listening
-from vllm_spark.executor.caller import Caller
-from vllm_spark.executor.channel import ChannelError, FrameTooLargeError, Kind, Lane
-from vllm_spark.executor.credentials import Role, tls_context
-from vllm_spark.executor.listener import Follower, Listener
-from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Hello, Offer, Reason
-from vllm_spark.executor.pulse import Pulse
-from vllm_spark.executor.secret import load_secret, make_secret
-from vllm_spark.executor.tls import TlsConnection
-from vllm_spark.executor.versions import Versions
+from vllm_spark.executor.channel import certificates
+from vllm_spark.executor.channel.certificates import Role, tls_context
+from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane
+from vllm_spark.executor.channel.secret import load_secret, make_secret
+from vllm_spark.executor.channel.tls import TlsConnection
+from vllm_spark.executor.handshake import server as listening
+from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.messages import CALLS, CONTROL, GROUPS, Hello, Offer, Reason
+from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.executor.heartbeat import Pulse
 
 from .folder_rights import no_entry
 
@@ -178,8 +178,8 @@ def test_a_secret_of_a_container_will_do(tmp_path: Path, owner: int, mode: int) 
     file.chmod(mode)
     os.chown(file, owner, owner)
     load = (
-        "from pathlib import Path; from vllm_spark.config import SparkConfig; "
-        "from vllm_spark.executor.secret import load_secret; "
+        "from pathlib import Path; from vllm_spark.config.settings import SparkConfig; "
+        "from vllm_spark.executor.channel.secret import load_secret; "
         f"print(load_secret(SparkConfig(secret_file=Path({str(file)!r})), '10.0.0.1', {{}}))"
     )
     folder = file.parent
@@ -214,8 +214,8 @@ def test_a_secret_where_nobody_may_look(tmp_path: Path) -> None:
 
 def test_processes_that_start_together_make_one_secret(tmp_path: Path) -> None:
     look = (
-        "from vllm_spark.config import SparkConfig\n"
-        "from vllm_spark.executor.secret import load_secret\n"
+        "from vllm_spark.config.settings import SparkConfig\n"
+        "from vllm_spark.executor.channel.secret import load_secret\n"
         "print(load_secret(SparkConfig(), '127.0.0.1', {}).decode())"
     )
     environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -268,10 +268,10 @@ def test_old_tls_is_refused(listener: Listener) -> None:
 
 def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
     """With the right secret, but in the wrong role."""
-    _, certificate, key = credentials._identity(SECRET, "leader")
+    _, certificate, key = certificates._identity(SECRET, "leader")
     impostor = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     impostor.check_hostname, impostor.verify_mode = False, ssl.CERT_NONE
-    credentials._load_identity(impostor, certificate, key)
+    certificates._load_identity(impostor, certificate, key)
     plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
     connection = TlsConnection(plain, impostor, server_side=False, timeout=5)
     hello = msgspec.json.encode(Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_spark import __version__, child_process
+from vllm_spark import __version__
 from vllm_spark.cli import main
-from vllm_spark.process import Process, clean_environment, program
+from vllm_spark.processes import child
+from vllm_spark.processes.managed import Process, clean_environment, program
 
 
 def spark(tmp_path: Path, *argv: str, **environment: str) -> Process:
@@ -129,7 +130,7 @@ def test_a_follower_stops_at_once_when_asked(tmp_path: Path, setting: str, state
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 looks for modules in the current folder first")
 def test_a_folder_of_the_same_name_is_not_taken_for_the_package(tmp_path: Path) -> None:
     (tmp_path / "vllm_spark").mkdir()
-    command = child_process.python_module("vllm_spark", "--version")
+    command = child.python_module("vllm_spark", "--version")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.split()[-1]) == (0, __version__), done.stderr
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.executor import credentials
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.channel import certificates
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words
 
 SECRET = b"one secret, long enough"
 SOURCE = Path(__file__).with_name("clock.cpp")
 FOLLOWER = """
 import datetime, socket, ssl, sys
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words
 print(datetime.datetime.now(datetime.timezone.utc).year, flush=True)
 plain = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30)
 try:
@@ -98,8 +98,8 @@ def test_a_clock_is_named_where_it_decides(
     clock: Path, monkeypatch: pytest.MonkeyPatch, year: int, here: str, there: str
 ) -> None:
     """A peer of another version may have certificates that begin and end."""
-    monkeypatch.setattr(credentials, "_VALID_FROM", datetime.datetime(2020, 1, 1))
-    monkeypatch.setattr(credentials, "_VALID_UNTIL", datetime.datetime(2120, 1, 1))
+    monkeypatch.setattr(certificates, "_VALID_FROM", datetime.datetime(2020, 1, 1))
+    monkeypatch.setattr(certificates, "_VALID_UNTIL", datetime.datetime(2120, 1, 1))
     outcome, output = meet(at(year, clock))
     assert "another secret" not in output[-1]
     assert there in output[-1]

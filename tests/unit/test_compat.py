@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_spark.compat import accepted_arguments, is_tested, source_version
+from vllm_spark.compat.versions import accepted_arguments, is_tested, source_version
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.27.1+nv25.12", "0.32.0+cpu", "0.33.1rc1.dev12+gabc1234.cu130"])

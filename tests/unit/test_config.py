@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_spark.cli.config import reference
-from vllm_spark.config import (
+from vllm_spark.config.settings import (
     SparkConfig,
     add_flags,
     enabled_by_environment,
@@ -178,7 +178,7 @@ def test_a_shortened_flag_is_typed_too() -> None:
 
 
 def test_the_largest_frame_fits_its_header() -> None:
-    from vllm_spark.executor.channel import _HEADER, MIB
+    from vllm_spark.executor.channel.framing import _HEADER, MIB
 
     _HEADER.pack(1, SparkConfig.resolve(flags={"max_frame_mib": 4095}, environment={}).max_frame_mib * MIB)
     with pytest.raises(ConfigurationError, match="--spark-max-frame-mib 4096"):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spark.backend.metrics import SparkCollector
+from vllm_spark.backend.status import BOARD_VARIABLE, CounterBoard, RankCounters
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.collective import Runtime, RuntimeOptions, install
-from vllm_spark.counter_board import BOARD_VARIABLE, CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.counters import local_counters
-from vllm_spark.metrics import SparkCollector
 
 ENGINE = """
-from vllm_spark.counter_board import CounterBoard, RankCounters
+from vllm_spark.backend.status import CounterBoard, RankCounters
 from vllm_spark.errors import PeerLostError
 board = CounterBoard.from_environment()
 board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
@@ -103,9 +103,7 @@ def test_a_reason_is_taken_back(board: CounterBoard) -> None:
 
 
 def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) -> None:
-    say = (
-        "from vllm_spark.counter_board import CounterBoard; board = CounterBoard.from_environment(); board.begin_work()"
-    )
+    say = "from vllm_spark.backend.status import CounterBoard; board = CounterBoard.from_environment(); board.begin_work()"
     engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
     assert engine.stdout is not None
     engine.stdout.readline()

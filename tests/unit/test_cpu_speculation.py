@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.patches import all_patches
+from vllm_spark.compat.patching import all_patches
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")

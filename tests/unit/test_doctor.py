@@ -17,20 +17,20 @@ import pytest
 from rich.console import Console
 
 from vllm_spark import _native
-from vllm_spark.config import SparkConfig
+from vllm_spark.collective.launch_table import LaunchTable, store_launch_table
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor import finding as finding_module
 from vllm_spark.doctor.examination import Machine, examine, is_bare
 from vllm_spark.doctor.finding import Finding, exit_code, worst
-from vllm_spark.doctor.firewall import check_reach
+from vllm_spark.doctor.network import check_reach
 from vllm_spark.doctor.rails import find_rails
+from vllm_spark.doctor.rdma import pinned_bytes, region_bytes
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
-from vllm_spark.doctor.region import pinned_bytes, region_bytes
 from vllm_spark.doctor.report import Report, show, to_json
 from vllm_spark.doctor.software import PLUGIN
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
-from vllm_spark.executor.secret import make_secret
-from vllm_spark.launch_table import LaunchTable, store_launch_table
+from vllm_spark.executor.channel.secret import make_secret
 
 from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
@@ -79,7 +79,7 @@ def assert_complete(found: Finding) -> None:
 HEALTHY = """
 import sys
 from pathlib import Path
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.examination import examine
 from vllm_spark.doctor.report import Report, to_json
 from vllm_spark.doctor.system import System

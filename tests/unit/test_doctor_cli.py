@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.cli import main
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.examination import examine, is_bare
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError
-from vllm_spark.executor.secret import load_secret, make_secret
-from vllm_spark.local_pair import free_ports
-from vllm_spark.process import Process, clean_environment, program
+from vllm_spark.executor.channel.secret import load_secret, make_secret
+from vllm_spark.processes.local import free_ports
+from vllm_spark.processes.managed import Process, clean_environment, program
 
 LINK = "10.0.0.1"
 
@@ -199,7 +199,7 @@ def test_examining_imports_neither_vllm_nor_torch() -> None:
     code = (
         "import sys\n"
         "from vllm_spark.cli import doctor\n"
-        "from vllm_spark.config import SparkConfig\n"
+        "from vllm_spark.config.settings import SparkConfig\n"
         "from vllm_spark.doctor.examination import examine\n"
         "from vllm_spark.doctor.system import System\n"
         "examine(System(), SparkConfig(), '10.0.0.2', thorough=True)\n"

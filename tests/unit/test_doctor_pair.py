@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor import pair
 from vllm_spark.doctor.examination import Machine, examine
 from vllm_spark.doctor.finding import Finding
@@ -21,12 +21,12 @@ from vllm_spark.doctor.pair import compare
 from vllm_spark.doctor.report import Report
 from vllm_spark.doctor.visit import Examination, answer, visit
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
-from vllm_spark.executor.caller import Caller
-from vllm_spark.executor.channel import Frame, Kind, Lane
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.messages import CONTROL
-from vllm_spark.executor.versions import Versions
-from vllm_spark.local_pair import free_ports
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import Frame, Kind, Lane
+from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.messages import CONTROL
+from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.processes.local import free_ports
 
 from .gb10_tree import Tree, gb10
 from .test_doctor import assert_complete, shown
@@ -291,7 +291,7 @@ def test_a_question_that_is_none() -> None:
 
 def test_a_leader_still_refuses_another_version() -> None:
     """Only the doctor takes whoever comes."""
-    from vllm_spark.executor.listener import Listener
+    from vllm_spark.executor.handshake.server import Listener
 
     listener = Listener("127.0.0.1", 0, tls_context(SECRET.encode(), "leader"), LIMIT)
     caller = follower(int(listener.endpoint.rpartition(":")[2]))

@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from vllm_spark import following
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.entrypoints import join
 from vllm_spark.executor.environment import (
     RECORD_VARIABLE,
     Environment,
@@ -177,7 +177,7 @@ import json, os, sys
 from pathlib import Path
 import msgspec
 from vllm_spark.executor.environment import Environment
-from vllm_spark.following import ADOPTED_VARIABLE, EXIT_RESTART, RESULT_VARIABLE
+from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, EXIT_RESTART, RESULT_VARIABLE
 with Path(sys.argv[0]).with_name("seen").open("a") as seen:
     print(os.environ.get("VLLM_USE_LAYERNAME"), os.environ.get("VLLM_MLA_DISABLE"), file=seen)
 if ADOPTED_VARIABLE not in os.environ:
@@ -190,10 +190,10 @@ sys.exit(7)
 def test_the_next_process_starts_with_the_leaders_environment(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whoever follows one leader only has not yet done so."""
     (tmp_path / "session.py").write_text(SESSION)
-    environment.setattr(following, "python_module", lambda name: [sys.executable, str(tmp_path / "session.py")])
+    environment.setattr(join, "python_module", lambda name: [sys.executable, str(tmp_path / "session.py")])
     environment.setenv("VLLM_MLA_DISABLE", "1")
     environment.setenv("SPARK_SECRET", "one of sixteen bytes")
-    assert following.follow_leaders(SparkConfig(), once=True) == 7
+    assert join.follow_leaders(SparkConfig(), once=True) == 7
     assert (tmp_path / "seen").read_text().splitlines() == ["None 1", "0 None"]
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import vllm_spark
-from vllm_spark.hooks import HOOKS
-from vllm_spark.patches import all_patches
+from vllm_spark.compat.hooks import HOOKS
+from vllm_spark.compat.patching import all_patches
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -22,7 +22,7 @@ import logging, sys
 sys.path[:0] = sys.argv[1:]
 logging.basicConfig(format="%(levelname)s %(message)s")
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.fit import check_vllm
+from vllm_spark.compat.check import check_vllm
 try:
     check_vllm()
     print("works")

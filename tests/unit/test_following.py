@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.executor.channel import Kind
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.listener import Listener
-from vllm_spark.executor.messages import Offer
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import Kind
+from vllm_spark.executor.handshake.messages import Offer
+from vllm_spark.executor.handshake.server import Listener
 
 from .test_channel import LIMIT, SECRET, port_of, wait_for
 from .test_leader_search import model_at, offer_of

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spark.backend.support import refuse_fp8_inputs_of_marlin
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
-from vllm_spark.local_pair import CPU_ENVIRONMENT, free_ports
-from vllm_spark.process import clean_environment
-from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
+from vllm_spark.processes.local import CPU_ENVIRONMENT, free_ports
+from vllm_spark.processes.managed import clean_environment
 
 REASON = "corrupts output on a GB10 (compute capability 12.1, vLLM issue 49546); leave it unset"
 
@@ -74,10 +74,10 @@ def test_the_follower_refuses() -> None:
     follow = """
 import pickle
 from types import SimpleNamespace
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.executor.follower import FollowerSession
-from vllm_spark.executor.session import Assignment
-from vllm_spark.launch_table import LaunchTable
+from vllm_spark.executor.bootstrap import Assignment
+from vllm_spark.collective.launch_table import LaunchTable
 assignment = Assignment(None, SparkConfig(), LaunchTable(), {})
 calls = SimpleNamespace(expect=lambda *kinds, timeout: SimpleNamespace(payload=pickle.dumps(assignment)))
 try:

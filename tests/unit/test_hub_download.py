@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.hub import COMMIT, Hub, cache_model, hub_of
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -23,7 +23,7 @@ import json, sys
 import msgspec
 from vllm.engine.arg_utils import EngineArgs
 from vllm_spark.errors import SparkError
-from vllm_spark.executor.loaded_files import files_of
+from vllm_spark.executor.model_files.loaded import files_of
 
 config = EngineArgs(**json.loads(sys.argv[1])).create_engine_config()
 try:
@@ -36,8 +36,8 @@ FOLLOWER = """
 import json, sys
 import msgspec
 from vllm_spark.errors import SparkError
-from vllm_spark.executor.loaded_files import LoadedFiles
-from vllm_spark.executor.own_files import find_own
+from vllm_spark.executor.model_files.loaded import LoadedFiles
+from vllm_spark.executor.model_files.own import find_own
 
 try:
     found = [str(find_own(each)) for each in msgspec.json.decode(sys.argv[1], type=list[LoadedFiles])]

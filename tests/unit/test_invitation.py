@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.config import SparkConfig
-from vllm_spark.executor.invitation import join_command, serve_command
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.executor.handshake.messages import join_command, serve_command
 
 
 def test_the_follower_is_told_where_and_with_which_secret() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.collective import LaunchShape
-from vllm_spark.config import SparkConfig
+from vllm_spark.collective.launch_table import LaunchTable, default_path, load_launch_table, store_launch_table
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.launch_table import LaunchTable, default_path, load_launch_table, store_launch_table
 
 from .folder_rights import no_entry
 

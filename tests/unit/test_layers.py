@@ -13,9 +13,12 @@ import pytest
 
 PACKAGE = "vllm_spark"
 ROOT = Path(__file__).parents[2]
+LINKED = ("patches", "configs")
+"""Subpackages that lie at the top of the tree; their place in the package is a link, which `rglob` does not follow."""
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in (ROOT / PACKAGE).rglob("*.py")
+    for folder in (PACKAGE, *(f"{PACKAGE}/{name}" for name in LINKED))
+    for path in (ROOT / folder).rglob("*.py")
 }
 NATIVE = f"{PACKAGE}._native"
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.config import SparkConfig
-from vllm_spark.counter_board import BOARD_VARIABLE, CounterBoard
-from vllm_spark.executor import leader
-from vllm_spark.executor import pair as pair_module
-from vllm_spark.executor.calls import LAST_CALL_OF_THE_START, RemoteError, decode_header, encode_result
-from vllm_spark.executor.channel import Kind, Lane
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.leader import SparkExecutor, give_up_unfinished_start
-from vllm_spark.executor.listener import Follower, Listener
-from vllm_spark.executor.pair import Pair
-from vllm_spark.patches import all_patches
-from vllm_spark.tuning import serving
+from vllm_spark.backend.status import BOARD_VARIABLE, CounterBoard
+from vllm_spark.compat.patching import all_patches
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.executor import executor as leader
+from vllm_spark.executor import leader as pair_module
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.executor.executor import SparkExecutor, give_up_unfinished_start
+from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.rpc import LAST_CALL_OF_THE_START, RemoteError, decode_header, encode_result
+from vllm_spark.kernels import runtime
 
 from .test_channel import LIMIT, SECRET, lanes
 
@@ -51,7 +51,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
         self._pair, self.driver_worker = pair, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
-    monkeypatch.setattr(serving, "_served", None)
+    monkeypatch.setattr(runtime, "_served", None)
     monkeypatch.setenv(BOARD_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
@@ -67,11 +67,11 @@ def held_by(executor: Any) -> tuple[Pair, Worker]:
 def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecutor) -> None:
     """Also one without a pair, before its configuration is made: the port is looked at there."""
     pair, worker = held_by(executor)
-    serving._served = executor.vllm_config
+    runtime._served = executor.vllm_config
     found: list[tuple[bool, bool]] = []
 
     def create(engine_args: Any) -> str:
-        found.append((pair.closing, serving.is_active()))
+        found.append((pair.closing, runtime.is_active()))
         return "made"
 
     patch = next(each for each in all_patches() if each.name == "executor-choice")

@@ -14,16 +14,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
-from vllm_spark.executor import leader_search
-from vllm_spark.executor.caller import Caller
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.leader_search import Found, LeaderSearch
-from vllm_spark.executor.listener import Follower, Listener
-from vllm_spark.executor.loaded_files import LoadedFiles
-from vllm_spark.executor.messages import CALLS, CONTROL, GROUPS, Offer
-from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.handshake import leader_search
+from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.leader_search import Found, LeaderSearch
+from vllm_spark.executor.handshake.messages import CALLS, CONTROL, GROUPS, Offer
+from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.model_files.comparison import ModelIdentity
+from vllm_spark.executor.model_files.loaded import LoadedFiles
 
 from .test_channel import LIMIT, OTHER, SECRET, caller, listener, wait_for
 
@@ -193,7 +193,7 @@ def test_a_follower_that_takes_its_time_says_what_it_does(
 ) -> None:
     """The leader waits for as long as it does: a download may take hours."""
     monkeypatch.setattr(leader_search, "PROGRESS_INTERVAL", 0.1)
-    monkeypatch.setattr("vllm_spark.executor.listener._OFFER_TIMEOUT", 1.0)
+    monkeypatch.setattr("vllm_spark.executor.handshake.server._OFFER_TIMEOUT", 1.0)
     model = model_at(tmp_path / "model")
     offer, downloaded = offer_of(model), threading.Event()
 

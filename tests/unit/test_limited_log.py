@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_spark.executor.limited_log import LimitedLog
-from vllm_spark.executor.listener import Listener
+from vllm_spark.executor.handshake.limited_log import LimitedLog
+from vllm_spark.executor.handshake.server import Listener
 
 from .test_channel import LIMIT, SECRET, assert_usable, port_of, tls_context, wait_for
 

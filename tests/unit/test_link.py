@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.link import leader_address, resolve_master
-from vllm_spark.executor.session import use_link_interface
+from vllm_spark.executor.bootstrap import use_link_interface
+from vllm_spark.executor.channel.addresses import leader_address, resolve_master
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_rank_0_of_a_launcher_listens_where_rank_1_looks(launcher: pytest.Monkey
 
 @pytest.mark.parametrize("change", [{"RANK": "1"}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": ""}])
 def test_without_a_launcher_its_variables_do_not_count(launcher: pytest.MonkeyPatch, change: dict[str, str]) -> None:
-    launcher.setattr("vllm_spark.executor.link._rdma_addresses", list)
+    launcher.setattr("vllm_spark.executor.channel.addresses._rdma_addresses", list)
     for name, value in change.items():
         launcher.setenv(name, value)
     assert leader_address(SparkConfig()) == "127.0.0.1"

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from vllm_spark.collective.link_keeper import LinkKeeper
+from vllm_spark.collective.link_thread import LinkKeeper
 
 
 class Native:

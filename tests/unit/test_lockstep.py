@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_spark.executor.lockstep import DriftError, TokenLedger, WorkerRandomState
+from vllm_spark.executor.token_check import DriftError, TokenLedger, WorkerRandomState
 
 Step = list[list[int]]
 steps = st.lists(

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 
-from vllm_spark.counter_board import CounterBoard
+from vllm_spark.backend.logging import share_vllms_log
+from vllm_spark.backend.status import CounterBoard
 from vllm_spark.errors import PeerLostError
-from vllm_spark.logs import share_vllms_log
 
 
 @pytest.fixture

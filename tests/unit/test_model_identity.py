@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.loaded_files import existing_path, missing_weights
-from vllm_spark.executor.model_identity import ModelIdentity
+from vllm_spark.executor.model_files.comparison import ModelIdentity
+from vllm_spark.executor.model_files.loaded import existing_path, missing_weights
 
 from .folder_rights import no_entry
 

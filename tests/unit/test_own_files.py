@@ -10,11 +10,11 @@ import pytest
 
 from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.endpoint import host_name
-from vllm_spark.executor.hub_cache import HubPlace, cached_snapshot, hub_place_of
-from vllm_spark.executor.loaded_files import LoadedFiles, Origin
-from vllm_spark.executor.model_identity import Kind, ModelIdentity
-from vllm_spark.executor.own_files import find_own
+from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity
+from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
+from vllm_spark.executor.model_files.loaded import LoadedFiles, Origin
+from vllm_spark.executor.model_files.own import find_own
 
 from .folder_rights import no_entry
 

@@ -6,7 +6,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from types import ModuleType
 
-from vllm_spark.executor.parent import in_engine_process
+from vllm_spark.processes.child import in_engine_process
 
 
 def test_only_vllms_own_function_makes_a_process_an_engines() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from vllm_spark import patches
-from vllm_spark.hooks import HOOKS
-from vllm_spark.patches import Anchor, Patch, When, all_patches, state_of
+from vllm_spark.compat import patching
+from vllm_spark.compat.hooks import HOOKS
+from vllm_spark.compat.patching import Anchor, Patch, When, all_patches, state_of
 
 SOURCE = '''
 class Engine:
@@ -85,10 +85,10 @@ def patch_for(package: str, method: str, fingerprints: dict[str, str] | None = N
 
 def test_patches_apply_once_and_keep_the_kind_of_method(fake_package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [patch_for(fake_package, method) for method in ("plain", "made", "method")]
-    monkeypatch.setattr(patches, "all_patches", lambda: made)
+    monkeypatch.setattr(patching, "all_patches", lambda: made)
     assert [state_of(patch) for patch in made] == ["ready"] * 3
-    patches.apply_all("serving")
-    patches.apply_all("serving")
+    patching.apply_all("serving")
+    patching.apply_all("serving")
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1, b=2) == ("new", 3)
     assert engine().plain(1) == ("new", 2)
@@ -106,9 +106,9 @@ def test_an_unknown_source_disables_that_feature_alone(
     absent = Patch(
         "absent", Anchor("no_such_package.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old, "serving"
     )
-    monkeypatch.setattr(patches, "all_patches", lambda: [unknown, gone, absent, known])
+    monkeypatch.setattr(patching, "all_patches", lambda: [unknown, gone, absent, known])
     with caplog.at_level(logging.WARNING):
-        patches.apply_all("serving")
+        patching.apply_all("serving")
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1) == 2
     assert engine().method() == ("new", 1)
@@ -126,9 +126,9 @@ def test_patches_of_the_start_wait_for_their_module(
     """They are made without a look at the source, and of what is not there the log tells."""
     unknown = patch_for(fake_package, "plain", {"000000000000": "1.0"}, "start")
     gone = Patch("not-there", Anchor(f"{fake_package}.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old)
-    monkeypatch.setattr(patches, "all_patches", lambda: [unknown, gone, patch_for(fake_package, "method")])
-    patches.watch_imports()
-    patches.watch_imports()
+    monkeypatch.setattr(patching, "all_patches", lambda: [unknown, gone, patch_for(fake_package, "method")])
+    patching.watch_imports()
+    patching.watch_imports()
     assert f"{fake_package}.engine" not in sys.modules
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1) == ("new", 2)
@@ -142,7 +142,7 @@ import vllm.engine.arg_utils
 if sys.argv[1] == "serve":
     import vllm.entrypoints.cli.serve
 before = set(sys.modules)
-from vllm_spark.plugin import register
+from vllm_spark.entrypoints.plugin import register
 register()
 if sys.argv[1] == "serve":
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -159,18 +159,18 @@ def test_a_process_without_the_flag_loads_a_few_modules_of_this_package_alone(pr
     environment = os.environ | {"VLLM_PLUGINS": "spark"}  # without vLLM's own plugins
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=True, env=environment)
     loaded = json.loads(done.stdout.splitlines()[-1])
-    assert "vllm_spark.patches" in loaded
+    assert "vllm_spark.compat.patching" in loaded
     assert [name for name in loaded if name.partition(".")[0] != "vllm_spark"] == []
     assert len(loaded) <= 10
-    assert "vllm_spark.activation" not in loaded
+    assert "vllm_spark.entrypoints.serve" not in loaded
 
 
 def test_the_plugin_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from vllm_spark.plugin import register
+    from vllm_spark.entrypoints.plugin import register
 
     def broken() -> list[Patch]:
         raise RuntimeError("a patch file is broken")
 
-    monkeypatch.setattr(patches, "all_patches", broken)
+    monkeypatch.setattr(patching, "all_patches", broken)
     register()
     assert "vLLM goes on without it" in caplog.text

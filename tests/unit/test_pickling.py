@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.calls import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, decode_call, decode_header, encode_call
 from vllm_spark.executor.pickling import dumps_configuration
+from vllm_spark.executor.rpc import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, decode_call, decode_header, encode_call
 
 SENDING = """
 import sys
 from types import SimpleNamespace
-from vllm_spark.executor.calls import encode_call, encode_result
+from vllm_spark.executor.rpc import encode_call, encode_result
 from vllm_spark.executor.pickling import dumps_configuration
 
 class Own:
@@ -63,7 +63,7 @@ def test_a_call_with_functions_and_classes_of_a_script() -> None:
 
 
 def test_a_step_with_a_new_request_and_a_result_with_classes_of_a_script() -> None:
-    from vllm_spark.executor.calls import decode_reply
+    from vllm_spark.executor.rpc import decode_reply
 
     assert decode_call(sent("step")).args[0].scheduled_new_reqs[0].double() == 10
     assert decode_reply(sent("result")).double() == 6

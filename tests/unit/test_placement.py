@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.placement import place_files
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_spark.executor.loaded_files import files_of
+from vllm_spark.executor.model_files.loaded import files_of
 
 
 @pytest.fixture(scope="module")

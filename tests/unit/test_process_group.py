@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.local_pair import free_ports
+from vllm_spark.processes.local import free_ports
 
 ROOT = Path(__file__).parents[2]
 BOUND = 90.0
@@ -124,7 +124,7 @@ def test_only_tensors_of_the_cpu(device: str) -> None:
     import torch
 
     from vllm_spark.errors import SparkError
-    from vllm_spark.process_group import _bytes_of
+    from vllm_spark.executor.groups.process_group import _bytes_of
 
     with pytest.raises(SparkError, match=f"a tensor on {device} was given to a process group for the CPU"):
         _bytes_of([torch.empty(1, device=device)])

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spark import quantization_groups
-from vllm_spark.data_folders import data_folder
+from vllm_spark.compat.patching import all_patches
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.patches import all_patches
-from vllm_spark.quantization_groups import repeat_where_groups_straddle, repeated, straddling, with_groups_that_fit
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.files import configs_folder
+from vllm_spark.models import regroup
+from vllm_spark.models.regroup import repeat_where_groups_straddle, repeated, straddling, with_groups_that_fit
+from vllm_spark.models.tiny import make_tiny_model
 
 RANKS = 2
 PACKED = 8  # weights of 4 bits in an int32
@@ -199,7 +199,7 @@ def test_experts_whose_width_is_called_otherwise() -> None:
 
 
 def shipped(model: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((data_folder("configs") / "models" / model / "config.json").read_text())
+    content: dict[str, Any] = json.loads((configs_folder() / "models" / model / "config.json").read_text())
     return content
 
 
@@ -332,7 +332,7 @@ def test_parts_that_no_group_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         repeat_where_groups_straddle(vllm_config(narrow, GPTQ | {"group_size": 32}), RANKS)
     with pytest.raises(ConfigurationError, match="does not work with --load-format tensorizer"):
         repeat_where_groups_straddle(vllm_config(GLM_4_5_AIR, GPTQ, "tensorizer"), RANKS)
-    monkeypatch.setattr(quantization_groups, "state_of", lambda patch: "unknown source")
+    monkeypatch.setattr(regroup, "state_of", lambda patch: "unknown source")
     with pytest.raises(ConfigurationError, match="does not work with this version of vLLM"):
         repeat_where_groups_straddle(vllm_config(GLM_4_5_AIR, GPTQ), RANKS)
 

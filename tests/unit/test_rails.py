@@ -10,7 +10,7 @@ import pytest
 
 from vllm_spark import _native
 from vllm_spark.collective import UsageError, local_ports, rails
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
 
 FORM = "write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX, such as mlx5_0:1:3"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from vllm_spark.backend.support import EXECUTOR, keep_collectives, refuse_configuration, vllms_objections
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.refusals import EXECUTOR, keep_collectives, refuse_configuration, vllms_objections
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.models.tiny import make_tiny_model
 
 from .folder_rights import no_entry
 

@@ -11,10 +11,10 @@ import pytest
 
 from vllm_spark import _native
 from vllm_spark.collective import RuntimeOptions
-from vllm_spark.config import SparkConfig
+from vllm_spark.collective.launch_table import LaunchTable
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.session import Transport, runtime_options
-from vllm_spark.launch_table import LaunchTable
+from vllm_spark.executor.bootstrap import Transport, runtime_options
 from vllm_spark.ranks import RANKS, WORLD_SIZE
 
 CONTEXT: dict[str, dict[str, Any]] = {

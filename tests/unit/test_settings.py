@@ -12,9 +12,9 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from vllm_spark.config import SparkConfig
-from vllm_spark.settings import SECTION, add_compiled, attach_settings, settings_of
-from vllm_spark.tiny_model import make_tiny_model
+from vllm_spark.config.attachment import SECTION, add_compiled, attach_settings, settings_of
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_spark.errors import PeerLostError, SparkError
-from vllm_spark.executor.channel import Kind
-from vllm_spark.executor.pulse import Pulse
-from vllm_spark.executor.silence import Silence
+from vllm_spark.executor.channel.framing import Kind
+from vllm_spark.executor.heartbeat import Pulse, Silence
 
 from .test_channel import lanes, wait_for
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.socket_folder import PREFIX, VARIABLE, make_socket_folder
+from vllm_spark.backend.ipc_folder import PREFIX, VARIABLE, make_socket_folder
 
 OWNER = """
 import os, sys
-from vllm_spark.socket_folder import make_socket_folder
+from vllm_spark.backend.ipc_folder import make_socket_folder
 make_socket_folder()
 print(os.environ.get("VLLM_RPC_BASE_PATH"), flush=True)
 sys.stdin.read()
@@ -111,7 +111,7 @@ def test_the_engine_removes_it_after_its_owners_death(start: Callable[..., Owner
     folder = folder_of(killed)
     killed.kill()
     killed.wait()
-    code = "from vllm_spark.socket_folder import remove_socket_folder as remove; remove()"
+    code = "from vllm_spark.backend.ipc_folder import remove_socket_folder as remove; remove()"
     start(code, **{VARIABLE: str(folder)}).communicate()
     assert not folder.exists()
 
@@ -122,7 +122,7 @@ def test_a_users_own_folder_stays(start: Callable[..., Owner], folders: Path) ->
     owner = start(**{VARIABLE: str(theirs)})
     assert folder_of(owner) == theirs
     owner.communicate()
-    code = "from vllm_spark.socket_folder import remove_socket_folder as remove; remove()"
+    code = "from vllm_spark.backend.ipc_folder import remove_socket_folder as remove; remove()"
     start(code, **{VARIABLE: str(theirs)}).communicate()
     assert list(folders.iterdir()) == [theirs]
 

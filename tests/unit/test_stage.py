@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from vllm_spark.errors import SparkError
-from vllm_spark.stage import KEPT_LOGS, set_stage
+from vllm_spark.processes.group import KEPT_LOGS, set_stage
 
 
 def fail(console: Console) -> None:

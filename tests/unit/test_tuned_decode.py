@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from vllm_spark.bench import decode, tuned_decode
-from vllm_spark.bench.shard_as_model import shard_as_model
-from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.tuning.layers import Dense, Layer, model_layers
+from vllm_spark.files import configs_folder
+from vllm_spark.models.layers import Dense, Layer, model_layers
+from vllm_spark.models.shard import shard_as_model
 
 
 def shipped(model: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((data_folder("configs") / "models" / model / "config.json").read_text())
+    content: dict[str, Any] = json.loads((configs_folder() / "models" / model / "config.json").read_text())
     return content
 
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_spark.bench.shard_as_model import shard_as_model
-from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.quantization_groups import straddling, with_groups_that_fit
-from vllm_spark.tuning.layers import Experts, model_layers
-from vllm_spark.tuning.table_shapes import fused_moe_shape, marlin_shapes
-from vllm_spark.tuning.tuned_model import TunedModel, layers_as_served, shapes_of
-from vllm_spark.tuning.weights import Bf16, Fp8Block, Int4, refuse_other_descriptions
+from vllm_spark.files import configs_folder
+from vllm_spark.kernels.tune.table_shapes import fused_moe_shape, marlin_shapes
+from vllm_spark.kernels.tune.tuned_model import TunedModel, layers_as_served, shapes_of
+from vllm_spark.models.layers import Experts, model_layers
+from vllm_spark.models.regroup import straddling, with_groups_that_fit
+from vllm_spark.models.shard import shard_as_model
+from vllm_spark.models.weights import Bf16, Fp8Block, Int4, refuse_other_descriptions
 
 MODEL = "qwen3-30b-a3b-int4"
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
@@ -46,7 +46,7 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 
 def short(name: str) -> dict[str, Any]:
     """A model that comes along, with all that may be in its config.json, and so few layers that many fit a test."""
-    content: dict[str, Any] = json.loads((data_folder("configs") / "models" / name / "config.json").read_text())
+    content: dict[str, Any] = json.loads((configs_folder() / "models" / name / "config.json").read_text())
     text = content.get("text_config", content)
     text["num_hidden_layers"] = 4
     if "layer_types" in text:

@@ -17,23 +17,23 @@ import pytest
 
 from vllm_spark.cli import main
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.tuning.check import CheckReport, check_tables
-from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
-from vllm_spark.tuning.check_marlin import _gemm
-from vllm_spark.tuning.derive import write_tables
-from vllm_spark.tuning.fused_moe_compile import Compiled, compile_row, kernel_source, unavailable
-from vllm_spark.tuning.fused_moe_default import default_row, default_table
-from vllm_spark.tuning.fused_moe_table import (
+from vllm_spark.kernels.check import CheckReport, check_tables
+from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
+from vllm_spark.kernels.fused_moe.compile import Compiled, compile_row, kernel_source, unavailable
+from vllm_spark.kernels.fused_moe.shapes import default_row, default_table
+from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
     provenance_path,
     store_fused_moe_table,
 )
-from vllm_spark.tuning.lookup import shipped_folder
-from vllm_spark.tuning.marlin_table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
-from vllm_spark.tuning.provenance import Provenance
-from vllm_spark.tuning.weights import Int4
+from vllm_spark.kernels.lookup import shipped_folder
+from vllm_spark.kernels.marlin.check import _gemm
+from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
+from vllm_spark.kernels.table import Provenance
+from vllm_spark.kernels.tune.derive import write_tables
+from vllm_spark.models.weights import Int4
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 TUNED = Provenance(kind="derived", rule="a test's")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.unit.test_vllm_sources import sources  # noqa: F401  (a fixture)
-from vllm_spark.tuning.fused_moe_compile import CompileError, compile_row
-from vllm_spark.tuning.fused_moe_default import default_row
-from vllm_spark.tuning.fused_moe_table import FusedMoeShape
+from vllm_spark.kernels.fused_moe.compile import CompileError, compile_row
+from vllm_spark.kernels.fused_moe.shapes import default_row
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape
 
 FILE = Path("vllm", "model_executor", "layers", "fused_moe", "fused_moe.py")
 ROW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}

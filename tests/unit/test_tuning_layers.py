@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.tuning.layers import Dense, Experts, Layer, model_layers
-from vllm_spark.tuning.table_shapes import fused_moe_shape, marlin_shapes
-from vllm_spark.tuning.tuned_model import layers_as_served
-from vllm_spark.tuning.weights import Bf16, Fp8Block, Fp8Channel, Int4, Int8, Mxfp4, Weights
+from vllm_spark.files import configs_folder
+from vllm_spark.kernels.tune.table_shapes import fused_moe_shape, marlin_shapes
+from vllm_spark.kernels.tune.tuned_model import layers_as_served
+from vllm_spark.models.layers import Dense, Experts, Layer, model_layers
+from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4, Int8, Mxfp4, Weights
 
-MODELS = sorted(path.name for path in (data_folder("configs") / "models").iterdir())
+MODELS = sorted(path.name for path in (configs_folder() / "models").iterdir())
 
 
 def config_of(model: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((data_folder("configs") / "models" / model / "config.json").read_text())
+    loaded: dict[str, Any] = json.loads((configs_folder() / "models" / model / "config.json").read_text())
     return loaded
 
 
@@ -266,7 +266,7 @@ def test_one_sentence_for_what_is_not_known(change: dict[str, Any], tp: int, wor
 
 def test_every_model_says_where_its_numbers_came_from() -> None:
     for model in MODELS:
-        file = data_folder("configs") / "models" / model / "provenance.json"
+        file = configs_folder() / "models" / model / "provenance.json"
         content = json.loads(file.read_text())
         assert set(content) == {"sources", "unverified"}, model
         assert {"architecture", "quantization"} <= set(content["sources"]), model

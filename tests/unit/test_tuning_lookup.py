@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.tuning import fused_moe_table, lookup, marlin_table, serving
-from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters, own_row
-from vllm_spark.tuning.fused_moe_table import (
+from vllm_spark.kernels import lookup, runtime
+from vllm_spark.kernels.devices import GB10
+from vllm_spark.kernels.fused_moe import table as fused_moe_table
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
     provenance_path,
     store_fused_moe_table,
 )
-from vllm_spark.tuning.gb10 import GB10
-from vllm_spark.tuning.marlin_calls import MarlinCalls
-from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinRow, MarlinShape, MarlinTable, store_marlin_table
-from vllm_spark.tuning.provenance import VLLM_DEFAULT, Provenance
+from vllm_spark.kernels.marlin import table as marlin_table
+from vllm_spark.kernels.marlin.calls import MarlinCalls
+from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinRow, MarlinShape, MarlinTable, store_marlin_table
+from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
 
 from .folder_rights import no_entry
 
@@ -47,7 +49,7 @@ class Folders:
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(lookup, "configs_folder", lambda: tmp_path / "configs")
     lookup.forget()
     user = lookup.user_folder()
     assert user is not None
@@ -345,7 +347,7 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
 
 @pytest.fixture
 def on_gb10(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     return folders
 
 
@@ -353,7 +355,7 @@ VLLMS = {1: {"BLOCK_SIZE_N": 256}}
 
 
 def chosen(of_vllm: Callable[[], Any] = lambda: VLLMS) -> Any:
-    found = serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, of_vllm)
+    found = runtime.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, of_vllm)
     return found and found[1]["BLOCK_SIZE_N"]
 
 
@@ -394,8 +396,8 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
 
 def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, FusedMoeParameters | None]) -> None:
     """A table of the tuner, of whose rows some are vLLM's; with rows that this vLLM would not choose."""
-    from vllm_spark.tuning.outcome import FusedMoeOutcome
-    from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
+    from vllm_spark.kernels.tune.results import FusedMoeOutcome
+    from vllm_spark.kernels.tune.tuner import NewFusedMoeTable, store, tables
 
     versions = {"vllm": vllm}
     outcomes = [
@@ -427,7 +429,7 @@ def this_vllm() -> str:
 def taken(shape: FusedMoeExperts) -> dict[int, Any] | None:
     lookup.forget()
     height, width = shape.block_shape or (None, None)
-    return serving.choose_fused_moe_table(shape.experts, shape.intermediate, shape.dtype, height, width, lambda: None)
+    return runtime.choose_fused_moe_table(shape.experts, shape.intermediate, shape.dtype, height, width, lambda: None)
 
 
 @pytest.mark.parametrize("shape", [EXPERTS, EXPERTS.model_copy(update={"dtype": "fp8_w8a8"}), FP8_BLOCK])
@@ -474,29 +476,29 @@ def test_batch_invariance_takes_no_table(on_gb10: Folders, monkeypatch: pytest.M
 
 
 def test_layers_with_atomic_add(on_gb10: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_spark import platform
+    from vllm_spark.backend import platform
 
     monkeypatch.setattr(platform, "compute_capability", lambda: (12, 1))
     dense = MarlinShape(
         kernel="dense", experts=1, top_k=1, size_n=512, size_k=2048, group_size=128, quant_type="uint4b8"
     )
     own: dict[str, Any] = {"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1, "block_size_m": None}
-    assert serving.layers_with_atomic_add() == frozenset()
+    assert runtime.layers_with_atomic_add() == frozenset()
     store_marlin(on_gb10.shipped, dense, **own, use_atomic_add=True)
     store_marlin(on_gb10.shipped, dense.model_copy(update={"size_n": 1024}), **own)
-    assert serving.layers_with_atomic_add() == {(512, 2048)}
+    assert runtime.layers_with_atomic_add() == {(512, 2048)}
     monkeypatch.setattr(platform, "compute_capability", lambda: (8, 9))
-    assert serving.layers_with_atomic_add() == frozenset(), "it has no such instruction for bfloat16"
+    assert runtime.layers_with_atomic_add() == frozenset(), "it has no such instruction for bfloat16"
     monkeypatch.setattr(platform, "compute_capability", lambda: (12, 1))
     store_marlin(on_gb10.user, dense, **own)
-    assert serving.layers_with_atomic_add() == frozenset(), "the user's own says no"
+    assert runtime.layers_with_atomic_add() == frozenset(), "the user's own says no"
 
 
 def test_tables_for_a_device(on_gb10: Folders) -> None:
-    assert not serving.has_tables(GB10.name)
+    assert not runtime.has_tables(GB10.name)
     store_moe(on_gb10.shipped, 64)
-    assert serving.has_tables(GB10.name)
-    assert not serving.has_tables("NVIDIA_GB1")
+    assert runtime.has_tables(GB10.name)
+    assert not runtime.has_tables("NVIDIA_GB1")
 
 
 def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -> None:
@@ -518,8 +520,8 @@ def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -
     ]
     layers += [SimpleNamespace(), SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None))]
     with caplog.at_level(logging.INFO):
-        serving.tell_of_experts(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
-        serving.tell_of_experts(SimpleNamespace())
+        runtime.tell_of_experts(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
+        runtime.tell_of_experts(SimpleNamespace())
     assert [record.getMessage() for record in caplog.records] == [
         "Experts of 2 layers run on MarlinExperts: it reads Marlin's tables, and none for Triton.",
         "Experts of 1 layers run on TritonOrDeepGemmExperts: it reads a table only for calls that it leaves to Triton.",

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_spark.tuning.gb10 import GB10
-from vllm_spark.tuning.marlin_rules import (
+from vllm_spark.kernels.devices import GB10
+from vllm_spark.kernels.marlin.rules import (
     BLOCK_SIZES_M,
     Gemm,
     Tile,
@@ -18,7 +18,7 @@ from vllm_spark.tuning.marlin_rules import (
     shape_fault,
     shared_bytes,
 )
-from vllm_spark.tuning.table_shapes import padded_dense
+from vllm_spark.kernels.tune.table_shapes import padded_dense
 
 WIDE, DEEP, NARROW, LARGE = Tile(128, 128, 256), Tile(64, 128, 128), Tile(128, 64, 128), Tile(64, 256, 256)
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from vllm_spark import patches
-from vllm_spark.patches import Patch, all_patches
-from vllm_spark.tuning import lookup, serving
-from vllm_spark.tuning.fused_moe_shape import FusedMoeShape
-from vllm_spark.tuning.fused_moe_table import provenance_path
-from vllm_spark.tuning.gb10 import GB10
+from vllm_spark.compat import patching
+from vllm_spark.compat.patching import Patch, all_patches
+from vllm_spark.kernels import lookup, runtime
+from vllm_spark.kernels.devices import GB10
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeShape
+from vllm_spark.kernels.fused_moe.table import provenance_path
 
 from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
 
@@ -38,12 +38,12 @@ class Engine(SimpleNamespace):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that uses tables in this process, whose vLLM is not changed for it."""
-    monkeypatch.setattr(serving, "apply_all", lambda when: None)
-    monkeypatch.setattr(serving, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
+    monkeypatch.setattr(runtime, "apply_all", lambda when: None)
+    monkeypatch.setattr(runtime, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
     for name in ("_served", "_widths_with_atomic_add"):
-        monkeypatch.setattr(serving, name, getattr(serving, name))
+        monkeypatch.setattr(runtime, name, getattr(runtime, name))
     made = Engine()
-    serving.start(made)
+    runtime.start(made)
     return made
 
 
@@ -61,10 +61,10 @@ def test_only_a_process_that_uses_tables_has_them() -> None:
     look = """
 import json
 from vllm_spark import patches
-from vllm_spark.plugin import register
+from vllm_spark.entrypoints.plugin import register
 register()
 before = sorted(patches._applied)
-import vllm_spark.tuning.serving as serving
+import vllm_spark.kernels.runtime as serving
 serving.start()
 serving.start()
 import vllm._custom_ops as ops
@@ -82,14 +82,14 @@ print(json.dumps([before, sorted(patches._applied), marked]))
 def test_an_unknown_source_disables_one_of_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state_of = patches.state_of
+    state_of = patching.state_of
     monkeypatch.setattr(
-        patches, "state_of", lambda each: "unknown source" if each.name == "marlin-parameters" else state_of(each)
+        patching, "state_of", lambda each: "unknown source" if each.name == "marlin-parameters" else state_of(each)
     )
     applied: list[str] = []
-    monkeypatch.setattr(patches, "_applied", set())
-    monkeypatch.setattr(patches, "_apply", lambda each: applied.append(each.name))
-    patches.apply_all("tuning")
+    monkeypatch.setattr(patching, "_applied", set())
+    monkeypatch.setattr(patching, "_apply", lambda each: applied.append(each.name))
+    patching.apply_all("tuning")
     assert set(applied) == TUNING - {"marlin-parameters"}
     assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
 
@@ -100,7 +100,7 @@ def test_marlins_operator_is_called_with_the_tables_tile(
     """The operator itself needs a GPU: this one has its parameters, in the installed vLLM, and notes its arguments."""
     import vllm._custom_ops as ops
 
-    monkeypatch.setattr(serving, "this_device", lambda: GB10)
+    monkeypatch.setattr(runtime, "this_device", lambda: GB10)
     store_marlin(folders.user)
     signature = inspect.signature(ops.moe_wna16_marlin_gemm)
 
@@ -115,16 +115,16 @@ def test_marlins_operator_is_called_with_the_tables_tile(
     unchanged = operator(*args, **kwargs)
     assert patched(*args, **kwargs) == unchanged | CHANGES
     assert patched(*args, **kwargs, thread_k=64, thread_n=128) == unchanged | {"thread_k": 64, "thread_n": 128}
-    serving.stop(engine)
+    runtime.stop(engine)
     assert patched(*args, **kwargs) == unchanged, "of an engine without a pair"
-    serving.start(engine)
+    runtime.start(engine)
     args, kwargs = call(list(signature.parameters), W13, 9)
     assert patched(*args, **kwargs) == operator(*args, **kwargs)
 
 
 def test_the_next_engine_reads_tables_anew(folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "this_device", lambda: GB10)
-    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "this_device", lambda: GB10)
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     names = list(inspect.signature(pytest.importorskip("vllm._custom_ops").moe_wna16_marlin_gemm).parameters)
     args, kwargs = call(names, W13, 1)
 
@@ -137,14 +137,14 @@ def test_the_next_engine_reads_tables_anew(folders: Folders, engine: Engine, mon
     patched = patch("marlin-parameters").replace(operator)
 
     def triton() -> Any:
-        return serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, lambda: None)
+        return runtime.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 0, lambda: None)
 
     assert (patched(*args, **kwargs), triton()) == (None, None)
     store_marlin(folders.user)
     store_moe(folders.user, 32)
     assert (patched(*args, **kwargs), triton()) == (None, None), "files are read once for an engine"
-    serving.stop(engine)
-    serving.start(engine)
+    runtime.stop(engine)
+    runtime.start(engine)
     assert patched(*args, **kwargs) == CHANGES["thread_k"]
     assert triton()[1]["BLOCK_SIZE_N"] == 32
 
@@ -152,17 +152,17 @@ def test_the_next_engine_reads_tables_anew(folders: Folders, engine: Engine, mon
 def test_without_tables_marlins_operator_is_only_called(
     folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_spark.tuning.marlin_calls import MarlinCalls
+    from vllm_spark.kernels.marlin.calls import MarlinCalls
 
     def fail(*given: Any) -> None:
         raise AssertionError("nothing is looked for in a call")
 
-    monkeypatch.setattr(serving, "this_device", lambda: GB10)
+    monkeypatch.setattr(runtime, "this_device", lambda: GB10)
     monkeypatch.setattr(MarlinCalls, "changes", fail)
     store_moe(folders.user, 64)
     patched = patch("marlin-parameters").replace(lambda *args, **kwargs: (args, kwargs))
     assert patched(1, size_m=2) == ((1,), {"size_m": 2})
-    monkeypatch.setattr(serving, "this_device", fail)
+    monkeypatch.setattr(runtime, "this_device", fail)
     assert patched(1, size_m=3) == ((1,), {"size_m": 3})
 
 
@@ -172,7 +172,7 @@ def test_vllm_finds_fused_moe_tables(
     from vllm.model_executor.layers.fused_moe import fused_moe
 
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
-    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: GB10.name)
     original: Any = inspect.unwrap(fused_moe.get_moe_configs, stop=lambda f: hasattr(f, "cache_parameters"))
     get: Any = patch("fused-moe-tables").replace(original)
@@ -214,7 +214,7 @@ def test_an_engine_after_the_pair_finds_vllms_tables(
     from vllm.model_executor.layers.fused_moe import fused_moe
 
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
-    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     monkeypatch.setattr(fused_moe, "get_device_name_as_file_name", lambda: GB10.name)
     original: Any = inspect.unwrap(fused_moe.get_moe_configs, stop=lambda f: hasattr(f, "cache_parameters"))
     get: Any = patch("fused-moe-tables").replace(original)
@@ -222,11 +222,11 @@ def test_an_engine_after_the_pair_finds_vllms_tables(
     store_moe(folders.user, 32)
     asked = (MOE.experts, MOE.size_n, MOE.dtype, 0, 0)
     assert get(*asked)[1]["BLOCK_SIZE_N"] == 32
-    serving.stop(Engine())
+    runtime.stop(Engine())
     assert get(*asked)[1]["BLOCK_SIZE_N"] == 32, "another engine than the one that uses them"
-    serving.stop(engine)
+    runtime.stop(engine)
     assert get(*asked) is None
-    serving.start(engine)
+    runtime.start(engine)
     assert get(*asked)[1]["BLOCK_SIZE_N"] == 32
 
 
@@ -241,12 +241,12 @@ def test_a_table_for_other_groups_is_left_out(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
-    monkeypatch.setattr(serving, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     path = provenance_path(store_moe(folders.user, 32))
     noted = json.loads(path.read_text()) | ({} if of_table is None else {"group_size": of_table})
     path.write_text(json.dumps(noted))
     # vLLM has a block of no width and the group's height for weights of 4 bits.
-    found = serving.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 128, lambda: None)
+    found = runtime.choose_fused_moe_table(MOE.experts, MOE.size_n, MOE.dtype, 0, 128, lambda: None)
     assert (found is not None) == taken
     assert ("is for groups of 64, not 128" in caplog.text) == (not taken)
 
@@ -264,8 +264,8 @@ def test_the_compile_cache_knows_what_tables_change_in_compiled_code(
     for widths in ({(512, 4096)}, {(512, 4096), (512, 2048)}, set()):
         config = VllmConfig(additional_config=before)
         plain = config.compute_hash()
-        monkeypatch.setattr(serving, "layers_with_atomic_add", lambda widths=widths: frozenset(widths))
-        serving.start(config)
+        monkeypatch.setattr(runtime, "layers_with_atomic_add", lambda widths=widths: frozenset(widths))
+        runtime.start(config)
         assert (config.compute_hash() != plain) == bool(widths)
         keys.add(config.compute_hash())
     assert len(keys) == 3
@@ -294,5 +294,5 @@ def test_without_a_pair_atomic_add_is_vllms_choice(engine: Engine) -> None:
     asked = (1, 512, 4096, None, None)
     assert choose(*asked)
     assert not choose(1, 512, 2048, None, None)
-    serving.stop(engine)
+    runtime.stop(engine)
     assert not choose(*asked)

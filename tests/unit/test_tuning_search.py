@@ -28,41 +28,43 @@ from hypothesis import strategies as st
 
 from vllm_spark.bench import decode
 from vllm_spark.bench.decode_engine import Result
-from vllm_spark.bench.shard_as_model import shard_as_model
 from vllm_spark.cli import tune as tune_command
-from vllm_spark.cli import tune_model
-from vllm_spark.data_folders import data_folder
 from vllm_spark.errors import ConfigurationError, SparkError
-from vllm_spark.stage import set_stage
-from vllm_spark.tuning import fused_moe_compile, fused_moe_table, lookup, marlin_search, search, timing
-from vllm_spark.tuning.check_fused_moe import check_fused_moe_table, shared_bytes
-from vllm_spark.tuning.check_marlin import check_marlin_table
-from vllm_spark.tuning.fused_moe_search import not_hopeless, search_space
-from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters, has_own_table, own_row, pinned_rows
-from vllm_spark.tuning.fused_moe_table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
-from vllm_spark.tuning.fused_moe_trial import Trials
-from vllm_spark.tuning.gb10 import GB10
-from vllm_spark.tuning.journal import FILE, Journal, Kept
-from vllm_spark.tuning.layers import Experts
-from vllm_spark.tuning.marlin_table import MarlinParameters, MarlinShape, load_marlin_table
-from vllm_spark.tuning.outcome import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutcome, Outcome, tunable_rows
-from vllm_spark.tuning.promotion import promoted
-from vllm_spark.tuning.provenance import VLLM_DEFAULT
-from vllm_spark.tuning.report import outcomes_tables, plot
-from vllm_spark.tuning.routing import route
-from vllm_spark.tuning.timing import HangError, Times
-from vllm_spark.tuning.tuned_model import (
-    TunedModel,
-    fused_moe_shapes,
-    layers_as_served,
-    marlin_shapes,
-    shapes_of,
+from vllm_spark.files import configs_folder
+from vllm_spark.kernels import lookup
+from vllm_spark.kernels.devices import GB10
+from vllm_spark.kernels.fused_moe import compile
+from vllm_spark.kernels.fused_moe import table as fused_moe_table
+from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
+from vllm_spark.kernels.fused_moe.search import not_hopeless, search_space
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, has_own_table, own_row, pinned_rows
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
+from vllm_spark.kernels.fused_moe.trial import Trials
+from vllm_spark.kernels.marlin import search as marlin_search
+from vllm_spark.kernels.marlin.check import check_marlin_table
+from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape, load_marlin_table
+from vllm_spark.kernels.table import VLLM_DEFAULT
+from vllm_spark.kernels.tune import search, session, timing
+from vllm_spark.kernels.tune.journal import FILE, Journal, Kept
+from vllm_spark.kernels.tune.plan import backend, check_version_takes_int4, not_read_by_default, who_reads
+from vllm_spark.kernels.tune.report import outcomes_tables, plot
+from vllm_spark.kernels.tune.results import (
+    MARLIN_DEFAULT,
+    FusedMoeOutcome,
+    MarlinOutcome,
+    Outcome,
+    installed_versions,
+    promoted,
+    tunable_rows,
 )
-from vllm_spark.tuning.tuner import NewFusedMoeTable, store, tables
-from vllm_spark.tuning.tuner import tune as run_tuner
-from vllm_spark.tuning.versions import installed_versions
-from vllm_spark.tuning.vllm_reads import backend, check_version_takes_int4, not_read_by_default, who_reads
-from vllm_spark.tuning.weights import Int4
+from vllm_spark.kernels.tune.timing import HangError, Times, route
+from vllm_spark.kernels.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served, marlin_shapes, shapes_of
+from vllm_spark.kernels.tune.tuner import NewFusedMoeTable, store, tables
+from vllm_spark.kernels.tune.tuner import tune as run_tuner
+from vllm_spark.models.layers import Experts
+from vllm_spark.models.shard import shard_as_model
+from vllm_spark.models.weights import Int4
+from vllm_spark.processes.group import set_stage
 
 from .folder_rights import no_entry
 
@@ -233,7 +235,7 @@ def test_versions_are_asked_of_the_packages_themselves(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(metadata, "version", missing)
     versions = installed_versions()
-    assert versions["triton"] == triton.__version__ == fused_moe_compile.triton_version()
+    assert versions["triton"] == triton.__version__ == compile.triton_version()
     assert versions["vllm"] == vllm.__version__
     assert versions["vllm_spark"]
 
@@ -270,7 +272,7 @@ def test_rows_whose_decode_step_did_not_become_faster_go_back_to_the_default() -
 def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where look-ups find this user's tables, while there are no others; what was read is forgotten afterwards."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(lookup, "data_folder", lambda name: tmp_path / name)
+    monkeypatch.setattr(lookup, "configs_folder", lambda: tmp_path / "configs")
     lookup.forget()
     folder = lookup.user_folder()
     assert folder is not None
@@ -350,7 +352,7 @@ def test_a_table_of_vllm_itself_is_its_choice(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "configs" / shape.table.file_name(GB10.name)
     path.parent.mkdir()
     path.write_text(json.dumps({key: {"BLOCK_SIZE_M": value} for key, value in theirs.items()}))
-    monkeypatch.setattr("vllm_spark.tuning.fused_moe_shape.kernel_source", lambda: tmp_path / "fused_moe.py")
+    monkeypatch.setattr("vllm_spark.kernels.fused_moe.shapes.kernel_source", lambda: tmp_path / "fused_moe.py")
     assert has_own_table(shape, GB10.name)
     assert not has_own_table(shape, "NVIDIA_H200")
     wanted = {int(key): {"BLOCK_SIZE_M": value} for key, value in theirs.items()}
@@ -569,9 +571,7 @@ def test_what_was_far_off_elsewhere_is_not_tried_again() -> None:
     assert not_hopeless([fast, near, far, new], []) == [fast, near, far, new]
 
 
-needs_compiler = pytest.mark.skipif(
-    fused_moe_compile.unavailable() is not None, reason=str(fused_moe_compile.unavailable())
-)
+needs_compiler = pytest.mark.skipif(compile.unavailable() is not None, reason=str(compile.unavailable()))
 
 
 @needs_compiler
@@ -599,11 +599,11 @@ def test_a_compiler_that_takes_too_long_is_ended() -> None:
 @needs_compiler
 def test_kernels_of_4_bits_are_compiled_for_their_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    of_vllm = fused_moe_compile._constants
-    monkeypatch.setattr(fused_moe_compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
-    fused_moe_compile._compile.cache_clear()
+    of_vllm = compile._constants
+    monkeypatch.setattr(compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
+    compile._compile.cache_clear()
     for int4 in (Int4(32), Int4(64, zero_points=True)):
-        compiled = fused_moe_compile.compile_row(INT4.table, ROW.row(), (12, 1), int4=int4)
+        compiled = compile.compile_row(INT4.table, ROW.row(), (12, 1), int4=int4)
         assert compiled.registers > 0
         assert {(each["group_size"], each["has_zp"]) for each in seen} == {(int4.group_size, int4.zero_points)}
         seen.clear()
@@ -612,11 +612,11 @@ def test_kernels_of_4_bits_are_compiled_for_their_own_groups(monkeypatch: pytest
 @needs_compiler
 def test_both_kernels_of_a_decode_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    of_vllm = fused_moe_compile._constants
-    monkeypatch.setattr(fused_moe_compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
-    fused_moe_compile._compile.cache_clear()
+    of_vllm = compile._constants
+    monkeypatch.setattr(compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
+    compile._compile.cache_clear()
     for shape, unsorted in ((BF16, {True, False}), (INT4, {False})):
-        fused_moe_compile.compile_row(shape.table, ROW.row(), (12, 1))
+        compile.compile_row(shape.table, ROW.row(), (12, 1))
         assert {each["naive_block_assignment"] for each in seen} == unsorted
         seen.clear()
 
@@ -675,10 +675,10 @@ def test_a_compiler_that_leaves_its_assembler_behind_is_not_waited_for(
 def test_compilers_end_with_the_tuner(tmp_path: Path, compiler_that_hangs: Path, number: signal.Signals) -> None:
     program = """
 import sys
-from vllm_spark.cli.tune_model import _ended_in_order
-from vllm_spark.tuning.fused_moe_shape import FusedMoeExperts, FusedMoeParameters
-from vllm_spark.tuning.fused_moe_trial import Trials
-from vllm_spark.tuning.gb10 import GB10
+from vllm_spark.kernels.tune.session import _ended_in_order
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.kernels.fused_moe.trial import Trials
+from vllm_spark.kernels.devices import GB10
 sys.executable = sys.argv[1]
 row = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
 with _ended_in_order():
@@ -963,8 +963,8 @@ def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path, parameters: s
     program = """
 import atexit, sys, time
 from pathlib import Path
-from vllm_spark.cli.tune_model import _end_at_once
-from vllm_spark.tuning.timing import HangError
+from vllm_spark.kernels.tune.session import _end_at_once
+from vllm_spark.kernels.tune.timing import HangError
 atexit.register(time.sleep, 500)
 print("before", flush=False)
 _end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
@@ -978,7 +978,7 @@ _end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
 
 def test_vllms_override_ends_when_a_kernel_fails() -> None:
     vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe")
-    from vllm_spark.tuning.fused_moe_problem import _overriding
+    from vllm_spark.kernels.fused_moe.problem import _overriding
 
     inside = []
 
@@ -1021,7 +1021,7 @@ def test_routing_is_skewed_and_the_same_everywhere() -> None:
 
 
 def shipped(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((data_folder("configs") / "models" / name / "config.json").read_text())
+    config: dict[str, Any] = json.loads((configs_folder() / "models" / name / "config.json").read_text())
     return config
 
 
@@ -1100,7 +1100,7 @@ def test_which_tables_vllm_reads_by_itself() -> None:
         assert theirs in str(not_read_by_default(shape))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (data_folder("configs") / "models").iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in (configs_folder() / "models").iterdir()))
 def test_a_shard_as_a_model_has_the_sizes_of_a_rank(name: str) -> None:
     config = shipped(name)
     before = json.dumps(config)
@@ -1110,7 +1110,7 @@ def test_a_shard_as_a_model_has_the_sizes_of_a_rank(name: str) -> None:
     text, of_rank = config.get("text_config", config), shard.get("text_config", shard)
     assert of_rank["num_attention_heads"] * 2 == text["num_attention_heads"]
     assert of_rank["hidden_size"] == text["hidden_size"]
-    from vllm_spark.tuning.layers import model_layers
+    from vllm_spark.models.layers import model_layers
 
     def sizes(layers: Sequence[Any]) -> list[tuple[str, int, int]]:
         """Without the small projection of linear attention, which vLLM keeps whole on every rank for some formats."""
@@ -1186,11 +1186,11 @@ def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(tuned_decode, "compare", compare)
     parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
+    session.add_arguments(parser)
     args = parser.parse_args(["any", "--keep-logs", str(tmp_path / "logs"), "--timeout", "77"])
     with (tmp_path / "out").open("w") as file:
         for tp in (1, 2):
-            tune_model._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
+            session._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
     assert seen == [(tmp_path / "logs" / "tp1", 77), (tmp_path / "logs" / "tp2", 77)]
     assert (tmp_path / "out").read_text().count("NOTE: an engine failed at its end") == 2
 
@@ -1219,7 +1219,7 @@ def test_what_one_size_found_outlives_the_end_of_the_next(tmp_path: Path, error:
 
     console = Console(width=500, record=True, file=(tmp_path / "out").open("w"))
     with pytest.raises(type(error)):
-        tune_model._keep([marlin(), fused()], BOTH_SIZES, LABELS, tables_of, judge, journal, tmp_path, console)
+        session._keep([marlin(), fused()], BOTH_SIZES, LABELS, tables_of, judge, journal, tmp_path, console)
     assert compared == [1, 2]
     assert {(shape, rows) for shape, rows in journal.kept()} == {(W13, 1), (W13, 8)}
     path = tmp_path / "marlin" / W13.file_name(GB10.name)
@@ -1260,8 +1260,8 @@ def test_a_report_has_a_table_for_each_kernel_and_a_plot(tmp_path: Path) -> None
 
 def tune(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
-    return tune_model.run(parser.parse_args(words))
+    session.add_arguments(parser)
+    return session.run(parser.parse_args(words))
 
 
 @pytest.fixture
@@ -1352,7 +1352,7 @@ def test_bad_options_are_explained(words: list[str], part: str, capsys: pytest.C
 def test_a_home_folder_is_found_where_the_shell_does_not_look(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/of/mine")
     parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
+    session.add_arguments(parser)
     given = vars(parser.parse_args(["any", f"{option}=~/x"]))
     assert given[option.removeprefix("--").replace("-", "_")] == Path("/home/of/mine/x")
 
@@ -1361,7 +1361,7 @@ def test_a_shard_that_cannot_be_made_is_said_before_the_search(tmp_path: Path, m
     def refuse(config: Any, tp: int) -> None:
         raise ConfigurationError("it does not divide")
 
-    monkeypatch.setattr("vllm_spark.bench.shard_as_model.shard_as_model", refuse)
+    monkeypatch.setattr("vllm_spark.models.shard.shard_as_model", refuse)
     words = ["qwen3-30b-a3b-int4", "--out", str(tmp_path / "new")]
     with pytest.raises(ConfigurationError, match="does not divide"):
         tune(*words)
@@ -1436,7 +1436,7 @@ def test_the_flag_that_makes_vllm_read_a_table_is_told() -> None:
 
 def test_whether_triton_runs_int4_experts_is_what_vllm_says() -> None:
     vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe.oracle.int_wna16")
-    from vllm_spark.compat import triton_runs_int4_experts
+    from vllm_spark.compat.versions import triton_runs_int4_experts
 
     if triton_runs_int4_experts():
         assert vllm.map_wna16_backend("triton").value == "TRITON"

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.tuning.fused_moe_default import default_row, default_table
-from vllm_spark.tuning.fused_moe_table import (
+from vllm_spark.kernels.devices import device_file_name
+from vllm_spark.kernels.fused_moe.shapes import default_row, default_table
+from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
@@ -21,15 +22,8 @@ from vllm_spark.tuning.fused_moe_table import (
     read_file_name,
     store_fused_moe_table,
 )
-from vllm_spark.tuning.gb10 import device_file_name
-from vllm_spark.tuning.marlin_table import (
-    MarlinRow,
-    MarlinShape,
-    MarlinTable,
-    load_marlin_table,
-    store_marlin_table,
-)
-from vllm_spark.tuning.provenance import Provenance
+from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
+from vllm_spark.kernels.table import Provenance
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 MEASURED = Provenance(

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from vllm_spark.hooks import HOOKS, Hook
-from vllm_spark.patches import Anchor, all_patches
+from vllm_spark.compat.hooks import HOOKS, Hook
+from vllm_spark.compat.patching import Anchor, all_patches
 
 ROOT = Path(__file__).parents[2]
 RELEASES = ("0.26.0", "0.32.0", "0.33.0")

@@ -18,7 +18,7 @@ LOOK = """
 import json, sys
 import vllm_spark
 from vllm_spark._native import REGION_VERSION
-from vllm_spark.patches import all_patches
+from vllm_spark.compat.patching import all_patches
 print(json.dumps([vllm_spark.__file__, REGION_VERSION, sorted(patch.name for patch in all_patches())]))
 """
 

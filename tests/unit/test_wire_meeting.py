@@ -11,17 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_spark.bench.wire import Greeting, Plan, measure, steps
-from vllm_spark.bench.wire_meeting import Meeting
-from vllm_spark.config import SparkConfig
+from vllm_spark.bench.wire import Greeting, Meeting, Plan, measure, steps
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
-from vllm_spark.executor.caller import Caller
-from vllm_spark.executor.channel import MIB, Kind
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.link import LOOPBACK
-from vllm_spark.executor.messages import CONTROL
-from vllm_spark.executor.secret import load_secret
-from vllm_spark.local_pair import free_ports
+from vllm_spark.executor.channel.addresses import LOOPBACK
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB, Kind
+from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.messages import CONTROL
+from vllm_spark.processes.local import free_ports
 
 PATIENCE = 60.0
 

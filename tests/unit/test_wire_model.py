@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_spark.collective.link_model import (
+    FIT_FROM,
+    FIT_TO,
+    Bandwidth,
+    Latency,
+    fit,
+    load_wire_model,
+    store_wire_model,
+)
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.wire_model import FIT_FROM, FIT_TO, Bandwidth, Latency, fit, load_wire_model, store_wire_model
 
 from .wires import wire_model
 

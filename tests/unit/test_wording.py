@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_spark.errors import EXIT_LOST, PeerLostError, SparkError
-from vllm_spark.wording import described, lower_first, upper_first, without_stop
+from vllm_spark.errors import EXIT_LOST, PeerLostError, SparkError, described, lower_first, upper_first, without_stop
 
 
 @pytest.mark.parametrize(

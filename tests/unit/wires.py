@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vllm_spark.wire_model import Bandwidth, Fit, Latency, RailWire, Wire, WireModel, store_wire_model
+from vllm_spark.collective.link_model import Bandwidth, Fit, Latency, RailWire, Wire, WireModel, store_wire_model
 
 
 def wire_model(latency_us: float = 3.0, gbytes_per_s: float = 24.0) -> WireModel:

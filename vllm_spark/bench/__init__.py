@@ -1,1 +1,1 @@
-"""What collectives cost on this machine, beside what vLLM would use without this project."""
+"""What collectives and decode steps cost on this machine, beside what vLLM would use without this project."""

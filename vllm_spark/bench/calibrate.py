@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from vllm_spark.bench.gpu_ranks import GpuPair
-from vllm_spark.bench.graph_timing import graph_times
+from vllm_spark.bench.ranks import GpuPair, graph_times
 from vllm_spark.collective import RuntimeOptions
-from vllm_spark.launch_table import LaunchTable
+from vllm_spark.collective.launch_table import LaunchTable
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -18,11 +18,11 @@ import msgspec
 
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
 from vllm_spark.bench.ranks import Rank, run_ranks
-from vllm_spark.bench.samples import percentile
+from vllm_spark.bench.statistics import percentile
+from vllm_spark.collective.link_model import CABLE
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
-from vllm_spark.wire_model import CABLE
 
 if TYPE_CHECKING:
     import torch

@@ -20,17 +20,16 @@ import psutil
 
 from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
 from vllm_spark.bench.kernel_profile import KernelProfile
-from vllm_spark.bench.samples import percentile
-from vllm_spark.child_process import python_module
-from vllm_spark.config import SECRET_VARIABLE
-from vllm_spark.data_file import write_whole
-from vllm_spark.data_folders import data_folder
+from vllm_spark.bench.statistics import percentile
+from vllm_spark.collective.link_model import CABLE
+from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import ConfigurationError, SparkError
-from vllm_spark.local_pair import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.process import OF_A_PAIR, Process, ProcessError, clean_environment
-from vllm_spark.stage import Stage
-from vllm_spark.tiny_model import make_tiny_model
-from vllm_spark.wire_model import CABLE
+from vllm_spark.files import configs_folder, write_whole
+from vllm_spark.models.tiny import make_tiny_model
+from vllm_spark.processes.child import python_module
+from vllm_spark.processes.group import Stage
+from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
+from vllm_spark.processes.managed import OF_A_PAIR, Process, ProcessError, clean_environment
 
 Device = Literal["cuda", "cpu"]
 
@@ -458,7 +457,7 @@ def _model_folder(settings: Settings, folder: Path) -> Path:
     """
     if settings.model == SHIPPED_MODELS["cpu"]:
         return make_tiny_model(folder / settings.model, "moe")
-    shipped = data_folder("configs") / "models"
+    shipped = configs_folder() / "models"
     for path in (Path(settings.model), shipped / settings.model):
         if (path / "config.json").is_file():
             return path.resolve()

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
-from vllm_spark.data_file import write_whole
+from vllm_spark.files import write_whole
 
 
 class Job(msgspec.Struct):
@@ -190,10 +190,10 @@ def run(job: Job, keep: Callable[[Result], None]) -> None:
 
 def _with_tuned_tables(engine: dict[str, Any]) -> dict[str, Any]:
     """Makes this process use them, and returns the engine's arguments with what vLLM's compile cache must know."""
-    from vllm_spark.tuning import serving
+    from vllm_spark.kernels import runtime
 
-    serving.start()
-    digest = serving.compiled_digest()
+    runtime.start()
+    digest = runtime.compiled_digest()
     if digest is None:
         return engine
     return {**engine, "additional_config": {**engine.get("additional_config", {}), "atomic_add": digest}}

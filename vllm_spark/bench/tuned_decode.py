@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spark.bench import decode
-from vllm_spark.bench.shard_as_model import shard_as_model
-from vllm_spark.data_file import write_whole
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.quantization_groups import with_groups_that_fit
-from vllm_spark.stage import Stage
+from vllm_spark.files import write_whole
+from vllm_spark.models.regroup import with_groups_that_fit
+from vllm_spark.models.shard import shard_as_model
+from vllm_spark.processes.group import Stage
 
 
 @dataclass(frozen=True)

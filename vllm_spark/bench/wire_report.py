@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vllm_spark.bench.collective_report import format_size
 from vllm_spark.bench.wire import Plan
-from vllm_spark.wire_model import Bandwidth, Latency, Wire, WireModel
+from vllm_spark.collective.link_model import Bandwidth, Latency, Wire, WireModel
 
 ALL_RAILS = "all rails"
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from vllm_spark.collective.link_model import CABLE, load_wire_model
+from vllm_spark.config.settings import setting_type
+from vllm_spark.errors import ConfigurationError
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
@@ -80,3 +88,65 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
+
+
+_FILE_WIDTH = 120  # columns, where the output is no terminal
+
+
+def wide_console() -> Console:
+    """The terminal, or a file wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigurationError if `path` cannot be written, before anything has been measured."""
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: {path.resolve().parent} is no folder that takes files")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigurationError(f"{path} cannot be written: it is a folder, or protected; give another file")
+
+
+class ModelledWire(NamedTuple):
+    """What the loopback transport puts between two ranks: latency + bytes / bandwidth; 0 GB/s: unlimited."""
+
+    latency_us: float = CABLE.latency_us
+    gbytes_per_s: float = CABLE.gbytes_per_s
+
+
+def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
+    """The modelled wire: the defaults are those of the cable between two GB10."""
+    parser.add_argument(
+        "--latency-us",
+        type=setting_type("loopback_latency_us"),
+        metavar="MICROSECONDS",
+        help=f"of the modelled wire (default: {CABLE.latency_us:g})",
+    )
+    parser.add_argument(
+        "--gbytes-per-s",
+        type=setting_type("loopback_gbytes_per_s"),
+        metavar="GB/S",
+        help=f"of the modelled wire (default: {CABLE.gbytes_per_s:g}; 0: unlimited)",
+    )
+    parser.add_argument(
+        "--wire",
+        type=user_path,
+        metavar="FILE",
+        help="take both from the wire model in this file, which vllm-spark bench wire wrote",
+    )
+
+
+def modelled_wire(args: argparse.Namespace) -> ModelledWire:
+    """The wire that `add_wire_arguments`' options describe.
+
+    Raises:
+        ConfigurationError: the file is no wire model, or does not go with the other options.
+    """
+    numbers = {"latency_us": args.latency_us, "gbytes_per_s": args.gbytes_per_s}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if args.wire is None:
+        return ModelledWire(**given)
+    if given:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise ConfigurationError(f"--wire {args.wire} and {flag} contradict each other; leave one out")
+    fit = load_wire_model(args.wire).total.fit
+    return ModelledWire(fit.latency_us, fit.gbytes_per_s)

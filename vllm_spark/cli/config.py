@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import typing
 
-from vllm_spark.config import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, environment_name, flag_name
+from vllm_spark.config.settings import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, environment_name, flag_name
 
 SUMMARY = "print the reference of all settings"
 
 _PREFACE = f"""# Settings
 
-Made from `vllm_spark/config.py` by `vllm-spark config`.
+Made from `vllm_spark/config/settings.py` by `vllm-spark config`.
 
 A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML, or
 `additional_config={{"spark": {{...}}}}` in `LLM(...)`), the default. `--spark` itself may also be given as

@@ -11,9 +11,9 @@ from typing import get_args
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path, words
-from vllm_spark.compat import installed_vllm, is_cpu_build
+from vllm_spark.compat.versions import installed_vllm, is_cpu_build
 from vllm_spark.errors import ConfigurationError, SparkError
-from vllm_spark.tiny_model import ModelKind
+from vllm_spark.models.tiny import ModelKind
 
 SUMMARY = "show the product on this machine: a tiny model on two ranks over loopback, compared with one rank"
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         SparkError: it could not be shown; the processes are ended and the logs kept.
     """
     from vllm_spark.demo.show import Demo, Settings
-    from vllm_spark.stage import set_stage
+    from vllm_spark.processes.group import set_stage
 
     console = Console(stderr=args.json, highlight=False)
     try:

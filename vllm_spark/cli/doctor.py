@@ -10,9 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path
-from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
-from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError
-from vllm_spark.wording import upper_first
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError, upper_first
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say how to mend what is wrong"
 
@@ -68,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.make_secret is not None:
         return _make_secret(args)
+    from vllm_spark.backend.logging import log_as
     from vllm_spark.doctor.examination import examine, is_bare
     from vllm_spark.doctor.report import Report, show, show_bare, to_json
     from vllm_spark.doctor.system import System
-    from vllm_spark.logs import log_as
 
     log_as("vllm-spark doctor")
     for sentence in misspelt_variables():
@@ -82,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
     machine = examine(system, config, leader, thorough=args.peer)
     peer, together = None, []
     if args.peer:
-        from vllm_spark.doctor.firewall import opening
+        from vllm_spark.doctor.network import opening
         from vllm_spark.doctor.pair import compare, nobody, reached
         from vllm_spark.doctor.visit import visit
-        from vllm_spark.executor.endpoint import format_endpoint
-        from vllm_spark.executor.link import interface_of, is_loopback, leader_address
+        from vllm_spark.executor.channel.addresses import format_endpoint, interface_of, is_loopback, leader_address
 
         command = ""
         try:
@@ -110,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_secret(args: argparse.Namespace) -> int:
-    from vllm_spark.executor.secret import default_secret_file, make_secret
+    from vllm_spark.executor.channel.secret import default_secret_file, make_secret
 
     if args.json:
         raise ConfigurationError("--json does not go with --make-secret; leave one out")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 
-from vllm_spark.config import SparkConfig, add_flags, given_flags, misspelt_variables
-from vllm_spark.logs import log_as
-from vllm_spark.wording import upper_first
+from vllm_spark.backend.logging import log_as
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables
+from vllm_spark.errors import upper_first
 
 SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Follows one leader after the other. Returns the exit code when stopped or refused."""
-    from vllm_spark.following import follow_leaders
+    from vllm_spark.entrypoints.join import follow_leaders
 
     log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))

@@ -7,9 +7,9 @@ import textwrap
 
 from rich.console import Console
 
-from vllm_spark.compat import SUPPORTED, installed_vllm
-from vllm_spark.fit import required_misfits
-from vllm_spark.patches import all_patches, state_of
+from vllm_spark.compat.check import required_misfits
+from vllm_spark.compat.patching import all_patches, state_of
+from vllm_spark.compat.versions import SUPPORTED, installed_vllm
 
 SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed one"
 

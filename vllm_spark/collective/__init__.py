@@ -10,7 +10,8 @@ collectives in the same order:
 `DeviceRuntime` in place of `Runtime` is the same for CUDA tensors.
 """
 
-from vllm_spark.collective.device_runtime import DeviceRuntime
+from vllm_spark.collective.cuda_runtime import DeviceRuntime
+from vllm_spark.collective.current import count_fallback, fallbacks, install, installed
 from vllm_spark.collective.errors import (
     AgreementError,
     CollectiveAbortedError,
@@ -20,12 +21,10 @@ from vllm_spark.collective.errors import (
     PoisonedError,
     UsageError,
 )
-from vllm_spark.collective.launch import LaunchShape
-from vllm_spark.collective.link_keeper import Announce
-from vllm_spark.collective.machine import machine_identity
-from vllm_spark.collective.options import RuntimeOptions, Transport
+from vllm_spark.collective.link_thread import Announce
+from vllm_spark.collective.options import LaunchShape, RuntimeOptions, Transport
 from vllm_spark.collective.rails import Port, local_ports
-from vllm_spark.collective.registry import count_fallback, fallbacks, install, installed
+from vllm_spark.collective.rendezvous import machine_identity
 from vllm_spark.collective.runtime import Counters, Runtime
 from vllm_spark.collective.socket_peer import SocketPeer
 

@@ -7,7 +7,9 @@ They are JSON, never pickles.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -15,8 +17,16 @@ import msgspec
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
 from vllm_spark.collective.rails import Port
-from vllm_spark.known_types import known
+from vllm_spark.processes.known_types import known
 from vllm_spark.ranks import RANKS
+
+
+def machine_identity() -> str:
+    """A random number that the kernel draws at boot, and the process namespace: two processes that have both in common
+    can reach each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+
 
 Exchange = Callable[[bytes], bytes]
 

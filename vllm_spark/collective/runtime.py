@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
-from vllm_spark.collective.link_keeper import Announce, LinkKeeper
-from vllm_spark.collective.machine import machine_identity
+from vllm_spark.collective.link_thread import Announce, LinkKeeper
 from vllm_spark.collective.options import KIB, RuntimeOptions
 from vllm_spark.collective.rails import local_ports, pair
 from vllm_spark.collective.rendezvous import (
@@ -22,6 +21,7 @@ from vllm_spark.collective.rendezvous import (
     Terms,
     agree,
     both_ready,
+    machine_identity,
     swap_addresses,
     swap_offers,
     swap_ports,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from http.client import HTTPException
 
 from vllm_spark.demo.programs import Server
-from vllm_spark.process import ProcessError
+from vllm_spark.processes.managed import ProcessError
 from vllm_spark.ranks import RANKS
 
 COUNTER_SECONDS = 15.0

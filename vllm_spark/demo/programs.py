@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_spark.local_pair import LOOPBACK
-from vllm_spark.process import Process
+from vllm_spark.processes.local import LOOPBACK
+from vllm_spark.processes.managed import Process
 
 MODEL_NAME = "tiny"
 

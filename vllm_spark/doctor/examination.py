@@ -6,21 +6,17 @@ from collections.abc import Iterator
 
 import msgspec
 
-from vllm_spark.config import SparkConfig, split_endpoint
+from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.doctor import gpu, rdma
 from vllm_spark.doctor.finding import Finding, guarded
-from vllm_spark.doctor.firewall import check_firewall, check_reach
-from vllm_spark.doctor.handover import check_handover
 from vllm_spark.doctor.machine import check_machine
-from vllm_spark.doctor.network import check_network, check_shared
-from vllm_spark.doctor.rails import Rail, active, find_rails
+from vllm_spark.doctor.network import check_firewall, check_network, check_reach, check_shared
+from vllm_spark.doctor.rails import Rail, active, find_rails, interface_towards
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
-from vllm_spark.doctor.routes import interface_towards
 from vllm_spark.doctor.software import check_software
-from vllm_spark.doctor.system import System
-from vllm_spark.executor.endpoint import host_name
-from vllm_spark.executor.link import is_loopback
-from vllm_spark.executor.versions import Versions
+from vllm_spark.doctor.system import System, check_handover
+from vllm_spark.executor.channel.addresses import host_name, is_loopback
+from vllm_spark.executor.handshake.versions import Versions
 
 
 class Machine(msgspec.Struct, frozen=True):

@@ -7,8 +7,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
-from vllm_spark.wording import described
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS, described
 
 Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"]
 """From best to worst. Only a problem keeps the pair from working; only warnings and problems change an exit code."""

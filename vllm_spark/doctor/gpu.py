@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_spark.compat import is_cpu_build
+from vllm_spark.compat.versions import is_cpu_build
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.system import System
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.rails import Rail, active
-from vllm_spark.doctor.region import pinned_bytes
+from vllm_spark.doctor.rdma import pinned_bytes
 from vllm_spark.doctor.system import System
 
 MB, GIB = 1_000_000, 1 << 30

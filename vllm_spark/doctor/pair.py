@@ -12,7 +12,7 @@ from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.rails import ROCE_V2, Rail, active
 from vllm_spark.doctor.rdma_mtu import rdma_mtu
 from vllm_spark.doctor.system import System
-from vllm_spark.wording import upper_first
+from vllm_spark.errors import upper_first
 
 _HEADERS = 28  # bytes of IPv4 and ICMP in front of a ping's own
 _SMALL = 56

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from vllm_spark.compat import SUPPORTED, installed_vllm
-from vllm_spark.config import SECRET_VARIABLE, SparkConfig
+from vllm_spark.compat.check import check_vllm
+from vllm_spark.compat.patching import all_patches, state_of
+from vllm_spark.compat.versions import SUPPORTED, installed_vllm
+from vllm_spark.config.settings import SECRET_VARIABLE, SparkConfig
 from vllm_spark.doctor.finding import Finding
-from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.secret import default_secret_file, load_secret, secret_is_there
-from vllm_spark.fit import check_vllm
-from vllm_spark.patches import all_patches, state_of
-from vllm_spark.wording import upper_first
+from vllm_spark.errors import ConfigurationError, upper_first
+from vllm_spark.executor.channel.secret import default_secret_file, load_secret, secret_is_there
 
 PLUGIN = "spark"
 """The name under which vLLM finds this project's plugin (pyproject.toml)."""

@@ -9,17 +9,16 @@ import logging
 
 import msgspec
 
-from vllm_spark.config import SparkConfig
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.examination import Machine, examine
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
-from vllm_spark.executor.channel import MIB, Frame, Kind, Lane
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.endpoint import host_name
-from vllm_spark.executor.link import leader_address
-from vllm_spark.executor.listener import Listener
-from vllm_spark.executor.messages import Reason, decode
-from vllm_spark.executor.secret import load_secret
+from vllm_spark.executor.channel.addresses import host_name, leader_address
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB, Frame, Kind, Lane
+from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.server import Listener
 
 logger = logging.getLogger("vllm_spark")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vllm_spark.backend.status import RankCounters
 from vllm_spark.collective import fallbacks, installed
-from vllm_spark.counter_board import RankCounters
 
 _OF_RUNTIME = (
     *("all_reduces", "all_gathers", "all_reduce_bytes", "all_gather_bytes", "wait_seconds"),

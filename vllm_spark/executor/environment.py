@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from vllm_spark.known_types import known
+from vllm_spark.processes.known_types import known
 
 logger = logging.getLogger("vllm_spark")
 

@@ -21,12 +21,35 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from vllm_spark.backend.support import refuse_fp8_inputs_of_marlin
 from vllm_spark.collective import Runtime
-from vllm_spark.config import SparkConfig
-from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError
-from vllm_spark.executor.adapters import ADD_LORA, FollowerAdapters
-from vllm_spark.executor.caller import Caller
-from vllm_spark.executor.calls import (
+from vllm_spark.compat.patching import apply_all
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError, described
+from vllm_spark.executor.bootstrap import (
+    Assignment,
+    connect_runtime,
+    limit_numba_threads,
+    link_patience,
+    local_address_towards,
+    share_cores,
+    use_link_interface,
+)
+from vllm_spark.executor.channel.addresses import leader_endpoint
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB, Kind, Lane
+from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.counters import local_counters
+from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
+from vllm_spark.executor.groups.connection import GroupLink
+from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
+from vllm_spark.executor.handshake.messages import CALLS, GROUPS, Reason
+from vllm_spark.executor.heartbeat import Pulse, cause_grace
+from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
+from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.executor.pickling import loads_configuration
+from vllm_spark.executor.rpc import (
     COMPARE_FILES,
     EXECUTE,
     EXECUTE_AND_SAMPLE,
@@ -38,33 +61,9 @@ from vllm_spark.executor.calls import (
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.channel import MIB, Kind, Lane
-from vllm_spark.executor.counters import local_counters
-from vllm_spark.executor.credentials import tls_context
-from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
-from vllm_spark.executor.group_link import GroupLink
-from vllm_spark.executor.leader_search import AnswerDoctor, LeaderSearch
-from vllm_spark.executor.link import leader_endpoint
-from vllm_spark.executor.lockstep import TokenLedger
-from vllm_spark.executor.messages import CALLS, GROUPS, Reason
-from vllm_spark.executor.pickling import loads_configuration
-from vllm_spark.executor.placement import place_files
-from vllm_spark.executor.pulse import Pulse, cause_grace
-from vllm_spark.executor.secret import load_secret
-from vllm_spark.executor.session import (
-    Assignment,
-    connect_runtime,
-    limit_numba_threads,
-    link_patience,
-    local_address_towards,
-    share_cores,
-    use_link_interface,
-)
-from vllm_spark.patches import apply_all
+from vllm_spark.executor.token_check import TokenLedger
+from vllm_spark.kernels import runtime as tuning
 from vllm_spark.ranks import FOLLOWER_RANK
-from vllm_spark.refusals import refuse_fp8_inputs_of_marlin
-from vllm_spark.tuning import serving as tuning
-from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
@@ -150,7 +149,7 @@ class FollowerSession:
         assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(host, local_address_towards(host, port))
-        from vllm_spark.platform import activate, compute_capability
+        from vllm_spark.backend.platform import activate, compute_capability
 
         activate()
         refuse_fp8_inputs_of_marlin(compute_capability)
@@ -309,7 +308,7 @@ class FollowerSession:
 
 def _load_vllm() -> None:
     """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
-    from vllm_spark.fit import check_vllm
+    from vllm_spark.compat.check import check_vllm
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
@@ -320,7 +319,7 @@ def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from vllm_spark.executor.store import INIT_METHOD, open_groups
+    from vllm_spark.executor.groups.store import INIT_METHOD, open_groups
 
     open_groups(groups, FOLLOWER_RANK)
     # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.

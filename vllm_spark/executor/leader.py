@@ -1,7 +1,6 @@
-"""vLLM's executor on the leader: rank 0 in this process, rank 1 on the follower.
+"""The leader's end of a working pair: finds the follower, calls it, and knows why it broke.
 
-`SparkExecutor` is vLLM's external-launcher executor with the launcher inside: before a worker method runs here,
-the call is sent to the follower, which runs it there.
+Knows nothing of vLLM but that its configuration and its calls can be pickled.
 """
 
 from __future__ import annotations
@@ -9,391 +8,309 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
-from vllm.v1.outputs import AsyncModelRunnerOutput
-from vllm.v1.serial_utils import run_method
-
-from vllm_spark.counter_board import CounterBoard
-from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError
-from vllm_spark.executor.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.calls import (
-    COMPARE_ADAPTER,
-    COMPARE_FILES,
-    EXECUTE,
-    EXECUTE_AND_SAMPLE,
-    LAST_CALL_OF_THE_START,
-    SAMPLE,
-    STEP_METHODS,
-)
-from vllm_spark.executor.environment import recorded_environment
-from vllm_spark.executor.loaded_files import LoadedFiles, files_of
-from vllm_spark.executor.lockstep import WorkerRandomState
-from vllm_spark.executor.messages import Offer
-from vllm_spark.executor.pair import Pair
-from vllm_spark.executor.parent import in_engine_process, watch_parent
-from vllm_spark.executor.session import limit_numba_threads, share_cores
-from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
-from vllm_spark.logs import share_vllms_log
-from vllm_spark.patches import apply_all
-from vllm_spark.platform import activate
+from vllm_spark import collective
+from vllm_spark.backend.status import CounterBoard
+from vllm_spark.collective.launch_table import load_launch_table
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.errors import PeerLeftError, PeerLostError, RefusedError, SparkError, described, upper_first
+from vllm_spark.executor.bootstrap import Assignment, LinkInterface, connect_runtime, link_patience, use_link_interface
+from vllm_spark.executor.channel.addresses import interface_of, is_loopback, leader_address
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
+from vllm_spark.executor.channel.framing import MIB, ChannelError, FrameTooLargeError, Kind
+from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.counters import local_counters
+from vllm_spark.executor.environment import travelling_variables
+from vllm_spark.executor.groups.connection import GroupLink
+from vllm_spark.executor.handshake.messages import Offer, Reason
+from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.heartbeat import Pulse, cause_grace
+from vllm_spark.executor.pickling import dumps_by_value
+from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
+from vllm_spark.executor.token_check import TokenLedger
 from vllm_spark.ranks import LEADER_RANK
-from vllm_spark.settings import settings_of
-from vllm_spark.socket_folder import remove_socket_folder
-from vllm_spark.stopping import ended_by_signals
-from vllm_spark.tuning import serving as tuning
-from vllm_spark.wording import described
 
 logger = logging.getLogger("vllm_spark")
 
-_LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
+_REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
+_ASSIGNMENT_TIMEOUT = 60.0
+_SETTLE_TIMEOUT = 20.0  # seconds that one rank may work on after the other failed in the same call
 
 
-class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
-    """Runs every worker method on both ranks; vLLM's scheduler exists here alone."""
+class Pair:
+    """A leader and its follower at work. Made by `form`, ended by `close` or by a failure.
 
-    def _init_executor(self) -> None:
-        """Finds the follower, hands it its work, and loads this rank's half of the model.
-
-        Raises:
-            SparkError: no follower came, or it does not fit; the sentence says why.
-        """
-        global _unfinished
-        give_up_unfinished_start()
-        self._owns_process = in_engine_process()
-        self.driver_worker = None
-        self._pair: Pair | None = None
-        self._call_lock = threading.Lock()
-        self._sampling_announced = False
-        self._started = self._ended = self._groups_opened = False
-        self._adapters: LeaderAdapters | None = None
-        self._groups_of_others = torch.distributed.is_initialized()
-        self._board = CounterBoard.from_environment()
-        share_vllms_log()
-        if self._owns_process:
-            watch_parent(self._parent_died)
-        else:
-            _unfinished = self
-        try:
-            # In the user's own process signals are the user's.
-            with ended_by_signals() if self._owns_process else contextlib.nullcontext():
-                self._start()
-        except BaseException as error:
-            self._give_up_start(error)
-            raise
-
-    def _start(self) -> None:
-        activate()
-        offer = _offer(self.vllm_config)
-        self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
-        if self._owns_process:
-            self._pair.on_failure(_end_process_soon)
-        share_cores(self._pair.runtime)
-        if self._owns_process:
-            limit_numba_threads()
-        self._random_state = WorkerRandomState()
-        open_groups(self._pair.groups, LEADER_RANK)
-        self._groups_opened = True
-        with self._pair.explained(), self._random_state:
-            apply_all("serving")
-            tuning.start(self.vllm_config)
-            UniProcExecutor._init_executor(self)
-            tuning.tell_of_experts(self.driver_worker)
-        if self.vllm_config.lora_config is not None:
-            self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
-
-    def _distributed_args(self) -> tuple[str, int, int]:
-        return INIT_METHOD, LEADER_RANK, 0
-
-    def collective_rpc(
-        self,
-        method: str | Callable[..., Any],
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        non_block: bool = False,
-        single_value: bool = False,
-    ) -> Any:
-        """Runs `method` on both ranks.
-
-        The calls of the decode loop return this rank's result alone; any other returns both ranks', in rank order.
-
-        Raises:
-            SparkError: the follower is lost, or its worker failed.
-            TimeoutError: the follower did not answer within `timeout` seconds; the pair works on.
-        """
-        pair = self._working_pair()
-        try:
-            result = self._run(pair, method, timeout, args, kwargs or {}, non_block, single_value)
-        except BaseException as error:
-            if not self._started:
-                self._give_up_start(error)
-            raise
-        if method == LAST_CALL_OF_THE_START:
-            self._started = True
-            _finish(self)
-        return result
-
-    def _run(
-        self,
-        pair: Pair,
-        method: str | Callable[..., Any],
-        timeout: float | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        non_block: bool,
-        single_value: bool,
-    ) -> Any:
-        with self._call_lock, pair.explained():
-            if self._adapters is not None and method in (ADD_LORA, EXECUTE):
-                args, kwargs = self._with_own_adapters(pair, self._adapters, str(method), args, kwargs)
-            if method == COMPARE_ADAPTER:
-                if self._adapters is not None:
-                    self._adapters.compare(*args)
-                result: Any = None if single_value else [None]
-            elif method in STEP_METHODS:
-                output = self._step(pair, str(method), args, kwargs, non_block)
-                if isinstance(output, Future):
-                    return output if single_value else _finished([output.result()])
-                result = output if single_value else [output]
-            else:
-                results = self._query(pair, method, timeout, args, kwargs)
-                result = results[LEADER_RANK] if single_value else results
-        return _finished(result) if non_block else result
-
-    def _with_own_adapters(
-        self, pair: Pair, adapters: LeaderAdapters, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call that may load adapters, once both ranks have the same ones.
-
-        A refused adapter is an error of the call that adds it. A step cannot be refused: its other requests are
-        under way.
-        """
-        if method == ADD_LORA:
-            args = tuple(adapters.settle(each) for each in args)
-            return args, {name: adapters.settle(each) for name, each in kwargs.items()}
-        try:
-            adapters.settle_step(args[0])
-        except RefusedError as error:
-            pair.fail(error)
-            raise
-        return args, kwargs
-
-    def _compare_files(self, wanted: LoadedFiles) -> str | None:
-        """Has the follower look for the same files; the sentence why it does not have them, or None."""
-        pair = self._working_pair()
-        pair.ask(COMPARE_FILES, (wanted,), {})
-        refusal: str | None = pair.answer(None)
-        return refusal
-
-    def _loaded_adapters(self) -> set[int]:
-        loaded: set[int] = run_method(self.driver_worker, "list_loras", (), {})
-        return loaded
-
-    def _step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], non_block: bool) -> Any:
-        # Before it runs here: the worker changes its arguments in place.
-        self._announce_step(pair, method, args, kwargs)
-        with self._random_state:
-            output = run_method(self.driver_worker, method, args, kwargs)
-        if isinstance(output, AsyncModelRunnerOutput):
-            if non_block:
-                return _StepFuture(output, pair)
-            output = output.get_output()
-        return _noted(pair, output)
-
-    def _announce_step(self, pair: Pair, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tells the follower what comes, and of a sampling that is sure to come already with its step."""
-        announced, self._sampling_announced = self._sampling_announced, False
-        if method == SAMPLE and announced:
-            if args == (None,) and not kwargs:
-                return
-            raise SparkError("a step's sampling was announced without a grammar, and came with one; report this")
-        if method == EXECUTE and not args[0].has_structured_output_requests:
-            self._sampling_announced = True
-            method = EXECUTE_AND_SAMPLE
-        pair.call(method, args, kwargs)
-
-    def _query(
-        self,
-        pair: Pair,
-        method: str | Callable[..., Any],
-        timeout: float | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> list[Any]:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        pair.ask(method, args, kwargs)
-        try:
-            with self._random_state:
-                mine = run_method(self.driver_worker, method, args, kwargs)
-            if isinstance(mine, AsyncModelRunnerOutput):
-                mine = mine.get_output()
-        except Exception as error:
-            # Also then: an unread answer would be taken for the next call's.
-            pair.settle(error)
-            raise
-        except BaseException:
-            pair.fail(SparkError("the leader was interrupted in a call"))
-            raise
-        try:
-            return [mine, pair.answer(None if deadline is None else deadline - time.monotonic())]
-        except TimeoutError as error:
-            name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-            raise TimeoutError(f"the call of {name} timed out after {timeout:g} s: {error}") from None
-
-    def check_health(self) -> None:
-        """Raises the reason if the pair is broken."""
-        self._working_pair().check()
-
-    def register_failure_callback(self, callback: Callable[[], None]) -> None:
-        """`callback` is called once if the pair breaks, at once if it has."""
-        self._working_pair().on_failure(callback)
-
-    def determine_available_memory(self) -> list[int]:
-        """Free memory of both ranks in bytes, in rank order; vLLM takes the smaller."""
-        return list(self.collective_rpc("determine_available_memory"))
-
-    def shutdown(self) -> None:
-        """Tells the follower, and releases everything; may be called again, and after a failed start."""
-        # vLLM calls this while the error ends its engine; a stop is SystemExit there.
-        if not self._ended:
-            self._ended = True
-            self._board.end_work(in_order=not isinstance(sys.exc_info()[1], Exception))
-        _finish(self)
-        tuning.stop(self.vllm_config)
-        if self._pair is not None:
-            self._pair.close("the leader is shutting down")
-            if self._pair.failed and self._owns_process:
-                # All was said, to clients and in the log; vLLM's engine would end in a traceback.
-                os._exit(EXIT_LOST)
-        worker, self.driver_worker = self.driver_worker, None
-        if worker is not None:
-            worker.shutdown()
-        if self._groups_opened:  # a later engine of this process may have opened its own since
-            self._groups_opened = False
-            close_groups()
-
-    def _give_up_start(self, error: BaseException | None) -> None:
-        """Does what vLLM does not do for an engine that does not start; returns in the user's own process.
-
-        There everything is released: the next engine, paired or not, needs the port, the follower and the names of the
-        process groups. An engine in a process of its own has all that end with it: it leaves a sentence that says why
-        for the API server, and ends at once. Both ranks often fail alike, and which one is first is chance: so that
-        there is a sentence, and one traceback of whoever failed, does not depend on it.
-
-        Args:
-            error: why; None if vLLM knows. What is no Exception, as an interrupt, ends the engine by itself.
-        """
-        if not self._owns_process:
-            self.shutdown()
-            if not self._groups_of_others:
-                destroy_model_parallel()
-                destroy_distributed_environment()
-        elif isinstance(error, Exception):
-            reason = error
-            if not isinstance(reason, SparkError):
-                logger.error("The leader's worker failed.", exc_info=error)
-                reason = SparkError(f"the leader's worker failed: {described(error)}")
-            self._board.fail(reason)
-            logger.error("The engine does not start: %s.", reason)
-            os._exit(reason.exit_code)
-
-    def _working_pair(self) -> Pair:
-        if self._pair is None:
-            raise SparkError("the executor was used before it was started")
-        return self._pair
-
-    def _parent_died(self) -> None:
-        _end_process_soon()  # whatever saying goodbye may meet
-        remove_socket_folder()
-        if self._pair is not None and self._pair.closing:
-            return  # it asked for the end, and did not wait for it
-        logger.error("The API server is gone: the engine ends.")
-        try:
-            if self._pair is not None:
-                self._pair.leave("the leader's API server is gone")
-        finally:
-            os._exit(EXIT_LOST)
-
-
-_unfinished: SparkExecutor | None = None
-"""The executor of an engine in the user's own process that has not come up yet."""
-
-
-def give_up_unfinished_start() -> None:
-    """Releases what an engine of this process holds that failed while it came up, outside of its executor's calls.
-
-    vLLM tells its executor nothing then (the KV cache is too small for a request, say), and a half-made engine has no
-    end that could be waited for: an exception's traceback may hold it. So the next engine calls this, before it needs
-    the port and the names of the process groups.
+    Its methods may be called from one thread at a time; a failure comes from any.
     """
-    executor = _unfinished
-    if executor is not None:
-        logger.info("An engine that did not come up is given up: its pair ends.")
-        executor._give_up_start(None)
+
+    def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, board: CounterBoard) -> None:
+        self.ledger = TokenLedger()
+        self._listener, self._follower, self._board = listener, follower, board
+        self._runtime: collective.Runtime | None = None
+        self.groups = GroupLink(follower.groups, self.fail)
+        self._interface: LinkInterface | None = None
+        self._failure: SparkError | None = None
+        self._failed = threading.Event()
+        self._fail_lock = threading.Lock()
+        self._on_failure: list[Callable[[], None]] = []
+        self._closing = False
+        self._asked = 0  # the number of the last call that is answered
+        self._owed = False  # whether the answer of the last `ask` was given up and has not come yet
+        self._asked_at: float | None = None  # when it was sent, while its answer is awaited
+        self._running_model = False
+        self._pulse = Pulse(
+            follower.control,
+            config.heartbeat_timeout,
+            report=self._report,
+            on_report=self._take_report,
+            on_end=self.fail,
+            on_link=self._take_announcement,
+            patience=lambda: link_patience(self._runtime, config),
+        )
+
+    @classmethod
+    def form(cls, config: SparkConfig, offer: Offer, vllm_config: Any, board: CounterBoard) -> Pair:
+        """Waits for a follower that has the offered model, hands it its work, and joins the collective runtimes.
+
+        Raises:
+            SparkError: nobody came in time, or the two sides do not fit.
+        """
+        board.forget_failure()
+        address = leader_address(config)
+        context = tls_context(load_secret(config, address), "leader")
+        _warn_of_others(address)
+        listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
+        try:
+            follower = listener.wait_for_follower(offer, config.join_timeout)
+        except BaseException:
+            listener.close()
+            raise
+        logger.info("%s joined.", upper_first(follower.name))
+        pair = cls(config, listener, follower, board)
+        pair._pulse.start()
+        try:
+            with pair.explained():
+                pair._start_work(config, address, vllm_config)
+        except BaseException:
+            pair.close("the leader's start failed")
+            raise
+        board.begin_work()
+        return pair
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has the follower run a worker method of the decode loop; it does not answer.
+
+        Raises:
+            SparkError: the pair is broken.
+        """
+        if not self._running_model:
+            self._running_model = True
+            self._pulse.model_runs()
+        if self._owed:
+            # The follower comes to no call before it has sent that answer, which the connection alone may not hold.
+            with contextlib.suppress(RemoteError):
+                self._answer(None)
+        self._send(Kind.CALL, method, args, kwargs)
+
+    def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Has the follower run a worker method whose result `answer` returns.
+
+        Raises:
+            SparkError: the pair is broken.
+        """
+        self._send(Kind.QUERY, method, args, kwargs, self._asked + 1)
+        self._asked += 1
+        self._asked_at = time.monotonic()
+
+    def answer(self, timeout: float | None) -> Any:
+        """The result of the last `ask`; answers to those before it that were given up are dropped.
+
+        Raises:
+            RemoteError: the follower's worker raised; the log has its traceback.
+            TimeoutError: no answer came within `timeout` seconds; the pair works on.
+            SparkError: the pair broke.
+        """
+        try:
+            return self._answer(timeout)
+        except RemoteError as error:
+            logger.error("%s failed:\n%s", upper_first(self._follower.name), error.details)
+            raise
+
+    def _answer(self, timeout: float | None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        lane = self._follower.calls
+        try:
+            while True:
+                # What has begun to come is read to its end: half a message would leave the lane useless.
+                if deadline is not None and not lane.wait(deadline - time.monotonic()):
+                    self._owed = True
+                    raise TimeoutError(f"{self._follower.name} did not answer in time")
+                payload = lane.expect(Kind.REPLY).payload
+                if replied_number(payload) == self._asked:
+                    self._owed = False
+                    return decode_reply(payload)
+        finally:
+            self._asked_at = None
+
+    def settle(self, error: BaseException) -> None:
+        """Fetches and drops the answer of the last `ask`, after this rank failed in it.
+
+        The follower may wait in a collective for what this rank will not do; if it does not come back, the pair ends.
+        """
+        try:
+            self._answer(_SETTLE_TIMEOUT)
+        except RemoteError:
+            return
+        except (SparkError, TimeoutError):
+            self.fail(SparkError(f"the leader's worker failed: {described(error)}"))
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Replaces an error by its cause, if the control lane knows it: what surfaces first is often a symptom."""
+        try:
+            yield
+        except RefusedError:
+            raise  # it is its own cause
+        except Exception as error:
+            self._failed.wait(cause_grace(error))
+            if isinstance(error, ChannelError | FrameTooLargeError):
+                self.fail(error)
+            if self._failure is not None and self._failure is not error:
+                raise self._failure from error
+            raise
+
+    def check(self) -> None:
+        """Raises the reason if the pair is broken."""
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def failed(self) -> bool:
+        """True once the pair is broken."""
+        return self._failed.is_set()
+
+    def record(self, output: Any) -> None:
+        """Puts what a step sampled into the ledger.
+
+        Raises:
+            CollectiveError: a kernel of the step gave up, so that its tokens are worth nothing.
+            DriftError: the follower sampled other tokens.
+        """
+        self.runtime.check()
+        self.ledger.record(output)
+
+    @property
+    def runtime(self) -> collective.Runtime:
+        """This rank's end of the collectives."""
+        assert self._runtime is not None
+        return self._runtime
+
+    def on_failure(self, callback: Callable[[], None]) -> None:
+        """`callback` is called once when the pair breaks, at once if it has."""
+        with self._fail_lock:  # either `fail` finds it in the list, or this finds the failure
+            broken = self._failed.is_set()
+            if not broken:
+                self._on_failure.append(callback)
+        if broken:
+            callback()
+
+    def fail(self, error: SparkError) -> None:
+        """Ends everything that waits, once, for the reason `error`. Called from any thread."""
+        if isinstance(error, PeerLostError):
+            error = PeerLostError(f"{error}; {_REMEDY}")
+        with self._fail_lock:  # both threads may see the follower go
+            if self._failed.is_set() or self._closing:
+                return
+            self._failure = error
+            self._failed.set()
+        logger.error("Serving ends: %s.", error)
+        self._listener.close()  # whoever comes now shall wait for the next leader
+        self._board.fail(error)
+        if self._runtime is not None:
+            self._runtime.abort(str(error))
+        self._follower.calls.interrupt()
+        self.groups.fail(error)
+        for callback in self._on_failure:
+            callback()
+
+    @property
+    def closing(self) -> bool:
+        """True once the follower is told that this is the end."""
+        return self._closing
+
+    def leave(self, farewell: str) -> None:
+        """Tells the follower why, and ends all waits; nothing is released that another thread may still use."""
+        self._closing = True
+        self._pulse.stop(Reason(farewell))
+        if self._runtime is not None:
+            self._runtime.abort(farewell)
+
+    def close(self, farewell: str) -> None:
+        """Tells the follower why, and releases everything; may be called again."""
+        if self._closing:
+            return
+        self.leave(farewell)
+        self._listener.close()
+        self._follower.calls.close()
+        self._follower.control.close()
+        self.groups.close(PeerLeftError(farewell))
+        if self._runtime is not None:
+            self._runtime.close()
+        if self._interface is not None:
+            self._interface.forget()
+
+    def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
+        launch = load_launch_table(config)
+        assignment = Assignment(vllm_config, config, launch, travelling_variables(os.environ))
+        self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
+        self._interface = use_link_interface(address, address)
+        self._runtime = connect_runtime(
+            LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails
+        )
+
+    def _send(
+        self,
+        kind: Kind,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        number: int = 0,
+    ) -> None:
+        self.check()
+        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs, number))
+
+    def _take_report(self, theirs: dict[str, Any]) -> None:
+        self._board.write(theirs["counters"])
+        asked_at = self._asked_at
+        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._asked else time.monotonic() - asked_at
+        if waited > _SETTLE_TIMEOUT:
+            # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
+            self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
+
+    def _take_announcement(self, announcement: bytes) -> None:
+        if self._runtime is not None:
+            self._runtime.deliver(announcement)
+
+    def _report(self) -> dict[str, Any]:
+        step, digest = self.ledger.state()
+        self._board.write(local_counters(LEADER_RANK, (step, digest)))
+        return {"step": step, "digest": digest.hex()}
 
 
-def _finish(executor: SparkExecutor) -> None:
-    """It is up, or has released everything."""
-    global _unfinished
-    if _unfinished is executor:
-        _unfinished = None
-
-
-class _StepFuture(Future[Any]):
-    """The result of a step whose tokens are still being copied from the device."""
-
-    def __init__(self, output: AsyncModelRunnerOutput, pair: Pair) -> None:
-        super().__init__()
-        self._output, self._pair = output, pair
-
-    def result(self, timeout: float | None = None) -> Any:
-        """Waits for the copy. A time-out is not supported: vLLM's own future has none either."""
-        if not self.done():
-            try:
-                with self._pair.explained():
-                    self.set_result(_noted(self._pair, self._output.get_output()))
-            except Exception as error:
-                self.set_exception(error)
-        return super().result(timeout)
-
-
-def _offer(vllm_config: Any) -> Offer:
-    """What this leader serves, as a follower must have it."""
-    return Offer(
-        model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
-        files=files_of(vllm_config),
-        heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
-        environment=recorded_environment(),
-    )
-
-
-def _noted(pair: Pair, output: Any) -> Any:
-    """Puts what a step sampled into the ledger, on its way to the scheduler."""
-    if output is not None:
-        pair.record(output)
-    return output
-
-
-def _finished(value: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(value)
-    return future
-
-
-def _end_process_soon() -> None:
-    """Whatever the engine's thread is stuck in (a process group of torch, say), the process ends."""
-
-    def end() -> None:
-        time.sleep(_LAST_RESORT)
-        os._exit(EXIT_LOST)
-
-    threading.Thread(target=end, name="spark-last-resort", daemon=True).start()
+def _warn_of_others(address: str) -> None:
+    """One line if others than the follower may reach the link."""
+    interface = None if is_loopback(address) else interface_of(address)
+    if interface is not None and (reason := shared_network(interface)):
+        logger.warning(
+            "The link's address %s is on %s, which %s. %s; join both machines with a cable of their own, and give its "
+            "address with --spark-address.",
+            address,
+            interface,
+            reason,
+            EXPOSED,
+        )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.child_process import end_with_parent
+from vllm_spark.processes.child import end_with_parent
 
 from .command import ANSWER_SECONDS, Command, CommandFailed, Finished
 from .errors import MachineError

@@ -10,14 +10,19 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_spark.cli.arguments import positive, user_path
-from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
-from vllm_spark.cli.output import check_writable, wide_console
+from vllm_spark.cli.arguments import (
+    add_wire_arguments,
+    check_writable,
+    modelled_wire,
+    positive,
+    user_path,
+    wide_console,
+)
 from vllm_spark.errors import ConfigurationError, SparkError
 
 if TYPE_CHECKING:
     from vllm_spark.collective import RuntimeOptions
-    from vllm_spark.launch_table import LaunchTable
+    from vllm_spark.collective.launch_table import LaunchTable
 
 SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and keep them for serving"
 
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ConfigurationError("there is no GPU to calibrate for; on a CPU collectives have no launch shapes")
     from vllm_spark.bench.calibrate import shares_one_gpu
-    from vllm_spark.launch_table import default_path, store_launch_table
+    from vllm_spark.collective.launch_table import default_path, store_launch_table
 
     out = args.out or default_path()
     if out is None:

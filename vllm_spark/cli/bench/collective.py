@@ -7,9 +7,15 @@ import argparse
 from rich.progress import Progress, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.arguments import positive, sizes, user_path
-from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
-from vllm_spark.cli.output import check_writable, wide_console
+from vllm_spark.cli.arguments import (
+    add_wire_arguments,
+    check_writable,
+    modelled_wire,
+    positive,
+    sizes,
+    user_path,
+    wide_console,
+)
 from vllm_spark.errors import ConfigurationError
 
 SUMMARY = "one all-reduce or all-gather, against NCCL or gloo"
@@ -47,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
     from vllm_spark.bench.collective import DEFAULT_SIZES, LOGITS_SIZES, Settings, check_gpus, measure, rows_to_come
     from vllm_spark.bench.collective_report import as_json, as_table, check_plot, plot
-    from vllm_spark.bench.samples import machine
+    from vllm_spark.bench.statistics import machine
 
     wire = modelled_wire(args)
     for path in filter(None, (args.json, args.plot)):

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_spark import __version__
-from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path
-from vllm_spark.cli.bench.modelled_wire import add_wire_arguments, modelled_wire
-from vllm_spark.cli.output import check_writable, wide_console
+from vllm_spark.cli.arguments import (
+    add_wire_arguments,
+    check_writable,
+    engine_arguments,
+    modelled_wire,
+    positive,
+    positives,
+    user_path,
+    wide_console,
+)
 from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -76,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigurationError(f"the benchmark needs vLLM and torch here ({error}); install vLLM") from None
     from vllm_spark.bench import decode
     from vllm_spark.bench.decode_report import as_json, as_table, profile_tables
-    from vllm_spark.bench.samples import machine
-    from vllm_spark.stage import set_stage
+    from vllm_spark.bench.statistics import machine
+    from vllm_spark.processes.group import set_stage
 
     settings = _settings(args)
     if args.json is not None:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.arguments import positive, sizes, user_path
-from vllm_spark.cli.output import check_writable, wide_console
-from vllm_spark.config import SparkConfig, add_flags, given_flags, setting_type
+from vllm_spark.cli.arguments import check_writable, positive, sizes, user_path, wide_console
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from vllm_spark.bench.wire import Plan
-    from vllm_spark.wire_model import WireModel
+    from vllm_spark.collective.link_model import WireModel
 
 SUMMARY = "latency and bandwidth of RDMA writes between two machines, and the wire model that they make"
 
@@ -71,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: a bad setting, no RDMA port, the other machine did not come or does not fit, or the wire failed.
     """
-    from vllm_spark.bench.wire import measure
-    from vllm_spark.bench.wire_meeting import Meeting
-    from vllm_spark.logs import log_as
+    from vllm_spark.backend.logging import log_as
+    from vllm_spark.bench.wire import Meeting, measure
 
     log_as("vllm-spark bench wire")
     _check_files(args)
@@ -148,7 +146,7 @@ def _plan(given: dict[str, Any], config: SparkConfig) -> Plan:
 def _show(args: argparse.Namespace, plan: Plan, model: WireModel) -> None:
     """Prints tables, and writes the files that were asked for."""
     from vllm_spark.bench.wire_report import as_json, as_tables, plot
-    from vllm_spark.wire_model import store_wire_model
+    from vllm_spark.collective.link_model import store_wire_model
 
     console = wide_console()
     for table in as_tables(plan, model):
@@ -169,7 +167,7 @@ def _ports(config: SparkConfig) -> list[Any]:
         ConfigurationError: there are none, or not those that were chosen.
     """
     from vllm_spark.collective import CollectiveError, local_ports
-    from vllm_spark.executor.link import split_rails
+    from vllm_spark.executor.channel.addresses import split_rails
 
     try:
         ports = local_ports(split_rails(config.rails))

@@ -1,0 +1,76 @@
+"""vLLM's platforms with this project's communicators in them.
+
+Chosen not by a platform plugin, which vLLM resolves while it is imported, long before anyone knows whether
+`--spark` was given: `activate` turns the platform object that vLLM already uses into one of these, in the
+processes that serve with `--spark` and in no others.
+"""
+
+from __future__ import annotations
+
+from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.groups.process_group import BACKEND, pair_is_up
+
+
+class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]
+    """CPU: collectives through `SparkCpuCommunicator`, process groups through `PairGroup`."""
+
+    @property
+    def dist_backend(self) -> str:
+        """The kind of process group that vLLM makes for its ranks."""
+        return BACKEND if pair_is_up() else str(super().dist_backend)
+
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        """The communicator class that vLLM gives to each group of ranks."""
+        return "vllm_spark.backend.communicator.SparkCpuCommunicator"
+
+    @classmethod
+    def use_custom_op_collectives(cls) -> bool:
+        """True: compiled graphs must see collectives as opaque operators, not trace into them."""
+        return True
+
+
+def activate() -> None:
+    """Makes vLLM's platform of this process hand out this project's communicators.
+
+    Raises:
+        ConfigurationError: the platform is one that this project does not extend.
+    """
+    kind = type(current_platform)
+    if kind.__name__.startswith("Spark"):
+        return
+    current_platform.__class__ = _extended(kind)
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of the GPU that vLLM uses, (12, 1) for a GB10; None without a GPU."""
+    found = current_platform.get_device_capability()
+    return None if found is None else (found.major, found.minor)
+
+
+def _extended(kind: type[Platform]) -> type[Platform]:
+    if kind is CpuPlatform:
+        return SparkCpuPlatform
+    if current_platform.is_cuda():
+        return _cuda_platform(kind)
+    raise ConfigurationError(
+        f"--spark works with vLLM for CUDA or CPU, and this vLLM runs on {kind.__name__}; install one of those"
+    )
+
+
+def _cuda_platform(kind: type[Platform]) -> type[Platform]:
+    """The CUDA platform is NVML-based or not, which vLLM decides at import: extend whichever it is."""
+
+    class SparkCudaPlatform(kind):  # type: ignore[misc]
+        """CUDA: collectives through `SparkCudaCommunicator`."""
+
+        @classmethod
+        def get_device_communicator_cls(cls) -> str:
+            """The communicator class that vLLM gives to each group of ranks."""
+            return "vllm_spark.backend.communicator.SparkCudaCommunicator"
+
+    return SparkCudaPlatform

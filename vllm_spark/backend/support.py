@@ -1,0 +1,231 @@
+"""What a pair does not do, and what vLLM does not take, each in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vllm_spark.config.settings import FLAG
+from vllm_spark.errors import ConfigurationError, SparkError, without_stop
+from vllm_spark.ranks import WORLD_SIZE
+
+logger = logging.getLogger("vllm_spark")
+
+EXECUTOR = "vllm_spark.executor.SparkExecutor"
+
+
+def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
+    """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
+    refusals = (
+        ("tensor_parallel_size", (1, WORLD_SIZE), "a pair has exactly two ranks; leave it out"),
+        ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
+        ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_start_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
+        ("node_rank", (0,), "the pair is formed by vllm-spark join; leave it out"),
+        ("decode_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("prefill_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
+        ("kv_transfer_config", (None,), "KV connectors need vLLM's own executors; leave it out"),
+        ("ec_transfer_config", (None,), "encoder-cache connectors need vLLM's own executors; leave it out"),
+        ("distributed_executor_backend", (None, EXECUTOR), "--spark brings an executor of its own; leave it out"),
+        ("mm_processor_cache_type", (None, "lru"), "a shared-memory cache does not reach the other machine; use lru"),
+    )
+    for field, allowed, remedy in refusals:
+        value = getattr(engine_args, field, allowed[0])
+        if value not in allowed:
+            shown = getattr(value, "kv_connector", None) or getattr(value, "ec_connector", None) or value
+            raise ConfigurationError(f"--{field.replace('_', '-')} {shown} does not go with {FLAG}: {remedy}")
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size not in (None, "", "1", str(WORLD_SIZE)):
+        raise ConfigurationError(
+            f"WORLD_SIZE is {world_size}, and a pair has {WORLD_SIZE} ranks; launch one process on each of two machines"
+        )
+
+
+_OWN_COLLECTIVES = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
+"""Compiler passes of vLLM that put collectives of their own, for GPUs of one machine, in place of this project's. Some
+versions turn them on by themselves, where FlashInfer is installed or a model is dense."""
+
+
+def keep_collectives(engine_args: Any) -> None:
+    """Turns off vLLM's compiler passes that go past this project's collectives.
+
+    Raises:
+        ConfigurationError: one of them was asked for.
+    """
+    passes = getattr(getattr(engine_args, "compilation_config", None), "pass_config", None)
+    for name in _OWN_COLLECTIVES:
+        if not hasattr(passes, name):
+            continue  # of another version, or nobody's configuration
+        if getattr(passes, name):
+            raise ConfigurationError(
+                f"--compilation-config.pass_config.{name} does not go with {FLAG}: its collectives reach no other "
+                "machine; leave it out"
+            )
+        setattr(passes, name, False)
+
+
+_TWO_RANKS = "a pair has exactly two tensor-parallel ranks; leave it out, in the environment too"
+_NO_KV_CONNECTORS = "KV connectors need vLLM's own executors; leave it out"
+_CONFIGURATION: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+    ("parallel_config.tensor_parallel_size", "--tensor-parallel-size", (WORLD_SIZE,), _TWO_RANKS),
+    ("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.data_parallel_size", "--data-parallel-size (or VLLM_DP_SIZE)", (1,), _TWO_RANKS),
+    ("parallel_config.decode_context_parallel_size", "--decode-context-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.prefill_context_parallel_size", "--prefill-context-parallel-size", (1,), _TWO_RANKS),
+    ("parallel_config.nnodes", "--nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
+    ("parallel_config.enable_elastic_ep", "--enable-elastic-ep", (False,), _TWO_RANKS),
+    ("parallel_config.enable_fault_tolerance", "--enable-fault-tolerance", (False,), _TWO_RANKS),
+    (
+        "parallel_config.assigned_physical_gpu_ids",
+        "--device-ids",
+        (None,),
+        "each machine has a GPU of its own; set CUDA_VISIBLE_DEVICES on the machine where another one is meant",
+    ),
+    (
+        "parallel_config.distributed_executor_backend",
+        "--distributed-executor-backend",
+        (EXECUTOR,),
+        "--spark brings an executor of its own; leave it out",
+    ),
+    (
+        "kv_transfer_config.kv_connector",
+        "--kv-transfer-config (or --kv-offloading-size)",
+        (None,),
+        _NO_KV_CONNECTORS,
+    ),
+    (
+        "ec_transfer_config.ec_connector",
+        "--ec-transfer-config",
+        (None,),
+        "encoder-cache connectors need vLLM's own executors; leave it out",
+    ),
+    (
+        "model_config.multimodal_config.mm_processor_cache_type",
+        "--mm-processor-cache-type",
+        (None, "lru"),
+        "a shared-memory cache does not reach the other machine; use lru",
+    ),
+)
+"""Where vLLM's configuration holds what a pair cannot do, the option or variable of it, what is possible, and why."""
+
+
+def refuse_configuration(vllm_config: Any) -> None:
+    """Raises ConfigurationError for what a pair cannot do in the configuration that vLLM made.
+
+    Options are checked before that too (`refuse_what_a_pair_cannot_do`), where vLLM would refuse them in other words or
+    act on them; but vLLM derives some from others, from the environment, and from files.
+    """
+    for path, option, allowed, remedy in _CONFIGURATION:
+        value = vllm_config
+        for name in path.split("."):
+            value = getattr(value, name, allowed[0]) if value is not None else None
+        if value is not None and value not in allowed:
+            raise ConfigurationError(f"{option} {value} does not go with {FLAG}: {remedy}")
+
+
+def refuse_indivisible_shards(vllm_config: Any) -> None:
+    """Raises ConfigurationError if the model cannot be cut into two equal halves."""
+    model = vllm_config.model_config.hf_text_config
+    dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
+    if vllm_config.parallel_config.enable_expert_parallel:
+        dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
+    for dimension in dimensions:
+        size = getattr(model, dimension, None)
+        if isinstance(size, int) and size % WORLD_SIZE:
+            raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
+    heads = getattr(model, "num_key_value_heads", None)
+    if isinstance(heads, int) and heads > 1 and heads % WORLD_SIZE:  # a single one is on both ranks
+        raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
+
+
+def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]) -> None:
+    """Raises ConfigurationError if Marlin is to work on inputs of 8 bits on a GPU where its output is wrong then.
+
+    Args:
+        capability: asks for the GPU's compute capability; None if there is none.
+    """
+    value = os.environ.get("VLLM_MARLIN_INPUT_DTYPE", "")
+    if value.strip().lower() == "fp8" and capability() == (12, 1):
+        raise ConfigurationError(
+            f"VLLM_MARLIN_INPUT_DTYPE is {value}, which corrupts output on a GB10 (compute capability 12.1, vLLM issue "
+            "49546); leave it unset"
+        )
+
+
+@contextlib.contextmanager
+def vllms_objections(model: Any) -> Iterator[None]:
+    """Turns what vLLM raises for arguments that it does not take into one sentence.
+
+    Raises:
+        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (a model that is not there) or an
+            ImportError (an optional package of vLLM's, such as one that reads object storage).
+    """
+    try:
+        yield
+    except SparkError:
+        raise
+    except ImportError as error:
+        logger.debug("vLLM's own words:", exc_info=error)
+        raise ConfigurationError(
+            f"vLLM needs a package that it cannot import here ({_first_objection(error).rstrip('.')}); install it into "
+            "the environment of vLLM on both machines"
+        ) from error
+    except (ValueError, OSError) as error:
+        logger.debug("vLLM's own words:", exc_info=error)
+        objection = _first_objection(error)
+        if "divisible" in objection:
+            raise ConfigurationError(_indivisible(objection)) from error
+        if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
+            raise ConfigurationError(_model_not_found(str(model), objection)) from error
+        raise ConfigurationError(f"{objection} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+
+
+_ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
+
+
+def adapter_refusal(name: str, reason: str) -> str:
+    """The sentence for an adapter that the follower does not have, or has with other content."""
+    return f"the adapter {name} cannot be loaded on both machines: {reason}"
+
+
+def adapter_refusal_in(text: str) -> str | None:
+    """The sentence of `adapter_refusal` in what vLLM made of it, without a full stop; None if there is none."""
+    found = _ADAPTER_REFUSAL.search(text)
+    return None if found is None else found.group().rstrip(".")
+
+
+def _indivisible(what: str) -> str:
+    return f"this model cannot be cut into two equal halves ({without_stop(what)}); serve it without {FLAG}"
+
+
+def _first_objection(error: Exception) -> str:
+    """The first line of what vLLM complains about; pydantic wraps it in three."""
+    if callable(errors := getattr(error, "errors", None)):
+        first = errors()[0]
+        text, field = str(first["msg"]).removeprefix("Value error, "), first["loc"]
+        text = f"{'.'.join(map(str, field))}: {text}" if field else text
+    else:
+        text = str(error) or type(error).__name__
+    return without_stop(text.strip().splitlines()[0])
+
+
+def _model_not_found(model: str, objection: str) -> str:
+    sentence = f"the model {model} cannot be loaded ({objection})"
+    if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
+        return sentence  # a name on the hub, or a folder here
+    try:
+        mode = os.stat(model).st_mode
+    except PermissionError as error:
+        return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
+    except (OSError, ValueError):
+        return f"there is no folder {model}; give a model's folder, or its name on the hub"
+    if stat.S_ISDIR(mode):
+        return sentence
+    return f"the single file {model} cannot be loaded as a model by this vLLM ({objection.rstrip('.')}); give a folder"

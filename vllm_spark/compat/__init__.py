@@ -1,0 +1,1 @@
+"""The one place that knows vLLM's versions: what is patched, what is overridden, and whether it fits."""

@@ -1,0 +1,228 @@
+"""Every change to vLLM for which it has no hook: found, checked against the installed source, applied.
+
+One change is one file in the folder `patches/`, which names the symbol, says why no hook serves, and lists the
+fingerprints of the sources that it was written against. An unknown fingerprint disables an optional feature with a
+sentence; if a required patch has one, `--spark` refuses to start (`vllm_spark.compat.check`). A vLLM without `--spark`
+goes on in either case.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from vllm_spark.compat.after_import import after_import
+
+logger = logging.getLogger("vllm_spark")
+
+_MARK = "_vllm_spark_patch"
+
+ANNOUNCED = "_SPARK_COUNTER_BOARD"
+"""A variable that every process of a pair's server has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A piece of vLLM's source that something here relies on.
+
+    `symbol` is `module:qualified.name`. With `scope="signature"` only its name and parameters count (enough for a
+    wrapper), with `"source"` its whole text.
+    """
+
+    symbol: str
+    scope: Literal["signature", "source"] = "signature"
+
+    @property
+    def module(self) -> str:
+        """The module's dotted name."""
+        return self.symbol.partition(":")[0]
+
+    @property
+    def qualified_name(self) -> str:
+        """The name within the module."""
+        return self.symbol.partition(":")[2]
+
+    def fingerprint(self, source: str) -> str | None:
+        """Twelve hexadecimal digits over the anchor's text in `source`; None if the symbol is not there.
+
+        Indentation, blank lines and line breaks do not count.
+        """
+        text = _text_of(source, self.qualified_name, self.scope)
+        if text is None:
+            return None
+        return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
+
+
+When = Literal["start", "engine", "leading", "serving", "tuning"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One change to vLLM.
+
+    Attributes:
+        name: short name, for messages.
+        anchor: the function or method that is replaced.
+        reason: why no hook of vLLM serves.
+        feature: what is lost while the patch is disabled.
+        fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
+        replace: takes the original callable, returns the replacement.
+        when: `start` in every process of vLLM, as soon as it has imported the module; such a replacement passes on
+            whatever it is given unless `--spark` is asked for, so it is made without a look at the source, which plain
+            vLLM would pay for. `engine` in a process that makes an engine of a pair, whoever starts it; `leading` in
+            the process that serves clients of a pair; `serving` in the processes that run a model for a pair, before
+            they load it; `tuning` in those that use tuned parameters.
+        required: whether `--spark` cannot be had without it.
+    """
+
+    name: str
+    anchor: Anchor
+    reason: str
+    feature: str
+    fingerprints: Mapping[str, str]
+    replace: Callable[[Callable[..., Any]], Callable[..., Any]]
+    when: When = "start"
+    required: bool = False
+
+
+_PATCHES = "vllm_spark.patches"
+
+State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM missing"]
+
+
+@functools.cache
+def all_patches() -> tuple[Patch, ...]:
+    """The patches of the folder `patches/`, by file name."""
+    modules = pkgutil.iter_modules(importlib.import_module(_PATCHES).__path__)
+    return tuple(
+        importlib.import_module(f"{_PATCHES}.{name}").PATCH for name in sorted(module.name for module in modules)
+    )
+
+
+def state_of(patch: Patch) -> State:
+    """Whether `patch` fits the installed vLLM, and whether it is in force in this process."""
+    source = installed_source(patch.anchor.module)
+    if source is None:
+        return "vLLM missing"
+    fingerprint = patch.anchor.fingerprint(source)
+    if fingerprint is None:
+        return "symbol missing"
+    if fingerprint not in patch.fingerprints:
+        return "unknown source"
+    return "applied" if patch.name in _applied else "ready"
+
+
+def watch_imports() -> None:
+    """Applies each patch of the time `start` once vLLM has imported what it changes. May be called again."""
+    for patch in all_patches():
+        if patch.when == "start" and patch.name not in _watched:
+            _watched.add(patch.name)
+            after_import(patch.anchor.module, functools.partial(_apply_if_there, patch))
+
+
+def apply_all(when: When) -> None:
+    """Applies every patch of that time that fits the installed vLLM; says which do not. May be called again."""
+    for patch in all_patches():
+        if patch.when != when or patch.name in _applied:
+            continue
+        state = state_of(patch)
+        if state == "ready":
+            _apply(patch)
+        else:
+            logger.warning(
+                "vllm_spark cannot offer %s: %s of %s in this vLLM is not one that it knows (%s).",
+                patch.feature,
+                patch.anchor.qualified_name,
+                patch.anchor.module,
+                state,
+            )
+
+
+@functools.cache
+def installed_source(module: str) -> str | None:
+    """The source text of an installed module, without importing it; None if it is not there."""
+    package, _, rest = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for root in spec.submodule_search_locations:
+        base = Path(root, *rest.split("."))
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+    return None
+
+
+_applied: set[str] = set()
+_watched: set[str] = set()
+
+
+def _apply_if_there(patch: Patch, module: Any) -> None:
+    """For a vLLM that may not know of this project at all: what it lacks is found when `--spark` is asked for."""
+    try:
+        _apply(patch)
+    except (AttributeError, KeyError):
+        logger.warning(
+            "vllm_spark does not know this vLLM, which has no %s in %s: --spark cannot be used with it.",
+            patch.anchor.qualified_name,
+            module.__name__,
+        )
+
+
+def _apply(patch: Patch) -> None:
+    owner: Any = importlib.import_module(patch.anchor.module)
+    *path, name = patch.anchor.qualified_name.split(".")
+    for step in path:
+        owner = getattr(owner, step)
+    # As it stands in the class: bound methods would lose whether it is static, a class method or plain.
+    original = vars(owner)[name]
+    if isinstance(original, (staticmethod, classmethod)):
+        kind = type(original)
+        if hasattr(original.__func__, _MARK):
+            return
+        replacement: Any = kind(_marked(patch, original.__func__))
+    else:
+        if hasattr(original, _MARK):
+            return
+        replacement = _marked(patch, original)
+    setattr(owner, name, replacement)
+    _applied.add(patch.name)
+
+
+def _marked(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
+    replacement = functools.wraps(original)(patch.replace(original))
+    setattr(replacement, _MARK, patch.name)
+    return replacement
+
+
+_parsed = functools.lru_cache(maxsize=1)(ast.parse)  # several anchors of one module come one after the other
+
+
+def _text_of(source: str, qualified_name: str, scope: str) -> str | None:
+    node: ast.AST = _parsed(source)
+    for name in qualified_name.split("."):
+        found = next((child for child in _definitions(node) if child.name == name), None)
+        if found is None:
+            return None
+        node = found
+    lines = source.splitlines()
+    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    decorators = [decorator.lineno for decorator in node.decorator_list]
+    first = min([node.lineno, *decorators])
+    last = node.end_lineno if scope == "source" else max(node.body[0].lineno - 1, node.lineno)
+    return textwrap.dedent("\n".join(lines[first - 1 : last]))
+
+
+def _definitions(node: ast.AST) -> list[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [child for child in ast.iter_child_nodes(node) if isinstance(child, kinds)]

@@ -1,0 +1,1 @@
+"""Every setting, described once, and where a running vLLM keeps them."""

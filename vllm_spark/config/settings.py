@@ -1,0 +1,449 @@
+"""Every setting of vllm_spark, described once.
+
+Command line flags (`--spark-*`), environment variables (`SPARK_*`), configuration files, their checks and the
+reference in docs/configuration.md are all made from `SparkConfig`.
+
+A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML or
+`additional_config["spark"]`), the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_spark.errors import ConfigurationError, lower_first
+from vllm_spark.rail_choice import RailChoice
+
+FLAG = "--spark"
+ENVIRONMENT_PREFIX = "SPARK_"
+ENABLE_VARIABLE = "SPARK_ENABLE"
+SECRET_VARIABLE = "SPARK_SECRET"
+"""Holds the secret itself. No setting: it is never sent, stored or shown."""
+DEFAULT_PORT = 29650
+MINIMUM_SECRET_BYTES = 16
+_SHORTEST_WAIT = 0.001  # seconds; the least time-out of the runtime (tests/unit/test_session.py compares both)
+
+Side = Literal["both", "leader", "follower"]
+
+
+def _setting(
+    default: Any,
+    description: str,
+    *,
+    side: Side = "both",
+    **constraints: Any,
+) -> Any:
+    """A field of `SparkConfig`; `side` says on which machine it is given."""
+    return Field(default=default, description=description, json_schema_extra={"side": side}, **constraints)
+
+
+class SparkConfig(BaseModel):
+    """The settings of vllm_spark. The leader's are sent to the follower, which gives only its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+    address: str | None = _setting(
+        None,
+        "IP address of this machine on the link to the other one; the leader listens there and nowhere else. "
+        "Default: the address of the RDMA device's network interface, or 127.0.0.1 on a machine without one.",
+        side="leader",
+    )
+    leader: str | None = _setting(
+        None,
+        "IP address at which the leader listens, optionally with :PORT. "
+        "Default: 127.0.0.1 on a machine without RDMA device; with one, it must be given.",
+        side="follower",
+    )
+    port: int = _setting(DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535)
+    secret_file: Path | None = _setting(
+        None,
+        "File with the secret that both machines share (at least 16 bytes; this user's or root's, and readable by its "
+        "owner only, unless it is on a read-only mount, as containers have their secrets). "
+        f"The variable {SECRET_VARIABLE} may hold the secret itself instead, not as well. "
+        "Needed except on a loopback address. "
+        "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
+        "`vllm-spark doctor --make-secret` makes it.",
+    )
+    join_timeout: float = _setting(
+        600.0,
+        "Seconds that the leader waits for its follower before it gives up.",
+        side="leader",
+        gt=0,
+        le=86400,
+    )
+    heartbeat_timeout: float = _setting(
+        5.0,
+        "Seconds without a sign of life after which the peer counts as dead.",
+        side="leader",
+        ge=0.5,
+        le=3600,
+    )
+    collective_timeout: float = _setting(
+        600.0,
+        "Seconds that one rank waits for the other inside a collective before both stop. A first start may "
+        "compile on one rank longer than on the other, so this is generous; a dead peer is noticed by heartbeat.",
+        side="leader",
+        ge=_SHORTEST_WAIT,
+        le=86400,
+    )
+    max_frame_mib: int = _setting(
+        256, "Largest message accepted on the channel between the machines, in MiB.", ge=1, le=4095
+    )
+    transport: Literal["auto", "verbs", "loopback"] = _setting(
+        "auto",
+        "How ranks exchange data: `loopback` is shared memory between two processes of one machine, `verbs` is "
+        "RDMA over RoCE, `auto` takes loopback on one machine and verbs between two.",
+        side="leader",
+    )
+    rails: str | None = _setting(
+        None,
+        "Verbs: RDMA ports of this machine to use, separated by commas, each DEVICE, DEVICE:PORT or "
+        "DEVICE:PORT:GID_INDEX. Default: every active one that is in one network with one of the other machine.",
+    )
+    link_timeout: float = _setting(
+        30.0,
+        "Verbs: seconds without any working rail after which both machines stop. Until then all wait for it.",
+        side="leader",
+        ge=_SHORTEST_WAIT,
+        le=3600,
+    )
+    traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
+    service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15)
+    loopback_mode: Literal["direct", "proxied"] = _setting(
+        "direct",
+        "Loopback only: `direct` stores straight into the peer's memory, `proxied` goes through the proxy thread "
+        "that posts RDMA writes.",
+        side="leader",
+    )
+    loopback_latency_us: float = _setting(
+        0.0, "Loopback, proxied: latency of the modelled wire, in microseconds.", side="leader", ge=0, le=1e6
+    )
+    loopback_gbytes_per_s: float = _setting(
+        0.0,
+        "Loopback, proxied: bandwidth of the modelled wire, in GB/s; 0 means unlimited.",
+        side="leader",
+        ge=0,
+        le=1e4,
+    )
+    wire: Path | None = _setting(
+        None,
+        "Loopback, proxied: file with a wire model, written by `vllm-spark bench wire`. Latency and bandwidth of the "
+        "modelled wire are taken from it, in place of the two settings above.",
+        side="leader",
+    )
+    slot_kib: int = _setting(
+        1024,
+        "Size of one slot for large messages, in KiB; larger messages go in chunks.",
+        side="leader",
+        ge=4,
+        le=65536,
+    )
+    packet_kib: int | None = _setting(
+        None,
+        "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag. "
+        "Default: what the launch table says, else 128 between GPUs of one machine and 8 otherwise.",
+        side="leader",
+        ge=0,
+        le=1024,
+    )
+    launch_table: Path | None = _setting(
+        None,
+        "File with the launch shapes of collectives on this GPU, written by `vllm-spark bench calibrate`. "
+        "Default: `vllm-spark/launch.json` in the folder of this user's configuration, if it is there.",
+        side="leader",
+    )
+    depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_wire(cls, values: Any) -> Any:
+        """Puts the numbers of a wire model where the numbers themselves would stand: the file is the leader's alone."""
+        if not isinstance(values, dict) or not isinstance(values.get("wire"), str | Path):
+            return values
+        from vllm_spark.collective.link_model import load_wire_model
+
+        try:
+            fit = load_wire_model(_expanded(values["wire"])).total.fit
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
+        numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
+        for name, number in numbers.items():
+            # Its own number is what a configuration that was sent or stored has.
+            if name in values and not _is_number(values[name], number):
+                raise ValueError(f"{FLAG}-wire and {flag_name(name)} contradict each other; leave one out")
+        return {**values, **numbers}
+
+    @field_validator("address", "leader")
+    @classmethod
+    def _is_ip(cls, value: str | None, info: Any) -> str | None:
+        if value is None:
+            return None
+        host, port = split_endpoint(value)
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
+        if port is not None and info.field_name == "address":
+            raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+        return value
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _is_no_service(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(
+                "it is not a port but an address, which Kubernetes puts into SPARK_PORT for a service with the name "
+                "`spark`; set SPARK_PORT in the container's `env`, or `enableServiceLinks: false` for its pod"
+            )
+        return value
+
+    @field_validator("rails")
+    @classmethod
+    def _are_rails(cls, value: str | None) -> str | None:
+        for rail in value.split(",") if value else ():
+            RailChoice.parse(rail.strip())
+        return value
+
+    @field_validator("depth")
+    @classmethod
+    def _is_power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("it is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
+        return value
+
+    @field_validator("secret_file", "launch_table", "wire", mode="before")
+    @classmethod
+    def _is_named(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("it is empty; name a file, or leave it out")
+        return value
+
+    @field_validator("secret_file", "launch_table", "wire")
+    @classmethod
+    def _expand(cls, value: Path | None) -> Path | None:
+        if value is not None and "\0" in str(value):
+            raise ValueError("no file's name has a NUL in it; give another")
+        return None if value is None else _expanded(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SparkConfig:
+        if self.transport == "verbs" and self.loopback_mode == "proxied":
+            raise ValueError(
+                f"{FLAG}-transport verbs and {FLAG}-loopback-mode proxied contradict each other; leave one out"
+            )
+        if self.loopback_mode == "direct" and (self.loopback_latency_us or self.loopback_gbytes_per_s):
+            raise ValueError(
+                f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out {FLAG}-wire, "
+                f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
+            )
+        if self.packet_kib is not None and self.packet_kib > self.slot_kib:
+            raise ValueError(
+                f"{FLAG}-packet-kib {self.packet_kib} is more than {FLAG}-slot-kib {self.slot_kib}; "
+                "a packet message must fit into a slot"
+            )
+        return self
+
+    @classmethod
+    def resolve(
+        cls,
+        *,
+        flags: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        file: Mapping[str, Any] | None = None,
+    ) -> SparkConfig:
+        """Merges the three sources, strongest first: `flags`, `environment` (`SPARK_*`), `file`.
+
+        Raises:
+            ConfigurationError: an unknown name or a value that cannot work; the sentence names both.
+        """
+        flags, file = dict(flags or {}), dict(file or {})
+        environment = os.environ if environment is None else environment
+        for name in file:
+            if name not in cls.model_fields:
+                raise ConfigurationError(f"the setting {name!r} does not exist{_near(name, cls.model_fields)}")
+        values: dict[str, Any] = dict(file)
+        origin = dict.fromkeys(file, "")
+        for name in cls.model_fields:
+            variable = environment_name(name)
+            if environment.get(variable, "") != "":
+                values[name], origin[name] = environment[variable], variable
+        for name, value in flags.items():
+            values[name], origin[name] = value, flag_name(name)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigurationError(_sentence(error, origin)) from None
+
+
+def split_endpoint(value: str) -> tuple[str, int | None]:
+    """Splits `HOST`, `HOST:PORT`, `[V6]:PORT` or a bare IPv6 address into host and port (None if absent)."""
+    host, port = value, ""
+    if value.startswith("["):
+        host, _, port = value[1:].partition("]")
+        port = port.removeprefix(":")
+    elif value.count(":") == 1:
+        host, _, port = value.partition(":")
+    if not port:
+        return host, None
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{port!r} is not a port; ports go from 1 to 65535")
+    return host, int(port)
+
+
+def flag_name(field: str) -> str:
+    """`heartbeat_timeout` -> `--spark-heartbeat-timeout`."""
+    return f"{FLAG}-{field.replace('_', '-')}"
+
+
+def environment_name(field: str) -> str:
+    """`heartbeat_timeout` -> `SPARK_HEARTBEAT_TIMEOUT`."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def enabled_by_environment(environment: Mapping[str, str] | None = None) -> bool:
+    """True if SPARK_ENABLE asks for vllm_spark as the flag `--spark` does.
+
+    Raises:
+        ConfigurationError: SPARK_ENABLE holds something that is neither yes nor no.
+    """
+    value = (os.environ if environment is None else environment).get(ENABLE_VARIABLE, "").strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    raise ConfigurationError(f"{ENABLE_VARIABLE}={value} is neither 1 nor 0; set it to 1, or unset it")
+
+
+def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """One sentence for each `SPARK_*` variable that looks like a misspelt one of ours.
+
+    Other software (Apache Spark) owns variables of that prefix too, so only near misses are named.
+    """
+    known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, SECRET_VARIABLE}
+    sentences = []
+    for name in os.environ if environment is None else environment:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near:
+                sentences.append(f"the variable {name} is not read; did you mean {near[0]}?")
+    return sentences
+
+
+def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names: Iterable[str] | None = None) -> None:
+    """Adds one option per setting of the given sides to an argparse parser or group; only for `names`, if given.
+
+    What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in
+    argparse's usual one-line error and exit code 2. With another `prefix`, the names under which messages know the
+    settings work too.
+    """
+    wanted = set(sides)
+    chosen = set(names or SparkConfig.model_fields)
+    for name, field in SparkConfig.model_fields.items():
+        if _side(field) not in wanted or name not in chosen:
+            continue
+        default = "" if field.default is None else f" (default: {field.default})"
+        choices = _choices(field.annotation)
+        group.add_argument(
+            *dict.fromkeys((prefix + name.replace("_", "-"), flag_name(name))),
+            dest="spark_" + name,
+            type=setting_type(name),
+            default=argparse.SUPPRESS,
+            metavar=_metavar(name, field) if choices is None else "{" + ",".join(choices) + "}",
+            help=(field.description or "").replace("%", "%%") + default,
+        )
+
+
+def _metavar(name: str, field: Any) -> str:
+    """What stands for the value in a help text."""
+    if str(field.description).startswith("Seconds"):
+        return "SECONDS"
+    return "FILE" if field.annotation == Path | None else name.upper()
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that a parsed command line holds, by field name."""
+    values = {name: getattr(args, "spark_" + name, None) for name in SparkConfig.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def typed_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the settings whose flags stand in `argv`, in full or shortened (not merged in from a file)."""
+    names: set[str] = set()
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith(FLAG + "-"):
+            # argparse takes a beginning that fits one option alone.
+            meant = [name for name in SparkConfig.model_fields if flag_name(name).startswith(flag)]
+            names.update(name for name in meant if len(meant) == 1 or flag == flag_name(name))
+    return names
+
+
+def _side(field: Any) -> Any:
+    return typing.cast("dict[str, Any]", field.json_schema_extra)["side"]
+
+
+def _choices(annotation: Any) -> tuple[str, ...] | None:
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
+
+
+def setting_type(name: str) -> Any:
+    """An argparse `type` that checks one setting by its description in the model."""
+
+    def convert(text: str) -> Any:
+        try:
+            return getattr(SparkConfig.model_validate({**_neutral(name), name: text}), name)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(_sentence(error, {name: ""})) from None
+
+    convert.__name__ = name
+    return convert
+
+
+def _neutral(name: str) -> dict[str, Any]:
+    """Values under which `name` can be checked alone: combinations are checked once all are known."""
+    if name in ("loopback_latency_us", "loopback_gbytes_per_s", "wire"):
+        return {"loopback_mode": "proxied"}
+    if name == "packet_kib":
+        return {"slot_kib": 65536}
+    if name == "slot_kib":
+        return {"packet_kib": 0}
+    return {}
+
+
+def _expanded(path: Path | str) -> Path:
+    """`path` with a home folder for `~`; that of a user who does not exist stays, for whoever reads it to explain."""
+    return Path(os.path.expanduser(path))
+
+
+def _is_number(value: Any, number: float) -> bool:
+    try:
+        return float(value) == number
+    except (TypeError, ValueError):
+        return False
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists them all"
+
+
+def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first problem as one sentence: where it came from, the value, what is wrong."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    message = lower_first(message)
+    if not first["loc"]:
+        return message
+    name = str(first["loc"][0])
+    where = origin.get(name, "")
+    where = f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
+    return f"{where}{message}"

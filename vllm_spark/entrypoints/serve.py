@@ -1,0 +1,252 @@
+"""What happens when vLLM is started with `--spark`: settings are read, checked, and made vLLM's own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from vllm_spark import __version__
+from vllm_spark.backend.ipc_folder import make_socket_folder
+from vllm_spark.backend.logging import log_as, share_vllms_log
+from vllm_spark.backend.status import engine_death, engine_failure
+from vllm_spark.backend.support import (
+    EXECUTOR,
+    adapter_refusal_in,
+    keep_collectives,
+    refuse_configuration,
+    refuse_fp8_inputs_of_marlin,
+    refuse_indivisible_shards,
+    refuse_what_a_pair_cannot_do,
+    vllms_objections,
+)
+from vllm_spark.compat.check import check_vllm
+from vllm_spark.compat.patching import apply_all
+from vllm_spark.config.attachment import attach_settings
+from vllm_spark.config.settings import FLAG, SparkConfig, misspelt_variables
+from vllm_spark.entrypoints.command_line import SECTION, settings_of_command_line
+from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
+from vllm_spark.models.regroup import repeat_where_groups_straddle
+from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
+from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
+
+logger = logging.getLogger("vllm_spark")
+
+
+def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) -> Any:
+    """Makes vLLM's engine arguments with the settings of a command line in them.
+
+    Args:
+        config: the settings.
+        args: the parsed command line.
+        create: makes vLLM's engine arguments.
+
+    Raises:
+        ConfigurationError: arguments that vLLM does not take.
+    """
+    if _serving:
+        # Here and not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
+        raise_on_stop_signals()
+    with vllms_objections(getattr(args, "model", None)):
+        engine_args = create()
+    engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
+    return engine_args
+
+
+def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
+    """Makes vLLM's configuration for a pair.
+
+    Args:
+        engine_args: vLLM's; changed in place.
+        section: the settings, or a dictionary of them.
+        create: makes vLLM's configuration of `engine_args`.
+
+    Raises:
+        ConfigurationError: something that a pair cannot do, or a vLLM that this project does not know.
+    """
+    check_vllm()
+    apply_all("leading")
+    from vllm_spark.executor.environment import record_environment
+
+    record_environment()
+    if not isinstance(section, (SparkConfig, dict)):
+        raise ConfigurationError(
+            f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
+        )
+    config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
+    share_vllms_log()
+    for sentence in misspelt_variables():
+        logger.warning("%s", upper_first(sentence))
+    refuse_what_a_pair_cannot_do(engine_args)
+    _make_paths_absolute(engine_args)
+
+    from vllm_spark.backend.platform import activate, compute_capability
+    from vllm_spark.executor.pickling import dumps_configuration
+
+    activate()
+    refuse_fp8_inputs_of_marlin(compute_capability)
+    engine_args.tensor_parallel_size = WORLD_SIZE
+    engine_args.distributed_executor_backend = EXECUTOR
+    engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
+    engine_args.additional_config = {
+        **(engine_args.additional_config or {}),
+        SECTION: {"version": __version__},
+    }
+    keep_collectives(engine_args)
+    with vllms_objections(engine_args.model):
+        vllm_config = create()
+    # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
+    vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
+    refuse_configuration(vllm_config)
+    refuse_indivisible_shards(vllm_config)
+    repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
+    check_link(config)
+    attach_settings(vllm_config, config)
+    apply_all("engine")
+    dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
+    make_socket_folder()
+
+    from vllm_spark.backend.metrics import publish_counters
+
+    publish_counters()
+    return vllm_config
+
+
+def _make_paths_absolute(engine_args: Any) -> None:
+    """A relative path means nothing in the other machine's working folder; clients still see what was typed."""
+    model = engine_args.model
+    if not os.path.isdir(model) or os.path.isabs(model):
+        return
+    if engine_args.tokenizer == model:
+        engine_args.tokenizer = os.path.abspath(model)
+    engine_args.served_model_name = engine_args.served_model_name or model
+    engine_args.model = os.path.abspath(model)
+
+
+def check_link(config: SparkConfig) -> None:
+    """Finds out early, in the process that the user started, what the engine would find out late.
+
+    Raises:
+        ConfigurationError: no usable address, port, secret, launch table or RDMA port.
+    """
+    from vllm_spark.collective.launch_table import load_launch_table
+    from vllm_spark.executor.channel.addresses import check_free, check_ports, leader_address
+    from vllm_spark.executor.channel.secret import load_secret
+
+    check_ports(config)
+    address = leader_address(config)
+    load_secret(config, address)
+    load_launch_table(config)
+    check_free(address, config.port)
+
+
+def _refuse_one_port_for_both(args: Any, config: SparkConfig) -> None:
+    """The server's own socket may be shared, so that the kernel would let both bind, and clients reach the wrong one.
+
+    Raises:
+        ConfigurationError: clients and the follower are given the same port.
+    """
+    from vllm_spark.executor.channel.addresses import leader_address
+
+    everywhere = (None, "", "0.0.0.0", "::")
+    if args.port == config.port and not args.uds and args.host in (*everywhere, leader_address(config)):
+        raise ConfigurationError(
+            f"--port {args.port} and {FLAG}-port {config.port} are the same; "
+            "clients and the follower each need a port of their own, choose another for one of them"
+        )
+
+
+_serving = False
+"""True in a process that becomes `vllm serve`'s only API server."""
+
+
+def serve(args: Any, original: Callable[[], None]) -> None:
+    """`vllm serve --spark`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences.
+
+    Args:
+        args: the parsed command line.
+        original: vLLM's command.
+    """
+    global _serving
+    try:
+        config = settings_of_command_line(args)
+        if config is not None:
+            check_vllm()
+    except SparkError as error:
+        _exit_with(error)
+    if config is None:
+        original()
+        return
+    try:
+        if getattr(args, "headless", False):
+            raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
+        if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
+            _follow_launcher(config)
+        refuse_what_a_pair_cannot_do(args)
+        check_link(config)
+        _refuse_one_port_for_both(args, config)
+        apply_all("leading")
+        # With several API servers the process that starts them has, and keeps, handlers of its own.
+        _serving = (getattr(args, "api_server_count", None) or 1) == 1
+        original()
+        if death := engine_death():
+            # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
+            _exit_with(death)
+    except StopRequest as request:
+        _exit_with(request.error)
+    except SparkError as error:
+        _exit_with(error)
+    except OSError as error:
+        # vLLM binds its port before anything else. With a file's name it is about something else.
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) or error.filename is not None:
+            raise
+        _exit_with(
+            ConfigurationError(
+                f"the server cannot listen at --host {args.host or '0.0.0.0'} --port {args.port} "
+                f"({os.strerror(error.errno).lower()}); choose another port, or end what uses it"
+            )
+        )
+    except KeyboardInterrupt:
+        _exit_with(engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
+    except ValueError as error:
+        # So vLLM ends for an adapter of the command line that its engine refuses.
+        sentence = adapter_refusal_in(str(error))
+        if sentence is None:
+            raise
+        _exit_with(RefusedError(sentence))
+    except RuntimeError:
+        # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
+        failure = engine_failure()
+        if failure is None:
+            raise
+        _exit_with(failure)
+
+
+def _follow_launcher(config: SparkConfig) -> NoReturn:
+    """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
+    from vllm_spark.entrypoints.join import follow_leaders
+
+    log_as("vllm-spark rank 1")
+    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if rank != str(FOLLOWER_RANK) or world_size != str(WORLD_SIZE):
+        raise ConfigurationError(
+            f"RANK={rank} of WORLD_SIZE={world_size or 'unset'} cannot be placed; "
+            f"a pair is RANK {LEADER_RANK} and RANK {FOLLOWER_RANK} of WORLD_SIZE {WORLD_SIZE}"
+        )
+    if config.leader is None and not master:
+        raise ConfigurationError("RANK is 1, but MASTER_ADDR is not set; set it to the leader's address")
+    if config.leader is None:
+        from vllm_spark.executor.channel.addresses import resolve_master
+
+        # Merged already: resolved again, the environment would beat what was a flag.
+        config = config.model_copy(update={"leader": resolve_master(master)[0]})
+    sys.exit(follow_leaders(config, once=True))
+
+
+def _exit_with(error: SparkError) -> NoReturn:
+    print(f"vllm serve {FLAG}: {error}.", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)

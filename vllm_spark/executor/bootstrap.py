@@ -1,0 +1,237 @@
+"""What both ranks do alike once they are joined: the link's interface, the runtime's rendezvous, threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from vllm_spark import __version__, collective
+from vllm_spark.collective import Transport
+from vllm_spark.collective.launch_table import LaunchTable
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.errors import SparkError
+from vllm_spark.executor.channel.addresses import host_name, interface_of, source_interface, split_rails
+from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.ranks import WORLD_SIZE
+
+logger = logging.getLogger("vllm_spark")
+
+_INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
+
+_EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
+
+
+class Assignment(msgspec.Struct):
+    """What the leader gives its follower to work with; travels pickled, after both sides agreed.
+
+    `environment` has what vLLM itself has set on the leader too, while it made its configuration.
+    """
+
+    vllm_config: Any
+    config: SparkConfig
+    launch: LaunchTable
+    environment: dict[str, str]
+
+
+def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
+    """Tells gloo, NCCL and vLLM of the link, by this process's environment; what the user has set stays.
+
+    vLLM would take the address of the route to the internet: without one its ranks wait for each other at 0.0.0.0, and
+    with one they listen on a network that is not the link.
+
+    Args:
+        leader: the leader's address.
+        local_address: this side's address on the link; None to ask the routing table.
+
+    Returns:
+        What takes it back; a process that ends with its pair needs no such thing.
+    """
+    interface = interface_of(local_address) if local_address else source_interface(leader)
+    values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
+    if local_address:
+        values["VLLM_HOST_IP"] = local_address
+    # NCCL's watchdog would ask the store of the process groups every second whether to write its state to a file.
+    values["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
+    chosen = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(chosen)
+    return LinkInterface(chosen)
+
+
+class LinkInterface:
+    """What `use_link_interface` put into this process's environment.
+
+    Args:
+        chosen: the variables, with their values.
+    """
+
+    def __init__(self, chosen: dict[str, str]) -> None:
+        self._set = chosen
+
+    def forget(self) -> None:
+        """Takes back what was set. Not before the pair ends: NCCL connects when it is first used."""
+        for name, interface in self._set.items():
+            if os.environ.get(name) == interface:
+                del os.environ[name]
+        self._set = {}
+
+
+def exchange_over(lane: Lane) -> Callable[[bytes], bytes]:
+    """A rendezvous' `exchange` over the calls lane: gives this side's bytes, returns the other's."""
+
+    def exchange(mine: bytes) -> bytes:
+        lane.send(Kind.EXCHANGE, mine, timeout=_EXCHANGE_TIMEOUT)
+        return lane.expect(Kind.EXCHANGE, timeout=_EXCHANGE_TIMEOUT).payload
+
+    return exchange
+
+
+def connect_runtime(
+    rank: int,
+    config: SparkConfig,
+    launch: LaunchTable,
+    lane: Lane,
+    announce: collective.Announce,
+    rails: str | None,
+) -> collective.Runtime:
+    """Joins both ranks' collective runtimes, for the device that vLLM uses, and makes this one the process's.
+
+    Args:
+        config: the leader's, on both ranks.
+        launch: the leader's, on both ranks.
+        lane: both ranks' calls lane, for the rendezvous.
+        announce: sends what the runtime says of its rails, later.
+        rails: the ports of this machine to use; None for all that reach the peer.
+
+    Raises:
+        SparkError: the two sides do not agree, or cannot reach each other's memory.
+    """
+    kind, launch = _for_this_device(launch)
+    exchange = exchange_over(lane)
+    transport = _transport(config, exchange)
+    try:
+        runtime = kind.connect(
+            rank,
+            WORLD_SIZE,
+            exchange,
+            runtime_options(config, launch, transport, rails),
+            agreement={"package": __version__},
+            description=f"{host_name()} (process {os.getpid()})",
+            announce=announce,
+        )
+    except collective.CollectiveError as error:
+        raise SparkError(str(error)) from None
+    collective.install(runtime)
+    return runtime
+
+
+def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], LaunchTable]:
+    """The runtime for the device that vLLM uses, and the launch table that counts there."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return collective.Runtime, LaunchTable()
+    if launch.gpu not in ("", gpu := current_platform.get_device_name()):
+        logger.warning(
+            "The launch table was measured on a %s, and this is a %s; run here: vllm-spark bench calibrate",
+            launch.gpu,
+            gpu,
+        )
+    return collective.DeviceRuntime, launch
+
+
+def runtime_options(
+    config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None
+) -> collective.RuntimeOptions:
+    """What the settings mean to the runtime: every setting that `SparkConfig` takes is possible there.
+
+    Args:
+        config: the leader's, on both ranks.
+        launch: how kernels are launched on this device.
+        transport: what is used, never `auto`.
+        rails: the ports of this machine to use; None for all that reach the peer.
+    """
+    modelled = transport == "loopback"
+    return collective.RuntimeOptions(
+        transport=transport,
+        loopback_mode=config.loopback_mode,
+        wire_latency_us=config.loopback_latency_us if modelled else 0.0,
+        wire_gbytes_per_s=config.loopback_gbytes_per_s if modelled else 0.0,
+        rails=split_rails(rails),
+        link_timeout_s=config.link_timeout,
+        traffic_class=config.traffic_class,
+        service_level=config.service_level,
+        slot_bytes=config.slot_kib << 10,
+        packet_bytes=launch.packet_bytes(config, "proxied" if transport == "verbs" else config.loopback_mode),
+        depth=config.depth,
+        timeout_s=config.collective_timeout,
+        launch=launch.shape,
+    )
+
+
+def _transport(config: SparkConfig, exchange: Callable[[bytes], bytes]) -> Transport:
+    """What `auto` stands for: shared memory if both ranks are on one machine."""
+    mine = collective.machine_identity().encode()
+    same = exchange(mine) == mine  # also where it is not asked for: both sides do the same
+    if config.transport != "auto":
+        return config.transport
+    return "loopback" if same else "verbs"
+
+
+def link_patience(runtime: collective.Runtime | None, config: SparkConfig) -> float:
+    """Seconds for which the channel may be silent although the peer need not be dead.
+
+    The channel's packets may take the cable that is out, or that of a rail which has failed while another works. A peer
+    that is frozen says nothing over a rail either.
+    """
+    if runtime is None or (silence := runtime.silence) is None:
+        return 0.0
+    return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
+
+
+def share_cores(runtime: collective.Runtime) -> None:
+    """Halves torch's threads if both ranks compute on the cores of this machine.
+
+    OpenMP's threads spin while they wait: two ranks with a thread per core each are some 15 times slower than one.
+    A number of threads that the user chose (OMP_NUM_THREADS) stays.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // WORLD_SIZE))
+    logger.info(
+        "Both ranks are on this machine: each computes with %d of %d threads (OMP_NUM_THREADS sets another number).",
+        torch.get_num_threads(),
+        threads,
+    )
+
+
+def limit_numba_threads() -> None:
+    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
+
+    vLLM uses no more, and those that numba starts besides spin while they wait: two ranks on two cores took 0.2 s a
+    step. To be called before numba is imported, in a process that is a rank's alone.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and "numba" not in sys.modules:
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+
+
+def local_address_towards(host: str, port: int) -> str | None:
+    """This machine's address on the way to `host`; None without a route."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

@@ -1,0 +1,1 @@
+"""The authenticated connection between leader and follower: addresses, secret, certificates, TLS, frames."""

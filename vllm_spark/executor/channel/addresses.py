@@ -1,0 +1,234 @@
+"""Which address of this machine lies on the link to the other one."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from vllm_spark.config.settings import SparkConfig, split_endpoint
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
+
+_QUEUE = 64  # connections that wait to be accepted
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A TCP socket that listens on `address`:`port` and on nothing else.
+
+    Raises:
+        ConfigurationError: that is taken, not allowed, or no address of this machine; the sentence says what to change.
+    """
+    with _explained(address, port):
+        listening = _bound(address, port)
+        try:
+            listening.listen(_QUEUE)  # the kernel lets two bind one port, and the second of them fails here
+        except OSError:
+            listening.close()
+            raise
+    return listening
+
+
+def check_free(address: str, port: int) -> None:
+    """Makes sure that `listen` can be called, as far as can be seen now. A follower that tries to connect meets nobody.
+
+    Raises:
+        ConfigurationError: as `listen`.
+    """
+    with _explained(address, port):
+        _bound(address, port).close()
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # Or the port could not be used while the kernel remembers its last connections.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+@contextmanager
+def _explained(address: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = (
+            "end what listens there (a leader or a doctor that runs already?), or choose another port with --spark-port"
+        )
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            remedy = "give this machine's address on the link with --spark-address"
+        raise ConfigurationError(
+            f"cannot listen on {format_endpoint(address, port)} ({error.strerror}); {remedy}"
+        ) from None
+
+
+def format_endpoint(host: str, port: int) -> str:
+    """`10.0.0.1:29650`, `[fe80::1]:29650`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def host_name() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
+
+
+LOOPBACK = "127.0.0.1"
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def leader_address(config: SparkConfig) -> str:
+    """The address on which the leader listens: the one that is set, a launcher's, the RDMA link's, or loopback.
+
+    Raises:
+        ConfigurationError: the address is not this machine's, or there are several RDMA interfaces to choose from.
+    """
+    if config.address is not None:
+        if interface_of(config.address) is None:
+            raise ConfigurationError(
+                f"--spark-address {config.address} is no address of this machine; it has "
+                f"{', '.join(sorted(_own_addresses()))}"
+            )
+        return config.address
+    if address := _launchers_address():
+        return address
+    return _only(_rdma_addresses(), "--spark-address") or LOOPBACK
+
+
+def resolve_master(master: str) -> list[str]:
+    """The IP addresses that a launcher's MASTER_ADDR stands for: an address, or a name to look up.
+
+    Raises:
+        ConfigurationError: the name is not known here.
+    """
+    try:
+        found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name"
+        raise ConfigurationError(
+            f"MASTER_ADDR={master} cannot be resolved here ({reason}); set it to the IP address of the leader's machine"
+        ) from None
+    # IPv4 first: it is what most links have.
+    return list(
+        dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
+    )
+
+
+def _launchers_address() -> str | None:
+    """Where rank 1 of a launcher's two processes looks for this one, rank 0 (torchrun's variables); None without."""
+    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if (rank, world_size) != (str(LEADER_RANK), str(WORLD_SIZE)) or not master:
+        return None
+    mine = [address for address in resolve_master(master) if interface_of(address) is not None]
+    if not mine:
+        raise ConfigurationError(
+            f"MASTER_ADDR={master} is no address of this machine, which is RANK 0; it has "
+            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with --spark-address"
+        )
+    # Many machines call themselves 127.0.1.1, and others know them by another address.
+    return min(mine, key=is_loopback)
+
+
+def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
+    """Address and port at which a follower finds its leader.
+
+    Raises:
+        ConfigurationError: this machine has an RDMA link, so the leader is elsewhere and must be named.
+    """
+    if config.leader is not None:
+        host, port = split_endpoint(config.leader)
+        return host, config.port if port is None else port
+    if addresses := _rdma_addresses():
+        raise ConfigurationError(
+            f"this machine has the link address {addresses[0]}, but the leader's is not known; "
+            "give it with --leader ADDRESS or SPARK_LEADER"
+        )
+    return LOOPBACK, config.port
+
+
+def check_ports(config: SparkConfig) -> None:
+    """Finds out early that this machine has no RDMA port where one is asked for.
+
+    Raises:
+        ConfigurationError: `--spark-transport verbs` or `--spark-rails`, and no such port.
+    """
+    if config.transport == "loopback" or (config.transport == "auto" and config.rails is None):
+        return
+    from vllm_spark.collective import CollectiveError, local_ports
+
+    flag = f"--spark-rails {config.rails}" if config.rails else "--spark-transport verbs"
+    try:
+        ports = local_ports(split_rails(config.rails))
+    except CollectiveError as error:
+        raise ConfigurationError(f"{flag}: {error}") from None
+    if not ports:
+        raise ConfigurationError(
+            f"{flag}: this machine has no active RDMA port with an address; vllm-spark doctor says what is missing, "
+            "and with both ranks on this machine --spark-transport loopback needs none"
+        )
+
+
+def split_rails(rails: str | None) -> tuple[str, ...]:
+    """The ports that `--spark-rails` names."""
+    return tuple(rail.strip() for rail in rails.split(",")) if rails else ()
+
+
+def is_loopback(address: str) -> bool:
+    """True for addresses that only processes of this machine reach."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that holds `address`; None if it is not this machine's."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    # Every address of 127.0.0.0/8 is this machine's, though the interface lists only one.
+    if is_loopback(address) and ":" not in address:
+        return next((n for n, es in psutil.net_if_addrs().items() if any(e.address == LOOPBACK for e in es)), None)
+    return None
+
+
+def source_interface(peer: str) -> str | None:
+    """Name of the interface through which this machine reaches `peer`; None if there is no route."""
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, 9))
+        except OSError:
+            return None
+        return interface_of(probe.getsockname()[0])
+
+
+def _own_addresses() -> set[str]:
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {e.address for es in psutil.net_if_addrs().values() for e in es if e.family in families}
+
+
+def _rdma_addresses() -> list[str]:
+    """IPv4 addresses of the network interfaces that belong to RDMA devices."""
+    interfaces = set()
+    for entry in sorted(_RDMA_DEVICES.glob("*/ports/*/gid_attrs/ndevs/0")):
+        try:
+            interfaces.add(entry.read_text().strip())
+        except OSError:  # an unconfigured port has no netdev
+            continue
+    addresses = psutil.net_if_addrs()
+    return sorted(e.address for name in interfaces for e in addresses.get(name, []) if e.family == socket.AF_INET)
+
+
+def _only(addresses: list[str], flag: str) -> str | None:
+    if len(addresses) > 1:
+        raise ConfigurationError(
+            f"this machine has several link addresses ({', '.join(addresses)}); choose one with {flag}"
+        )
+    return addresses[0] if addresses else None

@@ -1,0 +1,206 @@
+"""Framed, authenticated messages between the leader and its follower.
+
+A `Lane` is one TLS connection carrying frames: a header of kind and length, then the payload. Three lanes join the
+machines: *calls* (worker calls and their replies, used by the thread that runs the model), *control* (signs of life,
+failures, goodbyes, used by a thread of its own) and *groups* (messages of torch's process groups). A lane is used by
+one thread at a time, or by one that sends and another that receives.
+"""
+
+from __future__ import annotations
+
+import enum
+import select
+import ssl
+import struct
+import time
+from typing import NamedTuple
+
+from vllm_spark.errors import PeerLostError, SparkError, without_stop
+from vllm_spark.executor.channel.tls import TlsConnection
+
+MIB = 1 << 20
+_HEADER = struct.Struct("<BxxxI")
+
+
+class Kind(enum.IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1
+    """JSON: who connects, with which versions, for which lane."""
+    WELCOME = 2
+    """JSON: the connection was accepted."""
+    REFUSAL = 3
+    """JSON: why the connection was not accepted."""
+    OFFER = 4
+    """JSON: the model that the leader serves."""
+    ACCEPTANCE = 5
+    """Empty: the follower has that model."""
+    ASSIGNMENT = 6
+    """Pickle: configuration and environment of the follower's worker."""
+    EXCHANGE = 7
+    """Bytes: one side's half of a collective rendezvous."""
+    CALL = 8
+    """A worker call, without a reply."""
+    QUERY = 9
+    """A worker call that is answered by a REPLY."""
+    REPLY = 10
+    """Pickle: the outcome of a QUERY."""
+    BEAT = 11
+    """JSON: a sign of life, with the sender's counters."""
+    FAILURE = 12
+    """JSON: the sender cannot go on, and why."""
+    GOODBYE = 13
+    """JSON: the sender leaves in good order."""
+    LINK = 14
+    """Bytes: what the sender's collective runtime says of its rails."""
+    EXAMINATION = 15
+    """JSON: the leader is a doctor, and asks how the follower's machine is."""
+    FINDINGS = 16
+    """JSON: how it is."""
+    GROUP = 17
+    """MessagePack: a part of a message of torch's process groups or of their store."""
+    PROGRESS = 18
+    """JSON: what the follower does before it answers an OFFER."""
+    RESTART = 19
+    """Empty, in answer to an OFFER: the follower comes back with the leader's environment, in another process."""
+
+
+class Frame(NamedTuple):
+    """One message of a lane."""
+
+    kind: Kind
+    payload: bytes
+
+
+class FrameTooLargeError(SparkError):
+    """A message of this side is longer than the limit."""
+
+
+class ChannelError(PeerLostError):
+    """The lane is unusable: closed, timed out, or the peer does not speak the protocol."""
+
+
+class LaneClosedError(ChannelError):
+    """The connection ended: the peer closed it, or it broke. The other lane may say why."""
+
+
+class Lane:
+    """One authenticated connection that carries frames.
+
+    Args:
+        connection: an established TLS connection, owned by the lane from here on.
+        peer: how to name the other side in messages.
+        max_frame: largest payload accepted, in bytes; checked before anything is allocated.
+    """
+
+    def __init__(self, connection: TlsConnection, peer: str, max_frame: int) -> None:
+        self._connection = connection
+        self.max_frame = max_frame
+        self.peer = peer
+
+    @property
+    def peer_role(self) -> str:
+        """The role that the peer authenticated as."""
+        return self._connection.peer_name
+
+    def fileno(self) -> int:
+        """The socket's descriptor, for poll; -1 once closed."""
+        return self._connection.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """True if bytes have been read from the socket already, which poll cannot see."""
+        return self._connection.pending
+
+    def rely_on_beats(self) -> None:
+        """From now on silence is judged by the heartbeat alone, and not by the kernel too."""
+        self._connection.probe_silence(False)
+
+    def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
+        """Sends one frame.
+
+        Raises:
+            FrameTooLargeError: `payload` is over the limit; nothing was sent.
+            LaneClosedError: the peer is gone.
+            ChannelError: it did not take the frame within `timeout` seconds.
+        """
+        if len(payload) > self.max_frame:
+            raise FrameTooLargeError(
+                f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
+                "raise --spark-max-frame-mib on both machines"
+            )
+        try:
+            # One write for header and payload: one system call, one wake-up of the receiver.
+            self._connection.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
+        except TimeoutError:
+            raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
+        except (OSError, ValueError) as error:
+            raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+
+    def wait(self, timeout: float) -> bool:
+        """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
+        if self.pending or (descriptor := self.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout) * 1000))
+
+    def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
+        """Receives one frame; looks for it without sleeping for the first `awake` seconds.
+
+        Raises:
+            LaneClosedError: the peer closed the lane.
+            ChannelError: it sent nothing for `timeout` seconds, or no valid frame.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, awake))
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise ChannelError(f"{self.peer} sent a message of unknown kind {number}") from None
+        if length > self.max_frame:
+            raise ChannelError(
+                f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self.max_frame}; "
+                "raise --spark-max-frame-mib on this machine"
+            )
+        return Frame(kind, self._read(length, deadline))
+
+    def expect(self, *kinds: Kind, timeout: float | None = None, awake: float = 0.0) -> Frame:
+        """Receives one frame that must be of one of `kinds`.
+
+        Raises:
+            ChannelError: as `receive`, or the frame is of another kind.
+        """
+        frame = self.receive(timeout=timeout, awake=awake)
+        if frame.kind not in kinds:
+            wanted = " or ".join(kind.name for kind in kinds)
+            raise ChannelError(f"{self.peer} sent {frame.kind.name} where {wanted} was due")
+        return frame
+
+    def interrupt(self) -> None:
+        """Ends a blocked `send` or `receive` of another thread with a ChannelError."""
+        self._connection.interrupt()
+
+    def close(self) -> None:
+        """Closes the connection; may be called again."""
+        self._connection.close()
+
+    def _read(self, size: int, deadline: float | None, awake: float = 0.0) -> bytes:
+        buffer = bytearray(size)
+        try:
+            self._connection.receive_into(memoryview(buffer), deadline, awake)
+        except EOFError:
+            raise LaneClosedError(f"{self.peer} closed the connection") from None
+        except TimeoutError:
+            raise ChannelError(f"{self.peer} sent nothing in time") from None
+        except (OSError, ValueError) as error:
+            raise LaneClosedError(f"the connection to {self.peer} broke: {_reason(error)}") from None
+        return bytes(buffer)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return without_stop(str(error)) or type(error).__name__

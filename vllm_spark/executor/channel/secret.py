@@ -1,0 +1,156 @@
+"""The secret that both machines share: where it comes from, and how one is made."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_spark.config.settings import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.channel.addresses import is_loopback
+from vllm_spark.files import configuration_folder, state_folder
+
+
+def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
+    """The secret that this process shares with its peer.
+
+    Taken from SPARK_SECRET or from `config.secret_file`, else from `default_secret_file`. On a loopback address,
+    where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
+
+    Raises:
+        ConfigurationError: no secret, or one that is unreadable, another user's, readable by others, or too short; or
+            two were given.
+    """
+    environment = os.environ if environment is None else environment
+    if value := environment.get(SECRET_VARIABLE, ""):
+        if config.secret_file is not None:
+            raise ConfigurationError(
+                f"{SECRET_VARIABLE} is set, and the secret file {config.secret_file} is given as well; leave one out"
+            )
+        return _long_enough(os.fsencode(value).strip(), f"the secret in {SECRET_VARIABLE}")
+    if config.secret_file is not None:
+        return _read_secret(config.secret_file)
+    if is_loopback(link_address):
+        return _own_secret()
+    default = default_secret_file()
+    if default is not None and secret_is_there(default):
+        return _read_secret(default)
+    raise ConfigurationError(
+        f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
+        f"make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
+        f"or give it with --spark-secret-file FILE or in {SECRET_VARIABLE}"
+    )
+
+
+def default_secret_file() -> Path | None:
+    """Where a secret is looked for if none is given; None for a user without a home folder."""
+    folder = configuration_folder()
+    return None if folder is None else folder / "secret"
+
+
+def secret_is_there(path: Path) -> bool:
+    """Whether there is such a file, or may be one: nobody looks into a folder without the right to."""
+    try:
+        return path.exists()
+    except OSError:  # reading it says why
+        return True
+
+
+def make_secret(path: Path) -> None:
+    """Writes a fresh secret of 32 random bytes, in hexadecimal digits, to a new file that only its owner may read.
+
+    A folder that is missing is made, for its owner only.
+
+    Raises:
+        ConfigurationError: the file is there already, or cannot be written.
+    """
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o700, parents=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if os.path.isdir(path):  # False also where nobody may look
+            raise ConfigurationError(f"{path} is a folder; name a file in it: --make-secret {path}/secret") from None
+        if os.path.lexists(path):
+            raise ConfigurationError(
+                f"{path} exists already and is left as it is; copy that one to the other machine, or delete it first"
+            ) from None
+        raise ConfigurationError(
+            f"no secret can be written to {path} ({error.strerror}); choose another place: --make-secret PATH"
+        ) from None
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, 0o600)  # whatever the umask
+            file.write(secrets.token_hex(32) + "\n")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ConfigurationError(f"no secret can be written to {path} ({error.strerror})") from None
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            mounted_read_only = bool(os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY)
+            content = file.read().strip()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
+        ) from None
+    if not mounted_read_only:
+        _check_rights(path, found)
+    return _long_enough(content, f"the secret in {path}")
+
+
+def _check_rights(path: Path, found: os.stat_result) -> None:
+    """That nobody but this user and root can read or replace the file.
+
+    Not asked of a read-only mount, where neither owner nor mode can be changed: containers get their secrets so, owned
+    by root and with mode 0444, and who may read them there is for whoever runs the container to say.
+    """
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigurationError(
+            f"the secret file {path} belongs to another user (id {found.st_uid}), who can replace it; "
+            f"chown {os.geteuid()} {path}, or, in a container, mount it read-only"
+        )
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigurationError(
+            f"the secret file {path} is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); chmod 600 {path}"
+        )
+
+
+def _long_enough(secret: bytes, what: str) -> bytes:
+    if len(secret) < MINIMUM_SECRET_BYTES:
+        raise ConfigurationError(
+            f"{what} has {len(secret)} bytes, and needs at least {MINIMUM_SECRET_BYTES}; "
+            "make one: vllm-spark doctor --make-secret"
+        )
+    return secret
+
+
+def _own_secret() -> bytes:
+    """This user's secret for loopback links, made on first use."""
+    folder = state_folder()
+    if folder is None:
+        raise ConfigurationError(f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}")
+    path = folder / "loopback.secret"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Written aside and linked into place: two processes that start together agree on whichever came first.
+        draft = folder / f".loopback.{os.getpid()}.{secrets.token_hex(4)}"
+        draft.touch(mode=0o600, exist_ok=False)
+        try:
+            draft.write_text(secrets.token_hex(32))
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"no secret can be kept in {folder} ({error.strerror}); give one in {SECRET_VARIABLE}"
+        ) from None
+    return _read_secret(path)

@@ -1,0 +1,228 @@
+"""TLS over a socket, with one system call for a message each way.
+
+`ssl.SSLSocket` reads every record with two system calls and writes through several layers of Python. Here OpenSSL works
+on memory, and the socket is read and written in whole messages: a decode step's call reaches the follower sooner
+(benchmarks/channel.py). Who waits for the next step's call does not fall asleep at once: waking up costs about as much
+as the message itself (benchmarks/spine.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+from typing import cast
+
+from vllm_spark.config.settings import SECRET_VARIABLE
+from vllm_spark.errors import without_stop
+
+# A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
+_SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
+_REFUSED_DATES = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
+# What a peer answers in these cases. It answers another secret with "unknown CA".
+_ALERTS_OF_DATES = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
+_READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
+
+
+class TlsConnection:
+    """An authenticated connection. Owns the socket.
+
+    One thread may send while another receives; two may not do the same. `interrupt` is for any thread.
+
+    Args:
+        plain: a connected socket.
+        context: how to authenticate.
+        server_side: True on the side that accepted the connection.
+        timeout: seconds for the handshake.
+
+    Raises:
+        ssl.SSLError: the peer is not who it should be, or does not speak TLS.
+        OSError: the connection broke, or the handshake took too long (TimeoutError). The socket is closed then.
+    """
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext, *, server_side: bool, timeout: float) -> None:
+        self._socket = plain
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        self._state = threading.Lock()  # OpenSSL's, which sending and receiving share; never held while one waits
+        self._buffer = memoryview(bytearray(_READ))
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.probe_silence(True)
+            plain.settimeout(timeout)
+            self._shake_hands(time.monotonic() + timeout)
+            plain.settimeout(None)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._flush()  # tells the peer why
+            plain.close()
+            raise
+
+    @property
+    def peer_name(self) -> str:
+        """The common name in the peer's certificate."""
+        certificate = self._tls.getpeercert() or {}
+        for relative_name in certificate.get("subject", ()):
+            for attribute in relative_name:
+                if attribute[0] == "commonName":
+                    return str(attribute[1])
+        return ""
+
+    @property
+    def pending(self) -> bool:
+        """True if bytes wait here, which a poll of the socket cannot see."""
+        return self._tls.pending() > 0 or self._incoming.pending > 0
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 once closed."""
+        return self._socket.fileno()
+
+    def send(self, data: bytes, timeout: float | None) -> None:
+        """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
+        with self._state:
+            self._tls.write(data)
+        if timeout is None:
+            self._flush()
+            return
+        self._socket.settimeout(timeout)
+        try:
+            self._flush()
+        finally:
+            self._socket.settimeout(None)
+
+    def receive_into(self, view: memoryview, deadline: float | None, awake: float = 0.0) -> None:
+        """Fills `view`, looking for what comes without sleeping for the first `awake` seconds.
+
+        Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError.
+        """
+        got = 0
+        while got < len(view):
+            try:
+                with self._state:
+                    count = self._read(view[got:])
+                if count == 0:  # the peer ended the TLS session
+                    raise EOFError
+                got += count
+            except ssl.SSLWantReadError:
+                self._fill(deadline, awake)
+            except ssl.SSLZeroReturnError:
+                raise EOFError from None
+
+    def probe_silence(self, on: bool) -> None:
+        """Has the kernel notice a peer that is gone without a word, which is for when nobody beats."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, on)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+
+    def interrupt(self) -> None:
+        """Ends a blocked call of another thread with an error."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Closes the socket; may be called again."""
+        self.interrupt()
+        self._socket.close()
+
+    def _shake_hands(self, deadline: float) -> None:
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self._flush()
+                try:
+                    self._fill(deadline)
+                except EOFError:
+                    raise ConnectionResetError("the peer hung up") from None
+            else:
+                self._flush()
+                return
+
+    def _read(self, view: memoryview) -> int:
+        # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
+        return cast("int", self._tls.read(len(view), view))
+
+    def _fill(self, deadline: float | None, awake: float = 0.0) -> None:
+        count = self._look_for(awake) if awake else None
+        if count is None:
+            self._sleep_until_readable(deadline)
+            count = self._socket.recv_into(self._buffer)
+        if count == 0:
+            raise EOFError
+        with self._state:
+            self._incoming.write(self._buffer[:count])
+
+    def _look_for(self, seconds: float) -> int | None:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    return None
+                os.sched_yield()  # whoever else needs this core has it
+
+    def _sleep_until_readable(self, deadline: float | None) -> None:
+        if deadline is None:
+            return  # the socket blocks
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(max(deadline - time.monotonic(), 0.0) * 1e3):
+            raise TimeoutError("timed out")
+
+    def _flush(self) -> None:
+        with self._state:
+            data = self._outgoing.read()
+        if data:
+            self._socket.sendall(data)
+
+
+def is_secret_failure(error: ssl.SSLError) -> bool:
+    """Whether a handshake failed because the two sides have different secrets."""
+    if _about_a_clock(error) is not None:
+        return False
+    reason = (error.reason or "").upper()
+    rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
+    return rejected or isinstance(error, ssl.SSLCertVerificationError)
+
+
+def failure_in_words(error: Exception) -> str:
+    """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
+    if isinstance(error, ssl.SSLError):
+        if (clock := _about_a_clock(error)) is not None:
+            return clock
+        if is_secret_failure(error):
+            ways = f"--spark-secret-file or {SECRET_VARIABLE}"
+            return f"the other side has another secret; give both machines the same ({ways})"
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        return f"what is there does not speak this protocol ({reason})"
+    if isinstance(error, OSError):
+        return f"the connection broke before it was authenticated ({error.strerror or error})"
+    return without_stop(str(error))
+
+
+def _about_a_clock(error: ssl.SSLError) -> str | None:
+    """The sentence for a certificate that the other side, or this one, refuses for its dates alone; else None.
+
+    This version's certificates are valid at all times; those of another one may begin and end.
+    """
+    reason = (error.reason or "").upper()
+    refused = getattr(error, "verify_code", 0) if isinstance(error, ssl.SSLCertVerificationError) else 0
+    if refused in _REFUSED_DATES:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return (
+            f"the other side's certificate is {_REFUSED_DATES[refused]} by the clock of this machine, which says "
+            f"{now:%Y-%m-%d %H:%M} UTC; set the clock (timedatectl) and install the same vllm_spark on both machines"
+        )
+    if reason in _ALERTS_OF_DATES:
+        return (
+            "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has "
+            "another vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"
+        )
+    return None

@@ -1,0 +1,1 @@
+"""How leader and follower find each other and agree, before the first call."""

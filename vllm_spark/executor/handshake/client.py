@@ -1,0 +1,82 @@
+"""The follower's mouth: how it finds its leader."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import ssl
+
+import msgspec
+
+from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
+from vllm_spark.executor.channel.addresses import format_endpoint, host_name
+from vllm_spark.executor.channel.framing import ChannelError, Kind, Lane
+from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words, is_secret_failure
+from vllm_spark.executor.handshake.messages import GREETING_TIMEOUT, Hello, Reason, decode
+from vllm_spark.executor.handshake.versions import Versions
+
+
+class Caller:
+    """Connects a follower's lanes to its leader.
+
+    Args:
+        host, port: where the leader listens.
+        context: TLS context of the follower.
+        max_frame: limit of one message, in bytes.
+    """
+
+    def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int) -> None:
+        self.host, self.port, self._context, self._max_frame = host, port, context, max_frame
+        self._session = secrets.token_hex(16)
+        self._versions = Versions.of_this_process()
+        self.endpoint = format_endpoint(host, port)
+        self.last_problem = ""
+        """Why the last try to connect failed, as a sentence; empty where nobody listens, which needs no remedy."""
+
+    def connect(self, lane: str) -> Lane | None:
+        """Opens one lane; None if nobody listens there now.
+
+        Raises:
+            ConfigurationError: the leader has another secret.
+            VersionsError: it has other versions.
+            RefusedError: it gave another reason, or what is there is not a vllm-spark leader.
+        """
+        try:
+            plain = socket.create_connection((self.host, self.port), timeout=GREETING_TIMEOUT)
+        except ConnectionRefusedError:
+            self.last_problem = ""
+            return None
+        except OSError as error:
+            problem = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached ({error.strerror})"
+            self.last_problem = (
+                f"{self.endpoint} {problem}: a firewall there may keep TCP port {self.port} closed, its machine may be "
+                "off, or the address is wrong."
+            )
+            return None
+        self.last_problem = ""
+        try:
+            connection = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
+            opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
+            if (role := opened.peer_role) != "leader":
+                opened.close()
+                raise RefusedError(
+                    f"{self.endpoint} authenticated as {role!r}, not as a leader; give the address of the machine that "
+                    "runs vllm serve --spark"
+                )
+            hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
+            opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=GREETING_TIMEOUT)
+            answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
+        except ssl.SSLError as error:
+            plain.close()
+            kind = ConfigurationError if is_secret_failure(error) else RefusedError
+            raise kind(f"{self.endpoint}: {failure_in_words(error)}") from None
+        except (OSError, ChannelError):
+            plain.close()
+            return None
+        if answer.kind is Kind.REFUSAL:
+            opened.close()
+            reason = decode(answer, Reason)
+            refusal = VersionsError if reason.final else RefusedError
+            raise refusal(f"the leader at {self.endpoint} refused: {reason.sentence}")
+        return opened

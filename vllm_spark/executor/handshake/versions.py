@@ -1,0 +1,50 @@
+"""Which versions of what a machine runs: leader and follower must have the same."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import msgspec
+
+from vllm_spark import __version__
+from vllm_spark.compat.versions import installed_vllm, source_version
+
+CHANNEL_VERSION = 2
+"""Version of the messages between leader and follower."""
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What must be the same on both machines, for pickles and for numbers."""
+
+    channel: str
+    vllm_spark: str
+    vllm: str
+    torch: str
+    python: str
+
+    @classmethod
+    def of_this_process(cls) -> Versions:
+        """The versions installed here; a package that is absent counts as `none`."""
+        return cls(
+            channel=str(CHANNEL_VERSION),
+            vllm_spark=__version__,
+            vllm=source_version(installed_vllm() or "none"),
+            torch=_installed("torch").partition("+")[0],
+            python=".".join(platform.python_version_tuple()[:2]),
+        )
+
+    def difference(self, other: Versions, here: str, there: str) -> str | None:
+        """A sentence part naming the first differing field and both values; None if all agree."""
+        for field in self.__struct_fields__:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field} is {mine} on {here} and {theirs} on {there}; install the same version on both"
+        return None
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,285 @@
+"""What an engine loads from files: which it is, whatever it is called, and where the leader has it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from vllm_spark.compat.versions import installed_vllm
+from vllm_spark.errors import RefusedError
+from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.model_files import hub_cache
+from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
+from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
+from vllm_spark.processes.known_types import known
+
+Origin = Literal["path", "hub", "modelscope", "object storage"]
+"""Where a name leads: to this machine's files, or to a place that every machine can ask."""
+
+_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache"})
+"""Load formats of vLLM that read weight files out of the model's folder."""
+
+_INDEX = "model.safetensors.index.json"
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
+"""Small files of a model that a worker may read too: tokenizer, processor, code."""
+
+
+class LoadedFiles(msgspec.Struct, frozen=True):
+    """A model, a tokenizer, an adapter or a file that both ranks load, as the leader has it.
+
+    Attributes:
+        what: how messages call it, such as "draft model".
+        name: what vLLM's configuration (or a request) calls it: a name of a hub, a path of the leader's, or a URL.
+        place: where the leader has it, absolute.
+        kind: what it is.
+        identity: what is in it.
+        origin: where `name` leads.
+        hub: what it is on the Hugging Face hub; None if that is not known.
+        with_weights: whether weights are loaded from there.
+        with_code: whether Python files in it may be executed.
+        with_tokenizer: whether a worker reads a tokenizer and a processor there too.
+        required: whether the follower must have it.
+    """
+
+    what: str
+    name: str
+    place: str
+    kind: Kind
+    identity: ModelIdentity
+    origin: Origin = "path"
+    hub: HubPlace | None = None
+    with_weights: bool = True
+    with_code: bool = False
+    with_tokenizer: bool = False
+    required: bool = True
+
+    def identity_at(self, place: Path, *, with_weights: bool | None = None) -> ModelIdentity:
+        """What is in another place, read as `identity` was.
+
+        Raises:
+            RefusedError: it cannot be read.
+        """
+        return ModelIdentity.of(
+            place,
+            with_weights=self.with_weights if with_weights is None else with_weights,
+            kind=self.kind,
+            with_code=self.with_code,
+            with_tokenizer=self.with_tokenizer,
+        )
+
+
+known(LoadedFiles)
+
+
+def files_of(vllm_config: Any) -> list[LoadedFiles]:
+    """All that the workers of an engine will load from files. What is still on a hub is downloaded, as vLLM would.
+
+    Raises:
+        RefusedError: something is not there, cannot be read or downloaded, or has no weights.
+    """
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    two_vocabularies = bool(getattr(speculative, "use_heterogeneous_vocab", False))
+    models = [("model", model, vllm_config.load_config, two_vocabularies or model.is_multimodal_model)]
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is not None and draft.model not in (model.model, model.model_weights):
+        load_config = getattr(speculative, "draft_load_config", None) or vllm_config.load_config
+        models.append(("draft model", draft, load_config, two_vocabularies))
+    found: list[LoadedFiles] = []
+    for what, each, load_config, reads_tokenizer in models:
+        own_tokenizer = each.tokenizer == each.model and not each.skip_tokenizer_init
+        found.append(_model_files(what, each, load_config, with_tokenizer=reads_tokenizer and own_tokenizer))
+        if not own_tokenizer:
+            found += _tokenizer_files(f"{what}'s tokenizer", each, required=reads_tokenizer)
+    found += [_one_file(what, path) for what, path in _single_files(vllm_config)]
+    unique: dict[str, LoadedFiles] = {}
+    for files in found:
+        unique.setdefault(files.place, files)  # a draft model has its target's tokenizer
+    return list(unique.values())
+
+
+def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
+    """An adapter that is about to be loaded.
+
+    Args:
+        name: of the adapter.
+        path: what the request calls it: a path, or a name of the hub.
+        place: where the leader has it.
+
+    Raises:
+        RefusedError: it cannot be read.
+    """
+    identity = ModelIdentity.of(place, kind="adapter")
+    hub = hub_place_of(place)
+    origin: Origin = "hub" if hub is not None and not os.path.isabs(os.path.expanduser(path)) else "path"
+    return LoadedFiles(f"adapter {name}", path, str(place), "adapter", identity, origin, hub)
+
+
+def missing_weights(place: Path) -> list[str]:
+    """Weight files that the index of a model's folder names and that are not in it."""
+    try:
+        index = json.loads((place / _INDEX).read_bytes())
+        names = set(index["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return sorted(name for name in names if not os.path.exists(place / str(name)))
+
+
+def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: bool) -> LoadedFiles:
+    load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
+    with_code = bool(model.trust_remote_code)
+    read = partial(ModelIdentity.of, with_code=with_code, with_tokenizer=with_tokenizer)
+    files = partial(LoadedFiles, what, kind="model", with_code=with_code, with_tokenizer=with_tokenizer)
+    if model.model_weights:
+        # The configuration was copied from object storage into a folder of this user; weights are streamed.
+        place, url = Path(model.model), str(model.model_weights)
+        identity = read(place, with_weights=False)
+        return files(name=url, place=str(place), identity=identity, origin="object storage", with_weights=False)
+    with_weights = load_format != "dummy"
+    place, origin = _find(what, model, load_config, complete=load_format in _FILE_FORMATS)
+    if load_format in _FILE_FORMATS and os.path.isfile(place):
+        raise RefusedError(
+            f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
+            f"format {load_format}; give a folder in Hugging Face format"
+        )
+    identity = read(place, with_weights=with_weights)
+    if load_format in _FILE_FORMATS and not identity.weights:
+        raise RefusedError(
+            f"there are no weight files in {place}, and both sides compare them before they load any; "
+            f"copy or download the whole {what} there first"
+        )
+    hub = None if origin == "modelscope" else hub_place_of(place)
+    name = str(model.model)
+    return files(name=name, place=str(place), identity=identity, origin=origin, hub=hub, with_weights=with_weights)
+
+
+def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[Path, Origin]:
+    """Where the leader has a model; downloads it if need be and if it may.
+
+    Args:
+        complete: whether its weights must be there too. (They are not for dummy weights, say.)
+    """
+    name = str(model.model)
+    if (path := existing_path(what, name)) is not None:
+        return path, "path"
+    if uses_modelscope():
+        return _from_modelscope(what, model, load_config, complete), "modelscope"
+    cache = load_config.download_dir if complete else None
+    place = cached_snapshot(name, model.revision, cache)
+    if place is None or (complete and not _is_complete(place)):
+        _download(what, model, load_config)
+        place = cached_snapshot(name, model.revision, cache)
+        if place is None:
+            raise RefusedError(_not_here(what, name, model.revision, "its download left nothing in the cache"))
+    hub = hub_place_of(place)
+    if cache is not None and hub is not None and not os.path.exists(place / "config.json"):
+        # vLLM keeps the configuration in its user's cache, and the weights here.
+        try:
+            hub_cache.download(hub, BESIDE_WEIGHTS, cache)
+        except Exception as error:
+            raise RefusedError(_not_here(what, name, model.revision, first_line(error))) from error
+    return place, "hub"
+
+
+def _is_complete(place: Path) -> bool:
+    return bool(ModelIdentity.of(place).weights) and not missing_weights(place)
+
+
+def _download(what: str, model: Any, load_config: Any) -> None:
+    """Has vLLM's own loader download a model, so that the same files come as without a pair."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if not hub_cache.may_download():
+        raise RefusedError(_not_here(what, model.model, model.revision, "HF_HUB_OFFLINE is set"))
+    try:
+        get_model_loader(load_config).download_model(model)
+    except Exception as error:
+        raise RefusedError(_not_here(what, model.model, model.revision, first_line(error))) from error
+
+
+def _not_here(what: str, name: str, revision: str | None, reason: str) -> str:
+    command = f"modelscope download --model {name}" if uses_modelscope() else f"hf download {name}"
+    if revision not in (None, "main"):
+        command += f" --revision {revision}"
+    host = host_name()
+    return f"the {what} {name} is not on {host} ({reason}); download it on {host}: {command}"
+
+
+def _from_modelscope(what: str, model: Any, load_config: Any, complete: bool) -> Path:
+    if complete:
+        _download(what, model, load_config)
+    try:
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except Exception as error:
+        raise RefusedError(_not_here(what, model.model, model.revision, first_line(error))) from error
+
+
+def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[LoadedFiles]:
+    """A tokenizer of its own. Only some engines' workers need it; others' is found if it can be."""
+    name = str(model.tokenizer)
+    if model.skip_tokenizer_init:
+        return
+    try:
+        place = existing_path(what, name) or cached_snapshot(name, model.tokenizer_revision)
+    except RefusedError:
+        if required:
+            raise
+        return
+    if place is not None and os.path.isdir(place):
+        identity = ModelIdentity.of(place, kind="tokenizer")
+        origin: Origin = "path" if str(place) == os.path.abspath(os.path.expanduser(name)) else "hub"
+        yield LoadedFiles(what, name, str(place), "tokenizer", identity, origin, hub_place_of(place), required=required)
+
+
+def _single_files(vllm_config: Any) -> Iterator[tuple[str, str]]:
+    multimodal = vllm_config.model_config.multimodal_config
+    if path := getattr(multimodal, "mm_encoder_fp8_scale_path", None):
+        yield "file of --mm-encoder-fp8-scale-path", path
+    overrides = vllm_config.model_config.hf_overrides
+    if isinstance(overrides, dict) and isinstance(path := overrides.get("quantization_config_file"), str):
+        yield "quantization_config_file of --hf-overrides", path
+
+
+def _one_file(what: str, path: str) -> LoadedFiles:
+    place = Path(os.path.abspath(os.path.expanduser(path)))
+    return LoadedFiles(what, path, str(place), "file", ModelIdentity.of(place, kind="file"), hub=hub_place_of(place))
+
+
+def existing_path(what: str, name: str) -> Path | None:
+    """The folder or file that `name` is on this machine; None if it is a name of a hub.
+
+    Raises:
+        RefusedError: it is a path, and nothing is there or this user may not look.
+    """
+    path = Path(os.path.expanduser(name))  # leaves a user who does not exist
+    is_path = path.is_absolute() or name.startswith((".", "~"))
+    try:
+        if path.is_dir() or path.is_file():
+            return Path(os.path.abspath(path))
+        path.stat()
+    except PermissionError as error:
+        if is_path:
+            raise RefusedError(unreadable(path, error)) from None
+    except OSError:
+        pass
+    if is_path:
+        raise RefusedError(f"there is no {what} in {name} on {host_name()}; copy it there from the other machine")
+    return None
+
+
+def uses_modelscope() -> bool:
+    """Whether names lead to ModelScope in place of the Hugging Face hub (VLLM_USE_MODELSCOPE)."""
+    return os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence: its first line, without a full stop."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

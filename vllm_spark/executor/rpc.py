@@ -1,0 +1,150 @@
+"""Worker calls as bytes.
+
+A call is what vLLM's executors call a collective RPC: a worker method's name (or a function), its arguments, and
+whether an answer is wanted. Before its pickle stand 24 bytes: the leader's step and token digest, and the call's
+number, which comes back with its answer. Calls of the decode loop, which are not answered, have the number 0.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from vllm_spark.errors import SparkError, described
+from vllm_spark.executor.pickling import dumps_by_value
+
+_HEADER = struct.Struct("<Q8sQ")
+_NUMBER = struct.Struct("<Q")
+
+EXECUTE, SAMPLE = "execute_model", "sample_tokens"
+
+EXECUTE_AND_SAMPLE = "execute_model, then sample_tokens(None)"
+"""Two calls in one message. The decode loop samples right after it executed unless the model's output is there
+already, and with nothing to say about it unless an answer's form is prescribed: so the follower need not wait to be
+told, and a step costs one message."""
+
+LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
+"""Once it has returned on both ranks, the engine is up."""
+
+COMPARE_ADAPTER = "compare adapter"
+"""Not a method of the worker: the leader compares an adapter with the follower's, and nothing is loaded."""
+
+COMPARE_FILES = "compare files"
+"""Not a method of the worker: the follower looks for the files of one argument, and answers with None or with the
+sentence why it does not have them."""
+
+STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
+"""Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
+multiprocessing executor does), so the follower does not answer."""
+
+
+class Call(NamedTuple):
+    """One worker call: a method's name or a function that takes the worker, and its arguments."""
+
+    method: str | Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Header(NamedTuple):
+    """What stands before a call's pickle."""
+
+    step: int
+    digest: bytes
+    number: int
+
+
+class RemoteError(SparkError):
+    """A worker call failed on the follower.
+
+    Attributes:
+        details: the traceback there; empty where it is not known.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
+
+
+def encode_call(
+    ledger: tuple[int, bytes],
+    method: str | Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    number: int = 0,
+) -> bytes:
+    """The bytes of a call.
+
+    Calls whose arguments a user may have made (all but the steps of requests that run already) are pickled by value:
+    their functions and classes may be of a script, which the follower cannot import. It takes 16 us more.
+
+    Raises:
+        TypeError: the arguments cannot be pickled; the sentence says whose.
+    """
+    content, header = (method, args, kwargs), _HEADER.pack(*ledger, number)
+    executes = method in (EXECUTE, EXECUTE_AND_SAMPLE)
+    if executes or method in STEP_METHODS:
+        new_requests = executes and args[0].scheduled_new_reqs
+        dumps: Callable[[Any], bytes] = cloudpickle.dumps if new_requests else _dumps_fast
+    else:
+        dumps = dumps_by_value
+    try:
+        return header + dumps(content)
+    except Exception as error:
+        name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+        raise TypeError(f"the call of {name} cannot be sent to the follower: {error}") from error
+
+
+def _dumps_fast(content: Any) -> bytes:
+    return pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def decode_header(payload: bytes) -> Header:
+    """What stands before a call; nothing is unpickled."""
+    return Header(*_HEADER.unpack_from(payload))
+
+
+def decode_call(payload: bytes) -> Call:
+    """The call in `payload`, which must come from an authenticated peer.
+
+    Raises:
+        whatever unpickling raises: ImportError for a module that is on the leader alone, for example.
+    """
+    return Call(*pickle.loads(memoryview(payload)[_HEADER.size :]))
+
+
+def encode_result(result: Any, number: int) -> bytes:
+    """The bytes of a successful reply to the call of that number.
+
+    Pickled by value, since a user's function may have made the result.
+    """
+    return _NUMBER.pack(number) + dumps_by_value((True, result, ""))
+
+
+def encode_error(error: BaseException, number: int) -> bytes:
+    """The bytes of a failed reply to the call of that number."""
+    content = (False, described(error), "".join(traceback.format_exception(error)))
+    return _NUMBER.pack(number) + pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def replied_number(payload: bytes) -> int:
+    """The number of the call that a reply answers; nothing is unpickled."""
+    (number,) = _NUMBER.unpack_from(payload)
+    return int(number)
+
+
+def decode_reply(payload: bytes) -> Any:
+    """The result in a reply.
+
+    Raises:
+        RemoteError: the call failed on the follower.
+    """
+    succeeded, result, details = pickle.loads(memoryview(payload)[_NUMBER.size :])
+    if not succeeded:
+        raise RemoteError(f"the follower's worker failed: {result}", details)
+    return result

@@ -1,0 +1,146 @@
+"""Checks tuned tables without a GPU: all of a folder, those that come with this project and the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.kernels.finding import Finding
+from vllm_spark.kernels.fused_moe import compile
+from vllm_spark.kernels.fused_moe import table as fused_moe_table
+from vllm_spark.kernels.fused_moe.check import check_fused_moe_table
+from vllm_spark.kernels.fused_moe.table import PROVENANCE_SUFFIX
+from vllm_spark.kernels.marlin import table as marlin_table
+from vllm_spark.kernels.marlin.check import check_marlin_table
+
+_FOLDERS = (marlin_table.FOLDER, fused_moe_table.FOLDER)
+_NAMES = ("E=", "kernel=")
+_NO_NAME = (
+    "its name is that of no table, and serving finds tables by name: kernel=... those of Marlin, E=... those of "
+    "FusedMoE; name it so, or take it out"
+)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was checked, and what was found.
+
+    Attributes:
+        tables: every table that was looked at.
+        findings: errors and notes, in the order of the tables.
+        compiler: the Triton by which kernels were compiled; None if they were not.
+        unchecked: what could not be checked here and why; empty if all was.
+    """
+
+    tables: tuple[Path, ...]
+    findings: tuple[Finding, ...]
+    compiler: str | None
+    unchecked: tuple[str, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a table has an error."""
+        return any(finding.kind == "error" for finding in self.findings)
+
+
+def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> CheckReport:
+    """Checks every table in `folders`.
+
+    Args:
+        folders: with tables in them, or in their folders `marlin` and `fused_moe`.
+        compile_kernels: whether FusedMoE's kernels are compiled, where Triton and vLLM are installed.
+
+    Raises:
+        ConfigurationError: one is no folder.
+    """
+    tables: list[Path] = []
+    findings: list[Finding] = []
+    missing = "it was not asked for" if not compile_kernels else compile.unavailable()
+    compile_row = compile.compile_row if missing is None else None
+    source = compile.kernel_source()
+    vllm_tables = None if source is None else source.parent / "configs"
+    compiled = False
+    for folder in folders:
+        files = _tables(folder)
+        for path in files:
+            tables.append(path)
+            if path.name.endswith(PROVENANCE_SUFFIX):
+                findings += _check_orphan(path, files)
+                continue
+            if not path.name.startswith(_NAMES):
+                findings.append(Finding(path, None, "error", _NO_NAME))
+                continue
+            findings += _check_place(path)
+            if path.name.startswith("kernel="):
+                findings += check_marlin_table(path)
+            else:
+                compiled = True
+                findings += check_fused_moe_table(path, compile_row, vllm_tables)
+    findings += _duplicates(tables)
+    unchecked = []
+    if missing is not None and compiled:
+        unchecked.append(
+            "no kernel of a FusedMoE table was compiled, so neither spills nor the exact shared memory were checked: "
+            + missing
+        )
+    version = compile.triton_version() if compile_row is not None and compiled else None
+    listed = tuple(path for path in tables if not path.name.endswith(PROVENANCE_SUFFIX))
+    return CheckReport(listed, tuple(findings), version, tuple(unchecked))
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Every file that is, or is meant to be, a table or its provenance."""
+    try:
+        found = [path for path in _files(folder) if path.name.startswith(_NAMES)]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigurationError(f"{folder} is no folder; give one that has tables in it") from None
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be read ({error.strerror}); give another folder") from None
+    for name in _FOLDERS:
+        try:
+            found += _files(folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ConfigurationError(f"{folder / name} cannot be read ({error.strerror}); make it readable") from None
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Not by `glob`, which takes a folder that it may not read for an empty one."""
+    return sorted(path for path in folder.iterdir() if path.name.endswith(".json"))
+
+
+def _check_place(path: Path) -> Iterator[Finding]:
+    """Serving looks for tables of each kind in a folder of its own, within those that have these names."""
+    own = marlin_table.FOLDER if path.name.startswith("kernel=") else fused_moe_table.FOLDER
+    if path.absolute().parent.name in {*_FOLDERS, "configs", "tuned"} - {own}:
+        yield Finding(
+            path,
+            None,
+            "error",
+            f"serving does not look for it in {path.parent}, but in a folder {own} of its own; move it there",
+        )
+    elif path.absolute().parent.name != own:
+        yield Finding(path, None, "note", f"to be used, it belongs into a folder {own}, in that of your own tables")
+
+
+def _check_orphan(path: Path, files: Sequence[Path]) -> Iterator[Finding]:
+    table = path.with_name(path.name.removesuffix(PROVENANCE_SUFFIX) + ".json")
+    if table not in files:
+        yield Finding(path, None, "error", f"it is the provenance of {table.name}, which is not there")
+
+
+def _duplicates(tables: Sequence[Path]) -> Iterator[Finding]:
+    """Two tables of one name in a folder and its own folders: which one counts is nowhere written."""
+    first: dict[tuple[str, Path], Path] = {}
+    for path in tables:
+        folder = path.parent
+        root = folder.parent if folder.name in _FOLDERS else folder
+        other = first.setdefault((path.name, root), path)
+        if other != path:
+            yield Finding(
+                path, None, "error", f"there is another one for the same in {other.parent}; remove one of them"
+            )

@@ -1,0 +1,100 @@
+"""What `vllm-spark tune --check` says about a table, and the rules that every kind of table must keep."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vllm_spark.kernels.devices import DEVICES
+from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
+
+TOLERATED_LOSS = 0.02
+"""Share of the default's time that a measured entry may lose: what two equal measurements differ by."""
+
+_FARTHEST = 3
+"""How many times more tokens than a row's own a step may have that takes it, as the nearest."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a table, or that the reader should know.
+
+    Attributes:
+        table: the file.
+        row: the number of tokens whose row it is about; None for the whole table.
+        kind: `error` makes the check fail, `note` does not.
+        sentence: what is wrong, with the value.
+    """
+
+    table: Path
+    row: int | None
+    kind: Literal["error", "note"]
+    sentence: str
+
+
+def device_findings(table: Path, device: str, rows: Iterable[Provenance | None]) -> Iterator[Finding]:
+    """About the name of the device that a table is for."""
+    if device in DEVICES:
+        return
+    rows = list(rows)
+    # Around those that were measured are rows of vLLM's own: its rule, or its table for this device.
+    measured = {row.device for row in rows if row is not None and row.kind == "measured"}
+    guessed = any(row is None or (row.kind == "derived" and row.rule != VLLM_DEFAULT) for row in rows)
+    if measured == {device} and not guessed:
+        sentence = f"the limits of {device} are not known here; only what holds for every GPU was checked"
+        yield Finding(table, None, "note", sentence)
+        return
+    known = ", ".join(DEVICES)
+    yield Finding(
+        table,
+        None,
+        "error",
+        f"it is for a device named {device!r}, on which its rows were not measured; tune there, or name the device "
+        f"that it is for, if it is known here ({known})",
+    )
+
+
+def provenance_findings(table: Path, row: int, device: str, provenance: Provenance | None) -> Iterator[Finding]:
+    """About where one entry came from."""
+    if provenance is None:
+        yield Finding(table, row, "error", "nothing says where this row came from; add its provenance")
+        return
+    if gaps := provenance.missing():
+        yield Finding(table, row, "error", f"its provenance is {provenance.kind!r} and lacks {', '.join(gaps)}")
+    if provenance.kind == "measured":
+        if provenance.device not in (None, device):
+            yield Finding(table, row, "error", f"it was measured on {provenance.device}, not on {device}")
+        if provenance.gain is not None and provenance.gain < -TOLERATED_LOSS:
+            yield Finding(
+                table, row, "error", f"it was measured as {-provenance.gain:.1%} slower than vLLM's default; remove it"
+            )
+
+
+def reach_findings(table: Path, rows: Iterable[int]) -> Iterator[Finding]:
+    """About rows that far larger steps would take, because there is no nearer one."""
+    ordered = sorted(rows)
+    for row, following in itertools.pairwise(ordered):
+        farthest = (row + following) // 2
+        if farthest > _FARTHEST * row:
+            yield Finding(
+                table,
+                row,
+                "error",
+                f"steps of up to {farthest} tokens would take it, as the nearest row; "
+                f"add rows between {row} and {following}",
+            )
+
+
+def spans(rows: Mapping[int, object], up_to: int) -> dict[int, tuple[int, int]]:
+    """For each row, the smallest and largest step up to `up_to` that takes it: of two equally near, the smaller row."""
+    ordered = sorted(rows)
+    found: dict[int, tuple[int, int]] = {}
+    start = 1
+    for row, following in zip(ordered, [*ordered[1:], None], strict=True):
+        end = max(up_to, row) if following is None else (row + following) // 2
+        found[row] = (start, end)
+        start = end + 1
+    return found

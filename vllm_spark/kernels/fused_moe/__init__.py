@@ -1,0 +1,1 @@
+"""vLLM's FusedMoE kernel in Triton: shapes, tables, compilation, search."""

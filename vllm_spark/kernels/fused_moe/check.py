@@ -1,0 +1,235 @@
+"""Checks a table of FusedMoE's parameters: as vLLM reads it, by rule, and by compiling the kernels it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.kernels.devices import DEVICES, Device
+from vllm_spark.kernels.finding import Finding, device_findings, provenance_findings, reach_findings, spans
+from vllm_spark.kernels.fused_moe.compile import INT4, Compiled, CompileError
+from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS, INT4_GROUPS_IN_TILE, LARGE_TOKENS, default_row, has_default
+from vllm_spark.kernels.fused_moe.table import (
+    FusedMoeProvenance,
+    FusedMoeShape,
+    FusedMoeTable,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
+    provenance_path,
+    read_file_name,
+)
+from vllm_spark.kernels.table import VLLM_DEFAULT
+from vllm_spark.models.weights import Int4
+
+
+class Compile(Protocol):
+    """`fused_moe_compile.compile_row`, or what stands for it."""
+
+    def __call__(
+        self, shape: FusedMoeShape, row: Mapping[str, int], capability: tuple[int, int], *, int4: Int4
+    ) -> Compiled: ...
+
+
+DTYPES = (None, "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16")
+"""Those of vLLM's tables for NVIDIA GPUs; None is bfloat16 or float16."""
+
+_BLOCKS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K")
+_NEEDED = (*_BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages")
+_KNOWN = (*_NEEDED, "SPLIT_K")
+_POWERS = (*_BLOCKS, "num_warps")
+_CHECKED_TOKENS = 16_384
+
+
+def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: Path | None) -> Iterator[Finding]:
+    """Everything that is wrong with the table in `path`.
+
+    Args:
+        path: of the table; its provenance is beside it.
+        compile_row: `fused_moe_compile.compile_row`, or None where it cannot run.
+        vllm_tables: vLLM's own folder of tables, where it is installed.
+    """
+    named = read_file_name(path.name)
+    if named is None:
+        yield Finding(
+            path, None, "error", f"{path.name} is no name of a FusedMoE table; vLLM would never ask for a file so named"
+        )
+        return
+    shape, device_name = named
+    try:
+        table = load_fused_moe_table(path)
+        provenance = load_fused_moe_provenance(path)
+    except ConfigurationError as error:
+        yield Finding(path, None, "error", str(error))
+        return
+    sources = FusedMoeProvenance() if provenance is None else provenance
+    if provenance is None:
+        yield Finding(path, None, "error", f"nothing says where it came from; there is no {provenance_path(path).name}")
+    yield from device_findings(path, device_name, (sources.rows.get(row) for row in table.rows))
+    if shape.dtype not in DTYPES:
+        yield Finding(path, None, "error", f"dtype={shape.dtype} in its name is none that vLLM asks for on this GPU")
+        return
+    if provenance is not None:
+        for row in table.rows:
+            yield from provenance_findings(path, row, device_name, sources.rows.get(row))
+        for row in sorted(set(sources.rows) - set(table.rows)):
+            yield Finding(path, row, "error", "there is provenance for it, but no such row")
+    yield from _check_reach(path, table)
+    yield from _check_defaults(path, shape, table, sources)
+    if sources.says_nothing and vllm_tables is not None and (vllm_tables / path.name).is_file():
+        yield Finding(
+            path, None, "error", "it says what vLLM does without a table, and hides the one that vLLM has; remove it"
+        )
+    smallest_steps = {row: first for row, (first, _) in spans(table.rows, _CHECKED_TOKENS).items()}
+    for row, values in table.rows.items():
+        faults = list(_row_faults(shape, smallest_steps[row], values, sources.group_size))
+        yield from (Finding(path, row, "error", fault) for fault in faults)
+        if not faults and (device := DEVICES.get(device_name)) is not None:
+            default = has_default(shape) and values == default_row(shape, row)
+            int4 = INT4 if sources.group_size is None else Int4(sources.group_size)
+            yield from _check_resources(path, row, shape, values, device, compile_row, int4, default)
+
+
+def shared_bytes(shape: FusedMoeShape, row: Mapping[str, int]) -> int | None:
+    """Shared memory that the kernel will need, in bytes: all stages but the one that is being used.
+
+    Exact for bfloat16 and fp8, except that scales of blocks may add up to 512 bytes. None for weights that are
+    converted to 16 bits on the way, where only the compiler knows.
+    """
+    if shape.dtype in ("int4_w4a16", "int8_w8a16"):
+        return None
+    size_k = row["BLOCK_SIZE_K"] if shape.block_shape is None else min(row["BLOCK_SIZE_K"], *shape.block_shape)
+    width = 1 if _bytes(shape) else 2
+    return (row["num_stages"] - 1) * (row["BLOCK_SIZE_M"] + row["BLOCK_SIZE_N"]) * size_k * width
+
+
+def _check_reach(path: Path, table: FusedMoeTable) -> Iterator[Finding]:
+    largest = max(table.rows)
+    if largest < LARGE_TOKENS:
+        yield Finding(
+            path,
+            largest,
+            "error",
+            "it is the largest row, so prefill of thousands of tokens would take it; "
+            f"add rows up to {LARGE_TOKENS} or more, with vLLM's defaults if need be",
+        )
+    yield from reach_findings(path, table.rows)
+    if list(table.rows) != sorted(table.rows):
+        yield Finding(path, None, "error", "its rows are not in ascending order, by which ties between two are decided")
+
+
+def _check_defaults(
+    path: Path, shape: FusedMoeShape, table: FusedMoeTable, provenance: FusedMoeProvenance
+) -> Iterator[Finding]:
+    """A row that claims to be vLLM's default must be that for every step that takes it."""
+    if not has_default(shape):
+        return
+    for row, (first, last) in spans(table.rows, _CHECKED_TOKENS).items():
+        source = provenance.rows.get(row)
+        if source is None or source.rule != VLLM_DEFAULT:
+            continue
+        for tokens in range(first, last + 1):
+            default = default_row(shape, tokens)
+            if table.rows[row] != default:
+                sentence = (
+                    "it is said to be vLLM's default, but that is another for steps of "
+                    f"{tokens} tokens, which take it: {_differences(default, table.rows[row])}; correct it, or say in "
+                    f"{provenance_path(path).name} where it came from"
+                )
+                yield Finding(path, row, "error", sentence)
+                break
+
+
+def _differences(default: Mapping[str, int], row: Mapping[str, int]) -> str:
+    """As in `num_warps=4, not 8`."""
+    keys = [key for key in dict.fromkeys((*default, *row)) if default.get(key) != row.get(key)]
+    return ", ".join(f"{key}={default.get(key, 'none')}, not {row.get(key, 'none')}" for key in keys)
+
+
+def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group_size: int | None) -> Iterator[str]:
+    """What vLLM or Triton would stumble over in a step of `tokens`, the smallest that takes the row."""
+    integers = shape.dtype == "int4_w4a16"
+    needed = ("BLOCK_SIZE_M", "GROUP_SIZE_M") if integers else _NEEDED
+    if gaps := [key for key in needed if key not in row]:
+        yield f"it lacks {', '.join(gaps)}"
+        return
+    if unknown := [key for key in row if key not in _KNOWN]:
+        yield f"the kernel has no parameter {', '.join(unknown)}, and vLLM would hand it on"
+        return
+    if ("BLOCK_SIZE_N" in row) != ("BLOCK_SIZE_K" in row):
+        yield "BLOCK_SIZE_N and BLOCK_SIZE_K go together: vLLM sets both if one is missing"
+        return
+    for key in (key for key in _POWERS if key in row):
+        if row[key] < 1 or row[key] & (row[key] - 1):
+            yield f"{key}={row[key]} is no power of two"
+            return
+    if row.get("SPLIT_K", 1) != 1:
+        yield f"SPLIT_K={row['SPLIT_K']} is not 1, the only value that vLLM uses"
+    if row["GROUP_SIZE_M"] < 1:
+        yield f"GROUP_SIZE_M={row['GROUP_SIZE_M']} is less than 1"
+    if not 1 <= row.get("num_stages", 3) <= 16 or row.get("num_warps", 4) > 32:
+        yield f"num_stages={row.get('num_stages')}, num_warps={row.get('num_warps')} is out of range (1 to 16, 1 to 32)"
+    smallest = {"BLOCK_SIZE_M": 1 if integers else 16, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 32 if _bytes(shape) else 16}
+    for key, least in smallest.items():
+        if key in row and row[key] < least:
+            yield f"{key}={row[key]} is less than {least}, the least that the kernel multiplies"
+    if shape.block_shape is not None and row.get("BLOCK_SIZE_K", 0) > (limit := min(shape.block_shape)):
+        yield (
+            f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is cut to {limit}, the block of the weights: it is a duplicate of "
+            f"BLOCK_SIZE_K={limit} and says something else"
+        )
+    if integers and "BLOCK_SIZE_K" in row and tokens <= 6 * shape.experts:
+        # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. How many experts a token has
+        # the table's name does not say: one, at the least.
+        for group in INT4_GROUPS if group_size is None else (group_size,):
+            if row["BLOCK_SIZE_K"] // group not in INT4_GROUPS_IN_TILE:
+                yield (
+                    f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is {row['BLOCK_SIZE_K'] // group} groups of {group}, "
+                    "and vLLM's kernel for few tokens takes 1, 2, 4 or 8"
+                )
+                return
+
+
+def _check_resources(
+    path: Path,
+    row: int,
+    shape: FusedMoeShape,
+    values: Mapping[str, int],
+    device: Device,
+    compile_row: Compile | None,
+    int4: Int4,
+    default: bool,
+) -> Iterator[Finding]:
+    """Whether the device has what the kernel takes."""
+    if "BLOCK_SIZE_K" not in values:  # vLLM completes it
+        return
+    by_rule = shared_bytes(shape, values)
+    limit = device.shared_bytes
+    if by_rule is not None and by_rule > limit:
+        yield Finding(path, row, "error", _too_much(by_rule, limit))
+        return
+    if compile_row is None:
+        return
+    try:
+        taken = compile_row(shape, values, device.capability, int4=int4)
+    except CompileError as error:
+        yield Finding(path, row, "error", str(error))
+        return
+    if taken.shared_bytes > limit:
+        yield Finding(path, row, "error", _too_much(taken.shared_bytes, limit))
+    if taken.spilled_bytes:
+        spilled = f"each thread spills {taken.spilled_bytes} bytes for want of registers"
+        if default:
+            yield Finding(path, row, "note", f"{spilled}; it is vLLM's own default, which runs without a table too")
+        else:
+            yield Finding(path, row, "error", f"{spilled}; choose a smaller tile or more warps")
+
+
+def _too_much(needed: int, limit: int) -> str:
+    return f"it needs {needed} bytes of shared memory, and a block may have {limit}; the kernel would not start"
+
+
+def _bytes(shape: FusedMoeShape) -> bool:
+    """Whether tensor cores multiply bytes, which come in at least 32."""
+    return shape.dtype in ("fp8_w8a8", "int8_w8a8")

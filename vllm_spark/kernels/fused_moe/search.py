@@ -1,0 +1,149 @@
+"""Finds the fastest rows of a FusedMoE table for decode steps: what can run and may win, and of that what does.
+
+Out of vLLM's space of 1920 rows remain some dozens:
+
+- a decode step of up to 8 tokens gives an expert 8 rows at most. `BLOCK_SIZE_M` is 16, the least that tensor cores
+  multiply; 32 would only pad, and matters from 17 tokens on.
+- `GROUP_SIZE_M` orders blocks of rows of one expert, of which there is one: it is 1.
+- what does not fit into shared memory, does not compile in time, or spills registers, is out (`fused_moe_trial`).
+- fp8 in blocks: a larger `BLOCK_SIZE_K` than the block is cut to it, and would be tried twice.
+- int4: whole groups in a tile (vLLM's kernels take 1, 2, 4 or 8), and whole tiles in a column, beyond which the kernel
+  reads weights without looking.
+- a tile wider than both matrices only wastes.
+- what was far from the best for another number of tokens is not tried again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+from vllm_spark.errors import SparkError
+from vllm_spark.kernels.devices import Device
+from vllm_spark.kernels.fused_moe.check import shared_bytes
+from vllm_spark.kernels.fused_moe.problem import (
+    ExpertsWeights,
+    FusedMoeProblem,
+    expert_bytes,
+    layer_bytes,
+    random_weights,
+)
+from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS_IN_TILE, FusedMoeExperts, FusedMoeParameters
+from vllm_spark.kernels.fused_moe.trial import Trials
+from vllm_spark.kernels.tune.results import FusedMoeOutcome
+from vllm_spark.kernels.tune.search import CALLS, cold_layers, find, promising, runs
+
+KERNEL = "vLLM's Triton kernel for experts"
+
+ELSEWHERE_HOPELESS = 1.5
+"""Times the fastest with another number of tokens: what took longer there is not tried here."""
+
+_SIZES_N = (32, 64, 128, 256)
+_SIZES_K = (64, 128, 256)
+_WARPS = (4, 8)
+_STAGES = (2, 3, 4, 5)
+
+
+def search_space(shape: FusedMoeExperts, rows: int, device: Device) -> list[FusedMoeParameters]:
+    """Rows for a step of `rows` tokens that nothing speaks against before they are compiled."""
+    return [
+        each
+        for size_m, size_n, size_k, warps, stages in itertools.product(
+            (16,) if rows <= 16 else (16, 32), _SIZES_N, _SIZES_K, _WARPS, _STAGES
+        )
+        if _fits(
+            shape,
+            device,
+            each := FusedMoeParameters(
+                BLOCK_SIZE_M=size_m, BLOCK_SIZE_N=size_n, BLOCK_SIZE_K=size_k, num_warps=warps, num_stages=stages
+            ),
+        )
+    ]
+
+
+def _fits(shape: FusedMoeExperts, device: Device, row: FusedMoeParameters) -> bool:
+    values = row.row()
+    size_n, size_k = values["BLOCK_SIZE_N"], values["BLOCK_SIZE_K"]
+    if size_n > max(shape.hidden, 2 * shape.intermediate) or size_k > max(shape.hidden, shape.intermediate):
+        return False
+    if shape.block_shape is not None and (size_k > min(shape.block_shape) or shape.block_shape[1] % size_k):
+        return False
+    if shape.is_int4:
+        groups, rest = divmod(size_k, shape.group_size)
+        if rest or groups not in INT4_GROUPS_IN_TILE or shape.hidden % size_k or shape.intermediate % size_k:
+            return False
+    needed = shared_bytes(shape.table, values)
+    return needed is None or needed <= device.shared_bytes
+
+
+def weights_of(
+    shape: FusedMoeExperts, on_note: Callable[[str], None] = lambda sentence: None
+) -> AbstractContextManager[list[ExpertsWeights]]:
+    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+
+    Args:
+        on_note: see `search.cold_layers`.
+
+    Raises:
+        SparkError: the GPU has no room for two layers.
+    """
+    touched = shape.top_k * expert_bytes(shape)
+    return cold_layers(partial(random_weights, shape), layer_bytes(shape), touched, shape.describe(), on_note)
+
+
+def search(
+    shape: FusedMoeExperts,
+    rows: int,
+    layers: list[ExpertsWeights],
+    device: Device,
+    trials: Trials,
+    known: Sequence[FusedMoeOutcome] = (),
+    rounds: int = 20,
+    on_trial: Callable[[], None] = lambda: None,
+    hung: Container[object] = (),
+) -> FusedMoeOutcome:
+    """Tries what remains of the space in turns with the default, then the fastest once more with other routings.
+
+    Args:
+        rows: tokens of the decode step, 1 to 8.
+        layers: see `weights_of`.
+        device: this one.
+        trials: for it.
+        known: of the same shape, for other numbers of tokens.
+        rounds: see `search.find`.
+        on_trial: called for every row that was compiled.
+        hung: what is not tried, because the kernel did not end with it.
+
+    Raises:
+        HangError: a kernel does not end.
+        SparkError: vLLM's own choice does not run, or a kernel failed while it ran.
+    """
+    problem, others = (FusedMoeProblem(shape, layers, rows, CALLS, rows + more, device.name) for more in (0, 100))
+    if not runs(problem, None, KERNEL):
+        raise SparkError(f"{KERNEL} does not run with vLLM's own parameters for {rows} tokens and {shape.describe()}")
+    candidates = not_hopeless([row for row in search_space(shape, rows, device) if row not in hung], known)
+    candidates = [
+        each for each in trials.usable(shape.table, candidates, on_trial, shape.int4) if runs(problem, each, KERNEL)
+    ]
+    found = find(problem, others, None, candidates, rounds)
+    return FusedMoeOutcome(
+        shape=shape,
+        rows=rows,
+        parameters=found.parameters,
+        default_us=found.default_us,
+        tuned_us=found.tuned_us,
+        ratio=found.ratio,
+        tried=[(row, ratio) for row, ratio in found.tried.items() if row is not None],
+    )
+
+
+def not_hopeless(space: Sequence[FusedMoeParameters], known: Sequence[FusedMoeOutcome]) -> list[FusedMoeParameters]:
+    """Those rows of `space` that were not far from the best in any outcome that has them."""
+    out: set[FusedMoeParameters] = set()
+    for outcome in known:
+        ratios = dict(outcome.tried)
+        near = promising(ratios, ELSEWHERE_HOPELESS)
+        out.update(row for row in ratios if row not in near)
+    return [row for row in space if row not in out]

@@ -1,0 +1,229 @@
+"""What vLLM's Triton kernel for experts is tuned for, how it is called, and what vLLM would call it with by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from vllm_spark.kernels.fused_moe.compile import INT4, kernel_source
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, load_fused_moe_table
+from vllm_spark.models.weights import Int4
+
+INT4_GROUPS = (32, 64, 128)
+"""Sizes of groups for which vLLM has a kernel and a rule of its own for steps of few tokens."""
+
+INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
+"""Groups along a tile's depth that this kernel takes."""
+
+Format = Literal["fp8_w8a8", "int4_w4a16"]
+"""vLLM's names of those that are searched for, besides bfloat16, which has none."""
+
+_LARGEST_PINNED = 8192
+
+
+class FusedMoeParameters(BaseModel):
+    """A row of a table, by vLLM's names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    BLOCK_SIZE_M: StrictInt = Field(gt=0)
+    BLOCK_SIZE_N: StrictInt = Field(gt=0)
+    BLOCK_SIZE_K: StrictInt = Field(gt=0)
+    GROUP_SIZE_M: StrictInt = Field(default=1, gt=0)
+    SPLIT_K: StrictInt = Field(default=1, gt=0)
+    num_warps: StrictInt = Field(gt=0)
+    num_stages: StrictInt = Field(gt=0)
+
+    def row(self) -> dict[str, int]:
+        """As it stands in a table."""
+        return self.model_dump()
+
+
+class FusedMoeExperts(BaseModel):
+    """A block of experts of one rank, of which a table's name says a part.
+
+    Attributes:
+        experts: of this rank.
+        top_k: experts of a token.
+        hidden: width of the model.
+        intermediate: an expert's inner width on this rank.
+        dtype: as in `FusedMoeShape`.
+        block_shape: of fp8 weights that share a scale, if they do in blocks.
+        group_size: of int4 weights that share a scale; 0 for other weights.
+        zero_points: whether groups of int4 weights have one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experts: StrictInt = Field(gt=0)
+    top_k: StrictInt = Field(gt=0)
+    hidden: StrictInt = Field(gt=0)
+    intermediate: StrictInt = Field(gt=0)
+    dtype: Format | None = None
+    block_shape: tuple[int, int] | None = None
+    group_size: StrictInt = Field(default=0, ge=0)
+    zero_points: bool = False
+
+    @property
+    def table(self) -> FusedMoeShape:
+        """Which table it reads."""
+        return FusedMoeShape(self.experts, self.intermediate, self.dtype, self.block_shape)
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether the kernel for packed weights runs it."""
+        return self.dtype == "int4_w4a16"
+
+    @property
+    def int4(self) -> Int4:
+        """How its weights are stored, if they have four bits."""
+        return Int4(self.group_size, self.zero_points) if self.is_int4 else INT4
+
+    def describe(self) -> str:
+        """In words, for tables and logs."""
+        if self.is_int4:
+            stored = f"int4, groups of {self.group_size}"
+        elif self.dtype is None:
+            stored = "bfloat16"
+        else:
+            stored = "fp8, " + ("a scale for a channel" if self.block_shape is None else "blocks of {} x {}").format(
+                *(self.block_shape or ())
+            )
+        return f"{self.experts} experts, top {self.top_k} ({self.intermediate} of {self.hidden}, {stored})"
+
+
+def own_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
+    """vLLM's parameters for a step of `tokens`, when the user has no table: from its own table, or by its rule.
+
+    With int4 weights vLLM leaves `BLOCK_SIZE_N` and `BLOCK_SIZE_K` open, and completes them for each of both GEMMs.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+    """
+    return _own_choice(shape, device)(tokens)
+
+
+def has_own_table(shape: FusedMoeExperts, device: str) -> bool:
+    """Whether vLLM comes with a table for it."""
+    source = kernel_source()
+    return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
+
+
+def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, dict[str, int]]:
+    """Rows that give every step of more than `above` tokens what vLLM's own choice gives it.
+
+    vLLM takes the nearest row. So one stands right above, one at each power of two, and one on both sides of every
+    change.
+    """
+    choose = _own_choice(shape, device)
+    first, last = above + 1, max(_LARGEST_PINNED, 129 * shape.experts)
+    keys = {first, *(2**power for power in range(last.bit_length()) if 2**power > above)}
+    before = choose(first)
+    for tokens in range(first + 1, last + 1):
+        now = choose(tokens)
+        if now != before:
+            keys |= {tokens - 1, tokens}
+        before = now
+    return {key: choose(key) for key in sorted(keys)}
+
+
+def _own_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
+    source = kernel_source()
+    if source is not None and has_own_table(shape, device):
+        table = load_fused_moe_table(source.parent / "configs" / shape.table.file_name(device))
+        return lambda tokens: dict(table.row(tokens))
+    if shape.is_int4:
+        return lambda tokens: _int4_row(shape, tokens)
+    return lambda tokens: default_row(shape.table, tokens)
+
+
+def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
+    """The rule of vLLM 0.32 and 0.33.
+
+    Earlier ones leave out `GROUP_SIZE_M`, and take 3, 5, 6 and 7 rows as they are: the kernel takes neither.
+    """
+    if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
+        size_m = min(16, 1 << (tokens - 1).bit_length())
+    else:
+        size_m = next((size for limit, size in ((20, 16), (40, 32)) if tokens <= limit), 64)
+    return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+
+
+LARGE_TOKENS = 1024
+"""From here on a step is prefill: a table that ends before would be used for it all the same."""
+
+_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
+
+
+def has_default(shape: FusedMoeShape) -> bool:
+    """Whether the default is known here."""
+    return shape.dtype in (None, "fp8_w8a8")
+
+
+def default_row(shape: FusedMoeShape, tokens: int) -> dict[str, int]:
+    """The kernel's parameters for a step of `tokens` without a table.
+
+    Raises:
+        ValueError: for the 4-bit and 8-bit integer kernels.
+    """
+    if not has_default(shape):
+        raise ValueError(f"the default of {shape.dtype} is not known")
+    if shape.dtype == "fp8_w8a8" and shape.block_shape is not None:
+        return _fp8_block(shape.block_shape, tokens)
+    return _general(shape, tokens)
+
+
+def _fp8_block(block: tuple[int, int], tokens: int) -> dict[str, int]:
+    narrow = tokens <= 8 and block[0] % 64 == 0
+    return _row(
+        m=16 if tokens <= 64 else 64,
+        n=64 if narrow else block[0],
+        k=block[1],
+        group=1 if tokens <= 16 else 32,
+        warps=4,
+        stages=4 if narrow and tokens <= 4 else 3,
+    )
+
+
+def _general(shape: FusedMoeShape, tokens: int) -> dict[str, int]:
+    few = tokens <= 64
+    return _row(
+        m=next((size for limit, size in ((32, 16), (96, 32), (512, 64)) if tokens <= limit), 128),
+        n=64 if few else 128,
+        k=128 if few or shape.dtype == "fp8_w8a8" else 64,
+        group=16 if tokens // shape.experts > 128 else 1,
+        warps=4 if tokens <= 128 else 8,
+        stages=4 if tokens <= 32 else 3,
+    )
+
+
+def _row(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[str, int]:
+    return {
+        "BLOCK_SIZE_M": m,
+        "BLOCK_SIZE_N": n,
+        "BLOCK_SIZE_K": k,
+        "GROUP_SIZE_M": group,
+        "SPLIT_K": 1,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def default_table(shape: FusedMoeShape) -> FusedMoeTable:
+    """A table that gives every step what it would get without one.
+
+    vLLM takes the nearest key. So there is a key on both sides of every place where the default changes.
+
+    Args:
+        shape: of the table; its default must be known (`has_default`).
+    """
+    keys = {1, *_PINNED, *default_changes(shape)}
+    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
+
+
+def default_changes(shape: FusedMoeShape) -> list[int]:
+    """Both numbers of tokens around each change of the default: 8 and 9 where it is another from 9 on."""
+    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
+    return [tokens for end in last for tokens in (end, end + 1)]

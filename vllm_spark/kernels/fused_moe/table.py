@@ -1,0 +1,172 @@
+"""Tables of vLLM's FusedMoE kernels (Triton), in vLLM's own format, and what stands behind each row in a file beside.
+
+vLLM's file maps numbers of tokens to the kernel's parameters and takes no other keys than `triton_version`, so
+provenance is in `<name>.provenance.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import first_fault, write_whole
+from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
+
+FOLDER = "fused_moe"
+"""Of these tables, within `configs/` and within a user's folder of tuned tables."""
+
+PROVENANCE_SUFFIX = ".provenance.json"
+
+_FILE_NAME = re.compile(
+    r"E=(?P<experts>[1-9]\d*),N=(?P<size_n>[1-9]\d*),device_name=(?P<device>[^,=]+)"
+    r"(?:,dtype=(?P<dtype>[a-z0-9_]+))?(?:,block_shape=\[(?P<block_n>\d+),(?P<block_k>\d+)\])?\.json"
+)
+
+
+@dataclass(frozen=True)
+class FusedMoeShape:
+    """What a table is for.
+
+    Attributes:
+        experts: of this rank.
+        size_n: an expert's intermediate width on this rank.
+        dtype: vLLM's name: `fp8_w8a8`, `int4_w4a16`, `int8_w8a16`; None for bfloat16 and float16.
+        block_shape: of weights that share a scale, if they do in blocks.
+    """
+
+    experts: int
+    size_n: int
+    dtype: str | None = None
+    block_shape: tuple[int, int] | None = None
+
+    def file_name(self, device: str) -> str:
+        """As vLLM makes it; `device` as in `gb10.device_file_name`."""
+        dtype = f",dtype={self.dtype}" if self.dtype else ""
+        block = f",block_shape=[{self.block_shape[0]},{self.block_shape[1]}]" if self.block_shape else ""
+        return f"E={self.experts},N={self.size_n},device_name={device}{dtype}{block}.json"
+
+
+def read_file_name(name: str) -> tuple[FusedMoeShape, str] | None:
+    """Shape and device that a file's name stands for; None if it is no name of a table."""
+    found = _FILE_NAME.fullmatch(name)
+    if found is None:
+        return None
+    block = (int(found["block_n"]), int(found["block_k"])) if found["block_n"] else None
+    return FusedMoeShape(int(found["experts"]), int(found["size_n"]), found["dtype"], block), found["device"]
+
+
+@dataclass(frozen=True)
+class FusedMoeTable:
+    """Rows of a table: numbers of tokens, and the kernel's parameters for each (`BLOCK_SIZE_M` and so on)."""
+
+    rows: Mapping[int, dict[str, int]]
+    triton_version: str | None = None
+
+    def row(self, tokens: int) -> dict[str, int]:
+        """What vLLM takes for a step of `tokens`: the nearest key, however far it is; of two the first in the file."""
+        return self.rows[min(self.rows, key=lambda known: abs(known - tokens))]
+
+
+class FusedMoeProvenance(BaseModel):
+    """The file beside a table.
+
+    Attributes:
+        models: for people: whose layers have this shape, at which tensor-parallel size.
+        rows: provenance for each key of the table.
+        group_size: of 4-bit weights, for which the table is meant; its name does not say.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: tuple[str, ...] = ()
+    group_size: StrictInt | None = Field(default=None, gt=0)
+    rows: Annotated[dict[int, Provenance], BeforeValidator(row_numbers)] = Field(default_factory=dict)
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether every row is vLLM's own default: then a table that vLLM ships is the better one."""
+        return bool(self.rows) and all(row.rule == VLLM_DEFAULT for row in self.rows.values())
+
+
+def provenance_path(table: Path) -> Path:
+    """Where a table's provenance is."""
+    return table.with_name(table.name.removesuffix(".json") + PROVENANCE_SUFFIX)
+
+
+def load_fused_moe_table(path: Path) -> FusedMoeTable:
+    """The table in `path`, in the order of the file.
+
+    Raises:
+        ConfigurationError: it cannot be read, or vLLM could not use it; the sentence names the file and the fault.
+    """
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise ConfigurationError(f"the FusedMoE table {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is no FusedMoE table: {error}") from None
+    version = content.pop("triton_version", None)
+    rows: dict[int, dict[str, int]] = {}
+    for key, values in content.items():
+        if not is_row_number(key):
+            raise ConfigurationError(
+                f"{path} is no FusedMoE table: {reprlib.repr(key)} is no number of tokens from 1 to {LARGEST_ROW}"
+            )
+        if not isinstance(values, dict) or not all(
+            type(value) is int and abs(value) < 2**31 for value in values.values()
+        ):
+            raise ConfigurationError(
+                f"{path} is no FusedMoE table: row {key} maps no names to whole numbers of 32 bits"
+            )
+        rows[int(key)] = values
+    if not rows:
+        raise ConfigurationError(f"{path} is no FusedMoE table: it has no rows")
+    if version is not None and not isinstance(version, str):
+        raise ConfigurationError(f"{path} is no FusedMoE table: triton_version is {version!r}, not text")
+    return FusedMoeTable(rows, version)
+
+
+def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
+    """What stands behind the rows of `table`; None if there is no such file.
+
+    Raises:
+        ConfigurationError: there is one, and it cannot be read or holds something else.
+    """
+    path = provenance_path(table)
+    try:
+        return FusedMoeProvenance.model_validate(read_json(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigurationError(f"the provenance {path} cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is no provenance of a table: {first_fault(error)}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is no provenance of a table: {error}") from None
+
+
+def store_fused_moe_table(
+    shape: FusedMoeShape, device: str, table: FusedMoeTable, provenance: FusedMoeProvenance, folder: Path
+) -> Path:
+    """Writes table and provenance into `folder`, making it, and returns the table's path.
+
+    The provenance goes first: a table without one is never seen.
+
+    Raises:
+        ConfigurationError: they cannot be written.
+    """
+    path = folder / shape.file_name(device)
+    noted = provenance.model_copy(update={"rows": dict(sorted(provenance.rows.items()))})
+    write_whole(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
+    content: dict[str, Any] = {"triton_version": table.triton_version} if table.triton_version else {}
+    content |= {str(tokens): table.rows[tokens] for tokens in sorted(table.rows)}
+    write_whole(path, json.dumps(content, indent=2) + "\n", "table")
+    return path

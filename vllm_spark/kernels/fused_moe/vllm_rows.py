@@ -1,0 +1,72 @@
+"""Rows of a FusedMoE table that only repeat vLLM's own choice, so that steps nobody tuned get what they get without it.
+
+They hold for the vLLM that they were made with: another may choose otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, has_own_table, own_row, pinned_rows
+from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape
+from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
+
+_ITS_TABLE = "the table that comes with vLLM"
+
+
+def rows_around(tuned: Container[int], largest: int, shape: FusedMoeExperts, device: str) -> dict[int, dict[str, int]]:
+    """vLLM's choice for every step that is not in `tuned`: each up to `largest` tokens, and what changes above.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+    """
+    below = {tokens: own_row(shape, device, tokens) for tokens in range(1, largest + 1) if tokens not in tuned}
+    return below | pinned_rows(shape, device, above=largest)
+
+
+def origin(shape: FusedMoeExperts, device: str, versions: Mapping[str, str]) -> Provenance:
+    """Where such rows come from; `versions` are the installed ones."""
+    if has_own_table(shape, device):
+        source = f"{_ITS_TABLE} {versions.get('vllm', '')}".strip()
+        return Provenance(kind="published", source=source, versions=dict(versions))
+    return Provenance(kind="derived", rule=VLLM_DEFAULT, versions=dict(versions))
+
+
+def repeats_vllm(row: Provenance) -> bool:
+    """Whether a row is vLLM's choice: around tuned ones, or measured where nothing was faster."""
+    if row.kind == "measured":
+        return row.gain == 0
+    return row.rule == VLLM_DEFAULT or (row.source or "").startswith(_ITS_TABLE)
+
+
+def made_with_others(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
+    """Rows that repeat the choice of another vLLM than `vllm`, and its version."""
+    return {
+        tokens: row.versions["vllm"]
+        for tokens, row in provenance.rows.items()
+        if repeats_vllm(row) and row.versions.get("vllm", vllm) != vllm
+    }
+
+
+def renewed(
+    rows: Mapping[int, dict[str, int]], outdated: Container[int], shape: FusedMoeShape, device: str
+) -> dict[int, dict[str, int]] | None:
+    """The rows that are not `outdated`, and around them what the installed vLLM chooses.
+
+    None if none is left, or if its choice is not known: that for int4 depends on more than a table says.
+    """
+    tuned = {tokens: row for tokens, row in rows.items() if tokens not in outdated}
+    if not tuned or not has_default(shape):
+        return None
+    # Neither the experts of a token nor the model's width matters to the choice for these formats.
+    experts = FusedMoeExperts.model_validate(
+        {
+            "experts": shape.experts,
+            "top_k": 1,
+            "hidden": 1,
+            "intermediate": shape.size_n,
+            "dtype": shape.dtype,
+            "block_shape": shape.block_shape,
+        }
+    )
+    return dict(sorted((tuned | rows_around(tuned, max(tuned), experts, device)).items()))

@@ -1,0 +1,135 @@
+"""Which table holds for a kernel's shape: the user's own first, then the one that comes with this project.
+
+Files are read once for an engine. A file that cannot be used costs its one shape, and a sentence in the log; so does a
+folder that cannot be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import configs_folder, configuration_folder
+from vllm_spark.kernels.fused_moe import table as fused_moe
+from vllm_spark.kernels.fused_moe.table import (
+    FusedMoeProvenance,
+    FusedMoeShape,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
+)
+from vllm_spark.kernels.marlin import table as marlin
+from vllm_spark.kernels.marlin.table import MarlinShape, MarlinTable, load_marlin_table
+
+logger = logging.getLogger("vllm_spark")
+
+
+def user_folder() -> Path | None:
+    """Where `vllm-spark tune` leaves this user's tables; None for a user without a home folder."""
+    folder = configuration_folder()
+    return None if folder is None else folder / "tuned"
+
+
+def shipped_folder() -> Path:
+    """Where the tables are that come with this project."""
+    return configs_folder()
+
+
+@functools.cache
+def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTable] | None:
+    """The table for `shape` and where it is; None if there is none that can be used.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+    """
+    for folder in folders():
+        path = folder / marlin.FOLDER / shape.file_name(device)
+        if not _is_there(path):
+            continue
+        try:
+            table = load_marlin_table(path)
+            if (table.device, table.shape) != (device, shape):
+                raise ConfigurationError(f"the Marlin table {path} is for another shape or device than its name says")
+        except ConfigurationError as error:
+            logger.warning("A tuned table is left out: %s.", error)
+            continue
+        return path, table
+    return None
+
+
+def has_marlin_tables_for_experts(device: str) -> bool:
+    """Whether there is a file that may be a table of Marlin's kernel for experts, for `device`."""
+    return any(path.name.startswith("kernel=moe_") for path in table_files(device, marlin.FOLDER))
+
+
+def table_files(device: str, kind: str) -> list[Path]:
+    """Files that may be tables for `device`, the user's own first.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+        kind: their folder's name.
+    """
+    found: list[Path] = []
+    for folder in folders():
+        try:
+            files = sorted((folder / kind).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            logger.warning("Tuned tables are left out: %s cannot be read (%s).", folder / kind, error.strerror)
+            continue
+        found += [
+            path
+            for path in files
+            if f"device_name={device}," in path.name or path.name.endswith(f"device_name={device}.json")
+        ]
+    return [path for path in found if path.suffix == ".json" and not path.name.endswith(fused_moe.PROVENANCE_SUFFIX)]
+
+
+@functools.cache
+def find_fused_moe_table(
+    device: str, experts: int, size_n: int, dtype: str | None, block_shape: tuple[int, int] | None
+) -> tuple[Path, dict[int, dict[str, int]], FusedMoeProvenance] | None:
+    """Where the table for a shape is, its rows, and what is known of them; None if there is none that can be used.
+
+    Args:
+        device: as in `gb10.device_file_name`.
+        experts: of this rank.
+        size_n: an expert's intermediate width on this rank.
+        dtype: vLLM's name of the format, as in its file names; None for bfloat16 and float16.
+        block_shape: of weights that share a scale, if they do in blocks.
+    """
+    name = FusedMoeShape(experts, size_n, dtype, block_shape).file_name(device)
+    for folder in folders():
+        path = folder / fused_moe.FOLDER / name
+        if not _is_there(path):
+            continue
+        try:
+            table = load_fused_moe_table(path)
+            provenance = load_fused_moe_provenance(path)
+        except ConfigurationError as error:
+            logger.warning("A tuned table is left out: %s.", error)
+            continue
+        return path, dict(table.rows), provenance or FusedMoeProvenance()
+    return None
+
+
+def forget() -> None:
+    """Makes the next look-up read the files again."""
+    find_marlin_table.cache_clear()
+    find_fused_moe_table.cache_clear()
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        logger.warning("A tuned table is left out: %s cannot be read (%s).", path, error.strerror)
+        return False
+
+
+def folders() -> list[Path]:
+    """Where tables are looked for, in this order."""
+    mine = user_folder()
+    return [shipped_folder()] if mine is None else [mine, shipped_folder()]

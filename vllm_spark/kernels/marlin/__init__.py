@@ -1,0 +1,1 @@
+"""vLLM's Marlin kernel for experts: rules of its tiles, tables, calls, search."""

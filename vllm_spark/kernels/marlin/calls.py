@@ -1,0 +1,159 @@
+"""What the tables change in a call of Marlin's kernel for experts, found from the call itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_spark.kernels.devices import Device
+from vllm_spark.kernels.lookup import find_marlin_table
+from vllm_spark.kernels.marlin.rules import Gemm, Tile, blocks_fault
+from vllm_spark.kernels.marlin.table import Kernel, MarlinParameters, MarlinShape, MarlinTable
+
+logger = logging.getLogger("vllm_spark")
+
+Key = tuple[Any, ...]
+
+
+class MarlinCalls:
+    """Chooses parameters for calls of `moe_wna16_marlin_gemm`, and says once for each shape what it chose.
+
+    Every call looks into one dictionary. Tables are read, and parameters checked, for the first call of a kind.
+
+    Args:
+        parameters: names of the operator's parameters, in order; versions of vLLM differ.
+        device: whose tables are looked for, and whose limits hold.
+    """
+
+    def __init__(self, parameters: Sequence[str], device: Device) -> None:
+        self._places = {name: place for place, name in enumerate(parameters)}
+        self._device = device
+        self._known: dict[Key, Mapping[str, int | bool]] = {}
+        self._told: set[MarlinShape] = set()
+
+    def changes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
+        """The arguments that a table changes; empty where the call stays as vLLM makes it."""
+        key = (
+            kwargs["size_m"],
+            kwargs["size_n"],
+            kwargs["size_k"],
+            kwargs["top_k"],
+            kwargs["moe_block_size"],
+            kwargs["b_q_type"].id,  # the type's own hash takes longer than all the rest
+            self._argument("b_scales", args, kwargs).shape,
+            self._argument("topk_weights", args, kwargs).shape,
+            self._argument("workspace", args, kwargs).numel(),
+            self._argument("a_scales", args, kwargs) is None and not self._is_ordered(args, kwargs),
+        )
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._choose(key, str(kwargs["b_q_type"]))
+        return known
+
+    def _argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        place = self._places[name]
+        return args[place] if place < len(args) else kwargs[name]
+
+    def _is_ordered(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether weights have an order of their own (act-order), which newer versions of vLLM do without."""
+        order = self._argument("g_idx", args, kwargs) if "g_idx" in self._places else None
+        return order is not None and order.shape[-1] > 0
+
+    def _choose(self, key: Key, quant_type: str) -> Mapping[str, int | bool]:
+        size_m, size_n, size_k, top_k, block_size_m, _, (experts, groups, _), routed, workspace, is_plain = key
+        if not is_plain or len(routed) != 2:
+            return {}  # inputs of 8 bits, weights in an order of their own: other kernels
+        rows, experts_of_a_token = routed
+        kernels: list[Kernel] = []
+        if (size_m, top_k) == (rows, experts_of_a_token):
+            kernels.append("moe_w13")
+        if (size_m, top_k) == (rows * experts_of_a_token, 1):
+            kernels.append("moe_w2")
+        shapes = [
+            MarlinShape(
+                kernel=kernel,
+                experts=experts,
+                top_k=experts_of_a_token,
+                size_n=size_n,
+                size_k=size_k,
+                group_size=group_size,
+                quant_type=quant_type,
+            )
+            for kernel in kernels
+            # A single group is none to the kernel, and may be one to the table.
+            for group_size in ((size_k // groups,) if groups > 1 else (-1, size_k))
+        ]
+        for shape in shapes:
+            found = find_marlin_table(self._device.name, shape)
+            if found is None:
+                continue
+            path, table = found
+            self._tell_table(shape, str(path), table)
+            row = table.row(rows)
+            if row is None:
+                return {}
+            if fault := self._fault(row, shape, rows, top_k, block_size_m, workspace):
+                logger.warning("Tuned parameters for %d rows in %s are left out: %s.", rows, path, fault)
+                return {}
+            return _arguments(row)
+        if shapes:
+            self._tell_default(shapes[0])
+        return {}
+
+    def _fault(
+        self, row: MarlinParameters, shape: MarlinShape, rows: int, top_k: int, block_size_m: int, workspace: int
+    ) -> str | None:
+        """Why the parameters do not fit this call; None if they do."""
+        if row.block_size_m is not None and row.block_size_m != block_size_m:
+            return f"they are for blocks of {row.block_size_m} rows, and vLLM makes blocks of {block_size_m} here"
+        if row.leaves_tile:
+            return None
+        gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m)
+        if fault := blocks_fault(row.blocks, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
+            return fault
+        if (locks := row.blocks * self._device.multiprocessors) > workspace:
+            return f"{row.blocks} blocks for each multiprocessor take {locks} locks, and vLLM gives {workspace}"
+        return None
+
+    def _tell_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
+        if shape not in self._told:
+            self._told.add(shape)
+            origins = dict.fromkeys(
+                row.provenance.sentence() for _, row in sorted(table.rows.items()) if row.provenance is not None
+            )
+            logger.info(
+                "Marlin, %s: up to %d rows as in %s (%s), above as vLLM chooses.",
+                describe(shape),
+                max(table.rows),
+                path,
+                "; ".join(origins) or "of unknown origin",
+            )
+
+    def _tell_default(self, shape: MarlinShape) -> None:
+        if shape not in self._told:
+            self._told.add(shape)
+            logger.info(
+                "Marlin, %s: as vLLM chooses, for no table is for this shape on %s.", describe(shape), self._device.name
+            )
+
+
+def describe(shape: MarlinShape) -> str:
+    """A shape in words, for the log."""
+    what = {"moe_w13": "gate and up", "moe_w2": "down", "dense": "linear layer"}[shape.kernel]
+    experts = "" if shape.kernel == "dense" else f" of {shape.experts} experts, top {shape.top_k}"
+    groups = "whole columns" if shape.group_size == -1 else f"groups of {shape.group_size}"
+    return f"{what}{experts} (N={shape.size_n}, K={shape.size_k}, {shape.quant_type}, {groups})"
+
+
+def _arguments(row: MarlinParameters) -> Mapping[str, int | bool]:
+    """Only what differs from vLLM's own call."""
+    chosen: dict[str, int | bool] = {}
+    if not row.leaves_tile:
+        chosen |= {"thread_k": row.thread_k, "thread_n": row.thread_n, "blocks_per_sm": row.blocks_per_sm}
+    # The kernel clears the output itself before it adds to it.
+    if row.use_atomic_add:
+        chosen["use_atomic_add"] = True
+    if not row.use_fp32_reduce:
+        chosen["use_fp32_reduce"] = False
+    return chosen

@@ -1,0 +1,151 @@
+"""Tables of Marlin's parameters: one JSON file for a kernel, a shape and a device.
+
+The file's name is made of what is in it (`MarlinShape.file_name`), as vLLM does for its FusedMoE tables, so that a
+table is found without reading others and a broken one costs one shape.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import first_fault, write_whole
+from vllm_spark.kernels.table import Provenance, read_json, row_numbers
+
+FOLDER = "marlin"
+"""Of these tables, within `configs/` and within a user's folder of tuned tables."""
+
+Kernel = Literal["moe_w13", "moe_w2", "dense"]
+
+
+class MarlinShape(BaseModel):
+    """What a table is for: one GEMM of one rank, [rows, size_k] times [size_k, size_n] for each expert.
+
+    Attributes:
+        kernel: `moe_w13` (an expert's gate and up), `moe_w2` (its down), `dense` (any other linear layer).
+        experts: of this rank; 1 for `dense`.
+        top_k: experts of a token, for both kernels of the experts; 1 for `dense`.
+        size_n: output width.
+        size_k: input width.
+        group_size: weights that share a scale; -1 if a whole column does.
+        quant_type: name of vLLM's scalar type: `uint4b8` (GPTQ), `uint4` (AWQ), `float4_e2m1f` (MXFP4).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kernel: Kernel
+    experts: StrictInt = Field(gt=0)
+    top_k: StrictInt = Field(gt=0)
+    size_n: StrictInt = Field(gt=0)
+    size_k: StrictInt = Field(gt=0)
+    group_size: StrictInt = Field(ge=-1)
+    quant_type: str
+
+    def file_name(self, device: str) -> str:
+        """Of the table for `device`, a name as in `gb10.device_file_name`."""
+        experts = "" if self.kernel == "dense" else f",E={self.experts},top_k={self.top_k}"
+        return (
+            f"kernel={self.kernel}{experts},N={self.size_n},K={self.size_k},group_size={self.group_size},"
+            f"quant_type={self.quant_type},device_name={device}.json"
+        )
+
+
+class MarlinParameters(BaseModel):
+    """How the kernel is called for one number of rows.
+
+    Attributes:
+        thread_k: a block's tile along the input; -1, with `thread_n`: the kernel's own rule.
+        thread_n: a block's tile along the output.
+        blocks_per_sm: thread blocks started for each multiprocessor, 1 to 4; -1 with the kernel's own rule.
+        block_size_m: rows of one expert in a tile, which vLLM chooses; the entry holds for this value only.
+            None for `dense`, where the kernel chooses.
+        use_atomic_add: add partial sums of a column straight into the output.
+        use_fp32_reduce: pass partial sums on in float32.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    thread_k: StrictInt = -1
+    thread_n: StrictInt = -1
+    blocks_per_sm: StrictInt = -1
+    block_size_m: StrictInt | None = None
+    use_atomic_add: StrictBool = False
+    use_fp32_reduce: StrictBool = True
+
+    @property
+    def leaves_tile(self) -> bool:
+        """Whether tile and blocks stay the kernel's own choice."""
+        return self.thread_k == -1 and self.thread_n == -1 and self.blocks_per_sm == -1
+
+    @property
+    def blocks(self) -> int:
+        """For each multiprocessor, with a tile: the kernel takes -1 for 1."""
+        return 1 if self.blocks_per_sm == -1 else self.blocks_per_sm
+
+
+class MarlinRow(MarlinParameters):
+    """Parameters with where they came from."""
+
+    provenance: Provenance | None = None
+
+
+class MarlinTable(BaseModel):
+    """A table: the shape, the device, and parameters for some numbers of rows.
+
+    Attributes:
+        device: as in `gb10.device_file_name`.
+        shape: what it is for.
+        models: for people: whose layers have this shape, at which tensor-parallel size.
+        rows: tokens of a step (for both kernels of the experts, whatever `top_k` makes of it) to parameters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str
+    shape: MarlinShape
+    models: tuple[str, ...] = ()
+    rows: Annotated[dict[int, MarlinRow], BeforeValidator(row_numbers)] = Field(min_length=1)
+
+    @property
+    def file_name(self) -> str:
+        """That a table like this must have."""
+        return self.shape.file_name(self.device)
+
+    def row(self, rows: int) -> MarlinRow | None:
+        """The entry for a step of `rows` tokens: the nearest, of two the smaller; None below the smallest row and above
+        the largest, where nobody tuned: vLLM's rule is for those.
+        """
+        if not min(self.rows) <= rows <= max(self.rows):
+            return None
+        return self.rows[min(sorted(self.rows), key=lambda known: abs(known - rows))]
+
+
+def load_marlin_table(path: Path) -> MarlinTable:
+    """The table in `path`.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is no such table; the sentence names the file and the fault.
+    """
+    try:
+        return MarlinTable.model_validate(read_json(path))
+    except OSError as error:
+        raise ConfigurationError(f"the Marlin table {path} cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is no Marlin table: {first_fault(error)}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is no Marlin table: {error}") from None
+
+
+def store_marlin_table(table: MarlinTable, folder: Path) -> Path:
+    """Writes `table` into `folder`, whole or not at all, making the folder, and returns the file's path.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    path = folder / table.file_name
+    ordered = table.model_copy(update={"rows": dict(sorted(table.rows.items()))})
+    write_whole(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
+    return path

@@ -1,0 +1,116 @@
+"""How every file of a table is read: no key twice, and numbers of tokens in their one usual form."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+VLLM_DEFAULT = "vllm-default"
+"""The rule of entries that leave the choice to vLLM: nothing better was measured, and nothing better can be argued."""
+
+
+class Provenance(BaseModel):
+    """What stands behind one entry. Every kind needs some of the fields; `missing` says which are not there.
+
+    A table with gaps here still loads: serving needs the numbers alone, and `vllm-spark tune --check` finds the gaps.
+
+    Attributes:
+        kind: `measured` here by the tuner, `published` by somebody else, or `derived` by a rule.
+        device: on which it was measured, as in file names (`NVIDIA_GB10`).
+        date: of the measurement or publication.
+        versions: of what it was measured with, for instance {"vllm": "0.33.0", "triton": "3.8.0"}.
+        gain: share of the default's time that is saved, 0.05 for 5 % less; negative where it is slower.
+        source: where it was published.
+        rule: by which it was derived; `vllm-default` where the choice stays vLLM's.
+        note: anything else, for people.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["measured", "published", "derived"]
+    device: str | None = None
+    date: datetime.date | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    gain: float | None = Field(default=None, allow_inf_nan=False)
+    source: str | None = None
+    rule: str | None = None
+    note: str | None = None
+
+    def missing(self) -> list[str]:
+        """Names of the fields that its kind needs and that are empty."""
+        needed = {
+            "measured": ("device", "date", "versions", "gain"),
+            "published": ("source",),
+            "derived": ("rule",),
+        }[self.kind]
+        gaps = [name for name in needed if getattr(self, name) in (None, "", {})]
+        if self.kind == "measured" and self.versions and "vllm" not in self.versions:
+            gaps.append("versions.vllm")
+        return gaps
+
+    def sentence(self) -> str:
+        """In a few words, for logs: `measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default`."""
+        if self.kind == "measured":
+            words = [f"measured on {self.device or 'an unnamed device'}"]
+            if self.date is not None:
+                words.append(self.date.isoformat())
+            if self.gain is not None:
+                words.append(f"{abs(self.gain):.1%} {'less' if self.gain >= 0 else 'more'} time than vLLM's default")
+            return ", ".join(words).replace("%", " %")
+        if self.kind == "published":
+            return f"published in {self.source or 'an unnamed place'}, not measured here"
+        if self.rule == VLLM_DEFAULT:
+            return "vLLM's own choice, nothing better is measured"
+        return f"derived ({self.rule or 'no rule named'}), not measured"
+
+
+LARGEST_ROW = 2**20
+"""Tokens of a step: more than any engine takes, and few enough to look at each."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else, or a key twice.
+    """
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
+
+
+def row_numbers(value: object) -> object:
+    """Refuses keys that are no numbers of tokens, or are written in more than one way (`01`), so that no row is double.
+
+    For pydantic, before a field that maps numbers to rows.
+    """
+    if isinstance(value, dict):
+        for key in value:
+            if not is_row_number(str(key)):
+                raise ValueError(f"{reprlib.repr(key)} is no number of tokens from 1 to {LARGEST_ROW}")
+    return value
+
+
+def is_row_number(key: str) -> bool:
+    """Whether a key of a JSON object is a number from 1 to `LARGEST_ROW` in its one usual form."""
+    usual = key.isascii() and key.isdigit() and not key.startswith("0")
+    return usual and len(key) <= len(str(LARGEST_ROW)) and int(key) <= LARGEST_ROW
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice, and readers of JSON drop one of them in silence")
+        found[key] = value
+    return found

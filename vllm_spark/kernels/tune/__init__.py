@@ -1,0 +1,1 @@
+"""What `vllm-spark tune` does: plan, search, timing, journal, results."""

@@ -1,0 +1,189 @@
+"""What a tuner has measured so far, line by line, so that a search that is interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
+from vllm_spark.kernels.marlin.table import MarlinParameters
+from vllm_spark.kernels.tune.results import Outcome, Shape
+
+FILE = "journal.jsonl"
+
+
+Parameters = MarlinParameters | FusedMoeParameters
+"""Of any kernel."""
+
+
+class _Line(BaseModel):
+    """One line, and with what it was measured: another driver or vLLM measures anew (`versions`)."""
+
+    device: str
+    versions: dict[str, str]
+
+
+class _OutcomeLine(_Line):
+    outcome: Outcome
+    stage: Literal["searched", "kept"] = "searched"
+    models: tuple[str, ...] = ()
+
+
+class _HangLine(_Line):
+    """Parameters with which a kernel does not end."""
+
+    hung: Parameters
+    shape: Shape
+
+
+_AnyLine = TypeVar("_AnyLine", bound=_Line)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What went into a table: the outcome, or the default in its place; and the models that it was tuned for."""
+
+    outcome: Outcome
+    models: tuple[str, ...]
+
+
+class Journal:
+    """The journal of a folder of tables.
+
+    Args:
+        folder: made if need be.
+        device: on which is measured, as in file names.
+        versions: of what it is measured with; lines of others are kept and not used.
+
+    Raises:
+        ConfigurationError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, device: str, versions: Mapping[str, str]):
+        self._path = folder / FILE
+        self._device, self._versions = device, dict(versions)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab+") as file:
+                # A line that was cut off must not take the next one with it.
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":
+                        file.write(b"\n")
+        except OSError as error:
+            raise ConfigurationError(
+                f"the folder {folder} cannot be written ({error.strerror}); give another with --out"
+            ) from None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While inside, no other tuner writes here.
+
+        Raises:
+            SparkError: another one does.
+        """
+        with self._path.open("ab") as file:
+            with suppress(OSError):  # of a file system without locks
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise SparkError(
+                        f"another vllm-spark tune is at work in {self._path.parent}; wait for its end, or end it"
+                    ) from None
+            yield
+
+    def known(self) -> dict[tuple[Shape, int], Outcome]:
+        """Outcomes of this device and these versions by shape and rows; the newest of each.
+
+        Raises:
+            ConfigurationError: the journal cannot be read.
+        """
+        lines = self._lines(_OutcomeLine)
+        return {(line.outcome.shape, line.outcome.rows): line.outcome for line in lines if line.stage == "searched"}
+
+    def kept(self) -> dict[tuple[Shape, int], Kept]:
+        """What this device and these versions left in tables, by shape and rows; the newest of each.
+
+        Raises:
+            ConfigurationError: the journal cannot be read.
+        """
+        found: dict[tuple[Shape, int], Kept] = {}
+        for line in self._lines(_OutcomeLine):
+            if line.stage == "kept":
+                key = (line.outcome.shape, line.outcome.rows)
+                before = found[key].models if key in found else ()
+                found[key] = Kept(line.outcome, tuple(dict.fromkeys((*before, *line.models))))
+        return found
+
+    def hung(self) -> set[Parameters]:
+        """With which a kernel did not end, for any shape, on this device with these versions.
+
+        Raises:
+            ConfigurationError: the journal cannot be read.
+        """
+        return {line.hung for line in self._lines(_HangLine)}
+
+    def _lines(self, kind: type[_AnyLine]) -> Iterator[_AnyLine]:
+        """A line that is none, for instance cut off when the machine lost its power, is passed over."""
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another with --out"
+            ) from None
+        for text in content.splitlines():
+            try:
+                line = kind.model_validate_json(text)
+            except ValidationError:
+                continue
+            if (line.device, line.versions) == (self._device, self._versions):
+                yield line
+
+    def add(self, outcome: Outcome) -> None:
+        """Writes down what a search found, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write([_OutcomeLine(device=self._device, versions=self._versions, outcome=outcome)])
+
+    def add_hang(self, shape: Shape, parameters: Parameters) -> None:
+        """Writes down that a kernel does not end with these parameters, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write([_HangLine(device=self._device, versions=self._versions, hung=parameters, shape=shape)])
+
+    def keep(self, kept: Sequence[Kept]) -> None:
+        """Writes down what goes into tables, and waits until the disk has it.
+
+        Raises:
+            SparkError: the disk is full, or fails.
+        """
+        self._write(
+            _OutcomeLine(
+                device=self._device, versions=self._versions, outcome=each.outcome, stage="kept", models=each.models
+            )
+            for each in kept
+        )
+
+    def _write(self, lines: Iterable[_Line]) -> None:
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(line.model_dump_json() + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SparkError(
+                f"the journal {self._path} cannot be written ({error.strerror}); make room there, or give "
+                "another folder with --out"
+            ) from None

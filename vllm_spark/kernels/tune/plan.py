@@ -1,0 +1,121 @@
+"""What a run of the tuner is for: a model's shapes at each size, or why there is nothing to tune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_spark.compat.versions import installed_vllm, triton_runs_int4_experts
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
+from vllm_spark.kernels.tune.results import Shape, tunable_rows
+from vllm_spark.kernels.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
+from vllm_spark.models.config import read_model_config
+from vllm_spark.models.weights import described_quantization
+
+_NOTHING = {
+    "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton); other kernels take no parameters, or, as "
+    "for MXFP4, are not searched",
+    "marlin": "none of its experts have int4 weights; Marlin's other kernels take no parameters, or, as for MXFP4, are "
+    "not searched",
+    "triton": "it has no experts in int4, bfloat16 or fp8, which are those that Triton's kernel takes",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is tuned.
+
+    Attributes:
+        config: of the model.
+        sizes: the model at each tensor parallel size, and its kernels' shapes.
+        labels: for each shape, the models and sizes that have it.
+    """
+
+    config: dict[str, Any]
+    sizes: list[tuple[TunedModel, list[Shape]]]
+    labels: dict[Shape, list[str]]
+
+
+def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[int]) -> Plan:
+    """What there is to tune; asks neither for a GPU nor for vLLM.
+
+    Args:
+        model: a folder or file with a config.json, or a model's name.
+        tp: tensor parallel sizes.
+        kernels: which are tuned.
+        rows: tokens of decode steps, the smallest first.
+
+    Raises:
+        ConfigurationError: a model that is not known, or nothing in it to tune.
+    """
+    name, config = read_model_config(model)
+    models = [TunedModel(name, size, layers_as_served(config, size)) for size in tp]
+    sizes = [(model_at_size, shapes_of(model_at_size, kernels)) for model_at_size in models]
+    labels: dict[Shape, list[str]] = {}
+    for model_at_size, its in sizes:
+        for shape in its:
+            labels.setdefault(shape, []).append(model_at_size.label)
+    if not labels:
+        raise ConfigurationError(f"there is nothing to tune in {name}: {_NOTHING[kernels]}")
+    if not any(tunable_rows(shape, rows) for shape in labels):
+        raise ConfigurationError(
+            f"there is nothing to tune in {name} for {rows[0]} tokens: vLLM makes larger blocks of them than "
+            "Marlin is tuned for; leave --rows out"
+        )
+    if kernels == "triton":
+        _check_triton_takes(name, config)
+    return Plan(config, sizes, labels)
+
+
+def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
+    """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
+    found = described_quantization(config)
+    described = found if isinstance(found, dict) else {}
+    if str(described.get("quant_method", "")).lower() == "awq":
+        reason = "AWQ's layout of int4 weights"
+    elif described.get("desc_act"):
+        reason = "GPTQ's int4 weights in an order of their own (desc_act)"
+    else:
+        return
+    raise ConfigurationError(
+        f"vLLM's Triton kernel does not take {reason}, which {name} has; leave --kernels triton out to tune Marlin"
+    )
+
+
+def not_read_by_default(shape: FusedMoeExperts) -> str | None:
+    """Why vLLM would not read its table on a GB10 unless told to, to follow "the table for ..."; None if it would.
+
+    With `--moe-backend triton` it reads all of them.
+    """
+    if shape.is_int4:
+        return "vLLM runs such experts on Marlin by itself"
+    if shape.block_shape is not None:
+        return "vLLM runs such experts on DeepGEMM by itself"
+    if shape.dtype is None:
+        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by itself, where FlashInfer is installed"
+    return None
+
+
+def who_reads(shapes: Iterable[Shape]) -> list[str]:
+    """Sentences about tables that vLLM does not read by itself."""
+    return [
+        f"Serve with --moe-backend triton, or the table for {shape.describe()} is not read: {reason}."
+        for shape in shapes
+        if isinstance(shape, FusedMoeExperts) and (reason := not_read_by_default(shape)) is not None
+    ]
+
+
+def backend(shapes: Iterable[Shape]) -> dict[str, str]:
+    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all of its experts."""
+    return {"moe_backend": "triton"} if all(isinstance(shape, FusedMoeExperts) for shape in shapes) else {}
+
+
+def check_version_takes_int4(shapes: Iterable[Shape]) -> None:
+    """Raises ConfigurationError for int4 experts that the installed vLLM would run on Marlin, whatever it is told."""
+    if any(isinstance(shape, FusedMoeExperts) and shape.is_int4 for shape in shapes) and not triton_runs_int4_experts():
+        raise ConfigurationError(
+            f"vLLM {installed_vllm()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later "
+            "vLLM"
+        )

@@ -1,0 +1,1 @@
+"""Child processes, groups of them, signals and events."""
