@@ -9,7 +9,7 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.executor.groups.process_group import instead_of_gloo, pair_is_up
+    from vllm_spark.backend.process_group import instead_of_gloo, pair_is_up
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if not pair_is_up():

@@ -55,7 +55,7 @@ def assert_within_rounding(mine: torch.Tensor, theirs: torch.Tensor, *, weighted
 @pytest.fixture(scope="module", params=SHARDS)
 def weights(request: pytest.FixtureRequest) -> Iterator[tuple[MarlinShape, list[Any]]]:
     """A shape of the model and one layer's random weights."""
-    from vllm_spark.kernels.marlin.problem import random_weights
+    from vllm_spark.tune.marlin.problem import random_weights
 
     shape = shard(request.param)
     yield shape, [random_weights(shape, seed=1)]
@@ -64,8 +64,8 @@ def weights(request: pytest.FixtureRequest) -> Iterator[tuple[MarlinShape, list[
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_tiles_agree_with_vllms_choice(weights: tuple[MarlinShape, list[Any]], rows: int) -> None:
-    from vllm_spark.kernels.marlin.problem import MarlinProblem
-    from vllm_spark.kernels.marlin.search import search_space
+    from vllm_spark.tune.marlin.problem import MarlinProblem
+    from vllm_spark.tune.marlin.search import search_space
 
     shape, layers = weights
     problem = MarlinProblem(shape, layers, rows, calls=1, seed=rows)
@@ -80,7 +80,7 @@ def test_tiles_agree_with_vllms_choice(weights: tuple[MarlinShape, list[Any]], r
 
 def test_other_weights_do_not_agree(weights: tuple[MarlinShape, list[Any]]) -> None:
     """What the comparison would say of a wrong result."""
-    from vllm_spark.kernels.marlin.problem import MarlinProblem, random_weights
+    from vllm_spark.tune.marlin.problem import MarlinProblem, random_weights
 
     shape, layers = weights
     mine = MarlinProblem(shape, layers, 1, calls=1, seed=1).call(0, MarlinParameters()).clone()
@@ -96,8 +96,8 @@ def experts(shape_13: MarlinShape, shape_2: MarlinShape, rows: int) -> dict[str,
     """Arguments of vLLM's whole block of experts on Marlin."""
     from vllm.scalar_type import scalar_types
 
-    from vllm_spark.kernels.marlin.problem import random_weights
-    from vllm_spark.kernels.tune.timing import route
+    from vllm_spark.tune.marlin.problem import random_weights
+    from vllm_spark.tune.timing import route
 
     first, second = random_weights(shape_13, seed=3), random_weights(shape_2, seed=4)
     routed, chosen = (tensor.cuda() for tensor in route(rows, shape_13.experts, shape_13.top_k, 5))

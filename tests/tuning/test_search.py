@@ -15,7 +15,7 @@ import torch
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
 from vllm_spark.kernels.marlin.table import MarlinShape
-from vllm_spark.kernels.tune.results import MARLIN_DEFAULT, Outcome
+from vllm_spark.tune.results import MARLIN_DEFAULT, Outcome
 
 pytest.importorskip("vllm")
 
@@ -43,7 +43,7 @@ ROUNDING = {None: 0.01, "int4_w4a16": 0.01, "fp8_w8a8": 0.03}
 @pytest.fixture(autouse=True)
 def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling the whole space takes minutes."""
-    from vllm_spark.kernels.fused_moe import search as fused_moe_search
+    from vllm_spark.tune.fused_moe import search as fused_moe_search
 
     whole = fused_moe_search.search_space
 
@@ -64,8 +64,8 @@ def device() -> Any:
 @pytest.fixture(scope="module")
 def trials() -> Any:
     """One for all: a format's kernels are compiled once."""
-    from vllm_spark.kernels.fused_moe.trial import Trials
     from vllm_spark.kernels.runtime import this_device
+    from vllm_spark.tune.fused_moe.trial import Trials
 
     return Trials(this_device())
 
@@ -80,8 +80,8 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("kernel", MARLIN)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_marlin(kernel: str, rows: int, device: Any) -> None:
-    from vllm_spark.kernels.marlin.problem import MarlinProblem
-    from vllm_spark.kernels.marlin.search import search, search_space, weights_of
+    from vllm_spark.tune.marlin.problem import MarlinProblem
+    from vllm_spark.tune.marlin.search import search, search_space, weights_of
 
     shape = MARLIN[kernel]
     with weights_of(shape) as layers:
@@ -98,8 +98,8 @@ def test_marlin(kernel: str, rows: int, device: Any) -> None:
 @pytest.mark.parametrize("name", TRITON)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_triton(name: str, rows: int, device: Any, trials: Any) -> None:
-    from vllm_spark.kernels.fused_moe.problem import FusedMoeProblem
-    from vllm_spark.kernels.fused_moe.search import search, weights_of
+    from vllm_spark.tune.fused_moe.problem import FusedMoeProblem
+    from vllm_spark.tune.fused_moe.search import search, weights_of
 
     shape = TRITON[name]
     with weights_of(shape) as layers:
@@ -118,8 +118,8 @@ def test_triton(name: str, rows: int, device: Any, trials: Any) -> None:
 def test_the_default_is_what_vllm_does(name: str, rows: int, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
-    from vllm_spark.kernels.fused_moe import problem as fused_moe_problem
-    from vllm_spark.kernels.fused_moe.search import weights_of
+    from vllm_spark.tune.fused_moe import problem as fused_moe_problem
+    from vllm_spark.tune.fused_moe.search import weights_of
 
     shape = TRITON[name]
     with weights_of(shape) as layers:
@@ -155,9 +155,9 @@ def test_rows_above_are_vllms(name: str, device: Any) -> None:
 def test_a_row_that_does_not_fit_is_left_out_and_harms_nothing(device: Any) -> None:
     from vllm.model_executor.layers.fused_moe import get_config
 
-    from vllm_spark.kernels.fused_moe.problem import FusedMoeProblem
-    from vllm_spark.kernels.fused_moe.search import weights_of
-    from vllm_spark.kernels.tune.search import runs
+    from vllm_spark.tune.fused_moe.problem import FusedMoeProblem
+    from vllm_spark.tune.fused_moe.search import weights_of
+    from vllm_spark.tune.search import runs
 
     large = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=256, BLOCK_SIZE_K=256, num_warps=4, num_stages=8)
     with weights_of(BF16) as layers:
@@ -170,8 +170,8 @@ def test_a_row_that_does_not_fit_is_left_out_and_harms_nothing(device: Any) -> N
 
 
 def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_spark.kernels.tune import timing
-    from vllm_spark.kernels.tune.search import runs
+    from vllm_spark.tune import timing
+    from vllm_spark.tune.search import runs
 
     class Sleeper:
         """Its kernel takes seconds."""
@@ -196,8 +196,8 @@ def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_a_gpu_without_room_is_told() -> None:
-    from vllm_spark.kernels.fused_moe import search as fused_moe_search
-    from vllm_spark.kernels.marlin import search as marlin_search
+    from vllm_spark.tune.fused_moe import search as fused_moe_search
+    from vllm_spark.tune.marlin import search as marlin_search
 
     huge = BF16.model_copy(update={"experts": 512, "hidden": 16_384, "intermediate": 16_384})
     with pytest.raises(SparkError, match="GiB free"), fused_moe_search.weights_of(huge):
@@ -208,8 +208,8 @@ def test_a_gpu_without_room_is_told() -> None:
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, device: Any) -> None:
-    from vllm_spark.kernels.tune.journal import Journal
-    from vllm_spark.kernels.tune.tuner import tune
+    from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.tuner import tune
 
     versions = {"vllm": "any"}
     shapes = [MARLIN["moe_w13"], BF16]
@@ -242,11 +242,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tune_command(*words: str) -> int:
-    from vllm_spark.kernels.tune import session
+    from vllm_spark.cli import tune_model
 
     parser = argparse.ArgumentParser()
-    session.add_arguments(parser)
-    return session.run(parser.parse_args(words))
+    tune_model.add_arguments(parser)
+    return tune_model.run(parser.parse_args(words))
 
 
 @pytest.mark.usefixtures("home")
@@ -290,9 +290,9 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
     """The whole command, with real engines of a tiny model."""
     from vllm_spark.kernels import lookup
     from vllm_spark.kernels.fused_moe.check import check_fused_moe_table
-    from vllm_spark.kernels.tune.journal import Journal
-    from vllm_spark.kernels.tune.results import installed_versions
     from vllm_spark.models.tiny import make_tiny_model
+    from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.results import installed_versions
 
     model = make_tiny_model(tmp_path / "model", "moe")
     config = json.loads((model / "config.json").read_text())

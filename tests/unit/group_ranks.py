@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vllm_spark.backend.process_group import BACKEND, connecting, instead_of_gloo
 from vllm_spark.executor.channel.certificates import Role, tls_context
 from vllm_spark.executor.channel.framing import Lane
 from vllm_spark.executor.channel.tls import TlsConnection
-from vllm_spark.executor.groups.connection import GroupLink
-from vllm_spark.executor.groups.process_group import BACKEND, connecting, instead_of_gloo
-from vllm_spark.executor.groups.store import INIT_METHOD, close_groups, open_groups
+from vllm_spark.executor.group_connection import GroupLink
+from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 
 SECRET = b"one secret, long enough"
 SECONDS = 60.0

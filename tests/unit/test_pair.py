@@ -17,10 +17,10 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Kind, Lane
-from vllm_spark.executor.groups.store import PairStore
 from vllm_spark.executor.handshake.messages import Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
 

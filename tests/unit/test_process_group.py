@@ -123,8 +123,8 @@ def test_what_connects_by_itself_is_bounded() -> None:
 def test_only_tensors_of_the_cpu(device: str) -> None:
     import torch
 
+    from vllm_spark.backend.process_group import _bytes_of
     from vllm_spark.errors import SparkError
-    from vllm_spark.executor.groups.process_group import _bytes_of
 
     with pytest.raises(SparkError, match=f"a tensor on {device} was given to a process group for the CPU"):
         _bytes_of([torch.empty(1, device=device)])

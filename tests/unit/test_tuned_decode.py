@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.bench import decode, tuned_decode
+from vllm_spark.bench import decode
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Dense, Layer, model_layers
 from vllm_spark.models.shard import shard_as_model
+from vllm_spark.tune import decode_comparison
 
 
 def shipped(model: str) -> dict[str, Any]:
@@ -61,10 +62,10 @@ def job_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, An
 
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["0"])
     monkeypatch.setattr(decode, "_memory", lambda: (50 << 30, 100 << 30))
-    given = tuned_decode.Settings(config, 2, tmp_path / "vllm-spark" / "tuned", engine=engine)
+    given = decode_comparison.Settings(config, 2, tmp_path / "vllm-spark" / "tuned", engine=engine)
     stage: Any = SimpleNamespace(folder=tmp_path, started=started)
     with pytest.raises(Started) as caught:
-        tuned_decode.compare(given, stage, lambda side, number: None, pytest.fail)
+        decode_comparison.compare(given, stage, lambda side, number: None, pytest.fail)
     arguments: dict[str, Any] = json.loads(Path(str(caught.value)).read_text())["engine"]
     return arguments
 
@@ -91,10 +92,10 @@ def test_a_model_that_sees_runs_as_its_language_model_alone(monkeypatch: pytest.
 def test_a_disk_that_is_full_costs_a_sentence(tmp_path: Path) -> None:
     """As far as a test can have one: a file is where the folder would be."""
     (tmp_path / "shard").write_text("")
-    given = tuned_decode.Settings(shipped("qwen3-30b-a3b-int4"), 2, tmp_path / "vllm-spark" / "tuned")
+    given = decode_comparison.Settings(shipped("qwen3-30b-a3b-int4"), 2, tmp_path / "vllm-spark" / "tuned")
     stage: Any = SimpleNamespace(folder=tmp_path)
     with pytest.raises(ConfigurationError, match=r"shard/config\.json cannot be written"):
-        tuned_decode.compare(given, stage, lambda side, number: None, pytest.fail)
+        decode_comparison.compare(given, stage, lambda side, number: None, pytest.fail)
     stage = SimpleNamespace(folder=tmp_path / "shard")
     untuned = decode.candidates_for("cuda")["untuned"]
     with pytest.raises(ConfigurationError, match=r"untuned-0\.job\.json cannot be written"):

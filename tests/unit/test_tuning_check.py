@@ -32,8 +32,8 @@ from vllm_spark.kernels.lookup import shipped_folder
 from vllm_spark.kernels.marlin.check import _gemm
 from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
 from vllm_spark.kernels.table import Provenance
-from vllm_spark.kernels.tune.derive import write_tables
 from vllm_spark.models.weights import Int4
+from vllm_spark.tune.derive import write_tables
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 TUNED = Provenance(kind="derived", rule="a test's")

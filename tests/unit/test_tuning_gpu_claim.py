@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from vllm_spark.errors import SparkError
-from vllm_spark.kernels.tune.timing import claim
+from vllm_spark.tune.timing import claim
 
 HOLDER = """
 import sys, time
-from vllm_spark.kernels.tune.timing import claim
+from vllm_spark.tune.timing import claim
 with claim(sys.argv[1]):
     print("claimed", flush=True)
     time.sleep(60)

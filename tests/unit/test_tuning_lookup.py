@@ -396,8 +396,8 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
 
 def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, FusedMoeParameters | None]) -> None:
     """A table of the tuner, of whose rows some are vLLM's; with rows that this vLLM would not choose."""
-    from vllm_spark.kernels.tune.results import FusedMoeOutcome
-    from vllm_spark.kernels.tune.tuner import NewFusedMoeTable, store, tables
+    from vllm_spark.tune.results import FusedMoeOutcome
+    from vllm_spark.tune.tuner import NewFusedMoeTable, store, tables
 
     versions = {"vllm": vllm}
     outcomes = [

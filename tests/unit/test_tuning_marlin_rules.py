@@ -18,7 +18,7 @@ from vllm_spark.kernels.marlin.rules import (
     shape_fault,
     shared_bytes,
 )
-from vllm_spark.kernels.tune.table_shapes import padded_dense
+from vllm_spark.tune.table_shapes import padded_dense
 
 WIDE, DEEP, NARROW, LARGE = Tile(128, 128, 256), Tile(64, 128, 128), Tile(128, 64, 128), Tile(64, 256, 256)
 

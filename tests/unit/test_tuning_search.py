@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from vllm_spark.bench import decode
 from vllm_spark.bench.decode_engine import Result
 from vllm_spark.cli import tune as tune_command
+from vllm_spark.cli import tune_model
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.files import configs_folder
 from vllm_spark.kernels import lookup
@@ -36,19 +37,23 @@ from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe import compile
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
-from vllm_spark.kernels.fused_moe.search import not_hopeless, search_space
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, has_own_table, own_row, pinned_rows
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, load_fused_moe_provenance
-from vllm_spark.kernels.fused_moe.trial import Trials
-from vllm_spark.kernels.marlin import search as marlin_search
 from vllm_spark.kernels.marlin.check import check_marlin_table
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape, load_marlin_table
 from vllm_spark.kernels.table import VLLM_DEFAULT
-from vllm_spark.kernels.tune import search, session, timing
-from vllm_spark.kernels.tune.journal import FILE, Journal, Kept
-from vllm_spark.kernels.tune.plan import backend, check_version_takes_int4, not_read_by_default, who_reads
-from vllm_spark.kernels.tune.report import outcomes_tables, plot
-from vllm_spark.kernels.tune.results import (
+from vllm_spark.models.layers import Experts
+from vllm_spark.models.shard import shard_as_model
+from vllm_spark.models.weights import Int4
+from vllm_spark.processes.group import set_stage
+from vllm_spark.tune import search, timing
+from vllm_spark.tune.fused_moe.search import not_hopeless, search_space
+from vllm_spark.tune.fused_moe.trial import Trials
+from vllm_spark.tune.journal import FILE, Journal, Kept
+from vllm_spark.tune.marlin import search as marlin_search
+from vllm_spark.tune.plan import backend, check_version_takes_int4, not_read_by_default, who_reads
+from vllm_spark.tune.report import outcomes_tables, plot
+from vllm_spark.tune.results import (
     MARLIN_DEFAULT,
     FusedMoeOutcome,
     MarlinOutcome,
@@ -57,14 +62,10 @@ from vllm_spark.kernels.tune.results import (
     promoted,
     tunable_rows,
 )
-from vllm_spark.kernels.tune.timing import HangError, Times, route
-from vllm_spark.kernels.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served, marlin_shapes, shapes_of
-from vllm_spark.kernels.tune.tuner import NewFusedMoeTable, store, tables
-from vllm_spark.kernels.tune.tuner import tune as run_tuner
-from vllm_spark.models.layers import Experts
-from vllm_spark.models.shard import shard_as_model
-from vllm_spark.models.weights import Int4
-from vllm_spark.processes.group import set_stage
+from vllm_spark.tune.timing import HangError, Times, route
+from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served, marlin_shapes, shapes_of
+from vllm_spark.tune.tuner import NewFusedMoeTable, store, tables
+from vllm_spark.tune.tuner import tune as run_tuner
 
 from .folder_rights import no_entry
 
@@ -675,9 +676,9 @@ def test_a_compiler_that_leaves_its_assembler_behind_is_not_waited_for(
 def test_compilers_end_with_the_tuner(tmp_path: Path, compiler_that_hangs: Path, number: signal.Signals) -> None:
     program = """
 import sys
-from vllm_spark.kernels.tune.session import _ended_in_order
+from vllm_spark.cli.tune_model import _ended_in_order
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
-from vllm_spark.kernels.fused_moe.trial import Trials
+from vllm_spark.tune.fused_moe.trial import Trials
 from vllm_spark.kernels.devices import GB10
 sys.executable = sys.argv[1]
 row = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
@@ -963,8 +964,8 @@ def test_a_process_whose_gpu_is_stuck_ends_at_once(tmp_path: Path, parameters: s
     program = """
 import atexit, sys, time
 from pathlib import Path
-from vllm_spark.kernels.tune.session import _end_at_once
-from vllm_spark.kernels.tune.timing import HangError
+from vllm_spark.cli.tune_model import _end_at_once
+from vllm_spark.tune.timing import HangError
 atexit.register(time.sleep, 500)
 print("before", flush=False)
 _end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
@@ -978,7 +979,7 @@ _end_at_once(HangError(PARAMETERS), Path(sys.argv[1]))
 
 def test_vllms_override_ends_when_a_kernel_fails() -> None:
     vllm = pytest.importorskip("vllm.model_executor.layers.fused_moe")
-    from vllm_spark.kernels.fused_moe.problem import _overriding
+    from vllm_spark.tune.fused_moe.problem import _overriding
 
     inside = []
 
@@ -1175,7 +1176,7 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
 def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from vllm_spark.bench import tuned_decode
+    from vllm_spark.tune import decode_comparison
 
     seen: list[tuple[Path, float]] = []
 
@@ -1184,13 +1185,13 @@ def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest
         on_note("an engine failed at its end")
         return []
 
-    monkeypatch.setattr(tuned_decode, "compare", compare)
+    monkeypatch.setattr(decode_comparison, "compare", compare)
     parser = argparse.ArgumentParser()
-    session.add_arguments(parser)
+    tune_model.add_arguments(parser)
     args = parser.parse_args(["any", "--keep-logs", str(tmp_path / "logs"), "--timeout", "77"])
     with (tmp_path / "out").open("w") as file:
         for tp in (1, 2):
-            session._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
+            tune_model._compare({}, TunedModel("any", tp, []), {}, [], args, Console(file=file))
     assert seen == [(tmp_path / "logs" / "tp1", 77), (tmp_path / "logs" / "tp2", 77)]
     assert (tmp_path / "out").read_text().count("NOTE: an engine failed at its end") == 2
 
@@ -1219,7 +1220,7 @@ def test_what_one_size_found_outlives_the_end_of_the_next(tmp_path: Path, error:
 
     console = Console(width=500, record=True, file=(tmp_path / "out").open("w"))
     with pytest.raises(type(error)):
-        session._keep([marlin(), fused()], BOTH_SIZES, LABELS, tables_of, judge, journal, tmp_path, console)
+        tune_model._keep([marlin(), fused()], BOTH_SIZES, LABELS, tables_of, judge, journal, tmp_path, console)
     assert compared == [1, 2]
     assert {(shape, rows) for shape, rows in journal.kept()} == {(W13, 1), (W13, 8)}
     path = tmp_path / "marlin" / W13.file_name(GB10.name)
@@ -1260,8 +1261,8 @@ def test_a_report_has_a_table_for_each_kernel_and_a_plot(tmp_path: Path) -> None
 
 def tune(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    session.add_arguments(parser)
-    return session.run(parser.parse_args(words))
+    tune_model.add_arguments(parser)
+    return tune_model.run(parser.parse_args(words))
 
 
 @pytest.fixture
@@ -1352,7 +1353,7 @@ def test_bad_options_are_explained(words: list[str], part: str, capsys: pytest.C
 def test_a_home_folder_is_found_where_the_shell_does_not_look(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/of/mine")
     parser = argparse.ArgumentParser()
-    session.add_arguments(parser)
+    tune_model.add_arguments(parser)
     given = vars(parser.parse_args(["any", f"{option}=~/x"]))
     assert given[option.removeprefix("--").replace("-", "_")] == Path("/home/of/mine/x")
 

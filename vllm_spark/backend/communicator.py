@@ -12,8 +12,8 @@ import torch
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
+from vllm_spark.backend.process_group import connecting
 from vllm_spark.collective import Runtime, count_fallback, installed
-from vllm_spark.executor.groups.process_group import connecting
 
 logger = logging.getLogger("vllm_spark")
 

@@ -11,8 +11,8 @@ from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 
+from vllm_spark.backend.process_group import BACKEND, pair_is_up
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.groups.process_group import BACKEND, pair_is_up
 
 
 class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_spark.cli import tune_model
 from vllm_spark.cli.arguments import user_path
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
-from vllm_spark.kernels.tune import session
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
@@ -23,7 +23,7 @@ SUMMARY = "find the fastest parameters of a model's experts on this GPU, and che
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark tune`."""
-    session.add_arguments(parser)
+    tune_model.add_arguments(parser)
     parser.epilog = "exit code of --check: 0 all is well, 1 a table has an error, 2 wrong usage"
     parser.add_argument(
         "--check",
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("json", "no_compile"):
         if getattr(args, option):
             raise ConfigurationError(f"--{option.replace('_', '-')} belongs to --check; leave it out")
-    return session.run(args)
+    return tune_model.run(args)
 
 
 def _check(args: argparse.Namespace) -> int:

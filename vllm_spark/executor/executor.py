@@ -31,7 +31,6 @@ from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError, described
 from vllm_spark.executor.bootstrap import limit_numba_threads, share_cores
 from vllm_spark.executor.environment import recorded_environment
-from vllm_spark.executor.groups.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader import Pair
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
@@ -45,6 +44,7 @@ from vllm_spark.executor.rpc import (
     SAMPLE,
     STEP_METHODS,
 )
+from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 from vllm_spark.executor.token_check import WorkerRandomState
 from vllm_spark.kernels import runtime as tuning
 from vllm_spark.processes.child import in_engine_process, watch_parent

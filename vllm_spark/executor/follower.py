@@ -41,7 +41,7 @@ from vllm_spark.executor.channel.framing import MIB, Kind, Lane
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
-from vllm_spark.executor.groups.connection import GroupLink
+from vllm_spark.executor.group_connection import GroupLink
 from vllm_spark.executor.handshake.client import Caller
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.handshake.messages import CALLS, GROUPS, Reason
@@ -319,7 +319,7 @@ def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from vllm_spark.executor.groups.store import INIT_METHOD, open_groups
+    from vllm_spark.executor.store import INIT_METHOD, open_groups
 
     open_groups(groups, FOLLOWER_RANK)
     # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.

@@ -26,7 +26,7 @@ from vllm_spark.executor.channel.framing import MIB, ChannelError, FrameTooLarge
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import travelling_variables
-from vllm_spark.executor.groups.connection import GroupLink
+from vllm_spark.executor.group_connection import GroupLink
 from vllm_spark.executor.handshake.messages import Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.heartbeat import Pulse, cause_grace

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 from torch.distributed import DistStoreError, Store, distributed_c10d, is_initialized, register_rendezvous_handler
 
-from vllm_spark.executor.groups.connection import GroupLink, Message
-from vllm_spark.executor.groups.process_group import use_messages
+from vllm_spark.backend.process_group import use_messages
+from vllm_spark.executor.group_connection import GroupLink, Message
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 INIT_METHOD = "spark://pair"

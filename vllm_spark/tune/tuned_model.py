@@ -10,11 +10,11 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.fused_moe.shapes import Format, FusedMoeExperts
 from vllm_spark.kernels.marlin.rules import Gemm, shape_fault
 from vllm_spark.kernels.marlin.table import MarlinShape
-from vllm_spark.kernels.tune import table_shapes
-from vllm_spark.kernels.tune.results import Shape
 from vllm_spark.models.layers import Experts, Layer, model_layers
 from vllm_spark.models.regroup import GROUP_SIZES, with_groups_that_fit
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4
+from vllm_spark.tune import table_shapes
+from vllm_spark.tune.results import Shape
 
 Kernels = Literal["auto", "marlin", "triton"]
 """Which are tuned: `auto` those that run by default on a GB10 or may, Marlin for int4 and Triton for all else."""

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from vllm_spark.kernels.devices import Device
-from vllm_spark.kernels.marlin.problem import MarlinProblem, Weights, expert_bytes, random_weights
 from vllm_spark.kernels.marlin.rules import MAXIMUM_BLOCKS_PER_SM, SMALL_TILES, Gemm, blocks_fault
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
-from vllm_spark.kernels.tune.results import BLOCK_SIZE_M, MARLIN_DEFAULT, MarlinOutcome
-from vllm_spark.kernels.tune.search import CALLS, cold_layers, find, runs
+from vllm_spark.tune.marlin.problem import MarlinProblem, Weights, expert_bytes, random_weights
+from vllm_spark.tune.results import BLOCK_SIZE_M, MARLIN_DEFAULT, MarlinOutcome
+from vllm_spark.tune.search import CALLS, cold_layers, find, runs
 
 
 def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinParameters]:

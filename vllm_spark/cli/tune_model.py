@@ -22,14 +22,14 @@ from vllm_spark.cli.arguments import check_writable, engine_arguments, positive,
 from vllm_spark.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from vllm_spark.bench.tuned_decode import Comparison
     from vllm_spark.kernels.devices import Device
-    from vllm_spark.kernels.tune.journal import Journal
-    from vllm_spark.kernels.tune.plan import Plan
-    from vllm_spark.kernels.tune.results import Judge, Outcome, Shape
-    from vllm_spark.kernels.tune.timing import HangError
-    from vllm_spark.kernels.tune.tuned_model import TunedModel
-    from vllm_spark.kernels.tune.tuner import NewTable
+    from vllm_spark.tune.decode_comparison import Comparison
+    from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.plan import Plan
+    from vllm_spark.tune.results import Judge, Outcome, Shape
+    from vllm_spark.tune.timing import HangError
+    from vllm_spark.tune.tuned_model import TunedModel
+    from vllm_spark.tune.tuner import NewTable
 
 LARGEST_ROWS = 8
 """Tokens of the largest step that gets an entry: above, batches are large enough for vLLM's rule to be right."""
@@ -103,18 +103,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: no GPU, no vLLM, no place for the tables, a model that is not known, or a kernel that failed.
     """
-    from vllm_spark.kernels.tune.plan import make_plan
+    from vllm_spark.tune.plan import make_plan
 
     plan = make_plan(args.model, args.tp, args.kernels, args.rows)
     out = _checked_folder(args, plan)
     torch = _torch_with_gpu()
     from vllm_spark.kernels.runtime import this_device
-    from vllm_spark.kernels.tune.journal import Journal
-    from vllm_spark.kernels.tune.plan import backend, check_version_takes_int4, who_reads
-    from vllm_spark.kernels.tune.report import outcomes_tables, plot
-    from vllm_spark.kernels.tune.results import installed_versions
-    from vllm_spark.kernels.tune.timing import claim
-    from vllm_spark.kernels.tune.tuner import tables
+    from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.plan import backend, check_version_takes_int4, who_reads
+    from vllm_spark.tune.report import outcomes_tables, plot
+    from vllm_spark.tune.results import installed_versions
+    from vllm_spark.tune.timing import claim
+    from vllm_spark.tune.tuner import tables
 
     if args.kernels == "triton":
         check_version_takes_int4(plan.labels)
@@ -175,9 +175,9 @@ def _checked_folder(args: argparse.Namespace, plan: Plan) -> Path:
 def _search(
     shapes: list[Shape], rows: tuple[int, ...], device: Device, journal: Journal, out: Path, console: Console
 ) -> list[Outcome]:
-    from vllm_spark.kernels.tune.results import tunable_rows
-    from vllm_spark.kernels.tune.timing import HangError
-    from vllm_spark.kernels.tune.tuner import tune
+    from vllm_spark.tune.results import tunable_rows
+    from vllm_spark.tune.timing import HangError
+    from vllm_spark.tune.tuner import tune
 
     outcomes: list[Outcome] = []
     notes: dict[str, None] = {}
@@ -223,7 +223,7 @@ def _keep(
     console: Console,
 ) -> None:
     """As `keeping.keep`, and says what is written."""
-    from vllm_spark.kernels.tune.results import keep
+    from vllm_spark.tune.results import keep
 
     done = 0
 
@@ -249,7 +249,7 @@ def _note(console: Console, sentence: str) -> None:
 
 def _end_at_once(error: HangError, out: Path) -> NoReturn:
     """Ends this process: whatever waits for the GPU, as the end of a program does, would wait for the kernel."""
-    from vllm_spark.kernels.tune.results import is_vllms_choice
+    from vllm_spark.tune.results import is_vllms_choice
 
     further = f"it is noted in {out}, and the same command goes on without it"
     if is_vllms_choice(error.parameters):
@@ -292,9 +292,9 @@ def _compare(
     console: Console,
 ) -> list[Comparison]:
     """Decode steps with and without the candidates, in engines that see these tables and no other of this user's."""
-    from vllm_spark.bench.tuned_decode import Settings, compare
-    from vllm_spark.kernels.tune.tuner import store
     from vllm_spark.processes.group import set_stage
+    from vllm_spark.tune.decode_comparison import Settings, compare
+    from vllm_spark.tune.tuner import store
 
     progress = Progress(
         *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
@@ -316,7 +316,7 @@ def _compare(
 
 
 def _comparison_table(label: str, comparisons: list[Comparison], where: str) -> Table:
-    from vllm_spark.kernels.tune.results import is_kept
+    from vllm_spark.tune.results import is_kept
 
     table = Table(title=f"A decode step of one rank of {label}, milliseconds, medians of the rounds", caption=where)
     for heading in ("batch", "vLLM's defaults", "tuned", "ratio", ""):

@@ -1,6 +1,6 @@
 """Compiles rows of a FusedMoE table, each in a process of its own, so that a compiler that hangs costs one row.
 
-`python -m vllm_spark.kernels.fused_moe.trial JSON` is such a process. It starts the assembler, so each leads a group
+`python -m vllm_spark.tune.fused_moe.trial JSON` is such a process. It starts the assembler, so each leads a group
 that ends as a whole.
 """
 
@@ -113,7 +113,7 @@ class Trials:
             self._device.capability,
         ]
         return subprocess.Popen(
-            python_module("vllm_spark.kernels.fused_moe.trial", json.dumps(what)),
+            python_module("vllm_spark.tune.fused_moe.trial", json.dumps(what)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

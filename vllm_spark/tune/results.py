@@ -15,9 +15,9 @@ from vllm_spark import __version__
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
 from vllm_spark.kernels.marlin.rules import block_size_m
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
-from vllm_spark.kernels.tune.journal import Journal, Kept
-from vllm_spark.kernels.tune.tuned_model import TunedModel
-from vllm_spark.kernels.tune.tuner import NewTable, store
+from vllm_spark.tune.journal import Journal, Kept
+from vllm_spark.tune.tuned_model import TunedModel
+from vllm_spark.tune.tuner import NewTable, store
 
 
 def installed_versions() -> dict[str, str]:

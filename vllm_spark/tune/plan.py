@@ -9,10 +9,10 @@ from typing import Any
 from vllm_spark.compat.versions import installed_vllm, triton_runs_int4_experts
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
-from vllm_spark.kernels.tune.results import Shape, tunable_rows
-from vllm_spark.kernels.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
 from vllm_spark.models.config import read_model_config
 from vllm_spark.models.weights import described_quantization
+from vllm_spark.tune.results import Shape, tunable_rows
+from vllm_spark.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
 
 _NOTHING = {
     "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton); other kernels take no parameters, or, as "

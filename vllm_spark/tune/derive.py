@@ -1,4 +1,4 @@
-"""Writes the tables that come with this project and that nobody measured: `python -m vllm_spark.kernels.tune.derive`.
+"""Writes the tables that come with this project and that nobody measured: `python -m vllm_spark.tune.derive`.
 
 For a GB10 nothing is measured yet. Without a measurement nothing that is known justifies another choice than vLLM's own
 (docs/tuning.md), so every entry is that, and says so. The tables name the shapes that the tuner is for.
@@ -25,9 +25,9 @@ from vllm_spark.kernels.marlin import table as marlin_table
 from vllm_spark.kernels.marlin.rules import block_size_m
 from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
-from vllm_spark.kernels.tune.table_shapes import fused_moe_shape, marlin_shapes
-from vllm_spark.kernels.tune.tuned_model import layers_as_served
 from vllm_spark.models.layers import Experts, model_layers
+from vllm_spark.tune.table_shapes import fused_moe_shape, marlin_shapes
+from vllm_spark.tune.tuned_model import layers_as_served
 
 ROWS = (1, 2, 4, 8)
 """Tokens of a decode step that tables are tuned for."""

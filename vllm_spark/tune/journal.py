@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.table import MarlinParameters
-from vllm_spark.kernels.tune.results import Outcome, Shape
+from vllm_spark.tune.results import Outcome, Shape
 
 FILE = "journal.jsonl"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import Device
-from vllm_spark.kernels.fused_moe import search as fused_moe_search
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters, own_row
 from vllm_spark.kernels.fused_moe.table import (
@@ -23,9 +22,7 @@ from vllm_spark.kernels.fused_moe.table import (
     provenance_path,
     store_fused_moe_table,
 )
-from vllm_spark.kernels.fused_moe.trial import Trials
 from vllm_spark.kernels.fused_moe.vllm_rows import origin, repeats_vllm, rows_around
-from vllm_spark.kernels.marlin import search as marlin_search
 from vllm_spark.kernels.marlin import table as marlin_table
 from vllm_spark.kernels.marlin.table import (
     MarlinParameters,
@@ -36,8 +33,11 @@ from vllm_spark.kernels.marlin.table import (
     store_marlin_table,
 )
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
-from vllm_spark.kernels.tune.journal import Journal, Kept
-from vllm_spark.kernels.tune.results import (
+from vllm_spark.tune.fused_moe import search as fused_moe_search
+from vllm_spark.tune.fused_moe.trial import Trials
+from vllm_spark.tune.journal import Journal, Kept
+from vllm_spark.tune.marlin import search as marlin_search
+from vllm_spark.tune.results import (
     MARLIN_DEFAULT,
     FusedMoeOutcome,
     MarlinOutcome,
@@ -46,7 +46,7 @@ from vllm_spark.kernels.tune.results import (
     is_vllms_choice,
     tunable_rows,
 )
-from vllm_spark.kernels.tune.timing import HangError
+from vllm_spark.tune.timing import HangError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
-from vllm_spark.kernels.tune.timing import route
+from vllm_spark.tune.timing import route
 
 
 @dataclass(frozen=True)

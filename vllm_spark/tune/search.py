@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from vllm_spark.errors import SparkError
-from vllm_spark.kernels.tune.timing import HangError, Times, time_in_turns, wait_for_kernels
+from vllm_spark.tune.timing import HangError, Times, time_in_turns, wait_for_kernels
 
 CLEARLY = 0.98
 """Of the default's time: what is not faster than that is not worth an entry."""

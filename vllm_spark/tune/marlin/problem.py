@@ -10,8 +10,8 @@ import torch
 from vllm_spark.compat.versions import accepted_arguments
 from vllm_spark.kernels.marlin.rules import MAXIMUM_BLOCKS_PER_SM
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
-from vllm_spark.kernels.tune.results import BLOCK_SIZE_M
-from vllm_spark.kernels.tune.timing import route
+from vllm_spark.tune.results import BLOCK_SIZE_M
+from vllm_spark.tune.timing import route
 
 
 def expert_bytes(shape: MarlinShape) -> int:

@@ -23,17 +23,11 @@ from functools import partial
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.fused_moe.check import shared_bytes
-from vllm_spark.kernels.fused_moe.problem import (
-    ExpertsWeights,
-    FusedMoeProblem,
-    expert_bytes,
-    layer_bytes,
-    random_weights,
-)
 from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS_IN_TILE, FusedMoeExperts, FusedMoeParameters
-from vllm_spark.kernels.fused_moe.trial import Trials
-from vllm_spark.kernels.tune.results import FusedMoeOutcome
-from vllm_spark.kernels.tune.search import CALLS, cold_layers, find, promising, runs
+from vllm_spark.tune.fused_moe.problem import ExpertsWeights, FusedMoeProblem, expert_bytes, layer_bytes, random_weights
+from vllm_spark.tune.fused_moe.trial import Trials
+from vllm_spark.tune.results import FusedMoeOutcome
+from vllm_spark.tune.search import CALLS, cold_layers, find, promising, runs
 
 KERNEL = "vLLM's Triton kernel for experts"
 

@@ -1,1 +1,0 @@
-"""torch's process groups and their store, over the connection of leader and follower."""

@@ -1,1 +1,0 @@
-"""What `vllm-spark tune` does: plan, search, timing, journal, results."""
