@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_spark.bench.ranks import GpuPair, graph_times
+from vllm_spark.bench.gpu_ranks import GpuPair, graph_times
 from vllm_spark.collective import RuntimeOptions
 
 KIB, MIB = 1 << 10, 1 << 20

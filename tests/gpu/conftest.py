@@ -42,7 +42,7 @@ def _reason_to_skip() -> str | None:
 @pytest.fixture
 def make_pair() -> Iterator[Callable[..., Any]]:
     """Makes connected pairs with the given options, and closes them; `launch` may be a shape for each rank."""
-    from vllm_spark.bench.ranks import GpuPair
+    from vllm_spark.bench.gpu_ranks import GpuPair
     from vllm_spark.collective import LaunchShape, RuntimeOptions
 
     pairs: list[GpuPair] = []

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from vllm_spark.bench.ranks import GpuPair
+from vllm_spark.bench.gpu_ranks import GpuPair
 from vllm_spark.collective import RuntimeOptions
 
 KIB = 1 << 10

@@ -9,7 +9,6 @@ import torch
 
 from vllm_spark.cli import main
 from vllm_spark.collective.launch_table import load_launch_table
-from vllm_spark.config.settings import SparkConfig
 
 
 @pytest.mark.parametrize("path", ["direct", "wire"])
@@ -17,7 +16,7 @@ def test_calibrate(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     file = tmp_path / "launch.json"
     arguments = ["--path", path, "--rounds", "1", "--samples", "5", "--out", str(file)]
     assert main(["bench", "calibrate", *arguments]) == 0
-    table = load_launch_table(SparkConfig(launch_table=file))
+    table = load_launch_table(file)
     assert table.gpu == torch.cuda.get_device_name()
     assert table.packet_kib >= 2, "packets are made for small messages"
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spark.bench.ranks import Exchange, GpuPair
+from vllm_spark.bench.gpu_ranks import Exchange, GpuPair
 from vllm_spark.collective import (
     AgreementError,
     CollectiveAbortedError,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spark.bench.ranks import GpuPair
+from vllm_spark.bench.gpu_ranks import GpuPair
 
 from .test_results import DTYPES, MODES
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_spark import _native
-from vllm_spark.bench.ranks import GpuPair
+from vllm_spark.bench.gpu_ranks import GpuPair
 from vllm_spark.collective import DeviceRuntime, LaunchShape, RuntimeOptions, UsageError
 from vllm_spark.collective.cuda_runtime import KERNELS
 from vllm_spark.collective.runtime import native_options

@@ -291,8 +291,7 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
     from vllm_spark.kernels import lookup
     from vllm_spark.kernels.fused_moe.check import check_fused_moe_table
     from vllm_spark.models.tiny import make_tiny_model
-    from vllm_spark.tune.journal import Journal
-    from vllm_spark.tune.results import installed_versions
+    from vllm_spark.tune.journal import Journal, installed_versions
 
     model = make_tiny_model(tmp_path / "model", "moe")
     config = json.loads((model / "config.json").read_text())

@@ -103,7 +103,10 @@ def test_a_reason_is_taken_back(board: CounterBoard) -> None:
 
 
 def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) -> None:
-    say = "from vllm_spark.backend.status import CounterBoard; board = CounterBoard.from_environment(); board.begin_work()"
+    say = (
+        "from vllm_spark.backend.status import CounterBoard; board = CounterBoard.from_environment(); "
+        "board.begin_work()"
+    )
     engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
     assert engine.stdout is not None
     engine.stdout.readline()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -97,3 +98,30 @@ def test_no_two_modules_need_each_other() -> None:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         pytest.fail(" is needed by ".join(error.args[1]))
+
+
+def test_no_two_packages_need_each_other() -> None:
+    """Packages right below this one, taken whole."""
+    needs: dict[str, set[str]] = {}
+    for each in IMPORTS:
+        importer, imported = (package(name) for name in (each.importer, each.imported))
+        if importer != imported:
+            needs.setdefault(importer, set()).add(imported)
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        pytest.fail(" is needed by ".join(error.args[1]))
+
+
+def package(module: str) -> str:
+    """The package or module right below this one in which `module` is."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_folders_are_small() -> None:
+    """A reader looks through the names of a folder at a glance."""
+    counts = Counter(path.parent.relative_to(ROOT) for path in MODULES.values())
+    assert counts.pop(Path(PACKAGE)) <= 8
+    changes = counts.pop(Path(PACKAGE, "patches"))  # a list, that grows by one change of vLLM a file
+    assert changes < 40
+    assert {str(folder): count for folder, count in counts.items() if count > 14} == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,8 +15,10 @@ from vllm_spark.collective import RuntimeOptions
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.bootstrap import Transport, runtime_options
+from vllm_spark.executor.bootstrap import Transport, runtime_options, with_wire_model
 from vllm_spark.ranks import RANKS, WORLD_SIZE
+
+from .wires import wire_file
 
 CONTEXT: dict[str, dict[str, Any]] = {
     "loopback_latency_us": {"loopback_mode": "proxied"},
@@ -76,3 +79,20 @@ def test_a_time_that_no_clock_of_the_runtime_can_measure(name: str) -> None:
 
 def test_a_pair_is_as_large_as_the_runtime() -> None:
     assert (WORLD_SIZE, tuple(range(WORLD_SIZE))) == (_native.WORLD_SIZE, RANKS)
+
+
+def test_a_wire_model_sets_latency_and_bandwidth(tmp_path: Path) -> None:
+    path = wire_file(tmp_path / "wire.json", 1.5, 20.25)
+    config = SparkConfig.resolve(flags={"wire": path, "loopback_mode": "proxied"}, environment={})
+    read = with_wire_model(config)
+    assert (read.loopback_latency_us, read.loopback_gbytes_per_s) == (1.5, 20.25)
+    assert with_wire_model(read) == read, "as it is sent to the follower, which does not have the file"
+    options = runtime_options(read, LaunchTable(), "loopback", None)
+    assert (options.wire_latency_us, options.wire_gbytes_per_s) == (1.5, 20.25)
+
+
+@pytest.mark.parametrize("file", ["/no/such/wire", "~no-such-user/wire"])
+def test_a_wire_model_that_is_not_there(file: str) -> None:
+    config = SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={})
+    with pytest.raises(ConfigurationError, match=f"the wire model {file} cannot be read .*bench wire"):
+        with_wire_model(config)

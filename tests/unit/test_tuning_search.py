@@ -49,7 +49,8 @@ from vllm_spark.processes.group import set_stage
 from vllm_spark.tune import search, timing
 from vllm_spark.tune.fused_moe.search import not_hopeless, search_space
 from vllm_spark.tune.fused_moe.trial import Trials
-from vllm_spark.tune.journal import FILE, Journal, Kept
+from vllm_spark.tune.journal import FILE, Journal, Kept, installed_versions
+from vllm_spark.tune.keeping import promoted
 from vllm_spark.tune.marlin import search as marlin_search
 from vllm_spark.tune.plan import backend, check_version_takes_int4, not_read_by_default, who_reads
 from vllm_spark.tune.report import outcomes_tables, plot
@@ -58,8 +59,6 @@ from vllm_spark.tune.results import (
     FusedMoeOutcome,
     MarlinOutcome,
     Outcome,
-    installed_versions,
-    promoted,
     tunable_rows,
 )
 from vllm_spark.tune.timing import HangError, Times, route

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vllm_spark.bench.ranks import GpuPair, graph_times
+from vllm_spark.bench.gpu_ranks import GpuPair, graph_times
 from vllm_spark.collective import RuntimeOptions
 from vllm_spark.collective.launch_table import LaunchTable
 

@@ -32,7 +32,7 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, ChannelError, Frame, Kind, Lane
+from vllm_spark.executor.channel.framing import ChannelError, Frame, Kind, Lane
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.handshake.client import Caller
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from vllm_spark.kernels.devices import Device
     from vllm_spark.tune.decode_comparison import Comparison
     from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.keeping import Judge
     from vllm_spark.tune.plan import Plan
-    from vllm_spark.tune.results import Judge, Outcome, Shape
+    from vllm_spark.tune.results import Outcome, Shape
     from vllm_spark.tune.timing import HangError
     from vllm_spark.tune.tuned_model import TunedModel
     from vllm_spark.tune.tuner import NewTable
@@ -109,10 +110,9 @@ def run(args: argparse.Namespace) -> int:
     out = _checked_folder(args, plan)
     torch = _torch_with_gpu()
     from vllm_spark.kernels.runtime import this_device
-    from vllm_spark.tune.journal import Journal
+    from vllm_spark.tune.journal import Journal, installed_versions
     from vllm_spark.tune.plan import backend, check_version_takes_int4, who_reads
     from vllm_spark.tune.report import outcomes_tables, plot
-    from vllm_spark.tune.results import installed_versions
     from vllm_spark.tune.timing import claim
     from vllm_spark.tune.tuner import tables
 
@@ -223,7 +223,7 @@ def _keep(
     console: Console,
 ) -> None:
     """As `keeping.keep`, and says what is written."""
-    from vllm_spark.tune.results import keep
+    from vllm_spark.tune.keeping import keep
 
     done = 0
 
@@ -316,7 +316,7 @@ def _compare(
 
 
 def _comparison_table(label: str, comparisons: list[Comparison], where: str) -> Table:
-    from vllm_spark.tune.results import is_kept
+    from vllm_spark.tune.keeping import is_kept
 
     table = Table(title=f"A decode step of one rank of {label}, milliseconds, medians of the rounds", caption=where)
     for heading in ("batch", "vLLM's defaults", "tuned", "ratio", ""):

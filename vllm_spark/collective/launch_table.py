@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import msgspec
 
 from vllm_spark.collective import LaunchShape, UsageError
-from vllm_spark.config.settings import FLAG, SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configuration_folder, write_whole
 
@@ -31,19 +30,21 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     shape: LaunchShape = LaunchShape()
 
-    def packet_bytes(self, config: SparkConfig, mode: Literal["direct", "proxied"]) -> int | None:
+    def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: Literal["direct", "proxied"]) -> int | None:
         """The largest message that goes as packets: the user's choice, else the table's for that path.
 
         None leaves it to the runtime.
 
         Args:
+            chosen_kib: the user's choice, in KiB; None without one.
+            slot_kib: size of a slot, in KiB: no packet message is larger.
             mode: whether this rank's messages go through a proxy, as they always do over RDMA.
         """
-        if config.packet_kib is not None:
-            return config.packet_kib << 10
+        if chosen_kib is not None:
+            return chosen_kib << 10
         if self.packet_kib is None or self.loopback_mode != mode:
             return None
-        return min(self.packet_kib, config.slot_kib) << 10
+        return min(self.packet_kib, slot_kib) << 10
 
 
 def default_path() -> Path | None:
@@ -52,20 +53,20 @@ def default_path() -> Path | None:
     return None if folder is None else folder / "launch.json"
 
 
-def load_launch_table(config: SparkConfig) -> LaunchTable:
-    """The table that `config` names, else the one at `default_path`, else the defaults.
+def load_launch_table(named: Path | None) -> LaunchTable:
+    """The table in the file `named`, else the one at `default_path`, else the defaults.
 
     Raises:
-        ConfigurationError: the file that `config` names is not there; or it cannot be read, or holds something else.
+        ConfigurationError: `named` is not there; or the file cannot be read, or holds something else.
     """
-    path = config.launch_table or default_path()
+    path = named or default_path()
     if path is None:
         return LaunchTable()
-    remedy = f"give another with {FLAG}-launch-table, or write one: vllm-spark bench calibrate"
+    remedy = "give another with --spark-launch-table, or write one: vllm-spark bench calibrate"
     try:
         return msgspec.json.decode(path.read_bytes(), type=LaunchTable)
     except OSError as error:
-        if config.launch_table is None and isinstance(error, FileNotFoundError | NotADirectoryError):
+        if named is None and isinstance(error, FileNotFoundError | NotADirectoryError):
             return LaunchTable()
         raise ConfigurationError(f"the launch table {path} cannot be read ({error.strerror}); {remedy}") from None
     except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_spark.config.settings import SparkConfig
-from vllm_spark.entrypoints.command_line import SECTION
+from vllm_spark.config.settings import SECTION, SparkConfig
 from vllm_spark.errors import ConfigurationError
 
 

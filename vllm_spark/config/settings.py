@@ -24,6 +24,8 @@ from vllm_spark.errors import ConfigurationError, lower_first
 from vllm_spark.rail_choice import RailChoice
 
 FLAG = "--spark"
+SECTION = "spark"
+"""The name under which `additional_config` of vLLM's engine arguments asks for a pair."""
 ENVIRONMENT_PREFIX = "SPARK_"
 ENABLE_VARIABLE = "SPARK_ENABLE"
 SECRET_VARIABLE = "SPARK_SECRET"
@@ -163,25 +165,6 @@ class SparkConfig(BaseModel):
     )
     depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_wire(cls, values: Any) -> Any:
-        """Puts the numbers of a wire model where the numbers themselves would stand: the file is the leader's alone."""
-        if not isinstance(values, dict) or not isinstance(values.get("wire"), str | Path):
-            return values
-        from vllm_spark.collective.link_model import load_wire_model
-
-        try:
-            fit = load_wire_model(_expanded(values["wire"])).total.fit
-        except ConfigurationError as error:
-            raise ValueError(str(error)) from None
-        numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
-        for name, number in numbers.items():
-            # Its own number is what a configuration that was sent or stored has.
-            if name in values and not _is_number(values[name], number):
-                raise ValueError(f"{FLAG}-wire and {flag_name(name)} contradict each other; leave one out")
-        return {**values, **numbers}
-
     @field_validator("address", "leader")
     @classmethod
     def _is_ip(cls, value: str | None, info: Any) -> str | None:
@@ -240,7 +223,10 @@ class SparkConfig(BaseModel):
             raise ValueError(
                 f"{FLAG}-transport verbs and {FLAG}-loopback-mode proxied contradict each other; leave one out"
             )
-        if self.loopback_mode == "direct" and (self.loopback_latency_us or self.loopback_gbytes_per_s):
+        numbers = [name for name in ("loopback_latency_us", "loopback_gbytes_per_s") if getattr(self, name)]
+        if self.wire is not None and numbers:
+            raise ValueError(f"{FLAG}-wire and {flag_name(numbers[0])} contradict each other; leave one out")
+        if self.loopback_mode == "direct" and (numbers or self.wire is not None):
             raise ValueError(
                 f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out {FLAG}-wire, "
                 f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
@@ -422,13 +408,6 @@ def _neutral(name: str) -> dict[str, Any]:
 def _expanded(path: Path | str) -> Path:
     """`path` with a home folder for `~`; that of a user who does not exist stays, for whoever reads it to explain."""
     return Path(os.path.expanduser(path))
-
-
-def _is_number(value: Any, number: float) -> bool:
-    try:
-        return float(value) == number
-    except (TypeError, ValueError):
-        return False
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -189,7 +189,7 @@ def _packet_bytes(config: SparkConfig) -> int:
     with suppress(ImportError, OSError, ConfigurationError):
         from vllm_spark.collective.launch_table import load_launch_table
 
-        found = load_launch_table(config).packet_bytes(config, "proxied")
+        found = load_launch_table(config.launch_table).packet_bytes(config.packet_kib, config.slot_kib, "proxied")
     return min(_PACKET_BYTES, config.slot_kib << 10) if found is None else found
 
 

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Any
 
 from vllm_spark.backend.support import adapter_refusal_in
-from vllm_spark.entrypoints.command_line import SECTION
+from vllm_spark.config.settings import SECTION
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.rpc import COMPARE_ADAPTER
 

@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from vllm_spark.config.settings import FLAG, SparkConfig, add_flags, enabled_by_environment, given_flags, typed_flags
+from vllm_spark.config.settings import (
+    FLAG,
+    SECTION,
+    SparkConfig,
+    add_flags,
+    enabled_by_environment,
+    given_flags,
+    typed_flags,
+)
 from vllm_spark.errors import ConfigurationError
-
-SECTION = "spark"
-"""The name under which `additional_config` of vLLM's engine arguments asks for a pair."""
 
 
 def add_option_group(parser: Any) -> None:
     """Adds `--spark` and its options to one of vLLM's parsers, in a group that `--help=Spark` shows."""
     if _asked_for_before_parsing(parser):
-        from vllm_spark.entrypoints.command_line import check_config_file
-
         check_config_file(parser, sys.argv)
     group = parser.add_argument_group(
         title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
@@ -100,6 +101,8 @@ def check_config_file(parser: Any, argv: Sequence[str]) -> None:
 
 def _unreadable(path: Path) -> str | None:
     """Why the file at `path` cannot serve as vLLM's `--config`, in a sentence; None if it can."""
+    import yaml  # a vLLM without `--spark` need not load it
+
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:

@@ -27,8 +27,8 @@ from vllm_spark.backend.support import (
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import attach_settings
-from vllm_spark.config.settings import FLAG, SparkConfig, misspelt_variables
-from vllm_spark.entrypoints.command_line import SECTION, settings_of_command_line
+from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, misspelt_variables
+from vllm_spark.entrypoints.command_line import settings_of_command_line
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
 from vllm_spark.models.regroup import repeat_where_groups_straddle
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
@@ -134,13 +134,15 @@ def check_link(config: SparkConfig) -> None:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
     from vllm_spark.collective.launch_table import load_launch_table
+    from vllm_spark.executor.bootstrap import with_wire_model
     from vllm_spark.executor.channel.addresses import check_free, check_ports, leader_address
     from vllm_spark.executor.channel.secret import load_secret
 
     check_ports(config)
     address = leader_address(config)
     load_secret(config, address)
-    load_launch_table(config)
+    load_launch_table(config.launch_table)
+    with_wire_model(config)
     check_free(address, config.port)
 
 

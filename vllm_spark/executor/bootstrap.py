@@ -14,6 +14,7 @@ import msgspec
 from vllm_spark import __version__, collective
 from vllm_spark.collective import Transport
 from vllm_spark.collective.launch_table import LaunchTable
+from vllm_spark.collective.link_model import load_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel.addresses import host_name, interface_of, source_interface, split_rails
@@ -145,6 +146,19 @@ def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], Lau
     return collective.DeviceRuntime, launch
 
 
+def with_wire_model(config: SparkConfig) -> SparkConfig:
+    """`config` with the latency and bandwidth of the wire model that it names: the file is on the leader alone.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds something else.
+    """
+    if config.wire is None:
+        return config
+    fit = load_wire_model(config.wire).total.fit
+    numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
+    return config.model_copy(update={**numbers, "wire": None})
+
+
 def runtime_options(
     config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None
 ) -> collective.RuntimeOptions:
@@ -167,7 +181,9 @@ def runtime_options(
         traffic_class=config.traffic_class,
         service_level=config.service_level,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=launch.packet_bytes(config, "proxied" if transport == "verbs" else config.loopback_mode),
+        packet_bytes=launch.packet_bytes(
+            config.packet_kib, config.slot_kib, "proxied" if transport == "verbs" else config.loopback_mode
+        ),
         depth=config.depth,
         timeout_s=config.collective_timeout,
         launch=launch.shape,

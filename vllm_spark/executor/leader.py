@@ -18,7 +18,14 @@ from vllm_spark.backend.status import CounterBoard
 from vllm_spark.collective.launch_table import load_launch_table
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLeftError, PeerLostError, RefusedError, SparkError, described, upper_first
-from vllm_spark.executor.bootstrap import Assignment, LinkInterface, connect_runtime, link_patience, use_link_interface
+from vllm_spark.executor.bootstrap import (
+    Assignment,
+    LinkInterface,
+    connect_runtime,
+    link_patience,
+    use_link_interface,
+    with_wire_model,
+)
 from vllm_spark.executor.channel.addresses import interface_of, is_loopback, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
@@ -265,7 +272,7 @@ class Pair:
             self._interface.forget()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
-        launch = load_launch_table(config)
+        launch, config = load_launch_table(config.launch_table), with_wire_model(config)
         assignment = Assignment(vllm_config, config, launch, travelling_variables(os.environ))
         self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)

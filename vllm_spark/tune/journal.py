@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from vllm_spark import __version__
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.table import MarlinParameters
@@ -187,3 +188,35 @@ class Journal:
                 f"the journal {self._path} cannot be written ({error.strerror}); make room there, or give "
                 "another folder with --out"
             ) from None
+
+
+def installed_versions() -> dict[str, str]:
+    """Of vLLM, torch, Triton and this project, and of NVIDIA's driver where there is one.
+
+    Asks the packages themselves: some are distributed under other names.
+    """
+    import torch
+    import triton
+    import vllm
+
+    versions = {
+        "vllm": str(vllm.__version__),
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "vllm_spark": __version__,
+    }
+    driver = _driver_version()
+    return versions if driver is None else {**versions, "driver": driver}
+
+
+def _driver_version() -> str | None:
+    from vllm.third_party import pynvml
+
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            version = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+        return version.decode() if isinstance(version, bytes) else str(version)
+    return None
