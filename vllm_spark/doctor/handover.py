@@ -13,7 +13,7 @@ from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.system import System
 
 _TITLE = "Memory reserved for kexec handover"
-_FALSE = re.compile("[nNfF0]|of")
+_FALSE = re.compile("[nNfF0]|[oO][fF]")
 """How the kernel's false values begin."""
 
 
