@@ -58,6 +58,7 @@ def test_a_lost_follower_is_explained(several: Server) -> None:
     os.kill(session.pid, signal.SIGKILL)
     several.leader.wait_for_line(f"Serving ends: {LOST}", 20.0)
     assert several.leader.wait(60) == EXIT_LOST
-    (sentence,) = re.findall("^vllm serve --spark: .*", several.leader.output(), re.MULTILINE)
+    # Not at the beginning of a line: a library of another process may have ended without one.
+    (sentence,) = re.findall("vllm serve --spark: .*", several.leader.output())
     assert re.search(LOST, sentence)
     assert_all_gone(several.leader)

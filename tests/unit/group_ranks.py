@@ -269,7 +269,7 @@ def different(rank: int, port: int) -> dict[str, Any]:
 
 def waited_for_again(rank: int, port: int) -> dict[str, Any]:
     """Operations that are waited for and looked at several times, before and after they have ended."""
-    join(rank, link(rank, port), timeout=1.0)
+    join(rank, link(rank, port))
     group = dist.distributed_c10d._get_default_group()
     if rank == 1:
         dist.barrier()
@@ -287,7 +287,7 @@ def waited_for_again(rank: int, port: int) -> dict[str, Any]:
     while not second.is_completed() and time.monotonic() < end:
         time.sleep(0.01)
     seen = looked_at.tolist()  # nobody has waited for it
-    errors = [_error(third.wait), _error(third.wait)]
+    errors = [_error(lambda: third.wait(timedelta(seconds=1))), _error(third.wait)]
     dist.barrier()
     return {
         "before": before,
