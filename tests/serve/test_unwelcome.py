@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import vllm_spark
+from vllm_spark.data_folders import data_folder
 from vllm_spark.local_pair import CPU_ENVIRONMENT
 from vllm_spark.process import program
 
@@ -140,9 +141,12 @@ def test_followers_that_do_not_fit_are_waited_past(
 
 
 def another_version(folder: Path) -> Path:
-    """A folder from which Python imports this package, but for its version."""
+    """A folder from which Python imports this package as an installed one, but for its version."""
     package = Path(vllm_spark.__file__).parent
-    copy = shutil.copytree(package, folder / "older" / "vllm_spark", ignore=shutil.ignore_patterns("__pycache__"))
+    cache = shutil.ignore_patterns("__pycache__")
+    copy = shutil.copytree(package, folder / "older" / "vllm_spark", ignore=cache)
+    for name in ("patches", "configs"):
+        shutil.copytree(data_folder(name), copy / "data" / name, ignore=cache, dirs_exist_ok=True)
     source = (copy / "__init__.py").read_text()
     (copy / "__init__.py").write_text(source.replace(vllm_spark.__version__, "0.0.9"))
     return copy.parent

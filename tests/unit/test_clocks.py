@@ -48,8 +48,8 @@ def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at(year: int, clock: Path) -> dict[str, str]:
-    """The environment of a process on the second of January of `year`."""
-    then = datetime.datetime(year, 1, 2, tzinfo=datetime.timezone.utc).timestamp()
+    """The environment of a process at noon of the second of January of `year`."""
+    then = datetime.datetime(year, 1, 2, 12, tzinfo=datetime.timezone.utc).timestamp()
     return {**os.environ, "LD_PRELOAD": str(clock), "CLOCK_OFFSET_SECONDS": str(int(then - time.time()))}
 
 
