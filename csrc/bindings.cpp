@@ -20,10 +20,13 @@ namespace py = pybind11;
 namespace spark {
 namespace {
 
-// For whatever may wait, take a lock or call a driver, be it for a moment: with the interpreter's lock held
-// no other thread of Python runs, among them those that send heartbeats and carry what heals a link. None of
-// these functions touches a Python object, and no lock of theirs is held when the interpreter's is taken
-// again.
+// For what may wait or call a driver: with the interpreter's lock held no other thread of Python runs, among
+// them those that send heartbeats and carry what heals a link. None of these functions touches a Python
+// object, and no lock of theirs is held when the interpreter's is taken again.
+//
+// Not for what takes a few microseconds and waits for nobody, even if it is called often: another thread may
+// take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may take a lock
+// whose other holders only copy words under it and never want the interpreter's (Bulletin's).
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // The same for the end of an object, which may be the garbage collector's work: closing waits for the GPU and
@@ -221,30 +224,21 @@ void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
           py::arg("service_level"))
       .def("connect_link", &AnyRuntime::connect_link, Unlocked())
       .def("begin", &AnyRuntime::begin, Unlocked())
+      // It may wait 20 ms for the peer's reason (Endpoint::end_waits).
       .def("abort", &AnyRuntime::abort, Unlocked())
       .def("close", &AnyRuntime::close, Unlocked())
       .def("hold_proxy", &AnyRuntime::hold_proxy)
-      .def(
-          "deliver",
-          [](AnyRuntime& runtime, const std::string& announcement) {
-            link_of(runtime).bulletin().deliver(announcement);
-          },
-          Unlocked())
-      .def("take_announcement",
-           [](AnyRuntime& runtime) {
-             std::string announcement;
-             {
-               py::gil_scoped_release unlocked;
-               announcement = link_of(runtime).bulletin().take();
-             }
-             return py::bytes(announcement);
+      .def("deliver",
+           [](AnyRuntime& runtime, const std::string& announcement) {
+             link_of(runtime).bulletin().deliver(announcement);
            })
+      .def("take_announcement",
+           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).bulletin().take()); })
       .def("silence",
            [](const AnyRuntime& runtime) {
              return std::chrono::duration<double>(link_of(runtime).bulletin().silence()).count();
            })
-      .def(
-          "take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); }, Unlocked())
+      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); })
       .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
       .def_property_readonly("link_ready",
                              [](const AnyRuntime& runtime) {
@@ -355,8 +349,8 @@ PYBIND11_MODULE(_native, module) {
       py::arg("payload_message_bytes"), py::arg("dependent_launch"), py::arg("kernels"),
       py::arg("clear_interval") = Options().clear_interval);
   bind_common(device_runtime);
-  // These launch a kernel and return, which takes microseconds; but a launch waits while the driver's queue
-  // of launches is full, as it is when the kernels in front wait for the peer.
+  // A launch takes microseconds, but it waits while the driver's queue of launches is full, as it is when the
+  // kernels in front wait for the peer. `check` reads a word that the kernels write, and calls no driver.
   device_runtime
       .def(
           "all_reduce",
@@ -372,7 +366,7 @@ PYBIND11_MODULE(_native, module) {
             self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
           },
           Unlocked())
-      .def("check", &DeviceRuntime::check, Unlocked());
+      .def("check", &DeviceRuntime::check);
 
   bind_wire_probe(module);
 }

@@ -19,7 +19,7 @@
 namespace spark {
 
 constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
-constexpr uint32_t kRegionVersion = 4;
+constexpr uint32_t kRegionVersion = 5;
 constexpr uint32_t kMaxSlots = 128;
 // Pieces that one slot's payload may be sent in, each with a flag of its own: a kernel's blocks do not wait
 // for each other, and a CPU's proxy cuts a large payload over its rails.
@@ -28,6 +28,9 @@ constexpr uint32_t kMaxPieces = 64;
 constexpr size_t kLine = 128;
 constexpr size_t kHalvesPerLine = 8;  // halves of packets in a line of x86-64, 64 bytes; slots begin on one
 constexpr size_t kPage = 4096;
+// Bytes of the sentence that says why a rank stops, with its terminating zero: enough for a lost link's,
+// which says of each of four rails what is wrong with it, and then what to do.
+constexpr size_t kReasonBytes = 2048;
 // Announcements of the links' state that may be on their way at once, a page each.
 constexpr uint32_t kOutboxes = 8;
 
@@ -79,7 +82,7 @@ struct Control {
   alignas(kLine) uint32_t proxy_asleep;
   // An AbortState; kAborted ends every wait, and `abort_reason` is valid once it is seen.
   alignas(kLine) uint32_t abort;
-  char abort_reason[512];
+  char abort_reason[kReasonBytes];
   alignas(kLine) SendDescriptor send[kMaxSlots];
 };
 

@@ -18,13 +18,14 @@ class Transport {
   // later; of others nothing is assumed.
   virtual void post(uint32_t sequence, const SendDescriptor& descriptor) = 0;
 
-  // Advances what was posted. Returns true while something is still under way that only this call moves on.
+  // Advances what was posted. Returns true while something is under way that waits for this call or the next
+  // one: the caller does not sleep then.
   virtual bool progress() = 0;
 
   // Looks after the connection itself. Called whenever there is time for it, and every 100 ms at least.
   virtual void attend() {}
 
-  // Nothing more will be posted: says goodbye, after all that was posted has arrived. Bounded.
+  // Nothing more will be posted: tells the peer so, after all that was posted has arrived. Bounded.
   virtual void finish() {}
 };
 

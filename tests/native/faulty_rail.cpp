@@ -1,7 +1,10 @@
 // Two ranks of one process over tests/native/verbs_unreliable.cpp, which has a rail whose connections come up
-// and then lose what is sent: random messages, each checked, for a while. Prints what was counted, as JSON.
+// and then lose what is sent, or which cannot be connected: random messages, each checked, for a while.
+// Prints what was counted, as JSON.
 //
-//   faulty_rail SECONDS [HEAL_AFTER_SECONDS]
+//   faulty_rail SECONDS [HEAL_AFTER_SECONDS [LINK_TIMEOUT_SECONDS [RAILS]]]
+//
+// Exit code 3 and the error's sentence alone if the ranks cannot be joined.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -69,11 +72,15 @@ void print_rank(const char* name, const spark::verbs::Link& link, int stalls) {
   auto number = [](const std::atomic<uint64_t>& counter) {
     return static_cast<unsigned long long>(counter.load());
   };
+  auto state = [&counters](size_t rail) {
+    return spark::verbs::kRailConditions[static_cast<uint32_t>(counters.conditions[rail].load())];
+  };
   std::printf(
       "\"%s\": {\"stalls\": %d, \"posts\": [%llu, %llu], \"failures\": %llu, \"recoveries\": %llu, "
-      "\"reposts\": %llu, \"rails_up\": %llu}, ",
+      "\"reposts\": %llu, \"rails_up\": %llu, \"states\": [\"%s\", \"%s\"]}, ",
       name, stalls, number(counters.posts[0]), number(counters.posts[1]), number(counters.rail_failures),
-      number(counters.rail_recoveries), number(counters.reposts), number(counters.rails_up));
+      number(counters.rail_recoveries), number(counters.reposts), number(counters.rails_up), state(0),
+      state(1));
 }
 
 }  // namespace
@@ -82,7 +89,9 @@ int main(int argc, char** argv) {
   double seconds = argc > 1 ? std::atof(argv[1]) : 8;
   double heal_after = argc > 2 ? std::atof(argv[2]) : std::numeric_limits<double>::infinity();
   double link_timeout = argc > 3 ? std::atof(argv[3]) : 60;
+  size_t rails = argc > 4 ? std::strtoul(argv[4], nullptr, 10) : 2;
   const char* retry = std::getenv("RETRY_MS");
+  Seconds retry_time(retry == nullptr ? 0.5 : std::atof(retry) / 1e3);  // as in the library
   spark::Options options;
   options.sizes = {64 << 10, 512, 4};
   options.depth = 2;
@@ -94,10 +103,15 @@ int main(int argc, char** argv) {
   spark::Runtime left(options), right(other);
   spark::verbs::LinkOptions link;
   link.timeout = std::chrono::nanoseconds(static_cast<int64_t>(link_timeout * 1e9));
-  join(left, right, link);
+  try {
+    join(left, right, link, link, rails);
+  } catch (const spark::CollectiveError& error) {
+    std::puts(error.what());
+    return 3;
+  }
   left.begin();
   right.begin();
-  Stalls left_stalls(Seconds(std::atof(retry) / 1e3)), right_stalls = left_stalls;
+  Stalls left_stalls(retry_time), right_stalls = left_stalls;
   Course course(seconds, heal_after);
   std::string errors[2];
   auto run = [&](spark::Runtime& runtime, int rank, Stalls& stalls) {

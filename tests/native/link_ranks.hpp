@@ -84,13 +84,21 @@ void together(One one, Other other) {
   beside.join();
 }
 
-// Joins two ranks, each a Runtime or an Endpoint.
+// Joins two ranks, each a Runtime or an Endpoint, over so many rails: by turns over memory0 and memory1.
 template <typename Rank>
-void join(Rank& left, Rank& right, const spark::verbs::LinkOptions& link) {
-  std::vector<spark::verbs::RailAddress> rails{{"memory0", 1, {}, 4096}, {"memory1", 1, {}, 4096}};
-  std::string left_offer = left.open_link(link, rails), right_offer = right.open_link(link, rails);
+void join(Rank& left, Rank& right, const spark::verbs::LinkOptions& left_link,
+          const spark::verbs::LinkOptions& right_link, size_t count = 2) {
+  std::vector<spark::verbs::RailAddress> rails;
+  for (size_t rail = 0; rail < count; ++rail)
+    rails.push_back({rail % 2 == 0 ? "memory0" : "memory1", 1, {}, 4096});
+  std::string left_offer = left.open_link(left_link, rails), right_offer = right.open_link(right_link, rails);
   left.connect_link(right_offer, "right");
   right.connect_link(left_offer, "left");
+}
+
+template <typename Rank>
+void join(Rank& left, Rank& right, const spark::verbs::LinkOptions& link) {
+  join(left, right, link, link);
 }
 
 }  // namespace spark::testing

@@ -1,4 +1,4 @@
-"""A rail whose connections come up and then lose what is sent, beside a healthy one.
+"""A rail whose connections come up and then lose what is sent, or that cannot be connected, beside a healthy one.
 
 Nothing here says how fast anything is: what is counted is operations that took as long as the faulty rail repeats a
 packet, and connections of that rail. Real queue pairs are in tests/rdma.
@@ -49,13 +49,21 @@ class Course:
 
 
 def run(programs: Programs, *arguments: object, flags: tuple[str, ...] = ("-O2",), **faults: str) -> Course:
+    done = start(programs, *arguments, flags=flags, **{"FAULTY_DEVICE": "memory1", **faults})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    print(done.stdout, done.stderr)
+    return Course(json.loads(done.stdout), done.stderr)
+
+
+def start(
+    programs: Programs, *arguments: object, flags: tuple[str, ...] = ("-O2",), **faults: str
+) -> subprocess.CompletedProcess[str]:
     program = programs.link("faulty_rail.cpp", *flags)
-    done = subprocess.run(
+    return subprocess.run(
         [str(program), *map(str, arguments)],
         env={
             "LD_LIBRARY_PATH": str(programs.libibverbs("verbs_unreliable.cpp")),
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",
-            "FAULTY_DEVICE": "memory1",
             "RETRY_MS": str(RETRY_MS),
             **faults,
         },
@@ -63,11 +71,12 @@ def run(programs: Programs, *arguments: object, flags: tuple[str, ...] = ("-O2",
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    print(done.stdout, done.stderr)
-    return Course(json.loads(done.stdout), done.stderr)
 
 
+PROBLEM = (
+    r"(transport retry counter exceeded \(status 12, vendor error 0x81, queue pair \d+ to \d+, GID index 0\)"
+    r"|its other end failed)"
+)
 A_BUSY_MACHINE = 2
 """Stalls that the machine may add: it runs other programs for longer than a stall lasts. The old code had 12."""
 
@@ -118,19 +127,63 @@ def test_a_rail_that_heals_is_used_again(programs: Programs) -> None:
 def test_a_link_of_which_no_rail_carries_data_is_given_up_by_name(fault: str, programs: Programs) -> None:
     course = run(programs, SECONDS, 1000, 3, FAULTY_DEVICE="both", **FAULTS[fault])
     peers = ("rank 1 on right", "rank 0 on left")
-    problem = r"(an error \(status 12, vendor error 0x81, queue pair \d+ to \d+, GID index 0\)|its other end failed)"
     for error in course.report["errors"]:
         rank = 0 if "rank 0 has no link" in error else 1  # the other one, if it was first and told this one
         assert f"rank {rank} has no link to {peers[rank]}: no rail has carried a message of 4096 bytes" in error
         assert " within 3.0 s (" in error
         for rail in (0, 1):
-            assert re.search(rf"rail {rail} \(memory{rail}\): {problem}", error), error
+            assert re.search(rf"rail {rail} \(memory{rail}\): {PROBLEM}", error), error
         assert error.endswith("; see cables, addresses and MTU with vllm-spark doctor --peer"), error
+
+
+def test_of_four_lost_rails_each_is_named_and_the_remedy_too(programs: Programs) -> None:
+    course = run(programs, SECONDS, 1000, 3, 4, FAULTY_DEVICE="both", LOSE_OVER="-1")
+    for error in course.report["errors"]:
+        for rail in range(4):
+            assert re.search(rf"rail {rail} \(memory{rail % 2}\): {PROBLEM}", error), error
+        assert error.endswith("; see cables, addresses and MTU with vllm-spark doctor --peer"), error
+
+
+REFUSAL = "cannot be connected: the RDMA device memory1 cannot reach the peer (Connection timed out); "
+
+
+def test_a_rail_that_cannot_be_connected_does_not_end_the_start(programs: Programs) -> None:
+    course = run(programs, SECONDS, REFUSE_CONNECT="memory1")
+    assert course.report["errors"] == ["", ""]
+    for rank in course.ranks:
+        assert (rank["posts"][FAULTY], rank["rails_up"], rank["reposts"]) == (0, 1, 0)
+        assert rank["states"][0] == "open"
+    assert course.report["operations"] > 100
+    assert course.report["connections"] == {"memory0": 2, "memory1": 0}
+    # The later one to offer the rail finds that it cannot be connected, and waits; the other one waits for it.
+    assert any(rank["states"][FAULTY] == "held down" for rank in course.ranks)
+    assert course.log.count(REFUSAL) == 2, "once for each rank"
+
+
+def test_a_rail_that_can_be_connected_again_is_used(programs: Programs) -> None:
+    course = run(programs, 8.0, 2.0, REFUSE_CONNECT="memory1")
+    assert course.report["errors"] == ["", ""]
+    for rank in course.ranks:
+        assert rank["rails_up"] == 2
+        assert rank["posts"][FAULTY] > 0
+    assert len(re.findall(r"rail 1 \(memory1\) to rank \d on \w+ carries data now, after \d+\.\d s", course.log)) == 2
+
+
+def test_a_start_without_any_rail_ends_in_a_sentence(programs: Programs) -> None:
+    done = start(programs, SECONDS, REFUSE_CONNECT="both")
+    assert done.returncode == 3, (done.returncode, done.stderr)
+    device = "the RDMA device memory{0} cannot reach the peer (Connection timed out)"
+    assert done.stdout.startswith("rank 0 has no link to rank 1 on right: no rail can be connected (rail 0 (memory0): ")
+    for rail in (0, 1):
+        assert f"rail {rail} (memory{rail}): {device.format(rail)}" in done.stdout
+    assert done.stdout.endswith("); see cables and addresses with vllm-spark doctor --peer\n")
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize(
-    "fault", [FAULTS["drops large packets"], FAILS_SOON], ids=["drops large packets", "fails soon"]
+    "fault",
+    [FAULTS["drops large packets"], FAILS_SOON, {"REFUSE_CONNECT": "memory1"}],
+    ids=["drops large packets", "fails soon", "cannot be connected"],
 )
 def test_a_faulty_rail_under_a_sanitizer(sanitizer: str, fault: dict[str, str], programs: Programs) -> None:
     course = run(programs, 4.0, flags=SANITIZERS[sanitizer], **fault)

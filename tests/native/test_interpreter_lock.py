@@ -1,5 +1,7 @@
 """No native call keeps the interpreter's lock while it waits: other threads send heartbeats and heal links meanwhile.
 
+Nor does one give it up that takes microseconds: whoever takes it in between may keep it for milliseconds.
+
 What a GPU's driver does when it blocks is shown with a libcuda without a GPU (cuda_in_memory.cpp), whose calls are held
 until another thread of Python releases them. A call that keeps the lock keeps that thread from running, so it ends by
 itself after a while, and that is counted.
@@ -27,6 +29,29 @@ BOUND = 60.0
 SHARED = dict(slot_bytes=1 << 16, packet_bytes=1 << 12, depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1,
     first_sequence=1, largest_message=1 << 26)
 
+def count_other_threads(*calls):
+    "Prints how often another thread, which always wants to, ran while this one made each of `calls` again and again."
+    sys.setswitchinterval(2 * BOUND)  # only a call that releases the interpreter's lock lets it run
+    turns, ended = 0, False
+
+    def run():
+        nonlocal turns
+        while not ended:
+            turns += 1
+            time.sleep(0)
+
+    other = threading.Thread(target=run)
+    other.start()
+    wait_until(lambda: turns > 0)
+    before = turns
+    for _ in range(2000):
+        for call in calls:
+            call()
+    seen = turns - before
+    ended = True
+    other.join(BOUND)
+    print(json.dumps({"turns": seen}))
+
 def wait_until(condition):
     end = time.monotonic() + BOUND
     while not condition():
@@ -50,8 +75,12 @@ def pair():
         rank.connect(*peer.address(), "the other")
     return ranks
 
-outcome = []
+# No thread is made to give the interpreter's lock up: it does so where it ends, waits, or a native call releases it.
+sys.setswitchinterval(2 * BOUND)
+
+outcome, calling = [], []
 def attempt(work):
+    calling.append(work)  # from here on no other thread runs before the call releases the lock, or the thread ends
     try:
         work()
         outcome.append(None)
@@ -69,6 +98,7 @@ def blocked(call, *works):
         thread.start()
         if index == 0:
             wait_until(lambda: cuda.cuda_waiting() or cuda.cuda_expired())
+        wait_until(lambda: len(calling) == index + 1)
     cuda.cuda_release()
     for thread in threads:
         thread.join(BOUND)
@@ -93,15 +123,20 @@ elif kind == "garbage":
     held = list(pair())
     blocked(b"synchronize", lambda: held.pop())
 elif kind == "several":
-    # The first holds the runtime's lock while the driver blocks, and the others wait for that lock.
+    # The first holds the runtime's lock while the driver blocks, and the next two wait for that lock.
     ranks = pair()
     blocked(b"launch", lambda: all_reduce(ranks[0]), lambda: all_reduce(ranks[0]), ranks[0].close, ranks[0].check)
+elif kind == "check":
+    ranks = pair()
+    count_other_threads(ranks[0].check)
 """
 )
 
 LINK = (
     COMMON
     + """
+kind = sys.argv[1]
+
 def make(rank):
     return _native.Runtime(rank=rank, proxied=True, timeout_s=0.2, **SHARED)
 
@@ -113,6 +148,12 @@ for rank, offer in zip(ranks, offers[::-1]):
     rank.connect_link(offer, "the other")
 for rank in ranks:
     rank.begin()
+if kind == "short":
+    link = ranks[0]
+    count_other_threads(lambda: link.deliver(offers[1]), link.take_announcement, link.take_log, link.silence)
+    for rank in ranks:
+        rank.close()
+    sys.exit()
 memory = bytearray(64)
 address = ctypes.addressof((ctypes.c_char * 64).from_buffer(memory))
 try:
@@ -162,5 +203,10 @@ def test_threads_that_wait_for_a_blocked_launch_do_not_lock_each_other_out(progr
 
 def test_a_runtime_that_is_dropped_while_its_link_is_down_stops_no_other_thread(programs: Programs) -> None:
     library = programs.libibverbs("verbs_unreliable.cpp")
-    report = run(LINK, libraries=str(library), FAULTY_DEVICE="both", LOSE_OVER="-1")
+    report = run(LINK, "drop", libraries=str(library), FAULTY_DEVICE="both", LOSE_OVER="-1")
     assert report["ticks"] > 10
+
+
+def test_short_calls_keep_the_interpreters_lock(programs: Programs) -> None:
+    assert run(DRIVER, "check", libraries=str(programs.libcuda())) == {"turns": 0}
+    assert run(LINK, "short", libraries=str(programs.libibverbs("verbs_unreliable.cpp"))) == {"turns": 0}

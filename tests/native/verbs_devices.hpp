@@ -16,6 +16,7 @@ namespace abi = spark::verbs::abi;
 
 struct abi::Device {
   const char* name;
+  bool active = true;  // its port
 };
 // Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
 struct abi::ProtectionDomain {
@@ -65,9 +66,9 @@ int ibv_dealloc_pd(abi::ProtectionDomain* domain) {
   delete domain;
   return 0;
 }
-int ibv_query_port(abi::Context*, uint8_t port, abi::PortAttributes* attributes) {
+int ibv_query_port(abi::Context* context, uint8_t port, abi::PortAttributes* attributes) {
   if (port != 1) return EINVAL;
-  attributes->state = abi::kPortActive;
+  attributes->state = context->device->active ? abi::kPortActive : 1u;  // IBV_PORT_DOWN
   attributes->active_mtu = 5;
   attributes->gid_count = 1;
   attributes->link_layer = abi::kEthernet;
@@ -81,8 +82,9 @@ int ibv_get_async_event(abi::Context*, abi::Event*) {
   errno = EAGAIN;
   return -1;
 }
-const char* ibv_wc_status_str(uint32_t) {
-  return "an error";
+const char* ibv_wc_status_str(uint32_t status) {
+  constexpr uint32_t kRetriesExceeded = 12;
+  return status == kRetriesExceeded ? "transport retry counter exceeded" : "an error";
 }
 const char* ibv_event_type_str(uint32_t) {
   return "an event";

@@ -11,6 +11,8 @@
 //   LOSE_FROM      on these, everything from this write of a connection on is lost
 //   LOSE_ONE_WAY   if 1, only what the rank that opened its devices first sends is lost
 //   RETRY_MS       after so long a connection whose write was lost is broken
+//   REFUSE_CONNECT memory0, memory1 or `both`: the rails that cannot be connected (ETIMEDOUT, as where nobody
+//                  answers for the peer's address), until they are healed
 //
 // Compiled without sanitizers, and it locks with a spinning flag: its lock must not order the ranks' threads,
 // or a thread sanitizer would take that order for one that the code under test has made. Of what really is
@@ -101,6 +103,8 @@ constexpr uint32_t kWord = 8;            // bytes that a reader sees at once
 unsigned char postings[kPostings];
 bool healed = false;  // FAULTY_DEVICE is not faulty any more
 std::map<std::string, uint64_t>& connections = *new std::map<std::string, uint64_t>;  // made, by device
+std::string& refusing = *new std::string;  // which rails cannot be connected
+int refusing_from = 0;                     // and of which ranks: of domains from this number on
 uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0, refused_posts = 0, early = 0;
 
 int64_t number_from(const char* variable, int64_t absent) {
@@ -117,6 +121,7 @@ struct Faults {
   uint64_t lose_from = static_cast<uint64_t>(number_from("LOSE_FROM", INT64_MAX));
   bool one_way = number_from("LOSE_ONE_WAY", 0) == 1;
   std::chrono::milliseconds retry{number_from("RETRY_MS", 500)};
+  std::string refused = std::getenv("REFUSE_CONNECT") == nullptr ? "" : std::getenv("REFUSE_CONNECT");
 };
 
 const Faults& faults() {
@@ -124,8 +129,17 @@ const Faults& faults() {
   return faults;
 }
 
+bool covers(const std::string& which, const End& end) {
+  return which == "both" || which == end.domain.device->name;
+}
+
+bool refuses_to_connect(const End& end) {
+  if (covers(refusing, end) && end.domain.number >= refusing_from) return true;
+  return !healed && covers(faults().refused, end);
+}
+
 bool is_faulty(const End& end) {
-  if (healed || (faults().device != "both" && faults().device != end.domain.device->name)) return false;
+  if (healed || !covers(faults().device, end)) return false;
   return !faults().one_way || end.domain.number < 2;
 }
 
@@ -316,6 +330,21 @@ void unreliable_heal() {
   healed = true;
 }
 
+// For the test: from now on the rails of `device` (a name, `both`, or none) cannot be connected, of ranks
+// whose domains have numbers from `from` on.
+void unreliable_refuse(const char* device, int from) {
+  Lock lock;
+  refusing = device;
+  refusing_from = from;
+}
+
+// For the test: whether the port of a device is active from now on.
+void unreliable_port(const char* device, bool active) {
+  for (abi::Device& each : devices) {
+    if (std::strcmp(each.name, device) == 0) each.active = active;
+  }
+}
+
 abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {
   auto* region = new abi::MemoryRegion{};
   region->address = memory;
@@ -359,6 +388,7 @@ int ibv_modify_qp(abi::QueuePair* pair, abi::QueuePairAttributes* attributes, in
     if (end.state != abi::kError) break_down(end, abi::kFlushed);
     return 0;
   }
+  if (attributes->state == abi::kReadyToReceive && refuses_to_connect(end)) return ETIMEDOUT;
   end.state = static_cast<abi::QueuePairState>(attributes->state);
   if (end.state == abi::kReadyToSend) ++connections[end.domain.device->name];
   if ((mask & abi::kDestinationQueuePair) != 0) end.destination = attributes->destination_queue_pair;

@@ -146,6 +146,19 @@ def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over:
         assert outcome.output.count("is connected, but carries no data: no message of 4096 bytes was acknowledged") == 1
 
 
+def test_a_rail_whose_other_end_is_not_found_does_not_end_the_start(machines: Pair) -> None:
+    machines[1].rails[1].answer_no_arp()
+    machines[0].rails[1].forget_neighbours()
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
+    first, second = ranks.agree()
+    for outcome in (first, second):
+        counters = outcome.counters
+        assert counters["rail_posts"][1] == 0
+        assert (counters["rail_states"][0], counters["rails_up"]) == ("open", 1)
+        assert outcome.report["stalls"] <= most_attempts(outcome) + A_BUSY_HOST
+    assert first.output.count("cannot be connected: the RDMA device rxe1 cannot reach the peer") == 1
+
+
 @pytest.mark.parametrize("over", [pytest.param(EVERYTHING, id="everything"), pytest.param(LARGE, id="large packets")])
 def test_a_rail_that_starts_to_lose_data_stalls_one_operation(machines: Pair, over: int) -> None:
     """From then on the healthy rail carries everything, though the other one can be connected at any time."""

@@ -267,6 +267,39 @@ def different(rank: int, port: int) -> dict[str, Any]:
     return {"errors": [first, second]}
 
 
+def waited_for_again(rank: int, port: int) -> dict[str, Any]:
+    """Operations that are waited for and looked at several times, before and after they have ended."""
+    join(rank, link(rank, port))
+    group = dist.distributed_c10d._get_default_group()
+    if rank == 1:
+        dist.barrier()
+        dist.send(torch.full((2,), 7.0), dst=0, tag=1)
+        dist.send(torch.full((2,), 8.0), dst=0, tag=2)
+        dist.barrier()
+        return {}
+    waited, looked_at, never = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    first, second = dist.irecv(waited, src=1, tag=1), dist.irecv(looked_at, src=1, tag=2)
+    third = group.recv([never], 1, 3)
+    before = [work.is_completed() for work in (first, second, third)]
+    dist.barrier()
+    waits = [first.wait(), first.wait()]
+    end = time.monotonic() + SECONDS
+    while not second.is_completed() and time.monotonic() < end:
+        time.sleep(0.01)
+    seen = looked_at.tolist()  # nobody has waited for it
+    errors = [_error(lambda: third.wait(timedelta(seconds=1))), _error(third.wait)]
+    dist.barrier()
+    return {
+        "before": before,
+        "waits": waits,
+        "waited": waited.tolist(),
+        "seen": seen,
+        "errors": errors,
+        "completed": [work.is_completed() for work in (first, second, third)],
+        "succeeded": [work.is_success() for work in (first, second, third)],
+    }
+
+
 def left_alone(rank: int, port: int) -> dict[str, Any]:
     """The other rank dies in the middle; who waits does not go on waiting, and who comes later does not begin."""
     join(rank, link(rank, port), timeout=1800)

@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
-from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import Role, tls_context
-from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane
+from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane, certificates
 from vllm_spark.executor.channel.secret import load_secret, make_secret
 from vllm_spark.executor.channel.tls import TlsConnection
 from vllm_spark.executor.handshake import server as listening
@@ -117,6 +116,47 @@ OPEN: list[Lane | None] = []
 
 def accept(listener: Listener, timeout: float = 20.0) -> Follower:
     return listener.wait_for_follower(OFFER, timeout)
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_that_was_interrupted_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the header and the payload: the payload would be taken for the next header."""
+    near, far = lanes()
+    read, interrupts = Lane._read, iter([False, True, False, False])
+
+    def interrupted(lane: Lane, *given: Any) -> bytes:
+        if next(interrupts):
+            raise KeyboardInterrupt
+        return read(lane, *given)
+
+    monkeypatch.setattr(Lane, "_read", interrupted)
+    for _ in range(2):
+        far.send(Kind.REPLY, b"\x0c\0\0\0\x02\0\0\0no")  # within it, what would pass for a FAILURE
+    with pytest.raises(KeyboardInterrupt):
+        near.receive(timeout=20)
+    for use in (lambda: near.receive(timeout=20), lambda: near.send(Kind.QUERY)):
+        with pytest.raises(ChannelError, match=r"^the connection to the follower cannot be used: a message was interr"):
+            use()
+    near.close()
+    far.close()
+
+
+def test_a_frame_whose_sending_was_interrupted_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = lanes()
+
+    def interrupted(connection: TlsConnection, data: bytes, timeout: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TlsConnection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            near.send(Kind.QUERY, b"call")
+    with pytest.raises(ChannelError, match="a message was interrupted halfway"):
+        near.send(Kind.QUERY, b"call")
+    near.close()
+    far.close()
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------------

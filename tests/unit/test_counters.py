@@ -95,11 +95,11 @@ def test_a_long_reason_is_shortened(board: CounterBoard) -> None:
 def test_a_reason_is_taken_back(board: CounterBoard) -> None:
     """A pair that works after one that broke has no reason to fail."""
     board.fail(PeerLostError("the follower left"))
-    CounterBoard.from_environment().forget_failure()
+    CounterBoard.from_environment().clear()
     assert board.failure() is None
     board.fail(PeerLostError("it left again"))
     assert str(board.failure()) == "it left again"
-    CounterBoard(None).forget_failure()
+    CounterBoard(None).clear()
 
 
 def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) -> None:
@@ -119,7 +119,7 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) 
         engine.communicate(timeout=60)
     board.fail(PeerLostError("the follower left"))
     assert str(board.death()) == "the follower left"
-    board.forget_failure()
+    board.clear()
     board.end_work(in_order=True)
     assert board.death() is None
 

@@ -378,7 +378,7 @@ def test_a_leaders_port_that_can_be_reached() -> None:
     assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nobody listens there now")
 
 
-@pytest.mark.parametrize("option", ["kho=off", "kho=0", "kho=n"])
+@pytest.mark.parametrize("option", ["kho=off", "kho=OFF", "kho=0", "kho=n"])
 def test_memory_that_is_not_reserved_for_handover(tree: Tree, option: str) -> None:
     handover_memory(tree)
     handover_memory_in_use(tree)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.request import LoRARequest
 
 from vllm_spark.backend.status import BOARD_VARIABLE, CounterBoard
 from vllm_spark.compat.patching import all_patches
 from vllm_spark.config.settings import SparkConfig
+from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor import executor as leader
 from vllm_spark.executor import leader as pair_module
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Kind, Lane
 from vllm_spark.executor.executor import SparkExecutor, give_up_unfinished_start
+from vllm_spark.executor.handshake.messages import Reason, decode
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.model_files.adapters import LeaderAdapters
 from vllm_spark.executor.rpc import LAST_CALL_OF_THE_START, RemoteError, decode_header, encode_result
-from vllm_spark.kernels import runtime
+from vllm_spark.kernels import runtime as serving
 
 from .test_channel import LIMIT, SECRET, lanes
 
@@ -36,6 +42,13 @@ class Worker:
     def rank(self) -> int:
         return 0
 
+    def execute_model(self, output: Any) -> None:
+        if output.interrupted:
+            raise KeyboardInterrupt
+
+    def list_loras(self) -> set[int]:
+        return set()
+
     def shutdown(self) -> None:
         self.ended += 1
 
@@ -43,7 +56,7 @@ class Worker:
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     """With a pair on real sockets, up to the point where vLLM goes on by itself."""
-    (control, _), (calls, far_calls), (groups, _far_groups) = lanes(), lanes(), lanes()
+    (control, far_control), (calls, far_calls), (groups, far_groups) = lanes(), lanes(), lanes()
     listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
     pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls, groups), CounterBoard(None))
 
@@ -51,11 +64,11 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
         self._pair, self.driver_worker = pair, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
-    monkeypatch.setattr(runtime, "_served", None)
+    monkeypatch.setattr(serving, "_served", None)
     monkeypatch.setenv(BOARD_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
-    made.far_calls = far_calls  # the follower's end
+    made.far_calls, made.far_control, made.far_groups = far_calls, far_control, far_groups  # the follower's ends
     made._init_executor()
     return made
 
@@ -67,11 +80,11 @@ def held_by(executor: Any) -> tuple[Pair, Worker]:
 def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecutor) -> None:
     """Also one without a pair, before its configuration is made: the port is looked at there."""
     pair, worker = held_by(executor)
-    runtime._served = executor.vllm_config
+    serving._served = executor.vllm_config
     found: list[tuple[bool, bool]] = []
 
     def create(engine_args: Any) -> str:
-        found.append((pair.closing, runtime.is_active()))
+        found.append((pair.closing, serving.is_active()))
         return "made"
 
     patch = next(each for each in all_patches() if each.name == "executor-choice")
@@ -179,3 +192,171 @@ def test_a_stop_is_told_from_an_error_of_vllm(
         run_engine()
     assert board.ended_in_order() is in_order
     assert board.death() is None
+
+
+def step_of(*requests: Any, interrupted: bool = False) -> Any:
+    """As much of a scheduler's output as an executor looks at. Pickled with each call."""
+    return SimpleNamespace(
+        scheduled_new_reqs=[SimpleNamespace(lora_request=request) for request in requests],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=()),
+        has_structured_output_requests=False,
+        interrupted=interrupted,
+    )
+
+
+@pytest.fixture
+def serving_adapters(executor: Any) -> Any:
+    """The same executor, up, of a model that is served with adapters."""
+    executor._random_state, executor._started = nullcontext(), True
+    executor._adapters = LeaderAdapters(executor._compare_files, executor._loaded_adapters)
+    yield executor
+    executor.shutdown()
+
+
+def test_a_step_whose_adapter_is_gone_ends_the_pair(serving_adapters: Any, tmp_path: Path) -> None:
+    """Its other requests are under way: it can neither be refused nor be run without it."""
+    pair, _ = held_by(serving_adapters)
+    request = LoRARequest("sql", 1, str(tmp_path / "gone"))
+    with pytest.raises(SparkError) as caught:
+        serving_adapters.collective_rpc("execute_model", args=(step_of(request),))
+    assert pair.failed
+    assert str(caught.value).startswith("the adapters of a step cannot be compared with the follower's: LoRAAdapterNot")
+    assert isinstance(caught.value.__cause__, LoRAAdapterNotFoundError)
+
+
+def test_the_same_adapter_in_a_call_is_an_error_of_that_call(serving_adapters: Any, tmp_path: Path) -> None:
+    pair, _ = held_by(serving_adapters)
+    with pytest.raises(LoRAAdapterNotFoundError):
+        serving_adapters.collective_rpc("add_lora", args=(LoRARequest("sql", 1, str(tmp_path / "gone")),))
+    assert not pair.failed
+
+
+def adapter(folder: Path) -> LoRARequest:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    return LoRARequest("sql", 1, str(folder))
+
+
+def test_a_follower_that_does_not_compare_is_not_waited_for_for_ever(
+    serving_adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leader, "_COMPARE_TIMEOUT", 0.1)
+    pair, _ = held_by(serving_adapters)
+    with pytest.raises(
+        RefusedError, match=r"^the adapter sql cannot .*: the follower has not answered for 0\.1 s; see"
+    ):
+        serving_adapters.collective_rpc("add_lora", args=(adapter(tmp_path / "sql"),))
+    assert not pair.failed
+
+
+def test_a_call_that_never_comes_back_ends_the_next_step(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given up by its caller, not run by the follower: the step behind it is not waited for for ever."""
+    monkeypatch.setattr(pair_module, "_OWED_TIMEOUT", 0.1)
+    pair, _ = held_by(executor)
+    executor._random_state, executor._started = nullcontext(), True
+    with pytest.raises(TimeoutError):
+        executor.collective_rpc("rank", timeout=0)
+    with pytest.raises(
+        SparkError, match=r"^the follower did not come back from a call that was given up, within 0\.1 s"
+    ):
+        executor.collective_rpc("execute_model", args=(step_of(),))
+    assert pair.failed
+    executor.shutdown()
+
+
+def test_an_interrupted_step_ends_the_pair(executor: Any) -> None:
+    """In the user's own process, which may go on: the follower has done the step."""
+    pair, _ = held_by(executor)
+    executor._random_state, executor._started = nullcontext(), True
+    with pytest.raises(KeyboardInterrupt):
+        executor.collective_rpc("execute_model", args=(step_of(interrupted=True),))
+    with pytest.raises(
+        SparkError, match=r"^the leader was interrupted in a step \(KeyboardInterrupt\); make a new eng"
+    ):
+        executor.collective_rpc("execute_model", args=(step_of(),))
+    assert pair.failed
+    executor.shutdown()
+
+
+def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step fetches the answer of a call that was given up: header and payload are not read on as another one."""
+    pair, _ = held_by(executor)
+    executor._random_state, executor._started = nullcontext(), True
+    with pytest.raises(TimeoutError):
+        executor.collective_rpc("rank", timeout=0)
+    executor.far_calls.send(Kind.REPLY, encode_result(1, call_on(executor.far_calls)))
+    read, interrupts = Lane._read, iter([False, True])
+
+    def interrupted(lane: Lane, *given: Any) -> bytes:
+        if lane is pair._follower.calls and next(interrupts):
+            raise SystemExit
+        return read(lane, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lane, "_read", interrupted)
+        with pytest.raises(SystemExit):
+            executor.collective_rpc("execute_model", args=(step_of(),))
+    assert pair.failed
+    with pytest.raises(SparkError, match=r"^the leader was interrupted in a step \(SystemExit\); make a new engine$"):
+        executor.collective_rpc("rank")
+    executor.shutdown()
+
+
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+def test_the_follower_is_told_why_an_engine_does_not_start(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with a process of its own, which ends at once."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    pair, _ = held_by(executor)
+    executor._owns_process = True
+    monkeypatch.setattr(leader.os, "_exit", end)
+    monkeypatch.setattr(leader, "_end_process_soon", lambda *given: None)
+    pair._pulse.start()
+    with pytest.raises(Ended):
+        executor._give_up_start(ValueError("no room for the cache"))
+    while (frame := executor.far_control.receive(timeout=20)).kind is Kind.BEAT:
+        pass
+    assert frame.kind is Kind.GOODBYE
+    assert decode(frame, Reason).sentence == (
+        "its engine does not start: the leader's worker failed: ValueError: no room for the cache"
+    )
+    pair.close("the test is over")
+    executor._owns_process = False
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("error", [ValueError("no such scheduler"), KeyboardInterrupt()])
+def test_an_engine_that_fails_after_its_last_call_ends_its_pair(
+    executor: SparkExecutor, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """While it makes its scheduler: nobody calls the executor any more, and the next engine needs its port."""
+    pair, worker = held_by(executor)
+    monkeypatch.setattr(SparkExecutor, "_run", lambda *args: [None, None])
+
+    def start(core: Any) -> None:
+        core.model_executor = executor
+        executor.collective_rpc(LAST_CALL_OF_THE_START)
+        raise error
+
+    patch = next(each for each in all_patches() if each.anchor.symbol == "vllm.v1.engine.core:EngineCore.__init__")
+    with pytest.raises(type(error)):
+        patch.replace(start)(SimpleNamespace())
+    assert pair.closing
+    assert (executor.driver_worker, worker.ended) == (None, 1)
+
+
+def test_an_engine_that_came_up_is_left_alone_by_its_start(
+    executor: SparkExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, worker = held_by(executor)
+    patch = next(each for each in all_patches() if each.anchor.symbol == "vllm.v1.engine.core:EngineCore.__init__")
+    patch.replace(lambda core: setattr(core, "model_executor", executor))(SimpleNamespace())
+    assert not pair.closing
+    assert worker.ended == 0
+    executor.shutdown()

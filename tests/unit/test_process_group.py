@@ -92,6 +92,21 @@ def test_different_operations_are_named() -> None:
     assert "all_reduce (sum) in process group 0 moves 12 bytes here and 16 on the other rank" in errors[0][1]
 
 
+def test_an_operation_ends_once() -> None:
+    """As torch's own: it may be waited for again, and once it is completed its outcome is there."""
+    answer = run("waited_for_again")[0]
+    late = "PeerLostError: the other rank (rank 1) did not come to send, operation 0 of process group 0, within 1 s"
+    assert answer == {
+        "before": [False, False, False],
+        "waits": [True, True],
+        "waited": [7.0, 7.0],
+        "seen": [8.0, 8.0],
+        "errors": [late, late],
+        "completed": [True, True, True],
+        "succeeded": [True, True, False],
+    }
+
+
 def test_nobody_waits_for_a_rank_that_is_dead() -> None:
     answer = run("left_alone", killed=True)[0]
     assert len(answer["errors"]) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,16 +32,20 @@ _GAUGES = {
 
 
 class SparkCollector:
-    """A prometheus_client collector that reads the engine's counter board when it is scraped."""
+    """A prometheus_client collector that reads the engine's counter board when it is scraped.
+
+    Args:
+        board: of the engine; may be replaced by that of the next one.
+    """
 
     def __init__(self, board: CounterBoard) -> None:
-        self._board = board
+        self.board = board
 
     def collect(self) -> Iterator[Any]:
         """Yields one family per counter and gauge, with a sample per rank."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        records = list(self._board.read())
+        records = list(self.board.read())
         for field, description in _COUNTERS.items():
             family = CounterMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])
             for record in records:
@@ -62,15 +67,60 @@ class SparkCollector:
         yield digest
 
 
-_board: CounterBoard | None = None
+_collector: SparkCollector | None = None
+"""Of this process; reads the board of the last engine that it started, or that its API server works for."""
+
+_announced: CounterBoard | None = None
+"""The board that this process made for the last engine that it started."""
 
 
 def publish_counters() -> None:
-    """Opens a counter board for the engine that is about to start, and exports it from this process, once."""
-    global _board
-    if _board is not None:
+    """Opens a counter board for the engine that this process is about to start, and exports it.
+
+    Every engine has a board of its own: what an earlier one left says nothing about the next one.
+    """
+    global _announced
+    before, _announced = _announced, CounterBoard.create()
+    _export(_announced)
+    if before is not None:
+        before.withdraw()
+
+
+def share_counters() -> None:
+    """Exports the board of an engine that another process has started: this one is one of several API servers."""
+    _export(CounterBoard.from_environment())
+
+
+def _export(board: CounterBoard) -> None:
+    global _collector
+    if _collector is not None:
+        _collector.board = board
         return
     from prometheus_client import REGISTRY
 
-    _board = CounterBoard.create()
-    REGISTRY.register(SparkCollector(_board))
+    _collector = SparkCollector(board)
+    REGISTRY.register(_collector)
+
+
+def serve_shared_metrics(app: Any) -> None:
+    """Answers `/metrics` of one of several API servers, before vLLM's own route for it is added.
+
+    prometheus_client shares the metrics of several processes as files, and vLLM's route then reads these files alone.
+    This one reads the board too. Does nothing where vLLM's route shows the registry of its own process.
+
+    Args:
+        app: the Starlette application of the API server, without a route for `/metrics`.
+    """
+    if _collector is None or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from starlette.responses import Response
+
+    def metrics(_: Any) -> Response:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # adds itself
+        registry.register(_collector)
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app.add_route("/metrics", metrics, include_in_schema=False)

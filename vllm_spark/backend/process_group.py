@@ -8,6 +8,7 @@ rare calls, not for speed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import defaultdict
@@ -65,17 +66,19 @@ class Messages(Protocol):
         """
 
     def has(self, address: Address) -> bool:
-        """True if a message has arrived."""
+        """True if a message has arrived, or never will: `take` returns or raises without a wait."""
 
     def end_work(self, reason: SparkError) -> None:
         """Ends the work of this rank."""
 
 
 class PairWork(Work):  # type: ignore[misc]
-    """An operation whose own part is done, and which ends once the other rank's message is there.
+    """An operation whose own part is done, and which ends once the other rank's message is there. For any thread.
+
+    As torch's own, it ends once: each later call of `wait` returns, or raises the same error, at once.
 
     Args:
-        arrived: whether it is there.
+        arrived: whether it is there, or never will be.
         finish: waits for it, given the longest wait in seconds, and puts it where it belongs; None if the operation
             ended already.
         results: the tensors that hold the outcome.
@@ -91,6 +94,8 @@ class PairWork(Work):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._results, self._arrived, self._finish, self._source = results, arrived, finish, source
+        self._error: Exception | None = None
+        self._lock = threading.Lock()  # held while one thread waits for all
 
     def wait(self, timeout: timedelta = _UNSET) -> bool:
         """Waits for the end of the operation.
@@ -98,9 +103,15 @@ class PairWork(Work):  # type: ignore[misc]
         Raises:
             SparkError: the pair is broken, the ranks run different operations, or the other one came too late.
         """
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish(timeout.total_seconds() if timeout > _UNSET else None)
+        with self._lock:
+            if self._finish is not None:
+                try:
+                    self._finish(timeout.total_seconds() if timeout > _UNSET else None)
+                except Exception as error:
+                    self._error = error
+                self._finish = None  # not after an interrupt, which leaves it to be waited for
+        if self._error is not None:
+            raise self._error.with_traceback(None)
         return True
 
     def synchronize(self) -> None:
@@ -108,8 +119,15 @@ class PairWork(Work):  # type: ignore[misc]
         self.wait()
 
     def is_completed(self) -> bool:
-        """True if `wait` does not have to wait."""
-        return self._finish is None or self._arrived is None or self._arrived()
+        """True once the operation has ended: its outcome is in the tensors, or `wait` raises why not."""
+        if self._finish is not None and (self._arrived is None or self._arrived()):
+            with contextlib.suppress(Exception):  # `wait` raises it
+                self.wait()
+        return self._finish is None
+
+    def is_success(self) -> bool:
+        """True once the operation has ended without an error."""
+        return self.is_completed() and self._error is None
 
     def result(self) -> list[torch.Tensor]:
         """The tensors that hold the outcome."""

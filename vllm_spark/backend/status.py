@@ -74,18 +74,37 @@ known(_Failure, _AtWork, RankCounters)
 
 
 class CounterBoard:
-    """One record per rank, and one for what ended the engine. One process writes, others read; neither ever waits."""
+    """The records of one engine: one per rank, and two for its state. One process writes, others read; none waits.
+
+    Args:
+        descriptor: of the memory; stays the caller's. None for a board that forgets everything.
+    """
 
     def __init__(self, descriptor: int | None) -> None:
         self._map = None if descriptor is None else mmap.mmap(descriptor, _SLOT * _SLOTS)
+        self._own: int | None = None
 
     @classmethod
     def create(cls) -> CounterBoard:
-        """A new board, announced to the processes that this one starts from now on."""
+        """A new board for one engine, announced to it and to the processes that this one starts from now on.
+
+        Its memory can be opened by others until `withdraw`, or until this process ends.
+        """
         descriptor = os.memfd_create(_MEMORY_NAME, os.MFD_CLOEXEC)
         os.ftruncate(descriptor, _SLOT * _SLOTS)
         os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor} {os.fstat(descriptor).st_ino}"
-        return cls(descriptor)
+        board = cls(descriptor)
+        board._own = descriptor
+        return board
+
+    def withdraw(self) -> None:
+        """Ends the announcement of a board that this process made: another engine gets one of its own.
+
+        Whoever has opened it keeps it. May be called again.
+        """
+        descriptor, self._own = self._own, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     @classmethod
     def from_environment(cls) -> CounterBoard:
@@ -110,9 +129,10 @@ class CounterBoard:
             sentence = sentence[:_LONGEST_SENTENCE] + " [...]"
         self._put(_FAILURE, _Failure(sentence, error.exit_code))
 
-    def forget_failure(self) -> None:
-        """Takes back the reason that an earlier engine of this process left: another one starts."""
-        self._clear(_FAILURE)
+    def clear(self) -> None:
+        """Removes every record: an engine starts, and what an earlier one left here does not describe it."""
+        for slot in range(_SLOTS):
+            self._clear(slot)
 
     def begin_work(self) -> None:
         """Says that the engine is this process, and runs until it calls `end_work` or leaves a reason."""

@@ -15,7 +15,7 @@ from vllm_spark.processes.eventfd import WakeUp
 logger = logging.getLogger("vllm_spark")
 
 Announce = Callable[[bytes], None]
-"""Sends some 800 bytes to the peer, whose runtime gets them by `deliver`. Must not wait; what fails is lost."""
+"""Sends some 2300 bytes to the peer, whose runtime gets them by `deliver`. Must not wait; what fails is lost."""
 
 
 class LinkKeeper(threading.Thread):

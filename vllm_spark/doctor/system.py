@@ -79,7 +79,7 @@ class System:
 
 
 _TITLE = "Memory reserved for kexec handover"
-_FALSE = re.compile("[nNfF0]|of")
+_FALSE = re.compile("[nNfF0]|[oO][fF]")
 """How the kernel's false values begin."""
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from vllm_spark import __version__
@@ -61,7 +62,7 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     """Makes vLLM's configuration for a pair.
 
     Args:
-        engine_args: vLLM's; changed in place.
+        engine_args: vLLM's; afterwards as before, but for a model's relative path.
         section: the settings, or a dictionary of them.
         create: makes vLLM's configuration of `engine_args`.
 
@@ -89,31 +90,57 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
 
     activate()
     refuse_fp8_inputs_of_marlin(compute_capability)
-    engine_args.tensor_parallel_size = WORLD_SIZE
-    engine_args.distributed_executor_backend = EXECUTOR
-    engine_args.disable_custom_all_reduce = True  # vLLM's own for GPUs of one machine
-    engine_args.additional_config = {
-        **(engine_args.additional_config or {}),
-        SECTION: {"version": __version__},
+    pairs = {
+        "tensor_parallel_size": WORLD_SIZE,
+        "distributed_executor_backend": EXECUTOR,
+        "disable_custom_all_reduce": True,  # vLLM's own for GPUs of one machine
+        "additional_config": {**(engine_args.additional_config or {}), SECTION: {"version": __version__}},
     }
-    keep_collectives(engine_args)
-    with vllms_objections(engine_args.model):
+    with vllms_objections(engine_args.model), _set_for_now(engine_args, pairs):
+        keep_collectives(engine_args)
         vllm_config = create()
     # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
     refuse_configuration(vllm_config)
     refuse_indivisible_shards(vllm_config)
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
-    check_link(config)
+    starts_engine = not _is_one_of_several_api_servers(engine_args)
+    if starts_engine:
+        check_link(config)  # once it has started, its engine holds the port
     attach_settings(vllm_config, config)
     apply_all("engine")
     dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
     make_socket_folder()
 
-    from vllm_spark.backend.metrics import publish_counters
+    from vllm_spark.backend.metrics import publish_counters, share_counters
 
-    publish_counters()
+    if starts_engine:
+        publish_counters()
+    else:
+        share_counters()
     return vllm_config
+
+
+def _is_one_of_several_api_servers(engine_args: Any) -> bool:
+    """Whether this process serves clients of an engine that the process before it starts (`--api-server-count`).
+
+    That one makes a configuration too, with the rank -1.
+    """
+    count, rank = (getattr(engine_args, f"_api_process_{name}", 0) for name in ("count", "rank"))
+    return bool(count > 1 and rank >= 0)
+
+
+@contextlib.contextmanager
+def _set_for_now(engine_args: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Sets attributes of vLLM's engine arguments in the body alone: their owner may use them again, changed or not."""
+    before = {name: getattr(engine_args, name) for name in values}
+    for name, value in values.items():
+        setattr(engine_args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(engine_args, name, value)
 
 
 def _make_paths_absolute(engine_args: Any) -> None:
@@ -194,6 +221,9 @@ def serve(args: Any, original: Callable[[], None]) -> None:
         apply_all("leading")
         # With several API servers the process that starts them has, and keeps, handlers of its own.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
+        if not _serving:
+            # They make vLLM's engine arguments of these before they load this plugin, which knows the flags.
+            args.additional_config = {**(getattr(args, "additional_config", None) or {}), SECTION: config}
         original()
         if death := engine_death():
             # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.

@@ -28,7 +28,7 @@ from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import CounterBoard
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import settings_of
-from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError, described
+from vllm_spark.errors import EXIT_LOST, SparkError, described
 from vllm_spark.executor.bootstrap import limit_numba_threads, share_cores
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
@@ -53,6 +53,7 @@ from vllm_spark.ranks import LEADER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
+_COMPARE_TIMEOUT = 600.0  # seconds for the follower to look for an adapter's files
 _LAST_RESORT = 3.0  # seconds after a loss in which the engine may end by itself
 
 
@@ -151,7 +152,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         non_block: bool,
         single_value: bool,
     ) -> Any:
-        with self._call_lock, pair.explained():
+        with self._call_lock, self._whole(pair, method), pair.explained():
             if self._adapters is not None and method in (ADD_LORA, EXECUTE):
                 args, kwargs = self._with_own_adapters(pair, self._adapters, str(method), args, kwargs)
             if method == COMPARE_ADAPTER:
@@ -173,16 +174,19 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call that may load adapters, once both ranks have the same ones.
 
-        A refused adapter is an error of the call that adds it. A step cannot be refused: its other requests are
-        under way.
+        A refused adapter is an error of the call that adds it. A step cannot be refused, or be left out for another
+        error: its other requests are under way.
         """
         if method == ADD_LORA:
             args = tuple(adapters.settle(each) for each in args)
             return args, {name: adapters.settle(each) for name, each in kwargs.items()}
         try:
             adapters.settle_step(args[0])
-        except RefusedError as error:
+        except SparkError as error:
             pair.fail(error)
+            raise
+        except Exception as error:
+            pair.fail(SparkError(f"the adapters of a step cannot be compared with the follower's: {described(error)}"))
             raise
         return args, kwargs
 
@@ -190,8 +194,20 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         """Has the follower look for the same files; the sentence why it does not have them, or None."""
         pair = self._working_pair()
         pair.ask(COMPARE_FILES, (wanted,), {})
-        refusal: str | None = pair.answer(None)
+        try:
+            refusal: str | None = pair.answer(_COMPARE_TIMEOUT)
+        except TimeoutError:
+            return (
+                f"the follower has not answered for {_COMPARE_TIMEOUT:g} s; see the log of vllm-spark join, and load "
+                "the adapter again"
+            )
         return refusal
+
+    def _whole(self, pair: Pair, method: str | Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+        """Ends the pair if the body, a call, is interrupted in the user's own process, which may go on."""
+        if self._owns_process:
+            return contextlib.nullcontext()  # the engine ends, in order if it was asked to
+        return pair.uninterrupted("a step" if method in STEP_METHODS else f"the call of {_name(method)}")
 
     def _loaded_adapters(self) -> set[int]:
         loaded: set[int] = run_method(self.driver_worker, "list_loras", (), {})
@@ -204,7 +220,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             output = run_method(self.driver_worker, method, args, kwargs)
         if isinstance(output, AsyncModelRunnerOutput):
             if non_block:
-                return _StepFuture(output, pair)
+                return _StepFuture(output, pair, self._whole(pair, method))
             output = output.get_output()
         return _noted(pair, output)
 
@@ -240,13 +256,12 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             pair.settle(error)
             raise
         except BaseException:
-            pair.fail(SparkError("the leader was interrupted in a call"))
+            pair.fail(SparkError(f"the leader was interrupted in the call of {_name(method)}; make a new engine"))
             raise
         try:
             return [mine, pair.answer(None if deadline is None else deadline - time.monotonic())]
         except TimeoutError as error:
-            name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
-            raise TimeoutError(f"the call of {name} timed out after {timeout:g} s: {error}") from None
+            raise TimeoutError(f"the call of {_name(method)} timed out after {timeout:g} s: {error}") from None
 
     def check_health(self) -> None:
         """Raises the reason if the pair is broken."""
@@ -303,7 +318,12 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
                 reason = SparkError(f"the leader's worker failed: {described(error)}")
             self._board.fail(reason)
             logger.error("The engine does not start: %s.", reason)
-            os._exit(reason.exit_code)
+            try:
+                if self._pair is not None:
+                    _end_process_soon(reason.exit_code)  # whatever the follower's end may meet
+                    self._pair.leave(f"its engine does not start: {reason}")
+            finally:
+                os._exit(reason.exit_code)
 
     def _working_pair(self) -> Pair:
         if self._pair is None:
@@ -340,6 +360,16 @@ def give_up_unfinished_start() -> None:
         executor._give_up_start(None)
 
 
+def give_up_engine(engine: Any, error: BaseException) -> None:
+    """Ends the pair of an engine core of vLLM whose start has failed with `error`.
+
+    After the executor's last call of the start, for which nobody calls it again: its scheduler cannot be made, say.
+    """
+    executor = getattr(engine, "model_executor", None)
+    if isinstance(executor, SparkExecutor) and not executor._ended:
+        executor._give_up_start(error)
+
+
 def _finish(executor: SparkExecutor) -> None:
     """It is up, or has released everything."""
     global _unfinished
@@ -350,15 +380,17 @@ def _finish(executor: SparkExecutor) -> None:
 class _StepFuture(Future[Any]):
     """The result of a step whose tokens are still being copied from the device."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, pair: Pair) -> None:
+    def __init__(
+        self, output: AsyncModelRunnerOutput, pair: Pair, whole: contextlib.AbstractContextManager[None]
+    ) -> None:
         super().__init__()
-        self._output, self._pair = output, pair
+        self._output, self._pair, self._whole = output, pair, whole
 
     def result(self, timeout: float | None = None) -> Any:
         """Waits for the copy. A time-out is not supported: vLLM's own future has none either."""
         if not self.done():
             try:
-                with self._pair.explained():
+                with self._whole, self._pair.explained():
                     self.set_result(_noted(self._pair, self._output.get_output()))
             except Exception as error:
                 self.set_exception(error)
@@ -382,17 +414,22 @@ def _noted(pair: Pair, output: Any) -> Any:
     return output
 
 
+def _name(method: str | Callable[..., Any]) -> str:
+    """How to name a call in messages."""
+    return method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
+
+
 def _finished(value: Any) -> Future[Any]:
     future: Future[Any] = Future()
     future.set_result(value)
     return future
 
 
-def _end_process_soon() -> None:
+def _end_process_soon(exit_code: int = EXIT_LOST) -> None:
     """Whatever the engine's thread is stuck in (a process group of torch, say), the process ends."""
 
     def end() -> None:
         time.sleep(_LAST_RESORT)
-        os._exit(EXIT_LOST)
+        os._exit(exit_code)
 
     threading.Thread(target=end, name="spark-last-resort", daemon=True).start()

@@ -10,14 +10,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Kind, Lane
+from vllm_spark.executor.heartbeat import cause_grace
 
-Address = tuple[str, str, int]
-"""Which message: group, stream within it, number. Both ranks run a group's operations in the same order."""
+if TYPE_CHECKING:  # it imports torch
+    from vllm_spark.backend.process_group import Address
 
 logger = logging.getLogger("vllm_spark")
 
@@ -65,7 +67,8 @@ class GroupLink:
 
     Args:
         lane: the groups lane, owned by this object from here on; a thread of its own receives from it.
-        end_work: ends the work of this rank, for a reason that nobody who waits here would see.
+        end_work: ends the work of this rank, for a reason that nobody who waits here would see. Called from any thread,
+            from the receiving one too if that has to end before `fail` or `close` is called.
     """
 
     def __init__(self, lane: Lane, end_work: Callable[[SparkError], None]) -> None:
@@ -74,6 +77,7 @@ class GroupLink:
         self._mail: dict[Address, Message] = {}
         self._handlers: dict[str, Callable[[int, Message], None]] = {}
         self._failure: SparkError | None = None
+        self._ended = threading.Event()  # whoever owns this object knows that its work is over
         self._send_lock = threading.Lock()
         self._receiver = threading.Thread(target=self._receive, name="spark-groups", daemon=True)
         self._receiver.start()
@@ -121,9 +125,9 @@ class GroupLink:
         return message.data
 
     def has(self, address: Address) -> bool:
-        """True if a message has arrived as a whole."""
+        """True if a message has arrived as a whole, or never will: `take` returns or raises without a wait."""
         with self._arrival:
-            return self._has(address)
+            return self._has(address) or self._failure is not None
 
     def deliver(self, address: Address, operation: str, data: bytes) -> None:
         """Puts a message of this rank to itself where `take` finds it."""
@@ -145,12 +149,14 @@ class GroupLink:
     def fail(self, reason: SparkError) -> None:
         """Ends every wait, and every later one, with the first `reason` that is given; and the connection."""
         self._fail(reason)
+        self._ended.set()
         self._lane.interrupt()
 
     def close(self, reason: SparkError) -> None:
         """As `fail`; also ends the receiving thread and closes the socket. May be called again."""
         self.fail(reason)
-        self._receiver.join(_CLOSE_SECONDS)
+        if threading.current_thread() is not self._receiver:
+            self._receiver.join(_CLOSE_SECONDS)
         self._lane.close()
 
     def _has(self, address: Address) -> bool:
@@ -172,12 +178,19 @@ class GroupLink:
             while True:
                 self._accept(_decoder.decode(self._lane.expect(Kind.GROUP).payload))
         except msgspec.MsgspecError as error:
-            self._fail(ChannelError(f"{self.peer} sent a message of a process group that cannot be read: {error}"))
+            reason: SparkError = ChannelError(
+                f"{self.peer} sent a message of a process group that cannot be read: {error}"
+            )
         except SparkError as error:
-            self._fail(error)
-        except Exception as error:  # an error here must end the waits too, not only this thread
+            reason = error
+        except Exception as error:
             logger.exception("The thread of the process groups failed.")
-            self._fail(SparkError(f"the thread of the process groups failed: {error}"))
+            reason = SparkError(f"the thread of the process groups failed: {described(error)}")
+        self._fail(reason)
+        # Nothing is received from here on, so the work ends also if nobody waits now. A connection that ended is often
+        # a symptom: the control lane may know the cause, and then this object is told.
+        if not self._ended.wait(cause_grace(reason)):
+            self.end_work(reason)
 
     def _accept(self, piece: Piece) -> None:
         address = piece.group, piece.stream, piece.number

@@ -46,6 +46,7 @@ logger = logging.getLogger("vllm_spark")
 
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _ASSIGNMENT_TIMEOUT = 60.0
+_OWED_TIMEOUT = 600.0  # seconds for the answer of a call that was given up, once the next step needs the follower
 _SETTLE_TIMEOUT = 20.0  # seconds that one rank may work on after the other failed in the same call
 
 
@@ -67,7 +68,7 @@ class Pair:
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
         self._asked = 0  # the number of the last call that is answered
-        self._owed = False  # whether the answer of the last `ask` was given up and has not come yet
+        self._owed = False  # whether the answer of the last `ask` has not come yet
         self._asked_at: float | None = None  # when it was sent, while its answer is awaited
         self._running_model = False
         self._pulse = Pulse(
@@ -87,7 +88,7 @@ class Pair:
         Raises:
             SparkError: nobody came in time, or the two sides do not fit.
         """
-        board.forget_failure()
+        board.clear()
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
         _warn_of_others(address)
@@ -120,8 +121,17 @@ class Pair:
             self._pulse.model_runs()
         if self._owed:
             # The follower comes to no call before it has sent that answer, which the connection alone may not hold.
-            with contextlib.suppress(RemoteError):
-                self._answer(None)
+            try:
+                self._answer(_OWED_TIMEOUT)
+            except RemoteError:
+                pass  # of a call whose caller has gone on
+            except TimeoutError:
+                self.fail(
+                    SparkError(
+                        f"{self._follower.name} did not come back from a call that was given up, within "
+                        f"{_OWED_TIMEOUT:g} s of the next step; see its log, and make a new engine"
+                    )
+                )
         self._send(Kind.CALL, method, args, kwargs)
 
     def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,6 +141,7 @@ class Pair:
             SparkError: the pair is broken.
         """
         self._send(Kind.QUERY, method, args, kwargs, self._asked + 1)
+        self._owed = True
         self._asked += 1
         self._asked_at = time.monotonic()
 
@@ -155,7 +166,6 @@ class Pair:
             while True:
                 # What has begun to come is read to its end: half a message would leave the lane useless.
                 if deadline is not None and not lane.wait(deadline - time.monotonic()):
-                    self._owed = True
                     raise TimeoutError(f"{self._follower.name} did not answer in time")
                 payload = lane.expect(Kind.REPLY).payload
                 if replied_number(payload) == self._asked:
@@ -189,6 +199,17 @@ class Pair:
                 self.fail(error)
             if self._failure is not None and self._failure is not error:
                 raise self._failure from error
+            raise
+
+    @contextlib.contextmanager
+    def uninterrupted(self, work: str) -> Iterator[None]:
+        """Ends the pair if the body, in which both ranks do `work`, is interrupted: the follower goes on with it."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException as error:
+            self.fail(SparkError(f"the leader was interrupted in {work} ({type(error).__name__}); make a new engine"))
             raise
 
     def check(self) -> None:

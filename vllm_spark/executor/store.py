@@ -55,11 +55,19 @@ class Table:
         self._waiting: list[tuple[Request, Respond]] = []
 
     def run(self, request: Request, respond: Respond) -> None:
-        """Has `respond` called with the answer, now or later."""
+        """Has `respond` called with the answer, now or later.
+
+        Raises:
+            ValueError, IndexError: the request is invalid; it is not answered.
+        """
         answers: list[tuple[Respond, list[bytes]]] = []
         with self._lock:
-            self._waiting.append((request, respond))
-            progress = True
+            own = self._answer(request)  # an error of it leaves nothing behind
+            if own is None:
+                self._waiting.append((request, respond))
+            else:
+                answers.append((respond, own))
+            progress = own is not None
             while progress:  # an answered request may have set what another waits for
                 progress = False
                 for waiting in list(self._waiting):

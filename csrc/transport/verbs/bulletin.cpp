@@ -71,7 +71,7 @@ void Bulletin::accept(const LinkState& state) {
 std::string Bulletin::sign(LinkState& state) {
   state.version = ++version_;
   state.stopped = farewell_.empty() ? 0 : 1;
-  std::memcpy(state.reason, farewell_.data(), whole_characters(farewell_, LinkState::kReasonBytes - 1));
+  std::memcpy(state.reason, farewell_.data(), whole_characters(farewell_, kReasonBytes - 1));
   state.checksum = state.sum();
   return std::string(reinterpret_cast<const char*>(&state), sizeof state);
 }

@@ -17,7 +17,7 @@ std::chrono::nanoseconds HoldDown::failed(Clock::time_point now, bool alone) {
 }
 
 bool HoldDown::holds(Clock::time_point now, bool alone) const {
-  return now - failed_ < (alone ? std::min(length_ / 10, times_.first) : length_);
+  return length_ > length_.zero() && now - failed_ < (alone ? std::min(length_ / 10, times_.first) : length_);
 }
 
 }  // namespace spark::verbs

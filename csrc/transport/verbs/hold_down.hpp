@@ -24,9 +24,9 @@ class HoldDown {
 
   // Data may go over the rail from `now` on.
   void opened(Clock::time_point now) { opened_ = now; }
-  // The rail's connection has failed. Returns for how long the rail is held down. `alone`: no other rail
-  // works. Such failures do not lengthen the hold-down: they mostly have one cause, and when that is gone the
-  // rails must not stay unused.
+  // The rail's connection has failed, or the attempt to make one. Returns for how long the rail is held down.
+  // `alone`: no other rail works. Such failures do not lengthen the hold-down: they mostly have one cause,
+  // and when that is gone the rails must not stay unused.
   std::chrono::nanoseconds failed(Clock::time_point now, bool alone);
   // True while the rail must not be connected. If it is `alone`, there is no traffic to protect, and the pair
   // stops if no rail comes back in time: a tenth of the hold-down, at most `first`, only sets the pace of the

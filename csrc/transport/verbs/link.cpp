@@ -12,11 +12,13 @@ namespace spark::verbs {
 namespace {
 
 constexpr auto kLookInterval = std::chrono::milliseconds(1);
-// A rail that cannot be connected is tried again this often.
-constexpr auto kRetryInterval = std::chrono::milliseconds(100);
-// Connecting may take a second of this thread's time (the kernel looks for the peer's address), so what fails
-// again and again is tried less often.
-constexpr auto kLongestRetryInterval = std::chrono::seconds(5);
+// A port that is down is looked at this often.
+constexpr auto kPortInterval = std::chrono::milliseconds(100);
+// Connecting in vain may take a second of this thread's time (the kernel looks for the peer's address), and
+// another rail may be coming up meanwhile. The next attempt starts this many times as long after the end of
+// the one before as that one took, at the earliest.
+constexpr int kRestAfterAttempt = 4;
+constexpr const char* kOtherEndFailed = "its other end failed";
 // A rail that is up must be proven within this time. Longer than a NIC takes to repeat a packet in vain,
 // which ends the wait earlier and says why: this one is for a device that completes nothing.
 constexpr auto kProofTime = std::chrono::seconds(10);
@@ -38,7 +40,7 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
     : options_(options),
       layout_(sizes),
       bulletin_(memory, layout_),
-      records_(rails.size(), Record{"no answer yet", HoldDown(options.hold_down)}),
+      records_(rails.size(), Record{{}, HoldDown(options.hold_down)}),
       rank_name_("rank " + std::to_string(rank)),
       newest_packets_(sizes.slots),
       newest_pieces_(sizes.slots * kMaxPieces) {
@@ -72,10 +74,22 @@ void Link::connect(const std::string& peer_offer, const std::string& peer_name,
   }
   peer_name_ = peer_name;
   stop_ = std::move(stop);
+  bool any = false;
   for (auto& rail : rails_) {
-    rail->connect(bulletin_.theirs().rails[rail->index()]);
+    Clock::time_point begun = Clock::now();
+    try {
+      rail->connect(bulletin_.theirs().rails[rail->index()]);
+    } catch (const CollectiveError& error) {
+      // The rails that work are enough to start with; this one is tried again once the proxy runs.
+      cannot_connect(*rail, error.what(), begun);
+      continue;
+    }
     rail->rise();  // nothing is sent before both ranks have told each other that they have come this far
+    any = true;
   }
+  if (any) return;
+  throw CollectiveError(rank_name_ + " has no link to " + peer_name_ + ": no rail can be connected (" +
+                        problems() + "); see cables and addresses with vllm-spark doctor --peer");
 }
 
 void Link::post(uint32_t sequence, const SendDescriptor& descriptor) {
@@ -118,8 +132,7 @@ bool Link::send(Rail& rail, const Write& write, bool signal) {
   counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
   int error = rail.post(write, signal);
   // `fail` has queued this message for retransmission.
-  if (error != 0)
-    fail(rail, std::string("it takes no message (") + std::strerror(error) + ")", rail.epoch() + 1);
+  if (error != 0) fail(rail, std::string("it takes no message (") + std::strerror(error) + ")");
   return true;
 }
 
@@ -158,13 +171,38 @@ bool Link::peer_has_ended_failed_rails() const {
 void Link::poll(Rail& rail) {
   Phase before = rail.phase();
   if (std::optional<std::string> problem = rail.poll()) {
-    fail(rail, *problem, rail.epoch() + 1);
+    fail(rail, *problem);
   } else if (rail.phase() != before) {
     bulletin_.change();  // the peer may not send data before it knows
   }
 }
 
-void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
+void Link::fail(Rail& rail, const std::string& why) {
+  records_[rail.index()].problem = why;
+  end_connection(rail, why, rail.epoch() + 1);
+}
+
+void Link::follow(Rail& rail, uint32_t epoch) {
+  // What this rank has found itself since the rail was open says more.
+  std::string& problem = records_[rail.index()].problem;
+  if (problem.empty()) problem = kOtherEndFailed;
+  end_connection(rail, kOtherEndFailed, epoch);
+}
+
+void Link::cannot_connect(Rail& rail, const std::string& why, Clock::time_point begun) {
+  Record& record = records_[rail.index()];
+  // A queue pair that got half way cannot be connected again: another one can.
+  if (rail.phase() == Phase::kOffered) fail(rail, why);
+  record.problem = why;
+  Clock::time_point now = Clock::now();
+  record.next_try = now + kRestAfterAttempt * (now - begun);
+  std::chrono::nanoseconds held = record.hold_down.failed(now, alone());
+  if (record.reported) return;
+  record.reported = true;
+  bulletin_.note(name(rail) + " cannot be connected: " + why + "; " + next_attempts(held));
+}
+
+void Link::end_connection(Rail& rail, const std::string& why, uint32_t epoch) {
   Record& record = records_[rail.index()];
   bool connected = rail.up(), was_open = rail.open(), proven = rail.phase() == Phase::kProven;
   std::vector<Write> lost = rail.fail(epoch);
@@ -178,8 +216,6 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   }
   if (again > 0) repeating_ = true;
   counters_.reposts.fetch_add(again, std::memory_order_relaxed);
-  record.problem = why;
-  record.next_try = {};
   bulletin_.change();
   if (!connected) return;
   if (was_open) counters_.rails_up.fetch_sub(1, std::memory_order_relaxed);
@@ -204,9 +240,12 @@ void Link::fail(Rail& rail, const std::string& why, uint32_t epoch) {
   record.reported = true;  // the attempts after this one will mostly end alike
   bulletin_.note(name(rail) + " is connected, but carries no data: no message of " +
                  std::to_string(kProofBytes) + " bytes was acknowledged to " +
-                 (proven ? peer_name_ : rank_name_) + " (" + why +
-                 "); while another rail works, it is tried again after " + seconds_text(held) +
-                 ", and then less often, up to every " + seconds_text(options_.hold_down.longest));
+                 (proven ? peer_name_ : rank_name_) + " (" + why + "); " + next_attempts(held));
+}
+
+std::string Link::next_attempts(std::chrono::nanoseconds held) const {
+  return "while another rail works, it is tried again after " + seconds_text(held) +
+         ", and then less often, up to every " + seconds_text(options_.hold_down.longest);
 }
 
 bool Link::progress() {
@@ -214,7 +253,11 @@ bool Link::progress() {
     if (rail->up() && rail->queued() > 0) poll(*rail);
   }
   if (!waiting_.empty()) send_waiting();
-  return !stopped_ && !waiting_.empty();
+  if (stopped_) return false;
+  // While there is no open rail, one that is up is about to be proven: a proxy that slept would find out only
+  // when it wakes, and the first message of either rank waits for both.
+  return !waiting_.empty() ||
+         (alone() && std::any_of(rails_.begin(), rails_.end(), [](auto& rail) { return rail->up(); }));
 }
 
 void Link::attend() {
@@ -256,7 +299,7 @@ void Link::read_events() {
       bool concerned = event.queue_pair != nullptr ? rail->owns(event.queue_pair)
                                                    : event.port == 0 || event.port == rail->port();
       if (event.fatal && concerned && rail->phase() != Phase::kDown) {
-        fail(*rail, event.text, rail->epoch() + 1);
+        fail(*rail, event.text);
       }
     }
   }
@@ -271,20 +314,24 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
   const RailState& peer = bulletin_.theirs().rails[rail.index()];
   // Both ends take part in every connection: if one has failed, the other one has too, whether it knows or
   // not.
-  if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) fail(rail, "its other end failed", peer.epoch);
+  if (static_cast<int32_t>(peer.epoch - rail.epoch()) > 0) follow(rail, peer.epoch);
   if (rail.phase() == Phase::kUp && now > record.proof_due) {
     poll(rail);  // what came while this process did not run counts
     if (rail.phase() == Phase::kUp) {
-      fail(rail, "the device completed nothing within " + seconds_text(kProofTime), rail.epoch() + 1);
+      fail(rail, "the device completed nothing within " + seconds_text(kProofTime));
     }
   }
-  if (rail.up() || now < record.next_try || record.hold_down.holds(now, alone())) return;
+  if (rail.up()) return;
+  // Only a fresh offer is held down. What has been offered is connected when the peer is there, also if
+  // another rail has opened since, and with it the hold-down has become longer.
+  if (rail.phase() == Phase::kDown && (now < record.next_try || record.hold_down.holds(now, alone()))) return;
   bool same = peer.epoch == rail.epoch();
+  Clock::time_point begun = Clock::now();  // not `now`: other rails may have been tried since
   try {
     if (rail.phase() == Phase::kDown) {
       if (!rail.device().port_active(rail.port())) {
         record.problem = "its port is down";
-        record.next_try = now + kRetryInterval;
+        record.next_try = now + kPortInterval;
         return;
       }
       rail.offer();
@@ -295,17 +342,11 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
       bulletin_.change();
     }
   } catch (const CollectiveError& error) {
-    // A queue pair that got half way cannot be connected again: another one can.
-    if (rail.phase() == Phase::kOffered) fail(rail, error.what(), rail.epoch() + 1);
-    record.problem = error.what();
-    record.pause =
-        std::clamp<std::chrono::nanoseconds>(2 * record.pause, kRetryInterval, kLongestRetryInterval);
-    record.next_try = Clock::now() + record.pause;  // not `now`: trying may have taken longer than the pause
+    cannot_connect(rail, error.what(), begun);
     return;
   }
   if (rail.phase() != Phase::kReady || !same || peer.phase < Phase::kReady) return;
   rail.rise();
-  record.pause = {};
   record.proof_due = Clock::now() + kProofTime;
   bulletin_.change();  // and this announcement is what proves the connection
 }
@@ -325,10 +366,11 @@ void Link::open_if_proven(Rail& rail, Clock::time_point now) {
   if (record.failed) {
     counters_.rail_recoveries.fetch_add(1, std::memory_order_relaxed);
     bulletin_.note(name(rail) + " works again" + after);
-  } else if (record.reported) {
+  } else if (record.reported || loss_reported_) {
     bulletin_.note(name(rail) + " carries data now" + after);
   }
   record.failed = record.reported = false;
+  record.problem.clear();
 }
 
 void Link::judge(Clock::time_point now) {
@@ -360,12 +402,20 @@ std::string Link::loss() const {
       rank_name_ + (worked_ ? " lost its link to " + peer_name_ + ": no rail came back" + within
                             : " has no link to " + peer_name_ + ": no rail has carried a message of " +
                                   std::to_string(kProofBytes) + " bytes" + within);
-  for (auto& rail : rails_) {
-    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " + records_[rail->index()].problem;
-  }
+  text += problems();
   if (!worked_) return text + "); see cables, addresses and MTU with vllm-spark doctor --peer";
   return text + "); the last message posted is " + std::to_string(last_posted_) +
          "; see the cable and the other machine";
+}
+
+std::string Link::problems() const {
+  std::string text;
+  for (auto& rail : rails_) {
+    const std::string& problem = records_[rail->index()].problem;
+    text += (rail->index() == 0 ? "" : "; ") + rail->name() + ": " +
+            (problem.empty() ? "no answer yet" : problem);
+  }
+  return text;
 }
 
 void Link::stop(const std::string& reason) {
@@ -380,8 +430,7 @@ void Link::announce() {
   for (auto& rail : rails_) {
     if (!rail->up() || !rail->has_room()) continue;
     int error = rail->post_announcement(outbox);
-    if (error != 0)
-      fail(*rail, std::string("it takes no message (") + std::strerror(error) + ")", rail->epoch() + 1);
+    if (error != 0) fail(*rail, std::string("it takes no message (") + std::strerror(error) + ")");
   }
 }
 

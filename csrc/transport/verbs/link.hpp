@@ -59,9 +59,9 @@ class Link final : public Transport {
 
   // What the peer must know to connect: a LinkState.
   std::string offer();
-  // Connects every rail to what the peer offered; once both ranks have, the proxy may start. `stop` is
-  // called, from the proxy's thread, when the peer stops or cannot be reached any more. Throws
-  // CollectiveError.
+  // Connects every rail to what the peer offered; once both ranks have, the proxy may start. A rail that
+  // cannot be connected is tried again later. `stop` is called, from the proxy's thread, when the peer stops
+  // or cannot be reached any more. Throws CollectiveError if not one rail can be connected.
   void connect(const std::string& peer_offer, const std::string& peer_name,
                std::function<void(const std::string&)> stop);
 
@@ -91,7 +91,13 @@ class Link final : public Transport {
   uint32_t& newest(const Write& write);
   bool peer_has_ended_failed_rails() const;
   void poll(Rail& rail);
-  void fail(Rail& rail, const std::string& why, uint32_t epoch);
+  // This rank has found that a connection is broken; the next one has the next epoch.
+  void fail(Rail& rail, const std::string& why);
+  // The peer has said that its end of a connection is broken, and that the next one has number `epoch`.
+  void follow(Rail& rail, uint32_t epoch);
+  // An attempt to offer or to connect a rail, which began at `begun`, has failed.
+  void cannot_connect(Rail& rail, const std::string& why, Clock::time_point begun);
+  void end_connection(Rail& rail, const std::string& why, uint32_t epoch);
 
   void listen();
   void read_events();
@@ -103,20 +109,22 @@ class Link final : public Transport {
   void settle(Clock::time_point end);
   LinkState state() const;
   std::string loss() const;
+  std::string problems() const;
+  // When a rail is tried again, for a sentence in the log; `held` is its hold-down now.
+  std::string next_attempts(std::chrono::nanoseconds held) const;
   // No rail is open. Relaxed: this thread is the one that writes the counter.
   bool alone() const { return counters_.rails_up.load(std::memory_order_relaxed) == 0; }
   std::string name(const Rail& rail) const { return rail.name() + " to " + peer_name_; }
 
   // What is known of a rail beyond its connection.
   struct Record {
-    std::string problem;  // the last reason for which it was not open
+    std::string problem;  // the last reason for which it was not open; empty: none since it was open last
     HoldDown hold_down;
-    Clock::time_point next_try{};       // after an attempt to connect that failed
-    std::chrono::nanoseconds pause{0};  // between two such attempts
-    Clock::time_point proof_due{};      // while it is up and not proven
-    Clock::time_point closed_since{};   // while it is not open
-    bool failed = false;                // it was open before, and its failure has been counted
-    bool reported = false;              // it has been reported that it connects but carries no data
+    Clock::time_point next_try{};      // not before that, whatever the hold-down is
+    Clock::time_point proof_due{};     // while it is up and not proven
+    Clock::time_point closed_since{};  // while it is not open
+    bool failed = false;               // it was open before, and its failure has been counted
+    bool reported = false;             // it has been reported that it cannot be connected, or carries no data
   };
 
   LinkOptions options_;

@@ -39,8 +39,6 @@ struct RailState {
 };
 
 struct LinkState {
-  static constexpr size_t kReasonBytes = 512;
-
   uint64_t version;  // rises with every change
   uint32_t rail_count;
   uint32_t stopped;  // nonzero: this rank stops, for `reason`

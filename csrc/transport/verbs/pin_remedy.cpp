@@ -1,6 +1,7 @@
 #include "pin_remedy.hpp"
 
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 
@@ -36,9 +37,13 @@ bool memory_is_reserved(const std::string& root) {
   for (std::string word; file >> word;) {
     if (word.rfind("kho=", 0) == 0) last = word.substr(4);
   }
-  // As the kernel reads a truth value.
-  if (!last.empty())
-    return std::string("nNfF0").find(last[0]) == std::string::npos && last.rfind("of", 0) != 0;
+  // As the kernel reads a truth value: "off" in any case, and what begins with one of these letters.
+  if (!last.empty()) {
+    auto begins = [&last](size_t at, const char* letters) {
+      return last.size() > at && std::strchr(letters, last[at]) != nullptr;
+    };
+    return !begins(0, "nNfF0") && !(begins(0, "oO") && begins(1, "fF"));
+  }
   // The reserved memory is counted where free CMA is, and not in the total. There may be none free just now.
   return meminfo(root, "CmaFree") > meminfo(root, "CmaTotal") || reserves_by_default(root);
 }

@@ -72,8 +72,17 @@ class Rail:
             *(*condition, "action", "drop"),
         )
 
+    def answer_no_arp(self) -> None:
+        """Lets nobody find this end's address: whoever does not know it yet cannot connect to it."""
+        self._ip("link", "set", self.interface, "arp", "off")
+
+    def forget_neighbours(self) -> None:
+        """Lets this end look for the other end's address again."""
+        self._ip("neighbour", "flush", "dev", self.interface)
+
     def unimpair(self) -> None:
-        """Ends what `impair` and `lose` did."""
+        """Ends what `impair`, `lose` and `answer_no_arp` did."""
+        self._ip("link", "set", self.interface, "arp", "on")
         shown = self._run("tc", "qdisc", "show", "dev", self.interface)
         if "netem" in shown or "prio " in shown:
             self._run("tc", "qdisc", "delete", "dev", self.interface, "root")

@@ -97,6 +97,7 @@ class Lane:
         self._connection = connection
         self.max_frame = max_frame
         self.peer = peer
+        self._interrupted = False  # by KeyboardInterrupt, say, in the middle of a frame
 
     @property
     def peer_role(self) -> str:
@@ -122,8 +123,9 @@ class Lane:
         Raises:
             FrameTooLargeError: `payload` is over the limit; nothing was sent.
             LaneClosedError: the peer is gone.
-            ChannelError: it did not take the frame within `timeout` seconds.
+            ChannelError: it did not take the frame within `timeout` seconds, or an earlier one was interrupted.
         """
+        self._check_whole()
         if len(payload) > self.max_frame:
             raise FrameTooLargeError(
                 f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
@@ -136,6 +138,9 @@ class Lane:
             raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
         except (OSError, ValueError) as error:
             raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+        except BaseException:
+            self._interrupted = True
+            raise
 
     def wait(self, timeout: float) -> bool:
         """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
@@ -150,8 +155,18 @@ class Lane:
 
         Raises:
             LaneClosedError: the peer closed the lane.
-            ChannelError: it sent nothing for `timeout` seconds, or no valid frame.
+            ChannelError: it sent nothing for `timeout` seconds, or no valid frame, or an earlier one was interrupted.
         """
+        self._check_whole()
+        try:
+            return self._receive(timeout, awake)
+        except Exception:
+            raise
+        except BaseException:
+            self._interrupted = True  # part of a frame may be read: the rest would be taken for the next one's header
+            raise
+
+    def _receive(self, timeout: float | None, awake: float) -> Frame:
         deadline = None if timeout is None else time.monotonic() + timeout
         number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, awake))
         try:
@@ -184,6 +199,10 @@ class Lane:
     def close(self) -> None:
         """Closes the connection; may be called again."""
         self._connection.close()
+
+    def _check_whole(self) -> None:
+        if self._interrupted:
+            raise ChannelError(f"the connection to {self.peer} cannot be used: a message was interrupted halfway")
 
     def _read(self, size: int, deadline: float | None, awake: float = 0.0) -> bytes:
         buffer = bytearray(size)

@@ -1,0 +1,29 @@
+"""Shows both ranks' counters on `/metrics` of a server that has several API server processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_spark.compat.patching import Anchor, Patch
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    def attach_router(app: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_spark.backend.metrics import serve_shared_metrics
+
+        serve_shared_metrics(app)
+        return original(app, *args, **kwargs)
+
+    return attach_router
+
+
+PATCH = Patch(
+    name="shared-metrics",
+    anchor=Anchor("vllm.entrypoints.serve.instrumentator.metrics:attach_router"),
+    reason="with several API servers /metrics shows files of prometheus_client alone, and no collector of a process",
+    feature="the counters vllm_spark_* with --api-server-count above 1",
+    fingerprints={"625ac5cf8bc8": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
+    replace=_replace,
+    when="leading",
+)

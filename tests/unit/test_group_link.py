@@ -1,0 +1,152 @@
+"""The groups lane's receiving thread, and the leader's table of the store, over real connections."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from vllm_spark.backend.process_group import PairGroup
+from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.executor import heartbeat
+from vllm_spark.executor.channel.framing import ChannelError, Kind, Lane, LaneClosedError
+from vllm_spark.executor.group_connection import GroupLink, Piece
+from vllm_spark.executor.store import PairStore, Request, Table
+from vllm_spark.ranks import LEADER_RANK
+
+from .test_channel import lanes
+
+SECONDS = 20.0
+ADDRESS = ("0", "collectives", 0)
+
+
+class Opened:
+    """This side's link, the far end of its lane, and the reasons for which the link ended the work."""
+
+    def __init__(self) -> None:
+        self.ended: queue.Queue[SparkError] = queue.Queue()
+        near, self.far = lanes()
+        self.link = GroupLink(near, self.ended.put)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
+    monkeypatch.setattr(heartbeat, "_CLOSED_GRACE", 0.2)
+    made = Opened()
+    yield made
+    made.link.close(PeerLostError("the test is over"))
+    made.far.close()
+
+
+def unreadable(far: Lane) -> None:
+    far.send(Kind.GROUP, b"\xc1")
+
+
+def of_another_lane(far: Lane) -> None:
+    far.send(Kind.BEAT, b"{}")
+
+
+def closed(far: Lane) -> None:
+    far.close()
+
+
+def a_bad_request(far: Lane) -> None:
+    request = msgspec.msgpack.encode(Request("jump", ["key"], []))
+    far.send(Kind.GROUP, msgspec.msgpack.encode(Piece("", "store requests", 0, "", len(request), request)))
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "sentence"),
+    [
+        (unreadable, ChannelError, "the follower sent a message of a process group that cannot be read: "),
+        (of_another_lane, ChannelError, "the follower sent BEAT where GROUP was due"),
+        (closed, LaneClosedError, "the follower closed the connection"),
+        (a_bad_request, SparkError, "the thread of the process groups failed: ValueError: the store has no operation"),
+    ],
+)
+def test_a_receiver_that_ends_ends_the_work(
+    opened: Opened, act: Callable[[Lane], None], kind: type[SparkError], sentence: str
+) -> None:
+    """Also while nobody waits for a message."""
+    PairStore(opened.link, LEADER_RANK)
+    act(opened.far)
+    error = opened.ended.get(timeout=SECONDS)
+    assert type(error) is kind
+    assert str(error).startswith(sentence)
+    with pytest.raises(kind):
+        opened.link.take(ADDRESS, "barrier", SECONDS)
+
+
+def test_the_known_cause_comes_first(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control lane knows why the connection ended, and has ended the work: nothing is added."""
+    monkeypatch.setattr(heartbeat, "_CLOSED_GRACE", SECONDS)
+    opened.far.close()
+    with pytest.raises(LaneClosedError):
+        opened.link.take(ADDRESS, "barrier", SECONDS)
+    opened.link.fail(PeerLostError("the follower left"))
+    opened.link._receiver.join(SECONDS)
+    assert not opened.link._receiver.is_alive()
+    assert opened.ended.empty()
+
+
+def test_the_link_can_be_closed_from_its_own_thread() -> None:
+    """What ends the work may release everything at once."""
+    (near, far), closed = lanes(), queue.Queue[SparkError]()
+    links: list[GroupLink] = []
+
+    def end_work(error: SparkError) -> None:
+        links[0].close(error)
+        closed.put(error)
+
+    links.append(GroupLink(near, end_work))
+    unreadable(far)
+    assert "cannot be read" in str(closed.get(timeout=SECONDS))
+    far.close()
+
+
+def test_a_receive_of_a_broken_pair_is_completed(opened: Opened) -> None:
+    """Whoever polls it comes to an end, and `wait` says why, as often as it is called."""
+    import torch
+
+    group = PairGroup(opened.link, "0", 0, 2, timedelta(minutes=30))
+    work = group.recv([torch.zeros(1)], 1)
+    assert not work.is_completed()
+    opened.link.fail(PeerLostError("the follower is gone"))
+    assert work.is_completed()
+    assert not work.is_success()
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match=r"^the follower is gone$"):
+            work.wait()
+
+
+def answered(table: Table, operation: str, keys: list[str], values: list[bytes]) -> list[Any]:
+    answers: list[Any] = []
+    table.run(Request(operation, keys, values), answers.append)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("operation", "keys", "values", "error"),
+    [
+        ("jump", ["key"], [], ValueError),
+        ("set", ["one", "two"], [b"1"], ValueError),
+        ("add", ["text"], [b"1"], ValueError),
+        ("add", ["count"], [], IndexError),
+    ],
+)
+def test_a_bad_request_leaves_nothing_behind(
+    operation: str, keys: list[str], values: list[bytes], error: type[Exception]
+) -> None:
+    table = Table()
+    answered(table, "set", ["text"], [b"no number"])
+    with pytest.raises(error):
+        answered(table, operation, keys, values)
+    assert answered(table, "add", ["count"], [b"2"]) == [[b"2"]]
+    waiting = answered(table, "get", ["late"], [])
+    assert waiting == []
+    assert answered(table, "set", ["late"], [b"7"]) == [[]]
+    assert waiting == [[b"7"]]
