@@ -60,7 +60,7 @@ def test_only_a_process_that_uses_tables_has_them() -> None:
     """What vLLM loads by itself applies others, and so does a rank of a pair; tuning applies these, once."""
     look = """
 import json
-from vllm_spark import patches
+from vllm_spark.compat import patching as patches
 from vllm_spark.entrypoints.plugin import register
 register()
 before = sorted(patches._applied)
