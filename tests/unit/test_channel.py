@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import Role, tls_context
-from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane, certificates
+from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane
 from vllm_spark.executor.channel.secret import load_secret, make_secret
 from vllm_spark.executor.channel.tls import TlsConnection
 from vllm_spark.executor.handshake import server as listening

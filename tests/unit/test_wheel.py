@@ -48,7 +48,7 @@ def test_a_wheel_has_everything(wheel: Path) -> None:
     for folder in ("patches", "configs"):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
-                assert f"vllm_spark/data/{path.relative_to(ROOT)}" in names
+                assert f"vllm_spark/{path.relative_to(ROOT)}" in names
     assert any(name.startswith("vllm_spark/_native.") and name.endswith(".so") for name in names)
     assert ("vllm_spark/kernels.fatbin" in names) == (shutil.which("nvcc") is not None)
     assert {"vllm_spark/py.typed", "vllm_spark/_native.pyi"} <= names
@@ -71,4 +71,4 @@ def test_a_wheel_works_outside_the_source_tree(wheel: Path, tmp_path: Path) -> N
     where, version, patches = json.loads(done.stdout)
     assert Path(where).parent == tmp_path / "vllm_spark"
     assert version >= 2
-    assert patches == sorted(path.stem.replace("_", "-") for path in (ROOT / "patches").glob("*.py"))
+    assert patches == sorted(path.stem.replace("_", "-") for path in (ROOT / "patches").glob("[a-z]*.py"))
