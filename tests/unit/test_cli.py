@@ -91,7 +91,8 @@ def test_a_waiting_follower_stops_when_asked(waiting: Process, number: signal.Si
 
 PATIENT = """
 import sys
-from vllm_spark import child_process, following
+from vllm_spark.entrypoints import join
+from vllm_spark.processes import child
 from vllm_spark.cli import main
 {}
 sys.exit(main(["join", "--port", sys.argv[1]]))
@@ -107,10 +108,10 @@ def patient(tmp_path: Path, port: str, setting: str) -> Process:
 @pytest.mark.parametrize(
     ("setting", "state"),
     [
-        ("following._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
+        ("join._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
         (
             # Sessions that crash are restarted slowly.
-            "following._FIRST_PAUSE = 600; child_process.sys.executable = '/bin/false'",
+            "join._FIRST_PAUSE = 600; child.sys.executable = '/bin/false'",
             "The session ended with exit code 1; waiting for the next leader",
         ),
     ],
