@@ -68,3 +68,11 @@ def first_fault(error: ValidationError) -> str:
     what = str(fault["msg"]).removeprefix("Value error, ")
     what = lower_first(what)
     return f"{where}: {what}" if where else what
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigurationError if the file `path` cannot be written: before work whose result would be lost."""
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: {path.resolve().parent} is not a writable folder")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigurationError(f"{path} cannot be written: it is a folder, or protected; give another file")

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_spark.cli import tune_model
-from vllm_spark.cli.arguments import user_path
+from vllm_spark.cli import PROGRAM
+from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path, wide_console
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
+from vllm_spark.tune.preparation import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
+    from vllm_spark.tune.timing import HangError
 
 SUMMARY = "find the fastest parameters of a model's experts on this GPU, and check tables of them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark tune`."""
-    tune_model.add_arguments(parser)
+    _add_tuning_arguments(parser)
     parser.epilog = "exit code of --check: 0 all is well, 1 a table has an error, 2 wrong usage"
     parser.add_argument(
         "--check",
@@ -40,6 +49,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="with --check: print one JSON object to standard output, and nothing else"
     )
+
+
+def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-spark tune MODEL`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder or file with a config.json, a model of the hub, or one of this project's (configs/models)",
+    )
+    parser.add_argument(
+        "--tp", type=_sizes, default=(2,), metavar="N,...", help="tensor parallel sizes to tune for (default: 2)"
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "marlin", "triton"],
+        default="auto",
+        help="for experts: Marlin for int4 weights and Triton for all others, or one of them (default: auto)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_rows,
+        default=tuple(range(1, LARGEST_ROWS + 1)),
+        metavar="N,...",
+        help="tokens of a decode step, up to 8; larger steps stay as vLLM runs them (default: 1 to 8)",
+    )
+    parser.add_argument(
+        "--out", type=user_path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=4,
+        help="engines that each side decodes with, the two taking turns at being first (default: 4)",
+    )
+    parser.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="trust the kernels' times; no engine is started"
+    )
+    parser.add_argument(
+        "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
+    )
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
+    parser.add_argument(
+        "--keep-logs",
+        type=user_path,
+        metavar="DIR",
+        help="write the engines' output there, into a folder for each size, and keep it",
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positives(text)))
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    rows = sorted(set(positives(text)))
+    if max(rows) > LARGEST_ROWS:
+        raise argparse.ArgumentTypeError(f"{max(rows)} is more than {LARGEST_ROWS} tokens; tables end there")
+    return tuple(rows)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +131,51 @@ def run(args: argparse.Namespace) -> int:
     for option in ("json", "no_compile"):
         if getattr(args, option):
             raise ConfigurationError(f"--{option.replace('_', '-')} belongs to --check; leave it out")
-    return tune_model.run(args)
+    return _tune(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(TuningOptions)]
+    options = TuningOptions(**{name: getattr(args, name) for name in names})
+    plan, folder = prepare(options)
+    from vllm_spark.tune.session import TuningSession, this_machine
+    from vllm_spark.tune.timing import HangError
+
+    session = TuningSession(options, plan, folder, this_machine(), wide_console())
+    with _exit_on_signals():
+        try:
+            session.run()
+        except HangError as error:
+            _exit_at_once(error, folder)
+    return 0
+
+
+def _exit_at_once(error: HangError, folder: Path) -> NoReturn:
+    """Exits without cleanup: the end of a program waits for the GPU, and so for the kernel."""
+    from vllm_spark.tune.results import is_vllms_choice
+
+    further = f"it is recorded in {folder}, and the same command continues without it"
+    if is_vllms_choice(error.parameters):
+        further = "that is vLLM's own choice, and without it there is nothing to compare with; serving may hang as well"
+    print(f"{PROGRAM}: {error}; {further}.", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(error.exit_code)
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit inside, so that running compilers are stopped as on Ctrl-C."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -11,6 +11,8 @@ from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.calls import describe
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
+from vllm_spark.tune.decode_comparison import Comparison
+from vllm_spark.tune.promotion import is_kept
 from vllm_spark.tune.results import Outcome, Shape
 
 _TITLES = {"marlin": "Marlin, experts: one GEMM", "fused_moe": "Triton, experts: both GEMMs and what is between them"}
@@ -42,6 +44,18 @@ def _table(title: str, outcomes: Sequence[Outcome], where: str) -> Table:
             )
             first = ""
         table.add_section()
+    return table
+
+
+def comparison_table(label: str, comparisons: Sequence[Comparison], where: str) -> Table:
+    """Decode steps of one rank of the model `label`, with and without its tables."""
+    table = Table(title=f"A decode step of one rank of {label}, milliseconds, medians of the rounds", caption=where)
+    for heading in ("batch", "vLLM's defaults", "tuned", "ratio", ""):
+        table.add_column(heading, justify="right")
+    for each in comparisons:
+        verdict = "kept" if is_kept(each.ratio) else "not kept"
+        times = (" ".join(f"{time:.3f}" for time in side) for side in (each.untuned, each.tuned))
+        table.add_row(str(each.batch), *times, f"{each.ratio:.3f}", verdict)
     return table
 
 

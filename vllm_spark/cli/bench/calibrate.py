@@ -12,13 +12,13 @@ from rich.table import Table
 
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     modelled_wire,
     positive,
     user_path,
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.collective import RuntimeOptions

@@ -9,7 +9,6 @@ from rich.progress import Progress, TimeElapsedColumn
 from vllm_spark import __version__
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     modelled_wire,
     positive,
     sizes,
@@ -17,6 +16,7 @@ from vllm_spark.cli.arguments import (
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 SUMMARY = "one all-reduce or all-gather, against NCCL or gloo"
 

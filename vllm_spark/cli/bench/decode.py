@@ -10,7 +10,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from vllm_spark import __version__
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     engine_arguments,
     modelled_wire,
     positive,
@@ -19,6 +18,7 @@ from vllm_spark.cli.arguments import (
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.bench.decode import Settings

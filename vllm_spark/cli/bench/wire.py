@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.arguments import check_writable, positive, sizes, user_path, wide_console
+from vllm_spark.cli.arguments import positive, sizes, user_path, wide_console
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.bench.wire import Plan
