@@ -242,11 +242,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tune_command(*words: str) -> int:
-    from vllm_spark.cli import tune_model
+    from vllm_spark.cli import tune as command
 
     parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
-    return tune_model.run(parser.parse_args(words))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
 
 
 @pytest.mark.usefixtures("home")

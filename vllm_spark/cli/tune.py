@@ -21,7 +21,7 @@ from rich.table import Table
 from vllm_spark.cli import PROGRAM
 from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path, wide_console
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
-from vllm_spark.tune.preparation import LARGEST_ROWS, TuningOptions, prepare
+from vllm_spark.tune.plan import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport

@@ -1,10 +1,13 @@
-"""Whether tuned tables make a whole decode step faster: with and without them, in turns, in real engines."""
+"""Comparison of whole decode steps with and without tuned tables, in real engines that take turns.
+
+It decides which rows of a search go into a table.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,13 @@ from vllm_spark.files import write_whole
 from vllm_spark.models.regroup import with_groups_that_fit
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.processes.group import Stage
+from vllm_spark.tune.results import Outcome
+
+MAX_KEPT_RATIO = 0.995
+"""Largest ratio of a decode step's time, tuned over untuned, at which its rows are kept.
+
+The medians of two identical engines differ by less than this over several rounds.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,3 +112,26 @@ def compare(
         on_note(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said")
     rows = {(row.candidate, row.batch): row.medians for row in report.rows}
     return [Comparison(batch, rows["untuned", batch], rows["tuned", batch]) for batch in settings.batches]
+
+
+def is_kept(ratio: float) -> bool:
+    """Whether the rows of a decode step are kept.
+
+    Args:
+        ratio: of the step's time, tuned over untuned.
+    """
+    return ratio < MAX_KEPT_RATIO
+
+
+def promoted(outcomes: Iterable[Outcome], ratios: Mapping[int, float]) -> list[Outcome]:
+    """The outcomes, with vLLM's default in rows whose decode step did not become faster.
+
+    Args:
+        outcomes: of the search.
+        ratios: of a decode step's time, tuned over untuned, by batch; a row is decided by the batch nearest to it.
+    """
+    kept: list[Outcome] = []
+    for outcome in outcomes:
+        batch = min(ratios, key=lambda known: abs(known - outcome.rows))
+        kept.append(outcome if is_kept(ratios[batch]) else outcome.with_default())
+    return kept

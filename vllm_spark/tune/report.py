@@ -11,8 +11,7 @@ from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.calls import describe
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
-from vllm_spark.tune.decode_comparison import Comparison
-from vllm_spark.tune.promotion import is_kept
+from vllm_spark.tune.decode_comparison import Comparison, is_kept
 from vllm_spark.tune.results import Outcome, Shape
 
 _TITLES = {"marlin": "Marlin, experts: one GEMM", "fused_moe": "Triton, experts: both GEMMs and what is between them"}

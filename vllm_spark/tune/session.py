@@ -15,11 +15,9 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.runtime import this_device
 from vllm_spark.processes.group import Stage, set_stage
-from vllm_spark.tune.decode_comparison import Comparison, Settings, compare
+from vllm_spark.tune.decode_comparison import Comparison, Settings, compare, promoted
 from vllm_spark.tune.journal import Journal, Kept, installed_versions
-from vllm_spark.tune.plan import Plan, backend, check_version_takes_int4, who_reads
-from vllm_spark.tune.preparation import TuningOptions
-from vllm_spark.tune.promotion import promoted
+from vllm_spark.tune.plan import Plan, TuningOptions, backend, check_version_takes_int4, who_reads
 from vllm_spark.tune.report import comparison_table, outcomes_tables, plot
 from vllm_spark.tune.results import Outcome, Shape, tunable_rows
 from vllm_spark.tune.tables import NewTable, new_tables, store_tables
@@ -72,7 +70,7 @@ class TuningSession:
 
     Args:
         options: as the user gave them.
-        plan: models and shapes (`preparation.prepare`).
+        plan: models and shapes (`plan.prepare`).
         folder: of the tables; created if needed.
         machine: that is measured.
         console: for progress, results and notes.

@@ -397,7 +397,7 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
 def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, FusedMoeParameters | None]) -> None:
     """A table of the tuner, of whose rows some are vLLM's; with rows that this vLLM would not choose."""
     from vllm_spark.tune.results import FusedMoeOutcome
-    from vllm_spark.tune.tuner import NewFusedMoeTable, store, tables
+    from vllm_spark.tune.tables import NewFusedMoeTable, new_tables, store_tables
 
     versions = {"vllm": vllm}
     outcomes = [
@@ -406,11 +406,11 @@ def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, 
         )
         for number, row in rows.items()
     ]
-    (table,) = tables(outcomes, {}, GB10, versions)
+    (table,) = new_tables(outcomes, {}, GB10, versions)
     assert isinstance(table, NewFusedMoeTable)
     choice = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16}
     spoilt = {number: row if rows.get(number) else choice for number, row in table.table.rows.items()}
-    store([dataclasses.replace(table, table=FusedMoeTable(spoilt))], folder)
+    store_tables([dataclasses.replace(table, table=FusedMoeTable(spoilt))], folder)
 
 
 TUNED = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)

@@ -20,7 +20,7 @@ from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeShape
 from vllm_spark.kernels.fused_moe.table import provenance_path
 
-from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
+from .test_kernels_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
 
 __all__ = ["folders"]  # a fixture
 
