@@ -24,12 +24,12 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         block_n: int | None = None,
         block_k: int | None = None,
     ) -> dict[int, Any] | None:
-        def of_vllm() -> dict[int, Any] | None:
+        def vllm_lookup() -> dict[int, Any] | None:
             return uncached(E, N, dtype, block_n, block_k)
 
         if not runtime.is_active():
-            return of_vllm()
-        return runtime.choose_fused_moe_table(E, N, dtype, block_n, block_k, of_vllm)
+            return vllm_lookup()
+        return runtime.choose_fused_moe_table(E, N, dtype, block_n, block_k, vllm_lookup)
 
     maxsize: int | None = cached.cache_parameters()["maxsize"]
     return functools.lru_cache(maxsize=maxsize)(get_moe_configs)

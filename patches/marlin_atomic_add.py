@@ -13,7 +13,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def should_use_atomic_add_reduce(m: int, n: int, k: int, device: Any, dtype: Any) -> bool:
         # Compilers trace this, with an m that has no number.
-        if runtime.adds_atomically(n, k):
+        if runtime.uses_atomic_add(n, k):
             return True
         return bool(original(m, n, k, device, dtype))
 

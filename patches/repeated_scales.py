@@ -9,10 +9,10 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm_spark.models.regroup import repeated
+    from vllm_spark.models.regroup import repeat_scales
 
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Any:
-        return repeated(original(self, model_config, model), model_config.hf_config)
+        return repeat_scales(original(self, model_config, model), model_config.hf_config)
 
     return get_all_weights
 

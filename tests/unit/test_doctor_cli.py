@@ -13,7 +13,7 @@ import pytest
 
 from vllm_spark.cli import main
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.examination import examine, is_bare
+from vllm_spark.doctor.checks import is_bare, run_checks
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError
 from vllm_spark.executor.channel.secret import load_secret, make_secret
@@ -173,7 +173,7 @@ def test_no_exit_code_means_two_things(home: Path) -> None:
 
 
 def test_a_machine_with_nothing_is_told_so_and_what_still_works(home: Path) -> None:
-    if not is_bare(examine(System(), SparkConfig())):
+    if not is_bare(run_checks(System(), SparkConfig())):
         pytest.skip("this machine has an RDMA device or a GPU")
     done = spark(home, "doctor")
     assert done.returncode == EXIT_PROBLEM
@@ -200,9 +200,9 @@ def test_examining_imports_neither_vllm_nor_torch() -> None:
         "import sys\n"
         "from vllm_spark.cli import doctor\n"
         "from vllm_spark.config.settings import SparkConfig\n"
-        "from vllm_spark.doctor.examination import examine\n"
+        "from vllm_spark.doctor.checks import run_checks\n"
         "from vllm_spark.doctor.system import System\n"
-        "examine(System(), SparkConfig(), '10.0.0.2', thorough=True)\n"
+        "run_checks(System(), SparkConfig(), '10.0.0.2', thorough=True)\n"
         "print([name for name in ('torch', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

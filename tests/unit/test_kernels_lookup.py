@@ -14,7 +14,7 @@ import pytest
 from vllm_spark.kernels import lookup, runtime
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -50,11 +50,11 @@ class Folders:
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lookup, "configs_folder", lambda: tmp_path / "configs")
-    lookup.forget()
+    lookup.clear_cache()
     user = lookup.user_folder()
     assert user is not None
     yield Folders(user, lookup.shipped_folder())
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def store_marlin(folder: Path, shape: MarlinShape = W13, **values: Any) -> Path:
@@ -76,12 +76,12 @@ def parameters(rows: int = 1, shape: MarlinShape = W13, device: str = GB10.name)
 
 def test_marlins_own_file_of_the_user_comes_first(folders: Folders) -> None:
     assert parameters() is None
-    lookup.forget()
+    lookup.clear_cache()
     store_marlin(folders.shipped, thread_k=64, thread_n=128)
     found = parameters()
     assert found is not None
     assert (found.thread_k, found.thread_n) == (64, 128)
-    lookup.forget()
+    lookup.clear_cache()
     store_marlin(folders.user)
     found = parameters()
     assert found is not None
@@ -128,13 +128,13 @@ def test_a_bad_file_of_the_user_costs_a_sentence(
 def test_a_fused_moe_table_and_its_place(folders: Folders) -> None:
     arguments = (GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
     assert lookup.find_fused_moe_table(*arguments) is None
-    lookup.forget()
+    lookup.clear_cache()
     shipped = store_moe(folders.shipped, 64)
     found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
     assert found[0] == shipped
     assert found[1][1]["BLOCK_SIZE_N"] == 64
-    lookup.forget()
+    lookup.clear_cache()
     mine = store_moe(folders.user, 32)
     found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
@@ -218,25 +218,25 @@ def test_a_call_gets_the_tables_tile(folders: Folders, operator: list[str]) -> N
     store_marlin(folders.shipped, W2, thread_k=64, thread_n=128, blocks_per_sm=3)
     calls = MarlinCalls(operator, GB10)
     for rows in (1, 2, 8):
-        assert calls.changes(*call(operator, W13, rows)) == CHANGES
-        assert calls.changes(*call(operator, W2, rows)) == {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 3}
-    assert calls.changes(*call(operator, W13, 16, moe_block_size=8)) == {}
+        assert calls.overrides(*call(operator, W13, rows)) == CHANGES
+        assert calls.overrides(*call(operator, W2, rows)) == {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 3}
+    assert calls.overrides(*call(operator, W13, 16, moe_block_size=8)) == {}
 
 
 def test_top_1_experts_are_told_apart_by_their_shape(folders: Folders, operator: list[str]) -> None:
     store_marlin(folders.shipped, W13.model_copy(update={"top_k": 1}))
     store_marlin(folders.shipped, W2.model_copy(update={"top_k": 1}), thread_k=64, thread_n=128)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13.model_copy(update={"top_k": 1}), 4))["thread_k"] == 128
-    assert calls.changes(*call(operator, W2.model_copy(update={"top_k": 1}), 4))["thread_k"] == 64
+    assert calls.overrides(*call(operator, W13.model_copy(update={"top_k": 1}), 4))["thread_k"] == 128
+    assert calls.overrides(*call(operator, W2.model_copy(update={"top_k": 1}), 4))["thread_k"] == 64
 
 
 def test_one_group_is_no_group_to_the_kernel(folders: Folders, operator: list[str]) -> None:
     for group_size in (-1, 128):
         shape = W2.model_copy(update={"size_k": 128, "group_size": group_size})
-        lookup.forget()
+        lookup.clear_cache()
         path = store_marlin(folders.shipped, shape)
-        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == CHANGES
+        assert MarlinCalls(operator, GB10).overrides(*call(operator, shape, 1)) == CHANGES
         path.unlink()
 
 
@@ -267,7 +267,7 @@ def test_what_does_not_fit_leaves_vllms_choice_and_says_so(
     calls = MarlinCalls(operator, GB10)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert calls.changes(*call(operator, W13, 1, **given)) == {}
+            assert calls.overrides(*call(operator, W13, 1, **given)) == {}
     assert [why in record.getMessage() for record in caplog.records] == [True], caplog.text
 
 
@@ -277,7 +277,7 @@ def test_a_tile_that_does_not_divide_is_left_out(
     shape = W2.model_copy(update={"size_k": 704, "group_size": 64})
     store_marlin(folders.shipped, shape)
     with caplog.at_level(logging.WARNING):
-        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == {}
+        assert MarlinCalls(operator, GB10).overrides(*call(operator, shape, 1)) == {}
     assert "K=704 is not a multiple of thread_k=128" in caplog.text
 
 
@@ -287,11 +287,11 @@ def test_other_kernels_are_left_alone(folders: Folders, operator: list[str]) -> 
 
     store_marlin(folders.shipped)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13, 1, a_scales=torch.empty(1, device="meta"))) == {}
-    assert calls.changes(*call(operator, W13, 1, topk_weights=torch.empty(16, 8, device="meta"))) == {}
+    assert calls.overrides(*call(operator, W13, 1, a_scales=torch.empty(1, device="meta"))) == {}
+    assert calls.overrides(*call(operator, W13, 1, topk_weights=torch.empty(16, 8, device="meta"))) == {}
     if "g_idx" in operator:
-        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 2048, device="meta"))) == {}
-        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 0, device="meta"))) == CHANGES
+        assert calls.overrides(*call(operator, W13, 1, g_idx=torch.empty(128, 2048, device="meta"))) == {}
+        assert calls.overrides(*call(operator, W13, 1, g_idx=torch.empty(128, 0, device="meta"))) == CHANGES
 
 
 def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: list[str]) -> None:
@@ -299,8 +299,8 @@ def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: li
     store_marlin(folders.shipped, **own)
     store_marlin(folders.shipped, W2, **own, use_atomic_add=True, use_fp32_reduce=False)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13, 1)) == {}
-    assert calls.changes(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
+    assert calls.overrides(*call(operator, W13, 1)) == {}
+    assert calls.overrides(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_tile_that_leaves_the_blocks_open_gets_one_block(
 
     store_marlin(folders.shipped, blocks_per_sm=-1)
     given = call(operator, W13, 1, workspace=torch.empty(locks, device="meta"))
-    assert MarlinCalls(operator, GB10).changes(*given) == expected
+    assert MarlinCalls(operator, GB10).overrides(*given) == expected
 
 
 def test_whether_a_device_has_tables_of_marlin_for_experts(folders: Folders) -> None:
@@ -332,13 +332,13 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     calls = MarlinCalls(operator, GB10)
     with caplog.at_level(logging.INFO):
         for rows in (1, 2, 64):
-            calls.changes(*call(operator, W13, rows))
-            calls.changes(*call(operator, W2, rows))
+            calls.overrides(*call(operator, W13, rows))
+            calls.overrides(*call(operator, W2, rows))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert str(path) in lines[0]
     assert "up to 8 rows" in lines[0]
-    assert GUESS.sentence() in lines[0]
+    assert GUESS.summary() in lines[0]
     assert "no table is for this shape on NVIDIA_GB10" in lines[1]
 
 
@@ -367,11 +367,11 @@ def test_the_order_of_fused_moe_tables(
     assert chosen() == 256
     assert "comes with vLLM" in caplog.text
     assert chosen(lambda: None) is None
-    lookup.forget()
+    lookup.clear_cache()
     store_moe(on_gb10.shipped, 64)
     assert chosen() == 64
     assert f"as in {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
-    lookup.forget()
+    lookup.clear_cache()
     store_moe(on_gb10.user, 32)
     assert chosen() == 32
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path / "theirs"))
@@ -390,7 +390,7 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
     assert chosen(lambda: None) is None
     assert f"as vLLM chooses, for the table in {path.parent} says no more than that" in caplog.text
     store_moe(on_gb10.user, 64, rule=VLLM_DEFAULT)
-    lookup.forget()
+    lookup.clear_cache()
     assert chosen() == 64, "the user's counts, whatever"
 
 
@@ -427,7 +427,7 @@ def this_vllm() -> str:
 
 
 def taken(shape: FusedMoeExperts) -> dict[int, Any] | None:
-    lookup.forget()
+    lookup.clear_cache()
     height, width = shape.block_shape or (None, None)
     return runtime.choose_fused_moe_table(shape.experts, shape.intermediate, shape.dtype, height, width, lambda: None)
 
@@ -442,7 +442,7 @@ def test_rows_that_another_vllm_chose_are_this_ones(
     assert rows is not None
     assert FusedMoeTable(rows).row(2) == TUNED.row(), "what was tuned stays"
     for tokens in (1, 3, 4, 5, 8, 9, 33, 64, 65, 500, 2048, 8000):
-        assert FusedMoeTable(rows).row(tokens) == own_row(shape, GB10.name, tokens), tokens
+        assert FusedMoeTable(rows).row(tokens) == vllm_row(shape, GB10.name, tokens), tokens
     assert f"of vLLM {this_vllm}, not 0.1, are rows that nobody tuned" in caplog.text
     tuned_with(on_gb10.user, this_vllm, shape, {2: TUNED})
     rows = taken(shape)
@@ -520,8 +520,8 @@ def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -
     ]
     layers += [SimpleNamespace(), SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None))]
     with caplog.at_level(logging.INFO):
-        runtime.tell_of_experts(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
-        runtime.tell_of_experts(SimpleNamespace())
+        runtime.log_expert_backends(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
+        runtime.log_expert_backends(SimpleNamespace())
     assert [record.getMessage() for record in caplog.records] == [
         "Experts of 2 layers run on MarlinExperts: it reads Marlin's tables, and none for Triton.",
         "Experts of 1 layers run on TritonOrDeepGemmExperts: it reads a table only for calls that it leaves to Triton.",

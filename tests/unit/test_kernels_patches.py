@@ -40,7 +40,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that uses tables in this process, whose vLLM is not changed for it."""
     monkeypatch.setattr(runtime, "apply_all", lambda when: None)
     monkeypatch.setattr(runtime, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
-    for name in ("_served", "_widths_with_atomic_add"):
+    for name in ("_active", "_widths_with_atomic_add"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))
     made = Engine()
     runtime.start(made)
@@ -181,7 +181,7 @@ def test_vllm_finds_fused_moe_tables(
     asked = (MOE.experts, MOE.size_n, MOE.dtype, 0, 0)
     assert get(*asked) is None
     store_moe(folders.user, 32)
-    lookup.forget()
+    lookup.clear_cache()
     assert get(*asked) is None, "vLLM asks once"
     get.cache_clear()
     found = get(*asked)

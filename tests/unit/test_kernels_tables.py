@@ -204,10 +204,10 @@ def test_a_table_of_defaults_changes_nothing(shape: FusedMoeShape, tokens: int) 
     ],
 )
 def test_what_a_provenance_lacks(provenance: Provenance, missing: list[str]) -> None:
-    assert provenance.missing() == missing
+    assert provenance.missing_fields() == missing
 
 
 def test_a_provenance_in_words() -> None:
-    assert MEASURED.sentence() == "measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default"
-    assert "not measured" in Provenance(kind="published", source="vllm#1").sentence()
-    assert "vLLM's own choice" in DEFAULT.sentence()
+    assert MEASURED.summary() == "measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default"
+    assert "not measured" in Provenance(kind="published", source="vllm#1").summary()
+    assert "vLLM's own choice" in DEFAULT.summary()

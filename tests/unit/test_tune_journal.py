@@ -116,19 +116,19 @@ def test_what_was_kept_is_apart_from_what_was_searched(tmp_path: Path) -> None:
     journal = Journal(tmp_path, GB10.name, VERSIONS)
     journal.add(marlin())
     assert journal.kept() == {}
-    journal.keep([Kept(marlin().with_default(), ("a",))])
-    journal.keep([Kept(marlin().with_default(), ("b",))])
+    journal.add_kept([Kept(marlin().with_default(), ("a",))])
+    journal.add_kept([Kept(marlin().with_default(), ("b",))])
     assert journal.known() == {(W13, 1): marlin()}, "the search is not made again"
     assert journal.kept() == {(W13, 1): Kept(marlin().with_default(), ("a", "b"))}
 
 
 def test_two_tuners_are_kept_apart(tmp_path: Path) -> None:
     first, second = (Journal(tmp_path, GB10.name, VERSIONS) for _ in range(2))
-    with first.alone():
-        with pytest.raises(SparkError, match="another vllm-spark tune is at work in"), second.alone():
+    with first.exclusive():
+        with pytest.raises(SparkError, match="another vllm-spark tune is at work in"), second.exclusive():
             pass
         second.add(marlin())
-    with second.alone():
+    with second.exclusive():
         assert set(second.known()) == {(W13, 1)}
 
 

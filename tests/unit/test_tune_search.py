@@ -53,7 +53,7 @@ def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
         problem.rounds.append((list(candidates), rounds))
         return Times({each: [problem.cost[each]] * rounds for each in candidates})
 
-    monkeypatch.setattr(search, "_race", race)
+    monkeypatch.setattr(search, "_measure", race)
 
 
 @pytest.mark.usefixtures("known_times")
@@ -123,7 +123,7 @@ def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=10))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 100))
-    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    monkeypatch.setattr(timing, "MAX_KERNEL_SECONDS", 0.02)
     why = r"did not end within 0\.02 s, with 'these'"
     with pytest.raises(HangError, match=why) as caught, search.cold_layers(str, 1, 10, "small experts"):
         search.runs(Ready(), "these", "Marlin")
@@ -172,7 +172,7 @@ def test_a_kernel_that_hangs_in_a_race_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch.cuda, "synchronize", endless_wait)
     monkeypatch.setattr(timing, "_captured", stream.captured)
-    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    monkeypatch.setattr(timing, "MAX_KERNEL_SECONDS", 0.02)
     names = ["the first", "the second", "the third"]
     with pytest.raises(HangError) as caught:
         timing.time_in_turns({name: lambda: None for name in names}, 1, 3)
@@ -182,7 +182,7 @@ def test_a_kernel_that_hangs_in_a_race_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_a_kernel_that_hangs_after_its_call_failed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", endless_wait)
-    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    monkeypatch.setattr(timing, "MAX_KERNEL_SECONDS", 0.02)
     refused = SimpleNamespace(call=lambda call, parameters: 1 / 0)
     with pytest.raises(HangError) as caught:
         search.runs(refused, "these", "Marlin")
@@ -200,7 +200,7 @@ def test_ctrl_c_counts_when_the_kernel_is_done(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(timing, "LONGEST_RUN", 0.02)
+    monkeypatch.setattr(timing, "MAX_KERNEL_SECONDS", 0.02)
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(error):
         timing.wait_for_kernels("these")

@@ -103,7 +103,7 @@ def test_what_one_size_found_outlives_the_end_of_the_next(
         if model.tp == 2:
             raise error
         # Another tuner's results arrived during this comparison.
-        journal.keep([Kept(marlin(8), ("b TP=1",))])
+        journal.add_kept([Kept(marlin(8), ("b TP=1",))])
         return [Comparison(1, untuned=[1.0], tuned=[0.9])]
 
     monkeypatch.setattr(tuning, "_compare", compare)
@@ -113,7 +113,7 @@ def test_what_one_size_found_outlives_the_end_of_the_next(
     assert {(shape, rows) for shape, rows in journal.kept()} == {(W13, 1), (W13, 8)}
     path = tmp_path / "marlin" / W13.file_name(GB10.name)
     table = load_marlin_table(path)
-    assert [number for number, row in table.rows.items() if not row.leaves_tile] == [1, 8]
+    assert [number for number, row in table.rows.items() if not row.uses_default_tile] == [1, 8]
     assert set(table.models) == {"a TP=1", "b TP=1"}
     printed = console.export_text()
     assert f"Written: {path}" in printed

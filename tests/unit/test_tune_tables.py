@@ -15,7 +15,7 @@ from vllm_spark.kernels import lookup
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_own_table, own_row, pinned_rows
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, pinned_rows, vllm_has_table, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeTable, load_fused_moe_provenance
 from vllm_spark.kernels.marlin.check import check_marlin_table
 from vllm_spark.kernels.table import VLLM_DEFAULT
@@ -77,11 +77,11 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     """Where look-ups find this user's tables, while there are no others; what was read is forgotten afterwards."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lookup, "configs_folder", lambda: tmp_path / "configs")
-    lookup.forget()
+    lookup.clear_cache()
     folder = lookup.user_folder()
     assert folder is not None
     yield folder
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
@@ -93,13 +93,13 @@ def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
     assert found is not None
     table = found[1]
     assert table.models == ("a TP=2",)
-    assert (table.rows[1].thread_n, table.rows[8].leaves_tile) == (128, True)
+    assert (table.rows[1].thread_n, table.rows[8].uses_default_tile) == (128, True)
     assert table.row(9) is None
     moe = lookup.find_fused_moe_table(GB10.name, 128, 384, None, None)
     assert moe is not None
     assert moe[0] == paths[1]
     assert moe[1][1] == ROW.row()
-    assert moe[1][8] == own_row(BF16, GB10.name, 8)
+    assert moe[1][8] == vllm_row(BF16, GB10.name, 8)
 
 
 def test_every_row_says_where_it_came_from(user_folder: Path) -> None:
@@ -129,8 +129,8 @@ def test_tables_pass_the_check(tmp_path: Path, shape: FusedMoeExperts, rows: tup
 @settings(deadline=None, max_examples=30)
 def test_larger_steps_get_what_vllm_gives_them(shape: FusedMoeExperts, above: int, tokens: int) -> None:
     rows = {above: {"BLOCK_SIZE_M": -1}, **pinned_rows(shape, GB10.name, above)}
-    assert FusedMoeTable(rows).row(tokens) == own_row(shape, GB10.name, tokens)
-    assert FusedMoeTable(rows).row(above + 1) == own_row(shape, GB10.name, above + 1)
+    assert FusedMoeTable(rows).row(tokens) == vllm_row(shape, GB10.name, tokens)
+    assert FusedMoeTable(rows).row(above + 1) == vllm_row(shape, GB10.name, above + 1)
 
 
 def test_a_table_of_vllm_itself_is_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +140,8 @@ def test_a_table_of_vllm_itself_is_its_choice(tmp_path: Path, monkeypatch: pytes
     path.parent.mkdir()
     path.write_text(json.dumps({key: {"BLOCK_SIZE_M": value} for key, value in theirs.items()}))
     monkeypatch.setattr("vllm_spark.kernels.fused_moe.shapes.kernel_source", lambda: tmp_path / "fused_moe.py")
-    assert has_own_table(shape, GB10.name)
-    assert not has_own_table(shape, "NVIDIA_H200")
+    assert vllm_has_table(shape, GB10.name)
+    assert not vllm_has_table(shape, "NVIDIA_H200")
     wanted = {int(key): {"BLOCK_SIZE_M": value} for key, value in theirs.items()}
     pinned = pinned_rows(shape, GB10.name, 8)
     for tokens in range(9, 6000):
@@ -159,7 +159,7 @@ def test_experts_of_one_table_that_disagree_get_the_default() -> None:
     (table,) = new_tables(outcomes, {BF16: ["a"], other: ["b"]}, GB10, VERSIONS)
     assert isinstance(table, NewFusedMoeTable)
     assert table.table.rows[1] == ROW.row()
-    assert table.table.rows[2] == own_row(BF16, GB10.name, 2)
+    assert table.table.rows[2] == vllm_row(BF16, GB10.name, 2)
     assert table.provenance.rows[2].gain == 0.0
     assert table.provenance.models == ("a", "b")
 
@@ -168,12 +168,12 @@ def test_experts_of_earlier_runs_that_disagree_get_the_default(tmp_path: Path) -
     other = BF16.model_copy(update={"hidden": 4096})
     wide = ROW.model_copy(update={"BLOCK_SIZE_N": 64})
     journal = Journal(tmp_path, GB10.name, VERSIONS)
-    journal.keep([Kept(fused(1, shape=other), ("b",)), Kept(fused(2, shape=other, parameters=wide), ("b",))])
-    journal.keep([Kept(fused(1, shape=INT4, parameters=wide), ("c",))])
+    journal.add_kept([Kept(fused(1, shape=other), ("b",)), Kept(fused(2, shape=other, parameters=wide), ("b",))])
+    journal.add_kept([Kept(fused(1, shape=INT4, parameters=wide), ("c",))])
     (table,) = new_tables([fused(1), fused(2)], {BF16: ["a"]}, GB10, VERSIONS, journal.kept().values(), tmp_path)
     assert isinstance(table, NewFusedMoeTable)
     assert table.table.rows[1] == ROW.row()
-    assert table.table.rows[2] == own_row(BF16, GB10.name, 2)
+    assert table.table.rows[2] == vllm_row(BF16, GB10.name, 2)
     assert table.provenance.models == ("a", "b")
 
 
@@ -183,7 +183,7 @@ def test_a_tile_for_groups_of_one_size_is_not_given_to_another() -> None:
     (table,) = new_tables(outcomes, {}, GB10, VERSIONS)
     assert isinstance(table, NewFusedMoeTable)
     assert table.table.rows[1] == ROW.row()
-    assert table.table.rows[2] == own_row(INT4, GB10.name, 2)
+    assert table.table.rows[2] == vllm_row(INT4, GB10.name, 2)
     assert table.provenance.group_size is None
 
 
@@ -197,7 +197,7 @@ def test_rows_that_are_not_measured_anew_stay(tmp_path: Path) -> None:
     fast = ROW.model_copy(update={"num_warps": 8})
     new: list[Outcome] = [marlin(1, 0.7), fused(1, 0.7, fast)]
     for kept in ((), [Kept(outcome, ("a",)) for outcome in old]):
-        journal.keep(kept)
+        journal.add_kept(kept)
         found = new_tables(new, {W13: ["b"], BF16: ["b"]}, GB10, VERSIONS, journal.kept().values(), tmp_path)
         table, moe = found
         assert isinstance(moe, NewFusedMoeTable)
@@ -206,7 +206,7 @@ def test_rows_that_are_not_measured_anew_stay(tmp_path: Path) -> None:
         assert gains == {1: 0.3, **dict.fromkeys(range(2, 8)), 8: 0.1}
         assert table.rows[8].provenance is not None
         assert table.rows[8].provenance.date == long_ago
-        assert (moe.table.rows[1], moe.table.rows[8]) == (fast.row(), own_row(BF16, GB10.name, 8))
+        assert (moe.table.rows[1], moe.table.rows[8]) == (fast.row(), vllm_row(BF16, GB10.name, 8))
         assert [row for row, source in moe.provenance.rows.items() if source.kind == "measured"] == [1, 8]
         assert set(table.models) == set(moe.provenance.models) == {"a", "b"}
 
@@ -232,8 +232,8 @@ def test_steps_between_measured_rows_are_vllms(tmp_path: Path) -> None:
     for tokens in range(1, 9):
         tuned, row = tokens in (1, 8), table.row(tokens)
         assert row is not None
-        assert row.leaves_tile == (not tuned)
-        assert moe.table.row(tokens) == (ROW.row() if tuned else own_row(BF16, GB10.name, tokens))
+        assert row.uses_default_tile == (not tuned)
+        assert moe.table.row(tokens) == (ROW.row() if tuned else vllm_row(BF16, GB10.name, tokens))
     paths = store_tables(new, tmp_path)
     assert [*check_marlin_table(paths[0]), *check_fused_moe_table(paths[1], None, None)] == []
 
@@ -276,12 +276,12 @@ def test_steps_below_the_smallest_row_are_vllms() -> None:
     (table,) = new_tables([fused(4)], {}, GB10, VERSIONS)
     assert isinstance(table, NewFusedMoeTable)
     for tokens in (1, 2, 3, 5):
-        assert table.table.row(tokens) == own_row(BF16, GB10.name, tokens)
+        assert table.table.row(tokens) == vllm_row(BF16, GB10.name, tokens)
     assert table.table.row(4) == ROW.row()
 
 
 def test_int4_leaves_open_what_vllm_completes() -> None:
-    assert own_row(INT4, GB10.name, 1) == {"BLOCK_SIZE_M": 1, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+    assert vllm_row(INT4, GB10.name, 1) == {"BLOCK_SIZE_M": 1, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
     (table,) = new_tables([fused(shape=INT4)], {}, GB10, VERSIONS)
     assert isinstance(table, NewFusedMoeTable)
     assert table.provenance.group_size == 128
@@ -304,7 +304,7 @@ def test_vllms_rule_is_the_one_known_here(shape: FusedMoeExperts, monkeypatch: p
         theirs = kernels.get_default_config(
             tokens, shape.experts, shape.intermediate, shape.hidden, shape.top_k, shape.dtype, block
         )
-        assert own_row(shape, "NO_DEVICE", tokens) == theirs, tokens
+        assert vllm_row(shape, "NO_DEVICE", tokens) == theirs, tokens
 
 
 def test_fused_moe_tables_are_beside_their_provenance(tmp_path: Path) -> None:

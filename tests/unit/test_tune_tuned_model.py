@@ -13,7 +13,7 @@ from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Experts
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.models.weights import Int4
-from vllm_spark.tune.plan import backend, check_version_takes_int4, not_read_by_default, who_reads
+from vllm_spark.tune.plan import backend, backend_hints, check_version_takes_int4, not_read_by_default
 from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served, marlin_shapes, shapes_of
 
 from .tuning_outcomes import (
@@ -140,7 +140,7 @@ def test_a_rank_has_a_key_value_head_where_there_are_fewer_than_ranks(tp: int, h
 
 
 def test_the_flag_that_makes_vllm_read_a_table_is_told() -> None:
-    told = who_reads([W13, FP8_CHANNEL, INT4])
+    told = backend_hints([W13, FP8_CHANNEL, INT4])
     assert len(told) == 1
     assert "--moe-backend triton" in told[0]
     assert "int4" in told[0]

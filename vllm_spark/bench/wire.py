@@ -38,7 +38,7 @@ from vllm_spark.executor.handshake.client import Caller
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode
 from vllm_spark.executor.handshake.server import Listener
 
-_GREETING_SECONDS = 30.0
+_HELLO_SECONDS = 30.0
 _SEND_SECONDS = 10.0
 _STEP_SECONDS = 1800.0
 """How long one step may take on the other machine; one that is gone is noticed by the kernel or by its rail."""
@@ -53,15 +53,15 @@ def _connect_command(endpoint: str, secret_file: Path | None) -> str:
     return f"vllm-spark bench wire --connect {endpoint}{secret}"
 
 
-class Meeting:
+class BenchSession:
     """The lane to the other machine, while both measure. A context manager: at its end the other one hears why."""
 
     def __init__(self, lane: Lane, other: str) -> None:
         self._lane, self._other = lane, other
-        self._early: list[Frame] = []
+        self._received: list[Frame] = []
 
     @classmethod
-    def listen(cls, config: SparkConfig, patience: float) -> Meeting:
+    def listen(cls, config: SparkConfig, patience: float) -> BenchSession:
         """Waits at most `patience` seconds for the other machine.
 
         Raises:
@@ -84,7 +84,7 @@ class Meeting:
         return cls(lane, "vllm-spark bench wire --connect")
 
     @classmethod
-    def connect(cls, config: SparkConfig, patience: float) -> Meeting:
+    def connect(cls, config: SparkConfig, patience: float) -> BenchSession:
         """Looks for at most `patience` seconds for the machine that listens at `config.leader`.
 
         Raises:
@@ -103,7 +103,7 @@ class Meeting:
         lane.peer = f"the other machine ({caller.endpoint})"
         return cls(lane, "vllm-spark bench wire --listen")
 
-    def greet(self, mine: _Message, kind: type[_Message]) -> _Message:
+    def handshake(self, mine: _Message, kind: type[_Message]) -> _Message:
         """Gives the other machine the first message, and returns its own.
 
         Raises:
@@ -111,7 +111,7 @@ class Meeting:
         """
         try:
             self._lane.send(Kind.EXCHANGE, msgspec.json.encode(mine), timeout=_SEND_SECONDS)
-            return decode(self._lane.expect(Kind.EXCHANGE, timeout=_GREETING_SECONDS), kind)
+            return decode(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
         except ChannelError as error:
             raise RefusedError(
                 f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
@@ -123,12 +123,12 @@ class Meeting:
         Raises:
             PeerLostError: it is gone, or has failed.
         """
-        self.attend()  # first: one that has failed says why and hangs up, and then nothing can be sent
+        self.check_peer()  # first: one that has failed says why and hangs up, and then nothing can be sent
         self._lane.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
-        frame = self._early.pop() if self._early else self._receive()
+        frame = self._received.pop() if self._received else self._receive()
         return frame.payload
 
-    def attend(self) -> None:
+    def check_peer(self) -> None:
         """Takes what the other machine has said, if it has said something: it may be that it has failed.
 
         Raises:
@@ -137,7 +137,7 @@ class Meeting:
         poll = select.poll()
         poll.register(self._lane, select.POLLIN)
         if self._lane.pending or poll.poll(0):
-            self._early.append(self._receive(_SEND_SECONDS))  # the rest of what has begun to come
+            self._received.append(self._receive(_SEND_SECONDS))  # the rest of what has begun to come
 
     def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
         frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
@@ -145,7 +145,7 @@ class Meeting:
             raise PeerLostError(f"{self._lane.peer} gave up: {decode(frame, Reason).sentence}")
         return frame
 
-    def __enter__(self) -> Meeting:
+    def __enter__(self) -> BenchSession:
         return self
 
     def __exit__(
@@ -207,7 +207,7 @@ def steps(plan: Plan, rails: int) -> Iterator[Step]:
         yield from (Step(chosen, False, size) for size in plan.bandwidth_sizes)
 
 
-class Greeting(msgspec.Struct, frozen=True):
+class BenchHello(msgspec.Struct, frozen=True):
     """Who measures; the plan is the listener's."""
 
     host: str
@@ -216,7 +216,7 @@ class Greeting(msgspec.Struct, frozen=True):
 
 
 def measure(
-    meeting: Meeting,
+    session: BenchSession,
     rank: int,
     plan: Plan | None,
     ports: Sequence[Port],
@@ -236,16 +236,16 @@ def measure(
         SparkError: no rail joins the two machines, or one could not be set up.
         PeerLostError: a rail or the other machine failed meanwhile.
     """
-    mine = Greeting(host_name(), machine(platform.release()), plan)
-    theirs = meeting.greet(mine, Greeting)
+    mine = BenchHello(host_name(), machine(platform.release()), plan)
+    theirs = session.handshake(mine, BenchHello)
     if (plan := plan or theirs.plan) is None:
         raise SparkError("both machines said --connect; one must say --listen")
     rank_0, rank_1 = (mine, theirs) if rank == 0 else (theirs, mine)
     try:
-        their_ports = swap_ports(meeting.exchange, Ports(tuple(ports)))
+        their_ports = swap_ports(session.exchange, Ports(tuple(ports)))
         rails = pair(ports, their_ports, rank)
         their_rails = pair(their_ports, ports, 1 - rank)
-        probe = _connect(meeting, plan, rails, theirs.host)
+        probe = _connect(session, plan, rails, theirs.host)
     except CollectiveError as error:
         raise SparkError(str(error)) from None
     names = " and ".join(f"rail {index} ({rail.device})" for index, rail in enumerate(rails))
@@ -258,7 +258,7 @@ def measure(
             point = _point(probe, rank, plan, step)
         except CollectiveError as error:
             raise PeerLostError(str(error)) from None
-        said = meeting.exchange(b"" if point is None else point.model_dump_json().encode())
+        said = session.exchange(b"" if point is None else point.model_dump_json().encode())
         latencies, bandwidths = points.setdefault(step.rails, ([], []))
         if step.latency:
             latencies.append(point if isinstance(point, Latency) else Latency.model_validate_json(said))
@@ -268,11 +268,11 @@ def measure(
     ends = list(zip(*((rails, their_rails) if rank == 0 else (their_rails, rails)), strict=True))
     model = _model(plan, rank_0, rank_1, ends, points)
     # Rank 0's goes to both: also the date is then the same.
-    said = meeting.exchange(model.model_dump_json().encode())
+    said = session.exchange(model.model_dump_json().encode())
     return plan, model if rank == 0 else WireModel.model_validate_json(said)
 
 
-def _connect(meeting: Meeting, plan: Plan, rails: list[Rail], peer: str) -> _native.WireProbe:
+def _connect(session: BenchSession, plan: Plan, rails: list[Rail], peer: str) -> _native.WireProbe:
     offer, problem, probe = b"", "", None
     try:
         probe = _native.WireProbe(
@@ -281,18 +281,18 @@ def _connect(meeting: Meeting, plan: Plan, rails: list[Rail], peer: str) -> _nat
             timeout_s=_RAIL_SECONDS,
             traffic_class=plan.traffic_class,
             service_level=plan.service_level,
-            attend=meeting.attend,
+            attend=session.check_peer,
         )
         offer = probe.offer()
     except CollectiveError as error:
         problem = str(error)
-    theirs = swap_offers(meeting.exchange, LinkOffer(offer, problem))
+    theirs = swap_offers(session.exchange, LinkOffer(offer, problem))
     assert probe is not None, "swap_offers raises where there is none"
     try:
         probe.connect(theirs, peer)
     except CollectiveError as error:
         problem = str(error)
-    both_ready(meeting.exchange, problem)
+    both_ready(session.exchange, problem)
     return probe
 
 
@@ -324,8 +324,8 @@ def _point(probe: _native.WireProbe, rank: int, plan: Plan, step: Step) -> Laten
 
 def _model(
     plan: Plan,
-    rank_0: Greeting,
-    rank_1: Greeting,
+    rank_0: BenchHello,
+    rank_1: BenchHello,
     ends: Sequence[tuple[Rail, Rail]],
     points: dict[tuple[int, ...], tuple[list[Latency], list[Bandwidth]]],
 ) -> WireModel:

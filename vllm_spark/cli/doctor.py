@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.make_secret is not None:
         return _make_secret(args)
     from vllm_spark.backend.logging import log_as
-    from vllm_spark.doctor.examination import examine, is_bare
+    from vllm_spark.doctor.checks import is_bare, run_checks
     from vllm_spark.doctor.report import Report, show, show_bare, to_json
     from vllm_spark.doctor.system import System
 
@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
-    machine = examine(system, config, leader, thorough=args.peer)
+    machine = run_checks(system, config, leader, thorough=args.peer)
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
-        from vllm_spark.doctor.pair import compare, nobody, reached
-        from vllm_spark.doctor.visit import visit
+        from vllm_spark.doctor.pair import compare, peer_missing, port_reached
+        from vllm_spark.doctor.remote import request_report
         from vllm_spark.executor.channel.addresses import format_endpoint, interface_of, is_loopback, leader_address
 
         command = ""
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
             address = leader_address(config)
             if not is_loopback(address):
                 command = opening(system, config.port, interface_of(address))
-            peer = visit(config, args.wait)
+            peer = request_report(config, args.wait)
         except SparkError as error:
-            together = [nobody(str(error), command)]
+            together = [peer_missing(str(error), command)]
         else:
-            together = [reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
+            together = [port_reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:

@@ -152,10 +152,10 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _exit_at_once(error: HangError, folder: Path) -> NoReturn:
     """Exits without cleanup: the end of a program waits for the GPU, and so for the kernel."""
-    from vllm_spark.tune.results import is_vllms_choice
+    from vllm_spark.tune.results import is_vllm_default
 
     further = f"it is recorded in {folder}, and the same command continues without it"
-    if is_vllms_choice(error.parameters):
+    if is_vllm_default(error.parameters):
         further = "that is vLLM's own choice, and without it there is nothing to compare with; serving may hang as well"
     print(f"{PROGRAM}: {error}; {further}.", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

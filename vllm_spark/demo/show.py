@@ -178,7 +178,7 @@ class Demo:
             try:
                 process.wait_until(ready, self._remaining(), "become ready")
             except ProcessError as error:
-                raise self._told_of_the_limit(error) from None
+                raise self._with_limit_hint(error) from None
             phases.enter("ready")
         return Server(url, process, time.monotonic() - before)
 
@@ -237,7 +237,7 @@ class Demo:
         """Seconds left of the time that the user gave, at least one: what is waited for then names itself."""
         return max(1.0, self._started + self._settings.timeout - time.monotonic())
 
-    def _told_of_the_limit(self, error: ProcessError) -> ProcessError:
+    def _with_limit_hint(self, error: ProcessError) -> ProcessError:
         """`error`, or if the time is over, that it is: the user knows of the whole, not of what was left of it."""
         if time.monotonic() < self._started + self._settings.timeout:
             return error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vllm_spark.doctor.examination import Machine
+from vllm_spark.doctor.checks import MachineReport
 from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.rails import ROCE_V2, Rail, active
 from vllm_spark.doctor.rdma_mtu import rdma_mtu
@@ -19,7 +19,7 @@ _SMALL = 56
 _ROUND_TRIP = re.compile(r"= [\d.]+/([\d.]+)/")
 
 
-class Meeting(NamedTuple):
+class RailPair(NamedTuple):
     """A rail's two ends, with the addresses that are in one network."""
 
     mine: Rail
@@ -28,7 +28,7 @@ class Meeting(NamedTuple):
     their_address: str
 
 
-def compare(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
+def compare(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
     """Looks at both; sends pings over the rails. Never raises for what it finds."""
     yield from guarded("pair.versions", lambda: [_versions(mine, theirs)])
     if not active(mine.rails) or not active(theirs.rails):
@@ -36,25 +36,25 @@ def compare(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]
     yield from guarded("pair", lambda: _between(system, mine, theirs))
 
 
-def _between(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
+def _between(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
     """What concerns the rails."""
     try:
-        meetings = meet(mine.rails, theirs.rails)
+        pairs = rail_pairs(mine.rails, theirs.rails)
     except ImportError as error:
-        yield _unformed(error)
+        yield _without_native_module(error)
         return
-    yield _rails(mine, theirs, meetings)
-    if meetings:
-        yield _mtu(mine, theirs, meetings)
-        yield _pings(system, meetings)
+    yield _rails(mine, theirs, pairs)
+    if pairs:
+        yield _mtu(mine, theirs, pairs)
+        yield _pings(system, pairs)
 
 
-def reached(host: str, endpoint: str) -> Finding:
+def port_reached(host: str, endpoint: str) -> Finding:
     """That the follower on `host` came through to this machine's port, which is all that it needs."""
     return Finding("pair.port", "The follower reaches this machine", "ok", f"{endpoint}, from {host}")
 
 
-def nobody(sentence: str, opening: str = "") -> Finding:
+def peer_missing(sentence: str, opening: str = "") -> Finding:
     """That the other machine was not seen.
 
     Args:
@@ -76,7 +76,7 @@ def nobody(sentence: str, opening: str = "") -> Finding:
     )
 
 
-def meet(mine: list[Rail], theirs: list[Rail]) -> list[Meeting]:
+def rail_pairs(mine: list[Rail], theirs: list[Rail]) -> list[RailPair]:
     """The rails between the two machines, as the transport forms them."""
     # Here, because all else is told of a machine whose native module is missing.
     from vllm_spark.collective import CollectiveError
@@ -102,11 +102,11 @@ def meet(mine: list[Rail], theirs: list[Rail]) -> list[Meeting]:
     except CollectiveError:
         return []
     return [
-        Meeting(_named(mine, here), _named(theirs, there), _text(here.gid), _text(there.gid)) for here, there in ends
+        RailPair(_named(mine, here), _named(theirs, there), _text(here.gid), _text(there.gid)) for here, there in ends
     ]
 
 
-def _versions(mine: Machine, theirs: Machine) -> Finding:
+def _versions(mine: MachineReport, theirs: MachineReport) -> Finding:
     title = "Same versions"
     if difference := mine.versions.difference(theirs.versions, mine.host, theirs.host):
         sentence, _, remedy = difference.partition("; ")
@@ -127,7 +127,7 @@ def _versions(mine: Machine, theirs: Machine) -> Finding:
     )
 
 
-def _unformed(error: ImportError) -> Finding:
+def _without_native_module(error: ImportError) -> Finding:
     return Finding(
         "pair.rails",
         "Rails between the machines",
@@ -138,26 +138,25 @@ def _unformed(error: ImportError) -> Finding:
     )
 
 
-def _rails(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
+def _rails(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> Finding:
     title = "Rails between the machines"
     value = ", ".join(
-        f"{meeting.mine.name} {meeting.my_address} to {meeting.theirs.name} {meeting.their_address}"
-        for meeting in meetings
+        f"{pair.mine.name} {pair.my_address} to {pair.theirs.name} {pair.their_address}" for pair in pairs
     )
-    met = {meeting.mine.name for meeting in meetings}, {meeting.theirs.name for meeting in meetings}
+    met = {pair.mine.name for pair in pairs}, {pair.theirs.name for pair in pairs}
     alone = [
         f"{rail.name} on {machine.host} ({', '.join(rail.addresses) or 'no address'})"
         for machine, names in zip((mine, theirs), met, strict=True)
         for rail in active(machine.rails)
         if rail.name not in names
     ]
-    unsure = [meeting for meeting in meetings if meeting.their_address.startswith("fe80:")]
+    unsure = [pair for pair in pairs if pair.their_address.startswith("fe80:")]
     if not alone and not unsure:
         return Finding("pair.rails", title, "ok", value)
     return Finding(
         "pair.rails",
         title,
-        "warning" if meetings else "problem",
+        "warning" if pairs else "problem",
         value or "none",
         "Two ports form a rail if their addresses are in one network. "
         + (f"Nothing on the other side meets {'; '.join(alone)}." if alone else "")
@@ -171,12 +170,12 @@ def _rails(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
     )
 
 
-def _mtu(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
+def _mtu(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> Finding:
     title = "Same MTU on both"
-    different = [meeting for meeting in meetings if meeting.mine.mtu != meeting.theirs.mtu]
+    different = [pair for pair in pairs if pair.mine.mtu != pair.theirs.mtu]
     value = ", ".join(
-        f"{meeting.mine.netdev} {meeting.mine.mtu}, {meeting.theirs.netdev} {meeting.theirs.mtu} there"
-        for meeting in different or meetings
+        f"{pair.mine.netdev} {pair.mine.mtu}, {pair.theirs.netdev} {pair.theirs.mtu} there"
+        for pair in different or pairs
     )
     if not different:
         return Finding("pair.mtu", title, "ok", value)
@@ -187,23 +186,21 @@ def _mtu(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
         value,
         "The smaller one counts for both, and larger packets of other programs are lost without a word.",
         "\n".join(
-            f"sudo ip link set dev {rail.netdev} mtu {max(meeting.mine.mtu, meeting.theirs.mtu)}   # on {host}"
-            for meeting in different
+            f"sudo ip link set dev {rail.netdev} mtu {max(pair.mine.mtu, pair.theirs.mtu)}   # on {host}"
+            for pair in different
             for rail, host in (
-                [(meeting.mine, mine.host)]
-                if meeting.mine.mtu < meeting.theirs.mtu
-                else [(meeting.theirs, theirs.host)]
+                [(pair.mine, mine.host)] if pair.mine.mtu < pair.theirs.mtu else [(pair.theirs, theirs.host)]
             )
         ),
     )
 
 
-def _pings(system: System, meetings: list[Meeting]) -> Finding:
+def _pings(system: System, pairs: list[RailPair]) -> Finding:
     """A small packet and one that fills the MTU, over each rail."""
     title = "Each rail reaches the other end"
     answered, lost, cut = [], [], []
-    for meeting in meetings:
-        small = _ping(system, meeting, _SMALL)
+    for pair in pairs:
+        small = _ping(system, pair, _SMALL)
         if small is None:
             return Finding(
                 "pair.ping",
@@ -214,11 +211,11 @@ def _pings(system: System, meetings: list[Meeting]) -> Finding:
                 "sudo apt install iputils-ping",
             )
         if small == "":
-            lost.append(meeting)
-        elif ":" not in meeting.their_address and not _ping(system, meeting, min(_mtus(meeting)) - _HEADERS):
-            cut.append(meeting)
+            lost.append(pair)
+        elif ":" not in pair.their_address and not _ping(system, pair, min(_mtus(pair)) - _HEADERS):
+            cut.append(pair)
         else:
-            answered.append(f"{meeting.mine.netdev} to {meeting.their_address} {small} ms")
+            answered.append(f"{pair.mine.netdev} to {pair.their_address} {small} ms")
     if not lost and not cut:
         return Finding("pair.ping", title, "ok", ", ".join(answered))
     return Finding(
@@ -227,11 +224,8 @@ def _pings(system: System, meetings: list[Meeting]) -> Finding:
         "problem",
         ", ".join(
             answered
-            + [f"{meeting.mine.netdev} to {meeting.their_address}: no answer" for meeting in lost]
-            + [
-                f"{meeting.mine.netdev} to {meeting.their_address}: no packets of {min(_mtus(meeting))} bytes"
-                for meeting in cut
-            ]
+            + [f"{pair.mine.netdev} to {pair.their_address}: no answer" for pair in lost]
+            + [f"{pair.mine.netdev} to {pair.their_address}: no packets of {min(_mtus(pair))} bytes" for pair in cut]
         ),
         " ".join(
             (
@@ -242,15 +236,15 @@ def _pings(system: System, meetings: list[Meeting]) -> Finding:
             + (["Large packets are lost on the way: a switch between has a smaller MTU than both ends."] if cut else [])
         ),
         "\n".join(
-            [_ping_command(meeting, _SMALL) for meeting in lost]
-            + [_ping_command(meeting, min(_mtus(meeting)) - _HEADERS) for meeting in cut]
+            [_ping_command(pair, _SMALL) for pair in lost]
+            + [_ping_command(pair, min(_mtus(pair)) - _HEADERS) for pair in cut]
         ),
     )
 
 
-def _ping(system: System, meeting: Meeting, size: int) -> str | None:
+def _ping(system: System, pair: RailPair, size: int) -> str | None:
     """The mean round trip in milliseconds, "" if nothing came back, None without the program."""
-    _, *arguments = _ping_command(meeting, size).split()
+    _, *arguments = _ping_command(pair, size).split()
     answer = system.run("ping", *arguments)
     if answer is None:
         return None
@@ -258,12 +252,12 @@ def _ping(system: System, meeting: Meeting, size: int) -> str | None:
     return found[1] if found and answer[0] == 0 else ""
 
 
-def _ping_command(meeting: Meeting, size: int) -> str:
-    return f"ping -n -c 2 -i 0.2 -W 2 -M do -s {size} -I {meeting.mine.netdev} {meeting.their_address}"
+def _ping_command(pair: RailPair, size: int) -> str:
+    return f"ping -n -c 2 -i 0.2 -W 2 -M do -s {size} -I {pair.mine.netdev} {pair.their_address}"
 
 
-def _mtus(meeting: Meeting) -> tuple[int, int]:
-    return meeting.mine.mtu, meeting.theirs.mtu
+def _mtus(pair: RailPair) -> tuple[int, int]:
+    return pair.mine.mtu, pair.theirs.mtu
 
 
 def _named(rails: list[Rail], end: object) -> Rail:

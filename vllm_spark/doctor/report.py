@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spark.doctor.examination import Machine
+from vllm_spark.doctor.checks import MachineReport
 from vllm_spark.doctor.finding import Finding, Status, exit_code, worst
 
 AREAS = {
@@ -36,12 +36,12 @@ class Report(msgspec.Struct, frozen=True):
 
     worst: Status
     exit_code: int
-    machine: Machine
-    peer: Machine | None = None
+    machine: MachineReport
+    peer: MachineReport | None = None
     pair: list[Finding] = msgspec.field(default_factory=list)
 
     @classmethod
-    def of(cls, machine: Machine, peer: Machine | None, pair: list[Finding]) -> Report:
+    def of(cls, machine: MachineReport, peer: MachineReport | None, pair: list[Finding]) -> Report:
         """Sums up."""
         status = worst([*machine.findings, *(peer.findings if peer else []), *pair])
         return cls(status, exit_code(status), machine, peer, pair)
@@ -99,7 +99,7 @@ def _headline(finding: Finding, words: str, console: Console) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _side_by_side(ids: list[str], machines: list[Machine], console: Console) -> None:
+def _side_by_side(ids: list[str], machines: list[MachineReport], console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=False)
     for position, machine in zip(("here", "there"), machines, strict=True):

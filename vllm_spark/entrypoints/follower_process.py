@@ -15,7 +15,6 @@ import msgspec
 
 from vllm_spark.backend.logging import log_as
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.visit import answer
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
@@ -32,7 +31,7 @@ def main() -> int:
     once = bool(os.environ.pop(ONCE_VARIABLE, ""))
     adopted = os.environ.pop(ADOPTED_VARIABLE, None)
     environment = None if adopted is None else msgspec.json.decode(adopted, type=Environment)
-    session = FollowerSession(config, answer, once=once, adopted=environment)
+    session = FollowerSession(config, send_report, once=once, adopted=environment)
     _stop_on_signal(session)
     try:
         session.run()

@@ -31,7 +31,7 @@ from vllm_spark.config.attachment import attach_settings
 from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, misspelt_variables
 from vllm_spark.entrypoints.command_line import settings_of_command_line
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
-from vllm_spark.models.regroup import repeat_where_groups_straddle
+from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 
@@ -103,7 +103,7 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
     refuse_configuration(vllm_config)
     refuse_indivisible_shards(vllm_config)
-    repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
+    apply_regrouping(vllm_config, WORLD_SIZE)
     starts_engine = not _is_one_of_several_api_servers(engine_args)
     if starts_engine:
         check_link(config)  # once it has started, its engine holds the port

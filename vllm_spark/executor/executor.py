@@ -106,7 +106,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
             apply_all("serving")
             tuning.start(self.vllm_config)
             UniProcExecutor._init_executor(self)
-            tuning.tell_of_experts(self.driver_worker)
+            tuning.log_expert_backends(self.driver_worker)
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
 

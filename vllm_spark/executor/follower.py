@@ -77,7 +77,7 @@ class FollowerSession:
 
     Args:
         config: the follower's settings.
-        answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
+        answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the CHECK_REQUEST, the
             settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
         once: end when the first leader does, or when it refuses; the exit code is then that of the reason.
         adopted: the leader's environment with which this process was started; None without.
@@ -165,7 +165,7 @@ class FollowerSession:
         place_files(assignment.vllm_config, self._own)
         self._worker = _load_worker(assignment.vllm_config, groups)
         self._serves_adapters = assignment.vllm_config.lora_config is not None
-        tuning.tell_of_experts(self._worker)
+        tuning.log_expert_backends(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:

@@ -62,7 +62,7 @@ def provenance_findings(table: Path, row: int, device: str, provenance: Provenan
     if provenance is None:
         yield Finding(table, row, "error", "nothing says where this row came from; add its provenance")
         return
-    if gaps := provenance.missing():
+    if gaps := provenance.missing_fields():
         yield Finding(table, row, "error", f"its provenance is {provenance.kind!r} and lacks {', '.join(gaps)}")
     if provenance.kind == "measured":
         if provenance.device not in (None, device):

@@ -115,7 +115,7 @@ def find_fused_moe_table(
     return None
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Makes the next look-up read the files again."""
     find_marlin_table.cache_clear()
     find_fused_moe_table.cache_clear()

@@ -19,22 +19,22 @@ from vllm_spark.kernels import lookup
 from vllm_spark.kernels.devices import DEVICES, Device, device_file_name
 from vllm_spark.kernels.fused_moe import table as fused_moe
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
-from vllm_spark.kernels.fused_moe.vllm_rows import made_with_others, renewed
+from vllm_spark.kernels.fused_moe.vllm_rows import outdated_rows, refreshed_rows
 from vllm_spark.kernels.marlin import table as marlin
 from vllm_spark.kernels.marlin.calls import MarlinCalls
 from vllm_spark.kernels.marlin.table import MarlinTable, load_marlin_table
 
 logger = logging.getLogger("vllm_spark")
 
-_READ_TABLES = ("TritonExperts", "BatchedTritonExperts")
+_TABLE_READERS = ("TritonExperts", "BatchedTritonExperts")
 """Classes of vLLM that run the kernel which reads FusedMoE tables; so do their subclasses."""
 
-_READ_TABLES_AT_TIMES = "FallbackExperts"
+_FALLBACK_BASE = "FallbackExperts"
 """A class of vLLM whose subclasses choose between that kernel and another one, call by call."""
 
 
-_THIS_PROCESS = object()
-_served: Any = None  # the configuration of the engine that uses tables now; None for none
+_WHOLE_PROCESS = object()
+_active: Any = None  # the configuration of the engine that uses tables now; None for none
 _widths_with_atomic_add: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -45,10 +45,10 @@ def start(vllm_config: Any = None) -> None:
         vllm_config: the engine's, which learns what of the tables becomes part of compiled code; None if nobody
             calls `stop`.
     """
-    global _served, _widths_with_atomic_add
+    global _active, _widths_with_atomic_add
     apply_all("tuning")
-    _served = _THIS_PROCESS if vllm_config is None else vllm_config
-    _forget_choices()
+    _active = _WHOLE_PROCESS if vllm_config is None else vllm_config
+    _clear_caches()
     if not has_tables(device_name()):
         logger.info("There are no tuned parameters for the device %s: vLLM's own stay.", device_name())
     _widths_with_atomic_add = layers_with_atomic_add()
@@ -58,19 +58,19 @@ def start(vllm_config: Any = None) -> None:
 
 def stop(vllm_config: Any) -> None:
     """Gives vLLM its own choices back, if it is the engine of `vllm_config` that uses tables; else does nothing."""
-    global _served, _widths_with_atomic_add
-    if _served is vllm_config:
-        _served = None
+    global _active, _widths_with_atomic_add
+    if _active is vllm_config:
+        _active = None
         _widths_with_atomic_add = frozenset()
-        _forget_choices()
+        _clear_caches()
 
 
 def is_active() -> bool:
     """Whether an engine of this process uses tuned tables now."""
-    return _served is not None
+    return _active is not None
 
 
-def adds_atomically(size_n: int, size_k: int) -> bool:
+def uses_atomic_add(size_n: int, size_k: int) -> bool:
     """Whether the tables say so of linear layers on Marlin with these widths. Compilers trace this."""
     return (size_n, size_k) in _widths_with_atomic_add
 
@@ -155,7 +155,7 @@ def choose_fused_moe_table(
     dtype: str | None,
     block_n: int | None,
     block_k: int | None,
-    of_vllm: Callable[[], dict[int, Any] | None],
+    vllm_lookup: Callable[[], dict[int, Any] | None],
 ) -> dict[int, Any] | None:
     """The table for the Triton kernel: of vLLM's variable first, then the user's own, then this project's, then vLLM's.
 
@@ -165,7 +165,7 @@ def choose_fused_moe_table(
         dtype: vLLM's name of the format.
         block_n: of weights that share a scale, if they do in blocks; None or 0 otherwise.
         block_k: likewise.
-        of_vllm: looks where vLLM looks.
+        vllm_lookup: looks where vLLM looks.
     """
     import vllm
     import vllm.envs as envs
@@ -176,37 +176,37 @@ def choose_fused_moe_table(
     theirs = envs.VLLM_TUNED_CONFIG_FOLDER
     name = shape.file_name(device)
     if envs.VLLM_BATCH_INVARIANT:
-        return of_vllm()
+        return vllm_lookup()
     if theirs is not None and os.path.exists(os.path.join(theirs, name)):
         logger.info("Triton, %s: as in %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
-        return of_vllm()
+        return vllm_lookup()
     found = lookup.find_fused_moe_table(device, experts, size_n, dtype, block_shape)
     if found is None:
-        return _left_to_vllm(name, of_vllm, "there is no table of this name" if has_tables(device) else None)
+        return _fall_back(name, vllm_lookup, "there is no table of this name" if has_tables(device) else None)
     path, rows, provenance = found
-    if provenance.says_nothing and path.is_relative_to(lookup.shipped_folder()):
-        return _left_to_vllm(name, of_vllm, f"the table in {path.parent} says no more than that")
+    if provenance.is_all_default and path.is_relative_to(lookup.shipped_folder()):
+        return _fall_back(name, vllm_lookup, f"the table in {path.parent} says no more than that")
     # The name of a table for int4 does not tell the group, which vLLM gives as a block's height.
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
-        return _left_to_vllm(name, of_vllm, why)
-    outdated = made_with_others(provenance, vllm.__version__)
+        return _fall_back(name, vllm_lookup, why)
+    outdated = outdated_rows(provenance, vllm.__version__)
     if outdated:
         versions = ", ".join(dict.fromkeys(outdated.values()))
-        now = renewed(rows, outdated, shape, device)
+        now = refreshed_rows(rows, outdated, shape, device)
         if now is None:
             why = f"the table in {path.parent} has rows that were the choice of vLLM {versions}; tune anew"
-            return _left_to_vllm(name, of_vllm, why)
+            return _fall_back(name, vllm_lookup, why)
         logger.info("Triton, %s: of vLLM %s, not %s, are rows that nobody tuned.", name, vllm.__version__, versions)
         rows = now
-    origins = dict.fromkeys(row.sentence() for row in provenance.rows.values())
+    origins = dict.fromkeys(row.summary() for row in provenance.rows.values())
     logger.info("Triton, %s: as in %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
     return dict(rows)
 
 
-def _left_to_vllm(name: str, of_vllm: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:
+def _fall_back(name: str, vllm_lookup: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:
     """vLLM's own table, or None for its rule; the log says so, and `why`, unless there is nothing to tell."""
-    rows = of_vllm()
+    rows = vllm_lookup()
     reason = "" if why is None else f", for {why}"
     if rows is not None:
         logger.info("Triton, %s: the table that comes with vLLM%s.", name, reason)
@@ -215,7 +215,7 @@ def _left_to_vllm(name: str, of_vllm: Callable[[], dict[int, Any] | None], why: 
     return rows
 
 
-def tell_of_experts(worker: Any) -> None:
+def log_expert_backends(worker: Any) -> None:
     """Says of each kind of experts in a loaded model whose kernel reads no table, or may not, that this is so.
 
     Those that read one say which when they first ask for it.
@@ -236,20 +236,20 @@ def tell_of_experts(worker: Any) -> None:
         kinds.update([type(experts)])
     for kind, layers in kinds.items():
         ancestors = {ancestor.__name__ for ancestor in kind.__mro__}
-        if ancestors.intersection(_READ_TABLES):
+        if ancestors.intersection(_TABLE_READERS):
             continue
         if "Marlin" in kind.__name__:
             what = "it reads Marlin's tables, and none for Triton"
-        elif _READ_TABLES_AT_TIMES in ancestors:
+        elif _FALLBACK_BASE in ancestors:
             what = "it reads a table only for calls that it leaves to Triton"
         else:
             what = "it reads no table, vLLM's own choice stays"
         logger.info("Experts of %d layers run on %s: %s.", layers, kind.__name__, what)
 
 
-def _forget_choices() -> None:
+def _clear_caches() -> None:
     """What was found stays for an engine: the next one looks anew, and so does vLLM."""
-    lookup.forget()
+    lookup.clear_cache()
     marlin_calls.cache_clear()
     module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")
     clear = getattr(getattr(module, "get_moe_configs", None), "cache_clear", None)

@@ -15,7 +15,7 @@ VLLM_DEFAULT = "vllm-default"
 
 
 class Provenance(BaseModel):
-    """What stands behind one entry. Every kind needs some of the fields; `missing` says which are not there.
+    """What stands behind one entry. Every kind needs some of the fields; `missing_fields` says which are not there.
 
     A table with gaps here still loads: serving needs the numbers alone, and `vllm-spark tune --check` finds the gaps.
 
@@ -41,7 +41,7 @@ class Provenance(BaseModel):
     rule: str | None = None
     note: str | None = None
 
-    def missing(self) -> list[str]:
+    def missing_fields(self) -> list[str]:
         """Names of the fields that its kind needs and that are empty."""
         needed = {
             "measured": ("device", "date", "versions", "gain"),
@@ -53,7 +53,7 @@ class Provenance(BaseModel):
             gaps.append("versions.vllm")
         return gaps
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """In a few words, for logs: `measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default`."""
         if self.kind == "measured":
             words = [f"measured on {self.device or 'an unnamed device'}"]

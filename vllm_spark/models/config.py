@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
-from vllm_spark.models.weights import OTHER_DESCRIPTIONS, described_quantization, refuse_other_descriptions
+from vllm_spark.models.weights import OTHER_QUANTIZATION_FILES, check_quantization_is_in_config, quantization_of
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """As the hub names models: of an owner, and not a path."""
@@ -45,11 +45,11 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(config, dict):
         raise ConfigurationError(f"{path} holds no JSON object, as a config.json does")
     if path.name == "config.json":
-        if on_hub and not described_quantization(config):
-            for name in OTHER_DESCRIPTIONS:
+        if on_hub and not quantization_of(config):
+            for name in OTHER_QUANTIZATION_FILES:
                 with suppress(ConfigurationError):  # it has none
                     _from_hub(model, name, remedy)
-        refuse_other_descriptions(config, path.parent)
+        check_quantization_is_in_config(config, path.parent)
     return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
 
 

@@ -35,7 +35,7 @@ def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
 def names(config: Mapping[str, Any], *keys: str) -> list[str]:
     """The first of the lists of text that is there and not empty, lists in it spread out."""
     for key in keys:
-        if found := _spread(key, items(config, key)):
+        if found := _flatten(key, items(config, key)):
             return found
     return []
 
@@ -62,13 +62,13 @@ def block(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
     raise _fault(key, config.get(key), "two numbers from 1 up, as in [128, 128]")
 
 
-def _spread(key: str, entries: Sequence[Any]) -> list[str]:
+def _flatten(key: str, entries: Sequence[Any]) -> list[str]:
     found: list[str] = []
     for entry in entries:
         if isinstance(entry, str):
             found.append(entry)
         elif isinstance(entry, list | tuple):
-            found += _spread(key, entry)
+            found += _flatten(key, entry)
         else:
             raise _fault(key, entry, "a list of text alone")
     return found

@@ -42,7 +42,7 @@ _LOADERS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "mistral",
 
 
 @dataclass(frozen=True)
-class Straddling:
+class MisalignedGroups:
     """A width that the ranks share in parts which are no whole number of groups.
 
     Attributes:
@@ -60,22 +60,22 @@ class Straddling:
     experts: bool = False
 
     @property
-    def part(self) -> int:
+    def per_rank(self) -> int:
         """Of one rank."""
         return self.size // self.ranks
 
-    def sentence(self) -> str:
+    def reason(self) -> str:
         """What is the matter, to be followed by what is done about it."""
         return (
-            f"{self.name} is {self.size}, and a rank's {self.part} are no whole number "
+            f"{self.name} is {self.size}, and a rank's {self.per_rank} are no whole number "
             f"of quantization groups of {self.group_size}"
         )
 
 
-def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
+def apply_regrouping(vllm_config: Any, ranks: int) -> None:
     """Makes vLLM's configuration one with smaller groups, if the model's own do not fit into a rank's part.
 
-    The weights follow when they are loaded (`repeated`).
+    The weights follow when they are loaded (`repeat_scales`).
 
     Raises:
         ConfigurationError: they do not fit, and nothing helps; the sentence names width, group and a remedy.
@@ -86,17 +86,17 @@ def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
     if described is None or group_size is None or group_size <= 0:
         return
     config = _Attributes(model_config.hf_config, model_config.hf_text_config)
-    found = straddling(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
+    found = misaligned_groups(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
     if not found:
         return
-    smaller = math.gcd(group_size, *(each.part for each in found))
+    smaller = math.gcd(group_size, *(each.per_rank for each in found))
     # Of several, the one that no repetition would help.
-    worst = min(found, key=lambda each: math.gcd(group_size, each.part))
+    worst = min(found, key=lambda each: math.gcd(group_size, each.per_rank))
     if reason := _obstacle(described, group_size, smaller, vllm_config.load_config.load_format):
         if described["quant_method"] != "compressed-tensors" and all(each.experts for each in found):
             return  # vLLM has a kernel for these, a slow one
         remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
-        raise ConfigurationError(f"{worst.sentence()} ({reason}); {remedy}, or serve it without {FLAG}")
+        raise ConfigurationError(f"{worst.reason()} ({reason}); {remedy}, or serve it without {FLAG}")
     drafts = _drafts_of_the_same_weights(vllm_config, described, group_size)
     asked = [str(described["quant_method"]), group_size // smaller]
     for hf_config in (model_config.hf_config, *drafts):
@@ -106,12 +106,14 @@ def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
     vllm_config.quant_config = type(vllm_config).get_quantization_config(model_config, vllm_config.load_config)
     logger.info(
         "%s: their scales are repeated, so that each stands for %d weights; every weight keeps its value.",
-        worst.sentence(),
+        worst.reason(),
         smaller,
     )
 
 
-def straddling(config: Mapping[str, Any], group_size: int, ranks: int, expert_parallel: bool) -> list[Straddling]:
+def misaligned_groups(
+    config: Mapping[str, Any], group_size: int, ranks: int, expert_parallel: bool
+) -> list[MisalignedGroups]:
     """The widths of a model's quantized layers whose parts are no whole number of groups.
 
     Args:
@@ -131,30 +133,30 @@ def straddling(config: Mapping[str, Any], group_size: int, ranks: int, expert_pa
         # A width that is no whole number of groups itself is that of layers which are not quantized.
         if each.size > each.group_size > 0
         and each.size % each.group_size == each.size % ranks == 0
-        and each.part % each.group_size
+        and each.per_rank % each.group_size
         and not (each.experts and expert_parallel)
     ]
 
 
-def _widths_of_layers(config: Mapping[str, Any], ranks: int) -> list[Straddling]:
+def _widths_of_layers(config: Mapping[str, Any], ranks: int) -> list[MisalignedGroups]:
     """Of the layers that there are and that are quantized in groups."""
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
-    found: dict[Straddling, None] = {}
+    found: dict[MisalignedGroups, None] = {}
     for layer in model_layers(config, 1):
         if not isinstance(layer.weights, Int4 | Int8):
             continue
         group_size = layer.weights.group_size
         if isinstance(layer, Experts):
             name = next((n for n in ("moe_intermediate_size", "intermediate_size") if text.get(n)), layer.name)
-            found[Straddling(name, layer.intermediate, ranks, group_size, experts=True)] = None
+            found[MisalignedGroups(name, layer.intermediate, ranks, group_size, experts=True)] = None
         elif layer.name.rpartition(".")[2] in _DIVIDED_INPUTS:
             name = _WIDTHS.get(layer.name, f"the input width of {layer.name}")
-            found[Straddling(name, layer.size_k, ranks, group_size)] = None
+            found[MisalignedGroups(name, layer.size_k, ranks, group_size)] = None
     return list(found)
 
 
-def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> list[Straddling]:
+def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> list[MisalignedGroups]:
     """Of the layers that numbers in a config.json may stand for, quantized or not."""
 
     def size(name: str) -> int:
@@ -175,8 +177,8 @@ def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> 
     elif not _every_layer_is_sparse(text):
         widths["intermediate_size"] = size("intermediate_size")
     return [
-        *(Straddling(name, width, ranks, group_size) for name, width in widths.items()),
-        *(Straddling(name, width, ranks, group_size, experts=True) for name, width in of_experts.items()),
+        *(MisalignedGroups(name, width, ranks, group_size) for name, width in widths.items()),
+        *(MisalignedGroups(name, width, ranks, group_size, experts=True) for name, width in of_experts.items()),
     ]
 
 
@@ -191,8 +193,8 @@ def _every_layer_is_sparse(text: Mapping[str, Any]) -> bool:
     return text.get("first_k_dense_replace") == 0 and text.get("moe_layer_freq", 1) == 1
 
 
-def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """A config.json with the groups that `repeat_where_groups_straddle` gives its model; else a plain copy.
+def regrouped_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """A config.json with the groups that `apply_regrouping` gives its model; else a plain copy.
 
     Args:
         config: the content of config.json.
@@ -213,13 +215,13 @@ def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any
     group_size = None if described is None else _group_size(described)
     if described is None or group_size is None or group_size <= 0:
         return fitting
-    smaller = math.gcd(group_size, *(each.part for each in straddling(fitting, group_size, ranks, False)))
+    smaller = math.gcd(group_size, *(each.per_rank for each in misaligned_groups(fitting, group_size, ranks, False)))
     if smaller != group_size and smaller in GROUP_SIZES and _obstacle_in_format(described, group_size) is None:
         _set_group_size(described, smaller)
     return fitting
 
 
-def repeated(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterator[tuple[str, Any]]:
+def repeat_scales(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterator[tuple[str, Any]]:
     """Weights as they come from a file, those that are scales or zero points repeated if the configuration says so.
 
     Args:

@@ -84,7 +84,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     Raises:
         ConfigurationError: a method, or a number of bits, that no table here is for.
     """
-    quantization = described_quantization(config)
+    quantization = quantization_of(config)
     if not quantization:
         return (lambda name: Bf16()), None
     if not isinstance(quantization, Mapping):
@@ -108,11 +108,11 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     return readers[method](quantization), method
 
 
-OTHER_DESCRIPTIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside config.json that describe the quantization in some checkpoints: of ModelOpt, GPTQ and AWQ."""
 
 
-def refuse_other_descriptions(config: Mapping[str, Any], folder: Path) -> None:
+def check_quantization_is_in_config(config: Mapping[str, Any], folder: Path) -> None:
     """Refuses a model whose quantization is described in another file, which would be tuned as if it had none.
 
     Args:
@@ -122,9 +122,9 @@ def refuse_other_descriptions(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigurationError: there is such a file, and config.json says nothing.
     """
-    if described_quantization(config):
+    if quantization_of(config):
         return
-    for name in OTHER_DESCRIPTIONS:
+    for name in OTHER_QUANTIZATION_FILES:
         with suppress(OSError):  # what cannot be read is not there
             if (folder / name).is_file():
                 raise ConfigurationError(
@@ -133,7 +133,7 @@ def refuse_other_descriptions(config: Mapping[str, Any], folder: Path) -> None:
                 )
 
 
-def described_quantization(config: Mapping[str, Any]) -> Any:
+def quantization_of(config: Mapping[str, Any]) -> Any:
     """What a config.json says of how weights are quantized, where vLLM looks for it; None if nothing."""
     found = config.get("quantization_config")
     if found is None and isinstance(text := config.get("text_config"), Mapping):

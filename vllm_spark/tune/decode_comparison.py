@@ -15,7 +15,7 @@ from typing import Any
 from vllm_spark.bench import decode
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import write_whole
-from vllm_spark.models.regroup import with_groups_that_fit
+from vllm_spark.models.regroup import regrouped_config
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.processes.group import Stage
 from vllm_spark.tune.results import Outcome
@@ -88,7 +88,7 @@ def compare(
             f"{settings.tables} is no folder of a user's tables; its path ends in vllm-spark/tuned"
         )
     model = stage.folder / "shard"
-    shard = shard_as_model(with_groups_that_fit(settings.config, settings.tp), settings.tp)
+    shard = shard_as_model(regrouped_config(settings.config, settings.tp), settings.tp)
     write_whole(model / "config.json", json.dumps(shard), "configuration")
     # The folder has no preprocessor's files, which vLLM would ask for to look at pictures.
     engine = {"language_model_only": True} if isinstance(shard.get("text_config"), dict) else {}

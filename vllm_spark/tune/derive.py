@@ -56,19 +56,19 @@ def write_tables(folder: Path) -> list[Path]:
     written = []
     for shape, models in _marlin_shapes().items():
         path = folder / marlin_table.FOLDER / shape.file_name(GB10.name)
-        if not path.exists() or _says_nothing(load_marlin_table(path)):
+        if not path.exists() or _is_all_default(load_marlin_table(path)):
             written.append(store_marlin_table(_marlin_table(shape, models), path.parent))
     for moe_shape, models in _fused_moe_shapes().items():
         path = folder / fused_moe_table.FOLDER / moe_shape.file_name(GB10.name)
         there = load_fused_moe_provenance(path)
-        if there is None or there.says_nothing:
+        if there is None or there.is_all_default:
             table = default_table(moe_shape)
             provenance = FusedMoeProvenance(models=models, rows=dict.fromkeys(table.rows, _DEFAULT))
             written.append(store_fused_moe_table(moe_shape, GB10.name, table, provenance, path.parent))
     return written
 
 
-def _says_nothing(table: MarlinTable) -> bool:
+def _is_all_default(table: MarlinTable) -> bool:
     return all(row.provenance == _DEFAULT for row in table.rows.values())
 
 

@@ -85,7 +85,7 @@ class Journal:
             ) from None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """While inside, no other tuner writes here.
 
         Raises:
@@ -164,7 +164,7 @@ class Journal:
         """
         self._write([_HangLine(device=self._device, versions=self._versions, hung=parameters, shape=shape)])
 
-    def keep(self, kept: Sequence[Kept]) -> None:
+    def add_kept(self, kept: Sequence[Kept]) -> None:
         """Writes down what goes into tables, and waits until the disk has it.
 
         Raises:

@@ -17,9 +17,9 @@ from vllm_spark.files import check_writable
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
 from vllm_spark.kernels.lookup import user_folder
 from vllm_spark.models.config import read_model_config
-from vllm_spark.models.regroup import with_groups_that_fit
+from vllm_spark.models.regroup import regrouped_config
 from vllm_spark.models.shard import shard_as_model
-from vllm_spark.models.weights import described_quantization
+from vllm_spark.models.weights import quantization_of
 from vllm_spark.tune.results import Shape, tunable_rows
 from vllm_spark.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
 
@@ -103,7 +103,7 @@ def prepare(options: TuningOptions) -> tuple[Plan, Path]:
         if options.keep_logs is not None:
             _check_folder(options.keep_logs, "--keep-logs")
         for model, _ in plan.sizes:  # found out now, not after the search
-            shard_as_model(with_groups_that_fit(plan.config, model.tp), model.tp)
+            shard_as_model(regrouped_config(plan.config, model.tp), model.tp)
     return plan, folder
 
 
@@ -153,7 +153,7 @@ def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[in
 
 def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
-    found = described_quantization(config)
+    found = quantization_of(config)
     described = found if isinstance(found, dict) else {}
     if str(described.get("quant_method", "")).lower() == "awq":
         reason = "AWQ's layout of int4 weights"
@@ -180,7 +180,7 @@ def not_read_by_default(shape: FusedMoeExperts) -> str | None:
     return None
 
 
-def who_reads(shapes: Iterable[Shape]) -> list[str]:
+def backend_hints(shapes: Iterable[Shape]) -> list[str]:
     """Sentences about tables that vLLM does not read by itself."""
     return [
         f"Serve with --moe-backend triton, or the table for {shape.describe()} is not read: {reason}."

@@ -39,7 +39,7 @@ def _table(title: str, outcomes: Sequence[Outcome], where: str) -> Table:
                 f"{outcome.default_us:.2f}",
                 f"{outcome.tuned_us:.2f}",
                 f"{outcome.ratio:.3f}",
-                _words(outcome.parameters),
+                _format(outcome.parameters),
             )
             first = ""
         table.add_section()
@@ -106,10 +106,10 @@ def _by_shape(outcomes: Sequence[Outcome]) -> dict[Shape, list[Outcome]]:
     return shapes
 
 
-def _words(parameters: MarlinParameters | FusedMoeParameters | None) -> str:
+def _format(parameters: MarlinParameters | FusedMoeParameters | None) -> str:
     if isinstance(parameters, FusedMoeParameters):
         tile = " x ".join(map(str, (parameters.BLOCK_SIZE_M, parameters.BLOCK_SIZE_N, parameters.BLOCK_SIZE_K)))
         return f"{tile}, {parameters.num_warps} warps, {parameters.num_stages} stages"
-    if parameters is None or parameters.leaves_tile:
+    if parameters is None or parameters.uses_default_tile:
         return "default"
     return f"{parameters.thread_k} x {parameters.thread_n}, {parameters.blocks_per_sm} blocks/SM"

@@ -20,7 +20,7 @@ MARLIN_DEFAULT = MarlinParameters(block_size_m=BLOCK_SIZE_M)
 """Leaves tile and blocks to the kernel."""
 
 
-def is_vllms_choice(parameters: object) -> bool:
+def is_vllm_default(parameters: object) -> bool:
     """Whether parameters of either kernel leave vLLM its choice."""
     return parameters is None or parameters == MARLIN_DEFAULT
 

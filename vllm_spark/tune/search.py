@@ -18,18 +18,20 @@ import torch
 from vllm_spark.errors import SparkError
 from vllm_spark.tune.timing import HangError, Times, time_in_turns, wait_for_kernels
 
-CLEARLY = 0.98
-"""Of the default's time: what is not faster than that is not worth an entry."""
+MIN_GAIN = 0.02
+"""Share of the default's time that parameters must save to get an entry."""
 
 CALLS = 48
-"""Of a kernel in a graph: as many as a model of 48 layers makes."""
+"""Calls of a kernel in one graph: those of a model with 48 layers."""
 
-HOPELESS = 1.25
-"""Times the fastest: what takes longer in a few rounds is not measured in many."""
+PRUNE_RATIO = 1.25
+"""Candidates that take longer than this times the fastest in `_FEW_ROUNDS` rounds are not measured further."""
 
-_FORGETTING = 3  # times the L2 cache is read before a layer's weights come again
+CACHE_FLUSH_FACTOR = 3
+"""Multiples of the L2 cache that are read before a layer's weights are used again."""
+
 _FEW_ROUNDS = 4
-_MANY = 16  # candidates; of fewer, none is left out early
+_PRUNE_ABOVE = 16  # candidates; with fewer, all are measured in all rounds
 
 Parameters = TypeVar("Parameters", bound=Hashable)
 Contravariant = TypeVar("Contravariant", contravariant=True)
@@ -78,7 +80,7 @@ def cold_layers(
         SparkError: the GPU has no room for two layers.
     """
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    layers = min(CALLS, max(2, -(-_FORGETTING * cache // touched_bytes)))
+    layers = min(CALLS, max(2, -(-CACHE_FLUSH_FACTOR * cache // touched_bytes)))
     free, _ = torch.cuda.mem_get_info()
     room = int(free * 0.8) // layer_bytes
     if room < 2:
@@ -121,13 +123,13 @@ def find(
         SparkError: a kernel failed, or the GPU is full.
     """
     tried: dict[Parameters, float] = {}
-    if len(candidates) > _MANY:
-        tried = _ratios(_race(problem, [default, *candidates], _FEW_ROUNDS), candidates, default)
-        candidates = promising(tried, HOPELESS)
-    tried |= _ratios(_race(problem, [default, *candidates], rounds), candidates, default)
+    if len(candidates) > _PRUNE_ABOVE:
+        tried = _ratios(_measure(problem, [default, *candidates], _FEW_ROUNDS), candidates, default)
+        candidates = promising(tried, PRUNE_RATIO)
+    tried |= _ratios(_measure(problem, [default, *candidates], rounds), candidates, default)
     best = min(candidates, key=tried.__getitem__, default=default)
-    times = _race(others, list(dict.fromkeys((default, best))), 2 * rounds)
-    if max(tried.get(best, 1.0), times.ratio(best, default)) > CLEARLY:
+    times = _measure(others, list(dict.fromkeys((default, best))), 2 * rounds)
+    if max(tried.get(best, 1.0), times.ratio(best, default)) > 1 - MIN_GAIN:
         best = default
     return Found(best, times.median(default), times.median(best), times.ratio(best, default), tried)
 
@@ -161,7 +163,7 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
     return True
 
 
-def _race(problem: Problem[Parameters], candidates: Sequence[Parameters], rounds: int) -> Times[Parameters]:
+def _measure(problem: Problem[Parameters], candidates: Sequence[Parameters], rounds: int) -> Times[Parameters]:
     try:
         return time_in_turns({each: partial(problem.run, each) for each in candidates}, CALLS, rounds)
     except HangError:

@@ -17,11 +17,11 @@ from vllm_spark.kernels.runtime import this_device
 from vllm_spark.processes.group import Stage, set_stage
 from vllm_spark.tune.decode_comparison import Comparison, Settings, compare, promoted
 from vllm_spark.tune.journal import Journal, Kept, installed_versions
-from vllm_spark.tune.plan import Plan, TuningOptions, backend, check_version_takes_int4, who_reads
+from vllm_spark.tune.plan import Plan, TuningOptions, backend, backend_hints, check_version_takes_int4
 from vllm_spark.tune.report import comparison_table, outcomes_tables, plot
 from vllm_spark.tune.results import Outcome, Shape, tunable_rows
 from vllm_spark.tune.tables import NewTable, new_tables, store_tables
-from vllm_spark.tune.timing import claim
+from vllm_spark.tune.timing import lock_gpu
 from vllm_spark.tune.tuned_model import TunedModel
 from vllm_spark.tune.tuner import tune
 
@@ -93,14 +93,14 @@ class TuningSession:
             HangError: a kernel does not end. The process must not wait for the GPU from here on.
             SparkError: another tuner is running, a kernel or an engine failed, or a file cannot be written.
         """
-        with self._journal.alone(), claim(self._machine.gpu_uuid):
+        with self._journal.exclusive(), lock_gpu(self._machine.gpu_uuid):
             outcomes = self.search()
             for table in outcomes_tables(outcomes, self._machine.caption):
                 self._console.print(table)
             if not self._options.decode:
                 self._print("No decode step was compared (--no-decode): the tables rest on the kernels' times alone.")
             self.write_tables(outcomes)
-        for sentence in who_reads(self._plan.labels):
+        for sentence in backend_hints(self._plan.labels):
             self._print(sentence)
         if self._options.plot is not None:
             plot(outcomes, self._machine.caption, self._options.plot)
@@ -165,7 +165,7 @@ class TuningSession:
                 if of_size and self._options.decode:
                     of_size = promoted(of_size, self.decode_ratios(model, shapes, self._tables(of_size)))
                     latest |= {(outcome.shape, outcome.rows): outcome for outcome in of_size}
-                self._journal.keep([Kept(outcome, tuple(self._plan.labels[outcome.shape])) for outcome in of_size])
+                self._journal.add_kept([Kept(outcome, tuple(self._plan.labels[outcome.shape])) for outcome in of_size])
                 for path in store_tables(self._tables(of_size), self._folder, self._note):
                     self._print(f"Written: {path}")
                 done += 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
-from vllm_spark.kernels.fused_moe.shapes import own_row
+from vllm_spark.kernels.fused_moe.shapes import vllm_row
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -22,7 +22,7 @@ from vllm_spark.kernels.fused_moe.table import (
     provenance_path,
     store_fused_moe_table,
 )
-from vllm_spark.kernels.fused_moe.vllm_rows import origin, repeats_vllm, rows_around
+from vllm_spark.kernels.fused_moe.vllm_rows import repeats_vllm, rows_around, vllm_rows_provenance
 from vllm_spark.kernels.marlin import table as marlin_table
 from vllm_spark.kernels.marlin.table import (
     MarlinRow,
@@ -210,10 +210,10 @@ def _fused_moe_table(
                 labels |= dict.fromkeys(noted.models if rows else ())
     for number, outcome in _agreed(outcomes).items():
         choice = outcome.parameters
-        rows[number] = own_row(outcome.shape, device.name, number) if choice is None else choice.row()
+        rows[number] = vllm_row(outcome.shape, device.name, number) if choice is None else choice.row()
         sources[number] = _measured(outcome, device, versions)
     around = rows_around(rows, max(rows), largest, device.name)
-    sources |= dict.fromkeys(around, origin(largest, device.name, versions))
+    sources |= dict.fromkeys(around, vllm_rows_provenance(largest, device.name, versions))
     provenance = FusedMoeProvenance(models=tuple(labels), group_size=group_size, rows=sources)
     table = FusedMoeTable(dict(sorted((rows | around).items())), versions.get("triton"))
     return NewFusedMoeTable(device.name, shape, table, provenance)

@@ -37,7 +37,7 @@ def route(rows: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tensor,
     return weights.float(), chosen.int()
 
 
-LONGEST_RUN = 30.0
+MAX_KERNEL_SECONDS = 30.0
 """Seconds that some calls of a kernel may take: thousands of times what they do, so that kernel will never end."""
 
 Name = TypeVar("Name", bound=Hashable)
@@ -51,7 +51,7 @@ class HangError(SparkError):
     """
 
     def __init__(self, parameters: Hashable) -> None:
-        super().__init__(f"a kernel did not end within {LONGEST_RUN:g} s, with {parameters!r}")
+        super().__init__(f"a kernel did not end within {MAX_KERNEL_SECONDS:g} s, with {parameters!r}")
         self.parameters = parameters
 
 
@@ -64,7 +64,7 @@ def wait_for_kernels(parameters: Hashable) -> None:
         parameters: of the kernels, for the error.
 
     Raises:
-        HangError: it takes longer than `LONGEST_RUN`.
+        HangError: it takes longer than `MAX_KERNEL_SECONDS`.
         RuntimeError: one of them failed.
     """
     done = torch.cuda.Event()
@@ -73,14 +73,14 @@ def wait_for_kernels(parameters: Hashable) -> None:
 
 
 def _wait_for(ends: Iterable[tuple[Hashable, torch.cuda.Event]]) -> None:
-    """Returns when the stream has come to every one of `ends`, each within `LONGEST_RUN` of the one before.
+    """Returns when the stream has come to every one of `ends`, each within `MAX_KERNEL_SECONDS` of the one before.
 
     Args:
         ends: in their order on the stream, each with what its kernels were called with. Errors as `wait_for_kernels`'.
     """
     stopped: BaseException | None = None
     for parameters, end in ends:
-        deadline = time.monotonic() + LONGEST_RUN
+        deadline = time.monotonic() + MAX_KERNEL_SECONDS
         while not end.query():
             if time.monotonic() > deadline:
                 raise HangError(parameters)
@@ -151,7 +151,7 @@ def _captured(name: Hashable, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 @contextmanager
-def claim(gpu: str) -> Iterator[None]:
+def lock_gpu(gpu: str) -> Iterator[None]:
     """While inside, no other process gets in with the same `gpu`, whoever runs it.
 
     The claim is a name in the kernel (an abstract socket), so it is gone with its process, however that ends.

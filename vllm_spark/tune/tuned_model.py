@@ -11,7 +11,7 @@ from vllm_spark.kernels.fused_moe.shapes import Format, FusedMoeExperts
 from vllm_spark.kernels.marlin.rules import Gemm, shape_fault
 from vllm_spark.kernels.marlin.table import MarlinShape
 from vllm_spark.models.layers import Experts, Layer, model_layers
-from vllm_spark.models.regroup import GROUP_SIZES, with_groups_that_fit
+from vllm_spark.models.regroup import GROUP_SIZES, regrouped_config
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4
 from vllm_spark.tune import table_shapes
 from vllm_spark.tune.results import Shape
@@ -46,7 +46,7 @@ def layers_as_served(config: Mapping[str, Any], tp: int) -> list[Layer]:
     Raises:
         ConfigurationError: as for `model_layers`.
     """
-    return model_layers(with_groups_that_fit(config, tp), tp)
+    return model_layers(regrouped_config(config, tp), tp)
 
 
 def shapes_of(model: TunedModel, kernels: Kernels) -> list[Shape]:

@@ -11,7 +11,7 @@ from vllm_spark.tune.fused_moe import search as fused_moe_search
 from vllm_spark.tune.fused_moe.trial import Trials
 from vllm_spark.tune.journal import Journal
 from vllm_spark.tune.marlin import search as marlin_search
-from vllm_spark.tune.results import FusedMoeOutcome, Outcome, Shape, is_vllms_choice, tunable_rows
+from vllm_spark.tune.results import FusedMoeOutcome, Outcome, Shape, is_vllm_default, tunable_rows
 from vllm_spark.tune.timing import HangError
 
 
@@ -70,7 +70,7 @@ def tune(
                         note(found, new=True)
         except HangError as error:
             hanging = error.parameters
-            if isinstance(hanging, MarlinParameters | FusedMoeParameters) and not is_vllms_choice(hanging):
+            if isinstance(hanging, MarlinParameters | FusedMoeParameters) and not is_vllm_default(hanging):
                 journal.add_hang(shape, hanging)
             raise
     return outcomes

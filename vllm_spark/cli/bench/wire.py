@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         SparkError: a bad setting, no RDMA port, the other machine did not come or does not fit, or the wire failed.
     """
     from vllm_spark.backend.logging import log_as
-    from vllm_spark.bench.wire import Meeting, measure
+    from vllm_spark.bench.wire import BenchSession, measure
 
     log_as("vllm-spark bench wire")
     _check_files(args)
@@ -82,18 +82,18 @@ def run(args: argparse.Namespace) -> int:
         flags["leader"] = args.connect
     config = SparkConfig.resolve(flags=flags)
     ports = _ports(config)
-    rank, plan, join = 1, None, Meeting.connect
+    rank, plan, join = 1, None, BenchSession.connect
     if args.listen:
-        rank, plan, join = 0, _plan(given, config), Meeting.listen
+        rank, plan, join = 0, _plan(given, config), BenchSession.listen
     with (
-        join(config, args.wait) as meeting,
+        join(config, args.wait) as session,
         Progress(
             *Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
         ) as progress,
     ):
         task: TaskID = progress.add_task("measuring", total=None)
         plan, model = measure(
-            meeting,
+            session,
             rank,
             plan,
             ports,

@@ -53,9 +53,9 @@ class Kind(enum.IntEnum):
     """JSON: the sender leaves in good order."""
     LINK = 14
     """Bytes: what the sender's collective runtime says of its rails."""
-    EXAMINATION = 15
+    CHECK_REQUEST = 15
     """JSON: the leader is a doctor, and asks how the follower's machine is."""
-    FINDINGS = 16
+    CHECK_REPORT = 16
     """JSON: how it is."""
     GROUP = 17
     """MessagePack: a part of a message of torch's process groups or of their store."""

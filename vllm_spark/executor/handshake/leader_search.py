@@ -154,7 +154,7 @@ class LeaderSearch:
         """Waits for a leader with a model; lets every doctor that comes before look at this machine."""
         while True:
             control = self._wait_for_leader(caller)
-            frame = control.expect(Kind.OFFER, Kind.EXAMINATION, timeout=_OFFER_TIMEOUT)
+            frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, timeout=_OFFER_TIMEOUT)
             if frame.kind is Kind.OFFER:
                 return control, frame
             try:

@@ -77,7 +77,7 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
             yield Finding(path, row, "error", "there is provenance for it, but no such row")
     yield from _check_reach(path, table)
     yield from _check_defaults(path, shape, table, sources)
-    if sources.says_nothing and vllm_tables is not None and (vllm_tables / path.name).is_file():
+    if sources.is_all_default and vllm_tables is not None and (vllm_tables / path.name).is_file():
         yield Finding(
             path, None, "error", "it says what vLLM does without a table, and hides the one that vLLM has; remove it"
         )

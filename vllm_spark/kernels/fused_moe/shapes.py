@@ -94,7 +94,7 @@ class FusedMoeExperts(BaseModel):
         return f"{self.experts} experts, top {self.top_k} ({self.intermediate} of {self.hidden}, {stored})"
 
 
-def own_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
+def vllm_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
     """vLLM's parameters for a step of `tokens`, when the user has no table: from its own table, or by its rule.
 
     With int4 weights vLLM leaves `BLOCK_SIZE_N` and `BLOCK_SIZE_K` open, and completes them for each of both GEMMs.
@@ -102,10 +102,10 @@ def own_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
     Args:
         device: as in `gb10.device_file_name`.
     """
-    return _own_choice(shape, device)(tokens)
+    return _vllm_choice(shape, device)(tokens)
 
 
-def has_own_table(shape: FusedMoeExperts, device: str) -> bool:
+def vllm_has_table(shape: FusedMoeExperts, device: str) -> bool:
     """Whether vLLM comes with a table for it."""
     source = kernel_source()
     return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
@@ -117,7 +117,7 @@ def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, di
     vLLM takes the nearest row. So one stands right above, one at each power of two, and one on both sides of every
     change.
     """
-    choose = _own_choice(shape, device)
+    choose = _vllm_choice(shape, device)
     first, last = above + 1, max(_LARGEST_PINNED, 129 * shape.experts)
     keys = {first, *(2**power for power in range(last.bit_length()) if 2**power > above)}
     before = choose(first)
@@ -129,9 +129,9 @@ def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, di
     return {key: choose(key) for key in sorted(keys)}
 
 
-def _own_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
+def _vllm_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
     source = kernel_source()
-    if source is not None and has_own_table(shape, device):
+    if source is not None and vllm_has_table(shape, device):
         table = load_fused_moe_table(source.parent / "configs" / shape.table.file_name(device))
         return lambda tokens: dict(table.row(tokens))
     if shape.is_int4:

@@ -91,7 +91,7 @@ class FusedMoeProvenance(BaseModel):
     rows: Annotated[dict[int, Provenance], BeforeValidator(row_numbers)] = Field(default_factory=dict)
 
     @property
-    def says_nothing(self) -> bool:
+    def is_all_default(self) -> bool:
         """Whether every row is vLLM's own default: then a table that vLLM ships is the better one."""
         return bool(self.rows) and all(row.rule == VLLM_DEFAULT for row in self.rows.values())
 

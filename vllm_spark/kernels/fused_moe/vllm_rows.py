@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, has_own_table, own_row, pinned_rows
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, pinned_rows, vllm_has_table, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
 
@@ -20,13 +20,13 @@ def rows_around(tuned: Container[int], largest: int, shape: FusedMoeExperts, dev
     Args:
         device: as in `gb10.device_file_name`.
     """
-    below = {tokens: own_row(shape, device, tokens) for tokens in range(1, largest + 1) if tokens not in tuned}
+    below = {tokens: vllm_row(shape, device, tokens) for tokens in range(1, largest + 1) if tokens not in tuned}
     return below | pinned_rows(shape, device, above=largest)
 
 
-def origin(shape: FusedMoeExperts, device: str, versions: Mapping[str, str]) -> Provenance:
+def vllm_rows_provenance(shape: FusedMoeExperts, device: str, versions: Mapping[str, str]) -> Provenance:
     """Where such rows come from; `versions` are the installed ones."""
-    if has_own_table(shape, device):
+    if vllm_has_table(shape, device):
         source = f"{_ITS_TABLE} {versions.get('vllm', '')}".strip()
         return Provenance(kind="published", source=source, versions=dict(versions))
     return Provenance(kind="derived", rule=VLLM_DEFAULT, versions=dict(versions))
@@ -39,7 +39,7 @@ def repeats_vllm(row: Provenance) -> bool:
     return row.rule == VLLM_DEFAULT or (row.source or "").startswith(_ITS_TABLE)
 
 
-def made_with_others(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
+def outdated_rows(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
     """Rows that repeat the choice of another vLLM than `vllm`, and its version."""
     return {
         tokens: row.versions["vllm"]
@@ -48,7 +48,7 @@ def made_with_others(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str
     }
 
 
-def renewed(
+def refreshed_rows(
     rows: Mapping[int, dict[str, int]], outdated: Container[int], shape: FusedMoeShape, device: str
 ) -> dict[int, dict[str, int]] | None:
     """The rows that are not `outdated`, and around them what the installed vLLM chooses.

@@ -30,9 +30,9 @@ class MarlinCalls:
         self._places = {name: place for place, name in enumerate(parameters)}
         self._device = device
         self._known: dict[Key, Mapping[str, int | bool]] = {}
-        self._told: set[MarlinShape] = set()
+        self._logged: set[MarlinShape] = set()
 
-    def changes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
+    def overrides(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
         """The arguments that a table changes; empty where the call stays as vLLM makes it."""
         key = (
             kwargs["size_m"],
@@ -89,7 +89,7 @@ class MarlinCalls:
             if found is None:
                 continue
             path, table = found
-            self._tell_table(shape, str(path), table)
+            self._log_table(shape, str(path), table)
             row = table.row(rows)
             if row is None:
                 return {}
@@ -98,7 +98,7 @@ class MarlinCalls:
                 return {}
             return _arguments(row)
         if shapes:
-            self._tell_default(shapes[0])
+            self._log_default(shapes[0])
         return {}
 
     def _fault(
@@ -107,20 +107,20 @@ class MarlinCalls:
         """Why the parameters do not fit this call; None if they do."""
         if row.block_size_m is not None and row.block_size_m != block_size_m:
             return f"they are for blocks of {row.block_size_m} rows, and vLLM makes blocks of {block_size_m} here"
-        if row.leaves_tile:
+        if row.uses_default_tile:
             return None
         gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m)
-        if fault := blocks_fault(row.blocks, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
+        if fault := blocks_fault(row.blocks, Tile.requested(row.thread_k, row.thread_n), gemm, self._device):
             return fault
         if (locks := row.blocks * self._device.multiprocessors) > workspace:
             return f"{row.blocks} blocks for each multiprocessor take {locks} locks, and vLLM gives {workspace}"
         return None
 
-    def _tell_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _log_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
+        if shape not in self._logged:
+            self._logged.add(shape)
             origins = dict.fromkeys(
-                row.provenance.sentence() for _, row in sorted(table.rows.items()) if row.provenance is not None
+                row.provenance.summary() for _, row in sorted(table.rows.items()) if row.provenance is not None
             )
             logger.info(
                 "Marlin, %s: up to %d rows as in %s (%s), above as vLLM chooses.",
@@ -130,9 +130,9 @@ class MarlinCalls:
                 "; ".join(origins) or "of unknown origin",
             )
 
-    def _tell_default(self, shape: MarlinShape) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _log_default(self, shape: MarlinShape) -> None:
+        if shape not in self._logged:
+            self._logged.add(shape)
             logger.info(
                 "Marlin, %s: as vLLM chooses, for no table is for this shape on %s.", describe(shape), self._device.name
             )
@@ -149,7 +149,7 @@ def describe(shape: MarlinShape) -> str:
 def _arguments(row: MarlinParameters) -> Mapping[str, int | bool]:
     """Only what differs from vLLM's own call."""
     chosen: dict[str, int | bool] = {}
-    if not row.leaves_tile:
+    if not row.uses_default_tile:
         chosen |= {"thread_k": row.thread_k, "thread_n": row.thread_n, "blocks_per_sm": row.blocks_per_sm}
     # The kernel clears the output itself before it adds to it.
     if row.use_atomic_add:

@@ -59,7 +59,7 @@ def _gemm(table: MarlinTable, rows: int) -> Gemm:
 def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> Iterator[Finding]:
     gemm = _gemm(table, rows)
     if not gemm.moe:
-        if not entry.leaves_tile or entry.block_size_m is not None:
+        if not entry.uses_default_tile or entry.block_size_m is not None:
             yield Finding(
                 path, rows, "error", "the dense kernel takes no tile; leave thread_k, thread_n, blocks_per_sm out"
             )
@@ -84,7 +84,7 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
         yield Finding(
             path, rows, "error", f"it is said to leave the choice to vLLM, and has {said}; say where these are from"
         )
-    if entry.leaves_tile:
+    if entry.uses_default_tile:
         return
     if entry.thread_k == -1 or entry.thread_n == -1:
         yield Finding(
@@ -95,14 +95,14 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             "the kernel takes a whole tile or none, and blocks only with a tile",
         )
         return
-    tile = Tile.asked(entry.thread_k, entry.thread_n)
+    tile = Tile.requested(entry.thread_k, entry.thread_n)
     if (fault := blocks_fault(entry.blocks, tile, gemm, DEVICES.get(table.device, _WITHOUT_LIMITS))) is not None:
         yield Finding(path, rows, "error", fault)
 
 
 def _sets_something(entry: MarlinRow) -> bool:
     """Whether the row changes anything in vLLM's call."""
-    return not entry.leaves_tile or entry.use_atomic_add or not entry.use_fp32_reduce
+    return not entry.uses_default_tile or entry.use_atomic_add or not entry.use_fp32_reduce
 
 
 def _check_block_sizes(path: Path, table: MarlinTable) -> Iterator[Finding]:

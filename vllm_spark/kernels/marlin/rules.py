@@ -33,7 +33,7 @@ class Tile:
     threads: int
 
     @classmethod
-    def asked(cls, thread_k: int, thread_n: int) -> Tile:
+    def requested(cls, thread_k: int, thread_n: int) -> Tile:
         """As the experts' kernel takes it from its caller: the threads follow from the size."""
         return cls(thread_k, thread_n, thread_k * thread_n // 64)
 

@@ -76,7 +76,7 @@ class MarlinParameters(BaseModel):
     use_fp32_reduce: StrictBool = True
 
     @property
-    def leaves_tile(self) -> bool:
+    def uses_default_tile(self) -> bool:
         """Whether tile and blocks stay the kernel's own choice."""
         return self.thread_k == -1 and self.thread_n == -1 and self.blocks_per_sm == -1
 

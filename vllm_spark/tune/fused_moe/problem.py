@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.tune.timing import route
 
 
@@ -39,7 +39,7 @@ class FusedMoeProblem:
         self, shape: FusedMoeExperts, layers: list[ExpertsWeights], rows: int, calls: int, seed: int, device: str
     ):
         self._shape, self._layers = shape, layers
-        self._own = own_row(shape, device, rows)
+        self._own = vllm_row(shape, device, rows)
         generator = torch.Generator(device="cuda").manual_seed(seed)
         self._input = torch.randn(rows, shape.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
         self._routes = [

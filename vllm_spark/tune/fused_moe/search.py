@@ -31,7 +31,7 @@ from vllm_spark.tune.search import CALLS, cold_layers, find, promising, runs
 
 KERNEL = "vLLM's Triton kernel for experts"
 
-ELSEWHERE_HOPELESS = 1.5
+PRUNE_RATIO_ELSEWHERE = 1.5
 """Times the fastest with another number of tokens: what took longer there is not tried here."""
 
 _SIZES_N = (32, 64, 128, 256)
@@ -117,7 +117,7 @@ def search(
     problem, others = (FusedMoeProblem(shape, layers, rows, CALLS, rows + more, device.name) for more in (0, 100))
     if not runs(problem, None, KERNEL):
         raise SparkError(f"{KERNEL} does not run with vLLM's own parameters for {rows} tokens and {shape.describe()}")
-    candidates = not_hopeless([row for row in search_space(shape, rows, device) if row not in hung], known)
+    candidates = without_slow([row for row in search_space(shape, rows, device) if row not in hung], known)
     candidates = [
         each for each in trials.usable(shape.table, candidates, on_trial, shape.int4) if runs(problem, each, KERNEL)
     ]
@@ -133,11 +133,11 @@ def search(
     )
 
 
-def not_hopeless(space: Sequence[FusedMoeParameters], known: Sequence[FusedMoeOutcome]) -> list[FusedMoeParameters]:
+def without_slow(space: Sequence[FusedMoeParameters], known: Sequence[FusedMoeOutcome]) -> list[FusedMoeParameters]:
     """Those rows of `space` that were not far from the best in any outcome that has them."""
     out: set[FusedMoeParameters] = set()
     for outcome in known:
         ratios = dict(outcome.tried)
-        near = promising(ratios, ELSEWHERE_HOPELESS)
+        near = promising(ratios, PRUNE_RATIO_ELSEWHERE)
         out.update(row for row in ratios if row not in near)
     return [row for row in space if row not in out]

@@ -30,7 +30,7 @@ SECONDS = 60.0
 """That a row may take to be compiled: the usual is one or two."""
 
 _PAUSE = 0.02  # seconds between two looks at the processes
-_LAST_WORDS_SECONDS = 5.0  # that the output of a process that has ended may take to come
+_OUTPUT_SECONDS = 5.0  # that the output of a process that has ended may take to come
 _PROCESSOR_SECONDS = 300  # after which the kernel ends an assembler whose parent was killed and could not end it
 
 
@@ -163,11 +163,11 @@ def _end(process: subprocess.Popen[str]) -> str:
     if process.poll() is None:
         _kill_group(process)
     try:
-        return process.communicate(timeout=_LAST_WORDS_SECONDS)[0]
+        return process.communicate(timeout=_OUTPUT_SECONDS)[0]
     except subprocess.TimeoutExpired:  # it has ended, and an assembler that it left holds the pipe
         _kill_group(process)
     with suppress(subprocess.TimeoutExpired):
-        return process.communicate(timeout=_LAST_WORDS_SECONDS)[0]
+        return process.communicate(timeout=_OUTPUT_SECONDS)[0]
     return ""
 
 

@@ -19,8 +19,8 @@ from vllm_spark.executor.channel.addresses import host_name, is_loopback
 from vllm_spark.executor.handshake.versions import Versions
 
 
-class Machine(msgspec.Struct, frozen=True):
-    """What one machine says of itself; the answer to the other one's EXAMINATION, and a part of `--json`."""
+class MachineReport(msgspec.Struct, frozen=True):
+    """What one machine says of itself; the answer to the other one's CHECK_REQUEST, and a part of `--json`."""
 
     host: str
     versions: Versions
@@ -28,7 +28,9 @@ class Machine(msgspec.Struct, frozen=True):
     findings: list[Finding]
 
 
-def examine(system: System, config: SparkConfig, peer: str | None = None, *, thorough: bool = False) -> Machine:
+def run_checks(
+    system: System, config: SparkConfig, peer: str | None = None, *, thorough: bool = False
+) -> MachineReport:
     """Looks at everything. Never raises for what it finds.
 
     Args:
@@ -40,10 +42,10 @@ def examine(system: System, config: SparkConfig, peer: str | None = None, *, tho
     rails = find_rails(system)
     chip = gpu.find_gpu(system)
     findings = list(_findings(system, config, rails, chip, peer, thorough))
-    return Machine(host_name(), Versions.of_this_process(), rails, findings)
+    return MachineReport(host_name(), Versions.of_this_process(), rails, findings)
 
 
-def is_bare(machine: Machine) -> bool:
+def is_bare(machine: MachineReport) -> bool:
     """True for a machine with neither an RDMA device nor a GPU."""
     absent = {finding.id for finding in machine.findings if finding.value == "none"}
     return not machine.rails and "gpu.driver" in absent

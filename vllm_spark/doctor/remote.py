@@ -10,7 +10,7 @@ import logging
 import msgspec
 
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.examination import Machine, examine
+from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
@@ -22,20 +22,20 @@ from vllm_spark.executor.handshake.server import Listener
 
 logger = logging.getLogger("vllm_spark")
 
-_EXAMINATION_SECONDS = 120.0
+_CHECK_SECONDS = 120.0
 """How long a machine may take to look at itself: programs that are asked may take some 20 s each."""
 
 _SEND_SECONDS = 10.0
 _FAREWELL = "the doctor is done"
 
 
-class Examination(msgspec.Struct, frozen=True):
+class CheckRequest(msgspec.Struct, frozen=True):
     """What the doctor says when it asks."""
 
     host: str
 
 
-def visit(config: SparkConfig, patience: float) -> Machine:
+def request_report(config: SparkConfig, patience: float) -> MachineReport:
     """Waits at most `patience` seconds for a follower, and returns what it says of its machine.
 
     Raises:
@@ -53,8 +53,8 @@ def visit(config: SparkConfig, patience: float) -> Machine:
         listener.close()
     logger.info("The follower on %s came; asking how its machine is.", hello.host)
     try:
-        lane.send(Kind.EXAMINATION, msgspec.json.encode(Examination(host_name())), timeout=_SEND_SECONDS)
-        machine = decode(lane.expect(Kind.FINDINGS, timeout=_EXAMINATION_SECONDS), Machine)
+        lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(CheckRequest(host_name())), timeout=_SEND_SECONDS)
+        machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
         lane.send(Kind.GOODBYE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
@@ -65,19 +65,19 @@ def visit(config: SparkConfig, patience: float) -> Machine:
     return machine
 
 
-def answer(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> None:
+def send_report(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> None:
     """The follower's side: looks at this machine, says what it found, and waits for the farewell.
 
     Args:
         lane: the control lane.
-        question: the EXAMINATION.
+        question: the CHECK_REQUEST.
         config: the follower's settings.
         leader: address of the doctor's machine.
 
     Raises:
         PeerLostError: the doctor is gone.
     """
-    logger.info("The doctor on %s asks how this machine is.", decode(question, Examination).host)
-    machine = examine(System(), config, leader, thorough=True)
-    lane.send(Kind.FINDINGS, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
-    lane.expect(Kind.GOODBYE, timeout=_EXAMINATION_SECONDS)
+    logger.info("The doctor on %s asks how this machine is.", decode(question, CheckRequest).host)
+    machine = run_checks(System(), config, leader, thorough=True)
+    lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
+    lane.expect(Kind.GOODBYE, timeout=_CHECK_SECONDS)
