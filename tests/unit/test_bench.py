@@ -117,9 +117,9 @@ def test_the_baseline_does_the_same_work() -> None:
     ("arguments", "sentence"),
     [
         (["--collective", "logits_gather", "--sizes", "1KiB"], "--sizes does not go with --collective logits_gather"),
-        (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
+        (["--sizes", "3KB"], "'3KB' is not a size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
-        (["--samples", "0"], "'0' is no whole number above 0"),
+        (["--samples", "0"], "'0' is not a whole number above 0"),
         (
             ["--latency-us", "-1"],
             "argument --latency-us: loopback_latency_us -1: input should be greater than",
@@ -187,7 +187,7 @@ def hang(rank: Rank) -> None:
     ("body", "sentence"),
     [
         (fail_on_one_rank, "rank (1 failed: a reason|0 failed: the other rank ended)"),
-        (die_on_one_rank, "rank (1 ended without a word|0 failed: the other rank ended)"),
+        (die_on_one_rank, "rank (1 exited without a result|0 failed: the other rank ended)"),
         (hang, "did not end within 2 s"),
     ],
 )
@@ -206,8 +206,8 @@ def test_sizes_in_words(size: int, text: str) -> None:
     [
         (["--candidates", "tp1,nccl", "--device", "cpu"], "no candidate 'nccl' for --device cpu; choose of tp1, spark"),
         (["--candidates", ""], "no candidate ''"),
-        (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of "),
-        (["--batches", "1,0"], "'0' is no whole number above 0"),
+        (["--model", "/nowhere"], "--model /nowhere is not a folder with a config.json; give one, or one of "),
+        (["--batches", "1,0"], "'0' is not a whole number above 0"),
         (["--engine", "[]"], "'[]' is no JSON object"),
         (["--latency-us", "2e9"], "loopback_latency_us 2e9: input should be less than or equal to 1000000"),
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),

@@ -49,7 +49,7 @@ msgspec.json.Decoder(BenchHello)
 def test_both_swap_what_they_have_to_say(config: SparkConfig) -> None:
     greetings = BenchHello("one", "a machine", Plan(depth=7)), BenchHello("other", "another")
     with sessions(config) as ends, ThreadPoolExecutor() as threads:
-        first = [threads.submit(end.greet, mine, BenchHello) for end, mine in zip(ends, greetings, strict=True)]
+        first = [threads.submit(end.handshake, mine, BenchHello) for end, mine in zip(ends, greetings, strict=True)]
         assert [said.result() for said in first] == [greetings[1], greetings[0]]
         for number in range(20):
             mine = b"%d" % number, b"-%d" % number
@@ -107,7 +107,7 @@ def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
             lane = caller.connect(CONTROL)
         assert lane is not None
         with listening.result() as session:
-            greeted = threads.submit(session.greet, BenchHello("one", ""), BenchHello)
+            greeted = threads.submit(session.handshake, BenchHello("one", ""), BenchHello)
             assert lane.expect(Kind.EXCHANGE, timeout=PATIENCE).kind is Kind.EXCHANGE
             lane.close()
             with pytest.raises(RefusedError, match=r"run vllm-spark bench wire --connect there, and neither .* join"):

@@ -57,10 +57,10 @@ def models(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["{models}/unknown"], ["mamba9", "known are", "qwen3_moe"]),
-        (["{models}/broken"], ["broken/config.json", "is no JSON"]),
-        (["{models}/list"], ["holds no JSON object"]),
-        (["{models}/deep"], ["deep/config.json", "is no JSON"]),
+        (["{models}/unknown"], ["mamba9", "supported are", "qwen3_moe"]),
+        (["{models}/broken"], ["broken/config.json", "is not valid JSON"]),
+        (["{models}/list"], ["does not hold a JSON object"]),
+        (["{models}/deep"], ["deep/config.json", "is not valid JSON"]),
         (["x" * 300], ["x" * 300, "File name too long", "qwen3-30b-a3b-int4"]),
         (
             ["{models}/quantize_config.json/model"],
@@ -97,11 +97,11 @@ def test_bad_input_costs_a_sentence(models: Path, words: list[str], parts: list[
     ("words", "part"),
     [
         (["--rows", "9"], "9 is more than 8 tokens"),
-        (["--rows", "0"], "'0' is no whole number above 0"),
-        (["--tp", "two"], "'two' is no whole number above 0"),
-        (["--tp", "0"], "'0' is no whole number above 0"),
+        (["--rows", "0"], "'0' is not a whole number above 0"),
+        (["--tp", "two"], "'two' is not a whole number above 0"),
+        (["--tp", "0"], "'0' is not a whole number above 0"),
         (["--kernels", "cutlass"], "cutlass"),
-        (["--engine", "{"], "is no JSON object"),
+        (["--engine", "{"], "is not a JSON object"),
         (["--out=~nobody-of-this-name/x"], "no home folder for '~nobody-of-this-name/x'"),
     ],
 )

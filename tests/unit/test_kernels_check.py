@@ -241,7 +241,7 @@ def test_a_device_on_which_only_some_of_it_was_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"BLOCK_SIZE_M": 24}, "BLOCK_SIZE_M=24 is no power of two"),
+        ({"BLOCK_SIZE_M": 24}, "BLOCK_SIZE_M=24 is not a power of two"),
         ({"BLOCK_SIZE_M": 8}, "BLOCK_SIZE_M=8 is less than 16"),
         ({"BLOCK_SIZE_K": 16}, "BLOCK_SIZE_K=16 is less than 32"),
         ({"BLOCK_SIZE_K": 256}, "is cut to 128"),
@@ -322,7 +322,7 @@ def test_a_name_that_vllm_does_not_ask_for(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     for file in (path, provenance_path(path)):
         file.rename(file.with_name(file.name.replace(",block_shape", ", block_shape")))
-    assert "is no name of a FusedMoE table" in the_error(tmp_path)
+    assert "is not the name of a FusedMoE table" in the_error(tmp_path)
 
 
 # Provenance and duplicates, of both kinds of tables.
@@ -331,13 +331,13 @@ def test_a_name_that_vllm_does_not_ask_for(tmp_path: Path) -> None:
 def test_no_provenance(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     provenance_path(path).unlink()
-    assert "nothing says where it came from" in the_error(tmp_path)
+    assert "it has no provenance" in the_error(tmp_path)
 
 
 def test_no_provenance_of_a_row(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     edit(provenance_path(path), lambda content: content["rows"].pop("1"))
-    assert "nothing says where this row came from" in the_error(tmp_path)
+    assert "this row has no provenance" in the_error(tmp_path)
 
 
 def test_provenance_of_nothing(tmp_path: Path) -> None:
@@ -345,13 +345,13 @@ def test_provenance_of_nothing(tmp_path: Path) -> None:
     edit(provenance_path(path), lambda content: content["rows"].update({"3": {"kind": "derived", "rule": "r"}}))
     assert "no such row" in the_error(tmp_path)
     path.unlink()
-    assert "which is not there" in check_tables([tmp_path]).findings[0].sentence
+    assert "which does not exist" in check_tables([tmp_path]).findings[0].sentence
 
 
 @pytest.mark.parametrize(
     ("provenance", "words"),
     [
-        (None, "nothing says where this row came from"),
+        (None, "this row has no provenance"),
         ({"kind": "measured"}, "lacks device, date, versions, gain"),
         ({"kind": "published"}, "lacks source"),
         ({"kind": "derived"}, "lacks rule"),
@@ -523,7 +523,7 @@ def test_atomic_adds_that_the_dense_kernel_ignores(tmp_path: Path) -> None:
 def test_a_name_for_another_shape(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.rename(path.with_name(path.name.replace("N=768", "N=1536")))
-    assert "what is in it belongs into kernel=moe_w13,E=128,top_k=8,N=768" in the_error(tmp_path)
+    assert "its content requires the name kernel=moe_w13,E=128,top_k=8,N=768" in the_error(tmp_path)
 
 
 def test_a_marlin_row_that_is_called_vllms_and_is_not(tmp_path: Path) -> None:
@@ -548,7 +548,7 @@ def test_a_table_loose_in_a_folder_is_fine_and_must_be_moved(tmp_path: Path) -> 
     path = store_marlin(tmp_path, {1: {}})
     path.rename(tmp_path / path.name)
     (found,) = check_tables([tmp_path]).findings
-    assert (found.kind, "belongs into a folder marlin" in found.sentence) == ("note", True)
+    assert (found.kind, "only from a folder named marlin" in found.sentence) == ("note", True)
 
 
 def test_a_name_for_another_device(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_files_are_read_once(folders: Folders) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda path: path.write_text("{"), "is no Marlin table"),
+        (lambda path: path.write_text("{"), "is not a Marlin table"),
         (lambda path: path.write_text(path.read_text().replace('"size_n": 768', '"size_n": 512')), "another shape"),
     ],
 )
@@ -370,7 +370,7 @@ def test_the_order_of_fused_moe_tables(
     lookup.clear_cache()
     store_moe(on_gb10.shipped, 64)
     assert chosen() == 64
-    assert f"as in {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
+    assert f"from {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
     lookup.clear_cache()
     store_moe(on_gb10.user, 32)
     assert chosen() == 32
@@ -386,9 +386,11 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
     caplog.set_level(logging.INFO)
     path = store_moe(on_gb10.shipped, 64, rule=VLLM_DEFAULT)
     assert chosen() == 256
-    assert f"the table that comes with vLLM, for the table in {path.parent} says no more than that" in caplog.text
+    assert (
+        f"the table that comes with vLLM is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
+    )
     assert chosen(lambda: None) is None
-    assert f"as vLLM chooses, for the table in {path.parent} says no more than that" in caplog.text
+    assert f"vLLM's default is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
     store_moe(on_gb10.user, 64, rule=VLLM_DEFAULT)
     lookup.clear_cache()
     assert chosen() == 64, "the user's counts, whatever"
@@ -523,7 +525,7 @@ def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -
         runtime.log_expert_backends(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
         runtime.log_expert_backends(SimpleNamespace())
     assert [record.getMessage() for record in caplog.records] == [
-        "Experts of 2 layers run on MarlinExperts: it reads Marlin's tables, and none for Triton.",
-        "Experts of 1 layers run on TritonOrDeepGemmExperts: it reads a table only for calls that it leaves to Triton.",
-        "Experts of 1 layers run on SomeExperts: it reads no table, vLLM's own choice stays.",
+        "Experts of 2 layers: MarlinExperts uses Marlin tables, not FusedMoE tables.",
+        "Experts of 1 layers: TritonOrDeepGemmExperts uses FusedMoE tables only for calls that it passes to Triton.",
+        "Experts of 1 layers: SomeExperts does not use tables, vLLM's own choice stays.",
     ]

@@ -76,7 +76,7 @@ def test_steps_below_the_smallest_row_stay_vllms() -> None:
     [
         ('"1": {', '"01": {', "'01'"),
         ('"1": {', '"0": {', "'0'"),
-        ('"1": {', f'"{10**12}": {{', "'1000000000000' is no number of tokens from 1 to 1048576"),
+        ('"1": {', f'"{10**12}": {{', "'1000000000000' is not a number of tokens from 1 to 1048576"),
         ('"1": {', f'"{"1" * 5000}": {{', "is no number of tokens"),
         ("{", '{"a":' * 100_000, "nested too deeply"),
         ('"thread_k": 128', '"thread_k": "128"', "rows.1.thread_k"),
@@ -124,7 +124,7 @@ def test_a_fused_moe_table_comes_back(tmp_path: Path) -> None:
         ('{"1": {"BLOCK_SIZE_M": 16}, "1": {}}', "'1' is there twice"),
         ('{"x": {}}', "'x' is no number"),
         ('{"0": {}}', "'0' is no number"),
-        (f'{{"{10**12}": {{}}}}', "'1000000000000' is no number of tokens from 1 to 1048576"),
+        (f'{{"{10**12}": {{}}}}', "'1000000000000' is not a number of tokens from 1 to 1048576"),
         (f'{{"{"1" * 5000}": {{}}}}', "is no number of tokens"),
         (f'{{"1": {{"num_warps": {2**40}}}}}', "row 1"),
         ('{"a":' * 100_000, "nested too deeply"),

@@ -323,7 +323,7 @@ def test_what_cannot_be_repeated_is_refused(method: str, change: Callable[[dict[
         apply_regrouping(config, RANKS)
     sentence = str(refused.value)
     assert why in sentence
-    assert "is 1408, and a rank's 704 are no whole number of quantization groups of 128" in sentence
+    assert "is 1408, and the 704 of one rank are not a multiple of the quantization group size 128" in sentence
     assert "use a checkpoint with groups of 64, or serve it without --spark" in sentence
     assert config.quant_config == "vLLM's"
 

@@ -25,7 +25,7 @@ def test_a_claim_is_gone_with_its_process() -> None:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "claimed\n"
             with (
-                pytest.raises(SparkError, match=r"another vllm-spark tune is at work on this GPU \(GPU-1\)"),
+                pytest.raises(SparkError, match=r"another vllm-spark tune is running on this GPU \(GPU-1\)"),
                 lock_gpu("GPU-1"),
             ):
                 pass

@@ -125,7 +125,7 @@ def test_what_was_kept_is_apart_from_what_was_searched(tmp_path: Path) -> None:
 def test_two_tuners_are_kept_apart(tmp_path: Path) -> None:
     first, second = (Journal(tmp_path, GB10.name, VERSIONS) for _ in range(2))
     with first.exclusive():
-        with pytest.raises(SparkError, match="another vllm-spark tune is at work in"), second.exclusive():
+        with pytest.raises(SparkError, match="another vllm-spark tune is running in"), second.exclusive():
             pass
         second.add(marlin())
     with second.exclusive():

@@ -339,7 +339,7 @@ def test_a_gpu_with_little_room_is_noted(monkeypatch: pytest.MonkeyPatch, free: 
     notes: list[str] = []
     with search.cold_layers(str, 1, 10, "small experts", notes.append) as layers:
         assert len(layers) == expected
-    assert [("2 of 3 layers of small experts" in note) for note in notes] == [True] * (expected < 3)
+    assert [("only 2 of 3 layers of small experts" in note) for note in notes] == [True] * (expected < 3)
 
 
 def test_routing_is_skewed_and_the_same_everywhere() -> None:

@@ -121,7 +121,7 @@ def test_a_compiler_that_leaves_its_assembler_behind_is_not_waited_for(
 ) -> None:
     compiler_that_hangs.write_text(compiler_that_hangs.read_text().removesuffix("wait\n"))
     monkeypatch.setattr(sys, "executable", str(compiler_that_hangs))
-    with pytest.raises(SparkError, match="ended without a word"):
+    with pytest.raises(SparkError, match="exited without a result"):
         Trials(GB10, processes=1, seconds=100).usable(BF16.table, [ROW])
     assembler = int((tmp_path / "ids").read_text().split()[1])
     wait_until(lambda: not lives(assembler))

@@ -85,7 +85,7 @@ def test_models_with_nothing_to_tune(name: str) -> None:
 @pytest.mark.parametrize(
     ("quantization", "why"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "704 are no whole number of blocks of 128 x 128"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "704 are not multiples of the block size 128 x 128"),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, "and these have none"),
     ],
 )

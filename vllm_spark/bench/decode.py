@@ -462,4 +462,6 @@ def _model_folder(settings: Settings, folder: Path) -> Path:
         if (path / "config.json").is_file():
             return path.resolve()
     names = ", ".join([*sorted(path.name for path in shipped.iterdir()), SHIPPED_MODELS["cpu"]])
-    raise ConfigurationError(f"--model {settings.model} is no folder with a config.json; give one, or one of {names}")
+    raise ConfigurationError(
+        f"--model {settings.model} is not a folder with a config.json; give one, or one of {names}"
+    )

@@ -36,7 +36,7 @@ def as_table(report: Report, machine: str) -> Table:
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for failed_end in report.failed_ends.values():
-        caption.append(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said.")
+        caption.append(f"{failed_end}, after its measurements were complete; --keep-logs keeps its output.")
     for name, count in report.fallbacks.items():
         if count:
             caption.append(f"{name}: {count} collectives went vLLM's own way.")

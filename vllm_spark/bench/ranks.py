@@ -109,7 +109,7 @@ def _listen(open_ends: dict[Connection, int], timeout: float, on_report: Callabl
             except EOFError:
                 del open_ends[receiver]
                 if index not in done:
-                    raise SparkError(f"rank {index} ended without a word; see what it printed") from None
+                    raise SparkError(f"rank {index} exited without a result; see its output above") from None
                 continue
             if failure is not None:
                 raise SparkError(f"rank {index} failed: {failure}")

@@ -29,7 +29,7 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match.group(2).lower()) if match else None
     if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 4096, 4KiB or 1MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 4096, 4KiB or 1MiB")
     size = int(match.group(1)) * unit
     if not 2 <= size <= _LARGEST or size % 2:
         raise argparse.ArgumentTypeError(f"{text} is out of range; sizes are even, from 2 bytes to 64MiB")
@@ -39,7 +39,7 @@ def _size(text: str) -> int:
 def positive(text: str) -> int:
     """A whole number of samples, steps or rounds."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
@@ -70,7 +70,7 @@ def engine_arguments(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as in '{{\"block_size\": 32}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; write it as in '{{\"block_size\": 32}}'")
     return value
 
 

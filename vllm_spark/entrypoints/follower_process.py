@@ -15,6 +15,7 @@ import msgspec
 
 from vllm_spark.backend.logging import log_as
 from vllm_spark.config.settings import SparkConfig
+from vllm_spark.doctor.remote import send_report
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError

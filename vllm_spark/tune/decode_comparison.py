@@ -43,7 +43,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         config: of the model; one rank's shard of it is run, without collectives.
@@ -78,19 +78,19 @@ def compare(
 
     Args:
         on_engine: called with the side and the round (from 0) before each engine starts.
-        on_note: called with a sentence for each engine that failed after its figures were complete.
+        on_note: called with a sentence for each engine that failed after its measurements were complete.
 
     Raises:
         SparkError: an engine failed; its logs are on the stage.
     """
     if settings.tables.name != "tuned" or settings.tables.parent.name != "vllm-spark":
         raise ConfigurationError(
-            f"{settings.tables} is no folder of a user's tables; its path ends in vllm-spark/tuned"
+            f"{settings.tables} is not a folder of user tables: its path must end in vllm-spark/tuned"
         )
     model = stage.folder / "shard"
     shard = shard_as_model(regrouped_config(settings.config, settings.tp), settings.tp)
     write_whole(model / "config.json", json.dumps(shard), "configuration")
-    # The folder has no preprocessor's files, which vLLM would ask for to look at pictures.
+    # The folder has no preprocessor files, which vLLM needs for images.
     engine = {"language_model_only": True} if isinstance(shard.get("text_config"), dict) else {}
     report = decode.measure(
         decode.Settings(
@@ -109,7 +109,7 @@ def compare(
         on_engine,
     )
     for failed_end in report.failed_ends.values():
-        on_note(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said")
+        on_note(f"{failed_end}, after its measurements were complete; --keep-logs keeps its output")
     rows = {(row.candidate, row.batch): row.medians for row in report.rows}
     return [Comparison(batch, rows["untuned", batch], rows["tuned", batch]) for batch in settings.batches]
 

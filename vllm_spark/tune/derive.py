@@ -1,7 +1,7 @@
-"""Writes the tables that come with this project and that nobody measured: `python -m vllm_spark.tune.derive`.
+"""Writes the derived tables that come with this project: `python -m vllm_spark.tune.derive`.
 
-For a GB10 nothing is measured yet. Without a measurement nothing that is known justifies another choice than vLLM's own
-(docs/tuning.md), so every entry is that, and says so. The tables name the shapes that the tuner is for.
+Nothing has been measured on a GB10 yet, and without a measurement nothing justifies other parameters than vLLM's own
+(docs/tuning.md). So every entry is vLLM's default, and its provenance says so. The tables list the shapes to tune.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FP8 = (
 
 
 def write_tables(folder: Path) -> list[Path]:
-    """Writes the derived tables into `folder` and returns what it wrote; a table that says more than they do stays."""
+    """Writes the derived tables into `folder` and returns their paths; keeps tables with other entries."""
     written = []
     for shape, models in _marlin_shapes().items():
         path = folder / marlin_table.FOLDER / shape.file_name(GB10.name)
@@ -109,7 +109,7 @@ def _fused_moe_shapes() -> Mapping[FusedMoeShape, tuple[str, ...]]:
 
 
 def main() -> None:
-    """Writes them where they belong."""
+    """Writes the tables into `configs/`."""
     for path in write_tables(configs_folder()):
         print(path)
 

@@ -69,7 +69,7 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is tuned.
+    """The shapes that are tuned.
 
     Attributes:
         config: of the model.
@@ -121,7 +121,7 @@ def _check_folder(folder: Path, option: str) -> None:
 
 
 def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[int]) -> Plan:
-    """What there is to tune; asks neither for a GPU nor for vLLM.
+    """The shapes to tune; needs neither a GPU nor vLLM.
 
     Args:
         model: a folder or file with a config.json, or a model's name.
@@ -130,7 +130,7 @@ def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[in
         rows: tokens of decode steps, the smallest first.
 
     Raises:
-        ConfigurationError: a model that is not known, or nothing in it to tune.
+        ConfigurationError: the model is not supported, or has nothing to tune.
     """
     name, config = read_model_config(model)
     models = [TunedModel(name, size, layers_as_served(config, size)) for size in tp]
@@ -152,7 +152,7 @@ def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[in
 
 
 def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
-    """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
+    """Refuses layouts of int4 weights that vLLM runs on Marlin only."""
     found = quantization_of(config)
     described = found if isinstance(found, dict) else {}
     if str(described.get("quant_method", "")).lower() == "awq":
@@ -167,35 +167,35 @@ def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
 
 
 def not_read_by_default(shape: FusedMoeExperts) -> str | None:
-    """Why vLLM would not read its table on a GB10 unless told to, to follow "the table for ..."; None if it would.
+    """Why vLLM does not read this table on a GB10 by default; None if it does.
 
-    With `--moe-backend triton` it reads all of them.
+    With `--moe-backend triton` it reads all tables.
     """
     if shape.is_int4:
-        return "vLLM runs such experts on Marlin by itself"
+        return "vLLM runs such experts on Marlin by default"
     if shape.block_shape is not None:
-        return "vLLM runs such experts on DeepGEMM by itself"
+        return "vLLM runs such experts on DeepGEMM by default"
     if shape.dtype is None:
-        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by itself, where FlashInfer is installed"
+        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by default, if FlashInfer is installed"
     return None
 
 
 def backend_hints(shapes: Iterable[Shape]) -> list[str]:
-    """Sentences about tables that vLLM does not read by itself."""
+    """Hints about tables that vLLM does not read by default."""
     return [
-        f"Serve with --moe-backend triton, or the table for {shape.describe()} is not read: {reason}."
+        f"Serve with --moe-backend triton; otherwise the table for {shape.describe()} is not used: {reason}."
         for shape in shapes
         if isinstance(shape, FusedMoeExperts) and (reason := not_read_by_default(shape)) is not None
     ]
 
 
 def backend(shapes: Iterable[Shape]) -> dict[str, str]:
-    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all of its experts."""
+    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all experts."""
     return {"moe_backend": "triton"} if all(isinstance(shape, FusedMoeExperts) for shape in shapes) else {}
 
 
 def check_version_takes_int4(shapes: Iterable[Shape]) -> None:
-    """Raises ConfigurationError for int4 experts that the installed vLLM would run on Marlin, whatever it is told."""
+    """Raises ConfigurationError for int4 experts, if the installed vLLM runs them on Marlin only."""
     if any(isinstance(shape, FusedMoeExperts) and shape.is_int4 for shape in shapes) and not triton_runs_int4_experts():
         raise ConfigurationError(
             f"vLLM {installed_vllm()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later "

@@ -1,4 +1,4 @@
-"""What a search found, as a table and as a plot."""
+"""Results of a search as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def comparison_table(label: str, comparisons: Sequence[Comparison], where: str) 
 def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
     """Draws times with and without tuned parameters over the rows into `path`; the suffix chooses the format.
 
-    Everything that was tried is drawn as a dot, so that it shows how much the choice matters.
+    A dot for each candidate shows how much the choice of parameters matters.
 
     Raises:
         SparkError: `path` cannot be written.
@@ -95,7 +95,7 @@ def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
 
 
 def in_words(shape: Shape) -> str:
-    """A shape, for tables and sentences."""
+    """A shape as text, for tables and messages."""
     return describe(shape) if isinstance(shape, MarlinShape) else shape.describe()
 
 

@@ -1,7 +1,7 @@
-"""How the search for a kernel's parameters decides, whichever kernel it is.
+"""The search for a kernel's parameters, the same for every kernel.
 
-A winner has to win twice: in the search, and against the default alone with other routings. All else is left to vLLM's
-own choice, so that no entry is slower than none.
+Parameters must be faster than the default twice: in the search, and in a confirmation with other routings. Otherwise
+the entry is vLLM's own choice, so that a table never makes a step slower.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ Weights = TypeVar("Weights")
 
 
 class Problem(Protocol[Contravariant]):
-    """Calls of a kernel that are ready to be made with any parameters."""
+    """Prepared calls of a kernel that can be made with any parameters."""
 
     def run(self, parameters: Contravariant) -> None:
-        """All of them, enqueued on the current stream."""
+        """Enqueues all calls on the current stream."""
 
     def call(self, call: int, parameters: Contravariant) -> torch.Tensor:
-        """One of them."""
+        """Enqueues one call."""
 
 
 @dataclass(frozen=True)
 class Found(Generic[Parameters]):
-    """The winner, and the times that made it so; attributes as in `outcome`."""
+    """The winner and its times; attributes as in `results`."""
 
     parameters: Parameters
     default_us: float
@@ -67,14 +67,14 @@ def cold_layers(
     what: str,
     on_note: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[list[Weights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         make: those of one layer, from a seed.
         layer_bytes: of one layer.
-        touched_bytes: that one call of the kernel reads, at the least.
-        what: the weights are of, for the error.
-        on_note: called with a sentence if there is room for fewer than that.
+        touched_bytes: minimum that one call of the kernel reads.
+        what: description of the layers, for messages.
+        on_note: called with a sentence if the GPU's memory holds only fewer layers.
 
     Raises:
         SparkError: the GPU has no room for two layers.
@@ -86,12 +86,12 @@ def cold_layers(
     if room < 2:
         raise SparkError(
             f"the GPU has {free / 2**30:.1f} GiB free, and {what} needs {2 * layer_bytes / 0.8 / 2**30:.1f} GiB; "
-            "end what else uses the GPU"
+            "stop other programs on the GPU"
         )
     if room < layers:
         on_note(
-            f"The GPU has room for {room} of {layers} layers of {what}: its cache may hold weights that a decode step "
-            "finds in memory, so these times are less certain; end what else uses the GPU."
+            f"The GPU has room for only {room} of {layers} layers of {what}: weights may be in its cache, which they "
+            "are not in a decode step, so the times are less reliable; stop other programs on the GPU."
         )
     weights = [make(seed) for seed in range(min(layers, room))]
     try:
@@ -109,17 +109,17 @@ def find(
     candidates: Sequence[Parameters],
     rounds: int,
 ) -> Found[Parameters]:
-    """Tries all candidates in turns with the default, then the fastest once more.
+    """Measures all candidates in turns with the default, and then confirms the fastest.
 
     Args:
         problem: of the search.
         others: the same with other routings, for the confirmation.
         default: vLLM's own choice.
-        candidates: all run (see `runs`).
+        candidates: parameters that the kernel accepts (see `runs`).
         rounds: timed replays of each candidate in the search; twice as many in the confirmation.
 
     Raises:
-        HangError: a kernel does not end.
+        HangError: a kernel hangs.
         SparkError: a kernel failed, or the GPU is full.
     """
     tried: dict[Parameters, float] = {}
@@ -135,17 +135,17 @@ def find(
 
 
 def promising(ratios: dict[Parameters, float], limit: float) -> list[Parameters]:
-    """Those that take less than `limit` times as long as the fastest."""
+    """The candidates that take at most `limit` times as long as the fastest."""
     fastest = min(ratios.values(), default=0.0)
     return [each for each, ratio in ratios.items() if ratio <= limit * fastest]
 
 
 def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> bool:
-    """Whether the kernel takes them; one that refuses leaves the GPU as it was.
+    """Whether the kernel accepts the parameters; one that refuses them leaves the GPU usable.
 
     Raises:
-        HangError: the kernel does not end.
-        SparkError: the GPU itself failed, or is full.
+        HangError: the kernel hangs.
+        SparkError: the GPU failed, or its memory is full.
     """
     try:
         problem.call(0, parameters)
@@ -153,7 +153,7 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
     except HangError:
         raise
     except torch.cuda.OutOfMemoryError:
-        raise SparkError(f"the GPU has no memory left for {kernel}; end what else uses it") from None
+        raise SparkError(f"the GPU has no memory left for {kernel}; stop other programs on it") from None
     except Exception as error:  # Triton, vLLM and torch each raise their own
         try:
             wait_for_kernels(parameters)
@@ -169,9 +169,9 @@ def _measure(problem: Problem[Parameters], candidates: Sequence[Parameters], rou
     except HangError:
         raise
     except torch.cuda.OutOfMemoryError:
-        raise SparkError("the GPU has no memory left for the search; end what else uses it") from None
+        raise SparkError("the GPU has no memory left for the search; stop other programs on it") from None
     except Exception as error:  # as in `runs`
-        raise SparkError(f"a kernel failed that ran before, with another routing: {_first_line(error)}") from None
+        raise SparkError(f"a kernel failed while it was timed, not in its first call: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -90,7 +90,7 @@ class TuningSession:
         """Searches, compares whole decode steps, writes the tables and prints the results.
 
         Raises:
-            HangError: a kernel does not end. The process must not wait for the GPU from here on.
+            HangError: a kernel hangs. The process must not wait for the GPU from here on.
             SparkError: another tuner is running, a kernel or an engine failed, or a file cannot be written.
         """
         with self._journal.exclusive(), lock_gpu(self._machine.gpu_uuid):
@@ -109,7 +109,7 @@ class TuningSession:
         """The fastest parameters of every shape and number of tokens, those in the journal included.
 
         Raises:
-            HangError: a kernel does not end.
+            HangError: a kernel hangs.
             SparkError: the GPU has no room, or a kernel failed.
         """
         shapes, rows = list(self._plan.labels), self._options.rows

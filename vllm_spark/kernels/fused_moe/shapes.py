@@ -1,4 +1,8 @@
-"""What vLLM's Triton kernel for experts is tuned for, how it is called, and what vLLM would call it with by itself."""
+"""Shapes and parameters of vLLM's Triton kernel for experts, and vLLM's own choice of parameters for them.
+
+That choice comes from a table that comes with vLLM, or else from a rule: `vllm_row` gives it for any step, and
+`pinned_rows` and `default_table` make rows that give every step the same as without a table.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
 """Groups along a tile's depth that this kernel takes."""
 
 Format = Literal["fp8_w8a8", "int4_w4a16"]
-"""vLLM's names of those that are searched for, besides bfloat16, which has none."""
+"""vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
 
 _LARGEST_PINNED = 8192
 
@@ -37,12 +41,12 @@ class FusedMoeParameters(BaseModel):
     num_stages: StrictInt = Field(gt=0)
 
     def row(self) -> dict[str, int]:
-        """As it stands in a table."""
+        """The row in a table."""
         return self.model_dump()
 
 
 class FusedMoeExperts(BaseModel):
-    """A block of experts of one rank, of which a table's name says a part.
+    """A block of experts of one rank; a table's name contains only some of these values.
 
     Attributes:
         experts: of this rank.
@@ -68,21 +72,21 @@ class FusedMoeExperts(BaseModel):
 
     @property
     def table(self) -> FusedMoeShape:
-        """Which table it reads."""
+        """The shape of the table that it reads."""
         return FusedMoeShape(self.experts, self.intermediate, self.dtype, self.block_shape)
 
     @property
     def is_int4(self) -> bool:
-        """Whether the kernel for packed weights runs it."""
+        """Whether the weights are int4, which a kernel for packed weights multiplies."""
         return self.dtype == "int4_w4a16"
 
     @property
     def int4(self) -> Int4:
-        """How its weights are stored, if they have four bits."""
+        """How the weights are stored, if they are int4."""
         return Int4(self.group_size, self.zero_points) if self.is_int4 else INT4
 
     def describe(self) -> str:
-        """In words, for tables and logs."""
+        """The shape as text, for tables and logs."""
         if self.is_int4:
             stored = f"int4, groups of {self.group_size}"
         elif self.dtype is None:
@@ -95,26 +99,26 @@ class FusedMoeExperts(BaseModel):
 
 
 def vllm_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
-    """vLLM's parameters for a step of `tokens`, when the user has no table: from its own table, or by its rule.
+    """vLLM's parameters for a step of `tokens` without a user's table: from its own table, or by its rule.
 
-    With int4 weights vLLM leaves `BLOCK_SIZE_N` and `BLOCK_SIZE_K` open, and completes them for each of both GEMMs.
+    With int4 weights, `BLOCK_SIZE_N` and `BLOCK_SIZE_K` are missing: vLLM adds them for each of the two GEMMs.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
     """
     return _vllm_choice(shape, device)(tokens)
 
 
 def vllm_has_table(shape: FusedMoeExperts, device: str) -> bool:
-    """Whether vLLM comes with a table for it."""
+    """Whether a table for it comes with vLLM."""
     source = kernel_source()
     return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
 
 
 def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, dict[str, int]]:
-    """Rows that give every step of more than `above` tokens what vLLM's own choice gives it.
+    """Rows that give every step of more than `above` tokens vLLM's own choice.
 
-    vLLM takes the nearest row. So one stands right above, one at each power of two, and one on both sides of every
+    vLLM uses the nearest row. So there is one at `above` + 1, one at each power of two, and one on both sides of every
     change.
     """
     choose = _vllm_choice(shape, device)
@@ -152,13 +156,13 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
 
 
 LARGE_TOKENS = 1024
-"""From here on a step is prefill: a table that ends before would be used for it all the same."""
+"""Steps from this size on are prefill. vLLM uses a table for them even if it has no such row."""
 
 _PINNED = tuple(2**power for power in range(14))  # 1 to 8192
 
 
 def has_default(shape: FusedMoeShape) -> bool:
-    """Whether the default is known here."""
+    """Whether vLLM's default for the format is implemented here."""
     return shape.dtype in (None, "fp8_w8a8")
 
 
@@ -212,9 +216,9 @@ def _row(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[st
 
 
 def default_table(shape: FusedMoeShape) -> FusedMoeTable:
-    """A table that gives every step what it would get without one.
+    """A table that gives every step vLLM's default.
 
-    vLLM takes the nearest key. So there is a key on both sides of every place where the default changes.
+    vLLM uses the nearest key. So there is a key on both sides of every change of the default.
 
     Args:
         shape: of the table; its default must be known (`has_default`).

@@ -14,13 +14,13 @@ from vllm_spark.kernels.marlin.table import MarlinRow, MarlinTable, load_marlin_
 from vllm_spark.kernels.table import VLLM_DEFAULT
 
 _WITHOUT_LIMITS = dataclasses.replace(GB10, shared_bytes=2**40, threads_per_multiprocessor=2**40)
-"""For devices that are not known here: what the kernel wants of every GPU is left."""
+"""For devices whose limits are not known: only the rules for every GPU remain."""
 
 _ATOMIC_WIDTH = 2048  # the dense kernel adds atomically up to so many outputs for each 64 rows
 
 
 def check_marlin_table(path: Path) -> Iterator[Finding]:
-    """Everything that is wrong with the table in `path`."""
+    """All errors and notes about the table in `path`."""
     try:
         table = load_marlin_table(path)
     except ConfigurationError as error:
@@ -28,7 +28,10 @@ def check_marlin_table(path: Path) -> Iterator[Finding]:
         return
     if path.name != table.file_name:
         yield Finding(
-            path, None, "error", f"what is in it belongs into {table.file_name}; serving will not find it here"
+            path,
+            None,
+            "error",
+            f"its content requires the name {table.file_name}; serving does not find it under this one",
         )
     yield from device_findings(path, table.device, (row.provenance for row in table.rows.values()))
     first = _gemm(table, min(table.rows))
@@ -73,8 +76,8 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             path,
             rows,
             "error",
-            f"block_size_m is {entry.block_size_m}, and vLLM takes {gemm.block_size_m} for {rows} tokens; "
-            "the row would never be used",
+            f"block_size_m is {entry.block_size_m}, and vLLM uses {gemm.block_size_m} for {rows} tokens; "
+            "the row is never used",
         )
     if (source := entry.provenance) is not None and source.rule == VLLM_DEFAULT and _sets_something(entry):
         values = entry.model_dump(
@@ -82,7 +85,7 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
         )
         said = ", ".join(f"{name}={value}" for name, value in values.items())
         yield Finding(
-            path, rows, "error", f"it is said to leave the choice to vLLM, and has {said}; say where these are from"
+            path, rows, "error", f"its provenance says that vLLM chooses, but it sets {said}; correct its provenance"
         )
     if entry.uses_default_tile:
         return
@@ -106,7 +109,7 @@ def _sets_something(entry: MarlinRow) -> bool:
 
 
 def _check_block_sizes(path: Path, table: MarlinTable) -> Iterator[Finding]:
-    """Steps between two rows take the nearest; it must be meant for the block size that vLLM takes for them."""
+    """A step between two rows uses the nearest, which must have the block size that vLLM uses for the step."""
     for tokens in range(1, max(table.rows)):
         entry = table.row(tokens)
         expected = block_size_m(tokens, table.shape.top_k, table.shape.experts)

@@ -1,4 +1,4 @@
-"""What Marlin's kernels take, and how much shared memory they need.
+"""Parameters that Marlin's kernels accept, and their use of shared memory.
 
 Facts of vLLM's CUDA sources, alike in 0.26 to 0.33 for weights without act-order: the experts' kernel in
 `csrc/**/moe/marlin_moe_wna16/ops.cu`, the dense one in `csrc/**/quantization/marlin/marlin.cu`, the compiled variants
@@ -26,7 +26,7 @@ BLOCK_SIZES_M = (8, 16, 32, 48, 64)
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """What a thread block works on: thread_k times thread_n weights, with so many threads."""
+    """The thread_k x thread_n weights that one thread block of `threads` threads multiplies."""
 
     thread_k: int
     thread_n: int
@@ -34,7 +34,7 @@ class Tile:
 
     @classmethod
     def requested(cls, thread_k: int, thread_n: int) -> Tile:
-        """As the experts' kernel takes it from its caller: the threads follow from the size."""
+        """The tile for the arguments of the experts' kernel, which derives the threads from the size."""
         return cls(thread_k, thread_n, thread_k * thread_n // 64)
 
 
@@ -73,7 +73,7 @@ QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Gemm:
-    """A multiplication that Marlin is asked for.
+    """One matrix multiplication by Marlin.
 
     Attributes:
         moe: whether it is the experts' kernel, else the dense one.
@@ -99,7 +99,7 @@ class Gemm:
 
     @property
     def kernel_group_size(self) -> int:
-        """As the kernel sees it: a single group is none."""
+        """As the kernel gets it: -1 for a single group."""
         return -1 if self.group_size == self.size_k else self.group_size
 
 
@@ -112,7 +112,7 @@ def block_size_m(rows: int, top_k: int, experts: int) -> int:
 
 
 def compiled_tiles(m_blocks: int) -> tuple[Tile, ...]:
-    """Those that there are kernels for."""
+    """The tiles that kernels are compiled for."""
     return SMALL_TILES if m_blocks <= 1 else LARGE_TILES
 
 
@@ -133,13 +133,13 @@ def shared_bytes(tile: Tile, gemm: Gemm) -> int:
 
 
 def shape_fault(gemm: Gemm) -> str | None:
-    """Why no tile at all will do for this shape and these weights; None if one might."""
+    """Why no tile fits this shape and these weights; None if one may."""
     quantization = QUANTIZATIONS.get(gemm.quant_type)
     if quantization is None:
-        return f"Marlin has no kernel for {gemm.quant_type!r} weights; it has for {', '.join(QUANTIZATIONS)}"
+        return f"Marlin has no kernel for {gemm.quant_type!r} weights; supported are {', '.join(QUANTIZATIONS)}"
     if gemm.kernel_group_size not in quantization.group_sizes:
         sizes = ", ".join(map(str, quantization.group_sizes))
-        return f"Marlin has no kernel for {gemm.quant_type} with groups of {gemm.group_size}; it has for {sizes}"
+        return f"Marlin has no kernel for {gemm.quant_type} with groups of {gemm.group_size}; supported are {sizes}"
     if gemm.kernel_group_size > 0 and gemm.size_k % gemm.kernel_group_size:
         return f"an input width of {gemm.size_k} is not a multiple of the group size {gemm.group_size}"
     if gemm.moe and gemm.block_size_m not in BLOCK_SIZES_M:
@@ -154,7 +154,7 @@ def shape_fault(gemm: Gemm) -> str | None:
 
 
 def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
-    """Why the kernel refuses a tile; None if it takes it.
+    """Why the kernel refuses a tile; None if it accepts it.
 
     Args:
         tile: what a block would work on.
@@ -176,10 +176,10 @@ def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
 
 
 def blocks_fault(blocks_per_sm: int, tile: Tile, gemm: Gemm, device: Device) -> str | None:
-    """Why so many blocks for each multiprocessor will not do with a tile; None if they will.
+    """Why this number of blocks for each multiprocessor is invalid for a tile; None if it is valid.
 
-    All blocks must be resident at once: those at the top of a column wait for those at its bottom, which have higher
-    numbers, so blocks that never start would be waited for without end.
+    All blocks must be resident at once: the first blocks of a column wait for its last ones, so the kernel would hang
+    if those could not start.
 
     Args:
         blocks_per_sm: started for each multiprocessor.

@@ -45,7 +45,7 @@ class MarlinShape(BaseModel):
     quant_type: str
 
     def file_name(self, device: str) -> str:
-        """Of the table for `device`, a name as in `gb10.device_file_name`."""
+        """Of the table for `device`, a name as in `devices.device_file_name`."""
         experts = "" if self.kernel == "dense" else f",E={self.experts},top_k={self.top_k}"
         return (
             f"kernel={self.kernel}{experts},N={self.size_n},K={self.size_k},group_size={self.group_size},"
@@ -96,7 +96,7 @@ class MarlinTable(BaseModel):
     """A table: the shape, the device, and parameters for some numbers of rows.
 
     Attributes:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
         shape: what it is for.
         models: for people: whose layers have this shape, at which tensor-parallel size.
         rows: tokens of a step (for both kernels of the experts, whatever `top_k` makes of it) to parameters.
@@ -116,7 +116,7 @@ class MarlinTable(BaseModel):
 
     def row(self, rows: int) -> MarlinRow | None:
         """The entry for a step of `rows` tokens: the nearest, of two the smaller; None below the smallest row and above
-        the largest, where nobody tuned: vLLM's rule is for those.
+        the largest, where vLLM's rule applies.
         """
         if not min(self.rows) <= rows <= max(self.rows):
             return None
@@ -127,16 +127,16 @@ def load_marlin_table(path: Path) -> MarlinTable:
     """The table in `path`.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no such table; the sentence names the file and the fault.
+        ConfigurationError: it cannot be read or is not such a table; the message names the file and the fault.
     """
     try:
         return MarlinTable.model_validate(read_json(path))
     except OSError as error:
         raise ConfigurationError(f"the Marlin table {path} cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        raise ConfigurationError(f"{path} is no Marlin table: {first_fault(error)}") from None
+        raise ConfigurationError(f"{path} is not a Marlin table: {first_fault(error)}") from None
     except ValueError as error:
-        raise ConfigurationError(f"{path} is no Marlin table: {error}") from None
+        raise ConfigurationError(f"{path} is not a Marlin table: {error}") from None
 
 
 def store_marlin_table(table: MarlinTable, folder: Path) -> Path:

@@ -32,7 +32,7 @@ class FusedMoeProblem:
         rows: tokens of the decode step.
         calls: in one run; call i uses the weights of layer i modulo `layers`.
         seed: of routings and inputs.
-        device: as in `gb10.device_file_name`; whose table vLLM might have.
+        device: as in `devices.device_file_name`; whose table vLLM might have.
     """
 
     def __init__(

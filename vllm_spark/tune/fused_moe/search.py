@@ -75,7 +75,7 @@ def _fits(shape: FusedMoeExperts, device: Device, row: FusedMoeParameters) -> bo
 def weights_of(
     shape: FusedMoeExperts, on_note: Callable[[str], None] = lambda sentence: None
 ) -> AbstractContextManager[list[ExpertsWeights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         on_note: see `search.cold_layers`.
@@ -111,7 +111,7 @@ def search(
         hung: what is not tried, because the kernel did not end with it.
 
     Raises:
-        HangError: a kernel does not end.
+        HangError: a kernel hangs.
         SparkError: vLLM's own choice does not run, or a kernel failed while it ran.
     """
     problem, others = (FusedMoeProblem(shape, layers, rows, CALLS, rows + more, device.name) for more in (0, 100))

@@ -126,13 +126,13 @@ class Trials:
         try:
             found: dict[str, Any] = json.loads(output.splitlines()[-1])
         except (IndexError, ValueError):
-            return "the compiler ended without a word"
+            return "the compiler exited without a result"
         if "fault" in found:
             return str(found["fault"])
         if (needed := found["shared_bytes"]) > (limit := self._device.shared_bytes):
             return f"it needs {needed} bytes of shared memory, and a block may have {limit}"
         if found["spilled_bytes"]:
-            return f"each thread spills {found['spilled_bytes']} bytes for want of registers"
+            return f"each thread spills {found['spilled_bytes']} bytes of registers to memory"
         return None
 
 

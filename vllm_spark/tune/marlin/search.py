@@ -30,7 +30,7 @@ def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinPa
 def weights_of(
     shape: MarlinShape, on_note: Callable[[str], None] = lambda sentence: None
 ) -> AbstractContextManager[list[Weights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         on_note: see `search.cold_layers`.
@@ -65,7 +65,7 @@ def search(
         hung: what is not tried, because the kernel did not end with it.
 
     Raises:
-        HangError: a kernel does not end.
+        HangError: a kernel hangs.
         SparkError: a kernel failed while it ran.
     """
     problem, others = (MarlinProblem(shape, layers, rows, CALLS, seed=rows + more) for more in (0, 100))
