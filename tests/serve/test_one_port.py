@@ -92,7 +92,7 @@ def test_the_doctor_of_the_second_machine_finds_the_firewall(namespaces: Hosts) 
     first, second = namespaces
     port = str(first.free_port())
     leader = ("--leader", f"{first.address}:{port}")
-    assert "nobody listens there now" in doctor(second, *leader)["link.port"]["value"]
+    assert "nothing listens there now" in doctor(second, *leader)["link.port"]["value"]
     with first.firewall(None):
         found = doctor(second, *leader)["link.port"]
     assert found["status"] == "problem"

@@ -375,7 +375,7 @@ def test_a_leaders_port_that_can_be_reached() -> None:
         port = server.getsockname()[1]
         assert check_reach("127.0.0.1", port).value == f"127.0.0.1:{port} answers"
     found = check_reach("127.0.0.1", port)
-    assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nobody listens there now")
+    assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nothing listens there now")
 
 
 @pytest.mark.parametrize("option", ["kho=off", "kho=OFF", "kho=0", "kho=n"])
@@ -639,7 +639,7 @@ def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:
     assert "warning MTU of the interfaces: " in text
     assert "PROBLEM Limit of locked memory: 8.4 MB" in text
     assert '> echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf' in text
-    assert "as it is, the pair does not work" in text
+    assert "the pair does not work" in text
 
 
 def test_the_report_travels_as_json(tree: Tree) -> None:

@@ -243,12 +243,12 @@ def test_one_group_is_no_group_to_the_kernel(folders: Folders, operator: list[st
 @pytest.mark.parametrize(
     ("values", "given", "why"),
     [
-        ({"block_size_m": 16}, {}, "blocks of 16 rows"),
-        ({}, {"moe_block_size": 16}, "blocks of 8 rows"),
+        ({"block_size_m": 16}, {}, "block_size_m=16"),
+        ({}, {"moe_block_size": 16}, "block_size_m=8"),
         ({"thread_n": 256, "thread_k": 64}, {}, "no kernel is compiled"),
         ({"blocks_per_sm": 5}, {}, "blocks_per_sm is 5"),
         ({"blocks_per_sm": 4}, {}, "shared memory"),
-        ({"blocks_per_sm": 2}, {"workspace": 95}, "96 locks, and vLLM gives 95"),
+        ({"blocks_per_sm": 2}, {"workspace": 95}, "96 locks, and vLLM allocates 95"),
     ],
 )
 def test_what_does_not_fit_leaves_vllms_choice_and_says_so(
@@ -337,9 +337,9 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert str(path) in lines[0]
-    assert "up to 8 rows" in lines[0]
+    assert "rows 1-8, " in lines[0]
     assert GUESS.summary() in lines[0]
-    assert "no table is for this shape on NVIDIA_GB10" in lines[1]
+    assert lines[1].startswith("No tuned Marlin table for down of 128 experts")
 
 
 # ---- the Triton kernel's tables ----
@@ -445,7 +445,7 @@ def test_rows_that_another_vllm_chose_are_this_ones(
     assert FusedMoeTable(rows).row(2) == TUNED.row(), "what was tuned stays"
     for tokens in (1, 3, 4, 5, 8, 9, 33, 64, 65, 500, 2048, 8000):
         assert FusedMoeTable(rows).row(tokens) == vllm_row(shape, GB10.name, tokens), tokens
-    assert f"of vLLM {this_vllm}, not 0.1, are rows that nobody tuned" in caplog.text
+    assert f"default rows of vLLM 0.1 were replaced by those of {this_vllm}" in caplog.text
     tuned_with(on_gb10.user, this_vllm, shape, {2: TUNED})
     rows = taken(shape)
     assert rows is not None
@@ -465,7 +465,7 @@ def test_a_table_that_another_vllm_chose_is_left_out(
     caplog.set_level(logging.INFO)
     tuned_with(on_gb10.user, "0.1", shape, rows)
     assert taken(shape) is None
-    assert "the choice of vLLM 0.1; tune anew" in caplog.text
+    assert "default rows of vLLM 0.1; tune again" in caplog.text
     tuned_with(on_gb10.user, this_vllm, shape, rows)
     assert taken(shape) is not None
 

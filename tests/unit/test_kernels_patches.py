@@ -158,7 +158,7 @@ def test_without_tables_marlins_operator_is_only_called(
         raise AssertionError("nothing is looked for in a call")
 
     monkeypatch.setattr(runtime, "this_device", lambda: GB10)
-    monkeypatch.setattr(MarlinCalls, "changes", fail)
+    monkeypatch.setattr(MarlinCalls, "overrides", fail)
     store_moe(folders.user, 64)
     patched = patch("marlin-parameters").replace(lambda *args, **kwargs: (args, kwargs))
     assert patched(1, size_m=2) == ((1,), {"size_m": 2})

@@ -330,7 +330,7 @@ def test_what_cannot_be_repeated_is_refused(method: str, change: Callable[[dict[
 
 def test_parts_that_no_group_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = SimpleNamespace(intermediate_size=1440)
-    with pytest.raises(ConfigurationError, match="groups of 16 would fit, and Marlin has no kernel for those"):
+    with pytest.raises(ConfigurationError, match="groups of 16 would be aligned, but Marlin has no kernel for them"):
         apply_regrouping(vllm_config(narrow, GPTQ | {"group_size": 32}), RANKS)
     with pytest.raises(ConfigurationError, match="does not work with --load-format tensorizer"):
         apply_regrouping(vllm_config(GLM_4_5_AIR, GPTQ, "tensorizer"), RANKS)

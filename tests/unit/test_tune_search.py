@@ -234,7 +234,7 @@ def test_ctrl_c_in_a_race_counts_when_all_its_kernels_are_done(monkeypatch: pyte
     ("error", "why"),
     [
         (torch.cuda.OutOfMemoryError("Tried to allocate\n2 GiB"), "^the GPU has no memory left for the search"),
-        (RuntimeError("\n CUDA error: misaligned\nmore"), "with another routing: CUDA error: misaligned$"),
+        (RuntimeError("\n CUDA error: misaligned\nmore"), "not in its first call: CUDA error: misaligned$"),
     ],
 )
 def test_a_kernel_that_fails_while_it_is_timed_costs_a_sentence(

@@ -112,7 +112,7 @@ def test_every_row_says_where_it_came_from(user_folder: Path) -> None:
     assert measured.date == datetime.date.today()
     assert provenance.rows[8].gain == 0.0
     assert {row.rule for tokens, row in provenance.rows.items() if tokens > 8} == {VLLM_DEFAULT}
-    assert not any(row.missing() for row in provenance.rows.values())
+    assert not any(row.missing_fields() for row in provenance.rows.values())
 
 
 @pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL, INT4])

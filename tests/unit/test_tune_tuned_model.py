@@ -86,7 +86,7 @@ def test_models_with_nothing_to_tune(name: str) -> None:
     ("quantization", "why"),
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "704 are not multiples of the block size 128 x 128"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, "and these have none"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, "and the group size is none"),
     ],
 )
 def test_experts_that_triton_does_not_take(quantization: dict[str, Any], why: str) -> None:

@@ -18,6 +18,7 @@ from vllm_spark.errors import ConfigurationError
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
+_FILE_WIDTH = 120  # columns, where the output is no terminal
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -87,9 +88,6 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
-
-
-_FILE_WIDTH = 120  # columns, where the output is no terminal
 
 
 def wide_console() -> Console:

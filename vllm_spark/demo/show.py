@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from vllm_spark.demo.comparison import Run, Summary, as_table, first_difference
 from vllm_spark.demo.counters import read_counters
@@ -22,47 +23,6 @@ from vllm_spark.processes.managed import Process, ProcessError, answers, clean_e
 
 if TYPE_CHECKING:
     from openai import OpenAI
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-
-
-class Phases:
-    """Shows what is going on, phase by phase, each with the time that it takes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._name = ""
-        self._task: TaskID | None = None
-        self._progress = Progress(
-            TextColumn("  "),
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Phases:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        self._progress.stop()
-
-    def enter(self, name: str) -> None:
-        """Ends the phase before and begins this one; does nothing if it has begun."""
-        if name == self._name:
-            return
-        self._finish()
-        self._name = name
-        self._task = self._progress.add_task(name, total=1)
-        if not self._console.is_terminal:  # a file or a pipe gets a line for each phase
-            self._console.print(f"   {name}")
-
-    def _finish(self) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=1)
 
 
 TOKEN_PROMPTS = (
@@ -73,6 +33,7 @@ TOKEN_PROMPTS = (
     "二つの机、一つのモデル。",
     "if x == 0: return None\nelif",
 )
+
 PHASES = (
     ("vLLM starts", r"."),
     ("weights", r"Starting to load model"),
@@ -264,3 +225,43 @@ class Demo:
                 f"{summary.seconds:.0f} s in all."
             )
         return summary
+
+
+class Phases:
+    """Shows what is going on, phase by phase, each with the time that it takes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._name = ""
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("  "),
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Phases:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def enter(self, name: str) -> None:
+        """Ends the phase before and begins this one; does nothing if it has begun."""
+        if name == self._name:
+            return
+        self._finish()
+        self._name = name
+        self._task = self._progress.add_task(name, total=1)
+        if not self._console.is_terminal:  # a file or a pipe gets a line for each phase
+            self._console.print(f"   {name}")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=1)

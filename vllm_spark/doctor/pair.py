@@ -1,4 +1,4 @@
-"""What only both machines together show: equal versions, rails that meet, packets that get through."""
+"""Checks that need both machines: equal versions, rails between them, and pings over each rail."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROUND_TRIP = re.compile(r"= [\d.]+/([\d.]+)/")
 
 
 class RailPair(NamedTuple):
-    """A rail's two ends, with the addresses that are in one network."""
+    """The two ends of a rail, with their addresses in one network."""
 
     mine: Rail
     theirs: Rail
@@ -29,7 +29,7 @@ class RailPair(NamedTuple):
 
 
 def compare(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
-    """Looks at both; sends pings over the rails. Never raises for what it finds."""
+    """Compares both reports, and sends pings over the rails. Never raises for what it finds."""
     yield from guarded("pair.versions", lambda: [_versions(mine, theirs)])
     if not active(mine.rails) or not active(theirs.rails):
         return
@@ -37,7 +37,7 @@ def compare(system: System, mine: MachineReport, theirs: MachineReport) -> Itera
 
 
 def _between(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
-    """What concerns the rails."""
+    """Findings about the rails."""
     try:
         pairs = rail_pairs(mine.rails, theirs.rails)
     except ImportError as error:
@@ -50,26 +50,27 @@ def _between(system: System, mine: MachineReport, theirs: MachineReport) -> Iter
 
 
 def port_reached(host: str, endpoint: str) -> Finding:
-    """That the follower on `host` came through to this machine's port, which is all that it needs."""
+    """The finding that the follower on `host` has connected to this machine's port."""
     return Finding("pair.port", "The follower reaches this machine", "ok", f"{endpoint}, from {host}")
 
 
 def peer_missing(sentence: str, opening: str = "") -> Finding:
-    """That the other machine was not seen.
+    """The finding that the other machine has not connected.
 
     Args:
-        sentence: why.
-        opening: the command that lets it in; empty where no firewall is between.
+        sentence: the reason.
+        opening: the command that opens this machine's firewall; empty on loopback.
     """
     problem, _, remedy = sentence.partition("; on the other machine run: ")
     return Finding(
         "pair.peer",
         "The other machine",
         "problem",
-        "not seen",
+        "not connected",
         f"{upper_first(problem)}.",
         "\n".join(
-            [f"{remedy}   # on the other machine"] + ([f"{opening}   # here, if it waits there"] if opening else [])
+            [f"{remedy}   # on the other machine"]
+            + ([f"{opening}   # here, if vllm-spark join is waiting there"] if opening else [])
         )
         if remedy
         else "",
@@ -77,8 +78,8 @@ def peer_missing(sentence: str, opening: str = "") -> Finding:
 
 
 def rail_pairs(mine: list[Rail], theirs: list[Rail]) -> list[RailPair]:
-    """The rails between the two machines, as the transport forms them."""
-    # Here, because all else is told of a machine whose native module is missing.
+    """The rails between the two machines, paired as the transport pairs them."""
+    # Imported here: all other findings do not need the native module.
     from vllm_spark.collective import CollectiveError
     from vllm_spark.collective.rails import Port, PortAddress, pair
 
@@ -115,8 +116,8 @@ def _versions(mine: MachineReport, theirs: MachineReport) -> Finding:
             title,
             "problem",
             sentence,
-            "What one side sends the other runs, so both must be the same; the follower would be refused.",
-            f"{upper_first(remedy)}: pip list | grep -E 'vllm|torch' shows what there is.",
+            "Both machines must have the same versions; the leader refuses a follower with others.",
+            f"{upper_first(remedy)}: pip list | grep -E 'vllm|torch' shows what is installed.",
         )
     versions = mine.versions
     return Finding(
@@ -133,7 +134,7 @@ def _without_native_module(error: ImportError) -> Finding:
         "Rails between the machines",
         "unknown",
         str(error),
-        "Which ports form a rail is for the collectives to say, and their native module is not built or does not load.",
+        "The native module, which pairs the ports to rails, is not built or cannot be loaded.",
         "pip install .   # in the source tree; needs g++, and nvcc for GPUs",
     )
 
@@ -159,9 +160,9 @@ def _rails(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) ->
         "warning" if pairs else "problem",
         value or "none",
         "Two ports form a rail if their addresses are in one network. "
-        + (f"Nothing on the other side meets {'; '.join(alone)}." if alone else "")
+        + (f"The other machine has no port in the network of {'; '.join(alone)}." if alone else "")
         + (
-            "These meet by their link-local addresses only, which say nothing of where a cable leads."
+            "These are paired by link-local addresses only, which do not show which ports a cable connects."
             if unsure and not alone
             else ""
         ),
@@ -184,7 +185,7 @@ def _mtu(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> F
         title,
         "warning",
         value,
-        "The smaller one counts for both, and larger packets of other programs are lost without a word.",
+        "The smaller MTU limits both, and larger packets of other programs are dropped without an error.",
         "\n".join(
             f"sudo ip link set dev {rail.netdev} mtu {max(pair.mine.mtu, pair.theirs.mtu)}   # on {host}"
             for pair in different
@@ -196,7 +197,7 @@ def _mtu(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> F
 
 
 def _pings(system: System, pairs: list[RailPair]) -> Finding:
-    """A small packet and one that fills the MTU, over each rail."""
+    """Sends a small packet, and one of the size of the MTU, over each rail."""
     title = "Each rail reaches the other end"
     answered, lost, cut = [], [], []
     for pair in pairs:
@@ -207,7 +208,7 @@ def _pings(system: System, pairs: list[RailPair]) -> Finding:
                 title,
                 "unknown",
                 "",
-                "The program ping is not installed here, so no rail was tried.",
+                "The program ping is not installed here, so the rails could not be tested.",
                 "sudo apt install iputils-ping",
             )
         if small == "":
@@ -229,11 +230,15 @@ def _pings(system: System, pairs: list[RailPair]) -> Finding:
         ),
         " ".join(
             (
-                ["No answer comes over these rails: the two ports are not on one cable, or a firewall drops it."]
+                ["No reply over these rails: the two ports are not on one cable, or a firewall drops the packets."]
                 if lost
                 else []
             )
-            + (["Large packets are lost on the way: a switch between has a smaller MTU than both ends."] if cut else [])
+            + (
+                ["Large packets are lost: a switch between the machines has a smaller MTU than both ends."]
+                if cut
+                else []
+            )
         ),
         "\n".join(
             [_ping_command(pair, _SMALL) for pair in lost]
@@ -243,7 +248,7 @@ def _pings(system: System, pairs: list[RailPair]) -> Finding:
 
 
 def _ping(system: System, pair: RailPair, size: int) -> str | None:
-    """The mean round trip in milliseconds, "" if nothing came back, None without the program."""
+    """The mean round trip in milliseconds; "" without a reply, None if ping is not installed."""
     _, *arguments = _ping_command(pair, size).split()
     answer = system.run("ping", *arguments)
     if answer is None:
@@ -276,7 +281,7 @@ def _text(gid: bytes) -> str:
 
 
 def _network(rail: Rail, address: str) -> str:
-    """The network of one of a rail's addresses, in the transport's words."""
+    """The network of one of a rail's addresses, as the transport names it."""
     from vllm_spark.collective.rails import LINK_LOCAL
 
     if ":" in address and ipaddress.IPv6Address(address).is_link_local:

@@ -1,6 +1,6 @@
-"""The doctor's visit: it listens where a leader would, and asks the follower that comes how its machine is.
+"""The remote check: `doctor --peer` listens at the leader's port, and the follower that connects sends its report.
 
-Nothing is unpickled here: both messages are JSON, on a lane that both sides have authenticated.
+Both messages are JSON on an authenticated connection; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from vllm_spark.executor.handshake.server import Listener
 logger = logging.getLogger("vllm_spark")
 
 _CHECK_SECONDS = 120.0
-"""How long a machine may take to look at itself: programs that are asked may take some 20 s each."""
+"""Limit for the checks of a machine: external programs may take about 20 s each."""
 
 _SEND_SECONDS = 10.0
-_FAREWELL = "the doctor is done"
+_FAREWELL = "the remote check is complete"
 
 
 class CheckRequest(msgspec.Struct, frozen=True):
-    """What the doctor says when it asks."""
+    """The request for a report; `host` is the machine that sends it."""
 
     host: str
 
 
 def request_report(config: SparkConfig, patience: float) -> MachineReport:
-    """Waits at most `patience` seconds for a follower, and returns what it says of its machine.
+    """Waits at most `patience` seconds for a follower, and returns its report.
 
     Raises:
-        SparkError: nobody came, or it did not answer; or a setting is unusable.
+        SparkError: no follower connected, it did not answer, or a setting is invalid.
     """
     address = leader_address(config)
     context = tls_context(load_secret(config, address), "leader")
@@ -49,16 +49,17 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
     try:
         hello, lane = listener.wait_for_visitor(patience)
     finally:
-        # Before a word is said: once dismissed, the follower looks for a leader again, and must not find this one.
+        # Closed before the request: the follower searches for a leader afterwards, and must not find this listener.
         listener.close()
-    logger.info("The follower on %s came; asking how its machine is.", hello.host)
+    logger.info("The follower on %s has connected; requesting its report.", hello.host)
     try:
         lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(CheckRequest(host_name())), timeout=_SEND_SECONDS)
         machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
         lane.send(Kind.GOODBYE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
-            f"{error}; a vllm-spark of another version there may know no doctor: see what its vllm-spark join printed"
+            f"{error}; another version of vllm-spark there may not support remote checks: see the output of its "
+            "vllm-spark join"
         ) from None
     finally:
         lane.close()
@@ -66,18 +67,18 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
 
 
 def send_report(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> None:
-    """The follower's side: looks at this machine, says what it found, and waits for the farewell.
+    """The follower's side: checks this machine, sends the report, and waits for the other side to close.
 
     Args:
         lane: the control lane.
-        question: the CHECK_REQUEST.
+        question: the CHECK_REQUEST message.
         config: the follower's settings.
-        leader: address of the doctor's machine.
+        leader: address of the machine that runs `doctor --peer`.
 
     Raises:
-        PeerLostError: the doctor is gone.
+        PeerLostError: the connection is lost.
     """
-    logger.info("The doctor on %s asks how this machine is.", decode(question, CheckRequest).host)
+    logger.info("vllm-spark doctor on %s requests a report of this machine.", decode(question, CheckRequest).host)
     machine = run_checks(System(), config, leader, thorough=True)
     lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
     lane.expect(Kind.GOODBYE, timeout=_CHECK_SECONDS)

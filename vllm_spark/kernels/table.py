@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 VLLM_DEFAULT = "vllm-default"
 """The rule of entries that leave the choice to vLLM, since nothing better was measured."""
 
+LARGEST_ROW = 2**20
+"""Largest number of tokens of a row: more than any engine's step has, and few enough to iterate over."""
+
 
 class Provenance(BaseModel):
     """Where one entry comes from. Each kind requires some of the fields (`missing_fields`).
@@ -70,10 +73,6 @@ class Provenance(BaseModel):
         if self.rule == VLLM_DEFAULT:
             return "vLLM's own choice, nothing better was measured"
         return f"derived ({self.rule or 'no rule named'}), not measured"
-
-
-LARGEST_ROW = 2**20
-"""Largest number of tokens of a row: more than any engine's step has, and few enough to iterate over."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,77 +23,10 @@ from vllm_spark.errors import SparkError
 SKEW = 0.6
 """Exponent of the experts' popularity, rank ** -SKEW: a fifth of 128 experts gets about half of the tokens."""
 
-
-def route(rows: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random choices of `rows` tokens, on the CPU: the same for the same seed on every machine.
-
-    Returns:
-        Weights [rows, top_k] float32 that sum to one for each token, and distinct experts [rows, top_k] int32.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    popularity = torch.arange(1, experts + 1, dtype=torch.float64) ** -SKEW
-    popularity = popularity[torch.randperm(experts, generator=generator)]
-    chosen = torch.multinomial(popularity.expand(rows, -1), top_k, replacement=False, generator=generator)
-    weights = torch.rand(rows, top_k, generator=generator).softmax(dim=-1)
-    return weights.float(), chosen.int()
-
-
 MAX_KERNEL_SECONDS = 30.0
 """Seconds after which a kernel counts as hung; its calls take less than a thousandth of that."""
 
 Name = TypeVar("Name", bound=Hashable)
-
-
-class HangError(SparkError):
-    """A kernel hangs. From here on this process must neither wait for the GPU nor free memory on it.
-
-    Args:
-        parameters: of the call.
-    """
-
-    def __init__(self, parameters: Hashable) -> None:
-        super().__init__(f"a kernel did not end within {MAX_KERNEL_SECONDS:g} s, with {parameters!r}")
-        self.parameters = parameters
-
-
-def wait_for_kernels(parameters: Hashable) -> None:
-    """Waits until the current stream is idle.
-
-    Ctrl-C is raised only after that: the exit of the process frees memory on the GPU.
-
-    Args:
-        parameters: of the kernels, for the error.
-
-    Raises:
-        HangError: it takes longer than `MAX_KERNEL_SECONDS`.
-        RuntimeError: one of them failed.
-    """
-    done = torch.cuda.Event()
-    done.record()
-    _wait_for([(parameters, done)])
-
-
-def _wait_for(ends: Iterable[tuple[Hashable, torch.cuda.Event]]) -> None:
-    """Waits for events on a stream, each for at most `MAX_KERNEL_SECONDS` after the previous one.
-
-    Args:
-        ends: the events in their order on the stream, each with the parameters of its kernels.
-
-    Raises:
-        HangError, RuntimeError: as in `wait_for_kernels`.
-    """
-    stopped: BaseException | None = None
-    for parameters, end in ends:
-        deadline = time.monotonic() + MAX_KERNEL_SECONDS
-        while not end.query():
-            if time.monotonic() > deadline:
-                raise HangError(parameters)
-            try:
-                time.sleep(0.001)
-            except (KeyboardInterrupt, SystemExit) as signal:
-                stopped = signal
-    if stopped is not None:
-        raise stopped
 
 
 @dataclass(frozen=True)
@@ -152,6 +85,72 @@ def _captured(name: Hashable, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         body()
     return graph
+
+
+class HangError(SparkError):
+    """A kernel hangs. From here on this process must neither wait for the GPU nor free memory on it.
+
+    Args:
+        parameters: of the call.
+    """
+
+    def __init__(self, parameters: Hashable) -> None:
+        super().__init__(f"a kernel did not end within {MAX_KERNEL_SECONDS:g} s, with {parameters!r}")
+        self.parameters = parameters
+
+
+def wait_for_kernels(parameters: Hashable) -> None:
+    """Waits until the current stream is idle.
+
+    Ctrl-C is raised only after that: the exit of the process frees memory on the GPU.
+
+    Args:
+        parameters: of the kernels, for the error.
+
+    Raises:
+        HangError: it takes longer than `MAX_KERNEL_SECONDS`.
+        RuntimeError: one of them failed.
+    """
+    done = torch.cuda.Event()
+    done.record()
+    _wait_for([(parameters, done)])
+
+
+def _wait_for(ends: Iterable[tuple[Hashable, torch.cuda.Event]]) -> None:
+    """Waits for events on a stream, each for at most `MAX_KERNEL_SECONDS` after the previous one.
+
+    Args:
+        ends: the events in their order on the stream, each with the parameters of its kernels.
+
+    Raises:
+        HangError, RuntimeError: as in `wait_for_kernels`.
+    """
+    stopped: BaseException | None = None
+    for parameters, end in ends:
+        deadline = time.monotonic() + MAX_KERNEL_SECONDS
+        while not end.query():
+            if time.monotonic() > deadline:
+                raise HangError(parameters)
+            try:
+                time.sleep(0.001)
+            except (KeyboardInterrupt, SystemExit) as signal:
+                stopped = signal
+    if stopped is not None:
+        raise stopped
+
+
+def route(rows: int, experts: int, top_k: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random choices of `rows` tokens, on the CPU: the same for the same seed on every machine.
+
+    Returns:
+        Weights [rows, top_k] float32 that sum to one for each token, and distinct experts [rows, top_k] int32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    popularity = torch.arange(1, experts + 1, dtype=torch.float64) ** -SKEW
+    popularity = popularity[torch.randperm(experts, generator=generator)]
+    chosen = torch.multinomial(popularity.expand(rows, -1), top_k, replacement=False, generator=generator)
+    weights = torch.rand(rows, top_k, generator=generator).softmax(dim=-1)
+    return weights.float(), chosen.int()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SUMMARY = "latency and bandwidth of RDMA writes between two machines, and the wire model that they make"
 
 SETTINGS = ("address", "port", "secret_file", "rails", "traffic_class", "service_level")
-"""Those of serve and join that matter here."""
+"""The settings of serve and join that this command has as options."""
 
 _LISTENERS = ("sizes", "samples", "bandwidth_sizes", "writes", "depth")
 _MOST = 1_000_000

@@ -24,7 +24,11 @@ INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
 
+LARGE_TOKENS = 1024
+"""Steps from this size on are prefill. vLLM uses a table for them even if it has no such row."""
+
 _LARGEST_PINNED = 8192
+_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
 
 
 class FusedMoeParameters(BaseModel):
@@ -155,12 +159,6 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
     return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
 
 
-LARGE_TOKENS = 1024
-"""Steps from this size on are prefill. vLLM uses a table for them even if it has no such row."""
-
-_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
-
-
 def has_default(shape: FusedMoeShape) -> bool:
     """Whether vLLM's default for the format is implemented here."""
     return shape.dtype in (None, "fp8_w8a8")
@@ -177,6 +175,24 @@ def default_row(shape: FusedMoeShape, tokens: int) -> dict[str, int]:
     if shape.dtype == "fp8_w8a8" and shape.block_shape is not None:
         return _fp8_block(shape.block_shape, tokens)
     return _general(shape, tokens)
+
+
+def default_table(shape: FusedMoeShape) -> FusedMoeTable:
+    """A table that gives every step vLLM's default.
+
+    vLLM uses the nearest key. So there is a key on both sides of every change of the default.
+
+    Args:
+        shape: of the table; its default must be known (`has_default`).
+    """
+    keys = {1, *_PINNED, *default_changes(shape)}
+    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
+
+
+def default_changes(shape: FusedMoeShape) -> list[int]:
+    """Both numbers of tokens around each change of the default: 8 and 9 where it is another from 9 on."""
+    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
+    return [tokens for end in last for tokens in (end, end + 1)]
 
 
 def _fp8_block(block: tuple[int, int], tokens: int) -> dict[str, int]:
@@ -213,21 +229,3 @@ def _row(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[st
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-def default_table(shape: FusedMoeShape) -> FusedMoeTable:
-    """A table that gives every step vLLM's default.
-
-    vLLM uses the nearest key. So there is a key on both sides of every change of the default.
-
-    Args:
-        shape: of the table; its default must be known (`has_default`).
-    """
-    keys = {1, *_PINNED, *default_changes(shape)}
-    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
-
-
-def default_changes(shape: FusedMoeShape) -> list[int]:
-    """Both numbers of tokens around each change of the default: 8 and 9 where it is another from 9 on."""
-    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
-    return [tokens for end in last for tokens in (end, end + 1)]
