@@ -151,7 +151,7 @@ def test_nobody_on_the_other_side(machines: Pair) -> None:
     listening = start(one, "--listen", "--address", address, "--wait", "3")
     finished = start(other, "--connect", f"{address}:29999", "--wait", "3").wait(BOUND)
     assert finished.exit_code == 4
-    assert f"nobody listened at {address}:29999 within 3 s" in sentence(finished)
+    assert f"nothing listened at {address}:29999 within 3 s" in sentence(finished)
     assert "vllm-spark bench wire --listen" in sentence(finished)
     finished = listening.wait(BOUND)
     assert finished.exit_code == 4

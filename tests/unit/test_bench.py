@@ -116,7 +116,10 @@ def test_the_baseline_does_the_same_work() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--collective", "logits_gather", "--sizes", "1KiB"], "--sizes does not go with --collective logits_gather"),
+        (
+            ["--collective", "logits_gather", "--sizes", "1KiB"],
+            "--sizes cannot be combined with --collective logits_gather",
+        ),
         (["--sizes", "3KB"], "'3KB' is not a size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
         (["--samples", "0"], "'0' is not a whole number above 0"),
@@ -204,7 +207,10 @@ def test_sizes_in_words(size: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--candidates", "tp1,nccl", "--device", "cpu"], "no candidate 'nccl' for --device cpu; choose of tp1, spark"),
+        (
+            ["--candidates", "tp1,nccl", "--device", "cpu"],
+            "no candidate 'nccl' for --device cpu; choose from tp1, spark",
+        ),
         (["--candidates", ""], "no candidate ''"),
         (["--model", "/nowhere"], "--model /nowhere is not a folder with a config.json; give one, or one of "),
         (["--batches", "1,0"], "'0' is not a whole number above 0"),
@@ -286,7 +292,7 @@ def test_a_wire_models_figures_as_tables_and_json(tmp_path: Path) -> None:
         ["all rails", "", "", "3.00", "24", "0%"],
     ]
     assert "50 round trips of each size" in shown
-    assert "1000 writes of each size, 3 under way on each rail" in " ".join(shown.split())
+    assert "1000 writes of each size, 3 outstanding on each rail" in " ".join(shown.split())
     assert [name for name, _ in named(WIRE)] == ["rail 0"], "one rail is all of them"
     content = json.loads(as_wire_json(Plan(depth=3), model))
     assert content["settings"]["depth"] == 3
@@ -300,7 +306,7 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests/gpu calibrates it")
     assert main(["bench", "calibrate"]) == 2
-    assert "there is no GPU to calibrate for" in capsys.readouterr().err
+    assert "calibration needs a GPU" in capsys.readouterr().err
 
 
 def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +410,7 @@ def test_an_engine_that_fails_late_keeps_its_figures(
     assert [row["median"] for row in figures["rows"]] == [2.0]
     assert figures["failed_ends"] == ({"tp1": why} if why else {})
     shown = " ".join(capsys.readouterr().out.split())
-    assert ("after its figures were complete; --keep-logs" in shown) == bool(why)
+    assert ("after its measurements were complete; --keep-logs" in shown) == bool(why)
     assert why in shown
 
 

@@ -71,8 +71,8 @@ def test_what_comes_early_waits_for_its_turn(config: SparkConfig) -> None:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (SparkError("its rail failed"), "the other machine (.*) gave up: its rail failed"),
-        (KeyboardInterrupt(), "the other machine (.*) gave up: it was stopped there"),
+        (SparkError("its rail failed"), "the other machine (.*) failed: its rail failed"),
+        (KeyboardInterrupt(), "the other machine (.*) failed: it was stopped there"),
     ],
 )
 @pytest.mark.parametrize("waits", ["attend", "exchange"])

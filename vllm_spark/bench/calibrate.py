@@ -31,7 +31,7 @@ KIB, MIB = 1 << 10, 1 << 20
 PACKET_SIZES = (2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB)
 PAYLOAD_SIZES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 8 * MIB)
 LIMITS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""KiB: what the limit between packets and payload may be."""
+"""Candidates of the limit between LL packets and payload, in KiB."""
 
 PACKET_CHOICES: dict[str, tuple[Any, ...]] = {
     "packet_threads": (288, 544, 160, 96),
@@ -43,7 +43,7 @@ PAYLOAD_CHOICES: dict[str, tuple[Any, ...]] = {
     "payload_message_bytes": (128 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB),
     "payload_threads": (256, 128),
 }
-_CLEARLY = 0.97  # of the time of the best so far
+_MAX_WINNING_RATIO = 0.97  # of the best time so far, for a value to replace it
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Trial:
 def calibrate(
     gpu: str, options: RuntimeOptions, rounds: int, launches: int, on_trial: Callable[[Trial], None]
 ) -> LaunchTable:
-    """Measures, and returns the best.
+    """Measures all parameters, and returns the best table.
 
     Args:
         gpu: its name, for the table.
@@ -87,7 +87,7 @@ def calibrate(
         for value, candidate, medians in zip(choices, tried, _medians(tried, sizes, rounds, launches), strict=True):
             trial = Trial(parameter, value, medians)
             on_trial(trial)
-            if trial.mean < fastest * _CLEARLY:
+            if trial.mean < fastest * _MAX_WINNING_RATIO:
                 best, fastest = candidate, trial.mean
         return best
 
@@ -120,13 +120,13 @@ def shares_one_gpu() -> bool:
 
 
 def _most_blocks() -> int:
-    """Of one kernel, so that none waits for a place; see above."""
+    """Largest number of blocks of one kernel with which all kernels are resident; see above."""
     multiprocessors = int(torch.cuda.get_device_properties(0).multi_processor_count)
     return min(64, multiprocessors // 4 if shares_one_gpu() else multiprocessors)
 
 
 def rows_to_come() -> int:
-    """How many trials `calibrate` reports at most."""
+    """Maximum number of trials that `calibrate` reports."""
     return sum(map(len, (*PACKET_CHOICES.values(), *PAYLOAD_CHOICES.values()))) + 2
 
 

@@ -1,4 +1,4 @@
-"""What options of several commands take: argparse types that explain themselves."""
+"""Options that several commands share: argparse types with clear errors, the console, and the modelled wire."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_spark.errors import ConfigurationError
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
-_FILE_WIDTH = 120  # columns, where the output is no terminal
+_FILE_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -76,9 +76,9 @@ def engine_arguments(text: str) -> dict[str, Any]:
 
 
 def words(text: str) -> str:
-    """A text that is not empty."""
+    """A non-empty text."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; write something")
+        raise argparse.ArgumentTypeError("it is empty; give a text")
     return text
 
 
@@ -91,19 +91,19 @@ def user_path(text: str) -> Path:
 
 
 def wide_console() -> Console:
-    """The terminal, or a file wide enough for the tables."""
+    """A console of the terminal's width, or wide enough for tables in a file."""
     return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 class ModelledWire(NamedTuple):
-    """What the loopback transport puts between two ranks: latency + bytes / bandwidth; 0 GB/s: unlimited."""
+    """The link that the loopback transport models: latency + bytes / bandwidth; 0 GB/s: unlimited."""
 
     latency_us: float = CABLE.latency_us
     gbytes_per_s: float = CABLE.gbytes_per_s
 
 
 def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
-    """The modelled wire: the defaults are those of the cable between two GB10."""
+    """Adds the options of the modelled wire, with the cable between two GB10 as default."""
     parser.add_argument(
         "--latency-us",
         type=setting_type("loopback_latency_us"),
@@ -128,7 +128,7 @@ def modelled_wire(args: argparse.Namespace) -> ModelledWire:
     """The wire that `add_wire_arguments`' options describe.
 
     Raises:
-        ConfigurationError: the file is no wire model, or does not go with the other options.
+        ConfigurationError: the file is not a wire model, or contradicts the other options.
     """
     numbers = {"latency_us": args.latency_us, "gbytes_per_s": args.gbytes_per_s}
     given = {name: value for name, value in numbers.items() if value is not None}

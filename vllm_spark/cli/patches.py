@@ -1,4 +1,4 @@
-"""`vllm-spark patches`: what this project changes in vLLM, and whether it fits the installed one."""
+"""`vllm-spark patches`: this project's changes to vLLM, and whether they fit the installed version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_spark.compat.check import required_misfits
 from vllm_spark.compat.patching import all_patches, state_of
 from vllm_spark.compat.versions import SUPPORTED, installed_vllm
 
-SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed one"
+SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed version"
 
 _FITS = ("ready", "applied")
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints each patch with its state, and what else of vLLM is not as this project knows it.
+    """Prints each patch with its state, and other differences of vLLM from the supported versions.
 
     Returns:
         0 if all fit the installed vLLM, 1 if not.

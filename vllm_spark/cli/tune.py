@@ -1,4 +1,4 @@
-"""`vllm-spark tune`: the fastest parameters of Marlin and FusedMoE for a model on this GPU, and checks of tables."""
+"""`vllm-spark tune`: searches the fastest parameters of Marlin and FusedMoE on this GPU, and checks tables."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         type=_rows,
         default=tuple(range(1, LARGEST_ROWS + 1)),
         metavar="N,...",
-        help="tokens of a decode step, up to 8; larger steps stay as vLLM runs them (default: 1 to 8)",
+        help="tokens of a decode step, up to 8; larger steps use vLLM's defaults (default: 1 to 8)",
     )
     parser.add_argument(
         "--out", type=user_path, metavar="FOLDER", help="default: where `vllm serve --spark` looks for tables"
@@ -82,10 +82,10 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=positive,
         default=4,
-        help="engines that each side decodes with, the two taking turns at being first (default: 4)",
+        help="engines that each side decodes with; the sides alternate in running first (default: 4)",
     )
     parser.add_argument(
-        "--no-decode", dest="decode", action="store_false", help="trust the kernels' times; no engine is started"
+        "--no-decode", dest="decode", action="store_false", help="use the kernels' times only, without starting engines"
     )
     parser.add_argument(
         "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
@@ -109,28 +109,28 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _rows(text: str) -> tuple[int, ...]:
     rows = sorted(set(positives(text)))
     if max(rows) > LARGEST_ROWS:
-        raise argparse.ArgumentTypeError(f"{max(rows)} is more than {LARGEST_ROWS} tokens; tables end there")
+        raise argparse.ArgumentTypeError(f"{max(rows)} is more than {LARGEST_ROWS} tokens, the largest step of a table")
     return tuple(rows)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Searches for a model, or checks tables.
+    """Tunes a model, or checks tables.
 
     Raises:
-        SparkError: there is nothing to do, a folder is not there, or the search cannot be made.
+        SparkError: there is nothing to do, a folder does not exist, or the search failed.
     """
     if args.check is not None:
         if args.model is not None:
             raise ConfigurationError(
-                f"a model ({args.model}) and --check do not go together: tables are checked for all models; a folder "
-                "of tables goes right after --check"
+                f"a model ({args.model}) and --check exclude each other: tables are checked for all models; give a "
+                "folder of tables right after --check"
             )
         return _check(args)
     if args.model is None:
-        raise ConfigurationError("say what to do: vllm-spark tune MODEL, or vllm-spark tune --check")
+        raise ConfigurationError("give a model or --check: vllm-spark tune MODEL, or vllm-spark tune --check")
     for option in ("json", "no_compile"):
         if getattr(args, option):
-            raise ConfigurationError(f"--{option.replace('_', '-')} belongs to --check; leave it out")
+            raise ConfigurationError(f"--{option.replace('_', '-')} is an option of --check; leave it out")
     return _tune(args)
 
 
@@ -200,7 +200,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _may_be_there(folder: Path) -> bool:
-    """Whether there is such a folder, or one that cannot be read, of which the check says so."""
+    """Whether the folder exists, or cannot be read, which the check reports."""
     try:
         return folder.is_dir()
     except OSError:
@@ -208,7 +208,7 @@ def _may_be_there(folder: Path) -> bool:
 
 
 def _show(report: CheckReport, folders: list[Path]) -> None:
-    """Findings as a table, then what was checked and what was not."""
+    """Prints the findings as a table, then what was checked and what was not."""
     console = Console(highlight=False)
     if report.findings:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -236,7 +236,7 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
 
 
 def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
-    """Rows of a table of which the same is to be said."""
+    """Rows of a table that have the same finding."""
     found: dict[tuple[Path, str, str], list[int]] = {}
     for finding in report.findings:
         rows = found.setdefault((finding.table, finding.kind, finding.sentence), [])

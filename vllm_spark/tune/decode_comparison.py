@@ -52,7 +52,7 @@ class Settings:
         batches: sequences decoded together.
         rounds: engines started for each side.
         steps: timed for each batch in a round.
-        compile: with torch.compile, as vLLM does by itself.
+        compile: with torch.compile, which is vLLM's default.
         engine: more arguments of `vllm.LLM`.
         timeout: seconds for one engine.
     """

@@ -1,4 +1,4 @@
-"""`vllm-spark bench decode`: what a decode step of vLLM costs on this machine, with one rank and with two."""
+"""`vllm-spark bench decode`: times a decode step of vLLM on this machine, with one rank and with two."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUMMARY = "a decode step of vLLM with random weights: one rank, this project's p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure, and where to put it."""
+    """Adds the options: what to measure, and the files to write."""
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there is a GPU"
     )
@@ -54,9 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="also time the kernels of rank 0's GPU at the first batch; a collective's have waiting for rank 1 in them",
+        help="also time the kernels of rank 0's GPU at the first batch; those of a collective include waits for rank 1",
     )
-    parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
+    parser.add_argument(
+        "--one-gpu", action="store_true", help="both ranks on one GPU: a test of function, not of speed"
+    )
     parser.add_argument(
         "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
     )
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all candidates, and prints one table: also of some, if a later one fails or Ctrl-C comes.
+    """Runs all candidates, and prints one table, also of some of them after a failure or Ctrl-C.
 
     Raises:
         SparkError: bad arguments, or a candidate failed; its logs are shown and kept.
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """What the options say, with what they leave open.
+    """The settings of the options and defaults.
 
     Raises:
         ConfigurationError: those of the wire contradict each other, or name no wire model.
