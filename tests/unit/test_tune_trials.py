@@ -41,7 +41,7 @@ def test_what_does_not_compile_or_does_not_fit_is_left_out() -> None:
     assert len(seen) == 3
     assert trials.usable(FusedMoeShape(8, 256), [good], lambda: seen.append(None)) == [good]
     assert len(seen) == 3, "shapes of one format share their kernels"
-    with pytest.raises(SparkError, match=r"not one of 1 kernels.*shared memory"):
+    with pytest.raises(SparkError, match=r"none of 1 kernels.*shared memory"):
         trials.usable(BF16.table, [large])
 
 

@@ -144,7 +144,7 @@ class _Model:
         return default
 
     def share(self, what: str, value: int) -> int:
-        """Of this rank."""
+        """This rank's share."""
         if value % self.tp:
             raise ConfigurationError(
                 f"{what} is {value}, which {self.tp} ranks cannot divide; choose another tensor-parallel size"

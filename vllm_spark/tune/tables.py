@@ -38,7 +38,7 @@ from vllm_spark.tune.results import MARLIN_DEFAULT, FusedMoeOutcome, MarlinOutco
 
 @dataclass(frozen=True)
 class NewFusedMoeTable:
-    """A FusedMoE table that is not yet in a file."""
+    """A FusedMoE table that has not been written yet."""
 
     device: str
     shape: FusedMoeShape
@@ -57,18 +57,18 @@ def new_tables(
     kept: Iterable[Kept] = (),
     folder: Path | None = None,
 ) -> list[NewTable]:
-    """A table for each shape, with a row for each number of tokens up to the largest; where the default won, or nobody
-    measured, the row is the default.
+    """A table for each shape, with a row for each number of tokens up to the largest.
 
-    Rows that were not measured this time stay as they are, if device and versions are the same.
+    A row is the default if that won, or if it was not measured. Rows in an existing table that were not measured this
+    time are kept, if device and versions are the same.
 
     Args:
-        models: labels of those that have a shape.
-        device: on which was measured.
-        versions: of what it was measured with.
-        kept: of earlier searches, with this device and these versions. Those of other models count too, where a table's
-            name does not tell them apart.
-        folder: where the tables will be, with rows that no journal has.
+        models: labels of the models that have a shape.
+        device: that was measured.
+        versions: of the software.
+        kept: entries of earlier searches with this device and these versions; those of other models are included if
+            their table has the same name.
+        folder: of the existing tables, which may have rows that are not in the journal.
     """
     outcomes = list(outcomes)
     fresh = {(outcome.shape, outcome.rows) for outcome in outcomes}
@@ -101,7 +101,7 @@ def store_tables(
     """Writes tables where `lookup` finds them below `folder`; returns their paths.
 
     Args:
-        on_note: called with a sentence about each table with rows of somebody else's that is set aside.
+        on_note: called with a sentence about each table that was backed up (`_back_up`).
 
     Raises:
         ConfigurationError: they cannot be written.
@@ -110,17 +110,17 @@ def store_tables(
     for table in new:
         if isinstance(table, MarlinTable):
             place = folder / marlin_table.FOLDER
-            _set_aside(place / table.file_name, table.device, on_note)
+            _back_up(place / table.file_name, table.device, on_note)
             written.append(store_marlin_table(table, place))
         else:
             place = folder / fused_moe_table.FOLDER
-            _set_aside(place / table.shape.file_name(table.device), table.device, on_note)
+            _back_up(place / table.shape.file_name(table.device), table.device, on_note)
             written.append(store_fused_moe_table(table.shape, table.device, table.table, table.provenance, place))
     return written
 
 
-def _set_aside(path: Path, device: str, on_note: Callable[[str], None]) -> None:
-    """Copies the table in `path`, and its provenance, if it has rows that no tuner made and would lose them."""
+def _back_up(path: Path, device: str, on_note: Callable[[str], None]) -> None:
+    """Copies the table in `path` and its provenance, if it has rows that were not made by a tuner."""
     try:
         if not path.is_file() or _is_all_ours(path, device):
             return
@@ -131,10 +131,10 @@ def _set_aside(path: Path, device: str, on_note: Callable[[str], None]) -> None:
                 shutil.copyfile(each, each.with_name(each.name + suffix))
     except OSError as error:
         raise ConfigurationError(
-            f"the table {path} has rows that were not measured here, and cannot be copied ({error.strerror}) before a "
-            "new one replaces it; move it elsewhere"
+            f"the table {path} has rows that were not measured here, and cannot be backed up ({error.strerror}) before "
+            "it is replaced; move it elsewhere"
         ) from None
-    on_note(f"{path.name} had rows that were not measured here; they are kept in {path}{suffix}.")
+    on_note(f"{path.name} had rows that were not measured here; a copy of it is {path}{suffix}.")
 
 
 def _is_all_ours(path: Path, device: str) -> bool:
@@ -154,7 +154,7 @@ def _is_all_ours(path: Path, device: str) -> bool:
 
 
 def _table_of(shape: Shape) -> MarlinShape | FusedMoeShape:
-    """What a table's name tells of a shape."""
+    """The shape in the table's name."""
     return shape if isinstance(shape, MarlinShape) else shape.table
 
 
@@ -168,7 +168,7 @@ def _marlin_table(
 ) -> MarlinTable:
     there: dict[int, MarlinRow] = {}
     if folder is not None:
-        with suppress(ConfigurationError):  # there is none, or none that can be used: it is replaced
+        with suppress(ConfigurationError):  # a missing or unusable table is replaced
             old = load_marlin_table(folder / marlin_table.FOLDER / shape.file_name(device.name))
             there = {number: row for number, row in old.rows.items() if _is_of(row.provenance, device, versions)}
             models = tuple(dict.fromkeys((*models, *(old.models if there else ()))))
@@ -176,7 +176,7 @@ def _marlin_table(
     unmeasured = MarlinRow(
         **MARLIN_DEFAULT.model_dump(), provenance=Provenance(kind="derived", rule=VLLM_DEFAULT, versions=versions)
     )
-    # A step takes the nearest row: without these it would take the tile of another step.
+    # A step uses the nearest row: without these rows it would use the tile of another step.
     filled = {number: merged.get(number, unmeasured) for number in range(1, max(merged) + 1)}
     return MarlinTable(device=device.name, shape=shape, models=tuple(models), rows=filled)
 
@@ -189,7 +189,7 @@ def _fused_moe_table(
     versions: dict[str, str],
     folder: Path | None,
 ) -> NewFusedMoeTable:
-    """What was measured, and around it vLLM's own choice, so that no other step takes a row of a decode step."""
+    """The measured rows, and vLLM's own choice for all other steps, so that they do not use a measured row."""
     rows: dict[int, dict[str, int]] = {}
     sources: dict[int, Provenance] = {}
     labels = dict.fromkeys(label for outcome in outcomes for label in models.get(outcome.shape, ()))
@@ -225,9 +225,10 @@ def _is_of(source: Provenance | None, device: Device, versions: dict[str, str]) 
 
 
 def _agreed(outcomes: Sequence[FusedMoeOutcome]) -> dict[int, FusedMoeOutcome]:
-    """One for each number of tokens; where several shapes share a table and disagree, the default stays.
+    """One outcome for each number of tokens; the default, if shapes that share a table disagree.
 
-    So it does for steps that were not measured with each size of int4's groups: a tile for one may be none for another.
+    The default also stays for steps that were not measured with each group size of int4: a tile for one may be invalid
+    for another.
     """
     found: dict[int, FusedMoeOutcome] = {}
     measured: dict[int, set[int]] = {}

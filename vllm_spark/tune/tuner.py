@@ -1,4 +1,4 @@
-"""The search over all shapes of a model, with the journal of what was measured."""
+"""The search over all shapes of a model, with the journal of its results."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def _constants(kind: _Kind, compute: Any, routed: bool, unsorted: bool) -> dict[
 
 @functools.cache
 def _kernels(path: Path) -> types.ModuleType:
-    """The kernels of vLLM's file alone, as a module; Triton reads their source back through `linecache`."""
+    """A module with only the kernels of vLLM's file; Triton reads their source through `linecache`."""
     text = path.read_text(encoding="utf-8")
     wanted = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name in _KERNELS]
     if {node.name for node in wanted} != set(_KERNELS):
@@ -292,7 +292,7 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 @functools.cache
 def _assembler() -> Path:
-    """That of Triton's wheel; Blackwell's if it has one of its own."""
+    """The assembler in Triton's wheel; the one for Blackwell if there is one."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -16,10 +16,10 @@ from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, loa
 from vllm_spark.models.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
-"""Sizes of groups for which vLLM has a kernel and a rule of its own for steps of few tokens."""
+"""Group sizes for which vLLM has a special kernel, with its own rule, for steps of few tokens."""
 
 INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
-"""Groups along a tile's depth that this kernel takes."""
+"""Numbers of groups along a tile's depth that this kernel supports."""
 
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
@@ -32,7 +32,7 @@ _PINNED = tuple(2**power for power in range(14))  # 1 to 8192
 
 
 class FusedMoeParameters(BaseModel):
-    """A row of a table, by vLLM's names."""
+    """A row of a table, with vLLM's names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -150,7 +150,7 @@ def _vllm_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[st
 def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
     """The rule of vLLM 0.32 and 0.33.
 
-    Earlier ones leave out `GROUP_SIZE_M`, and take 3, 5, 6 and 7 rows as they are: the kernel takes neither.
+    Earlier versions omit `GROUP_SIZE_M`, and do not round 3, 5, 6 and 7 rows up; the kernel supports neither.
     """
     if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
         size_m = min(16, 1 << (tokens - 1).bit_length())
@@ -190,7 +190,7 @@ def default_table(shape: FusedMoeShape) -> FusedMoeTable:
 
 
 def default_changes(shape: FusedMoeShape) -> list[int]:
-    """Both numbers of tokens around each change of the default: 8 and 9 where it is another from 9 on."""
+    """Both numbers of tokens around each change of the default: 8 and 9, if it changes at 9."""
     last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
     return [tokens for end in last for tokens in (end, end + 1)]
 

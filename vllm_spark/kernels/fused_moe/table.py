@@ -21,7 +21,7 @@ from vllm_spark.files import first_fault, write_whole
 from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
 
 FOLDER = "fused_moe"
-"""Of these tables, within `configs/` and within a user's folder of tuned tables."""
+"""Folder of these tables, in `configs/` and in a user's folder of tuned tables."""
 
 PROVENANCE_SUFFIX = ".provenance.json"
 
@@ -33,7 +33,7 @@ _FILE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class FusedMoeShape:
-    """What a table is for.
+    """The shape that a table is for.
 
     Attributes:
         experts: of this rank.
@@ -48,7 +48,7 @@ class FusedMoeShape:
     block_shape: tuple[int, int] | None = None
 
     def file_name(self, device: str) -> str:
-        """As vLLM makes it; `device` as in `devices.device_file_name`."""
+        """vLLM's name of the table's file; `device` as in `devices.device_file_name`."""
         dtype = f",dtype={self.dtype}" if self.dtype else ""
         block = f",block_shape=[{self.block_shape[0]},{self.block_shape[1]}]" if self.block_shape else ""
         return f"E={self.experts},N={self.size_n},device_name={device}{dtype}{block}.json"
@@ -76,7 +76,7 @@ class FusedMoeTable:
 
 
 class FusedMoeProvenance(BaseModel):
-    """The file beside a table.
+    """The provenance file of a table.
 
     Attributes:
         models: for people: whose layers have this shape, at which tensor-parallel size.
@@ -156,7 +156,7 @@ def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
 def store_fused_moe_table(
     shape: FusedMoeShape, device: str, table: FusedMoeTable, provenance: FusedMoeProvenance, folder: Path
 ) -> Path:
-    """Writes table and provenance into `folder`, making it, and returns the table's path.
+    """Writes table and provenance into `folder`, which is created if needed, and returns the table's path.
 
     The provenance is written first, so that no table is ever without one.
 

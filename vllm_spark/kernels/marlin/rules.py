@@ -104,7 +104,7 @@ class Gemm:
 
 
 def block_size_m(rows: int, top_k: int, experts: int) -> int:
-    """Rows of an expert in a tile that vLLM chooses for so many tokens."""
+    """vLLM's choice of an expert's rows in a tile, for a number of tokens."""
     for size in BLOCK_SIZES_M:
         if rows * top_k / experts / size < 0.9:
             return size
@@ -117,7 +117,7 @@ def compiled_tiles(m_blocks: int) -> tuple[Tile, ...]:
 
 
 def shared_bytes(tile: Tile, gemm: Gemm) -> int:
-    """Shared memory that the buffers of the experts' kernel take, in bytes; it is launched with all that there is."""
+    """Bytes of shared memory that the buffers of the experts' kernel need; it is launched with the device's maximum."""
     quantization = QUANTIZATIONS[gemm.quant_type]
     rows = 16 * gemm.m_blocks
     inputs = STAGES * rows * tile.thread_k * 2
