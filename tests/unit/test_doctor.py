@@ -294,7 +294,7 @@ def no_gpu(tree: Tree) -> None:
             both_without_address,
             "link.address",
             "problem",
-            ["no rail has one", "ifname enp1s0f0np0 ipv4.method manual ipv4.addresses 10.0.1.1/24"],
+            ["No rail here has one", "ifname enp1s0f0np0 ipv4.method manual ipv4.addresses 10.0.1.1/24"],
         ),
         (one_network, "link.networks", "warning", ["169.254.0.0/16", "10.0.1.1/24"]),
         (another_network, "link.peer", "problem", ["10.0.0.2 through wlP9s9", "10.9.0.1/24", "--spark-address"]),

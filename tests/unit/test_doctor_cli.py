@@ -50,7 +50,7 @@ def test_a_secret_is_made_and_found(home: Path) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert len(bytes.fromhex(path.read_text())) == 32
     assert f"scp -p {path} OTHER:{path}" in done.stdout
-    assert "by themselves" in done.stdout
+    assert "by default" in done.stdout
     assert load_secret(SparkConfig(), LINK) == path.read_bytes().strip()
 
 
@@ -169,7 +169,9 @@ def test_no_exit_code_means_two_things(home: Path) -> None:
     assert len({0, 1, EXIT_USAGE, EXIT_REFUSED, EXIT_LOST, EXIT_WARNINGS, EXIT_PROBLEM}) == 7
     assert spark(home, "doctor", "--peeer").returncode == EXIT_USAGE
     page = " ".join(spark(home, "doctor", "--help").stdout.split())
-    assert "exit code: 0 all is well, 5 warnings only, 6 something keeps the pair from working, 2 wrong usage" in page
+    assert (
+        "exit code: 0 no problems, 5 only warnings, 6 a problem that keeps the pair from working, 2 wrong usage" in page
+    )
 
 
 def test_a_machine_with_nothing_is_told_so_and_what_still_works(home: Path) -> None:

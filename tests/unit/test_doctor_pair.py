@@ -262,7 +262,7 @@ def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> No
     if reply is not None:
         lane.send(*reply)
     lane.close()
-    with pytest.raises(PeerLostError, match="see what its vllm-spark join printed"):
+    with pytest.raises(PeerLostError, match="see the output of its vllm-spark join"):
         outcome.result(30)
 
 

@@ -201,7 +201,7 @@ def test_a_gap_between_rows(tmp_path: Path) -> None:
     store_fused_moe_table(BLOCK, GB10, table, provenance, tmp_path / "fused_moe")
     found = errors(tmp_path)
     assert len(found) == 2
-    assert any("steps of up to 516 tokens would take it" in sentence for sentence in found)
+    assert any("for steps of up to 516 tokens" in sentence for sentence in found)
 
 
 def test_a_default_that_is_none_for_every_step(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_default_that_is_none_for_every_step(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {})
     for file in (path, provenance_path(path)):
         edit(file, lambda content: content.get("rows", content).pop("9"))
-    assert "that is another for steps of 9 tokens" in the_error(tmp_path)
+    assert "that differs for steps of 9 tokens" in the_error(tmp_path)
 
 
 @pytest.mark.parametrize("device", ["GB10", "NVIDIA_DGX_Spark", "NVIDIA_H200"])

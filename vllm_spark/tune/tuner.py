@@ -24,18 +24,18 @@ def tune(
     on_trial: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda sentence: None,
 ) -> list[Outcome]:
-    """Searches for every shape and number of rows that the journal does not have yet, and writes each into it.
+    """Searches every shape and number of rows that is not in the journal yet, and adds each outcome to it.
 
     Args:
-        rows: tokens of decode steps; of a shape, those that can be tuned (`tunable_rows`).
-        on_outcome: called for each, also for those that were known.
-        on_trial: called for every row of a FusedMoE table that was compiled.
-        on_note: called with what a reader of the results should know.
+        rows: tokens of decode steps; for each shape, the tunable ones of them (`tunable_rows`).
+        on_outcome: called for each outcome, also for those in the journal.
+        on_trial: called for every compiled row of a FusedMoE table.
+        on_note: called with a sentence about the reliability of results.
 
     Raises:
-        HangError: a kernel does not end, which the journal knows now: the next search goes on without it. With vLLM's
-            own choice none does.
-        SparkError: no room on the GPU, or a kernel failed.
+        HangError: a kernel hangs. Unless it was called with vLLM's own choice, the parameters are in the journal now,
+            and the next search skips them.
+        SparkError: the GPU's memory is full, or a kernel failed.
     """
     known, hung = journal.known(), journal.hung()
     outcomes: list[Outcome] = []
