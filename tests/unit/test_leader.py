@@ -64,7 +64,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
         self._pair, self.driver_worker = pair, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
-    monkeypatch.setattr(serving, "_served", None)
+    monkeypatch.setattr(serving, "_active", None)
     monkeypatch.setenv(BOARD_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
@@ -80,7 +80,7 @@ def held_by(executor: Any) -> tuple[Pair, Worker]:
 def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecutor) -> None:
     """Also one without a pair, before its configuration is made: the port is looked at there."""
     pair, worker = held_by(executor)
-    serving._served = executor.vllm_config
+    serving._active = executor.vllm_config
     found: list[tuple[bool, bool]] = []
 
     def create(engine_args: Any) -> str:

@@ -1,15 +1,15 @@
 """Finds the launch shapes and the packets' limit that make collectives fastest on this machine's GPU.
 
-One parameter after the other, each from the best of those before it: they hardly depend on each other, and all
-combinations would take hours. A time is the geometric mean of the medians over the sizes that the parameter matters
-for, in a CUDA graph of 97. Pairs of runtimes differ by several percent among themselves (where their memory lies, which
-cores their proxies run on), so each value gets a new pair in each of several rounds, and the values take turns. Another
-value must be clearly faster to replace a default.
+Parameters are searched one after the other, each with the best values of those before it: they hardly depend on each
+other, and all combinations would take hours. A time is the geometric mean of the medians over the sizes that the
+parameter affects, in a CUDA graph of 97 calls. Pairs of runtimes differ by several percent (by the placement of their
+memory, and the cores of their proxies), so each value gets a new pair in each of several rounds, and the values take
+turns. A value must be at least 3 % faster to replace a default.
 
-Where both ranks share one GPU, each has a kernel that waits for the other rank's and the next one behind it, and a
-block takes a whole multiprocessor: more blocks than four kernels have room for would hang. When serving each rank has a
-GPU of its own, so what fits here says nothing about how many blocks are best: all else is measured with as many as fit,
-and their number stays as it was.
+If both ranks share one GPU, each rank has a running kernel, which waits for the other rank's, and a queued one, and a
+block occupies a whole multiprocessor: with more blocks than fit for four kernels they would hang. In serving each rank
+has its own GPU, so the number of blocks cannot be determined here: everything else is measured with as many as fit, and
+their number stays unchanged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Times decode steps of vLLM with one rank, this project's pair, and vLLM's own pair, in the same run.
 
 Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
-is a real engine in a process of its own (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+is a real engine in a separate process (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Candidate:
     Attributes:
         what: in a few words, for the report.
         ranks: 1 or 2.
-        engine: arguments of `vllm.LLM` beside those of all candidates.
+        engine: arguments of `vllm.LLM` in addition to those of all candidates.
         spark: settings of this project; None for stock vLLM.
         environment: variables of its processes.
         unset: variables of the user's environment that its processes do not get.

@@ -45,7 +45,7 @@ def positive(text: str) -> int:
 
 
 def positives(text: str) -> tuple[int, ...]:
-    """`1,4,8`, each as `positive` takes it."""
+    """Numbers such as `1,4,8`, each as in `positive`."""
     return tuple(positive(word) for word in text.split(","))
 
 

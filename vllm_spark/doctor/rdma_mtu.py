@@ -27,7 +27,7 @@ def measured_mtus(system: System, rails: list[Rail]) -> dict[str, int]:
 
 
 def check_rdma_mtu(rails: list[Rail], measured: dict[str, int]) -> Finding:
-    """What the active ports use now, as `measured_mtus` says."""
+    """The finding about the MTU of the active ports, as measured by `measured_mtus`."""
     title = "RDMA MTU in use"
     up = active(rails)
     if not measured:

@@ -110,12 +110,12 @@ def _side_by_side(ids: list[str], machines: list[MachineReport], console: Consol
         table.add_row(Text(f"  {title}"), *(_cell(findings.get(name)) for findings in found))
     console.print(table)
     for name in ids:
-        told = set()
+        printed = set()
         for machine, findings in zip(machines, found, strict=True):
             finding = findings.get(name)
-            if finding is None or not _troubled(finding) or (finding.explanation, finding.remedy) in told:
+            if finding is None or not _troubled(finding) or (finding.explanation, finding.remedy) in printed:
                 continue  # printed once, if both machines have the same problem
-            told.add((finding.explanation, finding.remedy))
+            printed.add((finding.explanation, finding.remedy))
             _headline(finding, f"{finding.title}, {machine.host}", console)
             _explain(finding, console)
 

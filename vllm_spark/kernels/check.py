@@ -53,7 +53,7 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
         compile_kernels: whether FusedMoE's kernels are compiled, where Triton and vLLM are installed.
 
     Raises:
-        ConfigurationError: one is no folder.
+        ConfigurationError: one of them is not a folder.
     """
     tables: list[Path] = []
     findings: list[Finding] = []

@@ -188,7 +188,7 @@ def choose_fused_moe_table(
     path, rows, provenance = found
     if provenance.is_all_default and path.is_relative_to(lookup.shipped_folder()):
         return _fall_back(name, vllm_lookup, f"the table in {path.parent} only repeats vLLM's default")
-    # The name of a table for int4 does not tell the group, which vLLM gives as a block's height.
+    # A table's name does not contain the group size of int4, which vLLM passes as block_k.
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
         return _fall_back(name, vllm_lookup, why)

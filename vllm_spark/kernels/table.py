@@ -26,7 +26,7 @@ class Provenance(BaseModel):
     A table without them still loads: serving needs only the parameters, and `vllm-spark tune --check` reports them.
 
     Attributes:
-        kind: `measured` here by the tuner, `published` by somebody else, or `derived` by a rule.
+        kind: `measured` here by the tuner, `published` by others, or `derived` by a rule.
         device: on which it was measured, as in file names (`NVIDIA_GB10`).
         date: of the measurement or publication.
         versions: of what it was measured with, for instance {"vllm": "0.33.0", "triton": "3.8.0"}.

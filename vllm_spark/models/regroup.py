@@ -99,9 +99,9 @@ def apply_regrouping(vllm_config: Any, ranks: int) -> None:
         remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
         raise ConfigurationError(f"{worst.reason()} ({reason}); {remedy}, or serve it without {FLAG}")
     drafts = _drafts_of_the_same_weights(vllm_config, described, group_size)
-    asked = [str(described["quant_method"]), group_size // smaller]
+    request = [str(described["quant_method"]), group_size // smaller]
     for hf_config in (model_config.hf_config, *drafts):
-        setattr(hf_config, _ATTRIBUTE, asked)
+        setattr(hf_config, _ATTRIBUTE, request)
         if (its := _description(hf_config)) is not None:
             _set_group_size(its, smaller)
     vllm_config.quant_config = type(vllm_config).get_quantization_config(model_config, vllm_config.load_config)
@@ -232,11 +232,11 @@ def repeat_scales(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterato
     Raises:
         ConfigurationError: a scale does not have two dimensions.
     """
-    asked = getattr(hf_config, _ATTRIBUTE, None)
-    if asked is None:
+    request = getattr(hf_config, _ATTRIBUTE, None)
+    if request is None:
         yield from weights
         return
-    method, times = asked
+    method, times = request
     endings, dimension = _PLACES[method]
     for name, tensor in weights:
         if name.endswith(endings):

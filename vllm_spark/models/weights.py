@@ -109,7 +109,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
 
 
 OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside config.json that describe the quantization in some checkpoints: of ModelOpt, GPTQ and AWQ."""
+"""Other files that describe the quantization in some checkpoints: of ModelOpt, GPTQ and AWQ."""
 
 
 def check_quantization_is_in_config(config: Mapping[str, Any], folder: Path) -> None:

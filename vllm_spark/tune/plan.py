@@ -158,7 +158,7 @@ def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
     if str(described.get("quant_method", "")).lower() == "awq":
         reason = "AWQ's layout of int4 weights"
     elif described.get("desc_act"):
-        reason = "GPTQ's int4 weights in an order of their own (desc_act)"
+        reason = "GPTQ's int4 weights in act-order (desc_act)"
     else:
         return
     raise ConfigurationError(

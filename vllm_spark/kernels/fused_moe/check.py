@@ -46,7 +46,7 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
     """All errors and notes about the table in `path`.
 
     Args:
-        path: of the table; its provenance is beside it.
+        path: of the table; its provenance is in the same folder.
         compile_row: `compile.compile_row`, or None where it cannot run.
         vllm_tables: vLLM's own folder of tables, where it is installed.
     """

@@ -83,9 +83,12 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
         values = entry.model_dump(
             include={"thread_k", "thread_n", "blocks_per_sm", "use_atomic_add", "use_fp32_reduce"}
         )
-        said = ", ".join(f"{name}={value}" for name, value in values.items())
+        settings = ", ".join(f"{name}={value}" for name, value in values.items())
         yield Finding(
-            path, rows, "error", f"its provenance says that vLLM chooses, but it sets {said}; correct its provenance"
+            path,
+            rows,
+            "error",
+            f"its provenance says that vLLM chooses, but it sets {settings}; correct its provenance",
         )
     if entry.uses_default_tile:
         return

@@ -81,8 +81,8 @@ class Gemm:
         size_k: input width.
         group_size: weights that share a scale; -1, or `size_k`, for one scale in a column.
         quant_type: a name in `QUANTIZATIONS`.
-        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only, for the dense kernel's tiles are
-            not asked for.
+        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only, since the dense kernel
+            chooses its tiles itself.
     """
 
     moe: bool
@@ -158,7 +158,7 @@ def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
 
     Args:
         tile: what a block would work on.
-        gemm: what is asked for.
+        gemm: the multiplication.
         shared_limit: bytes that one block may have.
     """
     if tile.thread_k < MINIMUM_TILE or tile.thread_n < MINIMUM_TILE:
@@ -184,7 +184,7 @@ def blocks_fault(blocks_per_sm: int, tile: Tile, gemm: Gemm, device: Device) -> 
     Args:
         blocks_per_sm: started for each multiprocessor.
         tile: what each works on.
-        gemm: what is asked for.
+        gemm: the multiplication.
         device: on which.
     """
     if not 1 <= blocks_per_sm <= MAXIMUM_BLOCKS_PER_SM:
