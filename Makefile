@@ -22,7 +22,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-PYTHON_FILES := vllm_spark tests tools $(wildcard setup.py benchmarks)
+PYTHON_FILES := vllm_spark patches configs benchmarks tests tools setup.py
 CPP_FILES := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
 	-o -name '*.cuh' 2>/dev/null)
 
