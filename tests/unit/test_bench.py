@@ -214,7 +214,7 @@ def test_sizes_in_words(size: int, text: str) -> None:
         (["--candidates", ""], "no candidate ''"),
         (["--model", "/nowhere"], "--model /nowhere is not a folder with a config.json; give one, or one of "),
         (["--batches", "1,0"], "'0' is not a whole number above 0"),
-        (["--engine", "[]"], "'[]' is no JSON object"),
+        (["--engine", "[]"], "'[]' is not a JSON object"),
         (["--latency-us", "2e9"], "loopback_latency_us 2e9: input should be less than or equal to 1000000"),
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--json", "/no/such/folder/x"], "/no/such/folder is not a writable folder"),
@@ -239,9 +239,9 @@ def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytes
         ([], "one of the arguments --listen --connect is required"),
         (["--listen", "--connect", "10.0.0.1"], "not allowed with argument"),
         (["--connect", "desk"], "'desk' is not an IP address"),
-        (["--connect", "10.0.0.1", "--sizes", "2"], "--sizes is for the machine with --listen"),
-        (["--connect", "10.0.0.1", "--bandwidth-sizes", "4"], "--bandwidth-sizes is for the machine with --listen"),
-        (["--connect", "10.0.0.1", "--traffic-class", "4"], "--traffic-class is for the machine with --listen"),
+        (["--connect", "10.0.0.1", "--sizes", "2"], "--sizes is an option of the machine with --listen"),
+        (["--connect", "10.0.0.1", "--bandwidth-sizes", "4"], "--bandwidth-sizes is an option of the machine with --listen"),
+        (["--connect", "10.0.0.1", "--traffic-class", "4"], "--traffic-class is an option of the machine with --listen"),
         (["--listen", "--depth", "513"], "--depth 513 is too many; give at most 512"),
         (["--listen", "--samples", "1000001"], "--samples 1000001 is too many; give at most 1000000"),
         (["--listen", "--sizes", "3"], "3 is out of range; sizes are even"),
@@ -468,7 +468,7 @@ def test_what_was_measured_stays_when_a_later_candidate_fails(
     file = tmp_path / "figures.json"
     arguments = ["--device", "cpu", "--batches", "1", "--steps", "3", "--json", str(file)]
     assert main(["bench", "decode", *arguments, "--candidates", "stock"]) == SparkError("").exit_code
-    assert "stock: at batch 1, only 2 steps had a token of every sequence, and 3 were" in capsys.readouterr().err
+    assert "stock: at batch 1, only 2 steps had a token of every sequence, and 3 are" in capsys.readouterr().err
     assert not file.exists() or file.read_text() == ""
     assert main(["bench", "decode", *arguments, "--candidates", "tp1,spark,stock"]) == SparkError("").exit_code
     shown = capsys.readouterr()

@@ -117,7 +117,7 @@ def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
 def test_nobody_comes(config: SparkConfig) -> None:
     with pytest.raises(PeerLostError, match=rf"within 1 s; in another terminal run: .* --connect .*:{config.port}$"):
         BenchSession.listen(config, 1.0)
-    with pytest.raises(PeerLostError, match=rf"nobody listened at {LOOPBACK}:{config.port} within 1 s; .* --listen"):
+    with pytest.raises(PeerLostError, match=rf"nothing listened at {LOOPBACK}:{config.port} within 1 s; .* --listen"):
         BenchSession.connect(config, 1.0)
 
 
