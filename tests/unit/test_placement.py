@@ -14,7 +14,7 @@ import pytest
 
 from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.executor.model_files.placement import place_files, place_on_leader
 from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -198,12 +198,15 @@ def test_code_of_another_revision_is_refused(config: VllmConfig, cache: Path) ->
         files_of(named)
 
 
-def test_tokenizers_may_keep_their_names(config: VllmConfig, cache: Path) -> None:
-    """On a leader whose workers read none."""
-    named = of_hub(config)
-    own = {key: Path(each.place) for each in files_of(named) for key in each.file_keys()}
-    place_files(named, own, tokenizers=False)
-    assert (named.model_config.model, named.model_config.tokenizer) == (str(cache / COMMIT), "somebody/tiny")
+def test_the_leader_loads_what_was_compared(config: VllmConfig, cache: Path) -> None:
+    """A branch may move on the hub meanwhile. A tokenizer is placed where a worker reads it, and was compared."""
+    snapshot = str(cache / COMMIT)
+    for two_vocabularies, tokenizer in ((False, "somebody/tiny"), (True, snapshot)):
+        named = of_hub(config)
+        named.speculative_config.use_heterogeneous_vocab = two_vocabularies
+        place_on_leader(named, files_of(named))
+        assert (named.model_config.model, named.model_config.tokenizer) == (snapshot, tokenizer)
+        assert named.speculative_config.draft_model_config.model == snapshot
 
 
 def test_what_auto_stands_for_is_settled_by_the_leader(config: VllmConfig, alice: Path) -> None:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader import Pair
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
 from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
-from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
@@ -97,9 +96,7 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         offer = _offer(self.vllm_config)
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
         # After the follower got the configuration with the names: each rank loads from the places that were compared.
-        tokenizers = any(each.with_tokenizer or (each.kind == "tokenizer" and each.required) for each in offer.files)
-        own = {key: Path(each.place) for each in offer.files for key in each.file_keys()}
-        place_files(self.vllm_config, own, tokenizers=tokenizers)
+        place_on_leader(self.vllm_config, offer.files)
         if self._owns_process:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)

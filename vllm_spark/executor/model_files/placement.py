@@ -8,13 +8,13 @@ code, caches) stay: they mean each machine's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_spark.executor.model_files.comparison import Kind
-from vllm_spark.executor.model_files.loaded import FileKey
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
 
 _MODEL_FIELDS = ("model", "hf_config_path", "generation_config")
 _NAME_FIELDS = ("_name_or_path", "name_or_path")
@@ -46,6 +46,18 @@ def place_files(vllm_config: Any, own: Mapping[FileKey, Path], *, tokenizers: bo
             _replace(model.multimodal_config, "mm_encoder_fp8_scale_path", own_of_model)
     if (speculative := vllm_config.speculative_config) is not None:
         _replace(speculative, "model", partial(_own, revision=speculative.revision, own=own))
+
+
+def place_on_leader(vllm_config: Any, files: Sequence[LoadedFiles]) -> None:
+    """Has the leader's worker load from the places whose content the follower was compared with.
+
+    Args:
+        vllm_config: changed in place, so the follower must have it already: it looks for the names.
+        files: what was offered.
+    """
+    tokenizers = any(each.with_tokenizer or (each.kind == "tokenizer" and each.required) for each in files)
+    own = {key: Path(each.place) for each in files for key in each.file_keys()}
+    place_files(vllm_config, own, tokenizers=tokenizers)
 
 
 def _model_configs(vllm_config: Any) -> Iterator[Any]:
