@@ -61,7 +61,9 @@ def peer_missing(sentence: str, opening: str = "") -> Finding:
         sentence: the reason.
         opening: the command that opens this machine's firewall; empty on loopback.
     """
-    problem, _, remedy = sentence.partition("; on the other machine run: ")
+    # The last part of the sentence is what to type, and where (see handshake/messages.py).
+    found = re.fullmatch(r"(.*); (on the other machine|in another terminal) run: (.*)", sentence, re.DOTALL)
+    problem, where, remedy = found.groups() if found else (sentence, "", "")
     return Finding(
         "pair.peer",
         "The other machine",
@@ -69,7 +71,7 @@ def peer_missing(sentence: str, opening: str = "") -> Finding:
         "not connected",
         f"{upper_first(problem)}.",
         "\n".join(
-            [f"{remedy}   # on the other machine"]
+            [f"{remedy}   # {where}"]
             + ([f"{opening}   # here, if vllm-spark join is waiting there"] if opening else [])
         )
         if remedy

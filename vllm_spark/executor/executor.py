@@ -34,7 +34,8 @@ from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader import Pair
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of
+from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
+from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
@@ -94,6 +95,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         activate()
         offer = _offer(self.vllm_config)
         self._pair = Pair.form(settings_of(self.vllm_config), offer, self.vllm_config, self._board)
+        # After the follower got the configuration with the names: each rank loads from the places that were compared.
+        place_on_leader(self.vllm_config, offer.files)
         if self._owns_process:
             self._pair.on_failure(_end_process_soon)
         share_cores(self._pair.runtime)
@@ -398,10 +401,12 @@ class _StepFuture(Future[Any]):
 
 
 def _offer(vllm_config: Any) -> Offer:
-    """What this leader serves, as a follower must have it."""
+    """What this leader serves, as a follower must have it. Load formats that depend on a folder are settled."""
+    files = files_of(vllm_config)
+    pin_load_formats(vllm_config, files)
     return Offer(
         model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
-        files=files_of(vllm_config),
+        files=files,
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
         environment=recorded_environment(),
     )

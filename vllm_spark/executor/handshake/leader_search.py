@@ -27,6 +27,7 @@ from vllm_spark.executor.handshake.messages import (
     serve_command,
     where_to_type,
 )
+from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.own import find_own
 
 logger = logging.getLogger("vllm_spark")
@@ -49,13 +50,13 @@ class Found(NamedTuple):
         caller: opens further lanes of the session.
         control: the first lane.
         offer: what the leader serves.
-        own: where this machine has the leader's files, by the leader's names and paths.
+        own: where this machine has the leader's files, by the names, revisions and paths of the leader's configuration.
     """
 
     caller: Caller
     control: Lane
     offer: Offer
-    own: dict[str, Path]
+    own: dict[FileKey, Path]
 
 
 class LeaderSearch:
@@ -180,7 +181,7 @@ class LeaderSearch:
                 return lane
             time.sleep(_RETRY_INTERVAL)
 
-    def _accept(self, control: Lane, offer: Offer) -> dict[str, Path]:
+    def _accept(self, control: Lane, offer: Offer) -> dict[FileKey, Path]:
         """Looks for everything that the leader offers, and tells it whether all is here."""
         if offer.model != self._model:
             self._model = offer.model
@@ -190,7 +191,7 @@ class LeaderSearch:
         except RestartError:
             control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
             raise
-        own: dict[str, Path] = {}
+        own: dict[FileKey, Path] = {}
         try:
             with _progress(control) as say:
                 for wanted in offer.files:
@@ -201,9 +202,7 @@ class LeaderSearch:
                         if wanted.required:
                             raise
                         continue
-                    own[wanted.place] = place
-                    if wanted.origin != "object storage":  # both ranks read weights from there
-                        own[wanted.name] = place
+                    own |= dict.fromkeys(wanted.file_keys(), place)
         except RefusedError as error:
             control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise
