@@ -10,12 +10,12 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_spark.executor.executor import give_up_engine
+        from vllm_spark.executor.executor import abandon_engine
 
         try:
             original(self, *args, **kwargs)
         except BaseException as error:
-            give_up_engine(self, error)
+            abandon_engine(self, error)
             raise
 
     return __init__

@@ -13,7 +13,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
         if leader := sys.modules.get("vllm_spark.executor.executor"):
-            leader.give_up_unfinished_start()
+            leader.abandon_unfinished_start()
         from vllm_spark.entrypoints.command_line import section_of
 
         section = section_of(self)

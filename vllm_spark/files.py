@@ -35,7 +35,7 @@ def _folder_of_user(variable: str, below_home: str) -> Path | None:
         return None
 
 
-def write_whole(path: Path, text: str, what: str) -> None:
+def atomic_write_text(path: Path, text: str, what: str) -> None:
     """Writes a file, whole or not at all, and makes its folder.
 
     Args:

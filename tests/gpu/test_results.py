@@ -200,7 +200,7 @@ def test_more_blocks_than_run_at_once(make_pair: MakePair) -> None:
     """Of too many as many as the GPU has multiprocessors; past that check, the native runtime refuses."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     options = RuntimeOptions(packet_bytes=0)
-    fitting = DeviceRuntime._fitting(replace(options, launch=replace(options.launch, payload_blocks=64)))
+    fitting = DeviceRuntime._limited_to_device(replace(options, launch=replace(options.launch, payload_blocks=64)))
     assert fitting.launch.payload_blocks == min(64, multiprocessors)
     launch = {**asdict(options.launch), "payload_blocks": 100_000}
     with pytest.raises(UsageError, match=r"payload_blocks 100000 is too many for this GPU, which runs \d+ blocks"):

@@ -171,5 +171,5 @@ def test_another_secret_and_no_such_rail(machines: Pair) -> None:
     finished = start(other, "--connect", address, "--rails", "rxe7").wait(BOUND)
     assert finished.exit_code == 2
     assert "there is no RDMA port rxe7:1; this machine has rxe0:1, rxe1:1" in sentence(finished)
-    listening.wait_for_line("Turned away a connection from 10.0.0.2: .* another secret", timeout=BOUND)
+    listening.wait_for_line("Rejected a connection from 10.0.0.2: .* another secret", timeout=BOUND)
     assert listening.exit_code is None, "it waits for one that fits"

@@ -110,7 +110,7 @@ def test_the_doctor_of_the_first_machine_names_the_firewall_and_what_opens_it(na
     with first.firewall(None):
         found = doctor(first, *here, "--wait", "8")["pair.peer"]
     assert found["status"] == "problem"
-    assert f"let TCP port {port} through the firewall of this machine" in found["explanation"]
+    assert f"allow TCP port {port} in the firewall of this machine" in found["explanation"]
     assert f"sudo ufw allow in on {first.interface} to any port {port} proto tcp   # here" in found["remedy"]
     with first.firewall(port):
         found = doctor(first, *here, "--wait", str(NOTE_SECONDS - 20))["pair.port"]

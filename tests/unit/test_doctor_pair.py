@@ -22,8 +22,8 @@ from vllm_spark.doctor.report import Report
 from vllm_spark.doctor.visit import Examination, answer, visit
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Frame, Kind, Lane
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.channel.framing import Connection, Frame, Kind
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.processes.local import free_ports
@@ -192,11 +192,11 @@ def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
 # --- the visit -------------------------------------------------------------------------------------------------------
 
 
-def follower(port: int, secret: str = SECRET) -> Caller:
-    return Caller("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
+def follower(port: int, secret: str = SECRET) -> Connector:
+    return Connector("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
 
 
-def called(caller: Caller) -> Lane:
+def called(caller: Connector) -> Connection:
     """Like vllm-spark join: looks until somebody listens, for a minute."""
     end = time.monotonic() + 60
     while (lane := caller.connect(CONTROL)) is None:
@@ -218,7 +218,7 @@ def test_a_follower_is_examined_and_let_go() -> None:
     port, outcome = visiting()
     caller = follower(port)
     lane = called(caller)
-    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
     # It would not find the doctor again if it looked for a leader now.
     assert caller.connect(CONTROL) is None
     answer(lane, question, SparkConfig(), "127.0.0.1")
@@ -233,14 +233,14 @@ def test_a_follower_of_another_version_is_examined_too() -> None:
     caller = follower(port)
     caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
     lane = called(caller)
-    answer(lane, lane.expect(Kind.EXAMINATION, timeout=30), SparkConfig(), "127.0.0.1")
+    answer(lane, lane.expect(Kind.CHECK_REQUEST, timeout=30), SparkConfig(), "127.0.0.1")
     outcome.result(30)
 
 
 def test_a_second_follower_does_not_disturb() -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
     assert follower(port).connect(CONTROL) is None
     answer(lane, question, SparkConfig(), "127.0.0.1")
     outcome.result(30)
@@ -254,11 +254,13 @@ def test_another_secret_is_named() -> None:
         outcome.result(30)
 
 
-@pytest.mark.parametrize("reply", [None, (Kind.FINDINGS, b"{}"), (Kind.BEAT, b"")], ids=["none", "empty", "other"])
+@pytest.mark.parametrize(
+    "reply", [None, (Kind.CHECK_REPORT, b"{}"), (Kind.HEARTBEAT, b"")], ids=["none", "empty", "other"]
+)
 def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
     if reply is not None:
         lane.send(*reply)
     lane.close()
@@ -271,9 +273,9 @@ def test_findings_are_never_unpickled() -> None:
 
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
-    lane.send(Kind.FINDINGS, pickle.dumps({"host": "x"}))
-    with pytest.raises(PeerLostError, match="FINDINGS message could not be read"):
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    lane.send(Kind.CHECK_REPORT, pickle.dumps({"host": "x"}))
+    with pytest.raises(PeerLostError, match="CHECK_REPORT message could not be read"):
         outcome.result(30)
     lane.close()
 
@@ -281,9 +283,9 @@ def test_findings_are_never_unpickled() -> None:
 def test_a_question_that_is_none() -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
-    with pytest.raises(PeerLostError, match="EXAMINATION message could not be read"):
-        answer(lane, Frame(Kind.EXAMINATION, b"[]"), SparkConfig(), "127.0.0.1")
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    with pytest.raises(PeerLostError, match="CHECK_REQUEST message could not be read"):
+        answer(lane, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
     lane.close()
     assert outcome.exception(30) is not None
     assert msgspec.json.encode(Examination("desk1")) == b'{"host":"desk1"}'

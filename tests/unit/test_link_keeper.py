@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from vllm_spark.collective.link_thread import LinkKeeper
+from vllm_spark.collective.link_thread import LinkThread
 
 
 class Native:
@@ -31,7 +31,7 @@ def native() -> Native:
 def test_it_may_be_stopped_again(native: Native) -> None:
     """A runtime may be closed again: the descriptor may be somebody else's by then."""
     said: list[bytes] = []
-    keeper = LinkKeeper(native, said.append)
+    keeper = LinkThread(native, said.append)
     keeper.start()
     keeper.stop()
     assert said[-1] == b"farewell"
@@ -52,7 +52,7 @@ def test_a_keeper_that_is_held_up_ends_later(native: Native) -> None:
         stuck.set()
         assert go_on.wait(60)
 
-    keeper = LinkKeeper(native, announce)
+    keeper = LinkThread(native, announce)
     keeper.start()
     os.eventfd_write(native.link_ready, 1)
     assert stuck.wait(60)

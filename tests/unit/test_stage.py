@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from vllm_spark.errors import SparkError
-from vllm_spark.processes.group import KEPT_LOGS, set_stage
+from vllm_spark.processes.group import KEPT_LOGS, process_group
 
 
 def fail(console: Console) -> None:
     with (
         pytest.raises(SparkError),
-        set_stage("test", console) as stage,
+        process_group("test", console) as stage,
         stage.started("a program", [sys.executable, "-c", "print(1)"], "a.log"),
     ):
         raise SparkError("it failed")

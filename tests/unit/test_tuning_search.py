@@ -45,7 +45,7 @@ from vllm_spark.kernels.table import VLLM_DEFAULT
 from vllm_spark.models.layers import Experts
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.models.weights import Int4
-from vllm_spark.processes.group import set_stage
+from vllm_spark.processes.group import process_group
 from vllm_spark.tune import search, timing
 from vllm_spark.tune.fused_moe.search import not_hopeless, search_space
 from vllm_spark.tune.fused_moe.trial import Trials
@@ -1163,7 +1163,7 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
     (tmp_path / "config.json").write_text("{}")
     environment = {"XDG_CONFIG_HOME": "mine"}
     given = decode.Settings("cuda", str(tmp_path), decode.TUNING, (1,), rounds=4, environment=environment)
-    with set_stage("test", Console(file=(tmp_path / "out").open("w"))) as stage:
+    with process_group("test", Console(file=(tmp_path / "out").open("w"))) as stage:
         report = decode.measure(given, stage, lambda name, number: None)
     untuned, tuned = decode.TUNING
     names = [untuned, tuned, tuned, untuned] * 2

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm_spark")
 EXECUTOR = "vllm_spark.executor.SparkExecutor"
 
 
-def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
+def check_supported(engine_args: Any) -> None:
     """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
     refusals = (
         ("tensor_parallel_size", (1, WORLD_SIZE), "a pair has exactly two ranks; leave it out"),
@@ -53,7 +53,7 @@ _OWN_COLLECTIVES = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
 versions turn them on by themselves, where FlashInfer is installed or a model is dense."""
 
 
-def keep_collectives(engine_args: Any) -> None:
+def disable_fused_collectives(engine_args: Any) -> None:
     """Turns off vLLM's compiler passes that go past this project's collectives.
 
     Raises:
@@ -116,10 +116,10 @@ _CONFIGURATION: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
 """Where vLLM's configuration holds what a pair cannot do, the option or variable of it, what is possible, and why."""
 
 
-def refuse_configuration(vllm_config: Any) -> None:
+def check_configuration(vllm_config: Any) -> None:
     """Raises ConfigurationError for what a pair cannot do in the configuration that vLLM made.
 
-    Options are checked before that too (`refuse_what_a_pair_cannot_do`), where vLLM would refuse them in other words or
+    Options are checked before that too (`check_supported`), where vLLM would refuse them in other words or
     act on them; but vLLM derives some from others, from the environment, and from files.
     """
     for path, option, allowed, remedy in _CONFIGURATION:
@@ -130,7 +130,7 @@ def refuse_configuration(vllm_config: Any) -> None:
             raise ConfigurationError(f"{option} {value} does not go with {FLAG}: {remedy}")
 
 
-def refuse_indivisible_shards(vllm_config: Any) -> None:
+def check_divisible(vllm_config: Any) -> None:
     """Raises ConfigurationError if the model cannot be cut into two equal halves."""
     model = vllm_config.model_config.hf_text_config
     dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
@@ -145,7 +145,7 @@ def refuse_indivisible_shards(vllm_config: Any) -> None:
         raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
 
 
-def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]) -> None:
+def check_marlin_inputs(capability: Callable[[], tuple[int, int] | None]) -> None:
     """Raises ConfigurationError if Marlin is to work on inputs of 8 bits on a GPU where its output is wrong then.
 
     Args:
@@ -160,7 +160,7 @@ def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]
 
 
 @contextlib.contextmanager
-def vllms_objections(model: Any) -> Iterator[None]:
+def user_errors_from_vllm(model: Any) -> Iterator[None]:
     """Turns what vLLM raises for arguments that it does not take into one sentence.
 
     Raises:

@@ -292,7 +292,7 @@ def _compare(
     console: Console,
 ) -> list[Comparison]:
     """Decode steps with and without the candidates, in engines that see these tables and no other of this user's."""
-    from vllm_spark.processes.group import set_stage
+    from vllm_spark.processes.group import process_group
     from vllm_spark.tune.decode_comparison import Settings, compare
     from vllm_spark.tune.tuner import store
 
@@ -300,7 +300,7 @@ def _compare(
         *Progress.get_default_columns()[:-1], TimeElapsedColumn(), TimeRemainingColumn(), transient=True
     )
     logs = None if args.keep_logs is None else args.keep_logs / f"tp{model.tp}"
-    with set_stage("tune", console, logs) as stage, progress:
+    with process_group("tune", console, logs) as stage, progress:
         folder = stage.folder / "config" / "vllm-spark" / "tuned"
         store(candidates, folder)
         task = progress.add_task("decoding", total=2 * args.rounds)

@@ -48,7 +48,7 @@ class DeviceRuntime(Runtime):
         )
 
     @classmethod
-    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
+    def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
         """With no more blocks than multiprocessors: all must run at once, and one fills a multiprocessor."""
         import torch
 

@@ -12,7 +12,7 @@ import msgspec
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import configuration_folder, write_whole
+from vllm_spark.files import atomic_write_text, configuration_folder
 
 
 class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,4 +79,4 @@ def store_launch_table(table: LaunchTable, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    write_whole(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")
+    atomic_write_text(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")

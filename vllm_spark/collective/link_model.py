@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
 """Bytes of the messages for which the latency is fitted."""
@@ -164,4 +164,4 @@ def store_wire_model(model: WireModel, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    write_whole(path, model.model_dump_json(indent=1) + "\n", "wire model")
+    atomic_write_text(path, model.model_dump_json(indent=1) + "\n", "wire model")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_spark.errors import upper_first
-from vllm_spark.processes.eventfd import WakeUp
+from vllm_spark.processes.eventfd import EventFd
 
 logger = logging.getLogger("vllm_spark")
 
@@ -18,13 +18,13 @@ Announce = Callable[[bytes], None]
 """Sends some 2300 bytes to the peer, whose runtime gets them by `deliver`. Must not wait; what fails is lost."""
 
 
-class LinkKeeper(threading.Thread):
+class LinkThread(threading.Thread):
     """Sleeps until a native runtime with rails has something to say; ends with `stop`."""
 
     def __init__(self, native: Any, announce: Announce) -> None:
         super().__init__(name="spark-link", daemon=True)
         self._native, self._announce = native, announce
-        self._end = WakeUp()
+        self._end = EventFd()
         self._stopping = False
 
     def run(self) -> None:
@@ -43,7 +43,7 @@ class LinkKeeper(threading.Thread):
     def stop(self) -> None:
         """Passes on what is left, and ends the thread; waits for it a second at most. May be called again."""
         self._stopping = True
-        self._end.ring()
+        self._end.set()
         if threading.current_thread() is not self:
             self.join(1.0)
 

@@ -17,7 +17,7 @@ import msgspec
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
 from vllm_spark.collective.rails import Port
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
 
 
@@ -73,7 +73,7 @@ class Ready(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
-known(Terms, Address, Ports, LinkOffer, Ready)
+preload_decoders(Terms, Address, Ports, LinkOffer, Ready)
 
 
 def agree(exchange: Exchange, mine: Terms) -> Terms:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
-from vllm_spark.collective.link_thread import Announce, LinkKeeper
+from vllm_spark.collective.link_thread import Announce, LinkThread
 from vllm_spark.collective.options import KIB, RuntimeOptions
 from vllm_spark.collective.rails import local_ports, pair
 from vllm_spark.collective.rendezvous import (
@@ -74,7 +74,7 @@ class Runtime:
     device = "cpu"
     """The kind of torch device whose tensors it takes."""
 
-    def __init__(self, native: Any, rank: int, options: RuntimeOptions, keeper: LinkKeeper | None = None) -> None:
+    def __init__(self, native: Any, rank: int, options: RuntimeOptions, keeper: LinkThread | None = None) -> None:
         self._native = native
         self._keeper = keeper
         self.rank = rank
@@ -112,7 +112,7 @@ class Runtime:
         """
         if world_size != WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime joins {WORLD_SIZE} ranks")
-        options = cls._fitting(options or RuntimeOptions())
+        options = cls._limited_to_device(options or RuntimeOptions())
         if options.packet_bytes is None:
             options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))
         if options.transport == "verbs" and announce is None:
@@ -121,7 +121,7 @@ class Runtime:
         peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
         if announce is not None and options.transport == "verbs":
             native = cls._connect_rails(rank, exchange, options, peer.description)
-            keeper = LinkKeeper(native, announce)
+            keeper = LinkThread(native, announce)
             keeper.start()
             return cls(native, rank, options, keeper)
         return cls(cls._connect_memory(rank, exchange, options, peer.description), rank, options)
@@ -175,7 +175,7 @@ class Runtime:
         return _native.Runtime(rank=rank, **native_options(options, stripes))
 
     @classmethod
-    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
+    def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
         """`options` as far as they are possible on this machine, before both ranks compare them."""
         return options
 

@@ -28,7 +28,7 @@ def check_vllm() -> None:
     version = installed_vllm()
     if version is None:
         raise ConfigurationError(f"vLLM is not installed; install vLLM {SUPPORTED} for this machine (pip install vllm)")
-    misfits = required_misfits()
+    misfits = required_mismatches()
     if misfits:
         symbol, problem = misfits[0]
         more = f" (and {len(misfits) - 1} more)" if misfits[1:] else ""
@@ -48,7 +48,7 @@ def check_vllm() -> None:
 
 
 @functools.cache
-def required_misfits() -> tuple[tuple[str, str], ...]:
+def required_mismatches() -> tuple[tuple[str, str], ...]:
     """The places without which there is no `--spark` and that are not as it knows them: name, and what is wrong."""
     needed = [(patch.anchor, frozenset(patch.fingerprints)) for patch in all_patches() if patch.required]
     # A changed body is read by a person before a version counts as tested; a changed signature breaks an override.

@@ -15,7 +15,7 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Frame, Kind, Lane
+from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.handshake.messages import Reason, decode
 from vllm_spark.executor.handshake.server import Listener
@@ -47,15 +47,15 @@ def visit(config: SparkConfig, patience: float) -> Machine:
         address, config.port, context, config.max_frame_mib * MIB, config.secret_file, any_versions=True
     )
     try:
-        hello, lane = listener.wait_for_visitor(patience)
+        hello, lane = listener.wait_for_any_follower(patience)
     finally:
         # Before a word is said: once dismissed, the follower looks for a leader again, and must not find this one.
         listener.close()
     logger.info("The follower on %s came; asking how its machine is.", hello.host)
     try:
-        lane.send(Kind.EXAMINATION, msgspec.json.encode(Examination(host_name())), timeout=_SEND_SECONDS)
-        machine = decode(lane.expect(Kind.FINDINGS, timeout=_EXAMINATION_SECONDS), Machine)
-        lane.send(Kind.GOODBYE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
+        lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(Examination(host_name())), timeout=_SEND_SECONDS)
+        machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_EXAMINATION_SECONDS), Machine)
+        lane.send(Kind.LEAVE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
             f"{error}; a vllm-spark of another version there may know no doctor: see what its vllm-spark join printed"
@@ -65,7 +65,7 @@ def visit(config: SparkConfig, patience: float) -> Machine:
     return machine
 
 
-def answer(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> None:
+def answer(lane: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
     """The follower's side: looks at this machine, says what it found, and waits for the farewell.
 
     Args:
@@ -79,5 +79,5 @@ def answer(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> Non
     """
     logger.info("The doctor on %s asks how this machine is.", decode(question, Examination).host)
     machine = examine(System(), config, leader, thorough=True)
-    lane.send(Kind.FINDINGS, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
-    lane.expect(Kind.GOODBYE, timeout=_EXAMINATION_SECONDS)
+    lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
+    lane.expect(Kind.LEAVE, timeout=_EXAMINATION_SECONDS)

@@ -18,7 +18,7 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
 from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.environment import Environment, with_leaders
+from vllm_spark.executor.environment import Environment, merge_environment
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
 
 logger = logging.getLogger("vllm_spark")
@@ -44,7 +44,7 @@ _SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 
-def follow_leaders(config: SparkConfig, *, once: bool) -> int:
+def supervise(config: SparkConfig, *, once: bool) -> int:
     """Runs a session process per leader until stopped, or (with `once`) the first leader left or refused.
 
     It also ends for what no waiting heals: the leader has another secret, or other versions.
@@ -57,11 +57,11 @@ def follow_leaders(config: SparkConfig, *, once: bool) -> int:
     """
     check_vllm()
     load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    with _Sessions(config, once) as sessions:
+    with _Supervisor(config, once) as sessions:
         return _follow(sessions, once)
 
 
-def _follow(sessions: _Sessions, once: bool) -> int:
+def _follow(sessions: _Supervisor, once: bool) -> int:
     pause = _FIRST_PAUSE
     while True:
         started = time.monotonic()
@@ -93,7 +93,7 @@ def _end_in_words(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-class _Sessions:
+class _Supervisor:
     """Starts session processes and makes sure that none outlives this one.
 
     A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
@@ -104,7 +104,7 @@ class _Sessions:
         self._leader: Environment | None = None  # the environment of the last leader that had another one
         self.stopped: signal.Signals | None = None
 
-    def __enter__(self) -> _Sessions:
+    def __enter__(self) -> _Supervisor:
         # A signal is one byte in this pipe: whatever the main thread waits for, it wakes up and sees `stopped`.
         self._signalled, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._former_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -167,7 +167,7 @@ class _Sessions:
         if self._leader is None:
             return {**os.environ, **ours}
         return {
-            **with_leaders(os.environ, self._leader),
+            **merge_environment(os.environ, self._leader),
             **ours,
             ADOPTED_VARIABLE: msgspec.json.encode(self._leader).decode(),
         }

@@ -13,17 +13,17 @@ from typing import Any, NoReturn
 
 from vllm_spark import __version__
 from vllm_spark.backend.ipc_folder import make_socket_folder
-from vllm_spark.backend.logging import log_as, share_vllms_log
+from vllm_spark.backend.logging import log_as, use_vllm_logging
 from vllm_spark.backend.status import engine_death, engine_failure
 from vllm_spark.backend.support import (
     EXECUTOR,
     adapter_refusal_in,
-    keep_collectives,
-    refuse_configuration,
-    refuse_fp8_inputs_of_marlin,
-    refuse_indivisible_shards,
-    refuse_what_a_pair_cannot_do,
-    vllms_objections,
+    check_configuration,
+    check_divisible,
+    check_marlin_inputs,
+    check_supported,
+    disable_fused_collectives,
+    user_errors_from_vllm,
 )
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
@@ -52,7 +52,7 @@ def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) ->
     if _serving:
         # Here and not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
         raise_on_stop_signals()
-    with vllms_objections(getattr(args, "model", None)):
+    with user_errors_from_vllm(getattr(args, "model", None)):
         engine_args = create()
     engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
     return engine_args
@@ -79,30 +79,30 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
         )
     config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
-    share_vllms_log()
+    use_vllm_logging()
     for sentence in misspelt_variables():
         logger.warning("%s", upper_first(sentence))
-    refuse_what_a_pair_cannot_do(engine_args)
+    check_supported(engine_args)
     _make_paths_absolute(engine_args)
 
     from vllm_spark.backend.platform import activate, compute_capability
     from vllm_spark.executor.pickling import dumps_configuration
 
     activate()
-    refuse_fp8_inputs_of_marlin(compute_capability)
+    check_marlin_inputs(compute_capability)
     pairs = {
         "tensor_parallel_size": WORLD_SIZE,
         "distributed_executor_backend": EXECUTOR,
         "disable_custom_all_reduce": True,  # vLLM's own for GPUs of one machine
         "additional_config": {**(engine_args.additional_config or {}), SECTION: {"version": __version__}},
     }
-    with vllms_objections(engine_args.model), _set_for_now(engine_args, pairs):
-        keep_collectives(engine_args)
+    with user_errors_from_vllm(engine_args.model), _set_for_now(engine_args, pairs):
+        disable_fused_collectives(engine_args)
         vllm_config = create()
     # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
-    refuse_configuration(vllm_config)
-    refuse_indivisible_shards(vllm_config)
+    check_configuration(vllm_config)
+    check_divisible(vllm_config)
     repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
     starts_engine = not _is_one_of_several_api_servers(engine_args)
     if starts_engine:
@@ -215,7 +215,7 @@ def serve(args: Any, original: Callable[[], None]) -> None:
             raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
         if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
             _follow_launcher(config)
-        refuse_what_a_pair_cannot_do(args)
+        check_supported(args)
         check_link(config)
         _refuse_one_port_for_both(args, config)
         apply_all("leading")
@@ -260,7 +260,7 @@ def serve(args: Any, original: Callable[[], None]) -> None:
 
 def _follow_launcher(config: SparkConfig) -> NoReturn:
     """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
-    from vllm_spark.entrypoints.join import follow_leaders
+    from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark rank 1")
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
@@ -276,7 +276,7 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
 
         # Merged already: resolved again, the environment would beat what was a flag.
         config = config.model_copy(update={"leader": resolve_master(master)[0]})
-    sys.exit(follow_leaders(config, once=True))
+    sys.exit(supervise(config, once=True))
 
 
 def _exit_with(error: SparkError) -> NoReturn:

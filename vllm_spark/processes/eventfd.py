@@ -7,8 +7,8 @@ import os
 import threading
 
 
-class WakeUp:
-    """A descriptor that is readable once `ring` was called, until `hush`.
+class EventFd:
+    """A descriptor that is readable once `set` was called, until `clear`.
 
     After `close` both do nothing. Whoever comes late would otherwise write to a descriptor that is closed, or that is
     somebody else's by then.
@@ -22,13 +22,13 @@ class WakeUp:
         """The descriptor, for poll; -1 once closed."""
         return self._descriptor
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """Wakes up who waits, or who waits next."""
         with self._lock:
             if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
 
-    def hush(self) -> None:
+    def clear(self) -> None:
         """Forgets all ringing so far. For the thread that waits, before it looks for what it was woken up for."""
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._descriptor >= 0:

@@ -29,8 +29,8 @@ ERROR = re.compile(r"^(?:\(.*?\) ERROR .*?\] )?([\w.]*(?:Error|Exception)\b: .*|
 its wrapper."""
 
 
-class Stage:
-    """Programs that belong together, and a folder for what they need and print; made by `set_stage`.
+class ProcessGroup:
+    """Programs that belong together, and a folder for what they need and print; made by `process_group`.
 
     Attributes:
         folder: temporary; gone with the stage.
@@ -40,13 +40,13 @@ class Stage:
     def __init__(self, folder: Path, logs: Path) -> None:
         self.folder = folder
         self.logs = logs
-        self._scene: list[Process] = []
+        self._processes: list[Process] = []
         self._running = 0
 
     @property
     def has_run(self) -> bool:
         """True if a program was started on it."""
-        return bool(self._scene)
+        return bool(self._processes)
 
     @contextmanager
     def started(
@@ -58,9 +58,9 @@ class Stage:
             ProcessError: it could not be started.
         """
         if self._running == 0:
-            self._scene.clear()
+            self._processes.clear()
         process = Process(name, argv, self.logs / log, environment, end_with_starter=True)
-        self._scene.append(process)
+        self._processes.append(process)
         self._running += 1
         try:
             yield process
@@ -72,7 +72,7 @@ class Stage:
 
     def explain(self, console: Console) -> None:
         """Shows what the logs of the programs that ran last say about a failure."""
-        for process in self._scene:
+        for process in self._processes:
             console.rule(f"{process.name}: errors and last lines of its log", style="red", align="left")
             for line in (*_errors(process.output()), "...", *process.tail(TAIL_LINES).splitlines()):
                 console.print(printable(line), markup=False, soft_wrap=True)
@@ -80,7 +80,7 @@ class Stage:
 
 
 @contextmanager
-def set_stage(name: str, console: Console, keep_logs: Path | None = None) -> Iterator[Stage]:
+def process_group(name: str, console: Console, keep_logs: Path | None = None) -> Iterator[ProcessGroup]:
     """A stage for the subcommand `name`; SIGTERM and SIGHUP end it as Ctrl-C does.
 
     When a SparkError passes, the logs are shown, and moved to where they stay.
@@ -94,7 +94,7 @@ def set_stage(name: str, console: Console, keep_logs: Path | None = None) -> Ite
     with ExitStack() as stack:
         stack.enter_context(_signals((signal.SIGTERM, signal.SIGHUP), _leave))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"vllm-spark-{name}-")))
-        stage = Stage(folder, keep_logs or folder / "logs")
+        stage = ProcessGroup(folder, keep_logs or folder / "logs")
         try:
             stage.logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:

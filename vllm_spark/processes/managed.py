@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 
-OF_A_PAIR = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+LAUNCH_VARIABLES = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 """Variables that say who leads, who follows and how: a caller's own settings, or those of a torchrun around it."""
 
-FOREIGN = re.compile(rf"{OF_A_PAIR.pattern}|VLLM_")
+SETTING_VARIABLES = re.compile(rf"{LAUNCH_VARIABLES.pattern}|VLLM_")
 """All that would change what a server does: vLLM's settings as well."""
 
 
@@ -204,7 +204,7 @@ def program(name: str) -> str:
     return str(path)
 
 
-def clean_environment(without: re.Pattern[str] = FOREIGN) -> dict[str, str]:
+def clean_environment(without: re.Pattern[str] = SETTING_VARIABLES) -> dict[str, str]:
     """This process's environment without the variables whose names match from their start."""
     return {name: value for name, value in os.environ.items() if not without.match(name)}
 

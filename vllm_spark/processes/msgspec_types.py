@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 
-def known(*types: type) -> None:
+def preload_decoders(*types: type) -> None:
     """Has msgspec read the annotations of `types` now. Call it where they are defined, when the module is imported."""
     for each in types:
         msgspec.json.Decoder(each)
