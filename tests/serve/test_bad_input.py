@@ -117,7 +117,7 @@ class Mistake:
 
 
 _CONNECTOR = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
-_HALVES = "cannot be cut into two equal halves"
+_HALVES = "cannot be split into two equal halves"
 
 MISTAKES = {
     "flag-misspelt": Mistake(["--spark-prot"], ["--spark-prot", "12"]),
@@ -161,7 +161,7 @@ MISTAKES = {
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
     "absent-file": Mistake(["cannot be read", "No such file"], file_name="absent.yaml"),
     "broken-file": Mistake(["is not valid YAML", "line"], file_name="broken.yaml", file=b"spark: [a"),
-    "list-in-file": Mistake(["holds no options"], file_name="list.yaml", file=b"- spark"),
+    "list-in-file": Mistake(["has no options"], file_name="list.yaml", file=b"- spark"),
     "binary-file": Mistake(["cannot be read", "not text"], file_name="binary.yaml", file=b"\xff\xfe\x00"),
     "flag-misspelt-in-file": Mistake(["--spark-prot"], file_name="misspelt.yaml", file=b"spark-prot: 12"),
 }

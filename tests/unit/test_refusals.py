@@ -89,17 +89,20 @@ def test_what_a_pair_can_do_is_not_refused() -> None:
     [
         (
             {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
-            "--kv-transfer-config (or --kv-offloading-size) OffloadingConnector does not go with --spark: KV conn",
+            "--kv-transfer-config (or --kv-offloading-size) OffloadingConnector cannot be used with --spark: KV conn",
         ),
-        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size (or VLLM_DP_SIZE) 2 does not go with"),
+        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size (or VLLM_DP_SIZE) 2 cannot be used with"),
         (
             {"parallel_config__assigned_physical_gpu_ids": [1]},
-            "--device-ids [1] does not go with --spark: each machine",
+            "--device-ids [1] cannot be used with --spark: each machine",
         ),
-        ({"parallel_config__distributed_executor_backend": "mp"}, "--distributed-executor-backend mp does not go with"),
+        (
+            {"parallel_config__distributed_executor_backend": "mp"},
+            "--distributed-executor-backend mp cannot be used with",
+        ),
         (
             {"model_config__multimodal_config": SimpleNamespace(mm_processor_cache_type="shm")},
-            "--mm-processor-cache-type shm does not go with --spark: a shared-memory cache",
+            "--mm-processor-cache-type shm cannot be used with --spark: a shared-memory cache",
         ),
     ],
 )
@@ -124,7 +127,7 @@ EngineArgs(model={str(make_tiny_model(tmp_path, "moe"))!r}, additional_config={{
     done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environment, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert f"(or {size})" in last, done.stderr[-2000:]
-    assert "does not go with --spark" in last
+    assert "cannot be used with --spark" in last
 
 
 def test_compiler_passes_with_collectives_of_their_own_are_off() -> None:
@@ -133,5 +136,5 @@ def test_compiler_passes_with_collectives_of_their_own_are_off() -> None:
     disable_fused_collectives(arguments)
     assert vars(passes) == {"fuse_allreduce_rms": False, "enable_sp": False, "fuse_norm_quant": None}
     passes.fuse_allreduce_rms = True
-    with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms does not go with --spark"):
+    with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms cannot be used with --spark"):
         disable_fused_collectives(arguments)

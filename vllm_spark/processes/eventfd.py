@@ -1,4 +1,4 @@
-"""What ends another thread's wait in `poll`, from any thread and at any time."""
+"""An eventfd that ends another thread's wait in `poll`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import threading
 
 
 class EventFd:
-    """A descriptor that is readable once `set` was called, until `clear`.
+    """A descriptor that is readable after `set`, until `clear`. Thread-safe.
 
-    After `close` both do nothing. Whoever comes late would otherwise write to a descriptor that is closed, or that is
-    somebody else's by then.
+    After `close` both do nothing: a late call would otherwise write to a closed descriptor, or to another file that has
+    got its number.
     """
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class EventFd:
         return self._descriptor
 
     def set(self) -> None:
-        """Wakes up who waits, or who waits next."""
+        """Makes the descriptor readable: ends the present wait in `poll`, or the next one."""
         with self._lock:
             if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
 
     def clear(self) -> None:
-        """Forgets all ringing so far. For the thread that waits, before it looks for what it was woken up for."""
+        """Makes it unreadable again. For the waiting thread, before it checks what `set` was called for."""
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._descriptor >= 0:
                 os.eventfd_read(self._descriptor)

@@ -1,8 +1,4 @@
-"""Types of messages that msgspec knows before two threads may need them at once.
-
-It reads a type's annotations at the first use, and the process crashes if two threads come to that together, as the
-greetings of a follower's lanes may (msgspec 0.22: 12 times in 12 tries for a type with others in it).
-"""
+"""Works around a crash of msgspec when two threads decode a type for the first time at once."""
 
 from __future__ import annotations
 
@@ -10,6 +6,10 @@ import msgspec
 
 
 def preload_decoders(*types: type) -> None:
-    """Has msgspec read the annotations of `types` now. Call it where they are defined, when the module is imported."""
+    """Makes msgspec inspect the annotations of `types` now. Call it where they are defined, at import time.
+
+    It inspects a type at the first use, and the process crashes if two threads do that at once, as with the HELLO
+    messages of a follower's connections (msgspec 0.22: 12 times in 12 tries for a type with others in it).
+    """
     for each in types:
         msgspec.json.Decoder(each)
