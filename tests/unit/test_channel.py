@@ -608,7 +608,7 @@ def test_a_listener_survives_when_no_thread_can_be_started(
 
     with monkeypatch.context() as out_of_threads:
         out_of_threads.setattr(threading.Thread, "start", refuse)
-        for _ in range(2 * listening._GREETERS):
+        for _ in range(2 * listening._MAX_HANDSHAKES):
             plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
             assert plain.recv(1) == b""
     assert "can't start new thread" in caplog.text

@@ -158,7 +158,7 @@ def test_what_no_waiting_heals(listener: Listener, monkeypatch: pytest.MonkeyPat
     other = search(listener)
     speaker = caller(listener)
     speaker._versions = msgspec.structs.replace(speaker._versions, vllm="0.0.1")
-    other._make_caller = lambda: speaker
+    other._make_connector = lambda: speaker
     with pytest.raises(VersionsError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
         other.find()
 

@@ -26,8 +26,8 @@ def output(tokens: Step) -> Any:
 def test_same_steps_same_digest(history: list[Step]) -> None:
     mine, theirs = TokenDigest(), TokenDigest()
     for step in history:
-        mine.record(output(step))
-        theirs.record(output([list(tokens) for tokens in step]))
+        mine.update(output(step))
+        theirs.update(output([list(tokens) for tokens in step]))
         mine.compare(*theirs.state())
     assert mine.state() == theirs.state()
     assert mine.state()[0] == len(history)
@@ -41,11 +41,11 @@ def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st
     theirs = TokenDigest()
     states = []
     for step in other:
-        theirs.record(output(step))
+        theirs.update(output(step))
         states.append(theirs.state())
     mine = TokenDigest()
     for number, step in enumerate(history):
-        mine.record(output(step))
+        mine.update(output(step))
         if number < at:
             mine.compare(*states[number])
             continue
@@ -56,17 +56,17 @@ def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st
 
 def test_the_peers_digest_may_come_first() -> None:
     theirs = TokenDigest()
-    theirs.record(output([[1]]))
+    theirs.update(output([[1]]))
     mine = TokenDigest()
     mine.compare(*theirs.state())
     with pytest.raises(DriftError, match=r"start vllm serve again .*vllm-spark doctor --peer, .* report"):
-        mine.record(output([[2]]))
+        mine.update(output([[2]]))
 
 
 def test_steps_without_tokens_do_not_count() -> None:
     token_digest = TokenDigest()
-    token_digest.record(output([]))
-    token_digest.record(SimpleNamespace(pooler_output=[1]))
+    token_digest.update(output([]))
+    token_digest.update(SimpleNamespace(pooler_output=[1]))
     assert token_digest.state() == (0, bytes(8))
     token_digest.compare(0, b"whatever")
 
@@ -74,7 +74,7 @@ def test_steps_without_tokens_do_not_count() -> None:
 def test_history_is_bounded() -> None:
     token_digest = TokenDigest()
     for _ in range(10_000):
-        token_digest.record(output([[1]]))
+        token_digest.update(output([[1]]))
     assert len(token_digest._mine) <= 4096
 
 
@@ -82,7 +82,7 @@ def test_token_digest_is_safe_between_threads() -> None:
     mine, theirs = TokenDigest(), TokenDigest()
     states = []
     for number in range(2000):
-        theirs.record(output([[number]]))
+        theirs.update(output([[number]]))
         states.append(theirs.state())
     errors: list[Exception] = []
 
@@ -96,7 +96,7 @@ def test_token_digest_is_safe_between_threads() -> None:
     thread = threading.Thread(target=compare)
     thread.start()
     for number in range(2000):
-        mine.record(output([[number]]))
+        mine.update(output([[number]]))
     thread.join(30)
     assert errors == []
 

@@ -217,10 +217,10 @@ class Listener:
                 return connection
             connection.close()
 
-    def _release(self, session: Hello | None = None) -> None:
-        """Lets another follower be accepted, if `session` (default: any) is the accepted one."""
+    def _release(self, hello: Hello | None = None) -> None:
+        """Lets another follower be accepted, if `hello` (default: any) is of the accepted one."""
         with self._lock:
-            if session is not None and self._accepted is not session:
+            if hello is not None and self._accepted is not hello:
                 return
             self._accepted = None
         for connections in self._session_connections.values():
