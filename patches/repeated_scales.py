@@ -20,7 +20,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="repeated-scales",
     anchor=Anchor("vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights"),
-    reason="weights go from the file to the model's own loader, with nothing between",
+    reason="weights go directly from the file to the model's own loader",
     feature="quantized models whose groups do not fit into halves",
     fingerprints={"a8d4ba2a2989": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

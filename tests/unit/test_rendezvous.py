@@ -45,7 +45,7 @@ def test_a_peer_that_does_not_answer(ends: tuple[socket.socket, socket.socket]) 
     with pytest.raises(CollectiveError) as caught:
         peer.exchange(b"")
     assert str(caught.value) == (
-        "the peer did not answer within 0.5 s; see whether its program still runs, and start both again"
+        "the peer did not answer within 0.5 s; check whether its program still runs, and start both again"
     )
     peer.close()
 

@@ -61,5 +61,5 @@ def test_a_link_thread_that_is_delayed_ends_later(native: Native) -> None:
     go_on.set()
     link_thread.join(60)
     assert not link_thread.is_alive()
-    assert link_thread._end.fileno() == -1
+    assert link_thread._stop_requested.fileno() == -1
     link_thread.stop()
