@@ -155,7 +155,7 @@ def test_nobody_on_the_other_side(machines: Pair) -> None:
     assert "vllm-spark bench wire --listen" in sentence(finished)
     finished = listening.wait(BOUND)
     assert finished.exit_code == 4
-    assert f"no follower came to {address}:29650 within 3 s" in sentence(finished)
+    assert f"no follower connected to {address}:29650 within 3 s" in sentence(finished)
     assert f"vllm-spark bench wire --connect {address}:29650" in sentence(finished)
 
 

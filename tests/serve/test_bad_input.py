@@ -226,7 +226,7 @@ def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path
         "vllm serve",
     )
     process.wait(START_SECONDS)
-    assert_refused(process, f"no follower came to {host.address}:{port} within 0.5 s", exit_code=4)
+    assert_refused(process, f"no follower connected to {host.address}:{port} within 0.5 s", exit_code=4)
 
 
 def test_help(host: Host) -> None:
@@ -249,6 +249,10 @@ def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Pat
     )
     environment = {"SPARK_PORT": variable, "SPARK_JOIN_TIMEOUT": "0.75"}
     process = serve(host, tiny_dense, ["--config", str(path), "--spark-por", flag], environment)
-    assert_refused(process, f"no follower came to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4)
+    assert_refused(
+        process, f"no follower connected to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4
+    )
     process = serve(host, tiny_dense, ["--config", str(path)], {"SPARK_JOIN_TIMEOUT": "0.75"})
-    assert_refused(process, f"no follower came to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4)
+    assert_refused(
+        process, f"no follower connected to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4
+    )

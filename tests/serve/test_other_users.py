@@ -134,7 +134,7 @@ def pair(hosts: Hosts, users: Users) -> Iterator[Pair]:
         with join(hosts, users, port) as follower, serve(hosts, users, port, *WITH_ADAPTERS) as server:
             refusal = "he weight file model.safetensors has other content on"
             server.leader.wait_for_line(f"does not fit: t{refusal} .*Still waiting", STEP_SECONDS)
-            follower.wait_for_line(f"T{refusal} .* Waiting on", STEP_SECONDS)
+            follower.wait_for_line(f"T{refusal} .* Retrying the leader", STEP_SECONDS)
             weights.write_bytes(right)
             follower.wait_for_line("accepts this follower now", STEP_SECONDS)
             server.wait_until_healthy()

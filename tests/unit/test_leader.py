@@ -158,7 +158,7 @@ def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The follower's heartbeat tells of it while the leader waits for the next call's answer."""
-    monkeypatch.setattr(pair_module, "_SETTLE_TIMEOUT", 0.0)
+    monkeypatch.setattr(pair_module, "_REPLY_TIMEOUT_AFTER_ERROR", 0.0)
     pair, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):

@@ -173,4 +173,4 @@ def test_the_plugin_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
     monkeypatch.setattr(patching, "all_patches", broken)
     register()
-    assert "vLLM goes on without it" in caplog.text
+    assert "vLLM continues without it" in caplog.text

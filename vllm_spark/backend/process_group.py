@@ -24,7 +24,7 @@ from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
 
 BACKEND = "spark"
-"""The name under which torch knows this kind of process group."""
+"""torch's name of this backend of process groups."""
 
 _COLLECTIVES = "collectives"
 _UNSET = timedelta(0)  # torch's marker for "the group's time-out" is negative
@@ -52,7 +52,7 @@ class Messages(Protocol):
 
     @property
     def peer(self) -> str:
-        """How to name the other rank in messages."""
+        """The other rank's name in messages."""
 
     def send(self, address: Address, operation: str, data: bytes) -> None:
         """Sends one message; raises SparkError if the session is over."""
@@ -150,13 +150,13 @@ class PairWork(Work):  # type: ignore[misc]
 class PairGroup(ProcessGroup):  # type: ignore[misc]
     """A process group of both ranks, or of one.
 
-    A rank sends what the other one needs when an operation is called, and receives when it is waited for.
+    A rank sends its part when an operation is called, and receives the other's when the operation is waited for.
 
     Args:
         messages: carries the group's messages.
         name: the group's, the same on both ranks.
         rank, size: this rank in the group, and the group's size.
-        timeout: how long an operation waits for the other rank unless it is told.
+        timeout: how long an operation waits for the other rank by default.
     """
 
     def __init__(self, messages: Messages, name: str, rank: int, size: int, timeout: timedelta) -> None:
@@ -170,7 +170,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         self._streams: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
     def getBackendName(self) -> str:
-        """The name under which torch knows this kind of group."""
+        """torch's name of this backend."""
         return BACKEND
 
     @property
@@ -179,7 +179,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return self._label
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long an operation waits for the other rank unless it is told."""
+        """Sets how long an operation waits for the other rank by default."""
         self._limit = timeout
 
     def broadcast(self, tensors: Tensors, opts: Any) -> Work:
@@ -249,7 +249,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return self._collective("scatter", opts, send=theirs, receive=None)
 
     def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
-        """Gives each rank the sum (or what is asked for) of its parts of both ranks' inputs."""
+        """Gives each rank the reduction of its parts of both ranks' inputs."""
         name, reduction = _reduction(opts.reduceOp)
         for output, parts in zip(outputs, inputs, strict=True):
             _copy(output, parts[self._own])
@@ -284,7 +284,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         input_sizes: list[int] | None,
         opts: Any = None,
     ) -> Work:
-        """As `alltoall`, with tensors that are cut along their first dimension, evenly or as the sizes say."""
+        """As `alltoall`, with tensors split along their first dimension, evenly or by the given sizes."""
         count = 1 if self._alone else WORLD_SIZE
         return self.alltoall(
             list(output.split(output_sizes) if output_sizes else output.tensor_split(count)),
@@ -305,7 +305,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return PairWork(tensors)
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Work:
-        """Receives what the other rank sends with the same tag."""
+        """Receives tensors that the other rank sends with the same tag."""
         return self._receiving(self._message(source, self._own, tag), "send", tensors, None, None, source)
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:

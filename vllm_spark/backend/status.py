@@ -22,7 +22,7 @@ from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
 
 STATUS_VARIABLE = ANNOUNCED
-"""Where the memory is: `/proc/PID/fd/NUMBER`, a space, and the inode, because PID and NUMBER may have been reused."""
+"""Holds the memory's path `/proc/PID/fd/NUMBER`, and its inode, because PID and NUMBER may have been reused."""
 
 _MEMORY_NAME = "vllm-spark-counters"
 _FAILURE, _RUN = len(RANKS), len(RANKS) + 1

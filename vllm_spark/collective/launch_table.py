@@ -16,7 +16,7 @@ from vllm_spark.files import atomic_write_text, configuration_folder
 
 
 class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How collectives are launched.
+    """The launch shape of collectives on a GPU, and the limit of the LL protocol.
 
     Attributes:
         gpu: name of the GPU that it was measured on; empty for the defaults.
@@ -48,7 +48,7 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def default_path() -> Path | None:
-    """Where `bench calibrate` writes unless told otherwise; None for a user without a home folder."""
+    """The default path of the launch table; None for a user without a home folder."""
     folder = configuration_folder()
     return None if folder is None else folder / "launch.json"
 

@@ -120,7 +120,7 @@ class WireModel(_Part):
 
     format: Literal["vllm-spark wire 1"] = "vllm-spark wire 1"
     provenance: str
-    """How and between which machines it was measured, as text."""
+    """The method and the machines of the measurement, as text."""
     measured_at: datetime
     machines: tuple[str, str]
     versions: dict[str, str]

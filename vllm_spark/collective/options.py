@@ -17,7 +17,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 Transport = Literal["loopback", "verbs"]
-"""How data reaches the peer: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
+"""The transport of data: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
 
 
 @dataclass(frozen=True)

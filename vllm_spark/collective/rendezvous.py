@@ -37,7 +37,7 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where a rank's region can be opened on this machine."""
+    """The address of a rank's region on this machine."""
 
     boot: str
     process: int

@@ -58,7 +58,7 @@ def is_cpu_build() -> bool:
 
 
 def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, Any]:
-    """Those of `candidates` that are parameters of `function`: newer versions of vLLM add some."""
+    """The entries of `candidates` that are parameters of `function`: newer versions of vLLM add some."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in candidates.items() if name in names}
 

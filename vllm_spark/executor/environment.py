@@ -59,7 +59,7 @@ _LOCAL_NAMES = frozenset(
     }
 )
 _LOCAL_ENDINGS = ("_DIR", "_FILE", "_FOLDER", "_HOST", "_IP", "_IPS", "_PATH", "_PORT", "_ROOT")
-"""How the names of vLLM's variables for files, folders and addresses end."""
+"""Endings of the names of vLLM's variables for files, folders and addresses."""
 
 _FOLLOWER_WINS = frozenset({"VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU"})
 """Memory and cores of one machine: the leader's value applies only if the follower has none."""
@@ -139,7 +139,7 @@ def is_sent(name: str) -> bool:
 
 
 def sent_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of `environment` that must be the same on both ranks."""
+    """The variables of `environment` that must be the same on both ranks."""
     return {name: value for name, value in environment.items() if is_sent(name)}
 
 
@@ -156,7 +156,7 @@ def record_environment() -> None:
 
 
 def recorded_environment() -> Environment:
-    """What `record_environment` kept, in this process or in its parent; else the present environment."""
+    """The environment that `record_environment` kept, in this process or its parent; else the present one."""
     record = os.environ.get(RECORD_VARIABLE)
     return Environment.of(os.environ) if record is None else msgspec.json.decode(record, type=Environment)
 

@@ -84,7 +84,7 @@ class GroupConnection:
 
     @property
     def peer(self) -> str:
-        """How to name the other side in messages."""
+        """The other side's name in messages."""
         return self._connection.peer
 
     def send(self, address: Address, operation: str, data: bytes) -> None:

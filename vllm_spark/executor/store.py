@@ -198,7 +198,7 @@ class PairStore(Store):  # type: ignore[misc]
 
     @property
     def timeout(self) -> timedelta:
-        """How long `get` and `wait` wait by default."""
+        """The time that `get` and `wait` wait by default."""
         return self._limit
 
     def _run(

@@ -23,7 +23,7 @@ _HEADER = struct.Struct("<BxxxI")
 
 
 class Kind(enum.IntEnum):
-    """What a frame carries."""
+    """The kind of a frame."""
 
     HELLO = 1
     """JSON: who connects, with which versions, and which of the connections this is."""
@@ -89,7 +89,7 @@ class Connection:
 
     Args:
         tls: an established TLS connection, owned by the connection from here on.
-        peer: how to name the other side in messages.
+        peer: the other side's name in messages.
         max_frame: largest payload accepted, in bytes; checked before anything is allocated.
     """
 
@@ -110,7 +110,7 @@ class Connection:
 
     @property
     def pending(self) -> bool:
-        """True if bytes have been read from the socket already, which poll cannot see."""
+        """True if bytes are buffered here, which poll does not show."""
         return self._tls.pending
 
     def disable_keepalive(self) -> None:

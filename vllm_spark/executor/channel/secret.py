@@ -46,7 +46,7 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
 
 
 def default_secret_file() -> Path | None:
-    """Where a secret is looked for if none is given; None for a user without a home folder."""
+    """The default path of the secret; None for a user without a home folder."""
     folder = configuration_folder()
     return None if folder is None else folder / "secret"
 

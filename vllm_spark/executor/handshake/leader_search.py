@@ -1,4 +1,4 @@
-"""How a follower finds a leader that it fits: it connects, answers the offer, and retries after a refusal."""
+"""The follower's search for a leader: it connects, answers the offer, and retries after a refusal."""
 
 from __future__ import annotations
 

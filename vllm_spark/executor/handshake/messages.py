@@ -35,7 +35,7 @@ Message = TypeVar("Message", bound=msgspec.Struct)
 class Hello(msgspec.Struct, frozen=True):
     """The first message of a follower on each connection."""
 
-    connection: str
+    connection: str = msgspec.field(name="lane")  # its name on the wire, for any version
     session: str
     host: str
     process: int
@@ -64,7 +64,7 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What the leader serves: the follower must have the same files, wherever it has them.
+    """The model that the leader serves: the follower must have the same files, in any location.
 
     Attributes:
         model: its name, for messages.
@@ -79,7 +79,7 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What a follower is doing before it answers an offer; sent at least every `PROGRESS_INTERVAL`."""
+    """The activity of a follower before it answers an offer; sent at least every `PROGRESS_INTERVAL`."""
 
     activity: str
 
@@ -117,6 +117,6 @@ def serve_command(host: str, port: int, config: SparkConfig) -> str:
 
 
 def where_to_run(endpoint: str) -> str:
-    """Where to run the other side's command: `on the other machine`, or `in another terminal` of this one."""
+    """The place to run the other side's command: `on the other machine`, or `in another terminal` of this one."""
     host, _ = split_endpoint(endpoint)
     return "in another terminal" if is_loopback(host) else "on the other machine"

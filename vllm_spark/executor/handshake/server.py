@@ -145,8 +145,8 @@ class Listener:
 
     def _no_follower(self, timeout: float) -> PeerLostError:
         return PeerLostError(
-            f"no follower came to {self.endpoint} within {timeout:g} s{self._last_problem}{self._firewall_hint()}; "
-            f"{where_to_run(self.endpoint)} run: {self._join_command}"
+            f"no follower connected to {self.endpoint} within {timeout:g} s{self._last_problem}{self._firewall_hint()}"
+            f"; {where_to_run(self.endpoint)} run: {self._join_command}"
         )
 
     def _firewall_hint(self) -> str:
