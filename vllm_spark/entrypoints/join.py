@@ -40,7 +40,7 @@ EXIT_RESTART = 75
 
 _SESSION_MODULE = "vllm_spark.entrypoints.follower_process"
 _STOP_GRACE = 3.0  # seconds for a session to end in order
-_SHORT_SESSION_MODULE = 5.0  # seconds; after crashes sooner than that the delay before the next session grows
+_SHORT_SESSION = 5.0  # seconds; after crashes sooner than that the delay before the next session grows
 _FIRST_DELAY, _MAX_DELAY = 1.0, 30.0
 
 
@@ -82,7 +82,7 @@ def _supervise(supervisor: _Supervisor, once: bool) -> int:
             delay = _FIRST_DELAY
             continue
         logger.error("The session %s; waiting for the next leader.", _describe_end(code))
-        if time.monotonic() - started < _SHORT_SESSION_MODULE:
+        if time.monotonic() - started < _SHORT_SESSION:
             supervisor.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY)
 
