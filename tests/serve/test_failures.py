@@ -221,7 +221,7 @@ def test_next_leader_works_with_the_same_follower(
         follower.wait_until_it_waits_again(waits, clock)
         assert server.leader.wait(30) == 0
     assert follower.process.exit_code is None
-    assert "The leader is lost" not in follower.process.output()[before:], "a leader that is stopped says goodbye"
+    assert "The leader is lost" not in follower.process.output()[before:], "a leader that is stopped sends the reason"
 
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
@@ -346,7 +346,7 @@ def test_one_signal_ends_a_leader_that_waits(
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.thorough), signal.SIGTERM])
-def test_stopped_join_says_goodbye(hosts: Hosts, tiny_moe: Path, number: signal.Signals) -> None:
+def test_stopped_join_sends_the_reason(hosts: Hosts, tiny_moe: Path, number: signal.Signals) -> None:
     joined = Follower(hosts)
     with leader(hosts, joined, tiny_moe) as server:
         os.kill(joined.process.pid, number)

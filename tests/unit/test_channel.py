@@ -100,14 +100,14 @@ def caller(listener: Listener, secret: bytes = SECRET) -> Connector:
 
 def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -> tuple[Connection, Connection | None]:
     """What a follower does until it is accepted, or refuses the offer."""
-    speaker = caller(listener)
-    control = wait_for(lambda: speaker.connect(CONTROL), "the listener answers")
+    connector = caller(listener)
+    control = wait_for(lambda: connector.connect(CONTROL), "the listener answers")
     control.expect(Kind.OFFER, timeout=10)
     control.send(answer, msgspec.json.encode(Reason(reason)) if reason else b"")
     if answer is not Kind.ACCEPTANCE:
         return control, None
-    calls = speaker.connect(RPC)
-    OPEN.append(speaker.connect(GROUPS))
+    calls = connector.connect(RPC)
+    OPEN.append(connector.connect(GROUPS))
     return control, calls
 
 
@@ -466,10 +466,10 @@ def test_waiting_for_a_frame_is_bounded_and_can_be_interrupted() -> None:
 
 @pytest.mark.parametrize("field", Versions.__struct_fields__)
 def test_versions_must_agree(listener: Listener, field: str) -> None:
-    speaker = caller(listener)
-    speaker._versions = msgspec.structs.replace(speaker._versions, **{field: "0.0.1"})
+    connector = caller(listener)
+    connector._versions = msgspec.structs.replace(connector._versions, **{field: "0.0.1"})
     with pytest.raises(RefusedError) as caught:
-        speaker.connect(CONTROL)
+        connector.connect(CONTROL)
     mine = getattr(Versions.of_this_process(), field)
     assert f"{field} is {mine} on the leader and 0.0.1 on the follower" in str(caught.value)
     assert_usable(listener)
@@ -543,8 +543,8 @@ def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, m
         control.close()
 
     def only_one_connection() -> None:
-        speaker = caller(listener)
-        control = wait_for(lambda: _unless_refused(speaker), "a free place")
+        connector = caller(listener)
+        control = wait_for(lambda: _unless_refused(connector), "a free place")
         control.expect(Kind.OFFER, timeout=10)
         control.send(Kind.ACCEPTANCE)
 
@@ -622,21 +622,21 @@ def test_a_connection_that_does_not_exist(listener: Listener, caplog: pytest.Log
     assert_usable(listener)
 
 
-def _unless_refused(speaker: Connector, then: Listener | None = None) -> Connection | None:
+def _unless_refused(connector: Connector, then: Listener | None = None) -> Connection | None:
     try:
-        control = speaker.connect(CONTROL)
+        control = connector.connect(CONTROL)
     except RefusedError:
         return None
     if control is not None and then is not None:
         control.expect(Kind.OFFER, timeout=10)
         control.send(Kind.ACCEPTANCE)
         for name in (RPC, GROUPS):
-            OPEN.append(speaker.connect(name))
+            OPEN.append(connector.connect(name))
             assert OPEN[-1] is not None
     return control
 
 
-def test_waiting_for_a_follower_is_bounded_and_says_what_to_type(listener: Listener) -> None:
+def test_waiting_for_a_follower_is_bounded_and_suggests_the_command(listener: Listener) -> None:
     with pytest.raises(PeerLostError) as caught:
         accept(listener, timeout=0.2)
     assert f"vllm-spark join --leader {listener.endpoint}" in str(caught.value)
@@ -666,15 +666,15 @@ def beat(
     return heartbeat, reports, ends
 
 
-def test_beats_carry_reports_and_a_goodbye_ends_them() -> None:
+def test_heartbeats_carry_reports_and_a_leave_frame_ends_them() -> None:
     left, right = connections()
     first, first_reports, _ = beat(left, report={"step": 1})
     _second, second_reports, second_ends = beat(right, report=[2])
-    wait_for(lambda: len(first_reports) > 2 and len(second_reports) > 2, "beats both ways")
+    wait_for(lambda: len(first_reports) > 2 and len(second_reports) > 2, "heartbeats both ways")
     assert first_reports[0] == [2]
     assert second_reports[0] == {"step": 1}
     first.stop(Reason("done"))
-    wait_for(lambda: second_ends, "the goodbye")
+    wait_for(lambda: second_ends, "the LEAVE frame")
     assert isinstance(second_ends[0], PeerLeftError)
     assert str(second_ends[0]).endswith(" left: done")
     assert not first.is_alive()
@@ -686,7 +686,7 @@ def test_a_heartbeat_leaves_nothing_open() -> None:
     (first, _, _), (second, _, ends) = beat(left), beat(right)
     never_started = Heartbeat(left, 1.0, str, str, str, str, lambda: 0.0)
     first.stop(Reason("done"))
-    wait_for(lambda: ends, "the goodbye")
+    wait_for(lambda: ends, "the LEAVE frame")
     second.join(20)
     never_started.stop()
     for heartbeat in (first, second, never_started):
@@ -709,7 +709,7 @@ def test_a_failure_is_passed_on_with_its_sentence(stop: str) -> None:
 
 @pytest.mark.parametrize("kind", [Kind.LEAVE, Kind.FAILURE])
 def test_a_reason_sent_before_the_connection_closed_is_read_after_a_failed_heartbeat(kind: Kind) -> None:
-    """A busy machine lets this side beat only when the peer has said its word and gone, with beats of ours unread."""
+    """A busy machine runs this side's heartbeat only after the peer sent its reason and closed the connection."""
     left, right = connections()
     told = threading.Event()
     beats = 0
@@ -722,7 +722,7 @@ def test_a_reason_sent_before_the_connection_closed_is_read_after_a_failed_heart
     ends: list[SparkError] = []
     heartbeat = Heartbeat(right, 1.0, report, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
     heartbeat.start()
-    wait_for(lambda: beats == 2, "one beat that is not read, and one that is late")
+    wait_for(lambda: beats == 2, "one heartbeat that is not read, and one that is late")
     left.send(kind, msgspec.json.encode(Reason("it is done")))
     left.close()
     told.set()
