@@ -134,6 +134,16 @@ def test_a_fault_of_the_pair(
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
 
 
+def test_nobody_at_a_loopback_address() -> None:
+    """The command belongs in another terminal there, and is a line of its own as for another machine."""
+    port = free_ports(1)[0]
+    with pytest.raises(PeerLostError) as caught:
+        visit(SparkConfig(address="127.0.0.1", port=port), 0.1)
+    finding = pair.nobody(str(caught.value))
+    assert finding.remedy == f"vllm-spark join --leader 127.0.0.1:{port}   # in another terminal"
+    assert finding.explanation == f"No follower came to 127.0.0.1:{port} within 0.1 s."
+
+
 def test_each_rail_has_its_own_command_in_a_line(trees: tuple[Tree, Tree]) -> None:
     """One rail is dead, and the other carries small packets only."""
     trees[0].answering("10.0.1.2", largest=1500)

@@ -97,7 +97,7 @@ def test_a_missing_model_is_copied_while_both_wait(
     assert listener._last_problem == former
     (tmp_path / "elsewhere").rename(model)
     assert leader.result(30).name.startswith("the follower on")
-    assert follower.result(30).own == {str(model): model}
+    assert follower.result(30).own == {("model", str(model), None): model}
     assert len(messages(caplog, f"does not fit: {REFUSED_BY_FOLLOWER}.*Still waiting")) == 1
     assert len(messages(caplog, "There is no model in .* Retrying the leader at")) == 1
     assert len(messages(caplog, "accepts this follower now")) == 1

@@ -61,16 +61,16 @@ def nobody(sentence: str, opening: str = "") -> Finding:
         sentence: why.
         opening: the command that lets it in; empty where no firewall is between.
     """
-    problem, _, remedy = sentence.partition("; on the other machine run: ")
+    # The last part of the sentence is what to type, and where (see handshake/messages.py).
+    found = re.fullmatch(r"(.*); (on the other machine|in another terminal) run: (.*)", sentence, re.DOTALL)
+    problem, where, remedy = found.groups() if found else (sentence, "", "")
     return Finding(
         "pair.peer",
         "The other machine",
         "problem",
         "not seen",
         f"{upper_first(problem)}.",
-        "\n".join(
-            [f"{remedy}   # on the other machine"] + ([f"{opening}   # here, if it waits there"] if opening else [])
-        )
+        "\n".join([f"{remedy}   # {where}"] + ([f"{opening}   # here, if it waits there"] if opening else []))
         if remedy
         else "",
     )

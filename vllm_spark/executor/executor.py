@@ -34,7 +34,8 @@ from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader import LeaderSession
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of
+from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
+from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
@@ -94,6 +95,8 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         activate()
         offer = _offer(self.vllm_config)
         self._session = LeaderSession.start(settings_of(self.vllm_config), offer, self.vllm_config, self._status)
+        # After the follower got the configuration with the names: each rank loads from the places that were compared.
+        place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
         limit_torch_threads(self._session.runtime)
@@ -415,10 +418,15 @@ class _StepFuture(Future[Any]):
 
 
 def _offer(vllm_config: Any) -> Offer:
-    """The offer for a follower: the model's files and the environment that it must have."""
+    """The offer for a follower: the model's files and the environment that it must have.
+
+    Replaces load formats that depend on a folder's files by the resolved ones.
+    """
+    files = files_of(vllm_config)
+    pin_load_formats(vllm_config, files)
     return Offer(
         model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
-        files=files_of(vllm_config),
+        files=files,
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
         environment=recorded_environment(),
     )

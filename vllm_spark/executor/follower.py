@@ -47,6 +47,7 @@ from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSear
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
 from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
+from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.placement import place_files
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
@@ -93,7 +94,7 @@ class FollowerSession:
     ) -> None:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
-        self._own_files: dict[str, Path] = {}  # where the leader's files are on this machine
+        self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
         self._adapters = FollowerAdapters(self._loaded_adapters)
         self._token_digest = TokenDigest()
         self._ended = threading.Event()

@@ -27,6 +27,7 @@ from vllm_spark.executor.handshake.messages import (
     serve_command,
     where_to_run,
 )
+from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.own import find_own
 
 logger = logging.getLogger("vllm_spark")
@@ -49,13 +50,13 @@ class Found(NamedTuple):
         connector: opens further connections of the session.
         control: the control connection.
         offer: what the leader serves.
-        own: where this machine has the leader's files, by the leader's names and paths.
+        own: where this machine has the leader's files, by the names, revisions and paths of the leader's configuration.
     """
 
     connector: Connector
     control: Connection
     offer: Offer
-    own: dict[str, Path]
+    own: dict[FileKey, Path]
 
 
 class LeaderSearch:
@@ -185,7 +186,7 @@ class LeaderSearch:
                 return connection
             time.sleep(_RETRY_INTERVAL)
 
-    def _accept(self, control: Connection, offer: Offer) -> dict[str, Path]:
+    def _accept(self, control: Connection, offer: Offer) -> dict[FileKey, Path]:
         """Searches for the files of the offer, and answers whether all of them are here."""
         if offer.model != self._model:
             self._model = offer.model
@@ -195,7 +196,7 @@ class LeaderSearch:
         except RestartError:
             control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
             raise
-        own: dict[str, Path] = {}
+        own: dict[FileKey, Path] = {}
         try:
             with _report_progress(control) as report:
                 for wanted in offer.files:
@@ -206,9 +207,7 @@ class LeaderSearch:
                         if wanted.required:
                             raise
                         continue
-                    own[wanted.place] = place
-                    if wanted.origin != "object storage":  # both ranks read weights from the storage itself
-                        own[wanted.name] = place
+                    own |= dict.fromkeys(wanted.file_keys(), place)
         except RefusedError as error:
             control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise
