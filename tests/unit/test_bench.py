@@ -379,9 +379,9 @@ import sys, time
 from pathlib import Path
 import msgspec
 from vllm_spark.bench.decode_engine import Result
-from vllm_spark.files import write_whole
+from vllm_spark.files import atomic_write_text
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
-write_whole(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
+atomic_write_text(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
 {then}
 """
 

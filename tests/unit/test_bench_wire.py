@@ -18,7 +18,7 @@ from vllm_spark.executor.channel.addresses import LOOPBACK
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Kind
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.processes.local import free_ports
 
@@ -98,7 +98,7 @@ def test_one_that_dies_is_lost(config: SparkConfig) -> None:
 
 def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
     """`vllm-spark join` waits for a leader's offer, and leaves when it gets something else."""
-    caller = Caller(LOOPBACK, config.port, tls_context(load_secret(config, LOOPBACK), "follower"), MIB)
+    caller = Connector(LOOPBACK, config.port, tls_context(load_secret(config, LOOPBACK), "follower"), MIB)
     with ThreadPoolExecutor() as threads:
         listening = threads.submit(BenchSession.listen, config, PATIENCE)
         lane = None

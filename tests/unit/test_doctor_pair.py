@@ -22,8 +22,8 @@ from vllm_spark.doctor.remote import CheckRequest, request_report, send_report
 from vllm_spark.doctor.report import Report
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Frame, Kind, Lane
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.channel.framing import Connection, Frame, Kind
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.processes.local import free_ports
@@ -202,11 +202,11 @@ def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
 # --- the visit -------------------------------------------------------------------------------------------------------
 
 
-def follower(port: int, secret: str = SECRET) -> Caller:
-    return Caller("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
+def follower(port: int, secret: str = SECRET) -> Connector:
+    return Connector("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
 
 
-def called(caller: Caller) -> Lane:
+def called(caller: Connector) -> Connection:
     """Like vllm-spark join: looks until somebody listens, for a minute."""
     end = time.monotonic() + 60
     while (lane := caller.connect(CONTROL)) is None:
@@ -264,7 +264,9 @@ def test_another_secret_is_named() -> None:
         outcome.result(30)
 
 
-@pytest.mark.parametrize("reply", [None, (Kind.CHECK_REPORT, b"{}"), (Kind.BEAT, b"")], ids=["none", "empty", "other"])
+@pytest.mark.parametrize(
+    "reply", [None, (Kind.CHECK_REPORT, b"{}"), (Kind.HEARTBEAT, b"")], ids=["none", "empty", "other"]
+)
 def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> None:
     port, outcome = visiting()
     lane = called(follower(port))

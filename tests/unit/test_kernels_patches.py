@@ -91,7 +91,7 @@ def test_an_unknown_source_disables_one_of_them(
     monkeypatch.setattr(patching, "_apply", lambda each: applied.append(each.name))
     patching.apply_all("tuning")
     assert set(applied) == TUNING - {"marlin-parameters"}
-    assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
+    assert "cannot provide tuned parameters of Marlin for experts" in caplog.text
 
 
 def test_marlins_operator_is_called_with_the_tables_tile(

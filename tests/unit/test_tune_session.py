@@ -14,7 +14,7 @@ from vllm_spark.bench.decode_engine import Result
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.marlin.table import load_marlin_table
-from vllm_spark.processes.group import set_stage
+from vllm_spark.processes.group import process_group
 from vllm_spark.tune import session
 from vllm_spark.tune.decode_comparison import Comparison
 from vllm_spark.tune.journal import Journal, Kept
@@ -62,7 +62,7 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
     (tmp_path / "config.json").write_text("{}")
     environment = {"XDG_CONFIG_HOME": "mine"}
     given = decode.Settings("cuda", str(tmp_path), decode.TUNING, (1,), rounds=4, environment=environment)
-    with set_stage("test", Console(file=(tmp_path / "out").open("w"))) as stage:
+    with process_group("test", Console(file=(tmp_path / "out").open("w"))) as stage:
         report = decode.measure(given, stage, lambda name, number: None)
     untuned, tuned = decode.TUNING
     names = [untuned, tuned, tuned, untuned] * 2

@@ -24,12 +24,12 @@ from vllm_spark.bench.statistics import percentile
 from vllm_spark.collective.link_model import CABLE
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import ConfigurationError, SparkError
-from vllm_spark.files import configs_folder, write_whole
+from vllm_spark.files import atomic_write_text, configs_folder
 from vllm_spark.models.tiny import make_tiny_model
 from vllm_spark.processes.child import python_module
-from vllm_spark.processes.group import Stage
+from vllm_spark.processes.group import ProcessGroup
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.processes.managed import OF_A_PAIR, Process, ProcessError, clean_environment
+from vllm_spark.processes.managed import LAUNCH_VARIABLES, Process, ProcessError, clean_environment
 
 Device = Literal["cuda", "cpu"]
 
@@ -232,7 +232,7 @@ def check(settings: Settings) -> None:
 
 def measure(
     settings: Settings,
-    stage: Stage,
+    stage: ProcessGroup,
     on_candidate: Callable[[str, int], None],
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
@@ -301,7 +301,7 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
     return report
 
 
-def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: Stage, number: int) -> Result:
+def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: ProcessGroup, number: int) -> Result:
     """Runs one candidate in one round."""
     secret = {SECRET_VARIABLE: os.urandom(16).hex()}
     engine = _engine_arguments(settings, model) | candidate.engine
@@ -322,7 +322,7 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
                 )
             )
         job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        write_whole(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
+        atomic_write_text(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
         process = stack.enter_context(
             stage.started(
                 f"{name}: the engine",
@@ -432,7 +432,7 @@ def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[st
     if settings.device == "cpu":
         return clean_environment() | CPU_ENVIRONMENT | own
     # The user's settings of vLLM apply to every candidate; those of a pair are set by each candidate.
-    users = {name: value for name, value in clean_environment(OF_A_PAIR).items() if name not in candidate.unset}
+    users = {name: value for name, value in clean_environment(LAUNCH_VARIABLES).items() if name not in candidate.unset}
     if candidate.ranks == 2 and candidate.spark is None:
         return users | own
     gpus = _visible_gpus()

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
-from vllm_spark.files import write_whole
+from vllm_spark.files import atomic_write_text
 
 
 class Job(msgspec.Struct):
@@ -216,7 +216,7 @@ def main() -> None:
     """Runs the job of the command line."""
     job_file, result_file = map(Path, sys.argv[1:])
     job = msgspec.json.decode(job_file.read_bytes(), type=Job)
-    run(job, lambda result: write_whole(result_file, msgspec.json.encode(result).decode(), "result"))
+    run(job, lambda result: atomic_write_text(result_file, msgspec.json.encode(result).decode(), "result"))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import ChannelError, Frame, Kind, Lane
+from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode
 from vllm_spark.executor.handshake.server import Listener
 
@@ -252,7 +252,7 @@ class BenchSession:
     A context manager: an exception inside is reported to the other machine.
     """
 
-    def __init__(self, lane: Lane, other: str) -> None:
+    def __init__(self, lane: Connection, other: str) -> None:
         self._lane, self._other = lane, other
         self._received: list[Frame] = []
 
@@ -270,10 +270,10 @@ class BenchSession:
             tls_context(load_secret(config, address), "leader"),
             config.max_frame_mib * MIB,
             config.secret_file,
-            invitation=_connect_command,
+            suggest_command=_connect_command,
         )
         try:
-            hello, lane = listener.wait_for_visitor(patience)
+            hello, lane = listener.wait_for_any_follower(patience)
         finally:
             listener.close()
         lane.peer = f"the other machine ({hello.host})"
@@ -287,7 +287,7 @@ class BenchSession:
             SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
         """
         host, port = leader_endpoint(config)
-        caller = Caller(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
+        caller = Connector(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
         end = time.monotonic() + patience
         while (lane := caller.connect(CONTROL)) is None:
             if time.monotonic() > end:

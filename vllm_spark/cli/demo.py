@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
         SparkError: it could not be shown; the processes are ended and the logs kept.
     """
     from vllm_spark.demo.show import Demo, Settings
-    from vllm_spark.processes.group import set_stage
+    from vllm_spark.processes.group import process_group
 
     console = Console(stderr=args.json, highlight=False)
     try:
         _check_installation()
-        with set_stage("demo", console, args.keep_logs) as stage:
+        with process_group("demo", console, args.keep_logs) as stage:
             settings = Settings(args.model_kind, args.prompt, args.max_tokens, args.timeout)
             summary = Demo(settings, console, stage).run()
     except SparkError as error:

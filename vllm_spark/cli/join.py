@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Follows one leader after another; returns the exit code when stopped or refused."""
-    from vllm_spark.entrypoints.join import follow_leaders
+    """Follows one leader after the other. Returns the exit code when stopped or refused."""
+    from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))
     for sentence in misspelt_variables():
         logger.warning("%s", upper_first(sentence))
-    return follow_leaders(config, once=args.once)
+    return supervise(config, once=args.once)

@@ -7,7 +7,7 @@ import textwrap
 
 from rich.console import Console
 
-from vllm_spark.compat.check import required_misfits
+from vllm_spark.compat.check import required_mismatches
 from vllm_spark.compat.patching import all_patches, state_of
 from vllm_spark.compat.versions import SUPPORTED, installed_vllm
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             indent = " " * 18
             lines = textwrap.wrap(text, max(20, console.width - len(indent)), break_long_words=False)
             console.print(f"  {label:<16}" + f"\n{indent}".join(lines), soft_wrap=True)
-    misfits = required_misfits() if installed_vllm() else ()
-    for symbol, problem in misfits:
+    mismatches = required_mismatches() if installed_vllm() else ()
+    for symbol, problem in mismatches:
         console.print(f"\n[red]--spark refuses to start[/]: {symbol} {problem}")
-    return 0 if not misfits and all(state in _FITS for state in states) else 1
+    return 0 if not mismatches and all(state in _FITS for state in states) else 1

@@ -17,7 +17,7 @@ from vllm_spark.demo.comparison import Run, Summary, as_table, first_difference
 from vllm_spark.demo.counters import read_counters
 from vllm_spark.demo.programs import MODEL_NAME, Server, follower_arguments, leader_arguments, serve_arguments
 from vllm_spark.models.tiny import ModelKind, make_tiny_model
-from vllm_spark.processes.group import Stage, printable
+from vllm_spark.processes.group import ProcessGroup, printable
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.processes.managed import Process, ProcessError, answers, clean_environment, program
 
@@ -62,7 +62,7 @@ class Settings:
 class Demo:
     """One run of the demo, with its processes on `stage` and its output on `console`."""
 
-    def __init__(self, settings: Settings, console: Console, stage: Stage) -> None:
+    def __init__(self, settings: Settings, console: Console, stage: ProcessGroup) -> None:
         self._settings = settings
         self._console = console
         self._started = time.monotonic()

@@ -15,7 +15,7 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Frame, Kind, Lane
+from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.handshake.messages import Reason, decode
 from vllm_spark.executor.handshake.server import Listener
@@ -47,7 +47,7 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
         address, config.port, context, config.max_frame_mib * MIB, config.secret_file, any_versions=True
     )
     try:
-        hello, lane = listener.wait_for_visitor(patience)
+        hello, lane = listener.wait_for_any_follower(patience)
     finally:
         # Closed before the request: the follower searches for a leader afterwards, and must not find this listener.
         listener.close()
@@ -55,7 +55,7 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
     try:
         lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(CheckRequest(host_name())), timeout=_SEND_SECONDS)
         machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
-        lane.send(Kind.GOODBYE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
+        lane.send(Kind.LEAVE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
             f"{error}; another version of vllm-spark there may not support remote checks: see the output of its "
@@ -66,7 +66,7 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
     return machine
 
 
-def send_report(lane: Lane, question: Frame, config: SparkConfig, leader: str) -> None:
+def send_report(lane: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
     """The follower's side: checks this machine, sends the report, and waits for the other side to close.
 
     Args:
@@ -81,4 +81,4 @@ def send_report(lane: Lane, question: Frame, config: SparkConfig, leader: str) -
     logger.info("vllm-spark doctor on %s requests a report of this machine.", decode(question, CheckRequest).host)
     machine = run_checks(System(), config, leader, thorough=True)
     lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
-    lane.expect(Kind.GOODBYE, timeout=_CHECK_SECONDS)
+    lane.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)

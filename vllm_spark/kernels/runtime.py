@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_spark.compat.patching import apply_all
-from vllm_spark.config.attachment import add_compiled
+from vllm_spark.config.attachment import add_to_compile_key
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels import lookup
 from vllm_spark.kernels.devices import DEVICES, Device, device_file_name
@@ -53,7 +53,7 @@ def start(vllm_config: Any = None) -> None:
         logger.info("No tuned tables for the device %s; vLLM's own parameters are used.", device_name())
     _widths_with_atomic_add = layers_with_atomic_add()
     if vllm_config is not None and (digest := compiled_digest()) is not None:
-        add_compiled(vllm_config, "atomic_add", digest)
+        add_to_compile_key(vllm_config, "atomic_add", digest)
 
 
 def stop(vllm_config: Any) -> None:

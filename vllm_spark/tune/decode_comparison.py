@@ -14,10 +14,10 @@ from typing import Any
 
 from vllm_spark.bench import decode
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import write_whole
+from vllm_spark.files import atomic_write_text
 from vllm_spark.models.regroup import regrouped_config
 from vllm_spark.models.shard import shard_as_model
-from vllm_spark.processes.group import Stage
+from vllm_spark.processes.group import ProcessGroup
 from vllm_spark.tune.results import Outcome
 
 MAX_KEPT_RATIO = 0.995
@@ -70,7 +70,7 @@ class Settings:
 
 def compare(
     settings: Settings,
-    stage: Stage,
+    stage: ProcessGroup,
     on_engine: Callable[[str, int], None],
     on_note: Callable[[str], None],
 ) -> list[Comparison]:
@@ -89,7 +89,7 @@ def compare(
         )
     model = stage.folder / "shard"
     shard = shard_as_model(regrouped_config(settings.config, settings.tp), settings.tp)
-    write_whole(model / "config.json", json.dumps(shard), "configuration")
+    atomic_write_text(model / "config.json", json.dumps(shard), "configuration")
     # The folder has no preprocessor files, which vLLM needs for images.
     engine = {"language_model_only": True} if isinstance(shard.get("text_config"), dict) else {}
     report = decode.measure(

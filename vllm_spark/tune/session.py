@@ -14,7 +14,7 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.runtime import this_device
-from vllm_spark.processes.group import Stage, set_stage
+from vllm_spark.processes.group import ProcessGroup, process_group
 from vllm_spark.tune.decode_comparison import Comparison, Settings, compare, promoted
 from vllm_spark.tune.journal import Journal, Kept, installed_versions
 from vllm_spark.tune.plan import Plan, TuningOptions, backend, backend_hints, check_version_takes_int4
@@ -194,12 +194,12 @@ class TuningSession:
             progress.update(task, completed=started, description=f"decoding TP={model.tp}, round {number + 1}: {side}")
             started += 1
 
-        with set_stage("tune", self._console, logs) as stage, progress:
+        with process_group("tune", self._console, logs) as stage, progress:
             task = progress.add_task("decoding", total=2 * options.rounds)
             return compare(self._comparison_settings(model, shapes, candidates, stage), stage, on_engine, self._note)
 
     def _comparison_settings(
-        self, model: TunedModel, shapes: Sequence[Shape], candidates: Sequence[NewTable], stage: Stage
+        self, model: TunedModel, shapes: Sequence[Shape], candidates: Sequence[NewTable], stage: ProcessGroup
     ) -> Settings:
         options = self._options
         folder = stage.folder / "config" / "vllm-spark" / "tuned"

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench import decode
     from vllm_spark.bench.decode_report import as_json, as_table, profile_tables
     from vllm_spark.bench.statistics import machine
-    from vllm_spark.processes.group import set_stage
+    from vllm_spark.processes.group import process_group
 
     settings = _settings(args)
     if args.json is not None:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             args.json.write_text(as_json(report, where()) + "\n")
 
     try:
-        with set_stage("bench", console, args.keep_logs) as stage, progress:
+        with process_group("bench", console, args.keep_logs) as stage, progress:
             task = progress.add_task("")
             decode.measure(
                 settings,

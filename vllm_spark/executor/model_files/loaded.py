@@ -18,7 +18,7 @@ from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
 from vllm_spark.executor.model_files.weights import CONSOLIDATED, FILE_FORMATS, missing_weights
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 
 Origin = Literal["path", "hub", "modelscope", "object storage"]
 """Where a name leads: to this machine's files, or to a place that every machine can ask."""
@@ -88,7 +88,7 @@ class LoadedFiles(msgspec.Struct, frozen=True):
         )
 
 
-known(LoadedFiles)
+preload_decoders(LoadedFiles)
 
 
 def files_of(vllm_config: Any) -> list[LoadedFiles]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
 
 FOLDER = "fused_moe"
@@ -165,8 +165,8 @@ def store_fused_moe_table(
     """
     path = folder / shape.file_name(device)
     noted = provenance.model_copy(update={"rows": dict(sorted(provenance.rows.items()))})
-    write_whole(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
+    atomic_write_text(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
     content: dict[str, Any] = {"triton_version": table.triton_version} if table.triton_version else {}
     content |= {str(tokens): table.rows[tokens] for tokens in sorted(table.rows)}
-    write_whole(path, json.dumps(content, indent=2) + "\n", "table")
+    atomic_write_text(path, json.dumps(content, indent=2) + "\n", "table")
     return path

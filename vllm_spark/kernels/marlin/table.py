@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 from vllm_spark.kernels.table import Provenance, read_json, row_numbers
 
 FOLDER = "marlin"
@@ -147,5 +147,5 @@ def store_marlin_table(table: MarlinTable, folder: Path) -> Path:
     """
     path = folder / table.file_name
     ordered = table.model_copy(update={"rows": dict(sorted(table.rows.items()))})
-    write_whole(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
+    atomic_write_text(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
     return path
