@@ -10,7 +10,8 @@ import pytest
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.model_files.comparison import ModelIdentity
-from vllm_spark.executor.model_files.loaded import existing_path, missing_weights
+from vllm_spark.executor.model_files.loaded import existing_path
+from vllm_spark.executor.model_files.weight_files import missing_weights
 
 from .folder_rights import no_entry
 

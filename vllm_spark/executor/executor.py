@@ -34,7 +34,8 @@ from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader import Pair
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of
+from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, one_for_each_place
+from vllm_spark.executor.model_files.placement import place_compared
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
@@ -398,10 +399,17 @@ class _StepFuture(Future[Any]):
 
 
 def _offer(vllm_config: Any) -> Offer:
-    """What this leader serves, as a follower must have it."""
+    """What this leader serves, as a follower must have it. Puts the places of the compared files into `vllm_config`.
+
+    Raises:
+        RefusedError: something that is to be loaded is not there, or cannot be read.
+    """
+    model = str(vllm_config.model_config.model_weights or vllm_config.model_config.model)
+    files = files_of(vllm_config)
+    place_compared(vllm_config, files)
     return Offer(
-        model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
-        files=files_of(vllm_config),
+        model=model,
+        files=one_for_each_place(files),
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
         environment=recorded_environment(),
     )

@@ -202,8 +202,6 @@ class LeaderSearch:
                             raise
                         continue
                     own[wanted.place] = place
-                    if wanted.origin != "object storage":  # both ranks read weights from there
-                        own[wanted.name] = place
         except RefusedError as error:
             control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise

@@ -135,9 +135,13 @@ class FollowerAdapters:
         """Looks for what the leader has; None if it is here, else the sentence why not."""
         try:
             place = find_own(wanted)
+            signature = signature_of(place)  # before the content is read: a change in between is noticed
+            difference = wanted.identity_at(place).difference(wanted.identity, f"on {host_name()}")
         except RefusedError as error:
             return str(error)
-        self._own[wanted.place] = _Own(place, signature_of(place), wanted)
+        if difference is not None:
+            return f"{difference} ({place}), which was changed while it was compared with the leader; load it again"
+        self._own[wanted.place] = _Own(place, signature, wanted)
         return None
 
     def place(self, request: Any) -> Any:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import stat
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from vllm_spark.errors import RefusedError
+from vllm_spark.executor.model_files.weight_files import weight_files
 
 MIB = 1 << 20
 _WHOLE_UP_TO = 64 * MIB
@@ -33,12 +33,7 @@ _CONFIGURATION: dict[Kind, tuple[str, ...]] = {
     "adapter": ("adapter_config.json",),
     "file": (),
 }
-_WEIGHTS: dict[Kind, tuple[str, ...]] = {
-    "model": ("*.safetensors", "*.bin", "*.pt", "*.gguf"),
-    "tokenizer": (),
-    "adapter": ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"),
-    "file": (),
-}
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 _MODULES = "modules.json"  # lists folders of layers that sentence-transformers puts after a model
 _FOLDERS_WITH_WEIGHTS = ("whisper-large-v3", "speech_tokenizer")  # that models of vLLM read beside their own
 _FILES_WITH_WEIGHTS = ("colbert_linear.pt", "sparse_linear.pt")
@@ -59,6 +54,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         kind: Kind = "model",
         with_code: bool = False,
         with_tokenizer: bool = False,
+        load_format: str = "auto",
     ) -> ModelIdentity:
         """Reads what vLLM would load from `place`, a folder or a single file.
 
@@ -68,6 +64,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
             kind: what it is.
             with_code: whether Python files in it may be executed (`--trust-remote-code`).
             with_tokenizer: whether a worker reads the tokenizer's and the processor's files there too.
+            load_format: of a model: vLLM's, which decides which weight files are read.
 
         Raises:
             RefusedError: the folder or a file cannot be read.
@@ -79,11 +76,11 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         configuration = [name for name in wanted if name in names and _is_content(place / name)]
         if with_code:
             configuration += [name for name in names if name.endswith(".py") and _is_content(place / name)]
-        weights = _weights(place, names, kind) if with_weights else []
+        weights = _weights(place, names, kind, load_format) if with_weights else []
         if kind == "model":
             more_configuration, more_weights = _beside(place, names)
             configuration += more_configuration
-            weights += more_weights if with_weights else []
+            weights += [name for name in more_weights if name not in weights] if with_weights else []
         return cls(*({name: _digest(place / name) for name in chosen} for chosen in (configuration, weights)))
 
     def difference(self, other: ModelIdentity, here: str = "here") -> str | None:
@@ -127,11 +124,12 @@ def _names(folder: Path) -> list[str]:
         raise RefusedError(unreadable(folder, error)) from None
 
 
-def _weights(folder: Path, names: list[str], kind: Kind) -> list[str]:
-    """What vLLM would load: a folder may hold the same weights in several formats, of which it takes the first."""
-    for pattern in _WEIGHTS[kind]:
-        if found := [name for name in names if fnmatchcase(name, pattern) and _is_content(folder / name)]:
-            return found
+def _weights(folder: Path, names: list[str], kind: Kind, load_format: str) -> list[str]:
+    """The weight files that vLLM would load."""
+    if kind == "model":
+        return weight_files(folder, [name for name in names if _is_content(folder / name)], load_format)
+    if kind == "adapter":
+        return next(([name] for name in _ADAPTER_WEIGHTS if name in names and _is_content(folder / name)), [])
     return []
 
 
@@ -146,8 +144,8 @@ def _beside(folder: Path, names: list[str]) -> tuple[list[str], list[str]]:
         if os.path.isdir(below):
             files = _names(below)
             configuration += [f"{inner}/config.json"] if "config.json" in files else []
-            weights += [f"{inner}/{name}" for name in _weights(below, files, "model")]
-    return configuration, [name for name in weights if name not in _weights(folder, names, "model")]
+            weights += [f"{inner}/{name}" for name in _weights(below, files, "model", "hf")]
+    return configuration, weights
 
 
 def _module_folders(folder: Path, names: list[str]) -> list[str]:

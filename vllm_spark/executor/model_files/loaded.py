@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +16,12 @@ from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
+from vllm_spark.executor.model_files.weight_files import FILE_FORMATS, missing_weights, resolved_format
 from vllm_spark.processes.known_types import known
 
 Origin = Literal["path", "hub", "modelscope", "object storage"]
 """Where a name leads: to this machine's files, or to a place that every machine can ask."""
 
-_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache"})
-"""Load formats of vLLM that read weight files out of the model's folder."""
-
-_INDEX = "model.safetensors.index.json"
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 """Small files of a model that a worker may read too: tokenizer, processor, code."""
 
@@ -45,6 +41,9 @@ class LoadedFiles(msgspec.Struct, frozen=True):
         with_code: whether Python files in it may be executed.
         with_tokenizer: whether a worker reads a tokenizer and a processor there too.
         required: whether the follower must have it.
+        revision: which state of a repository `name` means, as vLLM's configuration says; empty for the default.
+        load_format: of a model: the format in which vLLM loads its weights. `auto` is resolved by the leader.
+        single_file: whether `place` is a file in place of a folder.
     """
 
     what: str
@@ -58,6 +57,9 @@ class LoadedFiles(msgspec.Struct, frozen=True):
     with_code: bool = False
     with_tokenizer: bool = False
     required: bool = True
+    revision: str = ""
+    load_format: str = "auto"
+    single_file: bool = False
 
     def identity_at(self, place: Path, *, with_weights: bool | None = None) -> ModelIdentity:
         """What is in another place, read as `identity` was.
@@ -71,6 +73,7 @@ class LoadedFiles(msgspec.Struct, frozen=True):
             kind=self.kind,
             with_code=self.with_code,
             with_tokenizer=self.with_tokenizer,
+            load_format=self.load_format,
         )
 
 
@@ -80,6 +83,8 @@ known(LoadedFiles)
 def files_of(vllm_config: Any) -> list[LoadedFiles]:
     """All that the workers of an engine will load from files. What is still on a hub is downloaded, as vLLM would.
 
+    Several entries may have the same place, where the configuration has several names for it.
+
     Raises:
         RefusedError: something is not there, cannot be read or downloaded, or has no weights.
     """
@@ -87,20 +92,43 @@ def files_of(vllm_config: Any) -> list[LoadedFiles]:
     two_vocabularies = bool(getattr(speculative, "use_heterogeneous_vocab", False))
     models = [("model", model, vllm_config.load_config, two_vocabularies or model.is_multimodal_model)]
     draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and draft.model not in (model.model, model.model_weights):
+    if draft is not None and not _same_model(draft, model):
         load_config = getattr(speculative, "draft_load_config", None) or vllm_config.load_config
         models.append(("draft model", draft, load_config, two_vocabularies))
     found: list[LoadedFiles] = []
     for what, each, load_config, reads_tokenizer in models:
-        own_tokenizer = each.tokenizer == each.model and not each.skip_tokenizer_init
+        own_tokenizer = _has_own_tokenizer(each) and not each.skip_tokenizer_init
         found.append(_model_files(what, each, load_config, with_tokenizer=reads_tokenizer and own_tokenizer))
         if not own_tokenizer:
             found += _tokenizer_files(f"{what}'s tokenizer", each, required=reads_tokenizer)
-    found += [_one_file(what, path) for what, path in _single_files(vllm_config)]
+    return found + [_one_file(what, path) for what, path in _single_files(vllm_config)]
+
+
+def one_for_each_place(files: Sequence[LoadedFiles]) -> list[LoadedFiles]:
+    """What the follower must look for: one entry for each place of the leader's, a model before a tokenizer."""
     unique: dict[str, LoadedFiles] = {}
-    for files in found:
-        unique.setdefault(files.place, files)  # a draft model has its target's tokenizer
+    for each in files:
+        before = unique.get(each.place)
+        if before is None or (before.kind == "tokenizer" and each.kind == "model"):
+            unique[each.place] = each
     return list(unique.values())
+
+
+def revision_text(revision: Any) -> str:
+    """A revision of vLLM's configuration as part of a key; empty for the default one."""
+    return str(revision or "")
+
+
+def _same_model(draft: Any, model: Any) -> bool:
+    """Whether the draft's weights are in the target's files (such as layers for multi-token prediction)."""
+    if draft.model == model.model_weights:
+        return True
+    return bool(draft.model == model.model and revision_text(draft.revision) == revision_text(model.revision))
+
+
+def _has_own_tokenizer(model: Any) -> bool:
+    same = revision_text(model.tokenizer_revision) == revision_text(model.revision)
+    return bool(model.tokenizer == model.model and (same or existing_path("tokenizer", str(model.tokenizer))))
 
 
 def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
@@ -120,18 +148,8 @@ def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
     return LoadedFiles(f"adapter {name}", path, str(place), "adapter", identity, origin, hub)
 
 
-def missing_weights(place: Path) -> list[str]:
-    """Weight files that the index of a model's folder names and that are not in it."""
-    try:
-        index = json.loads((place / _INDEX).read_bytes())
-        names = set(index["weight_map"].values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-    return sorted(name for name in names if not os.path.exists(place / str(name)))
-
-
 def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: bool) -> LoadedFiles:
-    load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
+    load_format = _load_format(load_config)
     with_code = bool(model.trust_remote_code)
     read = partial(ModelIdentity.of, with_code=with_code, with_tokenizer=with_tokenizer)
     files = partial(LoadedFiles, what, kind="model", with_code=with_code, with_tokenizer=with_tokenizer)
@@ -141,21 +159,33 @@ def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: boo
         identity = read(place, with_weights=False)
         return files(name=url, place=str(place), identity=identity, origin="object storage", with_weights=False)
     with_weights = load_format != "dummy"
-    place, origin = _find(what, model, load_config, complete=load_format in _FILE_FORMATS)
-    if load_format in _FILE_FORMATS and os.path.isfile(place):
+    place, origin = _find(what, model, load_config, complete=load_format in FILE_FORMATS)
+    if load_format in FILE_FORMATS and os.path.isfile(place):
         raise RefusedError(
             f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
             f"format {load_format}; give a folder in Hugging Face format"
         )
-    identity = read(place, with_weights=with_weights)
-    if load_format in _FILE_FORMATS and not identity.weights:
+    if os.path.isdir(place):
+        load_format = resolved_format(load_format, os.listdir(place))
+    identity = read(place, with_weights=with_weights, load_format=load_format)
+    if load_format in FILE_FORMATS and not identity.weights:
         raise RefusedError(
             f"there are no weight files in {place}, and both sides compare them before they load any; "
             f"copy or download the whole {what} there first"
         )
     hub = None if origin == "modelscope" else hub_place_of(place)
     name = str(model.model)
-    return files(name=name, place=str(place), identity=identity, origin=origin, hub=hub, with_weights=with_weights)
+    return files(
+        name=name,
+        place=str(place),
+        identity=identity,
+        origin=origin,
+        hub=hub,
+        with_weights=with_weights,
+        revision=revision_text(model.revision),
+        load_format=load_format,
+        single_file=os.path.isfile(place),
+    )
 
 
 def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[Path, Origin]:
@@ -171,7 +201,7 @@ def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[P
         return _from_modelscope(what, model, load_config, complete), "modelscope"
     cache = load_config.download_dir if complete else None
     place = cached_snapshot(name, model.revision, cache)
-    if place is None or (complete and not _is_complete(place)):
+    if place is None or (complete and not _is_complete(place, load_config)):
         _download(what, model, load_config)
         place = cached_snapshot(name, model.revision, cache)
         if place is None:
@@ -186,8 +216,13 @@ def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[P
     return place, "hub"
 
 
-def _is_complete(place: Path) -> bool:
-    return bool(ModelIdentity.of(place).weights) and not missing_weights(place)
+def _is_complete(place: Path, load_config: Any) -> bool:
+    load_format = _load_format(load_config)
+    return bool(ModelIdentity.of(place, load_format=load_format).weights) and not missing_weights(place, load_format)
+
+
+def _load_format(load_config: Any) -> str:
+    return str(getattr(load_config.load_format, "value", load_config.load_format))
 
 
 def _download(what: str, model: Any, load_config: Any) -> None:
@@ -235,7 +270,11 @@ def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[Loade
     if place is not None and os.path.isdir(place):
         identity = ModelIdentity.of(place, kind="tokenizer")
         origin: Origin = "path" if str(place) == os.path.abspath(os.path.expanduser(name)) else "hub"
-        yield LoadedFiles(what, name, str(place), "tokenizer", identity, origin, hub_place_of(place), required=required)
+        yield LoadedFiles(
+            *(what, name, str(place), "tokenizer", identity, origin, hub_place_of(place)),
+            required=required,
+            revision=revision_text(model.tokenizer_revision),
+        )
 
 
 def _single_files(vllm_config: Any) -> Iterator[tuple[str, str]]:
@@ -249,7 +288,8 @@ def _single_files(vllm_config: Any) -> Iterator[tuple[str, str]]:
 
 def _one_file(what: str, path: str) -> LoadedFiles:
     place = Path(os.path.abspath(os.path.expanduser(path)))
-    return LoadedFiles(what, path, str(place), "file", ModelIdentity.of(place, kind="file"), hub=hub_place_of(place))
+    identity = ModelIdentity.of(place, kind="file")
+    return LoadedFiles(what, path, str(place), "file", identity, hub=hub_place_of(place), single_file=True)
 
 
 def existing_path(what: str, name: str) -> Path | None:
