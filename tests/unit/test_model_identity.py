@@ -56,6 +56,18 @@ def test_only_what_would_be_loaded_is_compared(model: Path) -> None:
     assert ModelIdentity.of(model).weights.keys() == {"pytorch_model.bin"}
 
 
+@pytest.mark.parametrize("extra", ["model-copy.safetensors", "consolidated-copy.bin"])
+def test_a_copy_that_the_index_does_not_list_is_not_compared(model: Path, extra: str) -> None:
+    """One side may have downloaded more of the same commit than the other."""
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = ModelIdentity.of(model)
+    (model / extra).write_bytes(b"the same weights once more")
+    assert difference(before, model) is None
+    (model / "model-2.safetensors").unlink()
+    assert difference(before, model) == "the weight file model-2.safetensors is missing here"
+
+
 def test_a_file_that_cannot_be_read(model: Path) -> None:
     (model / "model-3.safetensors").symlink_to(model / "nowhere")
     with pytest.raises(RefusedError, match=r"model-3\.safetensors cannot be read \(No such file"):

@@ -115,8 +115,8 @@ def one_for_each_place(files: Sequence[LoadedFiles]) -> list[LoadedFiles]:
 
 
 def revision_text(revision: Any) -> str:
-    """A revision of vLLM's configuration as part of a key; empty for the default one."""
-    return str(revision or "")
+    """A revision of vLLM's configuration as part of a key; empty for the default branch."""
+    return "" if revision in (None, "main") else str(revision)
 
 
 def _same_model(draft: Any, model: Any) -> bool:
