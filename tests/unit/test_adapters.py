@@ -17,6 +17,7 @@ from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import adapters, comparison
 from vllm_spark.executor.model_files.adapters import FollowerAdapters, LeaderAdapters
 from vllm_spark.executor.model_files.loaded import LoadedFiles
+from vllm_spark.executor.model_files.own import find_own
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -154,6 +155,22 @@ def test_the_follower_notices_that_its_own_copy_has_changed(ranks: Ranks, tmp_pa
         ranks.follower.place_step(output)
 
 
+def test_a_folder_that_changes_while_it_is_compared(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its content was read: what is loaded must be what was compared."""
+    adapter = make_adapter(tmp_path / "sql")
+
+    def find_and_change(wanted: LoadedFiles) -> Path:
+        place = find_own(wanted)
+        (place / "adapter_model.safetensors").write_bytes(b"newer")
+        return place
+
+    monkeypatch.setattr(adapters, "find_own", find_and_change)
+    with pytest.raises(RefusedError, match=r"it was changed while it was compared: the weight file adapter_model"):
+        ranks.leader.settle(request(adapter))
+
+
 def test_the_same_files_written_anew_are_the_same_adapter(ranks: Ranks, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "sql")
     settled = ranks.leader.settle(request(adapter))
@@ -175,23 +192,3 @@ def test_the_sentence_is_found_in_what_vllm_makes_of_it() -> None:
     sentence = adapter_refusal("sql", "it differs; copy it")
     assert adapter_refusal_in(f"Call to add_lora method failed: {sentence}.") == sentence
     assert adapter_refusal_in("Call to add_lora method failed: LoRA rank 64 is greater than max_lora_rank 16.") is None
-
-
-def test_an_adapter_that_changes_while_it_is_compared(
-    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was read is not what the worker would load."""
-    adapter = make_adapter(tmp_path / "sql")
-    find_own = adapters.find_own
-
-    def change_after_reading(wanted: LoadedFiles) -> Path:
-        place = find_own(wanted)
-        (adapter / "adapter_model.safetensors").write_bytes(b"others, and more of them")
-        return place
-
-    monkeypatch.setattr(adapters, "find_own", change_after_reading)
-    with pytest.raises(RefusedError) as caught:
-        ranks.leader.settle(request(adapter))
-    assert f"adapter_model.safetensors has other content on {host_name()} ({adapter}), which was changed while" in str(
-        caught.value
-    )

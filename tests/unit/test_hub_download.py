@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.hub import COMMIT, Hub, cache_model, hub_of
-from vllm_spark.executor.model_files.loaded import adapter_files
 from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -150,20 +148,3 @@ def test_a_model_that_the_leader_cannot_download(model: Path, tmp_path: Path) ->
     assert result["refusal"].endswith(f"; download it on {host}: hf download somebody/empty")
     assert ".." not in result["refusal"]
     assert result["code"] == 3
-
-
-def test_an_adapter_in_a_folder_with_a_dot_in_its_name(model: Path, tmp_path: Path) -> None:
-    """A repository may hold several adapters, one for each version, say."""
-    repository = shutil.copytree(model, tmp_path / "repository")
-    adapter = repository / "adapters" / "sql.v2"
-    adapter.mkdir(parents=True)
-    (adapter / "adapter_config.json").write_text("{}")
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    snapshot = cache_model(repository, tmp_path / "alice", "somebody/tiny")
-    wanted = msgspec.to_builtins(adapter_files("sql", "/alice", snapshot / "adapters" / "sql.v2"))
-    (tmp_path / "alice").rename(tmp_path / "hidden")
-    with hub_of({"somebody/tiny": repository}) as hub:
-        result = run(FOLLOWER, [wanted], tmp_path / "bob", hub)
-        assert "somebody/tiny/model.safetensors" not in hub.downloads
-    (place,) = result["places"]
-    assert (Path(place) / "adapter_model.safetensors").read_bytes() == b"weights"

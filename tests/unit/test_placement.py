@@ -14,7 +14,7 @@ import pytest
 
 from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.model_files.placement import place_compared, place_files
+from vllm_spark.executor.model_files.placement import place_files, place_on_leader
 from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -22,7 +22,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_spark.executor.model_files.loaded import files_of, one_for_each_place
+from vllm_spark.executor.model_files.loaded import files_of, pin_load_formats
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def strings_in(value: Any, path: str = "config", seen: set[int] | None = None) -
 
 def test_no_path_of_the_leaders_is_left(config: VllmConfig, alice: Path) -> None:
     """But in what clients see, which stays the leader's."""
-    offered = one_for_each_place(files_of(config))
+    offered = files_of(config)
     assert [each.what for each in offered] == ["model", "model's tokenizer", "draft model"]
     assert [each.required for each in offered] == [True, False, True]
     theirs: VllmConfig = pickle.loads(pickle.dumps(config))
     before = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
     assert {"config.model_config.model", "config.speculative_config.draft_model_config.model"} <= set(before)
-    place_files(theirs, {each.place: Path("/bob") / Path(each.place).name for each in offered})
+    place_files(theirs, {key: Path("/bob") / Path(each.place).name for each in offered for key in each.file_keys()})
     left = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
     assert left == [
         "config.model_config.served_model_name",
@@ -110,7 +110,7 @@ def test_files_of_options(config: VllmConfig, alice: Path) -> None:
     theirs.model_config.hf_overrides = {"quantization_config_file": str(scheme), "rope_theta": 1}
     (offered,) = (each for each in files_of(theirs) if each.kind == "file")
     assert (offered.what, offered.place) == ("quantization_config_file of --hf-overrides", str(scheme))
-    place_files(theirs, {offered.place: Path("/bob/q.json")})
+    place_files(theirs, {("file", offered.place, None): Path("/bob/q.json")})
     assert theirs.model_config.hf_overrides == {"quantization_config_file": "/bob/q.json", "rope_theta": 1}
 
 
@@ -141,130 +141,88 @@ def test_a_single_file_has_no_weights_in_these_formats(config: VllmConfig, alice
     assert (offered.place, list(offered.identity.weights)) == (str(file), ["m.gguf"])
 
 
-OTHER_COMMIT = COMMIT[::-1]
-
-
 @pytest.fixture
-def two_revisions(alice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The leader's snapshots of two commits of a repository, which differ in their weights. Its user is offline."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache with two commits of one repository, whose user is offline."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    other = shutil.copytree(alice / "model", tmp_path / "other")
-    content = (other / "model.safetensors").read_bytes()
-    (other / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    first = cache_model(alice / "model", tmp_path, "somebody/tiny", COMMIT)
-    return first, cache_model(other, tmp_path, "somebody/tiny", OTHER_COMMIT)
+    for commit, tag in ((COMMIT, "main"), (COMMIT[::-1], "draft")):
+        model = make_tiny_model(tmp_path / tag, "dense")
+        snapshot = cache_model(model, tmp_path / "hub", "somebody/tiny", commit)
+        (snapshot / "tokenizer_config.json").write_text(json.dumps({"tag": tag}))
+        (snapshot.parents[1] / "refs" / tag).write_text(commit)
+    (tmp_path / "hub/models--somebody--tiny/refs/main").write_text(COMMIT)
+    return tmp_path / "hub/models--somebody--tiny/snapshots"
 
 
-def of_two_revisions(config: VllmConfig) -> VllmConfig:
-    """A configuration with the names that vLLM keeps if its user is online."""
-    theirs: VllmConfig = pickle.loads(pickle.dumps(config))
-    model, speculative = theirs.model_config, theirs.speculative_config
-    draft = speculative.draft_model_config
-    for each, revision in ((model, COMMIT), (draft, OTHER_COMMIT)):
-        each.model = each.tokenizer = each.hf_config._name_or_path = "somebody/tiny"
-        each.revision = each.tokenizer_revision = revision
-    model.hf_config_path = model.generation_config = None
-    speculative.model, speculative.revision = "somebody/tiny", OTHER_COMMIT
-    return theirs
+def of_hub(config: VllmConfig) -> VllmConfig:
+    """The same, with names where it has paths: vLLM, offline, would have put snapshots' paths there."""
+    named: VllmConfig = pickle.loads(pickle.dumps(config))
+    for model in (named.model_config, named.speculative_config.draft_model_config, named.speculative_config):
+        model.model = "somebody/tiny"
+    draft = named.speculative_config.draft_model_config
+    for each in (named.model_config, draft):
+        each.tokenizer = "somebody/tiny"
+    named.model_config.hf_config_path = None
+    named.model_config.generation_config = "auto"
+    named.speculative_config.target_model_config = named.model_config
+    named.load_config.load_format = "hf"
+    return named
 
 
-def test_a_draft_model_of_another_revision(config: VllmConfig, two_revisions: tuple[Path, Path]) -> None:
-    """It has the target's name, and other files."""
-    first, second = (str(snapshot) for snapshot in two_revisions)
-    theirs = of_two_revisions(config)
-    files = files_of(theirs)
-    offered = one_for_each_place(files)
-    assert [(each.what, each.place) for each in offered] == [("model", first), ("draft model", second)]
-    place_compared(theirs, files)
-    model, draft = theirs.model_config, theirs.speculative_config.draft_model_config
-    assert (model.model, model.tokenizer, model.hf_config._name_or_path) == (first, first, first)
-    assert (draft.model, draft.tokenizer, draft.hf_config._name_or_path) == (second, second, second)
-    assert theirs.speculative_config.model == second
-    place_files(theirs, {first: Path("/bob/first"), second: Path("/bob/second")})
-    assert (model.model, draft.model) == ("/bob/first", "/bob/second")
-    assert (model.tokenizer, draft.tokenizer) == ("/bob/first", "/bob/second")
-
-
-def test_a_tokenizer_of_another_revision(config: VllmConfig, two_revisions: tuple[Path, Path]) -> None:
-    theirs = of_two_revisions(config)
-    theirs.speculative_config = None
-    theirs.model_config.tokenizer_revision = OTHER_COMMIT
-    files = files_of(theirs)
-    assert [(each.what, each.place) for each in files] == [
-        ("model", str(two_revisions[0])),
-        ("model's tokenizer", str(two_revisions[1])),
+def test_a_draft_model_and_a_tokenizer_in_other_revisions(config: VllmConfig, cache: Path) -> None:
+    named = of_hub(config)
+    draft = named.speculative_config.draft_model_config
+    named.speculative_config.revision = draft.revision = named.model_config.tokenizer_revision = "draft"
+    offered = files_of(named)
+    main, other = str(cache / COMMIT), str(cache / COMMIT[::-1])
+    assert [(each.what, each.place) for each in offered if each.kind == "model"] == [
+        ("model", main),
+        ("draft model", other),
     ]
-    place_compared(theirs, files)
-    assert theirs.model_config.tokenizer == str(two_revisions[1])
+    assert ("model's tokenizer", other) in [(each.what, each.place) for each in offered]
+    place_files(named, {key: Path(each.place) for each in offered for key in each.file_keys()})
+    assert (named.model_config.model, named.model_config.tokenizer) == (main, other)
+    assert (draft.model, named.speculative_config.model) == (other, other)
 
 
-def test_a_draft_model_in_the_folder_of_the_models_tokenizer(config: VllmConfig, alice: Path) -> None:
-    """Its weights are compared: the folder's entry is the model's."""
+def test_code_of_another_revision_is_refused(config: VllmConfig, cache: Path) -> None:
+    """Both ranks load a model's code from the folder with its weights."""
+    named = of_hub(config)
+    named.model_config.code_revision = "draft"
+    files_of(named)  # no code is run
+    named.model_config.trust_remote_code = True
+    with pytest.raises(RefusedError, match=r"^--code-revision draft of the model somebody/tiny is not supported: "):
+        files_of(named)
+
+
+def test_the_leader_loads_what_was_compared(config: VllmConfig, cache: Path) -> None:
+    """A branch may move on the hub meanwhile. A tokenizer is placed where a worker reads it, and was compared."""
+    snapshot = str(cache / COMMIT)
+    for two_vocabularies, tokenizer in ((False, "somebody/tiny"), (True, snapshot)):
+        named = of_hub(config)
+        named.speculative_config.use_heterogeneous_vocab = two_vocabularies
+        place_on_leader(named, files_of(named))
+        assert (named.model_config.model, named.model_config.tokenizer) == (snapshot, tokenizer)
+        assert named.speculative_config.draft_model_config.model == snapshot
+
+
+def test_what_auto_stands_for_is_settled_by_the_leader(config: VllmConfig, alice: Path) -> None:
+    """A follower's folder of the same commit may hold the weights in both formats."""
     theirs: VllmConfig = pickle.loads(pickle.dumps(config))
-    theirs.model_config.tokenizer = str(alice / "draft")
-    offered = one_for_each_place(files_of(theirs))
-    assert {each.place: each.kind for each in offered}[str(alice / "draft")] == "model"
-
-
-def test_both_ranks_load_in_the_format_that_was_compared(config: VllmConfig, alice: Path, tmp_path: Path) -> None:
-    """`auto` reads Mistral's files where there are any, which the follower may have besides the leader's."""
-    leaders = shutil.copytree(alice / "model", tmp_path / "leaders")
-    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
-    (leaders / "model.safetensors.index.json").write_text(json.dumps(index))
-    theirs: VllmConfig = pickle.loads(pickle.dumps(config))
-    theirs.model_config.model = str(leaders)
-    (model, *_) = files = files_of(theirs)
-    place_compared(theirs, files)
-    assert (theirs.load_config.load_format, theirs.speculative_config.draft_load_config) == ("hf", None)
-    followers = shutil.copytree(leaders, tmp_path / "followers")
-    (followers / "consolidated.safetensors").write_bytes(b"the same weights with other names")
-    assert model.identity_at(followers) == model.identity
-
-    theirs = pickle.loads(pickle.dumps(config))
-    theirs.speculative_config.draft_model_config.model = str(followers)
-    files = files_of(theirs)
-    assert [list(each.identity.weights) for each in files if each.kind == "model"] == [
-        ["model.safetensors"],
-        ["consolidated.safetensors"],
-    ]
-    place_compared(theirs, files)
+    mistral = alice / "mistral"
+    shutil.copytree(alice / "draft", mistral)
+    (mistral / "model.safetensors").rename(mistral / "consolidated.safetensors")
+    theirs.speculative_config.model = theirs.speculative_config.draft_model_config.model = str(mistral)
+    offered = files_of(theirs)
+    pin_load_formats(theirs, offered)
+    assert [each.load_format for each in offered if each.kind == "model"] == ["hf", "mistral"]
     assert theirs.load_config.load_format == "hf"
     assert theirs.speculative_config.draft_load_config.load_format == "mistral"
-
-
-def test_vllms_loader_reads_the_same_weight_files(alice: Path, tmp_path: Path) -> None:
-    """The loader itself is asked, for each format and for folders with several copies of the weights."""
-    from vllm.config import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader
-
-    from vllm_spark.executor.model_files.weight_files import FILE_FORMATS, weight_files
-
-    sharded = {"model-1.safetensors", "model-2.safetensors"}
-    beside = {"model.bin", "training_args.bin", "model.pt", "optimizer.pt"}
-    mistral = {"consolidated.safetensors", "consolidated-1.safetensors"}
-    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-    compared = 0
-    for number, names in enumerate((sharded, sharded | beside, sharded | mistral | beside, beside, mistral)):
-        for with_index in (False, True):
-            folder = tmp_path / f"{number}-{with_index}"
-            folder.mkdir()
-            for name in names | {"copy.safetensors"} if sharded <= names else names:
-                (folder / name).touch()
-            if with_index and sharded <= names:
-                (folder / "model.safetensors.index.json").write_text(index)
-            if with_index and mistral <= names:
-                weight_map = {"weight_map": {"a": "consolidated-1.safetensors"}}
-                (folder / "consolidated.safetensors.index.json").write_text(json.dumps(weight_map))
-            for load_format in FILE_FORMATS:
-                loader = get_model_loader(LoadConfig(load_format=load_format))
-                try:
-                    _, paths, *_ = loader._prepare_weights(str(folder), None, None, True, None)
-                except RuntimeError:  # it finds none
-                    paths = []
-                mine = weight_files(folder, sorted(path.name for path in folder.iterdir()), load_format)
-                assert sorted(mine) == sorted(Path(path).name for path in paths), (names, with_index, load_format)
-                compared += bool(paths)
-    assert compared > len(FILE_FORMATS)
+    more = alice / "more"
+    shutil.copytree(alice / "model", more)
+    (more / "consolidated.safetensors").write_bytes(b"the same in another layout")
+    (more / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert offered[0].identity_at(more).difference(offered[0].identity) is None

@@ -135,12 +135,16 @@ class FollowerAdapters:
         """Looks for what the leader has; None if it is here, else the sentence why not."""
         try:
             place = find_own(wanted)
-            signature = signature_of(place)  # before the content is read: a change in between is noticed
+        except RefusedError as error:
+            return str(error)
+        # Taken before the last look at the content, which reads only what has changed meanwhile.
+        signature = signature_of(place)
+        try:
             difference = wanted.identity_at(place).difference(wanted.identity, f"on {host_name()}")
         except RefusedError as error:
             return str(error)
-        if difference is not None:
-            return f"{difference} ({place}), which was changed while it was compared with the leader; load it again"
+        if difference:
+            return f"it was changed while it was compared: {difference} ({place}); load it again once it is complete"
         self._own[wanted.place] = _Own(place, signature, wanted)
         return None
 
