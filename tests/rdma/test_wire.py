@@ -12,6 +12,7 @@ import pytest
 
 from vllm_spark.collective.link_model import WireModel, fit, load_wire_model
 from vllm_spark.config.settings import SparkConfig
+from vllm_spark.executor.bootstrap import with_wire_model
 from vllm_spark.processes.managed import program
 
 from .machines import Command, Finished, Machine, Pair
@@ -80,7 +81,7 @@ def test_both_rails_are_measured_and_the_loopback_transport_takes_the_file(machi
 
 def check_loopback(file: Path, model: WireModel) -> None:
     """Ranks on this side exchange messages over the wire of that file."""
-    config = SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={})
+    config = with_wire_model(SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={}))
     expected = model.total.fit
     assert (config.loopback_latency_us, config.loopback_gbytes_per_s) == (expected.latency_us, expected.gbytes_per_s)
     report = file.with_name("collective.json")

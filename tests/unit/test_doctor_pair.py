@@ -141,7 +141,7 @@ def test_nobody_at_a_loopback_address() -> None:
         request_report(SparkConfig(address="127.0.0.1", port=port), 0.1)
     finding = pair.peer_missing(str(caught.value))
     assert finding.remedy == f"vllm-spark join --leader 127.0.0.1:{port}   # in another terminal"
-    assert finding.explanation == f"No follower came to 127.0.0.1:{port} within 0.1 s."
+    assert finding.explanation == f"No follower connected to 127.0.0.1:{port} within 0.1 s."
 
 
 def test_each_rail_has_its_own_command_in_a_line(trees: tuple[Tree, Tree]) -> None:

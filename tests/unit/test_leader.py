@@ -64,7 +64,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
         self._session, self.driver_worker = pair, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
-    monkeypatch.setattr(serving, "_served", None)
+    monkeypatch.setattr(serving, "_active", None)
     monkeypatch.setenv(STATUS_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
