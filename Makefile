@@ -22,17 +22,17 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 SOURCES := pyproject.toml $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
-PYTHON_FILES := vllm_spark tests tools $(wildcard setup.py benchmarks)
+PYTHON_FILES := vllm_spark patches configs benchmarks tests tools setup.py
 CPP_FILES := $(shell find csrc tests/native benchmarks -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.cu' \
 	-o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help demo test test-unit test-native test-serve test-rdma test-rdma-serve lint install clean
+.PHONY: help demo test test-thorough test-unit test-native test-serve test-rdma test-rdma-serve lint install clean
 
 help: ## Show this list
 	@echo "vllm_spark: one vLLM model on a pair of GB10 machines"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | \
-		while IFS='|' read -r goal text; do printf '%-20s %s\n' "$$goal" "$$text"; done
+		while IFS='|' read -r goal text; do printf '%-23s %s\n' "$$goal" "$$text"; done
 	@echo
 	@echo "  make ... VLLM=0.28.0          with another version of vLLM, in .venv-0.28"
 	@echo "  make ... PYTHON=python3.12    with this interpreter (when the environment is made)"
@@ -44,6 +44,10 @@ demo: $(STAMPS)/project ## Show the product on this machine: two ranks, a tiny m
 
 test: $(STAMPS)/project ## Run all tests but the thorough; what was skipped, and why, stands at the end
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+
+test-thorough: $(STAMPS)/project ## Run all tests, the thorough too, which takes hours; as root, fetches what they need
+	@$(BIN)/python -m tests.rdma.machines prepare
+	@SPARK_THOROUGH=1 SPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests
 
 test-unit: $(STAMPS)/project ## Run the tests that start no server
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit

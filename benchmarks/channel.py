@@ -1,4 +1,4 @@
-"""What a message from leader to follower costs: our TLS lane against ZeroMQ with CURVE, and both without encryption.
+"""What a message from leader to follower costs: our TLS connection and ZeroMQ with CURVE, and both unencrypted.
 
     python -m benchmarks.channel [--messages 3000] [--json FILE]
 
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from vllm_spark.bench.statistics import machine, percentile
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.channel.tls import TlsConnection
 
 SIZES = (600, 8800)
@@ -55,8 +55,8 @@ def open_tls(port: int | None, encrypted: bool = True) -> tuple[Any, Any]:
     return None, lambda: TlsConnection(plain, context, server_side=False, timeout=5) if encrypted else plain
 
 
-def lane(connection: TlsConnection) -> tuple[Send, Receive]:
-    opened = Lane(connection, "peer", 1 << 26)
+def connection(connection: TlsConnection) -> tuple[Send, Receive]:
+    opened = Connection(connection, "peer", 1 << 26)
     return (lambda data: opened.send(Kind.CALL, data)), (lambda: opened.receive().payload)
 
 
@@ -87,7 +87,7 @@ def zeromq(role: str, port: int | None, keys: tuple[tuple[bytes, bytes], tuple[b
     return made, port
 
 
-CANDIDATES = ("TLS lane (ours)", "ZeroMQ CURVE", "plain socket", "ZeroMQ plain")
+CANDIDATES = ("TLS connection (ours)", "ZeroMQ CURVE", "plain socket", "ZeroMQ plain")
 
 
 def follower(ports: dict[str, int], keys: Any, messages: int, results: Any) -> None:
@@ -99,7 +99,7 @@ def follower(ports: dict[str, int], keys: Any, messages: int, results: Any) -> N
             receivers[name] = made.recv
         else:
             _, connect = open_tls(ports[name], "TLS" in name)
-            receivers[name] = (lane if "TLS" in name else plain_socket)(connect())[1]
+            receivers[name] = (connection if "TLS" in name else plain_socket)(connect())[1]
     lags: dict[str, list[float]] = {f"{name} {size}": [] for name in CANDIDATES for size in SIZES}
     for size in SIZES:
         for _ in range(messages):
@@ -130,7 +130,7 @@ def run(messages: int) -> dict[str, Any]:
             openers[name].recv()
             senders[name] = openers[name].send
         else:
-            senders[name] = (lane if "TLS" in name else plain_socket)(openers[name]())[0]
+            senders[name] = (connection if "TLS" in name else plain_socket)(openers[name]())[0]
     busy: dict[str, list[float]] = {f"{name} {size}": [] for name in CANDIDATES for size in SIZES}
     for size in SIZES:
         body = bytes(size - STAMP.size)

@@ -1,1 +1,1 @@
-"""Every change of vLLM for which it has no hook, one a file; `vllm_spark.compat.patching` says what a file has."""
+"""The patches of vLLM, one in each file; `vllm_spark.compat.patching` describes the format."""

@@ -1,4 +1,4 @@
-"""Answers a request for an adapter that the two machines do not share with status 400, in place of vLLM's 500."""
+"""Returns status 400 instead of 500 for an adapter that is not the same on both machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="adapter-status",
     anchor=Anchor("vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter"),
-    reason="vLLM answers whatever its engine raises for an adapter with an internal error of the server",
+    reason="vLLM returns status 500 for every exception of its engine about an adapter",
     feature="status 400 for an adapter that is not the same on both machines",
     fingerprints={"224c64f528eb": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -1,4 +1,4 @@
-"""Tells clients why the pair broke, in place of "see stack trace (above)"."""
+"""Gives clients the reason why the session ended, instead of "see stack trace (above)"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="client-error",
     anchor=Anchor("vllm.v1.engine.exceptions:EngineDeadError.__init__"),
-    reason="the reason stays in the engine's process, and the text that clients get is fixed",
+    reason="only the engine's process has the reason, and the text for clients is constant",
     feature="the reason of a lost follower, or that the engine was killed, in the answer to clients",
     fingerprints={"1c35b5aa0ca1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -22,7 +22,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="command-line-flags",
     anchor=Anchor("vllm.engine.arg_utils:EngineArgs.add_cli_args"),
-    reason="a platform sees the parser of some commands only, and a platform would be in use without --spark too",
+    reason="a platform plugin gets the parser of some commands only, and would be active without --spark too",
     feature="the flags --spark and --spark-*",
     fingerprints={"d884a77f60d9": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -1,4 +1,4 @@
-"""Chooses this project's executor when an engine configuration with spark settings is made."""
+"""Selects this project's executor when an engine configuration with spark settings is created."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Whoever loaded it may have left an engine in this process that did not come up, and holds what this one needs.
+        # An earlier engine of this process whose start failed may still hold the port and the follower.
         if leader := sys.modules.get("vllm_spark.executor.executor"):
-            leader.give_up_unfinished_start()
+            leader.abandon_unfinished_start()
         from vllm_spark.entrypoints.command_line import section_of
 
         section = section_of(self)
@@ -29,7 +29,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="executor-choice",
     anchor=Anchor("vllm.engine.arg_utils:EngineArgs.create_engine_config"),
-    reason="the executor must be known before ParallelConfig is built, which otherwise refuses two ranks on one device",
+    reason="the executor must be set before ParallelConfig is created, which otherwise refuses two ranks on one device",
     feature="serving on a pair (--spark)",
     fingerprints={"47e28d3493ac": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

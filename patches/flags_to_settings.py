@@ -1,4 +1,4 @@
-"""Carries the values of `--spark*` from the command line into vLLM's engine arguments."""
+"""Copies the values of `--spark*` from the command line into vLLM's engine arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="flags-to-settings",
     anchor=Anchor("vllm.engine.arg_utils:EngineArgs.from_cli_args"),
-    reason="it keeps only the options that are fields of EngineArgs and drops all others in silence",
+    reason="it ignores options that are not fields of EngineArgs",
     feature="the flags --spark and --spark-*",
     fingerprints={"ab5a6b5608d1": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -1,4 +1,4 @@
-"""Finds tuned tables for vLLM's Triton kernel for experts in this user's folder and in this project's."""
+"""Reads tuned tables for vLLM's Triton kernel for experts from the user's folder and from this project's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     cached: Any = original  # by functools.lru_cache
     uncached: Callable[..., dict[int, Any] | None] = cached.__wrapped__
 
-    # Parameters are called as vLLM calls them: callers may give them by name.
+    # vLLM's names of parameters: callers may pass them by name.
     def get_moe_configs(
         E: int,
         N: int,
@@ -24,12 +24,12 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         block_n: int | None = None,
         block_k: int | None = None,
     ) -> dict[int, Any] | None:
-        def of_vllm() -> dict[int, Any] | None:
+        def vllm_lookup() -> dict[int, Any] | None:
             return uncached(E, N, dtype, block_n, block_k)
 
         if not runtime.is_active():
-            return of_vllm()
-        return runtime.choose_fused_moe_table(E, N, dtype, block_n, block_k, of_vllm)
+            return vllm_lookup()
+        return runtime.choose_fused_moe_table(E, N, dtype, block_n, block_k, vllm_lookup)
 
     maxsize: int | None = cached.cache_parameters()["maxsize"]
     return functools.lru_cache(maxsize=maxsize)(get_moe_configs)
@@ -38,7 +38,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="fused-moe-tables",
     anchor=Anchor("vllm.model_executor.layers.fused_moe.fused_moe:get_moe_configs", scope="source"),
-    reason="vLLM looks into one folder that a variable names, which is the user's, and into its own",
+    reason="vLLM reads tables only from one folder, named by a variable that belongs to the user, and from its own",
     feature="tuned tables of the Triton kernel for experts",
     fingerprints={
         "506bf40d8dc8": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0",

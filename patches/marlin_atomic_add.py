@@ -1,4 +1,4 @@
-"""Lets a table say which of Marlin's linear layers add their partial sums straight into the output."""
+"""Lets a table choose which of Marlin's linear layers use atomic adds for partial sums."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     from vllm_spark.kernels import runtime
 
     def should_use_atomic_add_reduce(m: int, n: int, k: int, device: Any, dtype: Any) -> bool:
-        # Compilers trace this, with an m that has no number.
-        if runtime.adds_atomically(n, k):
+        # torch.compile traces this, with a symbolic m.
+        if runtime.uses_atomic_add(n, k):
             return True
         return bool(original(m, n, k, device, dtype))
 

@@ -13,10 +13,10 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def moe_wna16_marlin_gemm(*args: Any, **kwargs: Any) -> Any:
         calls = runtime.marlin_calls(original) if runtime.is_active() else None
-        # vLLM gives sizes by name, and no tile.
+        # vLLM passes sizes by name, and no tile.
         if calls is None or "size_m" not in kwargs or "thread_k" in kwargs:
             return original(*args, **kwargs)
-        return original(*args, **{**kwargs, **calls.changes(args, kwargs)})
+        return original(*args, **{**kwargs, **calls.overrides(args, kwargs)})
 
     return moe_wna16_marlin_gemm
 
@@ -24,7 +24,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="marlin-parameters",
     anchor=Anchor("vllm._custom_ops:moe_wna16_marlin_gemm"),
-    reason="the operator takes a tile, and its only caller never gives one",
+    reason="the operator accepts a tile, and its only caller never passes one",
     feature="tuned parameters of Marlin for experts",
     fingerprints={
         "aa5e45b41f10": "0.26.0, 0.27.0, 0.28.0, 0.29.0",

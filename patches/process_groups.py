@@ -1,4 +1,4 @@
-"""Has vLLM's groups of ranks exchange messages over the pair's own connection, while there is a pair."""
+"""Makes vLLM's groups of ranks use the groups connection during a session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, *args, **kwargs)
             return
         with instead_of_gloo():
-            # The queue would listen on a port of its own; without it, objects are broadcast through the group.
+            # The message queue would listen on another port; without it, objects are broadcast through the group.
             original(self, *args, **{**kwargs, "use_message_queue_broadcaster": False})
 
     return __init__
@@ -25,7 +25,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="process-groups",
     anchor=Anchor("vllm.distributed.parallel_state:GroupCoordinator.__init__"),
-    reason="it asks torch for gloo by name, whatever the platform says, and opens a port for its broadcaster",
+    reason="it requests gloo by name, whatever the platform's backend, and opens a port for its broadcaster",
     feature="process groups over the pair's own port (--spark)",
     fingerprints={
         "4be6156dd280": "0.26.0",

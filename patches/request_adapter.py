@@ -1,4 +1,4 @@
-"""Compares an adapter that comes with a request of `LLM` on both machines before the request is added."""
+"""Compares the adapter of a request of `LLM` on both machines before the request is added."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="request-adapter",
     anchor=Anchor("vllm.v1.engine.llm_engine:LLMEngine.add_request"),
-    reason="an adapter comes with any request, and an executor sees it in a step, where it cannot be refused alone",
-    feature="an error of the request alone for an adapter that is not the same on both machines",
+    reason="an executor gets the adapter of a request with a step, and cannot refuse a single request there",
+    feature="an error of only that request for an adapter that is not the same on both machines",
     fingerprints={
         "a8097f7c18a0": "0.26.0, 0.27.0",
         "aa9bb37200bd": "0.28.0, 0.29.0, 0.30.0",

@@ -1,4 +1,4 @@
-"""Gives `vllm serve --spark` its second rank under torchrun, and sentences instead of tracebacks."""
+"""Runs `vllm serve --spark` as rank 1 under torchrun, and prints sentences instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="serve-command",
     anchor=Anchor("vllm.entrypoints.cli.serve:ServeSubcommand.cmd"),
-    reason="a launcher starts the same command on both machines, and only the command itself can become a follower",
+    reason="a launcher starts the same command on both machines, so the command itself must become the follower",
     feature="vllm serve --spark under torchrun, and errors without a traceback",
     fingerprints={"eeb99fc7f8bd": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -21,7 +21,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="shared-metrics",
     anchor=Anchor("vllm.entrypoints.serve.instrumentator.metrics:attach_router"),
-    reason="with several API servers /metrics shows files of prometheus_client alone, and no collector of a process",
+    reason="with several API servers /metrics shows only the files of prometheus_client, and no collector",
     feature="the counters vllm_spark_* with --api-server-count above 1",
     fingerprints={"625ac5cf8bc8": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

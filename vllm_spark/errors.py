@@ -1,58 +1,34 @@
-"""The errors that a user may see: one sentence, an exit code, never a traceback."""
+"""The errors of this project, their exit codes, and helpers for their sentences.
+
+A `SparkError` is shown to the user as one sentence, without a traceback, and ends a command with its `exit_code`.
+`upper_first`, `lower_first`, `without_stop`, `without_numbers` and `described` adapt text to such sentences.
+"""
 
 from __future__ import annotations
 
 import re
 
-
-def upper_first(text: str) -> str:
-    """`text` as the beginning of a sentence: names in it keep their letters, which `str.capitalize` makes small."""
-    return text[:1].upper() + text[1:]
-
-
-def lower_first(text: str) -> str:
-    """`text` as it stands within a sentence."""
-    return text[:1].lower() + text[1:]
-
-
-def without_numbers(sentence: str) -> str:
-    """To see whether two sentences give the same reason: durations and process ids in them change."""
-    return re.sub(r"\d+", "#", sentence)
-
-
-def without_stop(text: str) -> str:
-    """`text` as it stands within a sentence, or before a full stop: what others wrote may end in one."""
-    return text.rstrip(". \t\r\n")
-
-
-def described(error: BaseException) -> str:
-    """Type and message of an error that was not written to stand alone, without a full stop."""
-    message = without_stop(str(error))
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
 EXIT_USAGE = 2
-"""The command or its settings are wrong: nothing was started."""
+"""The command or its settings are invalid: nothing was started."""
 
 EXIT_REFUSED = 3
-"""The two machines do not fit together (version, model, weights, a follower too many)."""
+"""The two machines do not fit together (versions, model, weights), or the leader has a follower already."""
 
 EXIT_LOST = 4
-"""The peer or the link went away while working together."""
+"""The peer or the link was lost during a session."""
 
 EXIT_WARNINGS = 5
 """`vllm-spark doctor` found warnings, and nothing worse."""
 
 EXIT_PROBLEM = 6
-"""`vllm-spark doctor` found something that keeps the pair from working."""
+"""`vllm-spark doctor` found a problem that prevents the pair from working."""
 
 
 class SparkError(Exception):
-    """A failure that is explained by its message alone.
+    """A failure that its message explains.
 
-    The message is one sentence that names the offending value and the remedy. `exit_code` is what a
-    command line returns for it. Whoever shows the message adds a full stop: it has none, also if it ends in the words
-    of another program.
+    The message is one sentence with the offending value and the remedy, without a full stop: the code that shows it
+    adds one. `exit_code` is the exit code of a command that it ends.
     """
 
     exit_code: int = 1
@@ -62,7 +38,7 @@ class SparkError(Exception):
 
 
 class ConfigurationError(SparkError):
-    """A setting, or a combination of settings, that cannot work."""
+    """An invalid setting or combination of settings."""
 
     exit_code = EXIT_USAGE
 
@@ -74,7 +50,7 @@ class RefusedError(SparkError):
 
 
 class VersionsError(RefusedError):
-    """The two machines run other versions: they cannot work together until one of them is installed anew."""
+    """The two machines run different versions: one of them must be reinstalled."""
 
 
 class PeerLostError(SparkError):
@@ -84,12 +60,38 @@ class PeerLostError(SparkError):
 
 
 class PeerLeftError(PeerLostError):
-    """The peer said goodbye: it was stopped in good order."""
+    """The peer ended the session in order."""
 
 
 class StoppedError(SparkError):
-    """A signal ended the work; the exit code is a shell's for that signal."""
+    """A signal ended the command; the exit code is that of a shell for the signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def upper_first(text: str) -> str:
+    """`text` with its first letter in upper case; the others stay, unlike with `str.capitalize`."""
+    return text[:1].upper() + text[1:]
+
+
+def lower_first(text: str) -> str:
+    """`text` with its first letter in lower case."""
+    return text[:1].lower() + text[1:]
+
+
+def without_numbers(sentence: str) -> str:
+    """`sentence` without its numbers (durations, process ids), to compare the reasons of two sentences."""
+    return re.sub(r"\d+", "#", sentence)
+
+
+def without_stop(text: str) -> str:
+    """`text` without a full stop at its end, as messages of other programs may have."""
+    return text.rstrip(". \t\r\n")
+
+
+def described(error: BaseException) -> str:
+    """Type and message of an error of another program, without a full stop."""
+    message = without_stop(str(error))
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

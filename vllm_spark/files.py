@@ -1,4 +1,8 @@
-"""Where files live: data of this package, settings and state of this user; and how files are written and read."""
+"""Folders of this project (package data, the user's settings, the user's state), and writing and checking files.
+
+`configs_folder`, `configuration_folder` and `state_folder` are the folders; `atomic_write_text` writes a file, and
+`first_fault` explains one that pydantic rejects.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +16,27 @@ from vllm_spark.errors import ConfigurationError, lower_first
 
 
 def configs_folder() -> Path:
-    """The tables and the models' configurations that come with this package."""
+    """The folder with this package's tables and models' configurations."""
     return Path(str(importlib.resources.files("vllm_spark.configs")))
 
 
 def configuration_folder() -> Path | None:
-    """Where this user's settings for the project are; None for a user without a home folder."""
+    """The folder with this user's settings; None for a user without a home folder."""
     return _folder_of_user("XDG_CONFIG_HOME", ".config")
 
 
 def state_folder() -> Path | None:
-    """Where what the project makes for this user is; None for a user without a home folder."""
+    """The folder with the files that this project creates for this user; None without a home folder."""
     return _folder_of_user("XDG_STATE_HOME", ".local/state")
 
 
-def _folder_of_user(variable: str, below_home: str) -> Path | None:
-    """As the XDG Base Directory Specification says, which has relative folders ignored."""
-    folder = Path(os.environ.get(variable, ""))
-    try:
-        return (folder if folder.is_absolute() else Path.home() / below_home) / "vllm-spark"
-    except RuntimeError:
-        return None
-
-
-def write_whole(path: Path, text: str, what: str) -> None:
-    """Writes a file, whole or not at all, and makes its folder.
+def atomic_write_text(path: Path, text: str, what: str) -> None:
+    """Writes a file atomically, and creates its folder.
 
     Args:
-        path: where to.
-        text: its content.
-        what: the file is, for the sentence: `launch table`.
+        path: the file.
+        text: its new content.
+        what: the kind of file in messages, such as `launch table`.
 
     Raises:
         ConfigurationError: it cannot be written.
@@ -62,9 +57,26 @@ def write_whole(path: Path, text: str, what: str) -> None:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found: where, and what."""
+    """The first error that pydantic found: field and message."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
     what = str(fault["msg"]).removeprefix("Value error, ")
     what = lower_first(what)
     return f"{where}: {what}" if where else what
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigurationError if the file `path` cannot be written: before work whose result would be lost."""
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: {path.resolve().parent} is not a writable folder")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigurationError(f"{path} cannot be written: it is a folder, or protected; give another file")
+
+
+def _folder_of_user(variable: str, below_home: str) -> Path | None:
+    """According to the XDG Base Directory Specification, by which relative folders are ignored."""
+    folder = Path(os.environ.get(variable, ""))
+    try:
+        return (folder if folder.is_absolute() else Path.home() / below_home) / "vllm-spark"
+    except RuntimeError:
+        return None

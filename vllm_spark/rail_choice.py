@@ -1,4 +1,4 @@
-"""How users name an RDMA port of their machine: in settings, which are read without RDMA, and to the runtime."""
+"""The syntax for RDMA ports in settings and in the runtime's options: DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ _FORM = re.compile(r"(?P<device>[^:\s]+)(:(?P<port>[1-9][0-9]*)(:(?P<gid_index>[
 
 
 class RailChoice(NamedTuple):
-    """A port to use for a rail: `mlx5_0`, `mlx5_0:1` or `mlx5_0:1:3`."""
+    """An RDMA port for a rail: `mlx5_0`, `mlx5_0:1` or `mlx5_0:1:3`."""
 
     device: str
     port: int | None
     """Counted from 1; None for the first."""
     gid_index: int | None
-    """The one address of the port to use; None for all."""
+    """The index of the only address to use; None for all addresses."""
 
     @classmethod
     def parse(cls, text: str) -> RailChoice:
-        """Reads one choice.
+        """Parses one choice.
 
         Raises:
-            ValueError: it is not of that form; the sentence says which form is.
+            ValueError: `text` has another syntax.
         """
         match = _FORM.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} names no RDMA port; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX, such as mlx5_0:1:3"
+                f"{text!r} is not an RDMA port; write DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX, such as mlx5_0:1:3"
             )
         port, gid_index = (None if number is None else int(number) for number in match.group("port", "gid_index"))
         return cls(match["device"], port, gid_index)

@@ -136,7 +136,7 @@ def test_sum_in_place(make_pair: MakePair, mode: dict[str, Any], slots: dict[str
 def test_output_that_overlaps_its_input(make_pair: MakePair) -> None:
     pair = make_pair()
     whole = torch.zeros(4096, dtype=torch.bfloat16, device=pair.devices[0])
-    with pytest.raises(UsageError, match="where a part of it is"):
+    with pytest.raises(UsageError, match="into an overlapping"):
         pair.run(lambda rank: rank or pair.runtimes[0].all_reduce(whole[:2048], out=whole[1024:3072]))
     for result in all_reduced(pair, (100,), torch.bfloat16):  # nothing was sent
         assert torch.equal(result, expected_sum((100,), torch.bfloat16))
@@ -200,7 +200,7 @@ def test_more_blocks_than_run_at_once(make_pair: MakePair) -> None:
     """Of too many as many as the GPU has multiprocessors; past that check, the native runtime refuses."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     options = RuntimeOptions(packet_bytes=0)
-    fitting = DeviceRuntime._fitting(replace(options, launch=replace(options.launch, payload_blocks=64)))
+    fitting = DeviceRuntime._limited_to_device(replace(options, launch=replace(options.launch, payload_blocks=64)))
     assert fitting.launch.payload_blocks == min(64, multiprocessors)
     shape = _native.LaunchShape(**{**asdict(options.launch), "payload_blocks": 100_000})
     with pytest.raises(UsageError, match=r"payload_blocks 100000 is too many for this GPU, which runs \d+ blocks"):

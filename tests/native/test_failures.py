@@ -101,7 +101,7 @@ def test_callers_terms_and_ranks_must_agree() -> None:
         assert isinstance(outcome.error, AgreementError)
         assert "package: 0." in outcome.message
     for outcome in run_pair(same_rank):
-        assert "this process says that it is rank 0, and the peer that it is rank 0; one must" in outcome.message
+        assert "this process is rank 0, and the peer is rank 0; one must" in outcome.message
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def odd_tensors(rank: int, exchange: Pipe) -> None:
         assert runtime.all_reduce(mine, out=mine) is mine
         assert torch.equal(mine, torch.full((5000,), 3.0))
         # Not where a part of it is.
-        with pytest.raises(UsageError, match="where a part of it is; let `out` be the tensor itself"):
+        with pytest.raises(UsageError, match="into an overlapping `out`; give the tensor itself"):
             runtime.all_reduce(mine[:4000], out=mine[1000:])
         # Nothing at all, and a scalar.
         assert runtime.all_reduce(torch.empty(0, 4)).shape == (0, 4)

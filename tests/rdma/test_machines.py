@@ -1,4 +1,4 @@
-"""The machines themselves: what every other test here takes for granted."""
+"""Tests of the two virtual machines themselves, which the other tests of this folder use and so check as well."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ BOUND = 120.0
 PEER_PYTHON = "/usr/bin/python3"
 """Debian's own, for which its pyverbs was built."""
 HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.thorough
 
 
 def ping(machine: Machine, rail: Rail, *options: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from vllm_spark.collective.link_model import WireModel, fit, load_wire_model
 from vllm_spark.config.settings import SparkConfig
+from vllm_spark.executor.bootstrap import with_wire_model
 from vllm_spark.processes.managed import program
 
 from .machines import Command, Finished, Machine, Pair
@@ -80,7 +81,7 @@ def test_both_rails_are_measured_and_the_loopback_transport_takes_the_file(machi
 
 def check_loopback(file: Path, model: WireModel) -> None:
     """Ranks on this side exchange messages over the wire of that file."""
-    config = SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={})
+    config = with_wire_model(SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={}))
     expected = model.total.fit
     assert (config.loopback_latency_us, config.loopback_gbytes_per_s) == (expected.latency_us, expected.gbytes_per_s)
     report = file.with_name("collective.json")
@@ -151,11 +152,11 @@ def test_nobody_on_the_other_side(machines: Pair) -> None:
     listening = start(one, "--listen", "--address", address, "--wait", "3")
     finished = start(other, "--connect", f"{address}:29999", "--wait", "3").wait(BOUND)
     assert finished.exit_code == 4
-    assert f"nobody listened at {address}:29999 within 3 s" in sentence(finished)
+    assert f"nothing listened at {address}:29999 within 3 s" in sentence(finished)
     assert "vllm-spark bench wire --listen" in sentence(finished)
     finished = listening.wait(BOUND)
     assert finished.exit_code == 4
-    assert f"no follower came to {address}:29650 within 3 s" in sentence(finished)
+    assert f"no follower connected to {address}:29650 within 3 s" in sentence(finished)
     assert f"vllm-spark bench wire --connect {address}:29650" in sentence(finished)
 
 
@@ -171,5 +172,5 @@ def test_another_secret_and_no_such_rail(machines: Pair) -> None:
     finished = start(other, "--connect", address, "--rails", "rxe7").wait(BOUND)
     assert finished.exit_code == 2
     assert "there is no RDMA port rxe7:1; this machine has rxe0:1, rxe1:1" in sentence(finished)
-    listening.wait_for_line("Turned away a connection from 10.0.0.2: .* another secret", timeout=BOUND)
+    listening.wait_for_line("Rejected a connection from 10.0.0.2: .* another secret", timeout=BOUND)
     assert listening.exit_code is None, "it waits for one that fits"

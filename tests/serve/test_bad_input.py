@@ -117,7 +117,7 @@ class Mistake:
 
 
 _CONNECTOR = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
-_HALVES = "cannot be cut into two equal halves"
+_HALVES = "cannot be split into two equal halves"
 
 MISTAKES = {
     "flag-misspelt": Mistake(["--spark-prot"], ["--spark-prot", "12"]),
@@ -161,7 +161,7 @@ MISTAKES = {
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
     "absent-file": Mistake(["cannot be read", "No such file"], file_name="absent.yaml"),
     "broken-file": Mistake(["is not valid YAML", "line"], file_name="broken.yaml", file=b"spark: [a"),
-    "list-in-file": Mistake(["holds no options"], file_name="list.yaml", file=b"- spark"),
+    "list-in-file": Mistake(["has no options"], file_name="list.yaml", file=b"- spark"),
     "binary-file": Mistake(["cannot be read", "not text"], file_name="binary.yaml", file=b"\xff\xfe\x00"),
     "flag-misspelt-in-file": Mistake(["--spark-prot"], file_name="misspelt.yaml", file=b"spark-prot: 12"),
 }
@@ -226,7 +226,7 @@ def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path
         "vllm serve",
     )
     process.wait(START_SECONDS)
-    assert_refused(process, f"no follower came to {host.address}:{port} within 0.5 s", exit_code=4)
+    assert_refused(process, f"no follower connected to {host.address}:{port} within 0.5 s", exit_code=4)
 
 
 def test_help(host: Host) -> None:
@@ -249,6 +249,10 @@ def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Pat
     )
     environment = {"SPARK_PORT": variable, "SPARK_JOIN_TIMEOUT": "0.75"}
     process = serve(host, tiny_dense, ["--config", str(path), "--spark-por", flag], environment)
-    assert_refused(process, f"no follower came to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4)
+    assert_refused(
+        process, f"no follower connected to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4
+    )
     process = serve(host, tiny_dense, ["--config", str(path)], {"SPARK_JOIN_TIMEOUT": "0.75"})
-    assert_refused(process, f"no follower came to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4)
+    assert_refused(
+        process, f"no follower connected to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4
+    )

@@ -236,9 +236,9 @@ def assert_equal_environments(server: Server) -> None:
     assert server.follower is not None
     log = server.follower.output()
     for sentence in (
-        "VLLM_USE_LAYERNAME is '1' here and '0' on the leader, whose counts.",
-        "VLLM_LOG_BATCHSIZE_INTERVAL is '9' here and not set on the leader, whose counts.",
-        "NCCL_ALGO is 'Ring' here and not set on the leader; it does not travel, set it alike on both machines.",
+        "VLLM_USE_LAYERNAME is '1' here and '0' on the leader; the leader's value applies.",
+        "VLLM_LOG_BATCHSIZE_INTERVAL is '9' here and not set on the leader; the leader's value applies.",
+        "NCCL_ALGO is 'Ring' here and not set on the leader; set it to the same value on both machines.",
     ):
         assert sentence in log
     assert log.count("The next process starts with the leader's environment.") == 1

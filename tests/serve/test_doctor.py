@@ -83,7 +83,7 @@ def test_both_machines_side_by_side_and_then_a_leader(
         assert part in second.output()
 
     assert follower.process.exit_code is None
-    assert follower.process.output().count("asks how this machine is") == 2
+    assert follower.process.output().count("requests a report of this machine") == 2
     with spark_leader(hosts, tiny_moe, follower.port, env=made_secret) as server:
         assert prompts.greedy_tokens(server.client, prompts.PROMPTS[:2]) == reference_tokens[:2]
         server.leader.terminate()
@@ -93,7 +93,7 @@ def test_both_machines_side_by_side_and_then_a_leader(
 def test_a_doctor_is_no_leader_for_a_follower_that_follows_once(hosts: Hosts) -> None:
     waiting = start_follower(hosts, "--once")
     assert doctor(hosts, waiting.port, "--wait", str(ANSWER_SECONDS)).exit_code == EXIT_PROBLEM
-    waiting.process.wait_for_line(r"(?s)asks how this machine is.*Waiting for a leader", 30)
+    waiting.process.wait_for_line(r"(?s)requests a report of this machine.*Waiting for a leader", 30)
     assert waiting.process.exit_code is None
     waiting.process.terminate()
 
@@ -101,7 +101,7 @@ def test_a_doctor_is_no_leader_for_a_follower_that_follows_once(hosts: Hosts) ->
 def test_nobody_comes(hosts: Hosts) -> None:
     process = doctor(hosts, str(hosts[0].free_port()), "--wait", "1")
     assert process.exit_code == EXIT_PROBLEM
-    assert "PROBLEM The other machine: not seen" in process.output()
+    assert "PROBLEM The other machine: not connected" in process.output()
     assert f"> vllm-spark join --leader {hosts[0].address}:" in process.output()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import EXIT_LOST
-from vllm_spark.executor.rpc import LAST_CALL_OF_THE_START
+from vllm_spark.executor.rpc import WARM_UP
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import program
 
@@ -105,7 +105,7 @@ print("one rank:", json.dumps(tokens_of(LLM(model, **common))))
     "method",
     [
         pytest.param("", id="before-the-groups", marks=pytest.mark.thorough),
-        pytest.param(LAST_CALL_OF_THE_START, id="last-call"),
+        pytest.param(WARM_UP, id="last-call"),
     ],
 )
 def test_a_follower_killed_while_the_engine_starts(
@@ -176,18 +176,18 @@ def test_a_users_own_child_process_is_not_ended(
     port = first.free_port()
     environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
-    follower = second.popen(join, environment | {"DYING_IN": LAST_CALL_OF_THE_START}, "vllm-spark join")
+    follower = second.popen(join, environment | {"DYING_IN": WARM_UP}, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}
     argv = [sys.executable, "-u", "-c", USERS_CHILD, json.dumps([str(tiny_moe), prompts.PROMPTS[1], settings])]
     leader = first.popen(argv, environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "offline, in a child")
-    leader.wait_for_line("^the start failed: the follower on .* start it again if it ended", 200)
+    leader.wait_for_line("^the start failed: (the connection to )?the follower on .* start it again if it ended", 200)
     tokens = leader.wait_for_line(r"^generated: (\[\d+, .*\])$", 200)[1]
     assert json.loads(tokens) == reference_tokens[1]
     (session,) = (
         child for child in follower.descendants() if "vllm_spark.entrypoints.follower_process" in child.cmdline()
     )
     session.kill()
-    leader.wait_for_line("^generating failed: the follower on .* start it again if it ended", 60)
+    leader.wait_for_line("^generating failed: (the connection to )?the follower on .* start it again if it ended", 60)
     leader.wait_for_line("^the user's finally ran$", 60)
     assert leader.wait(60) == 0
     assert "exit code of the child: 0" in leader.output()

@@ -70,8 +70,8 @@ def test_a_firewall_that_lets_nothing_through(namespaces: Hosts, tiny_moe: Path)
             follower.wait_for_line(f"{first.address}:{port} does not answer: .* firewall", NOTE_SECONDS)
             assert server.leader.wait(NOTE_SECONDS) == 4
             sentence = server.leader.output().splitlines()[-1]
-            assert f"no follower came to {first.address}:{port} within 40 s" in sentence
-            assert f"let TCP port {port} through" in sentence
+            assert f"no follower connected to {first.address}:{port} within 40 s" in sentence
+            assert f"allow TCP port {port} in the firewall" in sentence
             warned = [line for line in server.leader.output().splitlines() if "has the default route" in line]
             assert len(warned) == 1
             assert f"The link's address {first.address} is on {first.interface}, which has the" in warned[0]
@@ -92,7 +92,7 @@ def test_the_doctor_of_the_second_machine_finds_the_firewall(namespaces: Hosts) 
     first, second = namespaces
     port = str(first.free_port())
     leader = ("--leader", f"{first.address}:{port}")
-    assert "nobody listens there now" in doctor(second, *leader)["link.port"]["value"]
+    assert "nothing listens there now" in doctor(second, *leader)["link.port"]["value"]
     with first.firewall(None):
         found = doctor(second, *leader)["link.port"]
     assert found["status"] == "problem"
@@ -110,7 +110,7 @@ def test_the_doctor_of_the_first_machine_names_the_firewall_and_what_opens_it(na
     with first.firewall(None):
         found = doctor(first, *here, "--wait", "8")["pair.peer"]
     assert found["status"] == "problem"
-    assert f"let TCP port {port} through the firewall of this machine" in found["explanation"]
+    assert f"allow TCP port {port} in the firewall of this machine" in found["explanation"]
     assert f"sudo ufw allow in on {first.interface} to any port {port} proto tcp   # here" in found["remedy"]
     with first.firewall(port):
         found = doctor(first, *here, "--wait", str(NOTE_SECONDS - 20))["pair.port"]

@@ -134,9 +134,9 @@ def pair(hosts: Hosts, users: Users) -> Iterator[Pair]:
         with join(hosts, users, port) as follower, serve(hosts, users, port, *WITH_ADAPTERS) as server:
             refusal = "he weight file model.safetensors has other content on"
             server.leader.wait_for_line(f"does not fit: t{refusal} .*Still waiting", STEP_SECONDS)
-            follower.wait_for_line(f"T{refusal} .* Waiting on", STEP_SECONDS)
+            follower.wait_for_line(f"T{refusal} .* Retrying the leader", STEP_SECONDS)
             weights.write_bytes(right)
-            follower.wait_for_line("and this machine fit now", STEP_SECONDS)
+            follower.wait_for_line("accepts this follower now", STEP_SECONDS)
             server.wait_until_healthy()
             yield Pair(server, follower)
     finally:
@@ -151,7 +151,7 @@ def load_adapter(server: Server, name: str, path: Path | str) -> httpx.Response:
 def test_each_serves_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:
     assert tokens_of(pair.server, MODEL) == stock[MODEL]
     assert pair.server.leader.output().count("does not fit") == 1
-    assert pair.follower.output().count("Waiting on; the leader") == 1
+    assert pair.follower.output().count("Retrying the leader") == 1
 
 
 def test_each_loads_an_adapter_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:

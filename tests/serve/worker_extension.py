@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import torch
 
-from vllm_spark.executor.heartbeat import Pulse
-from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.heartbeat import Heartbeat
+from vllm_spark.executor.leader import LeaderSession
 
 
 class Saboteur:
@@ -26,9 +26,9 @@ class Saboteur:
             torch.rand(1)
         if self.rank != 0:
             return {}
-        (pulse,) = (thread for thread in threading.enumerate() if isinstance(thread, Pulse))
-        pair: Pair = pulse._report.__self__
-        return {"step": pair.ledger.state()[0]}
+        (heartbeat,) = (thread for thread in threading.enumerate() if isinstance(thread, Heartbeat))
+        pair: LeaderSession = heartbeat._report.__self__
+        return {"step": pair.token_digest.state()[0]}
 
     def sum_of_integers(self) -> dict[str, list[int]]:
         """An all-reduce of the model's group that the runtime does not take, and the count of such before and after."""

@@ -19,7 +19,7 @@ import torch
 from vllm_spark.kernels import lookup, runtime
 from vllm_spark.kernels.marlin.table import FOLDER, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
 from vllm_spark.kernels.marlin.table import store_marlin_table as store
-from vllm_spark.models.regroup import repeated
+from vllm_spark.models.regroup import repeat_scales
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(600)
@@ -121,11 +121,11 @@ def experts(shape_13: MarlinShape, shape_2: MarlinShape, rows: int) -> dict[str,
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of a user without tables."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    lookup.forget()
+    lookup.clear_cache()
     folder = lookup.user_folder()
     assert folder is not None
     yield folder
-    lookup.forget()
+    lookup.clear_cache()
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def test_halves_with_repeated_scales_add_up(size_k: int, group_size: int, smalle
         spark_repeated_scales = ("gptq", group_size // smaller)
 
     tensors = matrix(size_k, 512, group_size)
-    again = dict(repeated(tensors.items(), Config()))
+    again = dict(repeat_scales(tensors.items(), Config()))
     for rows in ROWS:
         inputs = sparse_input(rows, size_k)
         whole = product(inputs, tensors, group_size)

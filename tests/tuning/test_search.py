@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_spark.errors import SparkError
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.kernels.marlin.table import MarlinShape
 from vllm_spark.tune.results import MARLIN_DEFAULT, Outcome
 
@@ -149,7 +149,7 @@ def test_rows_above_are_vllms(name: str, device: Any) -> None:
             tokens,
             block_shape=block,
         )
-        assert own_row(shape, device.name, tokens) == theirs, tokens
+        assert vllm_row(shape, device.name, tokens) == theirs, tokens
 
 
 def test_a_row_that_does_not_fit_is_left_out_and_harms_nothing(device: Any) -> None:
@@ -183,7 +183,7 @@ def test_a_kernel_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monkey
             self.run(parameters)
             return torch.empty(0)
 
-    monkeypatch.setattr(timing, "LONGEST_RUN", 0.2)
+    monkeypatch.setattr(timing, "MAX_KERNEL_SECONDS", 0.2)
     try:
         with pytest.raises(timing.HangError, match="'in the search'"):
             runs(Sleeper(), "in the search", "the kernel")
@@ -236,17 +236,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     from vllm_spark.kernels import lookup
 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    lookup.forget()
+    lookup.clear_cache()
     yield tmp_path / "home"
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def tune_command(*words: str) -> int:
-    from vllm_spark.cli import tune_model
+    from vllm_spark.cli import tune as command
 
     parser = argparse.ArgumentParser()
-    tune_model.add_arguments(parser)
-    return tune_model.run(parser.parse_args(words))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
 
 
 @pytest.mark.usefixtures("home")
@@ -323,10 +323,10 @@ def test_the_command_compares_decode_steps_and_keeps_what_became_faster(
         assert outcome in (searched[number], searched[number].with_default())
         assert outcome.parameters is None or isinstance(outcome.parameters, FusedMoeParameters)
         choice = outcome.parameters
-        assert rows[number] == (own_row(shape, device.name, number) if choice is None else choice.row())
+        assert rows[number] == (vllm_row(shape, device.name, number) if choice is None else choice.row())
     assert [each for each in check_fused_moe_table(path, None, None) if each.kind == "error"] == []
 
-    lookup.forget()
+    lookup.clear_cache()
     assert tune_command(*words[:3], "--rows", "1", "--no-decode") == 0
     again = lookup.find_fused_moe_table(device.name, 8, 256, None, None)
     assert again is not None

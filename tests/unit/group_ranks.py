@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from vllm_spark.backend.process_group import BACKEND, connecting, instead_of_gloo
 from vllm_spark.executor.channel.certificates import Role, tls_context
-from vllm_spark.executor.channel.framing import Lane
+from vllm_spark.executor.channel.framing import Connection
 from vllm_spark.executor.channel.tls import TlsConnection
-from vllm_spark.executor.group_connection import GroupLink
+from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
 
 SECRET = b"one secret, long enough"
@@ -31,7 +31,7 @@ ended: list[Exception] = []
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 
 
-def link(rank: int, port: int) -> GroupLink:
+def link(rank: int, port: int) -> GroupConnection:
     role: Role = "leader" if rank == 0 else "follower"
     if rank == 0:
         with socket.create_server(("127.0.0.1", port)) as server:
@@ -40,7 +40,7 @@ def link(rank: int, port: int) -> GroupLink:
     else:
         plain = _connect(port)
     connection = TlsConnection(plain, tls_context(SECRET, role), server_side=rank == 0, timeout=SECONDS)
-    return GroupLink(Lane(connection, f"rank {1 - rank}", 1 << 30), ended.append)
+    return GroupConnection(Connection(connection, f"rank {1 - rank}", 1 << 30), ended.append)
 
 
 def _connect(port: int) -> socket.socket:
@@ -54,7 +54,7 @@ def _connect(port: int) -> socket.socket:
             time.sleep(0.02)
 
 
-def join(rank: int, opened: GroupLink, timeout: float = SECONDS) -> None:
+def join(rank: int, opened: GroupConnection, timeout: float = SECONDS) -> None:
     open_groups(opened, rank)
     dist.init_process_group(
         BACKEND, init_method=INIT_METHOD, rank=rank, world_size=2, timeout=timedelta(seconds=timeout)

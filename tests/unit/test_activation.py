@@ -18,11 +18,11 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SPARK_MAX_FRAME_MIB", "7")
     followed: list[tuple[SparkConfig, bool]] = []
 
-    def follow_leaders(config: SparkConfig, *, once: bool) -> int:
+    def supervise(config: SparkConfig, *, once: bool) -> int:
         followed.append((config, once))
         return 5
 
-    monkeypatch.setattr("vllm_spark.entrypoints.join.follow_leaders", follow_leaders)
+    monkeypatch.setattr("vllm_spark.entrypoints.join.supervise", supervise)
     with pytest.raises(SystemExit) as end:
         serve.serve(argparse.Namespace(spark=True, spark_port=2222), lambda args: None)
     assert end.value.code == 5

@@ -14,9 +14,10 @@ import pytest
 from vllm_spark.backend.support import adapter_refusal, adapter_refusal_in
 from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name
-from vllm_spark.executor.model_files import comparison
+from vllm_spark.executor.model_files import adapters, comparison
 from vllm_spark.executor.model_files.adapters import FollowerAdapters, LeaderAdapters
 from vllm_spark.executor.model_files.loaded import LoadedFiles
+from vllm_spark.executor.model_files.own import find_own
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -152,6 +153,22 @@ def test_the_follower_notices_that_its_own_copy_has_changed(ranks: Ranks, tmp_pa
     output = step(resumed=True) if resumed else step(request(adapter))
     with pytest.raises(SparkError, match=r"^the adapter sql was changed while the pair serves: the weight file .* has"):
         ranks.follower.place_step(output)
+
+
+def test_a_folder_that_changes_while_it_is_compared(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its content was read: what is loaded must be what was compared."""
+    adapter = make_adapter(tmp_path / "sql")
+
+    def find_and_change(wanted: LoadedFiles) -> Path:
+        place = find_own(wanted)
+        (place / "adapter_model.safetensors").write_bytes(b"newer")
+        return place
+
+    monkeypatch.setattr(adapters, "find_own", find_and_change)
+    with pytest.raises(RefusedError, match=r"it was changed while it was compared: the weight file adapter_model"):
+        ranks.leader.settle(request(adapter))
 
 
 def test_the_same_files_written_anew_are_the_same_adapter(ranks: Ranks, tmp_path: Path) -> None:

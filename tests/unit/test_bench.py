@@ -116,10 +116,13 @@ def test_the_baseline_does_the_same_work() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--collective", "logits_gather", "--sizes", "1KiB"], "--sizes does not go with --collective logits_gather"),
-        (["--sizes", "3KB"], "'3KB' is no size; write 4096, 4KiB or 1MiB"),
+        (
+            ["--collective", "logits_gather", "--sizes", "1KiB"],
+            "--sizes cannot be combined with --collective logits_gather",
+        ),
+        (["--sizes", "3KB"], "'3KB' is not a size; write 4096, 4KiB or 1MiB"),
         (["--sizes", "65MiB"], "65MiB is out of range"),
-        (["--samples", "0"], "'0' is no whole number above 0"),
+        (["--samples", "0"], "'0' is not a whole number above 0"),
         (
             ["--latency-us", "-1"],
             "argument --latency-us: loopback_latency_us -1: input should be greater than",
@@ -129,7 +132,7 @@ def test_the_baseline_does_the_same_work() -> None:
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
         (["--wire", "x", "--gbytes-per-s", "1"], "--wire x and --gbytes-per-s contradict each other"),
         (["--plot", "figures.abc"], "--plot figures.abc must end in .png, .svg, .pdf"),
-        (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--json", "/no/such/folder/x"], "/no/such/folder is not a writable folder"),
         (["--device", "cuda"], "--device cuda needs 2 GPUs, one for each rank, and this machine has"),
     ],
 )
@@ -187,7 +190,7 @@ def hang(rank: Rank) -> None:
     ("body", "sentence"),
     [
         (fail_on_one_rank, "rank (1 failed: a reason|0 failed: the other rank ended)"),
-        (die_on_one_rank, "rank (1 ended without a word|0 failed: the other rank ended)"),
+        (die_on_one_rank, "rank (1 exited without a result|0 failed: the other rank ended)"),
         (hang, "did not end within 2 s"),
     ],
 )
@@ -204,14 +207,17 @@ def test_sizes_in_words(size: int, text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--candidates", "tp1,nccl", "--device", "cpu"], "no candidate 'nccl' for --device cpu; choose of tp1, spark"),
+        (
+            ["--candidates", "tp1,nccl", "--device", "cpu"],
+            "no candidate 'nccl' for --device cpu; choose from tp1, spark",
+        ),
         (["--candidates", ""], "no candidate ''"),
-        (["--model", "/nowhere"], "--model /nowhere is no folder with a config.json; give one, or one of "),
-        (["--batches", "1,0"], "'0' is no whole number above 0"),
-        (["--engine", "[]"], "'[]' is no JSON object"),
+        (["--model", "/nowhere"], "--model /nowhere is not a folder with a config.json; give one, or one of "),
+        (["--batches", "1,0"], "'0' is not a whole number above 0"),
+        (["--engine", "[]"], "'[]' is not a JSON object"),
         (["--latency-us", "2e9"], "loopback_latency_us 2e9: input should be less than or equal to 1000000"),
         (["--wire", "/no/such/wire"], "the wire model /no/such/wire cannot be read"),
-        (["--json", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--json", "/no/such/folder/x"], "/no/such/folder is not a writable folder"),
         (["--device", "cuda"], "--device cuda: this machine has no GPU"),
         (["--device", "cpu", "--profile"], "--profile is about GPUs; it needs --device cuda"),
         (["--device", "cpu", "--one-gpu"], "--one-gpu is about GPUs; it needs --device cuda"),
@@ -233,13 +239,13 @@ def test_bad_input_for_decode(arguments: list[str], sentence: str, capsys: pytes
         ([], "one of the arguments --listen --connect is required"),
         (["--listen", "--connect", "10.0.0.1"], "not allowed with argument"),
         (["--connect", "desk"], "'desk' is not an IP address"),
-        (["--connect", "10.0.0.1", "--sizes", "2"], "--sizes is for the machine with --listen"),
-        (["--connect", "10.0.0.1", "--bandwidth-sizes", "4"], "--bandwidth-sizes is for the machine with --listen"),
-        (["--connect", "10.0.0.1", "--traffic-class", "4"], "--traffic-class is for the machine with --listen"),
+        (["--connect", "10.0.0.1", "--sizes", "2"], "--sizes is an option of the machine"),
+        (["--connect", "10.0.0.1", "--bandwidth-sizes", "4"], "--bandwidth-sizes is an option of the machine"),
+        (["--connect", "10.0.0.1", "--traffic-class", "4"], "--traffic-class is an option of the machine"),
         (["--listen", "--depth", "513"], "--depth 513 is too many; give at most 512"),
         (["--listen", "--samples", "1000001"], "--samples 1000001 is too many; give at most 1000000"),
         (["--listen", "--sizes", "3"], "3 is out of range; sizes are even"),
-        (["--listen", "--output", "/no/such/folder/x"], "/no/such/folder is no folder that takes files"),
+        (["--listen", "--output", "/no/such/folder/x"], "/no/such/folder is not a writable folder"),
         (["--listen", "--plot", "figures.abc"], "--plot figures.abc must end in"),
         (["--listen", "--rails", "nothing:1"], "there is no RDMA port nothing:1"),
     ],
@@ -286,7 +292,7 @@ def test_a_wire_models_figures_as_tables_and_json(tmp_path: Path) -> None:
         ["all rails", "", "", "3.00", "24", "0%"],
     ]
     assert "50 round trips of each size" in shown
-    assert "1000 writes of each size, 3 under way on each rail" in " ".join(shown.split())
+    assert "1000 writes of each size, 3 outstanding on each rail" in " ".join(shown.split())
     assert [name for name, _ in named(WIRE)] == ["rail 0"], "one rail is all of them"
     content = json.loads(as_wire_json(Plan(depth=3), model))
     assert content["settings"]["depth"] == 3
@@ -300,7 +306,7 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests/gpu calibrates it")
     assert main(["bench", "calibrate"]) == 2
-    assert "there is no GPU to calibrate for" in capsys.readouterr().err
+    assert "calibration needs a GPU" in capsys.readouterr().err
 
 
 def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,9 +379,9 @@ import sys, time
 from pathlib import Path
 import msgspec
 from vllm_spark.bench.decode_engine import Result
-from vllm_spark.files import write_whole
+from vllm_spark.files import atomic_write_text
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
-write_whole(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
+atomic_write_text(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
 {then}
 """
 
@@ -404,7 +410,7 @@ def test_an_engine_that_fails_late_keeps_its_figures(
     assert [row["median"] for row in figures["rows"]] == [2.0]
     assert figures["failed_ends"] == ({"tp1": why} if why else {})
     shown = " ".join(capsys.readouterr().out.split())
-    assert ("after its figures were complete; --keep-logs" in shown) == bool(why)
+    assert ("after its measurements were complete; --keep-logs" in shown) == bool(why)
     assert why in shown
 
 
@@ -462,7 +468,7 @@ def test_what_was_measured_stays_when_a_later_candidate_fails(
     file = tmp_path / "figures.json"
     arguments = ["--device", "cpu", "--batches", "1", "--steps", "3", "--json", str(file)]
     assert main(["bench", "decode", *arguments, "--candidates", "stock"]) == SparkError("").exit_code
-    assert "stock: at batch 1, only 2 steps had a token of every sequence, and 3 were" in capsys.readouterr().err
+    assert "stock: at batch 1, only 2 steps had a token of every sequence, and 3 are" in capsys.readouterr().err
     assert not file.exists() or file.read_text() == ""
     assert main(["bench", "decode", *arguments, "--candidates", "tp1,spark,stock"]) == SparkError("").exit_code
     shown = capsys.readouterr()

@@ -27,15 +27,15 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import Role, tls_context
-from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind, Lane
+from vllm_spark.executor.channel.framing import ChannelError, Connection, FrameTooLargeError, Kind
 from vllm_spark.executor.channel.secret import load_secret, make_secret
 from vllm_spark.executor.channel.tls import TlsConnection
 from vllm_spark.executor.handshake import server as listening
-from vllm_spark.executor.handshake.client import Caller
-from vllm_spark.executor.handshake.messages import CALLS, CONTROL, GROUPS, Hello, Offer, Reason
+from vllm_spark.executor.handshake.client import Connector
+from vllm_spark.executor.handshake.messages import CONTROL, GROUPS, RPC, Hello, Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.handshake.versions import Versions
-from vllm_spark.executor.heartbeat import Pulse
+from vllm_spark.executor.heartbeat import Heartbeat
 
 from .folder_rights import no_entry
 
@@ -78,9 +78,9 @@ def connected(
     return results[0], results[1]
 
 
-def lanes(limit: int = LIMIT) -> tuple[Lane, Lane]:
+def connections(limit: int = LIMIT) -> tuple[Connection, Connection]:
     left, right = connected()
-    return Lane(left, "the follower", limit), Lane(right, "the leader", limit)
+    return Connection(left, "the follower", limit), Connection(right, "the leader", limit)
 
 
 @pytest.fixture
@@ -94,24 +94,24 @@ def port_of(listener: Listener) -> int:
     return int(listener.endpoint.rpartition(":")[2])
 
 
-def caller(listener: Listener, secret: bytes = SECRET) -> Caller:
-    return Caller("127.0.0.1", port_of(listener), tls_context(secret, "follower"), LIMIT)
+def caller(listener: Listener, secret: bytes = SECRET) -> Connector:
+    return Connector("127.0.0.1", port_of(listener), tls_context(secret, "follower"), LIMIT)
 
 
-def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -> tuple[Lane, Lane | None]:
+def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -> tuple[Connection, Connection | None]:
     """What a follower does until it is accepted, or refuses the offer."""
-    speaker = caller(listener)
-    control = wait_for(lambda: speaker.connect(CONTROL), "the listener answers")
+    connector = caller(listener)
+    control = wait_for(lambda: connector.connect(CONTROL), "the listener answers")
     control.expect(Kind.OFFER, timeout=10)
     control.send(answer, msgspec.json.encode(Reason(reason)) if reason else b"")
     if answer is not Kind.ACCEPTANCE:
         return control, None
-    calls = speaker.connect(CALLS)
-    OPEN.append(speaker.connect(GROUPS))
+    calls = connector.connect(RPC)
+    OPEN.append(connector.connect(GROUPS))
     return control, calls
 
 
-OPEN: list[Lane | None] = []
+OPEN: list[Connection | None] = []
 """Connections that last as long as the tests."""
 
 
@@ -124,15 +124,15 @@ def accept(listener: Listener, timeout: float = 20.0) -> Follower:
 
 def test_a_frame_that_was_interrupted_is_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the header and the payload: the payload would be taken for the next header."""
-    near, far = lanes()
-    read, interrupts = Lane._read, iter([False, True, False, False])
+    near, far = connections()
+    read, interrupts = Connection._read, iter([False, True, False, False])
 
-    def interrupted(lane: Lane, *given: Any) -> bytes:
+    def interrupted(connection: Connection, *given: Any) -> bytes:
         if next(interrupts):
             raise KeyboardInterrupt
-        return read(lane, *given)
+        return read(connection, *given)
 
-    monkeypatch.setattr(Lane, "_read", interrupted)
+    monkeypatch.setattr(Connection, "_read", interrupted)
     for _ in range(2):
         far.send(Kind.REPLY, b"\x0c\0\0\0\x02\0\0\0no")  # within it, what would pass for a FAILURE
     with pytest.raises(KeyboardInterrupt):
@@ -145,7 +145,7 @@ def test_a_frame_that_was_interrupted_is_not_read_on(monkeypatch: pytest.MonkeyP
 
 
 def test_a_frame_whose_sending_was_interrupted_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    near, far = lanes()
+    near, far = connections()
 
     def interrupted(connection: TlsConnection, data: bytes, timeout: float | None) -> None:
         raise KeyboardInterrupt
@@ -316,7 +316,7 @@ def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCap
     plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
     connection = TlsConnection(plain, impostor, server_side=False, timeout=5)
     hello = msgspec.json.encode(Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
-    Lane(connection, "the leader", LIMIT).send(Kind.HELLO, hello)
+    Connection(connection, "the leader", LIMIT).send(Kind.HELLO, hello)
     with pytest.raises((EOFError, OSError)):
         connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
     assert "authenticated as 'leader', not as a follower" in caplog.text
@@ -326,8 +326,8 @@ def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCap
 def test_both_sides_say_that_the_secret_is_another(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigurationError, match="the other side has another secret"):
         caller(listener, OTHER).connect(CONTROL)
-    wait_for(lambda: "Turned away a connection" in caplog.text, "the leader's line")
-    with pytest.raises(PeerLostError, match=r"from 127\.0\.0\.1, was turned away: the other side has another secret"):
+    wait_for(lambda: "Rejected a connection" in caplog.text, "the leader's line")
+    with pytest.raises(PeerLostError, match=r"from 127\.0\.0\.1, was rejected: the other side has another secret"):
         accept(listener, timeout=0.1)
     assert "another secret" in caplog.text
     assert_usable(listener)
@@ -352,10 +352,10 @@ def test_a_recorded_handshake_is_worth_nothing(listener: Listener) -> None:
             far.sendall(data)
 
     threading.Thread(target=record, daemon=True).start()
-    genuine = Caller("127.0.0.1", relay.getsockname()[1], tls_context(SECRET, "follower"), LIMIT)
-    lane = genuine.connect(CONTROL)
-    assert lane is not None
-    lane.close()
+    genuine = Connector("127.0.0.1", relay.getsockname()[1], tls_context(SECRET, "follower"), LIMIT)
+    connection = genuine.connect(CONTROL)
+    assert connection is not None
+    connection.close()
     assert len(recorded) > 500
     # The listener notes it after it has welcomed it, on a thread of its own.
     wait_for(lambda: listener._control.qsize() == 1, "the genuine one")
@@ -381,7 +381,7 @@ def assert_usable(listener: Listener) -> None:
     assert "the follower on" in follower.name
     thread.join(10)
     follower.control.close()
-    follower.calls.close()
+    follower.rpc.close()
     follower.groups.close()
     listener._release()
 
@@ -424,7 +424,7 @@ def test_an_oversized_greeting_is_refused_before_it_is_stored(listener: Listener
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=70_000)), min_size=1, max_size=5))
 def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, bytes]]) -> None:
-    left, right = lanes()
+    left, right = connections()
     for kind, payload in frames:
         thread = threading.Thread(target=left.send, args=(kind, payload))
         thread.start()
@@ -436,24 +436,24 @@ def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, bytes]]) -> No
 
 
 def test_limits_and_kinds() -> None:
-    left, right = lanes(limit=1000)
+    left, right = connections(limit=1000)
     with pytest.raises(FrameTooLargeError, match=r"1001 bytes is over the limit of 1000; raise --spark-max-frame-mib"):
         left.send(Kind.CALL, bytes(1001))
     left.max_frame = 10_000
     left.send(Kind.CALL, bytes(1001))
     with pytest.raises(ChannelError, match=r"the leader sent a CALL message of 1001 bytes, over the limit of 1000"):
         right.receive(timeout=10)
-    left, right = lanes()
-    left._connection.send(b"\xee\0\0\0\0\0\0\0", 5)
+    left, right = connections()
+    left._tls.send(b"\xee\0\0\0\0\0\0\0", 5)
     with pytest.raises(ChannelError, match="unknown kind 238"):
         right.receive(timeout=10)
-    left.send(Kind.BEAT)
-    with pytest.raises(ChannelError, match="sent BEAT where CALL or QUERY was due"):
+    left.send(Kind.HEARTBEAT)
+    with pytest.raises(ChannelError, match="sent HEARTBEAT, and CALL or QUERY was expected"):
         right.expect(Kind.CALL, Kind.QUERY, timeout=10)
 
 
 def test_waiting_for_a_frame_is_bounded_and_can_be_interrupted() -> None:
-    _left, right = lanes()
+    _left, right = connections()
     with pytest.raises(ChannelError, match="sent nothing in time"):
         right.receive(timeout=0.1)
     threading.Timer(0.1, right.interrupt).start()
@@ -466,10 +466,10 @@ def test_waiting_for_a_frame_is_bounded_and_can_be_interrupted() -> None:
 
 @pytest.mark.parametrize("field", Versions.__struct_fields__)
 def test_versions_must_agree(listener: Listener, field: str) -> None:
-    speaker = caller(listener)
-    speaker._versions = msgspec.structs.replace(speaker._versions, **{field: "0.0.1"})
+    connector = caller(listener)
+    connector._versions = msgspec.structs.replace(connector._versions, **{field: "0.0.1"})
     with pytest.raises(RefusedError) as caught:
-        speaker.connect(CONTROL)
+        connector.connect(CONTROL)
     mine = getattr(Versions.of_this_process(), field)
     assert f"{field} is {mine} on the leader and 0.0.1 on the follower" in str(caught.value)
     assert_usable(listener)
@@ -533,7 +533,7 @@ def test_a_follower_that_starts_again_is_waited_for(listener: Listener, caplog: 
 
 
 def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One dies after the offer, one accepts but opens no further lane: the next one gets the place."""
+    """One dies after the offer, one accepts but opens no further connection: the next one gets the place."""
     monkeypatch.setattr(listening, "GREETING_TIMEOUT", 0.5)
 
     def die_after_offer() -> None:
@@ -542,33 +542,33 @@ def test_followers_that_fall_silent_do_not_block_the_place(listener: Listener, m
         control.expect(Kind.OFFER, timeout=10)
         control.close()
 
-    def only_one_lane() -> None:
-        speaker = caller(listener)
-        control = wait_for(lambda: _unless_refused(speaker), "a free place")
+    def only_one_connection() -> None:
+        connector = caller(listener)
+        control = wait_for(lambda: _unless_refused(connector), "a free place")
         control.expect(Kind.OFFER, timeout=10)
         control.send(Kind.ACCEPTANCE)
 
     def in_turn() -> None:
         die_after_offer()
-        only_one_lane()
+        only_one_connection()
         wait_for(lambda: _unless_refused(caller(listener), then=listener), "a free place")
 
     threading.Thread(target=in_turn, daemon=True).start()
     accept(listener, timeout=30)
 
 
-@pytest.mark.parametrize("name", [CALLS, GROUPS])
+@pytest.mark.parametrize("name", [RPC, GROUPS])
 def test_a_late_connection_of_another_session_is_not_taken(listener: Listener, name: str) -> None:
-    left, late = lanes()
+    left, late = connections()
     stranger = Hello(name, "another session", "somewhere", 1, Versions.of_this_process())
-    listener._further[name].put((stranger, left))
+    listener._session_connections[name].put((stranger, left))
     with ThreadPoolExecutor() as pool:
         joined = pool.submit(join, listener)
         follower = accept(listener)
         _, calls = joined.result()
     assert calls is not None
     calls.send(Kind.REPLY, b"mine")
-    assert follower.calls.receive(timeout=10).payload == b"mine"
+    assert follower.rpc.receive(timeout=10).payload == b"mine"
     with pytest.raises(ChannelError):
         late.receive(timeout=10)
 
@@ -584,9 +584,9 @@ class _Contended(queue.SimpleQueue[Any]):
 
 def test_two_threads_may_give_the_place_free(listener: Listener) -> None:
     """As a greeter and the one that waits do: neither waits for a connection that the other one took."""
-    listener._further[CALLS] = _Contended()
-    _, late = lanes()
-    listener._further[CALLS].put((Hello(CALLS, "s", "host", 1, Versions.of_this_process()), late))
+    listener._session_connections[RPC] = _Contended()
+    _, late = connections()
+    listener._session_connections[RPC].put((Hello(RPC, "s", "host", 1, Versions.of_this_process()), late))
     threads = [threading.Thread(target=listener._release, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -602,41 +602,41 @@ def test_a_listener_survives_when_no_thread_can_be_started(
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if getattr(thread, "_target", None) == listener._greet:
+        if getattr(thread, "_target", None) == listener._handshake:
             raise RuntimeError("can't start new thread")
         start(thread)
 
     with monkeypatch.context() as out_of_threads:
         out_of_threads.setattr(threading.Thread, "start", refuse)
-        for _ in range(2 * listening._GREETERS):
+        for _ in range(2 * listening._MAX_HANDSHAKES):
             plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
             assert plain.recv(1) == b""
     assert "can't start new thread" in caplog.text
     assert_usable(listener)
 
 
-def test_a_lane_that_does_not_exist(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_connection_that_does_not_exist(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING", "vllm_spark")
     assert caller(listener).connect("shortcut") is None
-    wait_for(lambda: "it asked for a lane 'shortcut', which does not exist" in caplog.text, "the refusal")
+    wait_for(lambda: "its HELLO is for a connection 'shortcut', which does not exist" in caplog.text, "the refusal")
     assert_usable(listener)
 
 
-def _unless_refused(speaker: Caller, then: Listener | None = None) -> Lane | None:
+def _unless_refused(connector: Connector, then: Listener | None = None) -> Connection | None:
     try:
-        control = speaker.connect(CONTROL)
+        control = connector.connect(CONTROL)
     except RefusedError:
         return None
     if control is not None and then is not None:
         control.expect(Kind.OFFER, timeout=10)
         control.send(Kind.ACCEPTANCE)
-        for name in (CALLS, GROUPS):
-            OPEN.append(speaker.connect(name))
+        for name in (RPC, GROUPS):
+            OPEN.append(connector.connect(name))
             assert OPEN[-1] is not None
     return control
 
 
-def test_waiting_for_a_follower_is_bounded_and_says_what_to_type(listener: Listener) -> None:
+def test_waiting_for_a_follower_is_bounded_and_suggests_the_command(listener: Listener) -> None:
     with pytest.raises(PeerLostError) as caught:
         accept(listener, timeout=0.2)
     assert f"vllm-spark join --leader {listener.endpoint}" in str(caught.value)
@@ -648,69 +648,69 @@ def test_a_port_in_use(listener: Listener) -> None:
         Listener("127.0.0.1", port_of(listener), tls_context(SECRET, "leader"), LIMIT)
 
 
-# --- the pulse -------------------------------------------------------------------------------------------------------
+# --- the heartbeat ---------------------------------------------------------------------------------------------------
 
 
 def beat(
-    lane: Lane,
+    connection: Connection,
     timeout: float = 1.0,
     report: Any = None,
     links: list[bytes] | None = None,
-    patience: Callable[[], float] = lambda: 0.0,
-) -> tuple[Pulse, list[Any], list[SparkError]]:
+    tolerance: Callable[[], float] = lambda: 0.0,
+) -> tuple[Heartbeat, list[Any], list[SparkError]]:
     reports: list[Any] = []
     ends: list[SparkError] = []
     take_link = (links if links is not None else []).append
-    pulse = Pulse(lane, timeout, lambda: report, reports.append, ends.append, take_link, patience)
-    pulse.start()
-    return pulse, reports, ends
+    heartbeat = Heartbeat(connection, timeout, lambda: report, reports.append, ends.append, take_link, tolerance)
+    heartbeat.start()
+    return heartbeat, reports, ends
 
 
-def test_beats_carry_reports_and_a_goodbye_ends_them() -> None:
-    left, right = lanes()
+def test_heartbeats_carry_reports_and_a_leave_frame_ends_them() -> None:
+    left, right = connections()
     first, first_reports, _ = beat(left, report={"step": 1})
     _second, second_reports, second_ends = beat(right, report=[2])
-    wait_for(lambda: len(first_reports) > 2 and len(second_reports) > 2, "beats both ways")
+    wait_for(lambda: len(first_reports) > 2 and len(second_reports) > 2, "heartbeats both ways")
     assert first_reports[0] == [2]
     assert second_reports[0] == {"step": 1}
     first.stop(Reason("done"))
-    wait_for(lambda: second_ends, "the goodbye")
+    wait_for(lambda: second_ends, "the LEAVE frame")
     assert isinstance(second_ends[0], PeerLeftError)
     assert str(second_ends[0]).endswith(" left: done")
     assert not first.is_alive()
 
 
-def test_a_pulse_leaves_nothing_open() -> None:
+def test_a_heartbeat_leaves_nothing_open() -> None:
     """A user's own process may make one pair after another."""
-    left, right = lanes()
+    left, right = connections()
     (first, _, _), (second, _, ends) = beat(left), beat(right)
-    never_started = Pulse(left, 1.0, str, str, str, str, lambda: 0.0)
+    never_started = Heartbeat(left, 1.0, str, str, str, str, lambda: 0.0)
     first.stop(Reason("done"))
-    wait_for(lambda: ends, "the goodbye")
+    wait_for(lambda: ends, "the LEAVE frame")
     second.join(20)
     never_started.stop()
-    for pulse in (first, second, never_started):
-        assert pulse._wake.fileno() == -1
-        pulse.announce(b"too late, and no harm")
-        pulse.stop()
+    for heartbeat in (first, second, never_started):
+        assert heartbeat._queued.fileno() == -1
+        heartbeat.announce(b"too late, and no harm")
+        heartbeat.stop()
 
 
 @pytest.mark.parametrize("stop", ["", "."])
 def test_a_failure_is_passed_on_with_its_sentence(stop: str) -> None:
     """Also if it ends in the words of another program, with a full stop of their own."""
-    left, right = lanes()
+    left, right = connections()
     first, _, _ = beat(left)
     _, _, ends = beat(right)
-    first.say(Kind.FAILURE, Reason(f"the worker fell over{stop}", "Traceback ..."))
+    first.send(Kind.FAILURE, Reason(f"the worker fell over{stop}", "Traceback ..."))
     first.stop()
     wait_for(lambda: ends, "the failure")
     assert str(ends[0]) == "the leader failed: the worker fell over"
 
 
-@pytest.mark.parametrize("kind", [Kind.GOODBYE, Kind.FAILURE])
-def test_what_was_said_before_the_lane_closed_is_heard_after_a_beat_that_fails(kind: Kind) -> None:
-    """A busy machine lets this side beat only when the peer has said its word and gone, with beats of ours unread."""
-    left, right = lanes()
+@pytest.mark.parametrize("kind", [Kind.LEAVE, Kind.FAILURE])
+def test_a_reason_sent_before_the_connection_closed_is_read_after_a_failed_heartbeat(kind: Kind) -> None:
+    """A busy machine runs this side's heartbeat only after the peer sent its reason and closed the connection."""
+    left, right = connections()
     told = threading.Event()
     beats = 0
 
@@ -720,47 +720,47 @@ def test_what_was_said_before_the_lane_closed_is_heard_after_a_beat_that_fails(k
         assert beats == 1 or told.wait(20)
 
     ends: list[SparkError] = []
-    pulse = Pulse(right, 1.0, report, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
-    pulse.start()
-    wait_for(lambda: beats == 2, "one beat that is not read, and one that is late")
+    heartbeat = Heartbeat(right, 1.0, report, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
+    heartbeat.start()
+    wait_for(lambda: beats == 2, "one heartbeat that is not read, and one that is late")
     left.send(kind, msgspec.json.encode(Reason("it is done")))
     left.close()
     told.set()
     wait_for(lambda: ends, "the end")
-    assert str(ends[0]) == f"the leader {'left' if kind is Kind.GOODBYE else 'failed'}: it is done"
-    assert isinstance(ends[0], PeerLeftError) == (kind is Kind.GOODBYE)
+    assert str(ends[0]) == f"the leader {'left' if kind is Kind.LEAVE else 'failed'}: it is done"
+    assert isinstance(ends[0], PeerLeftError) == (kind is Kind.LEAVE)
 
 
 def test_silence_counts_once_the_model_runs() -> None:
-    left, right = lanes()
-    pulse, _, ends = beat(right, timeout=0.5)
+    left, right = connections()
+    heartbeat, _, ends = beat(right, timeout=0.5)
     time.sleep(0.8)
     assert ends == [], "a start may take longer"
-    pulse.model_runs()
+    heartbeat.model_started()
     wait_for(lambda: ends, "silence is noticed")
     assert isinstance(ends[0], PeerLostError)
-    assert "gave no sign of life for" in str(ends[0])
+    assert "sent no heartbeat for" in str(ends[0])
     left.close()
 
 
 def test_the_silence_of_the_start_is_forgiven() -> None:
     """A peer that was allowed to say nothing while it loaded is not lost in the moment in which the model runs."""
-    left, right = lanes()
-    pulse, _, ends = beat(right, timeout=5.0)
+    left, right = connections()
+    heartbeat, _, ends = beat(right, timeout=5.0)
     time.sleep(5.5)
-    pulse.model_runs()
+    heartbeat.model_started()
     time.sleep(2.0)  # at least one turn of the thread, which takes one a second
     assert ends == []
-    pulse.model_runs()
+    heartbeat.model_started()
     wait_for(lambda: ends, "silence is noticed")
     left.close()
 
 
 def test_silence_is_borne_while_the_link_is_out() -> None:
-    left, right = lanes()
+    left, right = connections()
     allowed = [60.0]
-    pulse, _, ends = beat(right, timeout=0.5, patience=lambda: allowed[0])
-    pulse.model_runs()
+    heartbeat, _, ends = beat(right, timeout=0.5, tolerance=lambda: allowed[0])
+    heartbeat.model_started()
     time.sleep(0.9)
     assert ends == [], "the link has a time-out of its own"
     allowed[0] = 0.0
@@ -769,7 +769,7 @@ def test_silence_is_borne_while_the_link_is_out() -> None:
 
 
 def test_what_runtimes_say_of_their_rails_is_passed_on() -> None:
-    left, right = lanes()
+    left, right = connections()
     links: list[bytes] = []
     first, _, _ = beat(left)
     _second, _, _ = beat(right, links=links)
@@ -780,7 +780,7 @@ def test_what_runtimes_say_of_their_rails_is_passed_on() -> None:
 
 
 def test_a_closed_peer_is_lost() -> None:
-    left, right = lanes()
+    left, right = connections()
     _, _, ends = beat(right)
     left.close()
     wait_for(lambda: ends, "the end")

@@ -111,7 +111,7 @@ def patient(tmp_path: Path, port: str, setting: str) -> Process:
         ("join._STOP_GRACE = 600", "Waiting for a leader"),  # the session ends when asked, and is not waited for
         (
             # Sessions that crash are restarted slowly.
-            "join._FIRST_PAUSE = 600; child.sys.executable = '/bin/false'",
+            "join._FIRST_DELAY = 600; child.sys.executable = '/bin/false'",
             "The session ended with exit code 1; waiting for the next leader",
         ),
     ],

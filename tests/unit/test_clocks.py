@@ -16,14 +16,14 @@ import pytest
 
 from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.channel.tls import TlsConnection, explain_failure
 
 SECRET = b"one secret, long enough"
 SOURCE = Path(__file__).with_name("clock.cpp")
 FOLLOWER = """
 import datetime, socket, ssl, sys
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words
+from vllm_spark.executor.channel.tls import TlsConnection, explain_failure
 print(datetime.datetime.now(datetime.timezone.utc).year, flush=True)
 plain = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=30)
 try:
@@ -32,7 +32,7 @@ try:
     made.receive_into(memoryview(data), None)
     print(made.peer_name, bytes(data).decode())
 except (OSError, EOFError) as error:
-    print(failure_in_words(error))
+    print(explain_failure(error))
 """
 
 
@@ -70,7 +70,7 @@ def meet(environment: dict[str, str], secret: bytes = SECRET) -> tuple[str, list
             made = TlsConnection(plain, tls_context(secret, "leader"), server_side=True, timeout=30)
             made.send(b"ok", 30)
         except (OSError, ssl.SSLError) as error:
-            outcome = failure_in_words(error)
+            outcome = explain_failure(error)
         finally:
             output, _ = process.communicate(timeout=60)
     return outcome, output.splitlines()

@@ -1,4 +1,4 @@
-"""The board on which the engine shows its counters to another process."""
+"""The status on which the engine shows its counters to another process."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.backend.metrics import SparkCollector
-from vllm_spark.backend.status import BOARD_VARIABLE, CounterBoard, RankCounters
+from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.collective import Runtime, RuntimeOptions, install
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.counters import local_counters
 
 ENGINE = """
-from vllm_spark.backend.status import CounterBoard, RankCounters
+from vllm_spark.backend.status import EngineStatus, RankCounters
 from vllm_spark.errors import PeerLostError
-board = CounterBoard.from_environment()
-board.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
-board.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3,
+status = EngineStatus.from_environment()
+status.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
+status.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3,
              "rail_proof_failures": 4, "rails_held_down": 1})
-board.fail(PeerLostError("the follower left"))
+status.fail(PeerLostError("the follower left"))
 """
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch) -> CounterBoard:
-    monkeypatch.setenv(BOARD_VARIABLE, "")
-    return CounterBoard.create()
+def status(monkeypatch: pytest.MonkeyPatch) -> EngineStatus:
+    monkeypatch.setenv(STATUS_VARIABLE, "")
+    return EngineStatus.create()
 
 
-def test_another_process_writes_what_this_one_reads(board: CounterBoard) -> None:
-    assert board.read() == []
-    assert board.failure() is None
+def test_another_process_writes_what_this_one_reads(status: EngineStatus) -> None:
+    assert status.read() == []
+    assert status.failure() is None
     subprocess.run([sys.executable, "-c", ENGINE], check=True, timeout=60)
-    assert [(record.rank, record.steps, record.all_reduces) for record in board.read()] == [(0, 5, 45), (1, 5, 45)]
-    failure = board.failure()
+    assert [(record.rank, record.steps, record.all_reduces) for record in status.read()] == [(0, 5, 45), (1, 5, 45)]
+    failure = status.failure()
     assert str(failure) == "the follower left"
     assert failure is not None
     assert failure.exit_code == PeerLostError.exit_code
     samples = {
         (sample.name, sample.labels.get("rank")): sample.value
-        for family in SparkCollector(board).collect()
+        for family in SparkCollector(status).collect()
         for sample in family.samples
     }
     assert samples["vllm_spark_all_reduces_total", "1"] == 45
@@ -83,75 +83,75 @@ def test_a_rank_tells_what_its_runtime_did() -> None:
         assert (counters.rails_up, counters.rail_failures, counters.rail_recoveries, counters.reposts) == (0, 0, 0, 0)
 
 
-def test_a_long_reason_is_shortened(board: CounterBoard) -> None:
-    board.fail(PeerLostError("weights that are missing: " + "\x01" * 10_000))
-    failure = board.failure()
+def test_a_long_reason_is_shortened(status: EngineStatus) -> None:
+    status.fail(PeerLostError("weights that are missing: " + "\x01" * 10_000))
+    failure = status.failure()
     assert failure is not None
     assert str(failure).startswith("weights that are missing: ")
     assert str(failure).endswith("[...]")
     assert failure.exit_code == PeerLostError.exit_code
 
 
-def test_a_reason_is_taken_back(board: CounterBoard) -> None:
+def test_a_reason_is_taken_back(status: EngineStatus) -> None:
     """A pair that works after one that broke has no reason to fail."""
-    board.fail(PeerLostError("the follower left"))
-    CounterBoard.from_environment().clear()
-    assert board.failure() is None
-    board.fail(PeerLostError("it left again"))
-    assert str(board.failure()) == "it left again"
-    CounterBoard(None).clear()
+    status.fail(PeerLostError("the follower left"))
+    EngineStatus.from_environment().clear()
+    assert status.failure() is None
+    status.fail(PeerLostError("it left again"))
+    assert str(status.failure()) == "it left again"
+    EngineStatus(None).clear()
 
 
-def test_an_engine_that_was_killed_is_known_by_its_silence(board: CounterBoard) -> None:
+def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus) -> None:
     say = (
-        "from vllm_spark.backend.status import CounterBoard; board = CounterBoard.from_environment(); "
-        "board.begin_work()"
+        "from vllm_spark.backend.status import EngineStatus; status = EngineStatus.from_environment(); "
+        "status.mark_started()"
     )
     engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
     assert engine.stdout is not None
     engine.stdout.readline()
-    assert board.death() is None, "it still runs"
+    assert status.death() is None, "it still runs"
     engine.kill()
     os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)
     for ended in ("with its exit code left", "wholly"):
-        death = board.death()
-        assert f"the engine (process {engine.pid}) ended without a word" in str(death), ended
+        death = status.death()
+        assert f"the engine (process {engine.pid}) was killed or crashed" in str(death), ended
         engine.communicate(timeout=60)
-    board.fail(PeerLostError("the follower left"))
-    assert str(board.death()) == "the follower left"
-    board.clear()
-    board.end_work(in_order=True)
-    assert board.death() is None
+    status.fail(PeerLostError("the follower left"))
+    assert str(status.death()) == "the follower left"
+    status.clear()
+    status.mark_ended(clean=True)
+    assert status.death() is None
 
 
-def test_a_torn_record_is_not_believed(board: CounterBoard) -> None:
-    board.write(RankCounters(0, steps=7))
-    assert board._map is not None
-    board._map[12] ^= 1
-    assert board.read() == []
+def test_a_torn_record_is_not_believed(status: EngineStatus) -> None:
+    status.write(RankCounters(0, steps=7))
+    assert status._map is not None
+    status._map[12] ^= 1
+    assert status.read() == []
 
 
 def test_without_a_board_everything_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BOARD_VARIABLE, raising=False)
-    lonely = CounterBoard.from_environment()
+    monkeypatch.delenv(STATUS_VARIABLE, raising=False)
+    lonely = EngineStatus.from_environment()
     lonely.write(RankCounters(0))
     assert lonely.read() == []
-    monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/9999 7")
-    assert CounterBoard.from_environment().read() == []
+    monkeypatch.setenv(STATUS_VARIABLE, f"/proc/{os.getpid()}/fd/9999 7")
+    assert EngineStatus.from_environment().read() == []
 
 
 def test_another_file_of_that_number_is_left_alone(
-    board: CounterBoard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: EngineStatus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process that made the board is gone, and another one has its number: with a file there, or another board."""
-    path, _, inode = os.environ[BOARD_VARIABLE].partition(" ")
+    """The process that created the status has ended and its PID is reused: with a file there, or another status."""
+    path, _, inode = os.environ[STATUS_VARIABLE].partition(" ")
     theirs = tmp_path / "theirs"
     theirs.write_bytes(bytes(1 << 16))
     with theirs.open("r+b") as file:
-        monkeypatch.setenv(BOARD_VARIABLE, f"/proc/{os.getpid()}/fd/{file.fileno()} {inode}".strip())
-        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
+        monkeypatch.setenv(STATUS_VARIABLE, f"/proc/{os.getpid()}/fd/{file.fileno()} {inode}".strip())
+        EngineStatus.from_environment().fail(PeerLostError("the follower left"))
     assert theirs.read_bytes() == bytes(1 << 16)
     for announced in (f"{path} 1", path):
-        monkeypatch.setenv(BOARD_VARIABLE, announced)
-        CounterBoard.from_environment().fail(PeerLostError("the follower left"))
-    assert board.failure() is None
+        monkeypatch.setenv(STATUS_VARIABLE, announced)
+        EngineStatus.from_environment().fail(PeerLostError("the follower left"))
+    assert status.failure() is None

@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {"yaml": "pyyaml", "nccl": "nccl4py"}
 """Modules whose distribution has another name."""
 
-OF_VLLM = {"huggingface_hub", "numpy", "prometheus_client", "safetensors", "torch", "transformers", "triton", "vllm"}
+OF_VLLM = {
+    *(
+        "huggingface_hub",
+        "numpy",
+        "prometheus_client",
+        "safetensors",
+        "starlette",
+        "torch",
+        "transformers",
+        "triton",
+        "vllm",
+    )
+}
 """vLLM, and what comes with every build of it: only what works with vLLM imports these."""
 
 
@@ -22,7 +34,7 @@ OF_THE_USER = {"modelscope", "pyverbs"}
 def imported() -> dict[str, str]:
     """Each foreign module that is imported, with one of the files that do."""
     found = {}
-    for path in sorted((ROOT / "vllm_spark").rglob("*.py")):
+    for path in sorted([*(ROOT / "vllm_spark").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

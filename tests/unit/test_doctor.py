@@ -20,7 +20,7 @@ from vllm_spark import _native
 from vllm_spark.collective.launch_table import LaunchTable, store_launch_table
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor import finding as finding_module
-from vllm_spark.doctor.examination import Machine, examine, is_bare
+from vllm_spark.doctor.checks import MachineReport, is_bare, run_checks
 from vllm_spark.doctor.finding import Finding, exit_code, worst
 from vllm_spark.doctor.network import check_reach
 from vllm_spark.doctor.rails import find_rails
@@ -54,7 +54,7 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def findings(tree: Tree, peer: str | None = "10.0.0.2", config: SparkConfig | None = None) -> dict[str, Finding]:
-    machine = examine(tree.system, config or SparkConfig(), peer)
+    machine = run_checks(tree.system, config or SparkConfig(), peer)
     for found in machine.findings:
         assert found.title != "A check that failed", found
         assert_complete(found)
@@ -80,10 +80,10 @@ HEALTHY = """
 import sys
 from pathlib import Path
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.examination import examine
+from vllm_spark.doctor.checks import run_checks
 from vllm_spark.doctor.report import Report, to_json
 from vllm_spark.doctor.system import System
-print(to_json(Report.of(examine(System(Path(sys.argv[1])), SparkConfig(), "10.0.0.2"), None, [])))
+print(to_json(Report.of(run_checks(System(Path(sys.argv[1])), SparkConfig(), "10.0.0.2"), None, [])))
 """
 
 
@@ -294,7 +294,7 @@ def no_gpu(tree: Tree) -> None:
             both_without_address,
             "link.address",
             "problem",
-            ["no rail has one", "ifname enp1s0f0np0 ipv4.method manual ipv4.addresses 10.0.1.1/24"],
+            ["No rail here has one", "ifname enp1s0f0np0 ipv4.method manual ipv4.addresses 10.0.1.1/24"],
         ),
         (one_network, "link.networks", "warning", ["169.254.0.0/16", "10.0.1.1/24"]),
         (another_network, "link.peer", "problem", ["10.0.0.2 through wlP9s9", "10.9.0.1/24", "--spark-address"]),
@@ -375,7 +375,7 @@ def test_a_leaders_port_that_can_be_reached() -> None:
         port = server.getsockname()[1]
         assert check_reach("127.0.0.1", port).value == f"127.0.0.1:{port} answers"
     found = check_reach("127.0.0.1", port)
-    assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nobody listens there now")
+    assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nothing listens there now")
 
 
 @pytest.mark.parametrize("option", ["kho=off", "kho=OFF", "kho=0", "kho=n"])
@@ -588,26 +588,26 @@ def test_a_secret_that_cannot_be_read(tree: Tree, tmp_path: Path) -> None:
 
 
 def test_a_bare_machine_is_told_two_things(tmp_path: Path) -> None:
-    machine = examine(System(tmp_path), SparkConfig())
+    machine = run_checks(System(tmp_path), SparkConfig())
     assert [found.id for found in machine.findings] == ["rdma.devices", "gpu.driver"]
     assert is_bare(machine)
     assert Report.of(machine, None, []).exit_code == EXIT_PROBLEM
-    assert len(examine(System(tmp_path), SparkConfig(), thorough=True).findings) > 4
+    assert len(run_checks(System(tmp_path), SparkConfig(), thorough=True).findings) > 4
 
 
 def test_a_machine_without_one_of_them_is_not_bare(tree: Tree, tmp_path: Path) -> None:
     no_gpu(tree)
-    assert not is_bare(examine(tree.system, SparkConfig()))
+    assert not is_bare(run_checks(tree.system, SparkConfig()))
     only_gpu = Tree(tmp_path / "other")
     only_gpu.write("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX  x86_64  580.95.05")
-    machine = examine(only_gpu.system, SparkConfig())
+    machine = run_checks(only_gpu.system, SparkConfig())
     assert not is_bare(machine)
     assert not any(found.area == "link" for found in machine.findings)
 
 
 def test_a_check_that_stumbles_leaves_the_others(tree: Tree) -> None:
     tree.write("proc/self/limits", "Max locked memory         many            many            bytes")
-    machine = examine(tree.system, SparkConfig())
+    machine = run_checks(tree.system, SparkConfig())
     found = {one.id: one for one in machine.findings}
     assert found["machine"].status == "unknown"
     assert "many" in found["machine"].value
@@ -636,23 +636,23 @@ def test_the_worst_counts() -> None:
 def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:
     mtu_1500(tree)
     small_memlock(tree)
-    text = shown(Report.of(examine(tree.system, SparkConfig()), None, []), width=60)
+    text = shown(Report.of(run_checks(tree.system, SparkConfig()), None, []), width=60)
     assert "warning MTU of the interfaces: " in text
     assert "PROBLEM Limit of locked memory: 8.4 MB" in text
     assert '> echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf' in text
-    assert "as it is, the pair does not work" in text
+    assert "the pair does not work" in text
 
 
 def test_the_report_travels_as_json(tree: Tree) -> None:
-    report = Report.of(examine(tree.system, SparkConfig()), None, [])
+    report = Report.of(run_checks(tree.system, SparkConfig()), None, [])
     assert msgspec.json.decode(to_json(report), type=Report) == report
     assert json.loads(to_json(report))["worst"] == report.worst
 
 
 def test_what_the_other_machine_says_cannot_move_the_cursor(tree: Tree) -> None:
-    machine = examine(tree.system, SparkConfig())
+    machine = run_checks(tree.system, SparkConfig())
     evil = Finding("rdma.port", "\x1b[2Jtitle", "problem", "[red]\x1b]0;x\x07", "\x1b[31mwhy", "\x1b[1mhow")
-    peer = Machine("\x1b[1mhost", machine.versions, [], [evil])
+    peer = MachineReport("\x1b[1mhost", machine.versions, [], [evil])
     text = shown(Report.of(machine, peer, [evil]))
     assert "\x1b" not in text
     assert "\x07" not in text

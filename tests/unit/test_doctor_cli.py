@@ -13,7 +13,7 @@ import pytest
 
 from vllm_spark.cli import main
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.examination import examine, is_bare
+from vllm_spark.doctor.checks import is_bare, run_checks
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError
 from vllm_spark.executor.channel.secret import load_secret, make_secret
@@ -50,7 +50,7 @@ def test_a_secret_is_made_and_found(home: Path) -> None:
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert len(bytes.fromhex(path.read_text())) == 32
     assert f"scp -p {path} OTHER:{path}" in done.stdout
-    assert "by themselves" in done.stdout
+    assert "by default" in done.stdout
     assert load_secret(SparkConfig(), LINK) == path.read_bytes().strip()
 
 
@@ -169,11 +169,13 @@ def test_no_exit_code_means_two_things(home: Path) -> None:
     assert len({0, 1, EXIT_USAGE, EXIT_REFUSED, EXIT_LOST, EXIT_WARNINGS, EXIT_PROBLEM}) == 7
     assert spark(home, "doctor", "--peeer").returncode == EXIT_USAGE
     page = " ".join(spark(home, "doctor", "--help").stdout.split())
-    assert "exit code: 0 all is well, 5 warnings only, 6 something keeps the pair from working, 2 wrong usage" in page
+    assert (
+        "exit code: 0 no problems, 5 only warnings, 6 a problem that keeps the pair from working, 2 wrong usage" in page
+    )
 
 
 def test_a_machine_with_nothing_is_told_so_and_what_still_works(home: Path) -> None:
-    if not is_bare(examine(System(), SparkConfig())):
+    if not is_bare(run_checks(System(), SparkConfig())):
         pytest.skip("this machine has an RDMA device or a GPU")
     done = spark(home, "doctor")
     assert done.returncode == EXIT_PROBLEM
@@ -200,9 +202,9 @@ def test_examining_imports_neither_vllm_nor_torch() -> None:
         "import sys\n"
         "from vllm_spark.cli import doctor\n"
         "from vllm_spark.config.settings import SparkConfig\n"
-        "from vllm_spark.doctor.examination import examine\n"
+        "from vllm_spark.doctor.checks import run_checks\n"
         "from vllm_spark.doctor.system import System\n"
-        "examine(System(), SparkConfig(), '10.0.0.2', thorough=True)\n"
+        "run_checks(System(), SparkConfig(), '10.0.0.2', thorough=True)\n"
         "print([name for name in ('torch', 'vllm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

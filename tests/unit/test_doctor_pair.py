@@ -15,15 +15,15 @@ import pytest
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor import pair
-from vllm_spark.doctor.examination import Machine, examine
+from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.pair import compare
+from vllm_spark.doctor.remote import CheckRequest, request_report, send_report
 from vllm_spark.doctor.report import Report
-from vllm_spark.doctor.visit import Examination, answer, visit
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Frame, Kind, Lane
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.channel.framing import Connection, Frame, Kind
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.processes.local import free_ports
@@ -48,10 +48,10 @@ def trees(tmp_path: Path) -> tuple[Tree, Tree]:
 
 
 def together(
-    trees: tuple[Tree, Tree], change: Callable[[Machine], Machine] = lambda machine: machine
+    trees: tuple[Tree, Tree], change: Callable[[MachineReport], MachineReport] = lambda machine: machine
 ) -> dict[str, Finding]:
-    machines = [examine(tree.system, SparkConfig()) for tree in trees]
-    theirs = change(msgspec.json.decode(msgspec.json.encode(machines[1]), type=Machine))
+    machines = [run_checks(tree.system, SparkConfig()) for tree in trees]
+    theirs = change(msgspec.json.decode(msgspec.json.encode(machines[1]), type=MachineReport))
     found = list(compare(trees[0].system, machines[0], theirs))
     for one in found:
         assert_complete(one)
@@ -134,6 +134,16 @@ def test_a_fault_of_the_pair(
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
 
 
+def test_nobody_at_a_loopback_address() -> None:
+    """The command belongs in another terminal there, and is a line of its own as for another machine."""
+    port = free_ports(1)[0]
+    with pytest.raises(PeerLostError) as caught:
+        request_report(SparkConfig(address="127.0.0.1", port=port), 0.1)
+    finding = pair.peer_missing(str(caught.value))
+    assert finding.remedy == f"vllm-spark join --leader 127.0.0.1:{port}   # in another terminal"
+    assert finding.explanation == f"No follower connected to 127.0.0.1:{port} within 0.1 s."
+
+
 def test_each_rail_has_its_own_command_in_a_line(trees: tuple[Tree, Tree]) -> None:
     """One rail is dead, and the other carries small packets only."""
     trees[0].answering("10.0.1.2", largest=1500)
@@ -153,7 +163,7 @@ def test_without_the_native_module_the_rest_is_still_told(
 def test_a_comparison_that_stumbles_leaves_the_others(
     trees: tuple[Tree, Tree], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair, "_pings", lambda system, meetings: 1 / 0)
+    monkeypatch.setattr(pair, "_pings", lambda system, pairs: 1 / 0)
     found = together(trees)
     assert {"pair.versions", "pair.rails", "pair.mtu"} <= found.keys()
     assert found["pair"].value.startswith("ZeroDivisionError")
@@ -161,7 +171,7 @@ def test_a_comparison_that_stumbles_leaves_the_others(
 
 @pytest.mark.parametrize("field", Versions.__struct_fields__)
 def test_other_versions(trees: tuple[Tree, Tree], field: str) -> None:
-    def change(machine: Machine) -> Machine:
+    def change(machine: MachineReport) -> MachineReport:
         versions = msgspec.structs.replace(machine.versions, **{field: "0.0.1"})
         return msgspec.structs.replace(machine, host="desk2", versions=versions)
 
@@ -178,7 +188,7 @@ def test_nothing_is_said_of_rails_where_one_side_has_none(trees: tuple[Tree, Tre
 
 def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
     other_mtu(*trees)
-    one, other = (examine(tree.system, SparkConfig(), thorough=True) for tree in trees)
+    one, other = (run_checks(tree.system, SparkConfig(), thorough=True) for tree in trees)
     other = msgspec.structs.replace(other, host="desk2")
     report = Report.of(one, other, list(compare(trees[0].system, one, other)))
     text = shown(report, width=160)
@@ -192,11 +202,11 @@ def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
 # --- the visit -------------------------------------------------------------------------------------------------------
 
 
-def follower(port: int, secret: str = SECRET) -> Caller:
-    return Caller("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
+def follower(port: int, secret: str = SECRET) -> Connector:
+    return Connector("127.0.0.1", port, tls_context(secret.encode(), "follower"), LIMIT)
 
 
-def called(caller: Caller) -> Lane:
+def called(caller: Connector) -> Connection:
     """Like vllm-spark join: looks until somebody listens, for a minute."""
     end = time.monotonic() + 60
     while (lane := caller.connect(CONTROL)) is None:
@@ -209,7 +219,7 @@ def visiting(patience: float = 60.0) -> tuple[int, Any]:
     """A doctor in a thread of its own: its port, and its outcome to come."""
     (port,) = free_ports(1)
     pool = ThreadPoolExecutor(1)
-    outcome = pool.submit(visit, SparkConfig(address="127.0.0.1", port=port), patience)
+    outcome = pool.submit(request_report, SparkConfig(address="127.0.0.1", port=port), patience)
     pool.shutdown(wait=False)
     return port, outcome
 
@@ -218,10 +228,10 @@ def test_a_follower_is_examined_and_let_go() -> None:
     port, outcome = visiting()
     caller = follower(port)
     lane = called(caller)
-    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
     # It would not find the doctor again if it looked for a leader now.
     assert caller.connect(CONTROL) is None
-    answer(lane, question, SparkConfig(), "127.0.0.1")
+    send_report(lane, question, SparkConfig(), "127.0.0.1")
     machine = outcome.result(30)
     assert machine.versions == Versions.of_this_process()
     assert {"rdma.devices", "software.vllm"} <= {found.id for found in machine.findings}
@@ -233,16 +243,16 @@ def test_a_follower_of_another_version_is_examined_too() -> None:
     caller = follower(port)
     caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
     lane = called(caller)
-    answer(lane, lane.expect(Kind.EXAMINATION, timeout=30), SparkConfig(), "127.0.0.1")
+    send_report(lane, lane.expect(Kind.CHECK_REQUEST, timeout=30), SparkConfig(), "127.0.0.1")
     outcome.result(30)
 
 
 def test_a_second_follower_does_not_disturb() -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    question = lane.expect(Kind.EXAMINATION, timeout=30)
+    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
     assert follower(port).connect(CONTROL) is None
-    answer(lane, question, SparkConfig(), "127.0.0.1")
+    send_report(lane, question, SparkConfig(), "127.0.0.1")
     outcome.result(30)
 
 
@@ -254,15 +264,17 @@ def test_another_secret_is_named() -> None:
         outcome.result(30)
 
 
-@pytest.mark.parametrize("reply", [None, (Kind.FINDINGS, b"{}"), (Kind.BEAT, b"")], ids=["none", "empty", "other"])
+@pytest.mark.parametrize(
+    "reply", [None, (Kind.CHECK_REPORT, b"{}"), (Kind.HEARTBEAT, b"")], ids=["none", "empty", "other"]
+)
 def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
     if reply is not None:
         lane.send(*reply)
     lane.close()
-    with pytest.raises(PeerLostError, match="see what its vllm-spark join printed"):
+    with pytest.raises(PeerLostError, match="see the output of its vllm-spark join"):
         outcome.result(30)
 
 
@@ -271,9 +283,9 @@ def test_findings_are_never_unpickled() -> None:
 
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
-    lane.send(Kind.FINDINGS, pickle.dumps({"host": "x"}))
-    with pytest.raises(PeerLostError, match="FINDINGS message could not be read"):
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    lane.send(Kind.CHECK_REPORT, pickle.dumps({"host": "x"}))
+    with pytest.raises(PeerLostError, match="CHECK_REPORT message could not be read"):
         outcome.result(30)
     lane.close()
 
@@ -281,12 +293,12 @@ def test_findings_are_never_unpickled() -> None:
 def test_a_question_that_is_none() -> None:
     port, outcome = visiting()
     lane = called(follower(port))
-    lane.expect(Kind.EXAMINATION, timeout=30)
-    with pytest.raises(PeerLostError, match="EXAMINATION message could not be read"):
-        answer(lane, Frame(Kind.EXAMINATION, b"[]"), SparkConfig(), "127.0.0.1")
+    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    with pytest.raises(PeerLostError, match="CHECK_REQUEST message could not be read"):
+        send_report(lane, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
     lane.close()
     assert outcome.exception(30) is not None
-    assert msgspec.json.encode(Examination("desk1")) == b'{"host":"desk1"}'
+    assert msgspec.json.encode(CheckRequest("desk1")) == b'{"host":"desk1"}'
 
 
 def test_a_leader_still_refuses_another_version() -> None:

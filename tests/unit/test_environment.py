@@ -1,4 +1,4 @@
-"""The ranks' environments: what travels, what is compared, and how a session gets its leader's."""
+"""The ranks' environments: what is sent, what is compared, and how a session gets its leader's."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vllm_spark.executor.environment import (
     RestartError,
     SessionEnvironment,
     is_compared,
+    is_sent,
+    merge_environment,
     record_environment,
     recorded_environment,
-    travels,
-    with_leaders,
 )
 
 OF_FILES = [
@@ -60,19 +60,19 @@ OF_WORK = [
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """This process has none of the variables that matter."""
     for name in list(os.environ):
-        if travels(name) or is_compared(name) or name == RECORD_VARIABLE:
+        if is_sent(name) or is_compared(name) or name == RECORD_VARIABLE:
             monkeypatch.delenv(name)
     return monkeypatch
 
 
 def test_what_names_files_or_a_machine_stays() -> None:
-    assert [name for name in OF_FILES if travels(name)] == []
+    assert [name for name in OF_FILES if is_sent(name)] == []
     assert [
         name
         for name in ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_API_KEY", "VLLM_PLUGINS", "VLLM_USE_MODELSCOPE", "HOME")
-        if travels(name)
+        if is_sent(name)
     ] == []
-    assert [name for name in OF_WORK if not travels(name)] == []
+    assert [name for name in OF_WORK if not is_sent(name)] == []
 
 
 def test_every_variable_of_this_vllm_that_names_a_file_stays() -> None:
@@ -83,7 +83,7 @@ def test_every_variable_of_this_vllm_that_names_a_file_stays() -> None:
     files = {name for name, getter in entries.items() if re.search(r"os\.path|expanduser|tempfile", getter)}
     files |= {name for name in entries if re.search(r"_(PATH|DIR|ROOT|FOLDER|FILE|PORT|IP|HOST)$", name)}
     assert files > set(OF_FILES) - {"VLLM_MEDIA_CACHE"}
-    assert sorted(name for name in files if travels(name)) == []
+    assert sorted(name for name in files if is_sent(name)) == []
 
 
 def test_which_variables_of_others_are_compared() -> None:
@@ -113,14 +113,18 @@ def test_each_difference_is_named_once(environment: pytest.MonkeyPatch, caplog: 
         with pytest.raises(RestartError) as restart:
             session.check(leader)
     assert caplog.messages == [
-        "NCCL_ALGO is 'Ring' here and not set on the leader; it does not travel, set it alike on both machines.",
-        "VLLM_MLA_DISABLE is '1' here and not set on the leader, whose counts.",
-        "VLLM_USE_LAYERNAME is '1' here and '0' on the leader, whose counts.",
-        "VLLM_USE_TRITON_AWQ is not set here and '1' on the leader, whose counts.",
+        "NCCL_ALGO is 'Ring' here and not set on the leader; set it to the same value on both machines.",
+        "VLLM_MLA_DISABLE is '1' here and not set on the leader; the leader's value applies.",
+        "VLLM_USE_LAYERNAME is '1' here and '0' on the leader; the leader's value applies.",
+        "VLLM_USE_TRITON_AWQ is not set here and '1' on the leader; the leader's value applies.",
     ]
-    assert with_leaders(os.environ, restart.value.environment).keys() >= {"VLLM_USE_TRITON_AWQ", "NCCL_ALGO", "PATH"}
-    assert "VLLM_MLA_DISABLE" not in with_leaders(os.environ, leader)
-    assert with_leaders(os.environ, leader)["VLLM_USE_LAYERNAME"] == "0"
+    assert merge_environment(os.environ, restart.value.environment).keys() >= {
+        "VLLM_USE_TRITON_AWQ",
+        "NCCL_ALGO",
+        "PATH",
+    }
+    assert "VLLM_MLA_DISABLE" not in merge_environment(os.environ, leader)
+    assert merge_environment(os.environ, leader)["VLLM_USE_LAYERNAME"] == "0"
 
 
 def test_a_session_with_the_leaders_environment_does_not_start_again(
@@ -143,9 +147,9 @@ def test_this_machines_own_share_of_memory_stays(environment: pytest.MonkeyPatch
     leader = Environment.of({"VLLM_CPU_KVCACHE_SPACE": "40"})
     with pytest.raises(RestartError):
         SessionEnvironment(None).check(leader)
-    assert with_leaders({}, leader) == {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    assert merge_environment({}, leader) == {"VLLM_CPU_KVCACHE_SPACE": "40"}
     own = {"VLLM_CPU_KVCACHE_SPACE": "8"}
-    assert with_leaders(own, leader) == own
+    assert merge_environment(own, leader) == own
     environment.setenv("VLLM_CPU_KVCACHE_SPACE", "8")
     SessionEnvironment(None).check(leader)
     SessionEnvironment(None).check(Environment())
@@ -156,20 +160,22 @@ def test_values_that_are_not_text_travel(environment: pytest.MonkeyPatch) -> Non
     environment.setenv("VLLM_SOMETHING_NEW", value)
     record_environment()
     sent = msgspec.json.decode(msgspec.json.encode(recorded_environment()), type=Environment)
-    assert with_leaders({}, sent) == {"VLLM_SOMETHING_NEW": value}
+    assert merge_environment({}, sent) == {"VLLM_SOMETHING_NEW": value}
 
 
 def test_an_engine_offers_what_its_user_gave(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("VLLM_USE_LAYERNAME", "0")
     record_environment()
     environment.setenv("VLLM_DISABLE_SHARED_EXPERTS_STREAM", "1")  # as vLLM does while it makes a configuration
-    assert recorded_environment().travelling == {"VLLM_USE_LAYERNAME": "0"}
+    assert recorded_environment().sent == {"VLLM_USE_LAYERNAME": "0"}
     environment.delenv(RECORD_VARIABLE)
-    assert recorded_environment().travelling.keys() == {"VLLM_USE_LAYERNAME", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"}
+    assert recorded_environment().sent.keys() == {"VLLM_USE_LAYERNAME", "VLLM_DISABLE_SHARED_EXPERTS_STREAM"}
 
 
 def test_nothing_else_is_taken_from_a_leader() -> None:
-    assert with_leaders({"PATH": "/bin"}, Environment({"PATH": "/theirs", "LD_PRELOAD": "x"}, {})) == {"PATH": "/bin"}
+    assert merge_environment({"PATH": "/bin"}, Environment({"PATH": "/theirs", "LD_PRELOAD": "x"}, {})) == {
+        "PATH": "/bin"
+    }
 
 
 SESSION = """
@@ -193,7 +199,7 @@ def test_the_next_process_starts_with_the_leaders_environment(environment: pytes
     environment.setattr(join, "python_module", lambda name: [sys.executable, str(tmp_path / "session.py")])
     environment.setenv("VLLM_MLA_DISABLE", "1")
     environment.setenv("SPARK_SECRET", "one of sixteen bytes")
-    assert join.follow_leaders(SparkConfig(), once=True) == 7
+    assert join.supervise(SparkConfig(), once=True) == 7
     assert (tmp_path / "seen").read_text().splitlines() == ["None 1", "0 None"]
 
 

@@ -66,11 +66,11 @@ def lead(listener: Listener, offer: Offer) -> threading.Thread:
 
     def run() -> None:
         follower = listener.wait_for_follower(offer, START_SECONDS)
-        follower.calls.send(Kind.BEAT)  # not what is due: the follower's session ends with an error
+        follower.rpc.send(Kind.HEARTBEAT)  # not what is due: the follower's session ends with an error
         time.sleep(0.5)
         listener.close()
         follower.control.close()
-        follower.calls.close()
+        follower.rpc.close()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -86,16 +86,16 @@ def test_it_waits_on_after_a_refusal_and_after_a_failure(tmp_path: Path, joins: 
     leading = lead(leader, offer)
     join = Join(port, tmp_path / "join.log")
     joins.append(join)
-    join.wait_for("Waiting on; the leader at")
+    join.wait_for("Retrying the leader at")
     (tmp_path / "elsewhere").rename(model)
-    join.wait_for("and this machine fit now")
+    join.wait_for("accepts this follower now")
     leading.join(START_SECONDS)
     second = listen(port)
     leading = lead(second, offer)
     leading.join(START_SECONDS)
     assert not leading.is_alive()
     assert join.process.poll() is None
-    assert join.log.read_text().count("Waiting on; the leader at") == 1
+    assert join.log.read_text().count("Retrying the leader at") == 1
 
 
 @pytest.mark.parametrize(

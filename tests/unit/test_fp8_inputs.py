@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.backend.support import refuse_fp8_inputs_of_marlin
+from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
 from vllm_spark.models.tiny import make_tiny_model
 from vllm_spark.processes.local import CPU_ENVIRONMENT, free_ports
@@ -21,19 +21,19 @@ def test_a_gb10_and_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("fp8", "FP8"):
         monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", value)
         with pytest.raises(ConfigurationError) as refused:
-            refuse_fp8_inputs_of_marlin(lambda: (12, 1))
+            check_marlin_inputs(lambda: (12, 1))
         assert str(refused.value) == f"VLLM_MARLIN_INPUT_DTYPE is {value}, which {REASON}"
         assert refused.value.exit_code == EXIT_USAGE
         for other in ((12, 0), (8, 9), (9, 0), None):
-            refuse_fp8_inputs_of_marlin(lambda other=other: other)  # type: ignore[misc]
+            check_marlin_inputs(lambda other=other: other)  # type: ignore[misc]
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
-    refuse_fp8_inputs_of_marlin(lambda: (12, 1))
+    check_marlin_inputs(lambda: (12, 1))
     monkeypatch.delenv("VLLM_MARLIN_INPUT_DTYPE")
 
     def asked() -> tuple[int, int]:
         raise AssertionError("a GPU is asked for nothing")
 
-    refuse_fp8_inputs_of_marlin(asked)
+    check_marlin_inputs(asked)
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,23 +12,23 @@ import pytest
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 
-from vllm_spark.backend.status import BOARD_VARIABLE, CounterBoard
+from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus
 from vllm_spark.compat.patching import all_patches
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor import executor as leader
 from vllm_spark.executor import leader as pair_module
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Kind, Lane
-from vllm_spark.executor.executor import SparkExecutor, give_up_unfinished_start
+from vllm_spark.executor.channel.framing import Connection, Kind
+from vllm_spark.executor.executor import SparkExecutor, abandon_unfinished_start
 from vllm_spark.executor.handshake.messages import Reason, decode
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.leader import LeaderSession
 from vllm_spark.executor.model_files.adapters import LeaderAdapters
-from vllm_spark.executor.rpc import LAST_CALL_OF_THE_START, RemoteError, decode_header, encode_result
+from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_header, encode_result
 from vllm_spark.kernels import runtime as serving
 
-from .test_channel import LIMIT, SECRET, lanes
+from .test_channel import LIMIT, SECRET, connections
 
 
 class Worker:
@@ -56,16 +56,16 @@ class Worker:
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     """With a pair on real sockets, up to the point where vLLM goes on by itself."""
-    (control, far_control), (calls, far_calls), (groups, far_groups) = lanes(), lanes(), lanes()
+    (control, far_control), (calls, far_calls), (groups, far_groups) = connections(), connections(), connections()
     listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
-    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls, groups), CounterBoard(None))
+    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None))
 
     def load(self: Any) -> None:
-        self._pair, self.driver_worker = pair, Worker()
+        self._session, self.driver_worker = pair, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
-    monkeypatch.setattr(serving, "_served", None)
-    monkeypatch.setenv(BOARD_VARIABLE, "")
+    monkeypatch.setattr(serving, "_active", None)
+    monkeypatch.setenv(STATUS_VARIABLE, "")
     made: SparkExecutor = object.__new__(SparkExecutor)
     made.vllm_config = SimpleNamespace()
     made.far_calls, made.far_control, made.far_groups = far_calls, far_control, far_groups  # the follower's ends
@@ -73,14 +73,14 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     return made
 
 
-def held_by(executor: Any) -> tuple[Pair, Worker]:
-    return executor._pair, executor.driver_worker
+def held_by(executor: Any) -> tuple[LeaderSession, Worker]:
+    return executor._session, executor.driver_worker
 
 
 def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecutor) -> None:
     """Also one without a pair, before its configuration is made: the port is looked at there."""
     pair, worker = held_by(executor)
-    serving._served = executor.vllm_config
+    serving._active = executor.vllm_config
     found: list[tuple[bool, bool]] = []
 
     def create(engine_args: Any) -> str:
@@ -93,7 +93,7 @@ def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecut
     assert found == [(True, False)]
     assert worker.ended == 1
     assert executor.driver_worker is None
-    give_up_unfinished_start()
+    abandon_unfinished_start()
     assert worker.ended == 1
 
 
@@ -111,8 +111,8 @@ def test_an_engine_that_is_up_is_left_alone(executor: SparkExecutor, monkeypatch
     pair, worker = held_by(executor)
     monkeypatch.setattr(SparkExecutor, "_run", lambda *args: [None, None])
     executor.collective_rpc("get_kv_cache_spec")
-    executor.collective_rpc(LAST_CALL_OF_THE_START)
-    give_up_unfinished_start()
+    executor.collective_rpc(WARM_UP)
+    abandon_unfinished_start()
     assert not pair.closing
     assert worker.ended == 0
     executor.shutdown()
@@ -124,7 +124,7 @@ def test_nothing_of_an_ended_engine_is_kept(executor: SparkExecutor) -> None:
     assert leader._unfinished is None
 
 
-def call_on(follower: Lane) -> int:
+def call_on(follower: Connection) -> int:
     """Takes the next call there, and returns its number."""
     return decode_header(follower.expect(Kind.QUERY, timeout=20).payload).number
 
@@ -133,7 +133,7 @@ def test_a_call_that_times_out_leaves_the_pair_at_work(executor: Any) -> None:
     """Its answer comes later, is not taken for another call's, and is not waited for."""
     pair, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
-    follower: Lane = executor.far_calls
+    follower: Connection = executor.far_calls
     with pytest.raises(TimeoutError, match=r"^the call of rank timed out after 0\.05 s: the follower did not"):
         executor.collective_rpc("rank", timeout=0.05)
     with pytest.raises(TimeoutError):
@@ -158,7 +158,7 @@ def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The follower's heartbeat tells of it while the leader waits for the next call's answer."""
-    monkeypatch.setattr(pair_module, "_SETTLE_TIMEOUT", 0.0)
+    monkeypatch.setattr(pair_module, "_REPLY_TIMEOUT_AFTER_ERROR", 0.0)
     pair, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):
@@ -178,8 +178,8 @@ def test_a_stop_is_told_from_an_error_of_vllm(
     executor: SparkExecutor, error: BaseException | None, in_order: bool
 ) -> None:
     """As vLLM's engine does, which ends its executor while it leaves its loop."""
-    board = executor._board = CounterBoard.create()
-    board.begin_work()
+    status = executor._status = EngineStatus.create()
+    status.mark_started()
 
     def run_engine() -> None:
         try:
@@ -190,8 +190,8 @@ def test_a_stop_is_told_from_an_error_of_vllm(
 
     with nullcontext() if error is None else pytest.raises(type(error)):
         run_engine()
-    assert board.ended_in_order() is in_order
-    assert board.death() is None
+    assert status.ended_cleanly() is in_order
+    assert status.death() is None
 
 
 def step_of(*requests: Any, interrupted: bool = False) -> Any:
@@ -252,14 +252,12 @@ def test_a_follower_that_does_not_compare_is_not_waited_for_for_ever(
 
 def test_a_call_that_never_comes_back_ends_the_next_step(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up by its caller, not run by the follower: the step behind it is not waited for for ever."""
-    monkeypatch.setattr(pair_module, "_OWED_TIMEOUT", 0.1)
+    monkeypatch.setattr(pair_module, "_DRAIN_TIMEOUT", 0.1)
     pair, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
-    with pytest.raises(
-        SparkError, match=r"^the follower did not come back from a call that was given up, within 0\.1 s"
-    ):
+    with pytest.raises(SparkError, match=r"^the follower has not finished a call that timed out, 0\.1 s"):
         executor.collective_rpc("execute_model", args=(step_of(),))
     assert pair.failed
     executor.shutdown()
@@ -286,15 +284,15 @@ def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypa
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
     executor.far_calls.send(Kind.REPLY, encode_result(1, call_on(executor.far_calls)))
-    read, interrupts = Lane._read, iter([False, True])
+    read, interrupts = Connection._read, iter([False, True])
 
-    def interrupted(lane: Lane, *given: Any) -> bytes:
-        if lane is pair._follower.calls and next(interrupts):
+    def interrupted(connection: Connection, *given: Any) -> bytes:
+        if connection is pair._follower.rpc and next(interrupts):
             raise SystemExit
-        return read(lane, *given)
+        return read(connection, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Lane, "_read", interrupted)
+        patched.setattr(Connection, "_read", interrupted)
         with pytest.raises(SystemExit):
             executor.collective_rpc("execute_model", args=(step_of(),))
     assert pair.failed
@@ -314,20 +312,20 @@ def test_the_follower_is_told_why_an_engine_does_not_start(executor: Any, monkey
         raise Ended(code)
 
     pair, _ = held_by(executor)
-    executor._owns_process = True
+    executor._in_engine_process = True
     monkeypatch.setattr(leader.os, "_exit", end)
     monkeypatch.setattr(leader, "_end_process_soon", lambda *given: None)
-    pair._pulse.start()
+    pair._heartbeat.start()
     with pytest.raises(Ended):
-        executor._give_up_start(ValueError("no room for the cache"))
-    while (frame := executor.far_control.receive(timeout=20)).kind is Kind.BEAT:
+        executor._abandon_start(ValueError("no room for the cache"))
+    while (frame := executor.far_control.receive(timeout=20)).kind is Kind.HEARTBEAT:
         pass
-    assert frame.kind is Kind.GOODBYE
+    assert frame.kind is Kind.LEAVE
     assert decode(frame, Reason).sentence == (
         "its engine does not start: the leader's worker failed: ValueError: no room for the cache"
     )
     pair.close("the test is over")
-    executor._owns_process = False
+    executor._in_engine_process = False
     executor.shutdown()
 
 
@@ -341,7 +339,7 @@ def test_an_engine_that_fails_after_its_last_call_ends_its_pair(
 
     def start(core: Any) -> None:
         core.model_executor = executor
-        executor.collective_rpc(LAST_CALL_OF_THE_START)
+        executor.collective_rpc(WARM_UP)
         raise error
 
     patch = next(each for each in all_patches() if each.anchor.symbol == "vllm.v1.engine.core:EngineCore.__init__")

@@ -18,9 +18,9 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.handshake import leader_search
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import Found, LeaderSearch
-from vllm_spark.executor.handshake.messages import CALLS, CONTROL, GROUPS, Offer
+from vllm_spark.executor.handshake.messages import CONTROL, GROUPS, RPC, Offer
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.loaded import LoadedFiles
@@ -46,7 +46,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def search(listener: Listener, secret: bytes = SECRET, *, once: bool = False) -> LeaderSearch:
-    def connect() -> Caller:
+    def connect() -> Connector:
         return caller(listener, secret)
 
     return LeaderSearch(SparkConfig(), connect, lambda *given: None, lambda environment: None, once=once)
@@ -65,10 +65,10 @@ def offer_of(folder: Path) -> Offer:
 
 
 def follow(looking: LeaderSearch) -> Found:
-    """What a follower does until the leader has all its lanes."""
+    """What a follower does until the leader has all its connections."""
     found = looking.find()
-    for lane in (CALLS, GROUPS):
-        assert found.caller.connect(lane) is not None
+    for connection in (RPC, GROUPS):
+        assert found.connector.connect(connection) is not None
     return found
 
 
@@ -91,16 +91,16 @@ def test_a_missing_model_is_copied_while_both_wait(
     follower = pool.submit(follow, search(listener))
     tries = listener._refusals
     wait_for(lambda: tries, "the leader is told")
-    wait_for(lambda: messages(caplog, "Waiting on; the leader at"), "the follower logs it")
+    wait_for(lambda: messages(caplog, "Retrying the leader at"), "the follower logs it")
     former, listener._last_problem = listener._last_problem, ""
     wait_for(lambda: listener._last_problem, "the follower asks again")
     assert listener._last_problem == former
     (tmp_path / "elsewhere").rename(model)
     assert leader.result(30).name.startswith("the follower on")
-    assert follower.result(30).own == {str(model): model}
+    assert follower.result(30).own == {("model", str(model), None): model}
     assert len(messages(caplog, f"does not fit: {REFUSED_BY_FOLLOWER}.*Still waiting")) == 1
-    assert len(messages(caplog, "There is no model in .* Waiting on; the leader at")) == 1
-    assert len(messages(caplog, "and this machine fit now")) == 1
+    assert len(messages(caplog, "There is no model in .* Retrying the leader at")) == 1
+    assert len(messages(caplog, "accepts this follower now")) == 1
 
 
 def test_another_reason_is_said(
@@ -128,7 +128,7 @@ def test_the_next_follower_comes_when_the_place_is_free(
     follow(search(listener))
     leader.result(30)
     second = pool.submit(follow, search(listener))
-    wait_for(lambda: messages(caplog, "has a follower already.*Waiting on; the leader at"), "it is refused")
+    wait_for(lambda: messages(caplog, "has a follower already.*Retrying the leader at"), "it is refused")
     listener._last_problem = ""
     wait_for(lambda: listener._last_problem, "it asks again")
     leader = accepted(listener, offer, pool)
@@ -158,7 +158,7 @@ def test_what_no_waiting_heals(listener: Listener, monkeypatch: pytest.MonkeyPat
     other = search(listener)
     speaker = caller(listener)
     speaker._versions = msgspec.structs.replace(speaker._versions, vllm="0.0.1")
-    other._make_caller = lambda: speaker
+    other._make_connector = lambda: speaker
     with pytest.raises(VersionsError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
         other.find()
 
@@ -178,8 +178,8 @@ def test_what_is_not_a_leader_may_become_one(tmp_path: Path, caplog: pytest.LogC
                 connection.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        speaker = Caller("127.0.0.1", port, tls_context(SECRET, "follower"), LIMIT)
-        with pytest.raises(RefusedError, match="what is there does not speak this protocol"):
+        speaker = Connector("127.0.0.1", port, tls_context(SECRET, "follower"), LIMIT)
+        with pytest.raises(RefusedError, match="the program there does not speak this protocol"):
             speaker.connect(CONTROL)
         server.shutdown(socket.SHUT_RDWR)
 

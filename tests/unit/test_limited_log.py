@@ -20,7 +20,7 @@ MANY = 400
 
 @pytest.fixture
 def log() -> Iterator[LimitedLog]:
-    made = LimitedLog("connections that were turned away", interval=3600.0)
+    made = LimitedLog("rejected connections", interval=3600.0)
     yield made
     made.close()
 
@@ -32,11 +32,11 @@ def test_malformed_connections_are_counted(caplog: pytest.LogCaptureFixture) -> 
         with socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert_usable(listener)
-    wait_for(lambda: listener._turned_away.total == MANY, "all were greeted")
+    wait_for(lambda: listener._rejected.total == MANY, "all were greeted")
     listener.close()
     lines = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
-    single = [line for line in lines if line.startswith("Turned away a connection from 127.0.0.1: ")]
-    (summary,) = (line for line in lines if "more connections that were turned away" in line)
+    single = [line for line in lines if line.startswith("Rejected a connection from 127.0.0.1: ")]
+    (summary,) = (line for line in lines if "more rejected connections" in line)
     assert len(lines) == len(single) + 1 < 20
     assert len(single) + int(re.findall(r"\d+", summary)[0]) == MANY
     assert "from 127.0.0.1" in summary
@@ -49,7 +49,7 @@ def test_the_first_are_logged_and_the_rest_summed_up(log: LimitedLog, caplog: py
     assert caplog.messages == ["A line about noise."] * 3 + ["A line about a scan."]
     caplog.clear()
     log.summarize()
-    assert caplog.messages == ["7 more connections that were turned away: 7 from 10.0.0.9 (noise)."]
+    assert caplog.messages == ["7 more rejected connections: 7 from 10.0.0.9 (noise)."]
     caplog.clear()
     log.warning("10.0.0.9", "noise", "A line about noise.")
     assert caplog.messages == []  # it has not stopped

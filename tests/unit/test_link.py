@@ -37,7 +37,7 @@ def test_without_a_launcher_its_variables_do_not_count(launcher: pytest.MonkeyPa
 
 def test_an_address_of_another_machine(launcher: pytest.MonkeyPatch) -> None:
     launcher.setenv("MASTER_ADDR", "192.0.2.1")
-    with pytest.raises(ConfigurationError, match=r"MASTER_ADDR=192\.0\.2\.1 is no address of this .* 127\.0\.0\.1"):
+    with pytest.raises(ConfigurationError, match=r"MASTER_ADDR=192\.0\.2\.1 is not an address of this .* 127\.0\.0\.1"):
         leader_address(SparkConfig())
 
 
@@ -54,8 +54,8 @@ def test_vllm_listens_at_the_links_address_unless_told_otherwise(monkeypatch: py
         monkeypatch.delenv(name, raising=False)
     interface = use_link_interface("127.0.0.1", "127.0.0.1")
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
-    interface.forget()
+    interface.restore()
     assert "VLLM_HOST_IP" not in os.environ
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.2")
-    use_link_interface("127.0.0.1", "127.0.0.1").forget()
+    use_link_interface("127.0.0.1", "127.0.0.1").restore()
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.2"

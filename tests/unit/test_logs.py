@@ -7,14 +7,14 @@ import logging
 
 import pytest
 
-from vllm_spark.backend.logging import share_vllms_log
-from vllm_spark.backend.status import CounterBoard
+from vllm_spark.backend.logging import use_vllm_logging
+from vllm_spark.backend.status import EngineStatus
 from vllm_spark.errors import PeerLostError
 
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What the logger `vllm` prints, as `share_vllms_log` arranges it."""
+    """What the logger `vllm` prints, as `use_vllm_logging` arranges it."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("vllm_spark")
@@ -24,8 +24,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         monkeypatch.setattr(logger, "level", logging.INFO)
     theirs.handlers.append(handler)
     monkeypatch.setenv("_SPARK_COUNTER_BOARD", "")
-    share_vllms_log()
-    share_vllms_log()
+    use_vllm_logging()
+    use_vllm_logging()
     return text
 
 
@@ -47,7 +47,7 @@ def test_other_failures_keep_their_traceback(log: io.StringIO) -> None:
 
 
 def test_once_the_pair_is_broken_all_is_explained_by_that(log: io.StringIO) -> None:
-    CounterBoard.create().fail(PeerLostError("the follower is gone"))
+    EngineStatus.create().fail(PeerLostError("the follower is gone"))
     fail(RuntimeError("a symptom"))
     assert log.getvalue() == "It failed after 3 s. the follower is gone.\n"
 
@@ -70,9 +70,9 @@ def fail_to_read(error: Exception) -> None:
 
 
 def test_the_end_of_an_engine_that_was_stopped_is_no_failure(log: io.StringIO) -> None:
-    board = CounterBoard.create()
-    board.begin_work()
-    board.end_work(in_order=True)
+    status = EngineStatus.create()
+    status.mark_started()
+    status.mark_ended(clean=True)
     fail_to_read(EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause."))
     assert log.getvalue() == ""
     fail_to_read(RuntimeError("a bug"))
@@ -81,12 +81,12 @@ def test_the_end_of_an_engine_that_was_stopped_is_no_failure(log: io.StringIO) -
 
 @pytest.mark.parametrize("engine", ["at work", "failed", "started again"])
 def test_any_other_end_of_an_engine_is_one(log: io.StringIO, engine: str) -> None:
-    board = CounterBoard.create()
-    board.begin_work()
+    status = EngineStatus.create()
+    status.mark_started()
     if engine != "at work":
-        board.end_work(in_order=engine == "started again")
+        status.mark_ended(clean=engine == "started again")
     if engine == "started again":
-        board.begin_work()
+        status.mark_started()
     fail_to_read(EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause."))
     assert "AsyncLLM output_handler failed" in log.getvalue()
     assert "Traceback" in log.getvalue()

@@ -10,7 +10,8 @@ import pytest
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.model_files.comparison import ModelIdentity
-from vllm_spark.executor.model_files.loaded import existing_path, missing_weights
+from vllm_spark.executor.model_files.loaded import existing_path
+from vllm_spark.executor.model_files.weights import missing_weights
 
 from .folder_rights import no_entry
 
@@ -53,6 +54,39 @@ def test_only_what_would_be_loaded_is_compared(model: Path) -> None:
     for file in model.glob("*.safetensors"):
         file.unlink()
     assert ModelIdentity.of(model).weights.keys() == {"pytorch_model.bin"}
+
+
+def test_weights_outside_of_the_index_are_not_compared(model: Path) -> None:
+    """One machine may have downloaded more of the same commit than the other."""
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = ModelIdentity.of(model)
+    (model / "consolidated.safetensors").write_bytes(b"the same weights, as Mistral lays them out")
+    (model / "model-1 (copy).safetensors").write_bytes(bytes(1000))
+    assert difference(before, model) is None
+    assert before.weights.keys() == {"model-1.safetensors", "model-2.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("load_format", "loaded"),
+    [
+        ("hf", {"model-1.safetensors", "model-2.safetensors"}),
+        ("safetensors", {"model-1.safetensors", "model-2.safetensors"}),
+        ("mistral", {"consolidated-1.safetensors"}),
+        ("pt", {"model.pt"}),
+        ("npcache", {"pytorch_model.bin"}),
+        ("of a plugin", {f"{name}.safetensors" for name in ("model-1", "model-2", "consolidated-1", "consolidated")}),
+    ],
+)
+def test_a_load_format_has_files_of_its_own(model: Path, load_format: str, loaded: set[str]) -> None:
+    for name in ("consolidated.safetensors", "consolidated-1.safetensors", "model.pt", "pytorch_model.bin"):
+        (model / name).write_bytes(b"weights")
+    for name in ("training_args.bin", "optimizer.pt"):
+        (model / name).write_bytes(b"of a trainer")
+    for name, files in (("model", ("model-1", "model-2")), ("consolidated", ("consolidated-1",))):
+        index = {"weight_map": {file: f"{file}.safetensors" for file in files}}
+        (model / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    assert ModelIdentity.of(model, load_format=load_format).weights.keys() == loaded
 
 
 def test_a_file_that_cannot_be_read(model: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
 from vllm_spark.executor.model_files.loaded import LoadedFiles, Origin
@@ -46,7 +47,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def of_leader(place: Path, name: str = "", kind: Kind = "model") -> LoadedFiles:
     origin = "path" if not name else "hub"
     identity = ModelIdentity.of(place, kind=kind)
-    return LoadedFiles(kind, name or str(place), str(place), kind, identity, origin, hub_place_of(place))
+    hub = hub_place_of(place)
+    return LoadedFiles(kind, name or str(place), str(place), kind, identity, origin, hub, single_file=place.is_file())
 
 
 def in_leaders_cache(model: Path, name: str = "") -> LoadedFiles:
@@ -226,6 +228,31 @@ def test_a_single_file_of_a_snapshot(model: Path, cache: Path) -> None:
     hide(model)
     mine = cache_model(hidden(model), cache, "somebody/tiny")
     assert find_own(wanted) == mine / "m-q4.gguf"
+
+
+def test_a_folder_with_a_dot_in_its_name_is_downloaded_whole(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a repository with a folder for each version or size."""
+    from huggingface_hub import constants
+
+    shutil.copytree(model, model / "v1.5")
+    wanted = in_leaders_cache(model)
+    inner = Path(wanted.place) / "v1.5"
+    shutil.copytree(hidden(model).parent / "hub", model.parent / "hub")
+    wanted = of_leader(inner)
+    hide_again = model.parent.with_name("hidden again")
+    model.parent.rename(hide_again)
+    asked: list[str] = []
+
+    def download(place: HubPlace, names: list[str]) -> Path:
+        asked.extend(names)
+        return cache_model(hidden(model), cache, place.repository)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_cache, "download", download)
+    assert find_own(wanted) == cache / "models--somebody--tiny/snapshots" / COMMIT / "v1.5"
+    assert {"v1.5/config.json", "v1.5/model.safetensors"} <= set(asked)
 
 
 def test_an_adapter(tmp_path: Path, cache: Path) -> None:

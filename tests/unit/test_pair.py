@@ -12,19 +12,19 @@ from functools import partial
 import msgspec
 import pytest
 
-from vllm_spark.backend.status import CounterBoard
+from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.leader import Pair
+from vllm_spark.executor.leader import LeaderSession
 from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
 
-from .test_channel import LIMIT, OFFER, SECRET, lanes
+from .test_channel import LIMIT, OFFER, SECRET, connections
 
 
 @pytest.fixture
@@ -34,35 +34,35 @@ def listener() -> Iterator[Listener]:
     made.close()
 
 
-def near_lanes() -> list[Lane]:
+def near_connections() -> list[Connection]:
     """The leader's ends of control, calls and groups; the far ones stay open."""
-    ends = [lanes() for _ in range(3)]
+    ends = [connections() for _ in range(3)]
     FAR_ENDS.extend(far for _, far in ends)
     return [near for near, _ in ends]
 
 
-FAR_ENDS: list[Lane] = []
+FAR_ENDS: list[Connection] = []
 
 
 def test_a_host_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    follower = Follower("the follower on Desk-2 (process 7)", *near_lanes())
+    follower = Follower("the follower on Desk-2 (process 7)", *near_connections())
     monkeypatch.setattr(Listener, "wait_for_follower", lambda *given: follower)
-    monkeypatch.setattr(Pair, "_start_work", lambda *given: None)
+    monkeypatch.setattr(LeaderSession, "_start_work", lambda *given: None)
     (port,) = free_ports(1)
     with caplog.at_level(logging.INFO):
-        Pair.form(SparkConfig(address="127.0.0.1", port=port), OFFER, None, CounterBoard(None)).close("done")
+        LeaderSession.start(SparkConfig(address="127.0.0.1", port=port), OFFER, None, EngineStatus(None)).close("done")
     assert "The follower on Desk-2 (process 7) joined." in caplog.messages
 
 
 def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it comes before the failure, after it, or in the same moment."""
-    follower = Follower("the follower", *near_lanes())
+    follower = Follower("the follower", *near_connections())
     interval = sys.getswitchinterval()
     monkeypatch.setattr(Listener, "close", lambda listener: None)
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(300):
-            pair = Pair(SparkConfig(), listener, follower, CounterBoard(None))
+            pair = LeaderSession(SparkConfig(), listener, follower, EngineStatus(None))
             called: list[int] = []
             pair.on_failure(partial(called.append, 0))
             failing = threading.Thread(target=pair.fail, args=(PeerLostError("gone"),))
@@ -76,23 +76,23 @@ def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.Monke
 
 
 def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listener) -> None:
-    """A busy machine runs the thread of the calls first, which finds its lane closed and no reason why."""
-    (control, far_control), (calls, far_calls) = lanes(), lanes()
-    groups, _far_groups = lanes()
-    pair = Pair(SparkConfig(), listener, Follower("the follower", control, calls, groups), CounterBoard(None))
-    far_control.send(Kind.GOODBYE, msgspec.json.encode(Reason("it was stopped there")))
+    """A busy machine runs the thread of the calls first, which finds its connection closed and no reason why."""
+    (control, far_control), (calls, far_calls) = connections(), connections()
+    groups, _far_groups = connections()
+    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None))
+    far_control.send(Kind.LEAVE, msgspec.json.encode(Reason("it was stopped there")))
     far_calls.close()
     far_control.close()
-    pulse = threading.Timer(1.5, pair._pulse.start)
-    pulse.start()
+    heartbeat = threading.Timer(1.5, pair._heartbeat.start)
+    heartbeat.start()
     with pytest.raises(PeerLostError, match=r"^the follower left: it was stopped there"), pair.explained():
         calls.expect(Kind.REPLY, timeout=20)
-    pulse.join()
+    heartbeat.join()
 
 
 def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None:
     """For a follower that will not come: neither who waits already, nor who comes later."""
-    pair = Pair(SparkConfig(), listener, Follower("the follower", *near_lanes()), CounterBoard(None))
+    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", *near_connections()), EngineStatus(None))
     store = PairStore(pair.groups, LEADER_RANK)
     errors: list[Exception] = []
 

@@ -112,7 +112,7 @@ def test_an_unknown_source_disables_that_feature_alone(
     engine = __import__(f"{fake_package}.engine", fromlist=["Engine"]).Engine
     assert engine.plain(1) == 2
     assert engine().method() == ("new", 1)
-    assert "cannot offer the feature: Engine.plain of" in caplog.text
+    assert "cannot provide the feature: it does not support Engine.plain of" in caplog.text
     assert [state_of(patch) for patch in (unknown, gone, absent)] == [
         "unknown source",
         "symbol missing",
@@ -123,7 +123,7 @@ def test_an_unknown_source_disables_that_feature_alone(
 def test_patches_of_the_start_wait_for_their_module(
     fake_package: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are made without a look at the source, and of what is not there the log tells."""
+    """They are made without reading the source, and missing symbols are logged."""
     unknown = patch_for(fake_package, "plain", {"000000000000": "1.0"}, "start")
     gone = Patch("not-there", Anchor(f"{fake_package}.engine:Engine.gone"), "r", "f", {"x": "1"}, lambda old: old)
     monkeypatch.setattr(patching, "all_patches", lambda: [unknown, gone, patch_for(fake_package, "method")])
@@ -173,4 +173,4 @@ def test_the_plugin_never_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
     monkeypatch.setattr(patching, "all_patches", broken)
     register()
-    assert "vLLM goes on without it" in caplog.text
+    assert "vLLM continues without it" in caplog.text

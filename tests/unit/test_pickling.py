@@ -14,7 +14,7 @@ import pytest
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.pickling import dumps_configuration
-from vllm_spark.executor.rpc import EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE, decode_call, decode_header, encode_call
+from vllm_spark.executor.rpc import EXECUTE, EXECUTE_THEN_SAMPLE, SAMPLE, decode_call, decode_header, encode_call
 
 SENDING = """
 import sys
@@ -69,7 +69,7 @@ def test_a_step_with_a_new_request_and_a_result_with_classes_of_a_script() -> No
     assert decode_reply(sent("result")).double() == 6
 
 
-@pytest.mark.parametrize("method", [EXECUTE, EXECUTE_AND_SAMPLE, SAMPLE])
+@pytest.mark.parametrize("method", [EXECUTE, EXECUTE_THEN_SAMPLE, SAMPLE])
 def test_a_step_of_running_requests_is_sent_without_a_look_at_its_classes(method: str) -> None:
     step = SimpleNamespace(scheduled_new_reqs=[], req_ids=["a"])
     plain = encode_call((1, bytes(8)), method, (step,), {})

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.hub import COMMIT, cache_model
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.executor.model_files.placement import place_files, place_on_leader
 from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -19,7 +22,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_spark.executor.model_files.loaded import files_of
+from vllm_spark.executor.model_files.loaded import files_of, pin_load_formats
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_no_path_of_the_leaders_is_left(config: VllmConfig, alice: Path) -> None
     theirs: VllmConfig = pickle.loads(pickle.dumps(config))
     before = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
     assert {"config.model_config.model", "config.speculative_config.draft_model_config.model"} <= set(before)
-    place_files(theirs, {each.place: Path("/bob") / Path(each.place).name for each in offered})
+    place_files(theirs, {key: Path("/bob") / Path(each.place).name for each in offered for key in each.file_keys()})
     left = [where for where, text in strings_in(theirs) if text.startswith(str(alice))]
     assert left == [
         "config.model_config.served_model_name",
@@ -107,7 +110,7 @@ def test_files_of_options(config: VllmConfig, alice: Path) -> None:
     theirs.model_config.hf_overrides = {"quantization_config_file": str(scheme), "rope_theta": 1}
     (offered,) = (each for each in files_of(theirs) if each.kind == "file")
     assert (offered.what, offered.place) == ("quantization_config_file of --hf-overrides", str(scheme))
-    place_files(theirs, {offered.place: Path("/bob/q.json")})
+    place_files(theirs, {("file", offered.place, None): Path("/bob/q.json")})
     assert theirs.model_config.hf_overrides == {"quantization_config_file": "/bob/q.json", "rope_theta": 1}
 
 
@@ -136,3 +139,90 @@ def test_a_single_file_has_no_weights_in_these_formats(config: VllmConfig, alice
     theirs.load_config.load_format = "gguf"
     (offered,) = files_of(theirs)
     assert (offered.place, list(offered.identity.weights)) == (str(file), ["m.gguf"])
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache with two commits of one repository, whose user is offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for commit, tag in ((COMMIT, "main"), (COMMIT[::-1], "draft")):
+        model = make_tiny_model(tmp_path / tag, "dense")
+        snapshot = cache_model(model, tmp_path / "hub", "somebody/tiny", commit)
+        (snapshot / "tokenizer_config.json").write_text(json.dumps({"tag": tag}))
+        (snapshot.parents[1] / "refs" / tag).write_text(commit)
+    (tmp_path / "hub/models--somebody--tiny/refs/main").write_text(COMMIT)
+    return tmp_path / "hub/models--somebody--tiny/snapshots"
+
+
+def of_hub(config: VllmConfig) -> VllmConfig:
+    """The same, with names where it has paths: vLLM, offline, would have put snapshots' paths there."""
+    named: VllmConfig = pickle.loads(pickle.dumps(config))
+    for model in (named.model_config, named.speculative_config.draft_model_config, named.speculative_config):
+        model.model = "somebody/tiny"
+    draft = named.speculative_config.draft_model_config
+    for each in (named.model_config, draft):
+        each.tokenizer = "somebody/tiny"
+    named.model_config.hf_config_path = None
+    named.model_config.generation_config = "auto"
+    named.speculative_config.target_model_config = named.model_config
+    named.load_config.load_format = "hf"
+    return named
+
+
+def test_a_draft_model_and_a_tokenizer_in_other_revisions(config: VllmConfig, cache: Path) -> None:
+    named = of_hub(config)
+    draft = named.speculative_config.draft_model_config
+    named.speculative_config.revision = draft.revision = named.model_config.tokenizer_revision = "draft"
+    offered = files_of(named)
+    main, other = str(cache / COMMIT), str(cache / COMMIT[::-1])
+    assert [(each.what, each.place) for each in offered if each.kind == "model"] == [
+        ("model", main),
+        ("draft model", other),
+    ]
+    assert ("model's tokenizer", other) in [(each.what, each.place) for each in offered]
+    place_files(named, {key: Path(each.place) for each in offered for key in each.file_keys()})
+    assert (named.model_config.model, named.model_config.tokenizer) == (main, other)
+    assert (draft.model, named.speculative_config.model) == (other, other)
+
+
+def test_code_of_another_revision_is_refused(config: VllmConfig, cache: Path) -> None:
+    """Both ranks load a model's code from the folder with its weights."""
+    named = of_hub(config)
+    named.model_config.code_revision = "draft"
+    files_of(named)  # no code is run
+    named.model_config.trust_remote_code = True
+    with pytest.raises(RefusedError, match=r"^--code-revision draft of the model somebody/tiny is not supported: "):
+        files_of(named)
+
+
+def test_the_leader_loads_what_was_compared(config: VllmConfig, cache: Path) -> None:
+    """A branch may move on the hub meanwhile. A tokenizer is placed where a worker reads it, and was compared."""
+    snapshot = str(cache / COMMIT)
+    for two_vocabularies, tokenizer in ((False, "somebody/tiny"), (True, snapshot)):
+        named = of_hub(config)
+        named.speculative_config.use_heterogeneous_vocab = two_vocabularies
+        place_on_leader(named, files_of(named))
+        assert (named.model_config.model, named.model_config.tokenizer) == (snapshot, tokenizer)
+        assert named.speculative_config.draft_model_config.model == snapshot
+
+
+def test_what_auto_stands_for_is_settled_by_the_leader(config: VllmConfig, alice: Path) -> None:
+    """A follower's folder of the same commit may hold the weights in both formats."""
+    theirs: VllmConfig = pickle.loads(pickle.dumps(config))
+    mistral = alice / "mistral"
+    shutil.copytree(alice / "draft", mistral)
+    (mistral / "model.safetensors").rename(mistral / "consolidated.safetensors")
+    theirs.speculative_config.model = theirs.speculative_config.draft_model_config.model = str(mistral)
+    offered = files_of(theirs)
+    pin_load_formats(theirs, offered)
+    assert [each.load_format for each in offered if each.kind == "model"] == ["hf", "mistral"]
+    assert theirs.load_config.load_format == "hf"
+    assert theirs.speculative_config.draft_load_config.load_format == "mistral"
+    more = alice / "more"
+    shutil.copytree(alice / "model", more)
+    (more / "consolidated.safetensors").write_bytes(b"the same in another layout")
+    (more / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert offered[0].identity_at(more).difference(offered[0].identity) is None

@@ -77,5 +77,5 @@ def test_settings_and_runtime_take_the_same_names(rail: str) -> None:
         local_ports((rail,))
     with pytest.raises(ConfigurationError) as settings:
         SparkConfig.resolve(flags={"rails": f"mlx5_1,{rail}"}, environment={})
-    assert str(runtimes.value) == f"{rail!r} names no RDMA port; {FORM}"
+    assert str(runtimes.value) == f"{rail!r} is not an RDMA port; {FORM}"
     assert str(settings.value) == f"--spark-rails mlx5_1,{rail}: {runtimes.value}"

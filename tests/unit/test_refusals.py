@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.backend.support import EXECUTOR, keep_collectives, refuse_configuration, vllms_objections
+from vllm_spark.backend.support import EXECUTOR, check_configuration, disable_fused_collectives, user_errors_from_vllm
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.models.tiny import make_tiny_model
 
@@ -21,13 +21,16 @@ from .folder_rights import no_entry
 def test_a_model_whose_folder_may_not_be_entered(tmp_path: Path) -> None:
     """vLLM takes it for the name of a model on the hub, and complains about that."""
     model = tmp_path / "model"
-    with no_entry(tmp_path), pytest.raises(ConfigurationError) as caught, vllms_objections(str(model)):
+    with no_entry(tmp_path), pytest.raises(ConfigurationError) as caught, user_errors_from_vllm(str(model)):
         raise OSError(f"Repo id must be in the form 'repo_name': '{model}'")
     assert (
         str(caught.value)
         == f"the model {model} cannot be read (Permission denied); let the user that serves it read it"
     )
-    with pytest.raises(ConfigurationError, match=r"there is no folder .*/model; give"), vllms_objections(str(model)):
+    with (
+        pytest.raises(ConfigurationError, match=r"there is no folder .*/model; give"),
+        user_errors_from_vllm(str(model)),
+    ):
         raise OSError("the same")
 
 
@@ -35,7 +38,7 @@ def test_a_single_file_that_vllm_does_not_take(tmp_path: Path) -> None:
     """It is there, and not a folder: both are said."""
     model = tmp_path / "m.gguf"
     model.write_bytes(b"GGUF")
-    with pytest.raises(ConfigurationError) as caught, vllms_objections(str(model)):
+    with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm(str(model)):
         raise OSError(f"It looks like the config file at '{model}' is not a valid JSON file.")
     assert str(caught.value) == (
         f"the single file {model} cannot be loaded as a model by this vLLM (It looks like the config file at '{model}' "
@@ -45,7 +48,7 @@ def test_a_single_file_that_vllm_does_not_take(tmp_path: Path) -> None:
 
 def test_a_package_that_vllm_lacks() -> None:
     """What reads s3:// is not part of plain vLLM."""
-    with pytest.raises(ConfigurationError) as caught, vllms_objections("s3://bucket/model"):
+    with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm("s3://bucket/model"):
         raise ModuleNotFoundError("No module named 'runai_model_streamer'")
     assert str(caught.value) == (
         "vLLM needs a package that it cannot import here (No module named 'runai_model_streamer'); install it into the "
@@ -77,8 +80,8 @@ def made_by_vllm(**parts: Any) -> SimpleNamespace:
 
 
 def test_what_a_pair_can_do_is_not_refused() -> None:
-    refuse_configuration(made_by_vllm())
-    refuse_configuration(made_by_vllm(model_config__multimodal_config=SimpleNamespace(mm_processor_cache_type="lru")))
+    check_configuration(made_by_vllm())
+    check_configuration(made_by_vllm(model_config__multimodal_config=SimpleNamespace(mm_processor_cache_type="lru")))
 
 
 @pytest.mark.parametrize(
@@ -86,23 +89,26 @@ def test_what_a_pair_can_do_is_not_refused() -> None:
     [
         (
             {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")},
-            "--kv-transfer-config (or --kv-offloading-size) OffloadingConnector does not go with --spark: KV conn",
+            "--kv-transfer-config (or --kv-offloading-size) OffloadingConnector cannot be used with --spark: KV conn",
         ),
-        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size (or VLLM_DP_SIZE) 2 does not go with"),
+        ({"parallel_config__data_parallel_size": 2}, "--data-parallel-size (or VLLM_DP_SIZE) 2 cannot be used with"),
         (
             {"parallel_config__assigned_physical_gpu_ids": [1]},
-            "--device-ids [1] does not go with --spark: each machine",
+            "--device-ids [1] cannot be used with --spark: each machine",
         ),
-        ({"parallel_config__distributed_executor_backend": "mp"}, "--distributed-executor-backend mp does not go with"),
+        (
+            {"parallel_config__distributed_executor_backend": "mp"},
+            "--distributed-executor-backend mp cannot be used with",
+        ),
         (
             {"model_config__multimodal_config": SimpleNamespace(mm_processor_cache_type="shm")},
-            "--mm-processor-cache-type shm does not go with --spark: a shared-memory cache",
+            "--mm-processor-cache-type shm cannot be used with --spark: a shared-memory cache",
         ),
     ],
 )
 def test_what_vllm_derived_is_refused_like_what_was_typed(parts: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        refuse_configuration(made_by_vllm(**parts))
+        check_configuration(made_by_vllm(**parts))
     assert str(caught.value).startswith(sentence)
 
 
@@ -121,14 +127,14 @@ EngineArgs(model={str(make_tiny_model(tmp_path, "moe"))!r}, additional_config={{
     done = subprocess.run(argv, capture_output=True, text=True, timeout=400, env=environment, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert f"(or {size})" in last, done.stderr[-2000:]
-    assert "does not go with --spark" in last
+    assert "cannot be used with --spark" in last
 
 
 def test_compiler_passes_with_collectives_of_their_own_are_off() -> None:
     passes = SimpleNamespace(fuse_allreduce_rms=None, enable_sp=None, fuse_norm_quant=None)
     arguments = SimpleNamespace(compilation_config=SimpleNamespace(pass_config=passes))
-    keep_collectives(arguments)
+    disable_fused_collectives(arguments)
     assert vars(passes) == {"fuse_allreduce_rms": False, "enable_sp": False, "fuse_norm_quant": None}
     passes.fuse_allreduce_rms = True
-    with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms does not go with --spark"):
-        keep_collectives(arguments)
+    with pytest.raises(ConfigurationError, match=r"pass_config\.fuse_allreduce_rms cannot be used with --spark"):
+        disable_fused_collectives(arguments)

@@ -12,7 +12,7 @@ from vllm_spark.collective import AgreementError, CollectiveError, SocketPeer
 from vllm_spark.collective.rendezvous import Terms, agree
 
 TERMS = Terms(rank=1, world_size=2, description="", agreement={})
-REMEDY = "see what its program printed, and start both again"
+REMEDY = "see the output of its program, and start both again"
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -22,8 +22,7 @@ def test_each_rank_is_called_by_its_number(rank: int) -> None:
     with pytest.raises(AgreementError) as caught:
         agree(lambda mine: theirs, TERMS)
     assert str(caught.value) == (
-        f"this process says that it is rank 1, and the peer that it is rank {rank}; "
-        "one must be rank 0, the other rank 1"
+        f"this process is rank 1, and the peer is rank {rank}; one must be rank 0, the other rank 1"
     )
 
 
@@ -46,7 +45,7 @@ def test_a_peer_that_does_not_answer(ends: tuple[socket.socket, socket.socket]) 
     with pytest.raises(CollectiveError) as caught:
         peer.exchange(b"")
     assert str(caught.value) == (
-        "the peer did not answer within 0.5 s; see whether its program still runs, and start both again"
+        "the peer did not answer within 0.5 s; check whether its program still runs, and start both again"
     )
     peer.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from vllm_spark.config.attachment import SECTION, add_compiled, attach_settings, settings_of
+from vllm_spark.config.attachment import SECTION, add_to_compile_key, attach_settings, settings_of
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.models.tiny import make_tiny_model
 
@@ -81,7 +81,7 @@ def test_what_changes_no_compiled_code_is_no_part_of_the_cache_key(configured: C
     here = configured()
     assert configured(SparkConfig.resolve(environment={}, file={"port": 815})).compute_hash() == here.compute_hash()
     compiled = configured()
-    add_compiled(compiled, "atomic_add", "0123")
+    add_to_compile_key(compiled, "atomic_add", "0123")
     assert compiled.compute_hash() != here.compute_hash()
     assert settings_of(compiled) == SETTINGS
     assert compiled.additional_config[SECTION]["version"] == "1"

@@ -10,30 +10,30 @@ from hypothesis import strategies as st
 
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor.channel.framing import Kind
-from vllm_spark.executor.heartbeat import Pulse, Silence
+from vllm_spark.executor.heartbeat import Heartbeat, Silence
 
-from .test_channel import lanes, wait_for
+from .test_channel import connections, wait_for
 
 LIMIT, STARTING, INTERVAL = 5.0, 60.0, 1.0
 
 
-def lost_at(silence: Silence, now: float, patience: float = 0.0) -> float:
+def lost_at(silence: Silence, now: float, tolerance: float = 0.0) -> float:
     """When a rank that looks at its own heartbeats, and when it is told to, counts the peer as dead."""
     next_beat = now
-    while not silence.is_too_long(now, patience):
+    while not silence.expired(now, tolerance):
         if now >= next_beat:
             next_beat = now + INTERVAL
-        again = min(next_beat, silence.look_again_at(now, INTERVAL / 10))
+        again = min(next_beat, silence.next_check(now, INTERVAL / 10))
         assert again > now, "time goes on"
         now = again
     return now
 
 
 @given(phase=st.floats(0.001, 0.999), start=st.floats(0.0, 1e6))
-def test_the_limit_counts_from_the_last_sign_of_life(phase: float, start: float) -> None:
+def test_the_limit_counts_from_the_last_frame(phase: float, start: float) -> None:
     silence = Silence(LIMIT, STARTING, start)
-    silence.model_runs(start)
-    silence.end(start + phase)
+    silence.model_started(start)
+    silence.reset(start + phase)
     assert lost_at(silence, start + phase) == pytest.approx(start + phase + LIMIT)
     assert silence.seconds(start + phase + LIMIT) == pytest.approx(LIMIT)
 
@@ -41,49 +41,51 @@ def test_the_limit_counts_from_the_last_sign_of_life(phase: float, start: float)
 @given(phase=st.floats(0.001, 0.999))
 def test_a_start_has_a_longer_limit(phase: float) -> None:
     silence = Silence(LIMIT, STARTING, 0.0)
-    silence.end(phase)
+    silence.reset(phase)
     assert lost_at(silence, phase) == pytest.approx(phase + STARTING)
-    silence.model_runs(50.0)
-    silence.model_runs(59.0)  # a second call changes nothing
+    silence.model_started(50.0)
+    silence.model_started(59.0)  # a second call changes nothing
     assert lost_at(silence, 59.0) == 59.0
-    assert not silence.is_too_long(54.9, 0.0)
-    assert silence.is_too_long(55.0, 0.0)
+    assert not silence.expired(54.9, 0.0)
+    assert silence.expired(55.0, 0.0)
 
 
-@given(patience=st.floats(0.0, 30.0), phase=st.floats(0.001, 0.999))
-def test_patience_is_the_longer_one(patience: float, phase: float) -> None:
+@given(tolerance=st.floats(0.0, 30.0), phase=st.floats(0.001, 0.999))
+def test_tolerance_is_the_longer_one(tolerance: float, phase: float) -> None:
     silence = Silence(LIMIT, STARTING, 0.0)
-    silence.model_runs(0.0)
-    silence.end(phase)
-    noticed = lost_at(silence, phase, patience) - phase
+    silence.model_started(0.0)
+    silence.reset(phase)
+    noticed = lost_at(silence, phase, tolerance) - phase
     assert (
-        noticed == pytest.approx(LIMIT) if patience < LIMIT else patience < noticed <= patience + INTERVAL / 10 + 1e-6
+        noticed == pytest.approx(LIMIT)
+        if tolerance < LIMIT
+        else tolerance < noticed <= tolerance + INTERVAL / 10 + 1e-6
     )
 
 
-def test_a_rank_looks_when_the_limit_is_over_and_not_at_its_next_beat() -> None:
+def test_a_rank_looks_when_the_limit_is_over_and_not_at_its_next_heartbeat() -> None:
     """Five tries: a busy machine may run the thread late, but not each time."""
     limit, beats_per_limit = 2.0, 5
     late = []
     for _ in range(5):
-        left, right = lanes()
+        left, right = connections()
         sent: list[float] = []
         ends: list[tuple[float, SparkError]] = []
-        pulse = Pulse(
+        heartbeat = Heartbeat(
             right,
             limit,
             report=lambda sent=sent: sent.append(time.monotonic()),
             on_report=lambda _: None,
             on_end=lambda error, ends=ends: ends.append((time.monotonic(), error)),
             on_link=lambda _: None,
-            patience=lambda: 0.0,
+            tolerance=lambda: 0.0,
         )
-        pulse.start()
-        pulse.model_runs()
+        heartbeat.start()
+        heartbeat.model_started()
         wait_for(lambda sent=sent: sent, "this side's beat")
         time.sleep(limit / beats_per_limit / 4)  # so that the limit ends long before one of its beats
         last = time.monotonic()
-        left.send(Kind.BEAT, b"null")
+        left.send(Kind.HEARTBEAT, b"null")
         wait_for(lambda ends=ends: ends, "the end")
         at, error = ends[0]
         left.close()

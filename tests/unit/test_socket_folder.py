@@ -145,5 +145,5 @@ def test_the_log_says_that_a_path_is_too_long(
     make_socket_folder()
     assert VARIABLE not in os.environ
     (message,) = caplog.messages
-    assert f"and stay behind after a kill: the path of {deep}/" in message
+    assert f"and remain after a kill: the path {deep}/" in message
     assert message.endswith("set TMPDIR to a shorter one.")

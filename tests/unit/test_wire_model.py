@@ -117,7 +117,7 @@ def changed(*keys: Any, value: Any) -> str:
         (changed("rails", 0, "mtu", value=9000), "rails.0.mtu: input should be less than or equal to 4096"),
         (
             changed("total", "latency", value=[wire_model().total.latency[0].model_dump()] * 2),
-            "total: the sizes of latency do not rise: 4096, 4096",
+            "total: the sizes of latency are not in ascending order: 4096, 4096",
         ),
     ],
 )
@@ -137,5 +137,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=f"the wire model {path} cannot be read"):
             load_wire_model(path)
     (tmp_path / "noise").write_bytes(b"\xff\x00")
-    with pytest.raises(ConfigurationError, match="does not do"):
+    with pytest.raises(ConfigurationError, match="is invalid: "):
         load_wire_model(tmp_path / "noise")

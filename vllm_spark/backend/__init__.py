@@ -1,1 +1,1 @@
-"""What vLLM instantiates, shows and asks of a pair: platform, communicators, metrics, log, status, what it supports."""
+"""This project's parts of vLLM: platform, communicators, process groups, metrics, logging, status, checks."""

@@ -1,6 +1,6 @@
-"""vLLM's communicators, with every collective that the runtime takes routed through it.
+"""vLLM's communicators, with collectives routed through this project's runtime.
 
-What it does not take (a type, a size, another group of ranks) goes to vLLM's own path and is counted.
+A collective that the runtime does not support (dtype, size, group of ranks) uses vLLM's own path and is counted.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from vllm_spark.collective import Runtime, count_fallback, installed
 
 logger = logging.getLogger("vllm_spark")
 
-_NCCL_SECONDS = 120.0  # for both ranks to come to it and to connect
+_NCCL_SECONDS = 120.0  # for both ranks to reach this point and to connect
 _ROUTED_GROUPS = ("tp", "ep")
 
 
 class _Routing:
-    """Mixed into a vLLM communicator: the runtime first, the base class for the rest."""
+    """Mixed into a vLLM communicator: uses the runtime where it can, else the base class."""
 
     unique_name: str
     world_size: int
@@ -31,18 +31,18 @@ class _Routing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if (runtime := self._runtime) is not None:
-            logger.info("Group %s: collectives go through vllm_spark, %s.", self.unique_name, runtime.path)
+            logger.info("Group %s: collectives use vllm_spark, %s.", self.unique_name, runtime.path)
 
     @property
     def _runtime(self) -> Runtime | None:
-        """The runtime, for the groups that consist of its two ranks and are used by the model."""
+        """The runtime, if this group has its two ranks and is used by the model; else None."""
         runtime = installed()
         if runtime is None or self.world_size != runtime.world_size:
             return None
         return runtime if self.unique_name.partition(":")[0] in _ROUTED_GROUPS else None
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        """The sum over both ranks as a fresh tensor; `input_` stays as it is."""
+        """The sum over both ranks as a new tensor; `input_` is not changed."""
         runtime = self._runtime
         if runtime is not None and runtime.accepts_all_reduce(input_):
             return runtime.all_reduce(input_)
@@ -79,19 +79,19 @@ class _Routing:
     def all_gatherv(
         self, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """vLLM's own, counted as one, also for a list. Sparse attention gathers its prefill's rows so."""
+        """vLLM's own, counted as one, also for a list. Sparse attention uses it for the rows of its prefill."""
         self._count()
         return super().all_gatherv(input_, dim, sizes)  # type: ignore[misc]
 
-    # What else the base classes send between ranks, no configuration of a pair reaches, and nothing counts it:
+    # The base classes' other operations between ranks are not used by any configuration of a pair, and not counted:
     # - `send`, `recv` and tensor dictionaries join the stages of a pipeline, and there is one.
     # - `dispatch`, `combine`, their variants and `reduce_scatterv` serve experts under data or context parallelism. A
     #   pair with experts on both ranks adds up their outputs, which is an `all_reduce`.
     # - `batch_isend_irecv` serves engines that grow and shrink, which are data parallel.
     # - `custom_all_gather` and `custom_reduce_scatter` come with vLLM's own all-reduce for GPUs of one machine, which
     #   `--spark` turns off.
-    # What vLLM does with torch.distributed itself does not come through here, so it cannot be counted here: objects and
-    # barriers, `GroupCoordinator.broadcast`, operators of single models.
+    # vLLM's direct uses of torch.distributed do not pass through here and cannot be counted: objects and barriers,
+    # `GroupCoordinator.broadcast`, operators of some models.
 
     def _count(self) -> None:
         if self.world_size > 1:
@@ -99,10 +99,10 @@ class _Routing:
 
 
 class _OutOfPlace(CpuCommunicator):  # type: ignore[misc]
-    """vLLM's CPU communicator reduces in place, which compiled graphs must not see."""
+    """Makes the all-reduce of vLLM's CPU communicator, which works in place, safe for compiled graphs."""
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        """The sum over the group's ranks as a fresh tensor."""
+        """The sum over the group's ranks as a new tensor."""
         return super().all_reduce(input_.clone())
 
 
@@ -110,7 +110,7 @@ class SparkCpuCommunicator(_Routing, _OutOfPlace):
     """CPU tensors: the runtime's CPU reduce, else the pair's process group."""
 
     def _all_group_ranks_share_shm_group_name(self) -> bool:
-        """False: vLLM's own shared-memory path would take both ranks to be on one host."""
+        """False: vLLM's own shared-memory path assumes that both ranks are on one host."""
         return False
 
 

@@ -1,7 +1,7 @@
-"""A folder of its own for the sockets between vLLM's processes, which vLLM leaves in /tmp whenever it is killed.
+"""A folder for the sockets between vLLM's processes, which vLLM leaves in /tmp when it is killed.
 
-The process that reads the settings makes it and removes it at its end. If that process is killed, its engine removes
-the folder; if both are, the next pair of this user does.
+The process that reads the settings creates it and removes it at exit. If that process is killed, its engine removes
+the folder; if both are killed, the next pair of this user does.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pathlib import Path
 logger = logging.getLogger("vllm_spark")
 
 VARIABLE = "VLLM_RPC_BASE_PATH"
-"""Where vLLM makes its sockets; whoever sets it decides."""
+"""The variable with the folder of vLLM's sockets; a user's value is kept."""
 
 PREFIX = "vllm-spark-sockets-"
-_OWNER = "owner"  # a file that its owner has locked for as long as it lives
-_NEWBORN = 60.0  # seconds in which a folder may be without its owner's file
-_LONGEST = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
+_OWNER = "owner"  # a file that the owner keeps locked while it runs
+_GRACE_SECONDS = 60.0  # seconds in which a new folder may lack its owner's file
+_MAX_PATH_BYTES = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
 """Bytes of a folder's path: a socket's address holds 107, and vLLM names each by a UUID."""
 
 
 def make_socket_folder() -> None:
-    """Sends vLLM's sockets of this process, and of those that it starts, to a folder that goes away with it.
+    """Creates a folder for the sockets of this process and its children, to be removed at exit.
 
-    Does nothing if the variable is set, or, as the log says then, if a socket's path would be too long there. Removes
-    what killed processes of this user have left.
+    Does nothing if the variable is set, or, with a warning, if a socket's path would be too long there. Removes the
+    folders of this user's killed processes.
     """
     if VARIABLE in os.environ:
         return
@@ -46,35 +46,35 @@ def make_socket_folder() -> None:
 
 
 def remove_socket_folder() -> None:
-    """Removes the folder that the variable names, if it is one of these: its owner is dead."""
+    """Removes the folder in the variable, if this module created it: its owner has ended."""
     folder = Path(os.environ.get(VARIABLE, ""))
     if folder.name.startswith(PREFIX):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_owned(parent: Path) -> Path | None:
-    """A new folder whose owner is this process; None where there can be none, which the log says."""
+    """A new folder, owned by this process; None, with a warning, if it cannot be created."""
     try:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-            if len(os.fsencode(folder)) > _LONGEST:
+            if len(os.fsencode(folder)) > _MAX_PATH_BYTES:
                 folder.rmdir()
                 logger.warning(
-                    "vLLM's sockets have no folder of their own, and stay behind after a kill: the path of %s is "
-                    "longer than %d bytes, with which a socket's is too long; set TMPDIR to a shorter one.",
+                    "vLLM's sockets are in no separate folder and remain after a kill: the path %s is longer than %d "
+                    "bytes, too long for sockets in it; set TMPDIR to a shorter one.",
                     folder,
-                    _LONGEST,
+                    _MAX_PATH_BYTES,
                 )
                 return None
             if _lock(folder, os.O_CREAT) is not None:
-                return folder  # else one that cleans up took it for abandoned, in the moment before it was locked
+                return folder  # else another process removed it as abandoned before it was locked
     except OSError as error:
-        logger.warning("vLLM's sockets have no folder of their own, and stay behind after a kill: %s.", error)
+        logger.warning("vLLM's sockets are in no separate folder and remain after a kill: %s.", error)
         return None
 
 
 def _lock(folder: Path, flags: int = 0) -> int | None:
-    """The descriptor that owns the folder, to be left open; None if another process owns it, or it is gone."""
+    """The locked descriptor of the folder, to be left open; None if another process owns it, or it was removed."""
     try:
         descriptor = os.open(folder / _OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def _lock(folder: Path, flags: int = 0) -> int | None:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Removes this user's folders that no living process owns."""
+    """Removes this user's folders that no running process owns."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             found = folder.lstat()
@@ -98,11 +98,11 @@ def _remove_abandoned(parent: Path) -> None:
             if descriptor is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(descriptor)
-            elif time.time() - found.st_mtime > _NEWBORN:
-                folder.rmdir()  # an empty one has lost its owner before that could lock it
+            elif time.time() - found.st_mtime > _GRACE_SECONDS:
+                folder.rmdir()  # empty: its owner ended before it locked it
 
 
 def _remove_own(owner: int, folder: Path) -> None:
-    """At the owner's end; not at that of a process that it forked."""
+    """Removes the folder at the owner's exit, not at that of a process that it forked."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)

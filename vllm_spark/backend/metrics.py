@@ -6,46 +6,46 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_spark.backend.status import CounterBoard
+from vllm_spark.backend.status import EngineStatus
 
 _COUNTERS = {
-    "steps": "Steps whose tokens went into the ranks' digest",
+    "steps": "Steps whose tokens are in the ranks' digest",
     "all_reduces": "All-reduces through the runtime",
     "all_gathers": "All-gathers through the runtime",
-    "all_reduce_bytes": "Bytes that this rank gave to all-reduces",
-    "all_gather_bytes": "Bytes that this rank gave to all-gathers",
-    "fallbacks": "Collectives between the two ranks that went to vLLM's own path",
+    "all_reduce_bytes": "Bytes of this rank's inputs to all-reduces",
+    "all_gather_bytes": "Bytes of this rank's inputs to all-gathers",
+    "fallbacks": "Collectives between the two ranks that used vLLM's own path",
     "wait_seconds": "Seconds spent waiting for the peer inside collectives",
-    "packet_messages": "Messages that went as flagged packets, as small ones do",
-    "payload_messages": "Messages that went as payload and then a flag, as large ones do",
+    "packet_messages": "Messages sent with the LL protocol (flag in every packet), as small ones are",
+    "payload_messages": "Messages sent with the Simple protocol (payload, then flag), as large ones are",
     "chunked_operations": "Collectives of more than one message",
     "proxy_posts": "Messages that the proxy sent",
     "rail_failures": "Times that an RDMA rail failed",
-    "rail_recoveries": "Times that a failed RDMA rail came back",
+    "rail_recoveries": "Times that a failed RDMA rail recovered",
     "rail_proof_failures": "Times that an RDMA rail was connected but carried no full-size message",
     "reposts": "Messages sent again because a rail failed before they were known to have arrived",
 }
 _GAUGES = {
-    "rails_up": "RDMA rails that data goes over now; 0 without RDMA",
-    "rails_held_down": "RDMA rails that failed soon after they came up, and are not used for a while",
+    "rails_up": "RDMA rails in use for data now; 0 without RDMA",
+    "rails_held_down": "RDMA rails in hold-down: they failed soon after they came up, and are not used for a while",
 }
 
 
 class SparkCollector:
-    """A prometheus_client collector that reads the engine's counter board when it is scraped.
+    """A prometheus_client collector that reads the engine's status when it is scraped.
 
     Args:
-        board: of the engine; may be replaced by that of the next one.
+        status: of the engine; may be replaced by that of the next engine.
     """
 
-    def __init__(self, board: CounterBoard) -> None:
-        self.board = board
+    def __init__(self, status: EngineStatus) -> None:
+        self.status = status
 
     def collect(self) -> Iterator[Any]:
         """Yields one family per counter and gauge, with a sample per rank."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        records = list(self.board.read())
+        records = list(self.status.read())
         for field, description in _COUNTERS.items():
             family = CounterMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])
             for record in records:
@@ -68,37 +68,37 @@ class SparkCollector:
 
 
 _collector: SparkCollector | None = None
-"""Of this process; reads the board of the last engine that it started, or that its API server works for."""
+"""The collector of this process; reads the status of the last engine that it started, or that its API server uses."""
 
-_announced: CounterBoard | None = None
-"""The board that this process made for the last engine that it started."""
+_published: EngineStatus | None = None
+"""The status that this process created for the last engine that it started."""
 
 
 def publish_counters() -> None:
-    """Opens a counter board for the engine that this process is about to start, and exports it.
+    """Creates the status for the engine that this process is about to start, and exports its counters.
 
-    Every engine has a board of its own: what an earlier one left says nothing about the next one.
+    Every engine has its own: the counters of an earlier one do not describe the next one.
     """
-    global _announced
-    before, _announced = _announced, CounterBoard.create()
-    _export(_announced)
+    global _published
+    before, _published = _published, EngineStatus.create()
+    _export(_published)
     if before is not None:
-        before.withdraw()
+        before.unpublish()
 
 
 def share_counters() -> None:
-    """Exports the board of an engine that another process has started: this one is one of several API servers."""
-    _export(CounterBoard.from_environment())
+    """Exports the counters of an engine that another process started: this one is one of several API servers."""
+    _export(EngineStatus.from_environment())
 
 
-def _export(board: CounterBoard) -> None:
+def _export(status: EngineStatus) -> None:
     global _collector
     if _collector is not None:
-        _collector.board = board
+        _collector.status = status
         return
     from prometheus_client import REGISTRY
 
-    _collector = SparkCollector(board)
+    _collector = SparkCollector(status)
     REGISTRY.register(_collector)
 
 
@@ -106,7 +106,7 @@ def serve_shared_metrics(app: Any) -> None:
     """Answers `/metrics` of one of several API servers, before vLLM's own route for it is added.
 
     prometheus_client shares the metrics of several processes as files, and vLLM's route then reads these files alone.
-    This one reads the board too. Does nothing where vLLM's route shows the registry of its own process.
+    This route reads the engine's status too. Does nothing where vLLM's route shows the registry of its own process.
 
     Args:
         app: the Starlette application of the API server, without a route for `/metrics`.

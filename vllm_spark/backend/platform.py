@@ -1,8 +1,7 @@
-"""vLLM's platforms with this project's communicators in them.
+"""vLLM's platforms with this project's communicators.
 
-Chosen not by a platform plugin, which vLLM resolves while it is imported, long before anyone knows whether
-`--spark` was given: `activate` turns the platform object that vLLM already uses into one of these, in the
-processes that serve with `--spark` and in no others.
+`activate` changes the class of the platform object that vLLM already uses, only in the processes that serve with
+`--spark`. A platform plugin would be resolved while vLLM is imported, before `--spark` is known.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]
 
 
 def activate() -> None:
-    """Makes vLLM's platform of this process hand out this project's communicators.
+    """Makes vLLM's platform of this process return this project's communicators.
 
     Raises:
-        ConfigurationError: the platform is one that this project does not extend.
+        ConfigurationError: this project does not support the platform.
     """
     kind = type(current_platform)
     if kind.__name__.startswith("Spark"):
@@ -47,7 +46,7 @@ def activate() -> None:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """Of the GPU that vLLM uses, (12, 1) for a GB10; None without a GPU."""
+    """The compute capability of vLLM's GPU, (12, 1) for a GB10; None without a GPU."""
     found = current_platform.get_device_capability()
     return None if found is None else (found.major, found.minor)
 
@@ -63,7 +62,7 @@ def _extended(kind: type[Platform]) -> type[Platform]:
 
 
 def _cuda_platform(kind: type[Platform]) -> type[Platform]:
-    """The CUDA platform is NVML-based or not, which vLLM decides at import: extend whichever it is."""
+    """Extends vLLM's CUDA platform; at import vLLM decides whether that is the NVML-based one."""
 
     class SparkCudaPlatform(kind):  # type: ignore[misc]
         """CUDA: collectives through `SparkCudaCommunicator`."""

@@ -1,9 +1,9 @@
-"""A process group of torch for the CPU whose messages take the pair's authenticated connection.
+"""A torch process group for CPU tensors whose messages use the pair's authenticated connection.
 
 vLLM asks torch for gloo groups to coordinate its ranks: some broadcasts, barriers and gathered objects while it starts,
-and on the CPU what the collective runtime does not take. gloo listens on ports of its own choice, to everybody, and
-what it carries is unpickled. `PairGroup` does the same operations over the groups lane; it is written for two ranks and
-rare calls, not for speed.
+and on the CPU what the collective runtime does not support. gloo listens on random ports, unauthenticated, and its data
+is unpickled. `PairGroup` does the same operations over the groups connection; it is written for two ranks and rare
+calls, not for speed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
 
 BACKEND = "spark"
-"""The name under which torch knows this kind of process group."""
+"""torch's name of this backend of process groups."""
 
 _COLLECTIVES = "collectives"
-_UNSET = timedelta(0)  # torch's marker for "as the group has it" is negative
+_UNSET = timedelta(0)  # torch's marker for "the group's time-out" is negative
 
 Tensors = list[torch.Tensor]
 Address = tuple[str, str, int]
-"""Which message: group, stream within it, number. Both ranks run a group's operations in the same order."""
+"""Address of a message: group, stream within it, number. Both ranks run a group's operations in the same order."""
 
 Reduction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,38 +48,38 @@ _REDUCTIONS: tuple[tuple[Any, str, Reduction], ...] = (
 
 
 class Messages(Protocol):
-    """Carries messages between both ranks. For any thread."""
+    """Carries messages between both ranks. Thread-safe."""
 
     @property
     def peer(self) -> str:
-        """How to name the other rank in messages."""
+        """The other rank's name in messages."""
 
     def send(self, address: Address, operation: str, data: bytes) -> None:
-        """Sends one message; raises SparkError if the pair is broken."""
+        """Sends one message; raises SparkError if the session is over."""
 
     def take(self, address: Address, operation: str, timeout: float) -> bytearray:
         """Waits for a message, and removes it.
 
         Raises:
             TimeoutError: it has not come within `timeout` seconds.
-            SparkError: the pair is broken, or the other rank runs another operation.
+            SparkError: the session is over, or the other rank runs another operation.
         """
 
     def has(self, address: Address) -> bool:
         """True if a message has arrived, or never will: `take` returns or raises without a wait."""
 
-    def end_work(self, reason: SparkError) -> None:
-        """Ends the work of this rank."""
+    def end_session(self, reason: SparkError) -> None:
+        """Ends the session on this rank."""
 
 
 class PairWork(Work):  # type: ignore[misc]
-    """An operation whose own part is done, and which ends once the other rank's message is there. For any thread.
+    """An operation that has sent this rank's part, and ends once the other rank's message has arrived. Thread-safe.
 
-    As torch's own, it ends once: each later call of `wait` returns, or raises the same error, at once.
+    Like torch's, it ends once: each later call of `wait` returns, or raises the same error, at once.
 
     Args:
-        arrived: whether it is there, or never will be.
-        finish: waits for it, given the longest wait in seconds, and puts it where it belongs; None if the operation
+        arrived: whether it has arrived, or never will.
+        finish: waits for it, at most the given number of seconds, and stores it in `results`; None if the operation has
             ended already.
         results: the tensors that hold the outcome.
         source: the rank that a received message comes from.
@@ -95,13 +95,13 @@ class PairWork(Work):  # type: ignore[misc]
         super().__init__()
         self._results, self._arrived, self._finish, self._source = results, arrived, finish, source
         self._error: Exception | None = None
-        self._lock = threading.Lock()  # held while one thread waits for all
+        self._lock = threading.Lock()  # held by the one thread that waits
 
     def wait(self, timeout: timedelta = _UNSET) -> bool:
         """Waits for the end of the operation.
 
         Raises:
-            SparkError: the pair is broken, the ranks run different operations, or the other one came too late.
+            SparkError: the session is over, the ranks run different operations, or the time-out is over.
         """
         with self._lock:
             if self._finish is not None:
@@ -109,7 +109,7 @@ class PairWork(Work):  # type: ignore[misc]
                     self._finish(timeout.total_seconds() if timeout > _UNSET else None)
                 except Exception as error:
                     self._error = error
-                self._finish = None  # not after an interrupt, which leaves it to be waited for
+                self._finish = None  # not after an interrupt: then it can be waited for again
         if self._error is not None:
             raise self._error.with_traceback(None)
         return True
@@ -150,13 +150,13 @@ class PairWork(Work):  # type: ignore[misc]
 class PairGroup(ProcessGroup):  # type: ignore[misc]
     """A process group of both ranks, or of one.
 
-    A rank sends what the other one needs when an operation is called, and receives when it is waited for.
+    A rank sends its part when an operation is called, and receives the other's when the operation is waited for.
 
     Args:
         messages: carries the group's messages.
         name: the group's, the same on both ranks.
         rank, size: this rank in the group, and the group's size.
-        timeout: how long an operation waits for the other rank unless it is told.
+        timeout: how long an operation waits for the other rank by default.
     """
 
     def __init__(self, messages: Messages, name: str, rank: int, size: int, timeout: timedelta) -> None:
@@ -170,7 +170,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         self._streams: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
     def getBackendName(self) -> str:
-        """The name under which torch knows this kind of group."""
+        """torch's name of this backend."""
         return BACKEND
 
     @property
@@ -179,7 +179,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return self._label
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long an operation waits for the other rank unless it is told."""
+        """Sets how long an operation waits for the other rank by default."""
         self._limit = timeout
 
     def broadcast(self, tensors: Tensors, opts: Any) -> Work:
@@ -249,7 +249,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return self._collective("scatter", opts, send=theirs, receive=None)
 
     def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
-        """Gives each rank the sum (or what is asked for) of its parts of both ranks' inputs."""
+        """Gives each rank the reduction of its parts of both ranks' inputs."""
         name, reduction = _reduction(opts.reduceOp)
         for output, parts in zip(outputs, inputs, strict=True):
             _copy(output, parts[self._own])
@@ -284,7 +284,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         input_sizes: list[int] | None,
         opts: Any = None,
     ) -> Work:
-        """As `alltoall`, with tensors that are cut along their first dimension, evenly or as the sizes say."""
+        """As `alltoall`, with tensors split along their first dimension, evenly or by the given sizes."""
         count = 1 if self._alone else WORLD_SIZE
         return self.alltoall(
             list(output.split(output_sizes) if output_sizes else output.tensor_split(count)),
@@ -305,7 +305,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
         return PairWork(tensors)
 
     def recv(self, tensors: Tensors, source: int, tag: int = 0) -> Work:
-        """Receives what the other rank sends with the same tag."""
+        """Receives tensors that the other rank sends with the same tag."""
         return self._receiving(self._message(source, self._own, tag), "send", tensors, None, None, source)
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
@@ -358,7 +358,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
                 data = self._link.take(address, operation, seconds)
             except TimeoutError:
                 raise PeerLostError(
-                    f"the other rank ({self._link.peer}) did not come to {operation}, operation {address[2]} of "
+                    f"the other rank ({self._link.peer}) did not call {operation}, operation {address[2]} of "
                     f"process group {self._label}, within {seconds:g} s"
                 ) from None
             self._put(data, targets, operation, reduction)
@@ -384,7 +384,7 @@ _messages: Messages | None = None
 
 
 def use_messages(messages: Messages | None) -> None:
-    """From now on this process's groups of this kind take `messages`; None once there is no pair any more."""
+    """Sets the carrier of messages for this process's groups of this kind; None after the session."""
     global _messages
     _messages = messages
     if BACKEND not in Backend.backend_list:
@@ -392,13 +392,13 @@ def use_messages(messages: Messages | None) -> None:
 
 
 def pair_is_up() -> bool:
-    """True while this process's groups of this kind have somebody to carry their messages."""
+    """True while this process has a session, and so a carrier of messages for groups of this kind."""
     return _messages is not None
 
 
 @contextmanager
 def instead_of_gloo() -> Iterator[None]:
-    """Has `torch.distributed.new_group` make groups of this kind where gloo is asked for."""
+    """A context in which `torch.distributed.new_group` makes groups of this kind instead of gloo's."""
     original = torch.distributed.new_group
 
     def new_group(*args: Any, backend: Any = None, **kwargs: Any) -> Any:
@@ -413,21 +413,21 @@ def instead_of_gloo() -> Iterator[None]:
 
 @contextmanager
 def connecting(what: str, seconds: float) -> Iterator[None]:
-    """Ends the pair's work if the body, in which `what` connects both ranks by itself, takes more than `seconds`.
+    """Ends the session if the body, in which `what` connects both ranks on its own, takes more than `seconds`.
 
-    Nothing can interrupt it, but the engine's process can end.
+    The body cannot be interrupted, but the engine's process can be ended.
     """
 
-    def give_up() -> None:
+    def end_session() -> None:
         if _messages is not None:
-            _messages.end_work(
+            _messages.end_session(
                 PeerLostError(
-                    f"{what} did not connect to the other rank within {seconds:g} s; it uses TCP ports of its own "
-                    "choice, so let everything through the firewalls of both machines on the link"
+                    f"{what} did not connect to the other rank within {seconds:g} s; it uses random TCP ports: "
+                    "allow all traffic on the link in the firewalls of both machines"
                 )
             )
 
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(seconds, end_session)
     timer.daemon = True
     timer.start()
     try:
@@ -470,6 +470,6 @@ def _tensors_of(data: bytearray, like: Tensors) -> Iterator[torch.Tensor]:
             yield torch.empty_like(tensor)
             continue
         part = torch.frombuffer(data, dtype=torch.uint8, count=tensor.nbytes, offset=begin)
-        # A fresh copy begins where its type may begin.
+        # A copy is aligned for its type.
         yield (part.clone() if begin else part).view(tensor.dtype).view(tensor.shape)
         begin += tensor.nbytes

@@ -1,7 +1,7 @@
-"""The board on which an engine shows both ranks' counters, and why it failed, to the process that started it.
+"""The status of an engine (both ranks' counters, whether it runs, why it failed), for the process that started it.
 
-It is one page of anonymous shared memory, opened by the API server before the engine starts: gone with
-its processes, however they end.
+`EngineStatus` is anonymous shared memory that the API server creates before the engine starts; it disappears with its
+processes, however they end. `engine_failure`, `engine_death` and `engine_ended_cleanly` read the one of this process.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import msgspec
 
 from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.errors import SparkError
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
 
-BOARD_VARIABLE = ANNOUNCED
-"""Where the board is: `/proc/PID/fd/NUMBER`, a space, and its inode: another process may have got that number since."""
+STATUS_VARIABLE = ANNOUNCED
+"""Holds the memory's path `/proc/PID/fd/NUMBER`, and its inode, because PID and NUMBER may have been reused."""
 
 _MEMORY_NAME = "vllm-spark-counters"
-_FAILURE, _AT_WORK = len(RANKS), len(RANKS) + 1
+_FAILURE, _RUN = len(RANKS), len(RANKS) + 1
 _SLOTS = len(RANKS) + 2
 _SLOT = 4096
-# Length and checksum of a record: a reader that catches it half written sees that they do not match, whatever
-# order the stores became visible in.
+# Length and checksum of a record: they do not match while it is half written, in whatever order the stores become
+# visible.
 _HEADER = struct.Struct("<II")
 _READ_ATTEMPTS = 100
-_LONGEST_SENTENCE = 600  # characters; JSON takes up to six bytes for one
+_MAX_SENTENCE = 600  # characters; JSON takes up to six bytes for one
 
 
 class _Failure(msgspec.Struct):
@@ -40,14 +40,14 @@ class _Failure(msgspec.Struct):
     exit_code: int
 
 
-class _AtWork(msgspec.Struct):
+class _Run(msgspec.Struct):
     process: int
-    left: bool = False
-    in_order: bool = False
+    ended: bool = False
+    clean: bool = False
 
 
 class RankCounters(msgspec.Struct):
-    """One rank's work so far."""
+    """The counters of one rank."""
 
     rank: int
     steps: int = 0
@@ -70,14 +70,14 @@ class RankCounters(msgspec.Struct):
     reposts: int = 0
 
 
-known(_Failure, _AtWork, RankCounters)
+preload_decoders(_Failure, _Run, RankCounters)
 
 
-class CounterBoard:
-    """The records of one engine: one per rank, and two for its state. One process writes, others read; none waits.
+class EngineStatus:
+    """The records of one engine: one per rank, and two for its state. One process writes, others read, without locks.
 
     Args:
-        descriptor: of the memory; stays the caller's. None for a board that forgets everything.
+        descriptor: of the memory; the caller closes it. None for an object that stores nothing.
     """
 
     def __init__(self, descriptor: int | None) -> None:
@@ -85,33 +85,33 @@ class CounterBoard:
         self._own: int | None = None
 
     @classmethod
-    def create(cls) -> CounterBoard:
-        """A new board for one engine, announced to it and to the processes that this one starts from now on.
+    def create(cls) -> EngineStatus:
+        """Creates the memory for one engine, and publishes it in the environment of the processes started from now on.
 
-        Its memory can be opened by others until `withdraw`, or until this process ends.
+        They can open it until `unpublish`, or until this process ends.
         """
         descriptor = os.memfd_create(_MEMORY_NAME, os.MFD_CLOEXEC)
         os.ftruncate(descriptor, _SLOT * _SLOTS)
-        os.environ[BOARD_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor} {os.fstat(descriptor).st_ino}"
-        board = cls(descriptor)
-        board._own = descriptor
-        return board
+        os.environ[STATUS_VARIABLE] = f"/proc/{os.getpid()}/fd/{descriptor} {os.fstat(descriptor).st_ino}"
+        status = cls(descriptor)
+        status._own = descriptor
+        return status
 
-    def withdraw(self) -> None:
-        """Ends the announcement of a board that this process made: another engine gets one of its own.
+    def unpublish(self) -> None:
+        """Closes this process's descriptor, so that no other process can open the memory; may be called again.
 
-        Whoever has opened it keeps it. May be called again.
+        Processes that have opened it keep it.
         """
         descriptor, self._own = self._own, None
         if descriptor is not None:
             os.close(descriptor)
 
     @classmethod
-    def from_environment(cls) -> CounterBoard:
-        """The board that a parent process announced; one that forgets everything if there is none, or none any more."""
-        path, _, inode = os.environ.get(BOARD_VARIABLE, "").partition(" ")
+    def from_environment(cls) -> EngineStatus:
+        """Opens the memory that a parent process published; without one, the object stores nothing."""
+        path, _, inode = os.environ.get(STATUS_VARIABLE, "").partition(" ")
         try:
-            # Looked at before it is opened, which is no harmless thing to do with every file.
+            # Checked before it is opened, because opening some files has side effects.
             if os.readlink(path) != f"/memfd:{_MEMORY_NAME} (deleted)" or str(os.stat(path).st_ino) != inode:
                 return cls(None)
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -123,32 +123,32 @@ class CounterBoard:
             os.close(descriptor)
 
     def fail(self, error: SparkError) -> None:
-        """Leaves the reason why the engine did not start, or stopped."""
+        """Records why the engine did not start, or failed."""
         sentence = str(error)
-        if len(sentence) > _LONGEST_SENTENCE:
-            sentence = sentence[:_LONGEST_SENTENCE] + " [...]"
+        if len(sentence) > _MAX_SENTENCE:
+            sentence = sentence[:_MAX_SENTENCE] + " [...]"
         self._put(_FAILURE, _Failure(sentence, error.exit_code))
 
     def clear(self) -> None:
-        """Removes every record: an engine starts, and what an earlier one left here does not describe it."""
+        """Removes every record, at the start of an engine: those of an earlier one do not describe it."""
         for slot in range(_SLOTS):
             self._clear(slot)
 
-    def begin_work(self) -> None:
-        """Says that the engine is this process, and runs until it calls `end_work` or leaves a reason."""
-        self._put(_AT_WORK, _AtWork(os.getpid()))
+    def mark_started(self) -> None:
+        """Records that this process is the engine and runs, until `mark_ended` or `fail`."""
+        self._put(_RUN, _Run(os.getpid()))
 
-    def end_work(self, *, in_order: bool) -> None:
-        """Says that the engine ends by itself: because it was asked to, or by an error of vLLM's own."""
-        self._put(_AT_WORK, _AtWork(os.getpid(), left=True, in_order=in_order))
+    def mark_ended(self, *, clean: bool) -> None:
+        """Records that the engine ends by itself: `clean` if it was asked to, else by an error of vLLM's."""
+        self._put(_RUN, _Run(os.getpid(), ended=True, clean=clean))
 
-    def ended_in_order(self) -> bool:
-        """Whether the engine has ended because it was asked to."""
-        record = self._at_work()
-        return record is not None and record.in_order
+    def ended_cleanly(self) -> bool:
+        """Whether the engine ended because it was asked to."""
+        record = self._run_record()
+        return record is not None and record.clean
 
     def failure(self) -> SparkError | None:
-        """The reason that the engine left, with its exit code; None if it left none."""
+        """The recorded reason of a failure, with its exit code; None without one."""
         payload = self._get(_FAILURE)
         if payload is None:
             return None
@@ -158,17 +158,17 @@ class CounterBoard:
         return error
 
     def death(self) -> SparkError | None:
-        """Why the engine ended: the reason that it left, or that it was killed; None if it runs, or ended by itself."""
+        """Why the engine ended: the recorded reason, or a kill or crash; None if it runs or ended by itself."""
         if failure := self.failure():
             return failure
-        record = self._at_work()
-        if record is None or record.left:
+        record = self._run_record()
+        if record is None or record.ended:
             return None
         if not _has_ended(record.process):
-            return None  # it failed by an error of vLLM's own, which the log has, and is on its way out
+            return None  # it is still exiting after an error of vLLM's, which is in the log
         return SparkError(
-            f"the engine (process {record.process}) ended without a word: killed by hand, by the kernel when memory "
-            "ran out (see dmesg), or because it did not end in time; start it again, with less memory if that was it"
+            f"the engine (process {record.process}) was killed or crashed (exit status unknown; see dmesg for the OOM "
+            "killer); start it again, with less memory if it ran out of memory"
         )
 
     def write(self, counters: RankCounters | dict[str, Any]) -> None:
@@ -181,9 +181,9 @@ class CounterBoard:
         payloads = [self._get(rank) for rank in RANKS]
         return [msgspec.json.decode(payload, type=RankCounters) for payload in payloads if payload is not None]
 
-    def _at_work(self) -> _AtWork | None:
-        payload = self._get(_AT_WORK)
-        return None if payload is None else msgspec.json.decode(payload, type=_AtWork)
+    def _run_record(self) -> _Run | None:
+        payload = self._get(_RUN)
+        return None if payload is None else msgspec.json.decode(payload, type=_Run)
 
     def _put(self, slot: int, record: msgspec.Struct) -> None:
         if self._map is None:
@@ -214,7 +214,7 @@ class CounterBoard:
 
 
 def _has_ended(process: int) -> bool:
-    """Whether nothing is left of it, or only its exit code."""
+    """Whether the process does not exist, or is a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except OSError:
@@ -222,21 +222,21 @@ def _has_ended(process: int) -> bool:
 
 
 def engine_failure() -> SparkError | None:
-    """Why the engine that this process started, or is, did not start or stopped; None if no reason was left."""
+    """The recorded reason why the engine that this process started, or is, failed; None without one."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return CounterBoard.from_environment().failure()
+        return EngineStatus.from_environment().failure()
     return None
 
 
 def engine_death() -> SparkError | None:
-    """The same of an engine that has ended, also if it was killed; None if it ended itself, or there is no board."""
+    """Why the engine that this process started ended, also if it was killed; None if it runs or ended by itself."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return CounterBoard.from_environment().death()
+        return EngineStatus.from_environment().death()
     return None
 
 
-def engine_ended_in_order() -> bool:
-    """Whether the engine that this process started has ended because it was asked to."""
+def engine_ended_cleanly() -> bool:
+    """Whether the engine that this process started ended because it was asked to."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
-        return CounterBoard.from_environment().ended_in_order()
+        return EngineStatus.from_environment().ended_cleanly()
     return False

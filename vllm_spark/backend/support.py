@@ -1,4 +1,4 @@
-"""What a pair does not do, and what vLLM does not take, each in one sentence."""
+"""Checks that a pair supports vLLM's arguments and configuration, and sentences for the errors that vLLM raises."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger("vllm_spark")
 EXECUTOR = "vllm_spark.executor.SparkExecutor"
 
 
-def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
-    """Raises ConfigurationError, with the flag and its value, for anything but two tensor-parallel ranks."""
+def check_supported(engine_args: Any) -> None:
+    """Raises ConfigurationError, with flag and value, if vLLM's arguments need more than two tensor-parallel ranks."""
     refusals = (
         ("tensor_parallel_size", (1, WORLD_SIZE), "a pair has exactly two ranks; leave it out"),
         ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
@@ -40,7 +40,7 @@ def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
         value = getattr(engine_args, field, allowed[0])
         if value not in allowed:
             shown = getattr(value, "kv_connector", None) or getattr(value, "ec_connector", None) or value
-            raise ConfigurationError(f"--{field.replace('_', '-')} {shown} does not go with {FLAG}: {remedy}")
+            raise ConfigurationError(f"--{field.replace('_', '-')} {shown} cannot be used with {FLAG}: {remedy}")
     world_size = os.environ.get("WORLD_SIZE")
     if world_size not in (None, "", "1", str(WORLD_SIZE)):
         raise ConfigurationError(
@@ -48,32 +48,32 @@ def refuse_what_a_pair_cannot_do(engine_args: Any) -> None:
         )
 
 
-_OWN_COLLECTIVES = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
-"""Compiler passes of vLLM that put collectives of their own, for GPUs of one machine, in place of this project's. Some
-versions turn them on by themselves, where FlashInfer is installed or a model is dense."""
+_FUSING_PASSES = ("fuse_allreduce_rms", "enable_sp", "fuse_gemm_comms")
+"""Compiler passes of vLLM that replace collectives by fused ones, which work only between GPUs of one machine. Some
+versions turn them on by default, if FlashInfer is installed or a model is dense."""
 
 
-def keep_collectives(engine_args: Any) -> None:
-    """Turns off vLLM's compiler passes that go past this project's collectives.
+def disable_fused_collectives(engine_args: Any) -> None:
+    """Turns off vLLM's compiler passes that bypass this project's collectives.
 
     Raises:
-        ConfigurationError: one of them was asked for.
+        ConfigurationError: one of them was requested.
     """
     passes = getattr(getattr(engine_args, "compilation_config", None), "pass_config", None)
-    for name in _OWN_COLLECTIVES:
+    for name in _FUSING_PASSES:
         if not hasattr(passes, name):
-            continue  # of another version, or nobody's configuration
+            continue  # a pass of another version, or no configuration
         if getattr(passes, name):
             raise ConfigurationError(
-                f"--compilation-config.pass_config.{name} does not go with {FLAG}: its collectives reach no other "
-                "machine; leave it out"
+                f"--compilation-config.pass_config.{name} cannot be used with {FLAG}: its collectives work only within "
+                "one machine; leave it out"
             )
         setattr(passes, name, False)
 
 
 _TWO_RANKS = "a pair has exactly two tensor-parallel ranks; leave it out, in the environment too"
 _NO_KV_CONNECTORS = "KV connectors need vLLM's own executors; leave it out"
-_CONFIGURATION: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
+_CHECKS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("parallel_config.tensor_parallel_size", "--tensor-parallel-size", (WORLD_SIZE,), _TWO_RANKS),
     ("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", (1,), _TWO_RANKS),
     ("parallel_config.data_parallel_size", "--data-parallel-size (or VLLM_DP_SIZE)", (1,), _TWO_RANKS),
@@ -113,25 +113,25 @@ _CONFIGURATION: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
         "a shared-memory cache does not reach the other machine; use lru",
     ),
 )
-"""Where vLLM's configuration holds what a pair cannot do, the option or variable of it, what is possible, and why."""
+"""Field of vLLM's configuration, its option or variable, the values that a pair supports, and the remedy."""
 
 
-def refuse_configuration(vllm_config: Any) -> None:
-    """Raises ConfigurationError for what a pair cannot do in the configuration that vLLM made.
+def check_configuration(vllm_config: Any) -> None:
+    """Raises ConfigurationError for unsupported values in the configuration that vLLM created.
 
-    Options are checked before that too (`refuse_what_a_pair_cannot_do`), where vLLM would refuse them in other words or
-    act on them; but vLLM derives some from others, from the environment, and from files.
+    Options are checked earlier too (`check_supported`), before vLLM refuses them with another message or acts on them;
+    but vLLM derives some values from others, from the environment, and from files.
     """
-    for path, option, allowed, remedy in _CONFIGURATION:
+    for path, option, allowed, remedy in _CHECKS:
         value = vllm_config
         for name in path.split("."):
             value = getattr(value, name, allowed[0]) if value is not None else None
         if value is not None and value not in allowed:
-            raise ConfigurationError(f"{option} {value} does not go with {FLAG}: {remedy}")
+            raise ConfigurationError(f"{option} {value} cannot be used with {FLAG}: {remedy}")
 
 
-def refuse_indivisible_shards(vllm_config: Any) -> None:
-    """Raises ConfigurationError if the model cannot be cut into two equal halves."""
+def check_divisible(vllm_config: Any) -> None:
+    """Raises ConfigurationError if the model cannot be split into two equal halves."""
     model = vllm_config.model_config.hf_text_config
     dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
     if vllm_config.parallel_config.enable_expert_parallel:
@@ -141,15 +141,15 @@ def refuse_indivisible_shards(vllm_config: Any) -> None:
         if isinstance(size, int) and size % WORLD_SIZE:
             raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
     heads = getattr(model, "num_key_value_heads", None)
-    if isinstance(heads, int) and heads > 1 and heads % WORLD_SIZE:  # a single one is on both ranks
+    if isinstance(heads, int) and heads > 1 and heads % WORLD_SIZE:  # a single one is replicated
         raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
 
 
-def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]) -> None:
-    """Raises ConfigurationError if Marlin is to work on inputs of 8 bits on a GPU where its output is wrong then.
+def check_marlin_inputs(capability: Callable[[], tuple[int, int] | None]) -> None:
+    """Raises ConfigurationError if Marlin is to use 8-bit inputs on a GPU on which its output is wrong then.
 
     Args:
-        capability: asks for the GPU's compute capability; None if there is none.
+        capability: returns the GPU's compute capability; None without a GPU.
     """
     value = os.environ.get("VLLM_MARLIN_INPUT_DTYPE", "")
     if value.strip().lower() == "fp8" and capability() == (12, 1):
@@ -160,11 +160,11 @@ def refuse_fp8_inputs_of_marlin(capability: Callable[[], tuple[int, int] | None]
 
 
 @contextlib.contextmanager
-def vllms_objections(model: Any) -> Iterator[None]:
-    """Turns what vLLM raises for arguments that it does not take into one sentence.
+def user_errors_from_vllm(model: Any) -> Iterator[None]:
+    """Turns vLLM's exceptions for invalid arguments into a ConfigurationError.
 
     Raises:
-        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (a model that is not there) or an
+        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (no such model) or an
             ImportError (an optional package of vLLM's, such as one that reads object storage).
     """
     try:
@@ -172,19 +172,19 @@ def vllms_objections(model: Any) -> Iterator[None]:
     except SparkError:
         raise
     except ImportError as error:
-        logger.debug("vLLM's own words:", exc_info=error)
+        logger.debug("vLLM's error:", exc_info=error)
         raise ConfigurationError(
-            f"vLLM needs a package that it cannot import here ({_first_objection(error).rstrip('.')}); install it into "
+            f"vLLM needs a package that it cannot import here ({_first_line_of(error).rstrip('.')}); install it into "
             "the environment of vLLM on both machines"
         ) from error
     except (ValueError, OSError) as error:
-        logger.debug("vLLM's own words:", exc_info=error)
-        objection = _first_objection(error)
-        if "divisible" in objection:
-            raise ConfigurationError(_indivisible(objection)) from error
+        logger.debug("vLLM's error:", exc_info=error)
+        message = _first_line_of(error)
+        if "divisible" in message:
+            raise ConfigurationError(_indivisible(message)) from error
         if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
-            raise ConfigurationError(_model_not_found(str(model), objection)) from error
-        raise ConfigurationError(f"{objection} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+            raise ConfigurationError(_model_not_found(str(model), message)) from error
+        raise ConfigurationError(f"{message} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
 
 
 _ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
@@ -196,17 +196,17 @@ def adapter_refusal(name: str, reason: str) -> str:
 
 
 def adapter_refusal_in(text: str) -> str | None:
-    """The sentence of `adapter_refusal` in what vLLM made of it, without a full stop; None if there is none."""
+    """The sentence of `adapter_refusal` within an error text of vLLM's, without a full stop; None if there is none."""
     found = _ADAPTER_REFUSAL.search(text)
     return None if found is None else found.group().rstrip(".")
 
 
 def _indivisible(what: str) -> str:
-    return f"this model cannot be cut into two equal halves ({without_stop(what)}); serve it without {FLAG}"
+    return f"this model cannot be split into two equal halves ({without_stop(what)}); serve it without {FLAG}"
 
 
-def _first_objection(error: Exception) -> str:
-    """The first line of what vLLM complains about; pydantic wraps it in three."""
+def _first_line_of(error: Exception) -> str:
+    """The first line of an error's message, without pydantic's lines around it."""
     if callable(errors := getattr(error, "errors", None)):
         first = errors()[0]
         text, field = str(first["msg"]).removeprefix("Value error, "), first["loc"]
@@ -216,8 +216,8 @@ def _first_objection(error: Exception) -> str:
     return without_stop(text.strip().splitlines()[0])
 
 
-def _model_not_found(model: str, objection: str) -> str:
-    sentence = f"the model {model} cannot be loaded ({objection})"
+def _model_not_found(model: str, message: str) -> str:
+    sentence = f"the model {model} cannot be loaded ({message})"
     if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
         return sentence  # a name on the hub, or a folder here
     try:
@@ -228,4 +228,4 @@ def _model_not_found(model: str, objection: str) -> str:
         return f"there is no folder {model}; give a model's folder, or its name on the hub"
     if stat.S_ISDIR(mode):
         return sentence
-    return f"the single file {model} cannot be loaded as a model by this vLLM ({objection.rstrip('.')}); give a folder"
+    return f"the single file {model} cannot be loaded as a model by this vLLM ({message.rstrip('.')}); give a folder"

@@ -1,4 +1,4 @@
-"""The collectives of the library that vLLM would use, called as vLLM calls it."""
+"""The baseline: collectives of the library that vLLM uses without this project, called as vLLM calls them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class Baseline(Protocol):
-    """Both ranks make it and call it alike."""
+    """A baseline; both ranks create it and make the same calls."""
 
     library: str
-    """What is called, and its version."""
+    """Name and version of the library."""
 
     def all_reduce(self, tensor: torch.Tensor) -> Any:
-        """The sum of both ranks' tensors, or a sum of as many numbers."""
+        """The sum of both ranks' tensors, or a sum of the same size."""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Both ranks' tensors, along the first dimension."""
 
     def close(self) -> None:
-        """Ends it; graphs that hold its calls must be gone."""
+        """Closes it; graphs with its calls must have been freed before."""
 
 
 def gather_last(baseline: Baseline, tensor: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def gather_last(baseline: Baseline, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def connect_baseline(rank: Rank, device: str) -> Baseline:
-    """NCCL through nccl4py if that can be imported, else through torch; on CPUs gloo."""
+    """NCCL through nccl4py if it can be imported, else through torch; gloo on CPUs."""
     if device == "cpu":
         return TorchDistributed(rank, "gloo")
     try:
@@ -85,7 +85,7 @@ class TorchDistributed:
         import torch
         import torch.distributed as dist
 
-        # torch 2.13 has a new name for it, and 2.11 does not know that one.
+        # torch 2.13 has a new name for it, which 2.11 does not have.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor")
         dist.init_process_group(backend, f"tcp://127.0.0.1:{rank.port}", rank=rank.index, world_size=WORLD_SIZE)
         # Zeros stay zeros, however often they are summed. A copy of the input for each call would be timed too.
@@ -97,7 +97,7 @@ class TorchDistributed:
         self.library = f"{name}{version} through torch.distributed {torch.__version__}, all-reduces in place"
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sums as many zeros, always in the same place."""
+        """Sums the same number of zeros in place."""
         import torch
         import torch.distributed as dist
 

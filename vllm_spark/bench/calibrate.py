@@ -1,15 +1,15 @@
 """Finds the launch shapes and the packets' limit that make collectives fastest on this machine's GPU.
 
-One parameter after the other, each from the best of those before it: they hardly depend on each other, and all
-combinations would take hours. A time is the geometric mean of the medians over the sizes that the parameter matters
-for, in a CUDA graph of 97. Pairs of runtimes differ by several percent among themselves (where their memory lies, which
-cores their proxies run on), so each value gets a new pair in each of several rounds, and the values take turns. Another
-value must be clearly faster to replace a default.
+Parameters are searched one after the other, each with the best values of those before it: they hardly depend on each
+other, and all combinations would take hours. A time is the geometric mean of the medians over the sizes that the
+parameter affects, in a CUDA graph of 97 calls. Pairs of runtimes differ by several percent (by the placement of their
+memory, and the cores of their proxies), so each value gets a new pair in each of several rounds, and the values take
+turns. A value must be at least 3 % faster to replace a default.
 
-Where both ranks share one GPU, each has a kernel that waits for the other rank's and the next one behind it, and a
-block takes a whole multiprocessor: more blocks than four kernels have room for would hang. When serving each rank has a
-GPU of its own, so what fits here says nothing about how many blocks are best: all else is measured with as many as fit,
-and their number stays as it was.
+If both ranks share one GPU, each rank has a running kernel, which waits for the other rank's, and a queued one, and a
+block occupies a whole multiprocessor: with more blocks than fit for four kernels they would hang. In serving each rank
+has its own GPU, so the number of blocks cannot be determined here: everything else is measured with as many as fit, and
+their number stays unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KIB, MIB = 1 << 10, 1 << 20
 PACKET_SIZES = (2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB)
 PAYLOAD_SIZES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 8 * MIB)
 LIMITS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""KiB: what the limit between packets and payload may be."""
+"""Candidates of the limit between LL packets and payload, in KiB."""
 
 PACKET_CHOICES: dict[str, tuple[Any, ...]] = {
     "packet_threads": (288, 544, 160, 96),
@@ -43,7 +43,7 @@ PAYLOAD_CHOICES: dict[str, tuple[Any, ...]] = {
     "payload_message_bytes": (128 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB),
     "payload_threads": (256, 128),
 }
-_CLEARLY = 0.97  # of the time of the best so far
+_MAX_WINNING_RATIO = 0.97  # of the best time so far, for a value to replace it
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Trial:
 def calibrate(
     gpu: str, options: RuntimeOptions, rounds: int, launches: int, on_trial: Callable[[Trial], None]
 ) -> LaunchTable:
-    """Measures, and returns the best.
+    """Measures all parameters, and returns the best table.
 
     Args:
         gpu: its name, for the table.
@@ -87,7 +87,7 @@ def calibrate(
         for value, candidate, medians in zip(choices, tried, _medians(tried, sizes, rounds, launches), strict=True):
             trial = Trial(parameter, value, medians)
             on_trial(trial)
-            if trial.mean < fastest * _CLEARLY:
+            if trial.mean < fastest * _MAX_WINNING_RATIO:
                 best, fastest = candidate, trial.mean
         return best
 
@@ -120,13 +120,13 @@ def shares_one_gpu() -> bool:
 
 
 def _most_blocks() -> int:
-    """Of one kernel, so that none waits for a place; see above."""
+    """Largest number of blocks of one kernel with which all kernels are resident; see above."""
     multiprocessors = int(torch.cuda.get_device_properties(0).multi_processor_count)
     return min(64, multiprocessors // 4 if shares_one_gpu() else multiprocessors)
 
 
 def rows_to_come() -> int:
-    """How many trials `calibrate` reports at most."""
+    """Maximum number of trials that `calibrate` reports."""
     return sum(map(len, (*PACKET_CHOICES.values(), *PAYLOAD_CHOICES.values()))) + 2
 
 

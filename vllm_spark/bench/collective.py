@@ -1,4 +1,4 @@
-"""How long one collective takes: this project's, and the one that vLLM would use, in the same run.
+"""Times one collective of this project and of the baseline in the same run.
 
 On GPUs the peer is NCCL, once as it chooses (NVLink, where there is one) and once over host memory, which is the only
 path that two machines have; on CPUs it is gloo (vllm_spark.bench.baseline). Both ranks take turns with all candidates,
@@ -41,7 +41,7 @@ _WARM_UP = 3  # samples
 
 
 def calls_for(size: int) -> int:
-    """How many calls, of inputs of `size` bytes, a sample or a graph has: as one token, or few if they are large."""
+    """Number of calls with inputs of `size` bytes in a sample or a graph: those of one token, or fewer if large."""
     return CALLS_PER_TOKEN if size <= _LARGE else _CALLS_WHEN_LARGE
 
 
@@ -83,15 +83,15 @@ class Row(msgspec.Struct):
 
 @dataclass
 class Report:
-    """All rows, and where they come from."""
+    """All rows, and where they were measured."""
 
     settings: Settings
     machine: str
     rows: list[Row] = field(default_factory=list)
     baseline: str = ""
-    """The library that stands for vLLM's own path, and its version."""
+    """The baseline's library and its version."""
     copy_gbytes_per_s: float = 0.0
-    """The limit: what one large copy reaches, from the GPU to host memory or within a CPU's memory."""
+    """The limit: bandwidth of one large copy, from the GPU to host memory or within a CPU's memory."""
 
     def median(self, candidate: str, mode: str, size: int) -> float | None:
         """Microseconds; None if that was not measured."""
@@ -102,7 +102,7 @@ class Report:
 
 
 def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> Report:
-    """Runs the ranks and returns what they measured; `on_row` sees each row as it comes.
+    """Runs the ranks and returns the report; `on_row` is called with each row when it is measured.
 
     Raises:
         SparkError: a rank failed.
@@ -126,12 +126,12 @@ def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> 
 
 
 def shape_of(settings: Settings, size: int) -> tuple[int, ...]:
-    """Of each rank's input of `size` bytes."""
+    """Shape of each rank's input of `size` bytes."""
     return (size // 2 // LOGITS, LOGITS) if settings.collective == "logits_gather" else (size // 2,)
 
 
 def rows_to_come(settings: Settings) -> int:
-    """How many rows `measure` will report."""
+    """Number of rows that `measure` will report."""
     modes = 2 if settings.device == "cuda" else 1
     candidates = 5 if settings.device == "cuda" else 4
     return modes * candidates * len(settings.sizes)
@@ -179,7 +179,7 @@ def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
             for (name, mode), taken in samples.items():
                 kept = taken[_WARM_UP:]
                 rank.report(Row(name, mode, size, min(kept), statistics.median(kept), percentile(kept, 0.99)))
-    timers.clear()  # and with them the graphs that hold the baseline's calls
+    timers.clear()  # frees the graphs with the baseline's calls
     baseline.close()
 
 
@@ -250,7 +250,7 @@ class _GraphTimer:
                 for _ in range(calls):
                     call(tensor)
             self._graphs[key] = graph
-        call(tensor)  # after it both GPUs are at the same point, whenever their hosts launched it
+        call(tensor)  # synchronizes both GPUs, whenever their hosts launched it
         return _time_on_gpu(lambda _: graph.replay(), tensor, 1) / calls
 
 

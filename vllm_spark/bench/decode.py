@@ -1,7 +1,7 @@
-"""How long a decode step of vLLM takes: one rank, this project's pair, and vLLM's own pair, in the same run.
+"""Times decode steps of vLLM with one rank, this project's pair, and vLLM's own pair, in the same run.
 
 Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
-is a real engine in a process of its own (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+is a real engine in a separate process (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from vllm_spark.bench.statistics import percentile
 from vllm_spark.collective.link_model import CABLE
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import ConfigurationError, SparkError
-from vllm_spark.files import configs_folder, write_whole
+from vllm_spark.files import atomic_write_text, configs_folder
 from vllm_spark.models.tiny import make_tiny_model
 from vllm_spark.processes.child import python_module
-from vllm_spark.processes.group import Stage
+from vllm_spark.processes.group import ProcessGroup
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.processes.managed import OF_A_PAIR, Process, ProcessError, clean_environment
+from vllm_spark.processes.managed import LAUNCH_VARIABLES, Process, ProcessError, clean_environment
 
 Device = Literal["cuda", "cpu"]
 
 SHIPPED_MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
-"""What is measured unless another model is named: a configuration of `configs/models`, and one made on the spot."""
+"""Default models: a configuration in `configs/models`, and one that is generated."""
 
 TUNING = ("untuned", "tuned")
-"""Candidates that differ in tables of kernels' parameters alone."""
+"""Candidates that differ only in tables of kernels' parameters."""
 
 _WARM_UP = 20  # steps
 _ONE_GPU_SHARE = 0.42  # of its memory for each rank's engine, where both share it
 _MOST_OF_A_GPU = 0.9
-_SHUTDOWN_SECONDS = 60.0  # of an engine that has decoded everything; one that takes longer is ended
+_SHUTDOWN_SECONDS = 60.0  # time limit of an engine's shutdown
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Candidate:
     Attributes:
         what: in a few words, for the report.
         ranks: 1 or 2.
-        engine: arguments of `vllm.LLM` beside those of all candidates.
+        engine: arguments of `vllm.LLM` in addition to those of all candidates.
         spark: settings of this project; None for stock vLLM.
         environment: variables of its processes.
-        unset: variables of the user's that its processes do not get.
-        tuned: one rank with tuned tables of kernels' parameters; a pair has them in any case.
+        unset: variables of the user's environment that its processes do not get.
+        tuned: one rank with tuned tables of kernels' parameters; a pair always uses them.
     """
 
     what: str
@@ -75,16 +75,16 @@ class Settings:
     Attributes:
         device: `cuda` (one GPU for each rank) or `cpu`.
         model: a folder with a config.json, or one of `SHIPPED_MODELS`.
-        candidates: names of `candidates_for(device)`, in the order in which they run; in every other round the other
-            way round, so that none is always the first on a cool machine.
+        candidates: names of `candidates_for(device)`, in the order in which they run, which is reversed in every
+            other round, so that no candidate is always the first on a cool machine.
         batches: sequences decoded together.
         steps: timed for each batch.
-        rounds: how often all candidates run, one after the other; an even number is fair to the first and the last.
+        rounds: how often all candidates run; an even number treats all candidates alike.
         prompt_tokens: length of each prompt.
-        compile: torch.compile in the engine, as vLLM does by itself; else CUDA graphs alone (eager on a CPU).
-        one_gpu: both ranks share the first GPU, which shows that it works and not how fast it is.
+        compile: torch.compile in the engine, which is vLLM's default; else only CUDA graphs (eager on a CPU).
+        one_gpu: both ranks share the first GPU: a test of function, not of speed.
         latency_us, gbytes_per_s: of the modelled wire.
-        engine: more arguments of `vllm.LLM`, which win.
+        engine: further arguments of `vllm.LLM`, which take precedence.
         environment: variables of every candidate's processes.
         timeout: seconds for one candidate.
         profile: also time the kernels of the first batch's steps, on rank 0's GPU.
@@ -116,7 +116,7 @@ class Row(msgspec.Struct):
     median: float
     p99: float
     medians: list[float]
-    """Of each round."""
+    """Median of each round."""
     tokens: list[list[int]]
     logprobs: list[list[TokenLogprob]]
     """As in `Result`."""
@@ -129,19 +129,19 @@ class Row(msgspec.Struct):
 
 @dataclass
 class Report:
-    """All rows, and where they come from."""
+    """All rows, and where they were measured."""
 
     settings: Settings
     vllm: str = ""
     rows: list[Row] = field(default_factory=list)
     fallbacks: dict[str, int] = field(default_factory=dict)
-    """For candidates with this project: collectives that went vLLM's own way."""
+    """For candidates with this project: collectives that used vLLM's own path."""
     profiles: dict[str, KernelProfile] = field(default_factory=dict)
-    """Of rank 0's GPU."""
+    """Kernels of rank 0's GPU."""
     rounds: dict[str, int] = field(default_factory=dict)
     """How often each candidate has run."""
     failed_ends: dict[str, str] = field(default_factory=dict)
-    """For candidates whose programs failed after their figures were complete: how, in words."""
+    """For candidates whose programs failed after their measurements were complete: the error."""
 
     @property
     def missing(self) -> list[str]:
@@ -156,16 +156,16 @@ class Report:
         return None
 
     def speedup(self, candidate: str, batch: int, peer: str) -> float | None:
-        """Tokens per second over those of `peer`: the median over the rounds, of ratios within a round."""
+        """Tokens per second over those of `peer`: the median of the rounds' ratios."""
         mine, theirs = self.row(candidate, batch), self.row(peer, batch)
         if mine is None or theirs is None:
             return None
-        # One may have run once more than the other when a third failed.
+        # The numbers of rounds differ by one if a later candidate failed.
         return statistics.median(other / own for own, other in zip(mine.medians, theirs.medians, strict=False))
 
 
 def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float = 0.0) -> dict[str, Candidate]:
-    """Every candidate by name; the last is the one that ratios refer to, over the path that two machines have."""
+    """Every candidate by name; ratios refer to the last one, which uses the path between two machines."""
     wire = {
         "loopback_mode": "proxied",
         "loopback_latency_us": latency_us,
@@ -180,9 +180,9 @@ def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float 
     if device == "cpu":
         return {**ours, "stock": Candidate("vLLM's own", 2, stock)}
     nccl = {**stock, "disable_custom_all_reduce": True}
-    # vLLM has other all-reduces for GPUs that see each other's memory; two machines do not.
+    # vLLM has other all-reduces for GPUs with peer access, which two machines do not have.
     alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
-    tables = ("VLLM_TUNED_CONFIG_FOLDER",)  # of the user's, which would come first on both sides
+    tables = ("VLLM_TUNED_CONFIG_FOLDER",)  # the user's, which would take precedence on both sides
     untuned = Candidate("one rank, vLLM's own parameters", 1, unset=tables)
     return {
         "untuned": untuned,
@@ -201,12 +201,12 @@ def default_candidates(device: Device, one_gpu: bool) -> tuple[str, ...]:
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigurationError for what can be seen to fail before anything starts."""
+    """Raises ConfigurationError for settings that cannot work, before anything starts."""
     known = candidates_for(settings.device)
     for name in settings.candidates:
         if name not in known:
             raise ConfigurationError(
-                f"there is no candidate {name!r} for --device {settings.device}; choose of {', '.join(known)}"
+                f"there is no candidate {name!r} for --device {settings.device}; choose from {', '.join(known)}"
             )
     if settings.device != "cuda":
         for option in ("profile", "one_gpu"):
@@ -215,8 +215,8 @@ def check(settings: Settings) -> None:
     alone = default_candidates(settings.device, one_gpu=True)
     if settings.one_gpu and (not_alone := set(settings.candidates) - {*alone, *TUNING}):
         raise ConfigurationError(
-            f"{', '.join(sorted(not_alone))} cannot run with --one-gpu: NCCL takes no two ranks there; choose of "
-            f"{', '.join(alone)}"
+            f"{', '.join(sorted(not_alone))} cannot run with --one-gpu: NCCL does not support two ranks on one GPU; "
+            f"choose from {', '.join(alone)}"
         )
     if settings.device == "cuda":
         needed = 1 if settings.one_gpu else max(known[name].ranks for name in settings.candidates)
@@ -226,17 +226,17 @@ def check(settings: Settings) -> None:
         if visible < needed:
             raise ConfigurationError(
                 f"{', '.join(settings.candidates)} need {needed} GPUs, and this machine has {visible}; choose "
-                "--candidates tp1, or --one-gpu, which shows that it works and not how fast it is"
+                "--candidates tp1, or --one-gpu, which tests the function and not the speed"
             )
 
 
 def measure(
     settings: Settings,
-    stage: Stage,
+    stage: ProcessGroup,
     on_candidate: Callable[[str, int], None],
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Runs every candidate in every round and returns what they measured.
+    """Runs every candidate in every round and returns the report.
 
     Args:
         on_candidate: called with name and round (from 0) before each.
@@ -264,13 +264,13 @@ def _require_all_steps(name: str, result: Result, settings: Settings) -> None:
         if (steps := len(result.milliseconds[batch])) < settings.steps:
             raise SparkError(
                 f"{name}: at batch {batch}, only {steps} steps had a token of every sequence, and {settings.steps} "
-                f"were to be timed: prefilling {settings.prompt_tokens} tokens of each takes too many steps; use fewer "
+                f"are needed: prefilling {settings.prompt_tokens} tokens of each takes too many steps; use fewer "
                 "--prompt-tokens or a smaller batch, or more --steps"
             )
 
 
 def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Report:
-    """Of the candidates that have run."""
+    """The report of the candidates that have run."""
     report = Report(settings)
     for name, rounds in results.items():
         report.rounds[name] = len(rounds)
@@ -301,8 +301,8 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
     return report
 
 
-def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: Stage, number: int) -> Result:
-    """One candidate, from its start to its end."""
+def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: ProcessGroup, number: int) -> Result:
+    """Runs one candidate in one round."""
     secret = {SECRET_VARIABLE: os.urandom(16).hex()}
     engine = _engine_arguments(settings, model) | candidate.engine
     with ExitStack() as stack:
@@ -322,7 +322,7 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
                 )
             )
         job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        write_whole(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
+        atomic_write_text(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
         process = stack.enter_context(
             stage.started(
                 f"{name}: the engine",
@@ -347,16 +347,16 @@ def _job(settings: Settings, candidate: Candidate, engine: dict[str, Any]) -> Jo
 
 
 def _outcome(process: Process, follower: Process | None, file: Path, timeout: float) -> Result:
-    """Waits for the figures, then for the end of the programs; what fails after the figures is told with them.
+    """Waits for the result, then for the exit of the programs; a failure after the result is added to it.
 
     Args:
         process: the engine's.
-        follower: the pair's, which ends with 0 when the engine is done.
-        file: that the engine writes.
-        timeout: seconds until it is there.
+        follower: the pair's, which exits with 0 after the engine.
+        file: the result, which the engine writes.
+        timeout: seconds until it exists.
 
     Raises:
-        ProcessError: a program ended before, or the time is over.
+        ProcessError: a program exited before, or the time is over.
     """
 
     def follows() -> None:
@@ -406,7 +406,7 @@ def _engine_arguments(settings: Settings, model: Path) -> dict[str, Any]:
 
 
 def memory_share(free: int, total: int) -> float:
-    """Of a GPU's memory, what one engine may take beside the tuner and whatever else uses it: most of what is free.
+    """Share of a GPU's memory for one engine: most of what the tuner and other programs leave free.
 
     Args:
         free: bytes.
@@ -416,12 +416,12 @@ def memory_share(free: int, total: int) -> float:
 
 
 def _memory() -> tuple[int, int]:
-    """Of the first GPU: bytes that are free, and all, counted as vLLM does before it refuses to start."""
+    """Free and total bytes of the first GPU, counted as in vLLM's check at its start."""
     import torch
 
     free, total = torch.cuda.mem_get_info(0)
     if getattr(torch.cuda.get_device_properties(0), "is_integrated", False):
-        free = psutil.virtual_memory().available  # the GPU's memory is the machine's, where caches give way
+        free = psutil.virtual_memory().available  # unified memory, where the kernel can free caches
     return free, total
 
 
@@ -431,8 +431,8 @@ def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[st
     own |= settings.environment | candidate.environment
     if settings.device == "cpu":
         return clean_environment() | CPU_ENVIRONMENT | own
-    # The user's settings of vLLM hold for every candidate alike; whether and how two ranks meet is each one's own.
-    users = {name: value for name, value in clean_environment(OF_A_PAIR).items() if name not in candidate.unset}
+    # The user's settings of vLLM apply to every candidate; those of a pair are set by each candidate.
+    users = {name: value for name, value in clean_environment(LAUNCH_VARIABLES).items() if name not in candidate.unset}
     if candidate.ranks == 2 and candidate.spark is None:
         return users | own
     gpus = _visible_gpus()
@@ -440,7 +440,7 @@ def _environment(settings: Settings, candidate: Candidate, rank: int) -> dict[st
 
 
 def _visible_gpus() -> list[str]:
-    """How CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs' names in CUDA_VISIBLE_DEVICES."""
     import torch
 
     if not torch.cuda.is_available():
@@ -453,7 +453,7 @@ def _model_folder(settings: Settings, folder: Path) -> Path:
     """A folder with the model's configuration.
 
     Raises:
-        ConfigurationError: there is none of that name.
+        ConfigurationError: there is no model of that name.
     """
     if settings.model == SHIPPED_MODELS["cpu"]:
         return make_tiny_model(folder / settings.model, "moe")
@@ -462,4 +462,6 @@ def _model_folder(settings: Settings, folder: Path) -> Path:
         if (path / "config.json").is_file():
             return path.resolve()
     names = ", ".join([*sorted(path.name for path in shipped.iterdir()), SHIPPED_MODELS["cpu"]])
-    raise ConfigurationError(f"--model {settings.model} is no folder with a config.json; give one, or one of {names}")
+    raise ConfigurationError(
+        f"--model {settings.model} is not a folder with a config.json; give one, or one of {names}"
+    )

@@ -1,11 +1,11 @@
-"""One engine that decodes with random weights, and the time of each of its steps.
+"""Runs one engine with random weights, and times each of its decode steps.
 
     python -m vllm_spark.bench.decode_engine JOB RESULT
 
-A program of its own for each candidate of `vllm-spark bench decode`: an engine gives its GPU back only when its process
-ends, and NCCL reads its settings once in a process's life. The engine runs in this process: were it in another, prompts
-would reach it one by one, and what is prefilled together, which decides over last digits, would be left to chance. JOB
-and RESULT are JSON files of the structures below; RESULT is there, whole, before the engine is shut down.
+Each candidate of `vllm-spark bench decode` runs in its own process: an engine frees its GPU only when its process
+exits, and NCCL reads its settings once per process. The engine core runs in this process as well: in another one,
+prompts would arrive one by one, and which are prefilled together, on which the last digits depend, would be random. JOB
+and RESULT are JSON files of the structures below; RESULT is complete before the engine is shut down.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import msgspec
 
 from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
-from vllm_spark.files import write_whole
+from vllm_spark.files import atomic_write_text
 
 
 class Job(msgspec.Struct):
-    """What the engine is, and what it decodes.
+    """The engine's arguments, and what it decodes.
 
     Attributes:
         engine: arguments of `vllm.LLM`.
@@ -33,7 +33,7 @@ class Job(msgspec.Struct):
         prompt_tokens: length of each prompt.
         steps: decode steps that are timed for each batch.
         warm_up: decode steps before them.
-        tuned: whether the process uses tuned tables of kernels' parameters; a pair does so in any case.
+        tuned: whether the process uses tuned tables of kernels' parameters; a pair always does.
         profile: whether kernels are timed too, for the first batch.
     """
 
@@ -50,18 +50,18 @@ TokenLogprob = tuple[int, float | None]
 
 
 class Result(msgspec.Struct):
-    """What came of it.
+    """The measurements of one engine.
 
     Attributes:
-        start_seconds: from the arguments to an engine that is ready.
+        start_seconds: time to create the engine.
         milliseconds: for each batch, the time of each step.
         tokens: for each batch, the greedy tokens of each sequence.
         logprobs: for each batch, each sequence's first tokens of another decoding with their log-probabilities; None
-            for one that is no finite number.
+            for one that is not finite.
         fallbacks: collectives that did not go through vllm_spark; None without it.
-        profile: of rank 0's GPU; None if it was not asked for, prefilling took too many steps, or the profiler saw no
+        profile: of rank 0's GPU; None if it was not requested, prefilling took too many steps, or the profiler saw no
             kernel.
-        failed_end: in words, how a program failed after these figures were complete; empty if all ended well.
+        failed_end: error of a program that failed after these measurements were complete; empty if there was none.
     """
 
     vllm: str
@@ -75,20 +75,20 @@ class Result(msgspec.Struct):
 
 
 LOGPROBS = 64
-"""Tokens of each sequence whose log-probabilities are compared. To ask for them takes time: not while a clock runs."""
+"""Tokens of each sequence whose log-probabilities are compared; not in timed steps, since computing them takes time."""
 
 
 PROFILED = 20
-"""Steps whose kernels are timed, after so many that are not."""
+"""Steps whose kernels are timed, after the same number of untimed steps."""
 
 
 class Decoded(msgspec.Struct):
-    """What one decoding of a batch gave.
+    """The result of decoding one batch.
 
     Attributes:
         milliseconds: from each output with a token of every sequence to the next.
         tokens: of each sequence.
-        logprobs: of each sequence's tokens, if they were asked for, with the tokens.
+        logprobs: of each sequence's tokens, with the tokens, if requested.
     """
 
     milliseconds: list[float]
@@ -122,7 +122,7 @@ def decode(engine: Any, job: Job, batch: int, length: int, logprobs: bool = Fals
 
 
 def _profile(engine: Any, job: Job, batch: int, length: int) -> KernelProfile | None:
-    """Times the kernels of some decode steps; None if there are none, or not enough whole steps came."""
+    """Times the kernels of some decode steps; None without kernels, or with too few steps of all sequences."""
     names = _ask(engine, job, batch, length, logprobs=False)
 
     def run_step() -> bool:
@@ -162,7 +162,7 @@ def _ask(engine: Any, job: Job, batch: int, length: int, logprobs: bool) -> list
 
 
 def run(job: Job, keep: Callable[[Result], None]) -> None:
-    """Starts the engine, and decodes each batch: to warm it up, with a clock, and for the log-probabilities.
+    """Starts the engine, and decodes each batch three times: to warm up, with times, and with log-probabilities.
 
     Args:
         keep: called with all figures, before the engine is shut down: that may fail, and takes nothing from them.
@@ -176,7 +176,7 @@ def run(job: Job, keep: Callable[[Result], None]) -> None:
     # One more output than differences, and one for the prefill, whose sequences may come in several steps.
     length = job.warm_up + job.steps + 2
     for batch in job.batches:
-        decode(engine, job, batch, length)  # kernels that are compiled or chosen at their first use
+        decode(engine, job, batch, length)  # compiles kernels, and selects some, at their first use
         timed = decode(engine, job, batch, length)
         result.milliseconds[batch], result.tokens[batch] = timed.milliseconds[-job.steps :], timed.tokens
         result.logprobs[batch] = decode(engine, job, batch, min(length, LOGPROBS), logprobs=True).logprobs
@@ -185,11 +185,11 @@ def run(job: Job, keep: Callable[[Result], None]) -> None:
     if "spark" in job.engine.get("additional_config", {}):
         result.fallbacks = _fallbacks()
     keep(result)
-    engine.engine_core.shutdown()  # tells the follower
+    engine.engine_core.shutdown()  # ends the follower's session as well
 
 
 def _with_tuned_tables(engine: dict[str, Any]) -> dict[str, Any]:
-    """Makes this process use them, and returns the engine's arguments with what vLLM's compile cache must know."""
+    """Makes this process use tuned tables; returns the engine's arguments with their key for vLLM's compile cache."""
     from vllm_spark.kernels import runtime
 
     runtime.start()
@@ -213,10 +213,10 @@ def _fallbacks() -> int:
 
 
 def main() -> None:
-    """Does the job of the command line."""
+    """Runs the job of the command line."""
     job_file, result_file = map(Path, sys.argv[1:])
     job = msgspec.json.decode(job_file.read_bytes(), type=Job)
-    run(job, lambda result: write_whole(result_file, msgspec.json.encode(result).decode(), "result"))
+    run(job, lambda result: atomic_write_text(result_file, msgspec.json.encode(result).decode(), "result"))
 
 
 if __name__ == "__main__":

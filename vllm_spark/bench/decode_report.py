@@ -25,21 +25,21 @@ def as_table(report: Report, machine: str) -> Table:
     if "spark-wire" in settings.candidates:
         caption.append(f"The modelled wire: {settings.latency_us:g} us, {settings.gbytes_per_s:g} GB/s.")
     if "tp1" in settings.candidates and len(settings.candidates) > 1:
-        caption.append("Random weights of one rank are others than those of two.")
+        caption.append("The random weights of one rank differ from those of two.")
     if settings.one_gpu:
-        caption.append("BOTH RANKS SHARE ONE GPU: this shows that it works, not how fast it is.")
+        caption.append("BOTH RANKS SHARE ONE GPU: a test of function, not of speed.")
     if settings.profile and (without := sorted(report.rounds.keys() - report.profiles.keys() - set(report.missing))):
         caption.append(
             f"No kernels of {', '.join(without)}: prefilling takes too many steps (fewer --prompt-tokens), or the "
-            "profiler saw none (another one may be attached)."
+            "profiler recorded none (another profiler may be attached)."
         )
     if report.missing:
         caption.append(f"NOT COMPLETE: {', '.join(report.missing)} did not run in every round.")
     for failed_end in report.failed_ends.values():
-        caption.append(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said.")
+        caption.append(f"{failed_end}, after its measurements were complete; --keep-logs keeps its output.")
     for name, count in report.fallbacks.items():
         if count:
-            caption.append(f"{name}: {count} collectives went vLLM's own way.")
+            caption.append(f"{name}: {count} collectives used vLLM's own path.")
     table = Table(title=f"decode step of {settings.model}, {how}", caption=" ".join(caption))
     first_pair, *other_pairs = [name for name in settings.candidates if name != "tp1"] or [""]
     token_column = [f"tokens of {first_pair}"] if other_pairs else []
@@ -67,7 +67,7 @@ def as_table(report: Report, machine: str) -> Table:
 
 
 def profile_tables(report: Report) -> list[Table]:
-    """For each candidate that was profiled, the kernels that a step spends most of its time in."""
+    """For each profiled candidate, the kernels that take most of a step's time."""
     tables = []
     batch = report.settings.batches[0]
     for name, profile in report.profiles.items():
@@ -88,9 +88,9 @@ def profile_tables(report: Report) -> list[Table]:
 
 
 def agreement(mine: Row, theirs: Row) -> str:
-    """How many tokens of every sequence agree from its start on, or `all`, and how far log-probabilities differ.
+    """The number of leading tokens that agree in every sequence, or `all`, and the largest log-probability difference.
 
-    These are compared as far as their tokens agree, and at the first that do not: near ties differ by little.
+    Log-probabilities are compared up to and including the first token that differs: near ties differ by little.
     """
     starts = map(_common_start, mine.tokens, theirs.tokens)
     tokens = "all" if mine.tokens == theirs.tokens else f"first {min(starts)}"
@@ -99,13 +99,13 @@ def agreement(mine: Row, theirs: Row) -> str:
 
 
 def _distance(mine: list[TokenLogprob], theirs: list[TokenLogprob]) -> float:
-    """The largest of one sequence."""
+    """The largest difference in one sequence."""
     distance = 0.0
     for (token, own), (their_token, other) in zip(mine, theirs, strict=False):
         if own != other:
             distance = max(distance, math.inf if own is None or other is None else abs(own - other))
         if token != their_token:
-            break  # what follows follows other tokens
+            break  # later tokens have different contexts
     return distance
 
 

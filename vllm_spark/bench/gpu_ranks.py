@@ -1,6 +1,6 @@
-"""Runs a function on two ranks in this process: a thread each, on two GPUs, or on two streams of the only one.
+"""Two ranks in this process: a thread each, on two GPUs, or on two streams of a single GPU; and times of collectives.
 
-On one GPU two processes would take turns by time slices of milliseconds, and each wait would last one.
+On a single GPU, two processes would alternate in time slices of milliseconds, and each wait would take one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BOUND = 60.0
 
 
 class HungError(SparkError):
-    """A rank did not come back."""
+    """A rank hangs."""
 
 
 class Exchange:
-    """A rendezvous' exchange over two queues, between threads or processes."""
+    """The exchange function of a rendezvous over two queues, between threads or processes."""
 
     def __init__(self, mine: Any, theirs: Any) -> None:
         self._mine, self._theirs = mine, theirs
@@ -84,13 +84,13 @@ class GpuPair:
         for thread in threads:
             thread.join(BOUND)
             if thread.is_alive():
-                raise HungError(f"a rank of the GPU pair has not come back within {BOUND:.0f} s")
+                raise HungError(f"a rank of the GPU pair did not finish within {BOUND:.0f} s")
         if errors:
             raise errors[0]
         return results
 
     def outcomes(self, body: Callable[[int], Any]) -> list[Any]:
-        """As `run`, but an error takes the place of its rank's result."""
+        """As `run`, but returns an error as its rank's result."""
 
         def caught(rank: int) -> Any:
             try:
@@ -102,10 +102,10 @@ class GpuPair:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[torch.cuda.CUDAGraph]:
-        """Captures what the calling rank does, one rank at a time, and lets both go on together.
+        """Captures the work of the calling rank, one rank at a time, and then synchronizes both ranks.
 
-        Ending or beginning a capture waits for the whole device, which another capture, or a kernel that waits for
-        this rank, does not survive.
+        The begin and the end of a capture wait for the whole device, which breaks another capture, and deadlocks with
+        a kernel that waits for this rank.
         """
         graph = torch.cuda.CUDAGraph()
         with (
@@ -121,7 +121,7 @@ class GpuPair:
 
 
 def _fill_allocator(rank: int) -> None:
-    """Gives this rank's stream memory in advance.
+    """Allocates memory for this rank's stream in advance.
 
     On one GPU, an allocation that goes to the driver waits for the other rank's kernel, which waits for this rank.
     """
@@ -153,7 +153,7 @@ def graph_times(pair: GpuPair, collective: str, shape: tuple[int, ...], launches
         samples = []
         for _ in range(launches):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            runtime.all_reduce(tensor)  # after it both GPUs are at the same point, whenever their hosts launched it
+            runtime.all_reduce(tensor)  # synchronizes both GPUs, whenever their hosts launched it
             begin.record()
             graph.replay()
             end.record()
@@ -161,7 +161,7 @@ def graph_times(pair: GpuPair, collective: str, shape: tuple[int, ...], launches
             samples.append(begin.elapsed_time(end) * 1000 / calls)
         runtime.check()
         if not result.float().eq(expected).all():
-            raise SparkError(f"an {collective} of {shape} came out wrong on rank {rank}")
+            raise SparkError(f"an {collective} of {shape} is wrong on rank {rank}")
         return samples
 
     return sorted(pair.run(body)[0])

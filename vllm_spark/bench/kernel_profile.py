@@ -1,4 +1,4 @@
-"""Which kernels a decode step runs on rank 0's GPU, and how long each takes.
+"""Kernels of a decode step on rank 0's GPU, and their times.
 
 That GPU's process records them: it may be the engine's own, or a worker's that the engine started. `start` and `stop`
 are called there, by the way that every executor of vLLM has for functions of a caller's.
@@ -29,18 +29,18 @@ class KernelProfile(msgspec.Struct):
 
     @property
     def busy(self) -> float:
-        """Microseconds of one step in which the GPU ran a kernel or copied, if none overlapped."""
+        """Microseconds of one step in which the GPU was busy, provided that kernels do not overlap."""
         return sum(kernel.microseconds for kernel in self.kernels)
 
 
 CallWorkers = Callable[..., list[Any]]
-"""Calls a function with the worker of each rank and `args`, and returns their answers by rank: `collective_rpc`."""
+"""Calls a function with the worker of each rank and `args`, and returns the results by rank: `collective_rpc`."""
 
 
 def profile_steps(call_workers: CallWorkers, run_step: Callable[[], bool], steps: int) -> KernelProfile | None:
-    """Profiles `steps` calls of `run_step`; None if one of them ran no step and said so, or if there was no kernel.
+    """Profiles `steps` calls of `run_step`; None if one of them ran no step (returned False), or without any kernel.
 
-    The profiler slows down the host, not kernels. The time of a collective has its wait for the other rank in it.
+    The profiler slows down the host, not kernels. The time of a collective includes its wait for the other rank.
     """
     call_workers(start)
     complete = all(run_step() for _ in range(steps))
@@ -53,7 +53,7 @@ _running: list[Any] = []
 
 
 def start(worker: Any) -> None:
-    """Begins to record the kernels of this process, if `worker` is rank 0's."""
+    """Starts recording the kernels of this process, if `worker` is rank 0's."""
     import torch
 
     if worker.rank != 0:
@@ -61,14 +61,14 @@ def start(worker: Any) -> None:
     activity = torch.profiler.ProfilerActivity.CPU  # which has no kernels
     if torch.cuda.is_available():
         activity = torch.profiler.ProfilerActivity.CUDA
-        torch.cuda.synchronize()  # what came before does not count
+        torch.cuda.synchronize()  # excludes earlier kernels
     profiler = torch.profiler.profile(activities=[activity])
     profiler.start()
     _running.append(profiler)
 
 
 def stop(worker: Any, steps: int) -> KernelProfile | None:
-    """What this process ran since `start`, for each of `steps` steps; None if `worker` is not rank 0's."""
+    """The kernels of this process since `start`, for one of `steps` steps; None if `worker` is not rank 0's."""
     import torch
 
     if worker.rank != 0:
@@ -81,7 +81,7 @@ def stop(worker: Any, steps: int) -> KernelProfile | None:
 
 
 def summary(events: Any, steps: int) -> KernelProfile:
-    """Events of torch's profiler (`key`, `count`, `self_device_time_total` in microseconds), by kernel, per step."""
+    """Sums up events of torch's profiler (`key`, `count`, `self_device_time_total` in us) by kernel, for one step."""
     totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in events:
         if event.self_device_time_total > 0:

@@ -1,4 +1,7 @@
-"""Two ranks as processes of this machine, for measurements: started together, ended together, heard or named."""
+"""Runs a function on two ranks as processes of this machine, and passes on what they report.
+
+Both processes are stopped when one fails, or at the time limit.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _CONNECT_SECONDS = 120.0
 
 @dataclass
 class Rank:
-    """What a rank's function gets.
+    """The argument of a rank's function.
 
     Attributes:
         index: 0 or 1.
@@ -34,10 +37,10 @@ class Rank:
     _results: Connection
 
     def exchange(self, mine: bytes) -> bytes:
-        """Gives the other rank `mine`, returns its bytes.
+        """Sends `mine` to the other rank, and returns the other rank's bytes.
 
         Raises:
-            SparkError: the other rank did not come to the exchange, or ended.
+            SparkError: the other rank did not take part in time, or exited.
         """
         try:
             self._peer.send_bytes(mine)
@@ -45,10 +48,10 @@ class Rank:
                 return self._peer.recv_bytes()
         except (EOFError, OSError):
             raise SparkError("the other rank ended") from None
-        raise SparkError(f"the other rank did not come to the exchange within {_CONNECT_SECONDS:.0f} s")
+        raise SparkError(f"the other rank did not take part in the exchange within {_CONNECT_SECONDS:.0f} s")
 
     def report(self, value: Any) -> None:
-        """Hands a picklable value to the process that started the ranks."""
+        """Sends a picklable value to the process that started the ranks."""
         self._results.send((None, value))
 
 
@@ -59,16 +62,16 @@ def run_ranks(
     timeout: float = 900.0,
     on_report: Callable[[Any], None],
 ) -> None:
-    """Runs `body(rank, *arguments)` in two processes, and passes on what they report while they run.
+    """Runs `body(rank, *arguments)` in two processes, and passes on their reports.
 
     Args:
         body: a function of a module, with picklable arguments.
-        environment: variables of both ranks, beside this process's own.
+        environment: variables of both ranks, in addition to this process's.
         timeout: seconds for all of it.
         on_report: called with each reported value.
 
     Raises:
-        SparkError: a rank failed or took too long; both are gone then.
+        SparkError: a rank failed or took too long; both processes have been stopped.
     """
     context = multiprocessing.get_context("spawn")
     (port,) = free_ports(1)
@@ -85,7 +88,7 @@ def run_ranks(
         for process in processes:
             process.start()
         for connection in (*ends, *(sender for _, sender in pipes)):
-            connection.close()  # the ranks have theirs: when one ends, the other end sees it
+            connection.close()  # only the ranks hold them now, so that a rank's exit closes its end
         _listen({receiver: index for index, (receiver, _) in enumerate(pipes)}, timeout, on_report)
     finally:
         for process in processes:
@@ -109,7 +112,7 @@ def _listen(open_ends: dict[Connection, int], timeout: float, on_report: Callabl
             except EOFError:
                 del open_ends[receiver]
                 if index not in done:
-                    raise SparkError(f"rank {index} ended without a word; see what it printed") from None
+                    raise SparkError(f"rank {index} exited without a result; see its output above") from None
                 continue
             if failure is not None:
                 raise SparkError(f"rank {index} failed: {failure}")

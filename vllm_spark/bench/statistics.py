@@ -1,4 +1,4 @@
-"""What benchmarks do with their samples: medians and percentiles, ratios within a round, and where it all ran."""
+"""Statistics of samples (medians, percentiles, ratios within a round), and a description of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def summary(rounds: Iterable[Sequence[float]]) -> dict[str, float]:
 
 
 def ratios(ours: Iterable[Sequence[float]], theirs: Iterable[Sequence[float]]) -> list[float]:
-    """Median over median, for each round: both were measured minutes apart at most, on an equally busy machine."""
+    """Ratio of the medians in each round, whose candidates run within minutes, at a similar load of the machine."""
     pairs = zip(ours, theirs, strict=True)
     return [statistics.median(mine) / statistics.median(other) for mine, other in pairs]
 

@@ -1,9 +1,13 @@
-"""How long RDMA writes take between two machines, and how many bytes a second get through: one rail at a time, and all.
+"""Latency and bandwidth of RDMA writes between two machines, for each rail alone and for all rails together.
 
-Latency as `ib_write_lat` has it: both machines write in turn, each once the other one's write has come, and half of the
-round trip counts. Bandwidth as `ib_write_bw` has it: writes posted back to back, a bounded number under way, in one
-direction. Both over queue pairs that are set up as those of the transport (csrc/transport/verbs/wire_probe.hpp). Over
-all rails a ping is cut as the transport cuts a payload, and writes take turns.
+Latency is measured as by `ib_write_lat`: the machines write in turn, each after the other's write has arrived, and a
+sample is half of the round trip. Bandwidth is measured as by `ib_write_bw`: writes in one direction, posted back to
+back with a bounded number outstanding. Both use queue pairs that are configured as the transport's
+(csrc/transport/verbs/wire_probe.hpp). Over all rails, a ping is split as the transport splits a payload, and
+bandwidth writes alternate between the rails.
+
+The two processes coordinate over a TLS connection (`BenchSession`), on which they exchange queue pair addresses, go
+through the steps in the same order, and report failures.
 """
 
 from __future__ import annotations
@@ -32,153 +36,41 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import ChannelError, Frame, Kind, Lane
+from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode
 from vllm_spark.executor.handshake.server import Listener
 
-_GREETING_SECONDS = 30.0
-_SEND_SECONDS = 10.0
-_STEP_SECONDS = 1800.0
-"""How long one step may take on the other machine; one that is gone is noticed by the kernel or by its rail."""
-_RETRY_SECONDS = 0.5
-
-_Message = TypeVar("_Message", bound=msgspec.Struct)
-
-
-def _connect_command(endpoint: str, secret_file: Path | None) -> str:
-    """What makes the other machine measure with the one that listens at `endpoint`."""
-    secret = f" --secret-file {secret_file}" if secret_file else ""
-    return f"vllm-spark bench wire --connect {endpoint}{secret}"
-
-
-class Meeting:
-    """The lane to the other machine, while both measure. A context manager: at its end the other one hears why."""
-
-    def __init__(self, lane: Lane, other: str) -> None:
-        self._lane, self._other = lane, other
-        self._early: list[Frame] = []
-
-    @classmethod
-    def listen(cls, config: SparkConfig, patience: float) -> Meeting:
-        """Waits at most `patience` seconds for the other machine.
-
-        Raises:
-            SparkError: it did not come, or has other versions or another secret; or a setting is unusable.
-        """
-        address = leader_address(config)
-        listener = Listener(
-            address,
-            config.port,
-            tls_context(load_secret(config, address), "leader"),
-            config.max_frame_mib * MIB,
-            config.secret_file,
-            invitation=_connect_command,
-        )
-        try:
-            hello, lane = listener.wait_for_visitor(patience)
-        finally:
-            listener.close()
-        lane.peer = f"the other machine ({hello.host})"
-        return cls(lane, "vllm-spark bench wire --connect")
-
-    @classmethod
-    def connect(cls, config: SparkConfig, patience: float) -> Meeting:
-        """Looks for at most `patience` seconds for the machine that listens at `config.leader`.
-
-        Raises:
-            SparkError: nobody listens there, or with other versions or another secret; or a setting is unusable.
-        """
-        host, port = leader_endpoint(config)
-        caller = Caller(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
-        end = time.monotonic() + patience
-        while (lane := caller.connect(CONTROL)) is None:
-            if time.monotonic() > end:
-                raise PeerLostError(
-                    f"nobody listened at {caller.endpoint} within {patience:g} s; on that machine run: "
-                    f"vllm-spark bench wire --listen --address {host}"
-                )
-            time.sleep(_RETRY_SECONDS)
-        lane.peer = f"the other machine ({caller.endpoint})"
-        return cls(lane, "vllm-spark bench wire --listen")
-
-    def greet(self, mine: _Message, kind: type[_Message]) -> _Message:
-        """Gives the other machine the first message, and returns its own.
-
-        Raises:
-            RefusedError: what is there is something else, such as `vllm-spark join` or a server.
-        """
-        try:
-            self._lane.send(Kind.EXCHANGE, msgspec.json.encode(mine), timeout=_SEND_SECONDS)
-            return decode(self._lane.expect(Kind.EXCHANGE, timeout=_GREETING_SECONDS), kind)
-        except ChannelError as error:
-            raise RefusedError(
-                f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
-            ) from None
-
-    def exchange(self, mine: bytes) -> bytes:
-        """Gives the other machine `mine` and returns its half, which is at the same place of the same schedule.
-
-        Raises:
-            PeerLostError: it is gone, or has failed.
-        """
-        self.attend()  # first: one that has failed says why and hangs up, and then nothing can be sent
-        self._lane.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
-        frame = self._early.pop() if self._early else self._receive()
-        return frame.payload
-
-    def attend(self) -> None:
-        """Takes what the other machine has said, if it has said something: it may be that it has failed.
-
-        Raises:
-            PeerLostError: it is gone, or has failed.
-        """
-        poll = select.poll()
-        poll.register(self._lane, select.POLLIN)
-        if self._lane.pending or poll.poll(0):
-            self._early.append(self._receive(_SEND_SECONDS))  # the rest of what has begun to come
-
-    def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
-        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
-        if frame.kind is Kind.FAILURE:
-            raise PeerLostError(f"{self._lane.peer} gave up: {decode(frame, Reason).sentence}")
-        return frame
-
-    def __enter__(self) -> Meeting:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            sentence = "it was stopped there" if isinstance(error, KeyboardInterrupt) else str(error)
-            with contextlib.suppress(PeerLostError):
-                self._lane.send(Kind.FAILURE, msgspec.json.encode(Reason(sentence)), timeout=_SEND_SECONDS)
-        self._lane.close()
-
-
 logger = logging.getLogger("vllm_spark")
-
 KIB, MIB = 1 << 10, 1 << 20
 LATENCY_SIZES = tuple(1 << power for power in range(1, 17))
 BANDWIDTH_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB)
 MAX_DEPTH = _native.WireProbe.MAX_DEPTH
+_HELLO_SECONDS = 30.0
+_SEND_SECONDS = 10.0
+
+_STEP_SECONDS = 1800.0
+"""Limit for one step on the other machine; a lost machine is noticed earlier by TCP or by its rail."""
+
+_RETRY_SECONDS = 0.5
+
+_RAIL_SECONDS = 30.0
+"""Time without progress after which a rail has failed: longer than it takes to detect an unplugged cable."""
 
 _STREAMS = 5
-_RAIL_SECONDS = 30.0
-"""How long a rail may do nothing: longer than it takes to notice a cable that is out."""
+_Message = TypeVar("_Message", bound=msgspec.Struct)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is measured, as the machine that listens says it.
+    """What is measured; the listening machine sends it to the other.
 
     Attributes:
-        sizes: bytes of the messages whose latency is measured, rising.
-        samples: round trips of each.
-        bandwidth_sizes: bytes of the messages whose bandwidth is measured, rising.
-        writes: how many of them are posted back to back, five times.
-        depth: how many may be under way on each rail.
+        sizes: bytes of the messages whose latency is measured, ascending.
+        samples: round trips of each size.
+        bandwidth_sizes: bytes of the messages whose bandwidth is measured, ascending.
+        writes: number of writes that are posted back to back, five times.
+        depth: maximum number of outstanding writes on each rail.
         traffic_class, service_level: of the packets.
     """
 
@@ -192,7 +84,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Step(NamedTuple):
-    """One row of the tables."""
+    """One measurement: one row of the tables."""
 
     rails: tuple[int, ...]
     latency: bool
@@ -200,15 +92,15 @@ class Step(NamedTuple):
 
 
 def steps(plan: Plan, rails: int) -> Iterator[Step]:
-    """What is measured one after the other; on both machines the same."""
+    """The measurements in their order, which is the same on both machines."""
     together = [tuple(range(rails))] if rails > 1 else []
     for chosen in [*((rail,) for rail in range(rails)), *together]:
         yield from (Step(chosen, True, size) for size in plan.sizes)
         yield from (Step(chosen, False, size) for size in plan.bandwidth_sizes)
 
 
-class Greeting(msgspec.Struct, frozen=True):
-    """Who measures; the plan is the listener's."""
+class BenchHello(msgspec.Struct, frozen=True):
+    """The first message of each machine; only the listener sends a plan."""
 
     host: str
     machine: str
@@ -216,36 +108,36 @@ class Greeting(msgspec.Struct, frozen=True):
 
 
 def measure(
-    meeting: Meeting,
+    session: BenchSession,
     rank: int,
     plan: Plan | None,
     ports: Sequence[Port],
     on_start: Callable[[int], None],
     on_step: Callable[[], None],
 ) -> tuple[Plan, WireModel]:
-    """Measures together with the other machine, and returns the same on both.
+    """Measures together with the other machine; returns the same plan and model on both.
 
     Args:
-        rank: 0 on the machine that listens, which sends first and measures; 1 on the other.
+        rank: 0 on the listening machine, which sends first and takes the times; 1 on the other.
         plan: rank 0's; None on the other.
         ports: of this machine.
         on_start: called with the number of steps.
         on_step: called after each.
 
     Raises:
-        SparkError: no rail joins the two machines, or one could not be set up.
-        PeerLostError: a rail or the other machine failed meanwhile.
+        SparkError: there is no rail between the machines, or one could not be connected.
+        PeerLostError: a rail or the other machine failed.
     """
-    mine = Greeting(host_name(), machine(platform.release()), plan)
-    theirs = meeting.greet(mine, Greeting)
+    mine = BenchHello(host_name(), machine(platform.release()), plan)
+    theirs = session.handshake(mine, BenchHello)
     if (plan := plan or theirs.plan) is None:
-        raise SparkError("both machines said --connect; one must say --listen")
+        raise SparkError("both machines were started with --connect; start one with --listen")
     rank_0, rank_1 = (mine, theirs) if rank == 0 else (theirs, mine)
     try:
-        their_ports = swap_ports(meeting.exchange, Ports(tuple(ports)))
+        their_ports = swap_ports(session.exchange, Ports(tuple(ports)))
         rails = pair(ports, their_ports, rank)
         their_rails = pair(their_ports, ports, 1 - rank)
-        probe = _connect(meeting, plan, rails, theirs.host)
+        probe = _connect(session, plan, rails, theirs.host)
     except CollectiveError as error:
         raise SparkError(str(error)) from None
     names = " and ".join(f"rail {index} ({rail.device})" for index, rail in enumerate(rails))
@@ -258,7 +150,7 @@ def measure(
             point = _point(probe, rank, plan, step)
         except CollectiveError as error:
             raise PeerLostError(str(error)) from None
-        said = meeting.exchange(b"" if point is None else point.model_dump_json().encode())
+        said = session.exchange(b"" if point is None else point.model_dump_json().encode())
         latencies, bandwidths = points.setdefault(step.rails, ([], []))
         if step.latency:
             latencies.append(point if isinstance(point, Latency) else Latency.model_validate_json(said))
@@ -267,12 +159,12 @@ def measure(
         on_step()
     ends = list(zip(*((rails, their_rails) if rank == 0 else (their_rails, rails)), strict=True))
     model = _model(plan, rank_0, rank_1, ends, points)
-    # Rank 0's goes to both: also the date is then the same.
-    said = meeting.exchange(model.model_dump_json().encode())
+    # Both use rank 0's model, so that the dates are equal too.
+    said = session.exchange(model.model_dump_json().encode())
     return plan, model if rank == 0 else WireModel.model_validate_json(said)
 
 
-def _connect(meeting: Meeting, plan: Plan, rails: list[Rail], peer: str) -> _native.WireProbe:
+def _connect(session: BenchSession, plan: Plan, rails: list[Rail], peer: str) -> _native.WireProbe:
     offer, problem, probe = b"", "", None
     try:
         probe = _native.WireProbe(
@@ -281,23 +173,23 @@ def _connect(meeting: Meeting, plan: Plan, rails: list[Rail], peer: str) -> _nat
             timeout_s=_RAIL_SECONDS,
             traffic_class=plan.traffic_class,
             service_level=plan.service_level,
-            attend=meeting.attend,
+            attend=session.check_peer,
         )
         offer = probe.offer()
     except CollectiveError as error:
         problem = str(error)
-    theirs = swap_offers(meeting.exchange, LinkOffer(offer, problem))
+    theirs = swap_offers(session.exchange, LinkOffer(offer, problem))
     assert probe is not None, "swap_offers raises where there is none"
     try:
         probe.connect(theirs, peer)
     except CollectiveError as error:
         problem = str(error)
-    both_ready(meeting.exchange, problem)
+    both_ready(session.exchange, problem)
     return probe
 
 
 def _point(probe: _native.WireProbe, rank: int, plan: Plan, step: Step) -> Latency | Bandwidth | None:
-    """This machine's part of a step, and on rank 0 what came of it."""
+    """Runs this machine's part of a step; returns the result on the rank that measured it."""
     rails = list(step.rails)
     if step.latency:
         warm_up = max(10, plan.samples // 10)
@@ -313,7 +205,7 @@ def _point(probe: _native.WireProbe, rank: int, plan: Plan, step: Step) -> Laten
             p999=percentile(times, 0.999),
         )
     if rank == 1:
-        return None  # what is written here needs nobody
+        return None  # the writes need no action of the receiver
     probe.stream(rails, step.bytes, min(plan.depth, plan.writes), plan.depth)  # to warm up
     rates = [
         step.bytes * plan.writes / probe.stream(rails, step.bytes, plan.writes, plan.depth) / 1e9
@@ -324,8 +216,8 @@ def _point(probe: _native.WireProbe, rank: int, plan: Plan, step: Step) -> Laten
 
 def _model(
     plan: Plan,
-    rank_0: Greeting,
-    rank_1: Greeting,
+    rank_0: BenchHello,
+    rank_1: BenchHello,
     ends: Sequence[tuple[Rail, Rail]],
     points: dict[tuple[int, ...], tuple[list[Latency], list[Bandwidth]]],
 ) -> WireModel:
@@ -352,3 +244,117 @@ def _model(
         ),
         total=Wire.model_validate(wire(tuple(range(len(ends))))),
     )
+
+
+class BenchSession:
+    """The connection between the two machines of a measurement.
+
+    A context manager: an exception inside is reported to the other machine.
+    """
+
+    def __init__(self, lane: Connection, other: str) -> None:
+        self._lane, self._other = lane, other
+        self._received: list[Frame] = []
+
+    @classmethod
+    def listen(cls, config: SparkConfig, patience: float) -> BenchSession:
+        """Waits at most `patience` seconds for the other machine.
+
+        Raises:
+            SparkError: it did not connect, has other versions or another secret, or a setting is invalid.
+        """
+        address = leader_address(config)
+        listener = Listener(
+            address,
+            config.port,
+            tls_context(load_secret(config, address), "leader"),
+            config.max_frame_mib * MIB,
+            config.secret_file,
+            suggest_command=_connect_command,
+        )
+        try:
+            hello, lane = listener.wait_for_any_follower(patience)
+        finally:
+            listener.close()
+        lane.peer = f"the other machine ({hello.host})"
+        return cls(lane, "vllm-spark bench wire --connect")
+
+    @classmethod
+    def connect(cls, config: SparkConfig, patience: float) -> BenchSession:
+        """Tries for at most `patience` seconds to connect to the machine that listens at `config.leader`.
+
+        Raises:
+            SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
+        """
+        host, port = leader_endpoint(config)
+        caller = Connector(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
+        end = time.monotonic() + patience
+        while (lane := caller.connect(CONTROL)) is None:
+            if time.monotonic() > end:
+                raise PeerLostError(
+                    f"nothing listened at {caller.endpoint} within {patience:g} s; on that machine run: "
+                    f"vllm-spark bench wire --listen --address {host}"
+                )
+            time.sleep(_RETRY_SECONDS)
+        lane.peer = f"the other machine ({caller.endpoint})"
+        return cls(lane, "vllm-spark bench wire --listen")
+
+    def handshake(self, mine: _Message, kind: type[_Message]) -> _Message:
+        """Sends the first message, and returns the other machine's.
+
+        Raises:
+            RefusedError: the other program is not `vllm-spark bench wire`, but for example `vllm-spark join`.
+        """
+        try:
+            self._lane.send(Kind.EXCHANGE, msgspec.json.encode(mine), timeout=_SEND_SECONDS)
+            return decode(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
+        except ChannelError as error:
+            raise RefusedError(
+                f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
+            ) from None
+
+    def exchange(self, mine: bytes) -> bytes:
+        """Sends `mine` and returns the other machine's message for the same step.
+
+        Raises:
+            PeerLostError: the other machine is lost, or has failed.
+        """
+        self.check_peer()  # reads a failure first: its sender closes the connection, so that sending would fail
+        self._lane.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
+        frame = self._received.pop() if self._received else self._receive()
+        return frame.payload
+
+    def check_peer(self) -> None:
+        """Receives a message of the other machine, if there is one: it may report a failure.
+
+        Raises:
+            PeerLostError: the other machine is lost, or has failed.
+        """
+        poll = select.poll()
+        poll.register(self._lane, select.POLLIN)
+        if self._lane.pending or poll.poll(0):
+            self._received.append(self._receive(_SEND_SECONDS))  # the rest of a message that has begun to arrive
+
+    def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
+        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
+        if frame.kind is Kind.FAILURE:
+            raise PeerLostError(f"{self._lane.peer} failed: {decode(frame, Reason).sentence}")
+        return frame
+
+    def __enter__(self) -> BenchSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            sentence = "it was stopped there" if isinstance(error, KeyboardInterrupt) else str(error)
+            with contextlib.suppress(PeerLostError):
+                self._lane.send(Kind.FAILURE, msgspec.json.encode(Reason(sentence)), timeout=_SEND_SECONDS)
+        self._lane.close()
+
+
+def _connect_command(endpoint: str, secret_file: Path | None) -> str:
+    """The command for the other machine, if this one listens at `endpoint`."""
+    secret = f" --secret-file {secret_file}" if secret_file else ""
+    return f"vllm-spark bench wire --connect {endpoint}{secret}"

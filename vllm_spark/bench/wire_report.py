@@ -1,4 +1,4 @@
-"""What `vllm-spark bench wire` measured, as tables, as JSON and as a plot."""
+"""The report of `vllm-spark bench wire` as tables, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ALL_RAILS = "all rails"
 
 
 def named(model: WireModel) -> Iterator[tuple[str, Wire]]:
-    """Every rail by name, and all together where there are several."""
+    """Every rail by name, and all of them together if there are several."""
     yield from ((f"rail {index}", rail) for index, rail in enumerate(model.rails))
     if len(model.rails) > 1:
         yield ALL_RAILS, model.total
 
 
 def as_tables(plan: Plan, model: WireModel) -> list[Table]:
-    """Latency, bandwidth, and what the loopback transport will make of them."""
+    """Tables of latency, bandwidth, and the fitted link model of the loopback transport."""
     latency = _by_size(
         "One way, microseconds: half a round trip of RDMA writes",
         ("minimum", "median", "p99", "p99.9"),
@@ -40,7 +40,7 @@ def as_tables(plan: Plan, model: WireModel) -> list[Table]:
         lambda wire: wire.bandwidth,
         lambda point: [f"{point.median:.3g}", f"{point.best:.3g}", f"{8 * point.median:.4g}"],
     )
-    bandwidth.caption = f"{plan.writes} writes of each size, {plan.depth} under way on each rail"
+    bandwidth.caption = f"{plan.writes} writes of each size, {plan.depth} outstanding on each rail"
     line = Table(title="The wire as the loopback transport models it: latency + bytes / bandwidth")
     for heading in ("", "devices", "MTU", "latency, us", "GB/s", "largest error"):
         line.add_column(heading, justify="left" if heading in ("", "devices") else "right", no_wrap=True)
@@ -77,13 +77,13 @@ def _time(microseconds: float) -> str:
 
 
 def as_json(plan: Plan, model: WireModel) -> str:
-    """Everything: what was asked for, and the wire model."""
+    """The plan and the wire model."""
     content = {"settings": msgspec.to_builtins(plan), "wire": model.model_dump(mode="json")}
     return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()
 
 
 def plot(model: WireModel, path: Path) -> None:
-    """Draws both over sizes, and the line that was fitted, into `path`; the suffix chooses the format."""
+    """Draws latency and bandwidth over sizes, and the fitted model, into `path`; the suffix chooses the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The command `vllm-spark`: one module per subcommand, imported only when it is asked for."""
+"""The command `vllm-spark`: one module per subcommand, imported only when it is used."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ EXIT_INTERRUPTED = 130
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""What writing to standard output may fail with where it is a file."""
+"""Errors of writing to standard output, if it is a file."""
 
 
 class Command(Protocol):
-    """What the module of a subcommand provides."""
+    """The interface of a subcommand's module."""
 
     SUMMARY: str
     """One line for the help page."""
@@ -36,7 +36,7 @@ class Command(Protocol):
         """Adds the options of this subcommand."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Does the work and returns the exit code; raises SparkError for what a sentence explains."""
+        """Runs the command and returns the exit code; raises SparkError for errors that a message explains."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SparkError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # The reader left (`vllm-spark config | head`). Python would complain again when it flushes at exit.
+        # The reader closed the pipe (`vllm-spark config | head`). Python would raise again when it flushes at exit.
         _give_up_output()
         return 0
     except OSError as error:
@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _give_up_output()
         return _fail(
-            f"the output cannot be written ({error.strerror}); make room, or write it elsewhere", SparkError.exit_code
+            f"the output cannot be written ({error.strerror}); free disk space, or write it elsewhere",
+            SparkError.exit_code,
         )
 
 

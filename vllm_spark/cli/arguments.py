@@ -1,10 +1,9 @@
-"""What options of several commands take: argparse types that explain themselves."""
+"""Options that several commands share: argparse types with clear errors, the console, and the modelled wire."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from vllm_spark.errors import ConfigurationError
 
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
+_FILE_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match.group(2).lower()) if match else None
     if match is None or unit is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 4096, 4KiB or 1MiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write 4096, 4KiB or 1MiB")
     size = int(match.group(1)) * unit
     if not 2 <= size <= _LARGEST or size % 2:
         raise argparse.ArgumentTypeError(f"{text} is out of range; sizes are even, from 2 bytes to 64MiB")
@@ -40,12 +40,12 @@ def _size(text: str) -> int:
 def positive(text: str) -> int:
     """A whole number of samples, steps or rounds."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def positives(text: str) -> tuple[int, ...]:
-    """`1,4,8`, each as `positive` takes it."""
+    """Numbers such as `1,4,8`, each as in `positive`."""
     return tuple(positive(word) for word in text.split(","))
 
 
@@ -71,14 +71,14 @@ def engine_arguments(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object; write it as in '{{\"block_size\": 32}}'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object; write it as in '{{\"block_size\": 32}}'")
     return value
 
 
 def words(text: str) -> str:
-    """A text that is not empty."""
+    """A non-empty text."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; write something")
+        raise argparse.ArgumentTypeError("it is empty; give a text")
     return text
 
 
@@ -90,31 +90,20 @@ def user_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}") from None
 
 
-_FILE_WIDTH = 120  # columns, where the output is no terminal
-
-
 def wide_console() -> Console:
-    """The terminal, or a file wide enough for the tables."""
+    """A console of the terminal's width, or wide enough for tables in a file."""
     return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
-def check_writable(path: Path) -> None:
-    """Raises ConfigurationError if `path` cannot be written, before anything has been measured."""
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise ConfigurationError(f"{path} cannot be written: {path.resolve().parent} is no folder that takes files")
-    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
-        raise ConfigurationError(f"{path} cannot be written: it is a folder, or protected; give another file")
-
-
 class ModelledWire(NamedTuple):
-    """What the loopback transport puts between two ranks: latency + bytes / bandwidth; 0 GB/s: unlimited."""
+    """The link that the loopback transport models: latency + bytes / bandwidth; 0 GB/s: unlimited."""
 
     latency_us: float = CABLE.latency_us
     gbytes_per_s: float = CABLE.gbytes_per_s
 
 
 def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
-    """The modelled wire: the defaults are those of the cable between two GB10."""
+    """Adds the options of the modelled wire, with the cable between two GB10 as default."""
     parser.add_argument(
         "--latency-us",
         type=setting_type("loopback_latency_us"),
@@ -139,7 +128,7 @@ def modelled_wire(args: argparse.Namespace) -> ModelledWire:
     """The wire that `add_wire_arguments`' options describe.
 
     Raises:
-        ConfigurationError: the file is no wire model, or does not go with the other options.
+        ConfigurationError: the file is not a wire model, or contradicts the other options.
     """
     numbers = {"latency_us": args.latency_us, "gbytes_per_s": args.gbytes_per_s}
     given = {name: value for name, value in numbers.items() if value is not None}

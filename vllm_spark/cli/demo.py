@@ -1,4 +1,4 @@
-"""`vllm-spark demo`: the product on one machine, with a tiny model and two real processes over loopback."""
+"""`vllm-spark demo`: a pair on one machine, with a tiny model and two real processes over loopback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_spark.compat.versions import installed_vllm, is_cpu_build
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.models.tiny import ModelKind
 
-SUMMARY = "show the product on this machine: a tiny model on two ranks over loopback, compared with one rank"
+SUMMARY = "run a pair on this machine: a tiny model on two ranks over loopback, compared with one rank"
 
 NEEDED = ("openai", "safetensors", "tokenizers", "torch", "prometheus_client")
 
@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> int:
         SparkError: it could not be shown; the processes are ended and the logs kept.
     """
     from vllm_spark.demo.show import Demo, Settings
-    from vllm_spark.processes.group import set_stage
+    from vllm_spark.processes.group import process_group
 
     console = Console(stderr=args.json, highlight=False)
     try:
         _check_installation()
-        with set_stage("demo", console, args.keep_logs) as stage:
+        with process_group("demo", console, args.keep_logs) as stage:
             settings = Settings(args.model_kind, args.prompt, args.max_tokens, args.timeout)
             summary = Demo(settings, console, stage).run()
     except SparkError as error:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_installation() -> None:
-    """Says what is missing before anything is started.
+    """Checks what the demo needs, before anything is started.
 
     Raises:
         ConfigurationError: vLLM's CPU build, or a package of the extra `demo`, is not installed.
@@ -84,12 +84,12 @@ def _check_installation() -> None:
     version = installed_vllm()
     if version is None:
         raise ConfigurationError(
-            "vLLM is not installed beside this Python; `make demo` in the source tree installs its CPU build"
+            "vLLM is not installed for this Python; `make demo` in the source tree installs its CPU build"
         )
     if not is_cpu_build():
         raise ConfigurationError(
-            f"the demo puts two ranks on one machine, which needs vLLM's CPU build, and this is vllm {version}; "
-            "`make demo` in the source tree installs the CPU build into an environment of its own"
+            f"the demo runs two ranks on one machine, which needs vLLM's CPU build, and this is vllm {version}; "
+            "`make demo` in the source tree installs the CPU build into a separate environment"
         )
     for package in NEEDED:
         if importlib.util.find_spec(package) is None:

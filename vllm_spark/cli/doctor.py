@@ -1,4 +1,4 @@
-"""`vllm-spark doctor`: is this machine, and with `--peer` this pair, as it should be?"""
+"""`vllm-spark doctor`: checks this machine and, with `--peer`, the pair."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vllm_spark.cli.arguments import up_to, user_path
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError, upper_first
 
-SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and say how to mend what is wrong"
+SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and print how to fix problems"
 
 SETTINGS = ("address", "leader", "port", "secret_file")
-"""Those of serve and join that matter here."""
+"""The settings of serve and join that this command has as options."""
 
 _DEFAULT_PLACE = object()
 
@@ -24,7 +24,7 @@ _DEFAULT_PLACE = object()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark doctor`."""
     parser.epilog = (
-        f"exit code: 0 all is well, {EXIT_WARNINGS} warnings only, {EXIT_PROBLEM} something keeps the pair from "
+        f"exit code: 0 no problems, {EXIT_WARNINGS} only warnings, {EXIT_PROBLEM} a problem that keeps the pair from "
         f"working, {EXIT_USAGE} wrong usage or settings"
     )
     what = parser.add_mutually_exclusive_group()
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=user_path,
         const=_DEFAULT_PLACE,
         metavar="PATH",
-        help="make the secret that both machines share, and check nothing; default: vllm-spark/secret in the folder of "
-        "your configuration, where serve and join look for it",
+        help="create the secret that both machines share, without any check; default: vllm-spark/secret in the folder "
+        "of your configuration, where serve and join read it",
     )
     parser.add_argument(
         "--wait",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examines, and prints what was found; or makes a secret.
+    """Runs the checks and prints their report, or creates a secret.
 
     Returns:
         0 if all is well, EXIT_WARNINGS if there are warnings only, EXIT_PROBLEM if something keeps the pair from
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.make_secret is not None:
         return _make_secret(args)
     from vllm_spark.backend.logging import log_as
-    from vllm_spark.doctor.examination import examine, is_bare
+    from vllm_spark.doctor.checks import is_bare, run_checks
     from vllm_spark.doctor.report import Report, show, show_bare, to_json
     from vllm_spark.doctor.system import System
 
@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
-    machine = examine(system, config, leader, thorough=args.peer)
+    machine = run_checks(system, config, leader, thorough=args.peer)
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
-        from vllm_spark.doctor.pair import compare, nobody, reached
-        from vllm_spark.doctor.visit import visit
+        from vllm_spark.doctor.pair import compare, peer_missing, port_reached
+        from vllm_spark.doctor.remote import request_report
         from vllm_spark.executor.channel.addresses import format_endpoint, interface_of, is_loopback, leader_address
 
         command = ""
@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
             address = leader_address(config)
             if not is_loopback(address):
                 command = opening(system, config.port, interface_of(address))
-            peer = visit(config, args.wait)
+            peer = request_report(config, args.wait)
         except SparkError as error:
-            together = [nobody(str(error), command)]
+            together = [peer_missing(str(error), command)]
         else:
-            together = [reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
+            together = [port_reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:
@@ -115,15 +115,15 @@ def _make_secret(args: argparse.Namespace) -> int:
     default = default_secret_file()
     secret = default if args.make_secret is _DEFAULT_PLACE else args.make_secret.absolute()
     if secret is None:
-        raise ConfigurationError("this user has no home folder to keep a secret in; give a place: --make-secret PATH")
+        raise ConfigurationError("this user has no home folder for the secret; give a file: --make-secret PATH")
     make_secret(secret)
-    print(f"Made a secret in {secret}, for this user only. Copy it to the other machine (here called OTHER):")
+    print(f"Created the secret {secret}, readable by this user only. Copy it to the other machine (here called OTHER):")
     there = _as_seen_there(secret)
     folder = os.path.dirname(there)
     first = f"ssh OTHER mkdir -p -m 700 {shlex.quote(folder)} && " if folder else ""
     print(f"    {first}scp -p {shlex.quote(str(secret))} OTHER:{shlex.quote(there)}")
     if secret == default:
-        print("vllm serve --spark and vllm-spark join find it there by themselves.")
+        print("vllm serve --spark and vllm-spark join read it from there by default.")
     else:
         print(
             f"Then give it to both: vllm serve ... --spark-secret-file {secret}, vllm-spark join --secret-file {secret}"
@@ -132,7 +132,7 @@ def _make_secret(args: argparse.Namespace) -> int:
 
 
 def _as_seen_there(path: Path) -> str:
-    """Below the home folder, whatever that is there; ssh and scp start in it."""
+    """The path relative to the home folder, where ssh and scp start."""
     try:
         return str(path.relative_to(Path.home()))
     except (RuntimeError, ValueError):

@@ -1,4 +1,4 @@
-"""`vllm-spark join`: be the second machine of the pair."""
+"""`vllm-spark join`: runs the follower on the second machine."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from vllm_spark.backend.logging import log_as
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables
 from vllm_spark.errors import upper_first
 
-SUMMARY = "wait for a leader, follow it, wait for the next (run this on the second machine)"
+SUMMARY = "run the follower: connect to a leader, and to the next one after it (on the second machine)"
 
 logger = logging.getLogger("vllm_spark")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The follower's own settings; all others come from the leader."""
+    """Adds the follower's own settings; all others come from the leader."""
     add_flags(parser, ["follower", "both"], prefix="--")
     parser.add_argument("--once", action="store_true", help="end when the first leader leaves or does not fit")
 
 
 def run(args: argparse.Namespace) -> int:
     """Follows one leader after the other. Returns the exit code when stopped or refused."""
-    from vllm_spark.entrypoints.join import follow_leaders
+    from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))
     for sentence in misspelt_variables():
         logger.warning("%s", upper_first(sentence))
-    return follow_leaders(config, once=args.once)
+    return supervise(config, once=args.once)

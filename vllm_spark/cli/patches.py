@@ -1,4 +1,4 @@
-"""`vllm-spark patches`: what this project changes in vLLM, and whether it fits the installed one."""
+"""`vllm-spark patches`: this project's changes to vLLM, and whether they fit the installed version."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import textwrap
 
 from rich.console import Console
 
-from vllm_spark.compat.check import required_misfits
+from vllm_spark.compat.check import required_mismatches
 from vllm_spark.compat.patching import all_patches, state_of
 from vllm_spark.compat.versions import SUPPORTED, installed_vllm
 
-SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed one"
+SUMMARY = "show every change to vLLM that --spark makes, and whether it fits the installed version"
 
 _FITS = ("ready", "applied")
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints each patch with its state, and what else of vLLM is not as this project knows it.
+    """Prints each patch with its state, and other differences of vLLM from the supported versions.
 
     Returns:
         0 if all fit the installed vLLM, 1 if not.
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             indent = " " * 18
             lines = textwrap.wrap(text, max(20, console.width - len(indent)), break_long_words=False)
             console.print(f"  {label:<16}" + f"\n{indent}".join(lines), soft_wrap=True)
-    misfits = required_misfits() if installed_vllm() else ()
-    for symbol, problem in misfits:
+    mismatches = required_mismatches() if installed_vllm() else ()
+    for symbol, problem in mismatches:
         console.print(f"\n[red]--spark refuses to start[/]: {symbol} {problem}")
-    return 0 if not misfits and all(state in _FITS for state in states) else 1
+    return 0 if not mismatches and all(state in _FITS for state in states) else 1

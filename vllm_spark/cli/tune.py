@@ -1,29 +1,38 @@
-"""`vllm-spark tune`: the fastest parameters of Marlin and FusedMoE for a model on this GPU, and checks of tables."""
+"""`vllm-spark tune`: searches the fastest parameters of Marlin and FusedMoE on this GPU, and checks tables."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_spark.cli import tune_model
-from vllm_spark.cli.arguments import user_path
+from vllm_spark.cli import PROGRAM
+from vllm_spark.cli.arguments import engine_arguments, positive, positives, user_path, wide_console
 from vllm_spark.errors import EXIT_USAGE, ConfigurationError
+from vllm_spark.tune.plan import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
+    from vllm_spark.tune.timing import HangError
 
 SUMMARY = "find the fastest parameters of a model's experts on this GPU, and check tables of them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `vllm-spark tune`."""
-    tune_model.add_arguments(parser)
+    _add_tuning_arguments(parser)
     parser.epilog = "exit code of --check: 0 all is well, 1 a table has an error, 2 wrong usage"
     parser.add_argument(
         "--check",
@@ -42,25 +51,131 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-spark tune MODEL`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder or file with a config.json, a model of the hub, or one of this project's (configs/models)",
+    )
+    parser.add_argument(
+        "--tp", type=_sizes, default=(2,), metavar="N,...", help="tensor parallel sizes to tune for (default: 2)"
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "marlin", "triton"],
+        default="auto",
+        help="for experts: Marlin for int4 weights and Triton for all others, or one of them (default: auto)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_rows,
+        default=tuple(range(1, LARGEST_ROWS + 1)),
+        metavar="N,...",
+        help="tokens of a decode step, up to 8; larger steps use vLLM's defaults (default: 1 to 8)",
+    )
+    parser.add_argument(
+        "--out", type=user_path, metavar="FOLDER", help="default: the folder that `vllm serve --spark` reads"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=4,
+        help="engines that each side decodes with; the sides alternate in running first (default: 4)",
+    )
+    parser.add_argument(
+        "--no-decode", dest="decode", action="store_false", help="use the kernels' times only, without starting engines"
+    )
+    parser.add_argument(
+        "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=900, metavar="SECONDS", help="for each engine (default: 900)"
+    )
+    parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw the times into a .png, .svg or .pdf")
+    parser.add_argument(
+        "--keep-logs",
+        type=user_path,
+        metavar="DIR",
+        help="write the engines' output there, into a folder for each size, and keep it",
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(positives(text)))
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    rows = sorted(set(positives(text)))
+    if max(rows) > LARGEST_ROWS:
+        raise argparse.ArgumentTypeError(f"{max(rows)} is more than {LARGEST_ROWS} tokens, the largest step of a table")
+    return tuple(rows)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Searches for a model, or checks tables.
+    """Tunes a model, or checks tables.
 
     Raises:
-        SparkError: there is nothing to do, a folder is not there, or the search cannot be made.
+        SparkError: there is nothing to do, a folder does not exist, or the search failed.
     """
     if args.check is not None:
         if args.model is not None:
             raise ConfigurationError(
-                f"a model ({args.model}) and --check do not go together: tables are checked for all models; a folder "
-                "of tables goes right after --check"
+                f"a model ({args.model}) and --check exclude each other: tables are checked for all models; give a "
+                "folder of tables right after --check"
             )
         return _check(args)
     if args.model is None:
-        raise ConfigurationError("say what to do: vllm-spark tune MODEL, or vllm-spark tune --check")
+        raise ConfigurationError("give a model or --check: vllm-spark tune MODEL, or vllm-spark tune --check")
     for option in ("json", "no_compile"):
         if getattr(args, option):
-            raise ConfigurationError(f"--{option.replace('_', '-')} belongs to --check; leave it out")
-    return tune_model.run(args)
+            raise ConfigurationError(f"--{option.replace('_', '-')} is an option of --check; leave it out")
+    return _tune(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(TuningOptions)]
+    options = TuningOptions(**{name: getattr(args, name) for name in names})
+    plan, folder = prepare(options)
+    from vllm_spark.tune.session import TuningSession, this_machine
+    from vllm_spark.tune.timing import HangError
+
+    session = TuningSession(options, plan, folder, this_machine(), wide_console())
+    with _exit_on_signals():
+        try:
+            session.run()
+        except HangError as error:
+            _exit_at_once(error, folder)
+    return 0
+
+
+def _exit_at_once(error: HangError, folder: Path) -> NoReturn:
+    """Exits without cleanup: the end of a program waits for the GPU, and so for the kernel."""
+    from vllm_spark.tune.results import is_vllm_default
+
+    further = f"it is recorded in {folder}, and the same command continues without it"
+    if is_vllm_default(error.parameters):
+        further = "that is vLLM's own choice, and without it there is nothing to compare with; serving may hang as well"
+    print(f"{PROGRAM}: {error}; {further}.", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(error.exit_code)
+
+
+@contextmanager
+def _exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit inside, so that running compilers are stopped as on Ctrl-C."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -85,7 +200,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _may_be_there(folder: Path) -> bool:
-    """Whether there is such a folder, or one that cannot be read, of which the check says so."""
+    """Whether the folder exists, or cannot be read, which the check reports."""
     try:
         return folder.is_dir()
     except OSError:
@@ -93,7 +208,7 @@ def _may_be_there(folder: Path) -> bool:
 
 
 def _show(report: CheckReport, folders: list[Path]) -> None:
-    """Findings as a table, then what was checked and what was not."""
+    """Prints the findings as a table, then what was checked and what was not."""
     console = Console(highlight=False)
     if report.findings:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -121,7 +236,7 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
 
 
 def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
-    """Rows of a table of which the same is to be said."""
+    """Rows of a table that have the same finding."""
     found: dict[tuple[Path, str, str], list[int]] = {}
     for finding in report.findings:
         rows = found.setdefault((finding.table, finding.kind, finding.sentence), [])

@@ -1,6 +1,6 @@
-"""Collectives between two ranks: an all-reduce and an all-gather that cost little more than the wire.
+"""Collectives between two ranks: one-shot all-reduce and all-gather, in little more than the time of the transfer.
 
-Knows nothing of vLLM. Two processes connect by any means of exchanging a few hundred bytes, and then call the same
+Independent of vLLM. Two processes connect by any means of exchanging a few hundred bytes, and then call the same
 collectives in the same order:
 
     runtime = Runtime.connect(rank, 2, exchange)

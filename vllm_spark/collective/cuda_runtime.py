@@ -1,4 +1,4 @@
-"""One rank's end of a pair of ranks, on CUDA tensors."""
+"""The runtime of one rank for CUDA tensors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ALIGNMENT = 16  # bytes: a kernel's vector
 class DeviceRuntime(Runtime):
     """Collectives on CUDA tensors with one peer: each is one kernel on the current stream, also in a CUDA graph.
 
-    Kernels cannot raise. What makes one give up (a peer that does not come, calls something else, or aborts) is raised
-    by the next call or by `check`, and everything computed since is worth nothing. All calls must be ordered among
-    themselves, by one stream or by events; two at once fail.
+    Kernels cannot raise. If one fails (the peer does not call the collective in time, calls another one, or aborts),
+    the next call or `check` raises the error, and all results since then are invalid. The calls must be ordered, by one
+    stream or by events; two at once fail.
     """
 
     device = "cuda"
@@ -40,15 +40,15 @@ class DeviceRuntime(Runtime):
         except FileNotFoundError:
             raise UsageError(
                 "this vllm_spark was built without nvcc and has no kernels; "
-                "install the CUDA toolkit, then vllm_spark anew"
+                "install the CUDA toolkit, then reinstall vllm_spark"
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
         shape = _native.LaunchShape(**asdict(options.launch))
         return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels)
 
     @classmethod
-    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
-        """With no more blocks than multiprocessors: all must run at once, and one fills a multiprocessor."""
+    def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """With at most one block per multiprocessor: all blocks must run at once, and one occupies a multiprocessor."""
         import torch
 
         multiprocessors = torch.cuda.get_device_properties().multi_processor_count
@@ -56,12 +56,12 @@ class DeviceRuntime(Runtime):
         return replace(options, launch=replace(options.launch, payload_blocks=blocks))
 
     @classmethod
-    def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """From two GPUs (benchmarks/NOTES.md, entries 11, 13): packets double the bytes, a proxy reads them."""
+    def _default_packet_bytes(cls, options: RuntimeOptions) -> int:
+        """Measured on two GPUs (benchmarks/NOTES.md, entries 11, 13): LL doubles the bytes, and a proxy reads them."""
         return 128 * KIB if not options.proxied else 8 * KIB
 
     def check(self) -> None:
-        """Raises what made a kernel give up, if one has; results since then are worth nothing.
+        """Raises the error of a failed kernel, if there is one; results since then are invalid.
 
         Raises:
             CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
@@ -87,7 +87,7 @@ class DeviceRuntime(Runtime):
         if total // outer % _ALIGNMENT == 0:
             self._native.all_gather(source.data_ptr(), out.data_ptr(), outer, total // outer, _stream())
             return
-        # Rows that end within a vector: gathered as one padded row, then put in order by torch.
+        # Rows whose size is not a multiple of a vector: gathered as one padded row, then reordered by torch.
         import torch
 
         padded = source.new_zeros(math.ceil(total / _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)

@@ -1,7 +1,6 @@
-"""The runtime of this process: made by whoever joins the ranks, found by whoever runs collectives.
+"""The runtime of this process, and the number of collectives that did not use it.
 
-Here too: how many collectives between the ranks it did not take. Other threads read that while a model is loading,
-so it must not live in a module that imports the model's world.
+Other threads read that number while a model is loading, so this module must not import vLLM's modules.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ def install(runtime: Runtime) -> None:
     """Makes `runtime` the process's runtime.
 
     Raises:
-        UsageError: there is another one that is still open.
+        UsageError: another one is still open.
     """
     global _installed
     if _installed is not None and _installed is not runtime and not _installed.closed:
@@ -31,11 +30,11 @@ def installed() -> Runtime | None:
 
 
 def count_fallback() -> None:
-    """Notes one collective between the two ranks that went another way. For the thread that runs the model."""
+    """Counts a collective between the two ranks that used another path. For the thread that runs the model."""
     global _fallbacks
     _fallbacks += 1
 
 
 def fallbacks() -> int:
-    """How many have been noted in this process."""
+    """The number of such collectives in this process."""
     return _fallbacks

@@ -1,4 +1,4 @@
-"""What can go wrong in the runtime; every message is one sentence with the offending value."""
+"""The errors of the runtime; every message is one sentence with the offending value."""
 
 from vllm_spark._native import (
     CollectiveAbortedError,
@@ -11,7 +11,7 @@ from vllm_spark._native import (
 
 
 class AgreementError(CollectiveError):
-    """The two ranks were set up differently; the message names the setting and both values."""
+    """The two ranks have different settings; the message names the setting and both values."""
 
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What `vllm-spark bench calibrate` found on a GPU: how kernels are launched there, and which messages go as packets.
+"""The launch table, a JSON file by `vllm-spark bench calibrate`: a GPU's launch shape and limit of the LL protocol.
 
-A JSON file. The leader reads it and sends what it says to its follower, since both ranks must agree.
+The leader reads it and sends it to its follower, because both ranks must use the same values.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import msgspec
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import configuration_folder, write_whole
+from vllm_spark.files import atomic_write_text, configuration_folder
 
 
 class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How collectives are launched.
+    """The launch shape of collectives on a GPU, and the limit of the LL protocol.
 
     Attributes:
         gpu: name of the GPU that it was measured on; empty for the defaults.
-        loopback_mode: the path on which it was measured; through a proxy packets pay less.
-        packet_kib: messages up to this size, in KiB, go as flagged packets on that path.
+        loopback_mode: the path on which it was measured; with a proxy the LL protocol pays off less.
+        packet_kib: messages up to this size, in KiB, use the LL protocol on that path.
         shape: threads and blocks.
     """
 
@@ -31,14 +31,14 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: LaunchShape = LaunchShape()
 
     def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: Literal["direct", "proxied"]) -> int | None:
-        """The largest message that goes as packets: the user's choice, else the table's for that path.
+        """The largest message that uses the LL protocol: the user's choice, else the table's for that path.
 
-        None leaves it to the runtime.
+        None is the runtime's default.
 
         Args:
             chosen_kib: the user's choice, in KiB; None without one.
-            slot_kib: size of a slot, in KiB: no packet message is larger.
-            mode: whether this rank's messages go through a proxy, as they always do over RDMA.
+            slot_kib: size of a slot, in KiB, which is the upper limit.
+            mode: whether this rank's messages use a proxy, as they always do over RDMA.
         """
         if chosen_kib is not None:
             return chosen_kib << 10
@@ -48,7 +48,7 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def default_path() -> Path | None:
-    """Where `bench calibrate` writes unless told otherwise; None for a user without a home folder."""
+    """The default path of the launch table; None for a user without a home folder."""
     folder = configuration_folder()
     return None if folder is None else folder / "launch.json"
 
@@ -57,7 +57,7 @@ def load_launch_table(named: Path | None) -> LaunchTable:
     """The table in the file `named`, else the one at `default_path`, else the defaults.
 
     Raises:
-        ConfigurationError: `named` is not there; or the file cannot be read, or holds something else.
+        ConfigurationError: `named` does not exist; or the file cannot be read, or is not a launch table.
     """
     path = named or default_path()
     if path is None:
@@ -70,13 +70,13 @@ def load_launch_table(named: Path | None) -> LaunchTable:
             return LaunchTable()
         raise ConfigurationError(f"the launch table {path} cannot be read ({error.strerror}); {remedy}") from None
     except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the launch table {path} does not do ({error}); {remedy}") from None
+        raise ConfigurationError(f"the launch table {path} is invalid: {error}; {remedy}") from None
 
 
 def store_launch_table(table: LaunchTable, path: Path) -> None:
-    """Writes `table` to `path`, whole or not at all, and makes its folder.
+    """Writes `table` to `path` atomically, and creates its folder.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
-    write_whole(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")
+    atomic_write_text(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")

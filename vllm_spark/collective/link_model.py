@@ -1,22 +1,21 @@
-"""A wire between two machines, as `vllm-spark bench wire` measured it: a JSON file.
+"""The alpha-beta (Hockney) model of a link between two machines, as `vllm-spark bench wire` measured it.
 
-The loopback transport takes two numbers from it, those of `total.fit`. Its model of a wire is
+Options and files call it a wire model; it is a JSON file. The loopback transport uses the two numbers of `total.fit`:
 
     time = latency + bytes / bandwidth
 
-where bytes are those on the wire: the transport itself counts 16 for each 8 of a flagged packet, and 8 for the flag
-behind a payload. Messages queue for the bandwidth, and the latency is that of each alone.
+where bytes are those on the wire: the LL protocol sends 16 for each 8 bytes of data, the Simple protocol 8 more for the
+flag. Messages share the bandwidth one after the other, and each has the latency.
 
-A real wire is no such line: a short message costs more for each byte than a long one, since it is stored and forwarded
-on its way, and many under way share that. So each number is fitted where it counts:
+A real link is not linear: a short message costs more per byte than a long one, because it is stored and forwarded on
+its way, and messages in flight overlap in that. So each number is fitted to the sizes for which it matters:
 
-- bandwidth: the highest that writes posted back to back reached, of the sizes that were measured. It decides how
-  long large messages take.
-- latency: what is left of the measured one-way medians when bytes / bandwidth is taken off, so that the relative
-  errors of the line at 1 KiB to 64 KiB are smallest (least squares). These are the sizes of a decode step's messages.
-  Without a measured size among them, all count.
+- bandwidth: the highest median of writes posted back to back, of all measured sizes. It determines the time of large
+  messages.
+- latency: fitted to the measured one-way medians less bytes / bandwidth, with the smallest relative errors at 1 KiB to
+  64 KiB (least squares), the sizes of a decode step's messages; to all sizes if none of these was measured.
 
-`largest_error` says how far the line is off at the worst of these sizes.
+`largest_error` is the relative error at the worst of these sizes.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
-"""Bytes of the messages for which the latency is fitted."""
+"""Sizes in bytes for which the latency is fitted."""
 
 _REMEDY = "write one: vllm-spark bench wire --output FILE"
 
@@ -46,7 +45,7 @@ class _Part(BaseModel):
 
 
 class Latency(_Part):
-    """One way, in microseconds: half of a round trip of RDMA writes of this size."""
+    """One-way latency in microseconds: half of a round trip of RDMA writes of this size."""
 
     bytes: Bytes
     minimum: Microseconds
@@ -65,7 +64,7 @@ class Latency(_Part):
 
 
 class Bandwidth(_Part):
-    """Of RDMA writes of this size, posted back to back, in GB/s (10^9 bytes)."""
+    """Bandwidth of RDMA writes of this size, posted back to back, in GB/s (10^9 bytes)."""
 
     bytes: Bytes
     median: GBytesPerSecond
@@ -79,20 +78,20 @@ class Bandwidth(_Part):
 
 
 class Fit(_Part):
-    """The line that stands for a wire: `latency_us + bytes / gbytes_per_s`."""
+    """The fitted model: `latency_us + bytes / gbytes_per_s`."""
 
     latency_us: Annotated[float, Field(ge=0, le=1e6)]
     gbytes_per_s: GBytesPerSecond
     largest_error: Annotated[float, Field(ge=0)] = 0.0
-    """Of the line, at the measured sizes that it was fitted to: 0.1 is 10 %."""
+    """Largest relative error at the sizes to which it was fitted: 0.1 is 10 %."""
 
 
 CABLE = Fit(latency_us=3.2, gbytes_per_s=24.0)
-"""The cable between two GB10 where nothing was measured: 4 KiB one way between two DGX Spark, and 200 Gb/s."""
+"""The assumed cable between two GB10 without a measurement: 4 KiB one way between two DGX Spark, and 200 Gb/s."""
 
 
 class Wire(_Part):
-    """What was measured over one rail, or over all of them together."""
+    """The measurements over one rail, or over all of them together."""
 
     latency: Annotated[tuple[Latency, ...], Field(min_length=1)]
     bandwidth: Annotated[tuple[Bandwidth, ...], Field(min_length=1)]
@@ -103,7 +102,7 @@ class Wire(_Part):
         for name, points in (("latency", self.latency), ("bandwidth", self.bandwidth)):
             sizes = [point.bytes for point in points]
             if sizes != sorted(set(sizes)):
-                raise ValueError(f"the sizes of {name} do not rise: {', '.join(map(str, sizes))}")
+                raise ValueError(f"the sizes of {name} are not in ascending order: {', '.join(map(str, sizes))}")
         return self
 
 
@@ -117,21 +116,21 @@ class RailWire(Wire):
 
 
 class WireModel(_Part):
-    """The whole file."""
+    """The content of the file."""
 
     format: Literal["vllm-spark wire 1"] = "vllm-spark wire 1"
     provenance: str
-    """How and between which machines it was measured, for people."""
+    """The method and the machines of the measurement, as text."""
     measured_at: datetime
     machines: tuple[str, str]
     versions: dict[str, str]
     rails: Annotated[tuple[RailWire, ...], Field(min_length=1, max_length=4)]
     total: Wire
-    """All rails together: what the loopback transport stands for."""
+    """All rails together: the link that the loopback transport models."""
 
 
 def fit(latency: Sequence[Latency], bandwidth: Sequence[Bandwidth]) -> Fit:
-    """The line for these points, of which each sequence has at least one; see above for what is fitted to which."""
+    """The model for these points, at least one of each kind; the module's docstring describes the fit."""
     gbytes_per_s = max(point.median for point in bandwidth)
     points = [point for point in latency if FIT_FROM <= point.bytes <= FIT_TO] or list(latency)
     on_wire = [point.bytes / gbytes_per_s / 1e3 for point in points]
@@ -146,7 +145,7 @@ def load_wire_model(path: Path) -> WireModel:
     """Reads and checks a wire model.
 
     Raises:
-        ConfigurationError: the file is not there, or holds something else; the sentence says where and what.
+        ConfigurationError: the file does not exist, or is not a wire model; the sentence names the field.
     """
     try:
         content = path.read_bytes()
@@ -155,13 +154,13 @@ def load_wire_model(path: Path) -> WireModel:
     try:
         return WireModel.model_validate_json(content)
     except ValidationError as error:
-        raise ConfigurationError(f"the wire model {path} does not do ({first_fault(error)}); {_REMEDY}") from None
+        raise ConfigurationError(f"the wire model {path} is invalid: {first_fault(error)}; {_REMEDY}") from None
 
 
 def store_wire_model(model: WireModel, path: Path) -> None:
-    """Writes `model` to `path`, whole or not at all.
+    """Writes `model` to `path` atomically.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
-    write_whole(path, model.model_dump_json(indent=1) + "\n", "wire model")
+    atomic_write_text(path, model.model_dump_json(indent=1) + "\n", "wire model")

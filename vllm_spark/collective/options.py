@@ -1,4 +1,9 @@
-"""How a runtime is set up. Both ranks must use the same options."""
+"""The options of a runtime (`RuntimeOptions`) and of its kernels (`LaunchShape`); the same on both ranks.
+
+A message uses one of two protocols, by its size, with NCCL's names: **LL** (low latency), where every 8 bytes are 4 of
+data and a 4-byte flag, and **Simple**, where the flag follows the payload. docs/protocol.md describes both. Names of
+options with `packet` are about LL, those with `payload` about Simple.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +13,34 @@ from typing import Literal
 from vllm_spark._native import MAX_DEPTH
 from vllm_spark.collective.errors import UsageError
 
+KIB = 1 << 10
+MIB = 1 << 20
+
+Transport = Literal["loopback", "verbs"]
+"""The transport of data: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
+
 
 @dataclass(frozen=True)
 class LaunchShape:
-    """How many threads and blocks a collective gets. The defaults are the best of an H100 (benchmarks/NOTES.md).
+    """Threads and blocks of a collective's kernel. The defaults are the best of an H100 (benchmarks/NOTES.md).
 
-    `vllm-spark bench calibrate` finds those of another GPU. Impossible ones raise UsageError.
+    `vllm-spark bench calibrate` measures those of another GPU. Invalid values raise UsageError.
     """
 
     packet_threads: int = 288
-    """Flagged packets: most threads of a block, a multiple of 32 up to 544; each sends a packet of 8 bytes, or several
-    of a message that needs more than 64 such blocks. 4 KiB and its header are 513 packets."""
+    """LL: maximum of threads in a block, a multiple of 32 up to 544; each sends a packet with 8 bytes of data, or
+    several if the message needs more than 64 such blocks. 4 KiB and its header are 513 packets."""
     payload_threads: int = 256
-    """Payload, then flag: most threads of a block that send, a multiple of 32 up to 256; as many receive."""
+    """Simple: maximum of sending threads in a block, a multiple of 32 up to 256; as many receive."""
     payload_blocks: int = 32
-    """Payload, then flag: most blocks, 1 to 64; of more than the GPU has multiprocessors (48 on a GB10), so many."""
+    """Simple: maximum of blocks, 1 to 64; limited to the GPU's number of multiprocessors (48 on a GB10)."""
     payload_bytes_per_block: int = 4096
-    """Payload, then flag: a block gets at least this much."""
+    """Simple: minimum of bytes for each block."""
     payload_message_bytes: int = 1 << 17
-    """Payload, then flag: more than this goes in several messages, 16 or so if slots are large enough; the first arrive
-    while the last are still sent."""
+    """Simple: larger inputs are sent in several messages, about 16 if slots are large enough; the first arrive while
+    the last are still being sent."""
     dependent_launch: bool = True
-    """Starts a kernel while the one before it on the stream still runs (compute capability 9.0 and later)."""
+    """Programmatic dependent launch: starts a kernel before the previous one has ended (compute capability 9.0 on)."""
 
     def __post_init__(self) -> None:
         for name, lowest, highest, step in (
@@ -41,24 +52,16 @@ class LaunchShape:
         ):
             value = getattr(self, name)
             if not lowest <= value <= highest or value % step:
-                raise UsageError(f"{name} {value} does not do; it goes from {lowest} to {highest} in steps of {step}")
-
-
-KIB = 1 << 10
-MIB = 1 << 20
-
-
-Transport = Literal["loopback", "verbs"]
-"""How data reaches the peer: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
+                raise UsageError(f"{name} {value} is invalid: must be {lowest} to {highest} in steps of {step}")
 
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Options of a runtime; impossible ones raise UsageError."""
+    """Options of a runtime; invalid values raise UsageError."""
 
     transport: Transport = "loopback"
     loopback_mode: Literal["direct", "proxied"] = "direct"
-    """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as it does for a NIC."""
+    """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as for RDMA."""
     wire_latency_us: float = 0.0
     """Proxied only: latency of the modelled wire in microseconds, 0 or more."""
     wire_gbytes_per_s: float = 0.0
@@ -73,19 +76,19 @@ class RuntimeOptions:
     service_level: int = 0
     """Verbs only: service level of the packets, 0 to 15."""
     slot_bytes: int = 1 * MIB
-    """Bytes of one payload slot, a multiple of 64; larger messages go in chunks of this size."""
+    """Bytes of one payload slot, a multiple of 64; larger messages are sent in chunks of this size."""
     packet_bytes: int | None = None
-    """Messages up to this many bytes go as flagged packets; 0 to `slot_bytes`. None: what the runtime finds best."""
+    """Messages up to this many bytes use the LL protocol; 0 to `slot_bytes`. None: the runtime's default."""
     depth: int = 4
-    """Chunks in flight, a power of two up to 64; there are twice as many slots."""
+    """Window: chunks in flight, a power of two up to 64; there are twice as many slots."""
     timeout_s: float = 600.0
-    """Seconds that one message may take to come, more than 0."""
+    """Seconds to wait for one message, more than 0."""
     first_sequence: int = 1
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
     largest_message: int = 64 * MIB
-    """Bytes of the largest input that a collective takes."""
+    """Bytes of the largest supported input of a collective."""
     launch: LaunchShape = field(default_factory=LaunchShape)
-    """Of collectives on CUDA tensors."""
+    """For collectives on CUDA tensors."""
 
     def __post_init__(self) -> None:
         if self.transport not in ("loopback", "verbs"):
@@ -97,7 +100,7 @@ class RuntimeOptions:
         if not self.proxied and (self.wire_latency_us or self.wire_gbytes_per_s):
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
         if self.slot_bytes % 64:
-            raise UsageError(f"slot_bytes {self.slot_bytes} is not a multiple of 64")
+            raise UsageError(f"slot_bytes {self.slot_bytes} is invalid: must be a multiple of 64")
         if self.depth & (self.depth - 1):
             raise UsageError(f"depth {self.depth} is not a power of two; use 1, 2, 4, 8, 16, 32 or 64")
         for name, lowest, highest in (
@@ -117,16 +120,16 @@ class RuntimeOptions:
             if value is None:
                 continue
             if not lowest <= value <= highest:
-                raise UsageError(f"{name} {value} is out of range; it goes from {lowest} to {highest}")
+                raise UsageError(f"{name} {value} is invalid: must be {lowest} to {highest}")
 
     @property
     def proxied(self) -> bool:
-        """True if messages go through the proxy thread."""
+        """True if messages use the proxy thread."""
         return self.transport == "verbs" or self.loopback_mode == "proxied"
 
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
         options = asdict(self)
-        options |= options.pop("launch")  # also the shape: both ranks must cut a message into the same pieces
-        del options["rails"]  # names of this machine
+        options |= options.pop("launch")  # also the shape: both ranks must split a message into the same pieces
+        del options["rails"]  # they are names on this machine
         return {name: str(value) for name, value in options.items()}

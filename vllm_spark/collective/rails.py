@@ -1,7 +1,7 @@
-"""Which RDMA ports of two machines form the rails between them.
+"""The RDMA ports of a machine, and the rails that they form with the other machine's.
 
-A rail is a port here and a port there whose addresses are in one network: they hang on one cable. Both ranks find the
-same rails in the same order, from the same two lists.
+A rail is a port of each machine whose addresses are in the same network, so that one cable connects them. Both ranks
+derive the same rails in the same order, from the same two lists.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class PortAddress(msgspec.Struct, frozen=True):
     gid: bytes
     """16 bytes, as in a packet: an IPv6 address, or an IPv4 one mapped into it."""
     network: str
-    """The network of the interface, such as `10.0.0.0/24`; `link-local` for addresses that say nothing of it."""
+    """The network of the interface, such as `10.0.0.0/24`; `link-local` for addresses without one."""
 
     @property
     def text(self) -> str:
-        """The address as people write it."""
+        """The address in its usual notation."""
         address = ipaddress.IPv6Address(self.gid)
         return str(address.ipv4_mapped or address)
 
 
 class Port(msgspec.Struct, frozen=True):
-    """A port that can carry a rail."""
+    """A port that can be part of a rail."""
 
     device: str
     number: int
@@ -66,10 +66,10 @@ def local_ports(choices: Sequence[str] = ()) -> list[Port]:
     """The active RoCE ports of this machine that have an address.
 
     Args:
-        choices: the ports to take, in this order; empty for all.
+        choices: the ports to use, in this order; empty for all.
 
     Raises:
-        UsageError: a choice names no port, or two name the same one.
+        UsageError: a choice has an invalid syntax, or two of them are the same port.
         CollectiveError: a chosen port does not exist, is down or has no address; or libibverbs is missing.
     """
     found = [
@@ -86,7 +86,7 @@ def local_ports(choices: Sequence[str] = ()) -> list[Port]:
         raise UsageError(str(error)) from None
     chosen = [_chosen(choice, found) for choice in named]
     for index, port in enumerate(chosen):
-        # By what they stand for: a port has several names.
+        # Compared after the look-up: a port has several names.
         if any((port.device, port.number) == (other.device, other.number) for other in chosen[:index]):
             raise UsageError(
                 f"the rails {', '.join(choices)} name port {port.number} of {port.device} twice; name each port once"
@@ -110,7 +110,7 @@ def pair(mine: Sequence[Port], theirs: Sequence[Port], rank: int) -> list[Rail]:
     used: set[tuple[int, str, int]] = set()
     for network in sorted(_networks(first) & _networks(second), key=lambda text: (text == LINK_LOCAL, text)):
         if network == LINK_LOCAL and rails:
-            break  # says nothing of the cable: only if there is nothing better
+            break  # every cable has this network: used only without a better one
         ends = [
             [
                 (port, address)
@@ -126,7 +126,7 @@ def pair(mine: Sequence[Port], theirs: Sequence[Port], rank: int) -> list[Rail]:
     if not rails:
         raise CollectiveError(
             f"no RDMA port here is in one network with one of the peer: here {_list(mine)}, there {_list(theirs)}; "
-            "give both ends of a cable addresses in one network, and see that their ports are active"
+            "give both ends of a cable addresses in one network, and check that their ports are active"
         )
     return rails[:MAX_RAILS]
 
@@ -157,7 +157,7 @@ def _chosen(choice: RailChoice, found: Sequence[tuple[str, int, bool, int, list[
             gids = [gid for gid in gids if gid[0] == choice.gid_index]
         port = _port(device, number, mtu, gids)
         if not active:
-            raise CollectiveError(f"port {number} of {device} is down; see its cable, or choose other rails")
+            raise CollectiveError(f"port {number} of {device} is down; check its cable, or choose other rails")
         if not port.addresses:
             at = "" if choice.gid_index is None else f" at index {choice.gid_index}"
             raise CollectiveError(
@@ -170,7 +170,7 @@ def _chosen(choice: RailChoice, found: Sequence[tuple[str, int, bool, int, list[
 
 def _port(device: str, number: int, mtu: int, gids: Iterable[tuple[int, bytes, int]]) -> Port:
     addresses = [PortAddress(gid, _network(gid, interface)) for _, gid, interface in gids]
-    # Mapped IPv4 addresses first: they are what people configure on such a cable.
+    # Mapped IPv4 addresses first: usually they are the configured ones.
     addresses.sort(key=lambda address: (address.network == LINK_LOCAL, ":" in address.text, address.text))
     return Port(device, number, mtu, tuple(addresses))
 
@@ -178,8 +178,8 @@ def _port(device: str, number: int, mtu: int, gids: Iterable[tuple[int, bytes, i
 def _network(gid: bytes, interface: int) -> str:
     """The network that the interface with index `interface` has for this address."""
     address = ipaddress.IPv6Address(gid)
-    # Asked of IPv6 alone: in newer versions of Python `is_link_local` looks at a mapped IPv4 address, in older ones it
-    # does not, and 169.254/16 is a network like others here.
+    # Only for IPv6: newer versions of Python apply `is_link_local` to a mapped IPv4 address, older ones do not, and
+    # here 169.254/16 is a network like others.
     if address.ipv4_mapped is None and address.is_link_local:
         return LINK_LOCAL
     wanted = str(address.ipv4_mapped or address)

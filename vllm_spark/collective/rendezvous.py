@@ -1,8 +1,8 @@
-"""How two ranks meet: they compare what must be equal, swap addresses, and wait until both have connected.
+"""The rendezvous of two ranks: they compare their settings, exchange addresses, and wait until both have connected.
 
-The bytes travel by a callable that the caller brings, `exchange(mine) -> theirs`, called three times on each side for
-loopback and four times for verbs.
-They are JSON, never pickles.
+Each step (`agree`, `swap_addresses` or `swap_ports` and `swap_offers`, `both_ready`) sends one JSON message by a
+callable of the caller's, `exchange(mine) -> theirs`: three on each side for loopback, four for verbs.
+`machine_identity` tells whether two processes can share memory.
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ import msgspec
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
 from vllm_spark.collective.rails import Port
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
-
-
-def machine_identity() -> str:
-    """A random number that the kernel draws at boot, and the process namespace: two processes that have both in common
-    can reach each other's memory."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
-
 
 Exchange = Callable[[bytes], bytes]
 
@@ -36,7 +28,7 @@ _Message = TypeVar("_Message", bound=msgspec.Struct)
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """What both ranks must agree on, and who each is."""
+    """A rank's identity and the settings that must be equal."""
 
     rank: int
     world_size: int
@@ -45,7 +37,7 @@ class Terms(msgspec.Struct, frozen=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where a rank's region is to be found on this machine."""
+    """The address of a rank's region on this machine."""
 
     boot: str
     process: int
@@ -54,26 +46,26 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Ports(msgspec.Struct, frozen=True):
-    """The RDMA ports of a rank's machine, or why it has none."""
+    """The RDMA ports of a rank's machine, or why there are none."""
 
     ports: tuple[Port, ...] = ()
     problem: str = ""
 
 
 class LinkOffer(msgspec.Struct, frozen=True):
-    """What a rank's rails must be connected to, or why there are none."""
+    """The data to connect to a rank's rails, or why there are none."""
 
     offer: bytes = b""
     problem: str = ""
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The outcome of connecting: empty, or why it failed."""
+    """The result of connecting: empty, or why it failed."""
 
     problem: str = ""
 
 
-known(Terms, Address, Ports, LinkOffer, Ready)
+preload_decoders(Terms, Address, Ports, LinkOffer, Ready)
 
 
 def agree(exchange: Exchange, mine: Terms) -> Terms:
@@ -89,7 +81,7 @@ def agree(exchange: Exchange, mine: Terms) -> Terms:
         raise AgreementError(_difference("world size", mine.rank, mine.world_size, theirs.rank, theirs.world_size))
     if {mine.rank, theirs.rank} != set(RANKS):
         raise AgreementError(
-            f"this process says that it is rank {mine.rank}, and the peer that it is rank {theirs.rank}; "
+            f"this process is rank {mine.rank}, and the peer is rank {theirs.rank}; "
             "one must be rank 0, the other rank 1"
         )
     for name in sorted(mine.agreement.keys() | theirs.agreement.keys()):
@@ -100,7 +92,7 @@ def agree(exchange: Exchange, mine: Terms) -> Terms:
 
 
 def swap_addresses(exchange: Exchange, mine: Address) -> Address:
-    """Gives this rank's address and returns the peer's.
+    """Sends this rank's address and returns the peer's.
 
     Raises:
         CollectiveError: the peer is on another machine.
@@ -108,14 +100,14 @@ def swap_addresses(exchange: Exchange, mine: Address) -> Address:
     theirs = _swap(exchange, mine, Address)
     if mine.boot != theirs.boot:
         raise CollectiveError(
-            "the peer runs on another machine, and the loopback transport joins two processes of one; "
-            "start both there, or use a transport that crosses machines"
+            "the peer runs on another machine, and the loopback transport connects two processes of one machine; "
+            "start both on one, or use the transport verbs"
         )
     return theirs
 
 
 def swap_ports(exchange: Exchange, mine: Ports) -> tuple[Port, ...]:
-    """Gives the ports of this machine and returns those of the peer's.
+    """Sends the ports of this machine and returns those of the peer's.
 
     Raises:
         CollectiveError: one of them has none.
@@ -126,10 +118,10 @@ def swap_ports(exchange: Exchange, mine: Ports) -> tuple[Port, ...]:
 
 
 def swap_offers(exchange: Exchange, mine: LinkOffer) -> bytes:
-    """Gives this rank's rails and returns the peer's.
+    """Sends this rank's rails and returns the peer's.
 
     Raises:
-        CollectiveError: one of them could not make any.
+        CollectiveError: one of them could not open any.
     """
     theirs = _swap(exchange, mine, LinkOffer)
     _raise_problem(mine.problem, theirs.problem, "could not open its rails")
@@ -144,6 +136,12 @@ def both_ready(exchange: Exchange, problem: str) -> None:
     """
     theirs = _swap(exchange, Ready(problem), Ready)
     _raise_problem(problem, theirs.problem, "could not connect")
+
+
+def machine_identity() -> str:
+    """The kernel's random boot id and the PID namespace: equal for processes that can open each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
 
 
 def _raise_problem(mine: str, theirs: str, what: str) -> None:
@@ -163,4 +161,4 @@ def _swap(exchange: Exchange, mine: msgspec.Struct, kind: type[_Message]) -> _Me
 
 
 def _difference(name: str, rank: int, here: object, peer_rank: int, there: object) -> str:
-    return f"the ranks differ in {name}: {here} on rank {rank}, {there} on rank {peer_rank}; set both alike"
+    return f"the ranks differ in {name}: {here} on rank {rank}, {there} on rank {peer_rank}; set the same on both"

@@ -1,4 +1,4 @@
-"""One rank's end of a pair of ranks, on torch tensors."""
+"""The runtime of one rank for CPU tensors, and its base for other devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
-from vllm_spark.collective.link_thread import Announce, LinkKeeper
+from vllm_spark.collective.link_thread import Announce, LinkThread
 from vllm_spark.collective.options import KIB, RuntimeOptions
 from vllm_spark.collective.rails import local_ports, pair
 from vllm_spark.collective.rendezvous import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Counters:
-    """What a runtime has done so far; bytes are those of this rank's inputs."""
+    """The counters of a runtime; bytes are those of this rank's inputs."""
 
     all_reduces: int
     all_reduce_bytes: int
@@ -47,11 +47,11 @@ class Counters:
     proxy_posts: int
     proxy_coalesced: int
     rails_up: int
-    """Rails that data goes over now; this and the seven below are those of verbs."""
+    """Rails in use for data now; this and the seven below are for verbs."""
     rail_failures: int
-    """Times that a rail failed over which data went."""
+    """Failures of a rail that was in use for data."""
     rail_recoveries: int
-    """Times that such a rail carried data again."""
+    """Recoveries of such a rail."""
     rail_proof_failures: int
     """Connections of a rail that failed before both ranks had a full-size message acknowledged over them."""
     reposts: int
@@ -59,24 +59,24 @@ class Counters:
     rail_posts: tuple[int, ...]
     """Messages sent over each rail, or pieces of one."""
     rail_states: tuple[str, ...]
-    """What each rail does now: `open` (data goes over it), `unproven`, `held down` or `down`."""
+    """The state of each rail: `open` (in use for data), `unproven`, `held down` (hold-down) or `down`."""
     link_lost: bool
-    """True while data goes over no rail; at the start too, for the milliseconds until one is proven."""
+    """True while no rail is open; at the start too, for the milliseconds until one is proven."""
     last_sequence: int
 
 
 class Runtime:
     """Collectives on CPU tensors with one peer. Made by `connect`; both ranks call the same ones in the same order.
 
-    Not for several threads at once: their order would be lost, and the second caller gets a UsageError.
+    Not for several threads at once, because the order would be undefined: the second caller gets a UsageError.
     """
 
     device = "cpu"
-    """The kind of torch device whose tensors it takes."""
+    """The type of the torch device whose tensors it accepts."""
 
-    def __init__(self, native: Any, rank: int, options: RuntimeOptions, keeper: LinkKeeper | None = None) -> None:
+    def __init__(self, native: Any, rank: int, options: RuntimeOptions, link_thread: LinkThread | None = None) -> None:
         self._native = native
-        self._keeper = keeper
+        self._link_thread = link_thread
         self.rank = rank
         self.world_size = WORLD_SIZE
         self.options = options
@@ -92,38 +92,37 @@ class Runtime:
         description: str = "",
         announce: Announce | None = None,
     ) -> Runtime:
-        """Joins this rank with its peer.
+        """Connects this rank with its peer.
 
         Args:
             rank: 0 or 1.
             world_size: 2; other sizes are refused.
-            exchange: gives the peer this rank's bytes and returns the peer's; called a few times on both ranks.
+            exchange: sends this rank's bytes to the peer and returns the peer's; called a few times on both ranks.
             options: the same on both ranks.
             agreement: whatever else must be equal on both ranks, by name.
-            description: how the peer shall call this rank in messages, such as a host name.
-            announce: for verbs, which needs it: sends bytes to the peer at any later time, from a thread of the
-                runtime's, whatever else goes on; the peer gives them to its runtime's `deliver`. By it two ranks find
-                each other again when no rail works.
+            description: this rank's name in the peer's messages, such as a host name.
+            announce: required for verbs: sends bytes to the peer at any later time, from a thread of the runtime's; the
+                peer passes them to its runtime's `deliver`. The ranks need it to reconnect when no rail works.
 
         Raises:
-            UsageError: an impossible rank, size or option.
-            AgreementError: the ranks were set up differently; raised on both.
+            UsageError: an invalid rank, size or option.
+            AgreementError: the ranks have different settings; raised on both.
             CollectiveError: the peer's memory cannot be reached.
         """
         if world_size != WORLD_SIZE:
-            raise UsageError(f"world size {world_size} is not supported; this runtime joins {WORLD_SIZE} ranks")
-        options = cls._fitting(options or RuntimeOptions())
+            raise UsageError(f"world size {world_size} is not supported; this runtime connects {WORLD_SIZE} ranks")
+        options = cls._limited_to_device(options or RuntimeOptions())
         if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._best_packet_bytes(options), options.slot_bytes))
+            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
         if options.transport == "verbs" and announce is None:
-            raise UsageError("verbs needs a way to reach the peer when no rail works; give `announce`")
+            raise UsageError("verbs needs an out-of-band path to the peer; give `announce`")
         own = {"device": cls.device, **options.agreement()}
         peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
         if announce is not None and options.transport == "verbs":
             native = cls._connect_rails(rank, exchange, options, peer.description)
-            keeper = LinkKeeper(native, announce)
-            keeper.start()
-            return cls(native, rank, options, keeper)
+            link_thread = LinkThread(native, announce)
+            link_thread.start()
+            return cls(native, rank, options, link_thread)
         return cls(cls._connect_memory(rank, exchange, options, peer.description), rank, options)
 
     @classmethod
@@ -175,58 +174,60 @@ class Runtime:
         return _native.Runtime(native_options(rank, options, stripes))
 
     @classmethod
-    def _fitting(cls, options: RuntimeOptions) -> RuntimeOptions:
-        """`options` as far as they are possible on this machine, before both ranks compare them."""
+    def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """`options` within the limits of this device, before both ranks compare them."""
         return options
 
     @classmethod
-    def _best_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """The largest message for which packets are faster (benchmarks/NOTES.md, entry 3)."""
+    def _default_packet_bytes(cls, options: RuntimeOptions) -> int:
+        """The largest message for which the LL protocol is faster (benchmarks/NOTES.md, entry 3)."""
         return 8 * KIB
 
     def accepts_all_reduce(self, tensor: torch.Tensor) -> bool:
-        """True if `all_reduce` takes this tensor: on `device`, float32, float16 or bfloat16, of at most 64 MiB."""
+        """True if `all_reduce` supports this tensor: on `device`, float32, float16 or bfloat16, of at most 64 MiB."""
         return _dtypes().get(tensor.dtype) is not None and self._accepts(tensor)
 
     def accepts_all_gather(self, tensor: torch.Tensor, dim: int = -1) -> bool:
-        """True if `all_gather` takes this tensor: on `device`, of any plain dtype, of at most 64 MiB."""
+        """True if `all_gather` supports this tensor: on `device`, of any plain dtype, of at most 64 MiB."""
         return -tensor.dim() <= dim < tensor.dim() and self._accepts(tensor)
 
     def all_reduce(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of both ranks' tensors, added in float32 in rank order: both ranks get the same bits.
+        """The sum of both ranks' tensors, added in float32 in rank order: bit-identical on both ranks.
 
         Args:
             tensor: any shape and strides; float32, float16 or bfloat16; the same shape and dtype on both ranks.
-            out: where to put the sum, contiguous and of the same shape and dtype; `tensor` itself, or apart from it.
-                A fresh contiguous tensor by default.
+            out: the tensor for the sum, contiguous and of the same shape and dtype; `tensor` itself, or not overlapping
+                it. A new contiguous tensor by default.
 
         Raises:
             UsageError: a tensor that `accepts_all_reduce` does not accept.
-            CollectiveError: the peer failed, stopped, or called something else; the runtime is unusable then.
+            CollectiveError: the peer failed, stopped, or called another collective; the runtime is unusable then.
         """
         import torch
 
         dtype = _dtypes().get(tensor.dtype)
         if dtype is None or not self._accepts(tensor):
             raise UsageError(
-                f"all_reduce does not take {_describe(tensor)}; it takes float32, float16 and bfloat16 on "
+                f"all_reduce does not support {_describe(tensor)}; it supports float32, float16 and bfloat16 on "
                 f"{self.device}, up to {self.options.largest_message} bytes"
             )
         source = self._readable(tensor)
         if out is None:
             out = torch.empty_like(source)
         elif out.shape != tensor.shape or out.dtype != tensor.dtype or not out.is_contiguous():
-            raise UsageError(f"all_reduce cannot put {_describe(tensor)} into {_describe(out)}; make it alike")
+            raise UsageError(
+                f"all_reduce cannot write the sum of {_describe(tensor)} into {_describe(out)}; give one that matches"
+            )
         elif 0 < abs(out.data_ptr() - source.data_ptr()) < source.nbytes:
             raise UsageError(
-                f"all_reduce cannot put {_describe(tensor)} where a part of it is; let `out` be the tensor itself, or "
-                "apart from it"
+                f"all_reduce cannot write the sum of {_describe(tensor)} into an overlapping `out`; give the tensor "
+                "itself, or one that does not overlap it"
             )
         self._run_all_reduce(source, out, dtype)
         return out
 
     def all_gather(self, tensor: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Both ranks' tensors, concatenated along `dim` in rank order, as a fresh contiguous tensor.
+        """Both ranks' tensors, concatenated along `dim` in rank order, as a new contiguous tensor.
 
         Raises:
             UsageError: a tensor that `accepts_all_gather` does not accept.
@@ -234,8 +235,8 @@ class Runtime:
         """
         if not self.accepts_all_gather(tensor, dim):
             raise UsageError(
-                f"all_gather does not take {_describe(tensor)} along dimension {dim}; it takes tensors of at least "
-                f"one dimension on {self.device}, up to {self.options.largest_message} bytes"
+                f"all_gather does not support {_describe(tensor)} along dimension {dim}; it supports tensors of at "
+                f"least one dimension on {self.device}, up to {self.options.largest_message} bytes"
             )
         dim %= tensor.dim()
         source = self._readable(tensor)
@@ -247,7 +248,7 @@ class Runtime:
         return gathered
 
     def check(self) -> None:
-        """Raises what made an earlier collective fail; results since then are worth nothing.
+        """Raises the error of a failed collective, if there is one; results since then are invalid.
 
         Raises:
             CollectiveError: as the collectives.
@@ -256,27 +257,27 @@ class Runtime:
             raise CollectiveError(reason)
 
     def counters(self) -> Counters:
-        """What was done so far."""
+        """The counters so far."""
         values: dict[str, Any] = self._native.counters()
         return Counters(**values)
 
     def deliver(self, announcement: bytes) -> None:
-        """Takes what the peer's runtime gave to its `announce`. From any thread."""
+        """Receives bytes that the peer's runtime gave to its `announce`. From any thread."""
         self._native.deliver(announcement)
 
     @property
     def path(self) -> str:
-        """What messages take, in words: `over loopback, direct`."""
+        """A description of the path of messages: `over loopback, direct`."""
         return str(self._native.path)
 
     @property
     def silence(self) -> float | None:
-        """Seconds since the peer's proxy last announced something, over a rail or out of band; None without rails."""
-        return None if self._keeper is None else float(self._native.silence())
+        """Seconds since the last announcement of the peer's proxy, over a rail or out of band; None without rails."""
+        return None if self._link_thread is None else float(self._native.silence())
 
     @property
     def link_lost(self) -> bool:
-        """True while data goes over no rail, and everything waits for one."""
+        """True while no rail is open, and all messages wait for one."""
         return bool(self._native.counters()["link_lost"])
 
     def abort(self, reason: str) -> None:
@@ -284,10 +285,10 @@ class Runtime:
         self._native.abort(reason)
 
     def close(self) -> None:
-        """Releases everything; may be called again, and while another thread waits, whose wait ends."""
+        """Releases everything, and ends the wait of another thread; may be called again."""
         self._native.close()
-        if self._keeper is not None:
-            self._keeper.stop()
+        if self._link_thread is not None:
+            self._link_thread.stop()
 
     @property
     def closed(self) -> bool:
@@ -308,7 +309,7 @@ class Runtime:
         self.close()
 
     def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` itself if the native side can read it where it is, else a copy."""
+        """`tensor` itself if the native module can read it in place, else a copy."""
         return tensor.contiguous()
 
     def _run_all_reduce(self, source: torch.Tensor, out: torch.Tensor, dtype: _native.DType) -> None:
@@ -336,7 +337,7 @@ def _ports(options: RuntimeOptions) -> Ports:
 
 
 def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.Options:
-    """What both native runtimes take; `stripes` is the number of rails, or 1. `connect` has chosen `packet_bytes`."""
+    """The options of both native runtimes; `stripes` is the number of rails, or 1."""
     assert options.packet_bytes is not None
     return _native.Options(
         rank=rank,
@@ -357,7 +358,7 @@ _dtype_table: dict[Any, _native.DType] = {}
 
 
 def _dtypes() -> dict[Any, _native.DType]:
-    """torch's dtypes that have a sum here; made at first use, so that importing this package needs no torch."""
+    """The torch dtypes that `all_reduce` supports; created at first use, to import torch late."""
     if not _dtype_table:
         import torch
 

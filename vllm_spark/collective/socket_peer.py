@@ -1,7 +1,7 @@
-"""Two ranks that know each other by one connected socket: all that a runtime needs besides the memory or the rails.
+"""The rendezvous and announcements of two ranks over one connected socket, for collectives without the executor.
 
-The socket is neither encrypted nor authenticated: it is for benchmarks, tests and programs on a network of one's own.
-vllm_spark's executor brings its own channel; this is for whoever uses the collectives by themselves.
+The socket is neither encrypted nor authenticated: it is for benchmarks, tests and programs on a private network.
+vllm_spark's executor uses its own channel.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _HEADER = struct.Struct("<BxxxI")
 _EXCHANGE, _ANNOUNCEMENT = 1, 2
 _SEND_SECONDS = 5
 _LARGEST = 1 << 20  # bytes; what is exchanged has a few thousand
-_REMEDY = "see what its program printed, and start both again"
+_REMEDY = "see the output of its program, and start both again"
 
 
 class SocketPeer:
-    """The peer at the other end of `connection`, which this object owns from here on.
+    """The peer at the other end of `connection`, which this object owns from now on.
 
     Args:
         connection: a connected stream socket.
-        timeout: seconds that the peer may take for its half of an exchange.
+        timeout: seconds to wait for the peer's half of an exchange.
     """
 
     def __init__(self, connection: socket.socket, timeout: float = 120.0) -> None:
@@ -38,28 +38,28 @@ class SocketPeer:
         self._sending = threading.Lock()
         self._exchanged: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._runtime: Runtime | None = None
-        self._early: list[bytes] = []
+        self._pending: list[bytes] = []
         self._state = threading.Lock()
-        self._gone = False
+        self._closed_by_peer = False
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
-        # An announcement must not wait: what a stuck connection does not take is lost, and said again.
+        # `announce` must not block: an announcement that cannot be sent is lost, and a later one replaces it.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
         threading.Thread(target=self._read, name="spark-peer", daemon=True).start()
 
     def exchange(self, mine: bytes) -> bytes:
-        """Gives the peer `mine` and returns its half: the `exchange` of `Runtime.connect`.
+        """Sends `mine` to the peer and returns its half: the `exchange` of `Runtime.connect`.
 
         Raises:
-            CollectiveError: the peer is gone, or did not answer in time.
+            CollectiveError: the peer closed the connection, or did not answer in time.
         """
         self._send(_EXCHANGE, mine)
         try:
             theirs = self._exchanged.get(timeout=self._timeout)
         except queue.Empty:
             raise CollectiveError(
-                f"the peer did not answer within {self._timeout:g} s; see whether its program still runs, "
+                f"the peer did not answer within {self._timeout:g} s; check whether its program still runs, "
                 "and start both again"
             ) from None
         if theirs is None:
@@ -71,14 +71,14 @@ class SocketPeer:
         self._send(_ANNOUNCEMENT, announcement)
 
     def watch(self, runtime: Runtime) -> None:
-        """From now on `runtime` gets the peer's announcements, and is aborted when the peer closes the socket."""
+        """Delivers the peer's announcements to `runtime`, and aborts it when the peer closes the socket."""
         with self._state:
             self._runtime = runtime
-            early, self._early = self._early, []
-            gone = self._gone
-        for announcement in early:
+            pending, self._pending = self._pending, []
+            closed_by_peer = self._closed_by_peer
+        for announcement in pending:
             runtime.deliver(announcement)
-        if gone:
+        if closed_by_peer:
             self._abort(runtime)
 
     def close(self) -> None:
@@ -101,24 +101,24 @@ class SocketPeer:
             while True:
                 kind, length = _HEADER.unpack(self._receive(_HEADER.size))
                 if length > _LARGEST or kind not in (_EXCHANGE, _ANNOUNCEMENT):
-                    break  # no peer of this protocol
+                    break  # the peer does not speak this protocol
                 payload = self._receive(length)
                 if kind == _EXCHANGE:
                     self._exchanged.put(payload)
                 else:
-                    self._take(payload)
+                    self._deliver(payload)
         with self._state:
-            self._gone = True
+            self._closed_by_peer = True
             runtime = self._runtime
         self._exchanged.put(None)
         if runtime is not None:
             self._abort(runtime)
 
-    def _take(self, announcement: bytes) -> None:
+    def _deliver(self, announcement: bytes) -> None:
         with self._state:
             runtime = self._runtime
             if runtime is None:
-                self._early = [announcement]  # only the newest counts
+                self._pending = [announcement]  # each replaces the one before
         if runtime is not None and not runtime.closed:
             runtime.deliver(announcement)
 

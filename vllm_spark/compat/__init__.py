@@ -1,1 +1,1 @@
-"""The one place that knows vLLM's versions: what is patched, what is overridden, and whether it fits."""
+"""Compatibility with vLLM's versions: the patches, the overridden methods, and the check that both fit."""

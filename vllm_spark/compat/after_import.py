@@ -1,6 +1,6 @@
-"""Runs something once a module has been imported, whoever imports it, and imports nothing itself.
+"""Calls a function after a module has been imported, without importing it.
 
-wrapt does this too, and its import alone costs every process of a plain vLLM more than this project may.
+wrapt can do this too, but importing wrapt would slow down every process of a vLLM without `--spark`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _waiting: dict[str, list[Action]] = {}
 
 
 def after_import(name: str, action: Action) -> None:
-    """Calls `action` with the module `name`: now if it is imported, else right after it will have been.
+    """Calls `action` with the module `name`: now if it is imported, else right after its import.
 
-    What `action` raises is raised where the module is imported.
+    Exceptions of `action` are raised by the import.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -32,7 +32,7 @@ def after_import(name: str, action: Action) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds what the other finders find, with a loader that runs the actions afterwards."""
+    """Delegates to the other finders, and wraps the loader so that it runs the actions afterwards."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -55,14 +55,14 @@ class _LoaderWithActions(Loader):
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # what runpy asks of it, for example
+        return getattr(self._loader, name)  # runpy uses other methods of the loader, for example
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
         return created
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module keeps the loader that it would have had: source code and resources are asked of it.
+        # The module keeps its original loader, for its source code and resources.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

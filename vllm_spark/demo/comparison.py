@@ -1,4 +1,4 @@
-"""The pair against one rank: what both did, and whether it is the same."""
+"""The comparison of the pair with one rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_spark.demo.counters import Counters
 
 @dataclass(frozen=True)
 class Run:
-    """What one server did: its token ids, prompt by prompt, and how long it took in seconds."""
+    """The results of one server: its token ids for each prompt, and its times in seconds."""
 
     tokens: list[list[int]]
     start_seconds: float
@@ -21,7 +21,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Summary:
-    """The outcome as `--json` prints it; `all_reduces` and `all_gathers` are those of rank 0."""
+    """The result as `--json` prints it; `all_reduces` and `all_gathers` are those of rank 0."""
 
     ok: bool
     tokens: int
@@ -33,7 +33,7 @@ class Summary:
 
     @classmethod
     def of(cls, pair: Run, single: Run, seconds: float) -> Summary:
-        """Sums up what both did, in `seconds` altogether."""
+        """Summarizes both runs, which took `seconds` in total."""
         rank0, rank1 = pair.ranks
         identical = pair.tokens == single.tokens
         fallbacks = rank0.fallbacks + rank1.fallbacks
@@ -49,7 +49,7 @@ class Summary:
 
 
 def as_table(pair: Run, single: Run) -> Table:
-    """Figures of both, side by side."""
+    """Both runs side by side."""
     table = Table("", "the pair", "one rank", title="Two ranks against one")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -66,12 +66,12 @@ def as_table(pair: Run, single: Run) -> Table:
     table.add_row("bytes all-reduced", both("all_reduce_bytes"), "")
     table.add_row("all-gathers", both("all_gathers"), "")
     table.add_row("bytes all-gathered", both("all_gather_bytes"), "")
-    table.add_row("left to vLLM's own path", both("fallbacks"), "")
+    table.add_row("with vLLM's own path", both("fallbacks"), "")
     return table
 
 
 def first_difference(pair: list[list[int]], single: list[list[int]]) -> str:
-    """The first token id that is another, in words; both are answers of the same prompts, and differ."""
+    """The first difference between the token ids for the same prompts, which must differ, as text."""
     for number, (ours, theirs) in enumerate(zip(pair, single, strict=True), start=1):
         for position, (our_token, their_token) in enumerate(zip(ours, theirs, strict=False), start=1):
             if our_token != their_token:

@@ -1,4 +1,4 @@
-"""What both ranks of a pair have counted, from the leader's `/metrics`."""
+"""The counters of both ranks of a pair, from the leader's `/metrics`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vllm_spark.processes.managed import ProcessError
 from vllm_spark.ranks import RANKS
 
 COUNTER_SECONDS = 15.0
-"""How long both ranks' counters may take to come to rest on the leader's `/metrics`."""
+"""Time limit until both ranks' counters on the leader's `/metrics` stop changing."""
 
 REST_SECONDS = 2.0
-"""Counters that have not changed for so long are at rest: longer than a rank takes to report."""
+"""Time without a change after which counters are final: longer than a rank's reporting interval."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What one rank has counted since it started: calls, bytes, and calls left to vLLM's own path."""
+    """The counters of one rank since its start: calls, bytes, and calls that used vLLM's own path."""
 
     all_reduces: int
     all_reduce_bytes: int
@@ -31,7 +31,7 @@ class Counters:
 
 
 def read_counters(server: Server) -> tuple[Counters, Counters]:
-    """The counters of both ranks, from the `/metrics` of a leader that has nothing to do.
+    """The counters of both ranks, from the `/metrics` of an idle leader.
 
     A rank shows its counters some time after its work, so they are read until they stand still.
 
@@ -52,7 +52,7 @@ def read_counters(server: Server) -> tuple[Counters, Counters]:
         return complete and time.monotonic() - seen_since >= REST_SECONDS
 
     try:
-        server.process.wait_until(at_rest, COUNTER_SECONDS, "shown counters at rest of both ranks")
+        server.process.wait_until(at_rest, COUNTER_SECONDS, "shown final counters of both ranks")
     except (OSError, HTTPException) as error:
         raise ProcessError(f"{server.process.name} does not show its metrics: {error}", server.process) from error
     first, second = (Counters(**{field: rank[name] for field, name in names.items()}) for rank in seen)

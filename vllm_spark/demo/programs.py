@@ -1,4 +1,4 @@
-"""The programs that the demo starts, as a user types them."""
+"""The command lines that the demo starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL_NAME = "tiny"
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers at `url`, and the seconds that it took until then."""
+    """A server that is ready at `url`, and the seconds that its start took."""
 
     url: str
     process: Process
@@ -21,12 +21,12 @@ class Server:
 
 
 def follower_arguments(spark_port: int) -> list[str]:
-    """What follows `vllm-spark` on the second machine."""
+    """Arguments of `vllm-spark` on the second machine."""
     return ["join", "--leader", LOOPBACK, "--port", str(spark_port)]
 
 
 def leader_arguments(spark_port: int) -> list[str]:
-    """What `--spark` adds to `vllm serve`."""
+    """Arguments of `vllm serve` for the leader."""
     return [
         *("--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)),
         *("--spark-transport", "loopback"),
@@ -34,7 +34,7 @@ def leader_arguments(spark_port: int) -> list[str]:
 
 
 def serve_arguments(model: Path, http_port: int) -> list[str]:
-    """What follows `vllm` on any machine, with one rank or two."""
+    """Arguments of `vllm` with one rank or two."""
     return [
         *("serve", str(model), "--served-model-name", MODEL_NAME),
         *("--host", LOOPBACK, "--port", str(http_port)),

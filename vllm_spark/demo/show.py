@@ -1,4 +1,4 @@
-"""The demo itself: it starts the pair and then one rank, asks both the same, and says what came of it."""
+"""Runs the demo: starts the pair, then one rank, sends both the same prompts, and compares their tokens."""
 
 from __future__ import annotations
 
@@ -11,58 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from vllm_spark.demo.comparison import Run, Summary, as_table, first_difference
 from vllm_spark.demo.counters import read_counters
 from vllm_spark.demo.programs import MODEL_NAME, Server, follower_arguments, leader_arguments, serve_arguments
 from vllm_spark.models.tiny import ModelKind, make_tiny_model
-from vllm_spark.processes.group import Stage, printable
+from vllm_spark.processes.group import ProcessGroup, printable
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.processes.managed import Process, ProcessError, answers, clean_environment, program
 
 if TYPE_CHECKING:
     from openai import OpenAI
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-
-
-class Phases:
-    """Shows what is going on, phase by phase, each with the time that it takes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._name = ""
-        self._task: TaskID | None = None
-        self._progress = Progress(
-            TextColumn("  "),
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> Phases:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        self._progress.stop()
-
-    def enter(self, name: str) -> None:
-        """Ends the phase before and begins this one; does nothing if it has begun."""
-        if name == self._name:
-            return
-        self._finish()
-        self._name = name
-        self._task = self._progress.add_task(name, total=1)
-        if not self._console.is_terminal:  # a file or a pipe gets a line for each phase
-            self._console.print(f"   {name}")
-
-    def _finish(self) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=1)
 
 
 TOKEN_PROMPTS = (
@@ -73,21 +33,22 @@ TOKEN_PROMPTS = (
     "二つの机、一つのモデル。",
     "if x == 0: return None\nelif",
 )
+
 PHASES = (
     ("vLLM starts", r"."),
     ("weights", r"Starting to load model"),
     ("the engine warms up", r"Loading weights took"),
 )
-"""What the leader is doing, and the line of its log that tells."""
+"""Phases of the leader's start, and the log line with which each begins."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is shown.
+    """Settings of the demo.
 
     Attributes:
         model_kind: of the tiny model.
-        prompt: the chat question, and the last of those whose tokens are compared.
+        prompt: the chat question, and the last prompt whose tokens are compared.
         max_tokens: length of every answer.
         timeout: seconds for all of it.
     """
@@ -99,23 +60,23 @@ class Settings:
 
 
 class Demo:
-    """One run of the demo; what it starts is on the stage, and the console shows it."""
+    """One run of the demo, with its processes on `stage` and its output on `console`."""
 
-    def __init__(self, settings: Settings, console: Console, stage: Stage) -> None:
+    def __init__(self, settings: Settings, console: Console, stage: ProcessGroup) -> None:
         self._settings = settings
         self._console = console
         self._started = time.monotonic()
         self._stage = stage
 
     def run(self) -> Summary:
-        """Shows the pair and then one rank.
+        """Runs the pair and then one rank.
 
         Raises:
             SparkError: a program failed, or the time is over.
         """
         say = self._console.print
         model = self._stage.folder / f"tiny-{self._settings.model_kind}"
-        say(f"[bold]1. A tiny {self._settings.model_kind} model[/] with random weights: what it says is noise.")
+        say(f"[bold]1. A tiny {self._settings.model_kind} model[/] with random weights, whose text is random.")
         make_tiny_model(model, self._settings.model_kind)
         say("[bold]2. The pair:[/] vllm-spark join, and vllm serve MODEL --spark")
         with self._pair(model) as server:
@@ -132,7 +93,7 @@ class Demo:
 
     @contextmanager
     def _pair(self, model: Path) -> Iterator[Server]:
-        """Follower and leader, while they serve."""
+        """Starts follower and leader; yields them while they serve."""
         spark_port, http_port = free_ports(2)
         environment = clean_environment() | CPU_ENVIRONMENT
         join = [program("vllm-spark"), *follower_arguments(spark_port)]
@@ -148,7 +109,7 @@ class Demo:
 
     @contextmanager
     def _single(self, model: Path) -> Iterator[Server]:
-        """Stock vLLM, while it serves."""
+        """Starts stock vLLM; yields it while it serves."""
         (http_port,) = free_ports(1)
         serve = [program("vllm"), *serve_arguments(model, http_port)]
         environment = clean_environment() | CPU_ENVIRONMENT
@@ -156,7 +117,7 @@ class Demo:
             yield self._ready(server, http_port)
 
     def _ready(self, process: Process, port: int, follower: Process | None = None) -> Server:
-        """Waits until the server answers, showing what it does meanwhile."""
+        """Waits until the server is ready, and shows its phases."""
         before = time.monotonic()
         url = f"http://{LOOPBACK}:{port}"
         with Phases(self._console) as phases:
@@ -178,12 +139,12 @@ class Demo:
             try:
                 process.wait_until(ready, self._remaining(), "become ready")
             except ProcessError as error:
-                raise self._told_of_the_limit(error) from None
+                raise self._with_limit_hint(error) from None
             phases.enter("ready")
         return Server(url, process, time.monotonic() - before)
 
     def _chat(self, server: Server) -> None:
-        """Asks the chat question and prints the answer as it comes."""
+        """Sends the chat question, and prints the answer as it is generated."""
         self._console.print(f"   [cyan]You:[/] {printable(self._settings.prompt)}", markup=True)
         self._console.print("   [cyan]Noise:[/] ", end="")
         with self._client(server) as client:
@@ -216,7 +177,7 @@ class Demo:
 
     @contextmanager
     def _client(self, server: Server) -> Iterator[OpenAI]:
-        """The official client; what goes wrong with it is an error of the server that it asks."""
+        """The official client; its errors are raised as ProcessError of the server."""
         import httpx
         from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
@@ -225,7 +186,7 @@ class Demo:
             api_key="none",
             timeout=self._remaining(),
             max_retries=0,
-            http_client=DefaultHttpxClient(trust_env=False),  # a proxy has no business on loopback
+            http_client=DefaultHttpxClient(trust_env=False),  # no proxy for loopback
         )
         try:
             with client:
@@ -234,11 +195,11 @@ class Demo:
             raise ProcessError(f"{server.process.name} did not answer: {error}", server.process) from error
 
     def _remaining(self) -> float:
-        """Seconds left of the time that the user gave, at least one: what is waited for then names itself."""
+        """Seconds left of the user's time limit, at least one, so that the wait for a program names it."""
         return max(1.0, self._started + self._settings.timeout - time.monotonic())
 
-    def _told_of_the_limit(self, error: ProcessError) -> ProcessError:
-        """`error`, or if the time is over, that it is: the user knows of the whole, not of what was left of it."""
+    def _with_limit_hint(self, error: ProcessError) -> ProcessError:
+        """`error`, or if the time is over, an error that names the user's limit and not the remaining part of it."""
         if time.monotonic() < self._started + self._settings.timeout:
             return error
         limit = f"the {self._settings.timeout:g} s of --timeout are over"
@@ -250,7 +211,7 @@ class Demo:
         summary = Summary.of(pair, single, time.monotonic() - self._started)
         self._console.print(as_table(pair, single))
         self._console.print(
-            "Times are of ranks that share this machine's cores: they say nothing about speed.", soft_wrap=True
+            "Both ranks share this machine's cores: the times do not show the speed of a pair.", soft_wrap=True
         )
         if not summary.identical:
             self._console.print(f"[bold red]The tokens differ:[/] {first_difference(pair.tokens, single.tokens)}")
@@ -264,3 +225,43 @@ class Demo:
                 f"{summary.seconds:.0f} s in all."
             )
         return summary
+
+
+class Phases:
+    """Shows the current phase and the time of each phase."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._name = ""
+        self._task: TaskID | None = None
+        self._progress = Progress(
+            TextColumn("  "),
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Phases:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._progress.stop()
+
+    def enter(self, name: str) -> None:
+        """Ends the previous phase and begins this one; does nothing in the same phase."""
+        if name == self._name:
+            return
+        self._finish()
+        self._name = name
+        self._task = self._progress.add_task(name, total=1)
+        if not self._console.is_terminal:  # a file or a pipe gets a line for each phase
+            self._console.print(f"   {name}")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=1)

@@ -1,4 +1,4 @@
-"""What `vllm-spark doctor` looks at: is this machine, and is this pair, as it should be?
+"""The checks of `vllm-spark doctor`, of one machine and of the pair.
 
 Every check reads files of the kernel, or what is installed, and changes nothing. Discovery needs no RDMA library.
 """

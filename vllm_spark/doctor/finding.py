@@ -1,4 +1,4 @@
-"""What a check found: one thing that was looked at, how it is, why that matters, and what to do about it."""
+"""The result of a check: what was checked, its status, why it matters, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import msgspec
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS, described
 
 Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"]
-"""From best to worst. Only a problem keeps the pair from working; only warnings and problems change an exit code."""
+"""From best to worst. A problem prevents the pair from working; only warnings and problems change the exit code."""
 
 _SEVERITY = {status: severity for severity, status in enumerate(get_args(Status))}
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         id: `area.name`, the same in every report.
-        title: what was looked at, in words.
-        status: how it is.
+        title: what was checked.
+        status: see `Status`.
         value: what was measured.
-        explanation: why it matters; empty where all is well.
-        remedy: what to do about it, commands on lines of their own; empty where there is nothing to do.
+        explanation: why it matters; empty if all is well.
+        remedy: what to do, with each command on a line of its own; empty if nothing has to be done.
     """
 
     id: str
@@ -52,12 +52,12 @@ def exit_code(status: Status) -> int:
 
 
 def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """What `check` finds, and that it failed if it did.
+    """The findings of `check`, or a finding that it failed.
 
-    Machines differ from what a check expects in ways that nobody thought of: then the others still count.
+    A check that fails on an unexpected machine must not prevent the others.
 
     Args:
-        name: id of the finding that says so.
+        name: id of the finding that reports the failure.
     """
     try:
         yield from check()
@@ -67,5 +67,5 @@ def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Findi
             "A check that failed",
             "unknown",
             described(error),
-            "The check met something on this machine that it was not written for; please report it.",
+            "The check does not support something on this machine; please report it.",
         )

@@ -1,4 +1,4 @@
-"""The GPU: driver and CUDA versions, clocks, whether this build has kernels for it, and which NCCL is in use."""
+"""Checks of the GPU: driver and CUDA versions, clocks, kernels in this build, and the NCCL in use."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _DRIVER = re.compile(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b")
 _SLOWED = re.compile(r"^\s*(HW [\w ]*?(?:Slowdown|Brake))\s*: Active", re.MULTILINE)
 _NCCL_VARIABLE = "VLLM_NCCL_SO_PATH"
 GB10 = "GB10"
-"""In the name of the GPU that this is made for."""
+"""Part of the name of the supported GPU."""
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """The first GPU, as the driver describes it. What is not known is empty."""
+    """The first GPU, as the driver describes it. Unknown values are empty."""
 
     model: str
     driver: str
     cuda: str = ""
     clock: str = ""
-    """Its clock now, and the highest."""
+    """Its current clock and its maximum."""
     slowed_by: str = ""
     complaint: str = ""
-    """What nvidia-smi said instead."""
+    """The error message of nvidia-smi."""
 
 
 def find_gpu(system: System) -> Gpu | None:
-    """The machine's GPU; None if it has none, or no driver for it."""
+    """The machine's GPU; None without a GPU or a driver."""
     version = system.text(f"{_PROC}/version")
     models = [
         model[1].strip()
@@ -50,7 +50,7 @@ def find_gpu(system: System) -> Gpu | None:
     number = _DRIVER.search(version or "")
     gpu = Gpu(model=models[0] if models else "", driver=number[1] if number else "")
     if answer is None:
-        return msgspec.structs.replace(gpu, complaint="nvidia-smi is not installed, or did not answer")
+        return msgspec.structs.replace(gpu, complaint="nvidia-smi is not installed, or timed out")
     code, text = answer
     if code != 0:
         return msgspec.structs.replace(gpu, complaint=text.splitlines()[0] if text else f"exit code {code}")
@@ -65,21 +65,25 @@ def find_gpu(system: System) -> Gpu | None:
 
 
 def missing() -> Finding:
-    """That there is no GPU."""
+    """The finding that there is no GPU."""
     cpu_build = is_cpu_build()
     return Finding(
         "gpu.driver",
         "GPU and driver",
         "note" if cpu_build else "problem",
         "none",
-        "Neither the driver's /proc/driver/nvidia nor nvidia-smi answers. "
-        + ("The installed vLLM is a CPU build and needs none." if cpu_build else "vLLM needs the GPU's driver."),
+        "There is no /proc/driver/nvidia, and nvidia-smi fails. "
+        + (
+            "The installed vLLM is a CPU build, which does not need a GPU."
+            if cpu_build
+            else "vLLM needs the GPU's driver."
+        ),
         "" if cpu_build else "sudo apt install nvidia-driver-580-open   # then restart",
     )
 
 
 def check_gpu(system: System, gpu: Gpu) -> Iterator[Finding]:
-    """What depends on a GPU that is there."""
+    """Findings about the GPU."""
     yield _driver(gpu)
     if gpu.clock or gpu.slowed_by:
         yield _gpu_clock(gpu)
@@ -98,7 +102,7 @@ def _driver(gpu: Gpu) -> Finding:
             title,
             "problem",
             f"{value}: {gpu.complaint}",
-            "The driver was updated under the running kernel; nothing can use the GPU until the new one is loaded.",
+            "The driver was updated, but its old kernel module is loaded; until a restart the GPU cannot be used.",
             "sudo reboot",
         )
     if gpu.complaint:
@@ -107,8 +111,8 @@ def _driver(gpu: Gpu) -> Finding:
             title,
             "unknown",
             value,
-            f"Which CUDA version the driver offers is not known: {gpu.complaint}.",
-            "nvidia-smi   # see what it says",
+            f"The driver's CUDA version is unknown: {gpu.complaint}.",
+            "nvidia-smi   # shows the error",
         )
     wanted = _torch_cuda()
     if wanted == "":
@@ -117,8 +121,8 @@ def _driver(gpu: Gpu) -> Finding:
             title,
             "warning",
             f"{value}, torch without CUDA",
-            "The installed torch is a CPU build and leaves the GPU idle.",
-            "pip install vllm   # in a fresh environment: vLLM for GPUs brings a torch for them",
+            "The installed torch is a CPU build, which does not use the GPU.",
+            "pip install vllm   # in a new environment; vLLM for GPUs installs torch for GPUs",
         )
     if wanted and gpu.cuda and int(wanted.partition(".")[0]) > int(gpu.cuda.partition(".")[0]):
         return Finding(
@@ -126,7 +130,7 @@ def _driver(gpu: Gpu) -> Finding:
             title,
             "problem",
             f"{value}, torch is for CUDA {wanted}",
-            "This torch needs a driver of its own CUDA generation, or later.",
+            "This torch needs a driver of the same CUDA major version, or later.",
             "sudo apt update && sudo apt full-upgrade   # a driver of at least 580 has CUDA 13; then restart",
         )
     return Finding("gpu.driver", title, "ok", f"{value}, torch for CUDA {wanted}" if wanted else value)
@@ -142,14 +146,14 @@ def _gpu_clock(gpu: Gpu) -> Finding:
         title,
         "warning",
         value,
-        "The hardware holds the GPU back, for heat or for want of power.",
-        "nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE   # which of them\n"
+        "The hardware limits the GPU's clock, because of temperature or power.",
+        "nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE   # shows which\n"
         "Use the power supply that came with the machine, and switch it off and unplug it for a minute.",
     )
 
 
 def _kernels() -> Finding:
-    """Looks for the file only: loading the native module is not needed for that."""
+    """Whether the file with the kernels exists; does not load the native module."""
     title = "Kernels in this build"
     spec = importlib.util.find_spec("vllm_spark._native")
     if spec is None or spec.origin is None:
@@ -158,7 +162,7 @@ def _kernels() -> Finding:
             title,
             "problem",
             "the native module is not built",
-            "It holds the collectives.",
+            "It contains the collectives.",
             "pip install .   # in the source tree; needs g++, and nvcc for GPUs",
         )
     image = Path(spec.origin).with_name("kernels.fatbin")
@@ -169,7 +173,7 @@ def _kernels() -> Finding:
         title,
         "problem",
         "none",
-        "This vllm_spark was built where nvcc was not found, so it has no collectives for tensors on a GPU.",
+        "This vllm_spark was built without nvcc, so it has no collectives for tensors on a GPU.",
         "sudo apt install cuda-nvcc-13-0 && pip install --force-reinstall --no-deps .   # in the source tree",
     )
 
@@ -191,14 +195,14 @@ def _nccl(system: System, gpu: Gpu) -> Finding:
         title,
         "warning" if GB10 in gpu.model else "note",
         f"{version} from pip" + (f", {_NCCL_VARIABLE}={chosen}" if chosen else ""),
-        "What the pair's own collectives do not take goes through NCCL. On two GB10, pip's build hung after 20 to 26 "
+        "Calls that the pair's own collectives do not support use NCCL. On two GB10, pip's build hung after 20 to 26 "
         "minutes under load, and DGX OS's build of the same version did not (vllm issues 42354 and 41725).",
-        ("" if system_wide else "sudo apt install libnccl2\n") + f"ln -sf {library} {path}   # pip puts its own back",
+        ("" if system_wide else "sudo apt install libnccl2\n") + f"ln -sf {library} {path}   # pip restores its own",
     )
 
 
 def _bundled_nccl() -> tuple[str, Path] | None:
-    """Version and library of the NCCL that pip installed; None if it did not."""
+    """Version and library of the NCCL that pip installed; None if there is none."""
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"] or ""
         if name.startswith("nvidia-nccl"):

@@ -1,4 +1,4 @@
-"""What the machine allows and how it runs: locked memory, IOMMU, processor clocks, memory and swap."""
+"""Checks of the host: locked memory, IOMMU, processor clocks, memory and swap."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CPUS = "sys/devices/system/cpu"
 
 
 def check_machine(system: System, config: SparkConfig, rails: list[Rail]) -> Iterator[Finding]:
-    """All of this module."""
+    """Runs the checks of this module."""
     if active(rails):
         yield _memlock(system, config, len(active(rails)))
         yield _iommu(system, active(rails))
@@ -32,13 +32,13 @@ def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
     title = "Limit of locked memory"
     found = _LIMIT.search(system.text("proc/self/limits") or "")
     if found is None:
-        return Finding("machine.memlock", title, "unknown", "", "/proc/self/limits does not say it.")
+        return Finding("machine.memlock", title, "unknown", "", "/proc/self/limits does not contain it.")
     needed = pinned_bytes(config, rails)
     capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", system.text("proc/self/status") or "", re.MULTILINE)
     exempt = capabilities is not None and int(capabilities[1], 16) & _CAP_IPC_LOCK
     value = "unlimited" if found[1] == "unlimited" else f"{int(found[1]) / MB:.1f} MB"
     if exempt:
-        return Finding("machine.memlock", title, "ok", f"{value}, does not bind this user (CAP_IPC_LOCK)")
+        return Finding("machine.memlock", title, "ok", f"{value}, does not apply to this user (CAP_IPC_LOCK)")
     if found[1] == "unlimited" or int(found[1]) >= needed:
         return Finding("machine.memlock", title, "ok", value)
     return Finding(
@@ -46,8 +46,8 @@ def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
         title,
         "problem",
         value,
-        f"The memory that the network card reads and writes is locked, once for each rail: {needed / MB:.0f} MB with "
-        "these settings. With this limit it cannot be registered.",
+        f"Memory that the network card accesses is locked, once for each rail: {needed / MB:.0f} MB with "
+        "these settings, which exceeds this limit.",
         'echo "$USER - memlock unlimited" | sudo tee /etc/security/limits.d/90-vllm-spark.conf   # then log in again\n'
         "In a systemd system unit: LimitMEMLOCK=infinity. In a container: docker run --ulimit memlock=-1 ...",
     )
@@ -59,7 +59,7 @@ def _iommu(system: System, up: list[Rail]) -> Finding:
         rail.name: system.text(f"sys/class/infiniband/{rail.device}/device/iommu_group/type") for rail in up if rail.pci
     }
     if not modes:
-        return Finding("machine.iommu", title, "not applicable", "", "The rails are no PCI devices.")
+        return Finding("machine.iommu", title, "not applicable", "", "The rails are not PCI devices.")
     value = ", ".join(f"{name} {mode or 'off'}" for name, mode in modes.items())
     if all(mode in (None, "identity") for mode in modes.values()):
         return Finding("machine.iommu", title, "ok", value)
@@ -68,8 +68,8 @@ def _iommu(system: System, up: list[Rail]) -> Finding:
         title,
         "note",
         value,
-        "Every access of the network card to memory is translated by the IOMMU. Passing it through saves that; what it "
-        "is worth on a GB10 nobody has published, so measure before and after.",
+        "The IOMMU translates every memory access of the network card. Pass-through avoids that; its effect on a GB10 "
+        "has not been published, so measure before and after.",
         "Add iommu.passthrough=1 to GRUB_CMDLINE_LINUX in /etc/default/grub, then: sudo update-grub, and restart.",
     )
 
@@ -92,8 +92,8 @@ def _processor(system: System) -> Iterator[Finding]:
             title,
             "warning" if slow else "note",
             ", ".join(sorted(governors)),
-            "The proxy thread posts every message, and the leader's thread starts every step. Cores that have to speed "
-            "up first answer later" + (", and these stay at their lowest clock." if slow else "."),
+            "The proxy thread posts every message, and the leader's thread starts every step. Raising a core's clock "
+            "first adds latency" + (", and these cores stay at their lowest clock." if slow else "."),
             "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor   # until the next boot",
         )
     clocks = sorted({clock for folder in folders if (clock := _clock(system, folder))})
@@ -105,7 +105,7 @@ def _processor(system: System) -> Iterator[Finding]:
             "Highest processor clock allowed",
             "warning" if capped else "ok",
             value,
-            "Somebody, or a power profile, keeps the cores below what they can do." if capped else "",
+            "A setting or a power profile limits the cores below their maximum." if capped else "",
             "sudo cpupower frequency-set --max 10GHz   # no limit but the processor's own\n"
             "powerprofilesctl set performance"
             if capped
@@ -114,7 +114,7 @@ def _processor(system: System) -> Iterator[Finding]:
 
 
 def _clock(system: System, folder: str) -> tuple[int, int] | None:
-    """What is allowed, and what the core can do, in kHz."""
+    """A core's clock limit and its maximum, in kHz."""
     limit, most = (system.text(f"{folder}/{name}_max_freq") for name in ("scaling", "cpuinfo"))
     return (int(limit), int(most)) if limit and most and limit.isdecimal() and most.isdecimal() else None
 
@@ -127,7 +127,7 @@ def _memory(system: System) -> Iterator[Finding]:
     }
     total, available = table.get("MemTotal", 0), table.get("MemAvailable", 0)
     if not total:
-        yield Finding("machine.memory", "Free memory", "unknown", "", "/proc/meminfo does not say it.")
+        yield Finding("machine.memory", "Free memory", "unknown", "", "/proc/meminfo does not contain it.")
         return
     yield _free_memory(total, available, table.get("Cached", 0) + table.get("Buffers", 0))
     swap = table.get("SwapTotal", 0)
@@ -138,11 +138,11 @@ def _memory(system: System) -> Iterator[Finding]:
         "Swap",
         "warning" if busy else "ok",
         f"{used / GIB:.1f} of {swap / GIB:.1f} GiB used" if swap else "none",
-        "Parts of programs lie on disk. The GPU shares this memory: when it runs short, a machine that swaps stands "
-        "still where one without swap would end a program."
+        "Parts of programs are on disk. The GPU shares this memory: when it runs out, a machine with swap stops "
+        "responding, where one without swap kills a program."
         if busy
         else "",
-        "sudo swapoff -a && sudo swapon -a   # brings them back, if there is room" if busy else "",
+        "sudo swapoff -a && sudo swapon -a   # reads them back, if there is enough memory" if busy else "",
     )
 
 
@@ -155,8 +155,8 @@ def _free_memory(total: int, available: int, cached: int) -> Finding:
             title,
             "warning",
             value,
-            "On a GB10 the GPU takes its memory from here, and more than half is taken already.",
-            "ps -eo rss,pid,args --sort=-rss | head   # who has it, in KiB",
+            "On a GB10 the GPU uses the same memory, and more than half is in use.",
+            "ps -eo rss,pid,args --sort=-rss | head   # the largest processes, in KiB",
         )
     if cached > total / 4:
         return Finding(
@@ -164,8 +164,8 @@ def _free_memory(total: int, available: int, cached: int) -> Finding:
             title,
             "note",
             value,
-            "On unified memory vLLM counts the file cache as taken, and may refuse to start although it would be given "
-            "up (vllm issue 35313).",
+            "On unified memory vLLM counts the file cache as used, and may refuse to start although the kernel would "
+            "free it (vllm issue 35313).",
             "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'   # right before the start",
         )
     return Finding("machine.memory", title, "ok", value)

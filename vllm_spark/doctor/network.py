@@ -1,4 +1,4 @@
-"""The network interfaces of the rails: MTU, both PCIe functions, addresses, and the way to the peer."""
+"""Checks of the network: MTU, PCIe functions and addresses of the rails, route to the peer, firewall and port."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
 _PCIE_LANES = 4
 """Of each of the port's PCIe functions on a GB10."""
 
+_CONNECT_SECONDS = 5.0
+_COMMANDS = {
+    "ufw": "sudo ufw allow in{interface} to any port {port} proto tcp",
+    "firewalld": "sudo firewall-cmd --permanent --add-port={port}/tcp && sudo firewall-cmd --reload",
+}
+
 
 def check_network(system: System, rails: list[Rail], peer: str | None) -> Iterator[Finding]:
-    """What depends on the interfaces of the active ports."""
+    """Findings about the interfaces of the active ports."""
     up = active(rails)
     yield _mtu(up)
     yield from _functions(rails)
@@ -30,7 +36,7 @@ def check_network(system: System, rails: list[Rail], peer: str | None) -> Iterat
 
 
 def check_shared(system: System, interfaces: list[str]) -> Finding:
-    """Whether the networks of the link hold other machines than the two.
+    """Whether the networks of the link contain other machines than the two.
 
     Args:
         interfaces: those over which the pair talks.
@@ -133,7 +139,7 @@ def _addresses(up: list[Rail]) -> Finding:
         value,
         "The machines find each other by IP address, and a rail is used if both its ends have one in the same network. "
         + (
-            "Here no rail has one."
+            "No rail here has one."
             if len(without) == len(up)
             else f"Without one, {', '.join(rail.name for rail in without)} is left out, which halves the bandwidth."
         ),
@@ -154,7 +160,7 @@ def _networks(up: list[Rail]) -> Finding:
         for network in {address.network for address in rail.networks}:
             ends[network].append(rail)
     if sum(bool(rail.networks) for rail in up) < 2:
-        return Finding("link.networks", title, "not applicable", "", "There are no two rails with an address.")
+        return Finding("link.networks", title, "not applicable", "", "Fewer than two rails have an address.")
     shared = {network: there for network, there in ends.items() if len(there) > 1}
     if not shared:
         return Finding("link.networks", title, "ok", ", ".join(map(str, ends)))
@@ -164,8 +170,8 @@ def _networks(up: list[Rail]) -> Finding:
         title,
         "warning",
         f"{', '.join(rail.netdev for rail in there)} all in {network}",
-        "Linux sends everything for one network through one interface, and either interface answers for the addresses "
-        "of the other: both rails' traffic may end up on one of them.",
+        "Linux sends all packets for one network through one interface, and each interface answers ARP requests for "
+        "the other's addresses: the traffic of both rails may use one of them.",
         "\n".join(
             f"sudo nmcli device modify {rail.netdev} ipv4.method manual ipv4.addresses 10.0.{index}.1/24"
             for index, rail in enumerate(there)
@@ -175,14 +181,14 @@ def _networks(up: list[Rail]) -> Finding:
 
 
 def _way_to_peer(system: System, up: list[Rail], peer: str | None) -> Finding:
-    title = "Way to the other machine"
+    title = "Route to the other machine"
     if peer is None:
         return Finding(
             "link.peer",
             title,
             "not applicable",
             "",
-            "Its address is not known here.",
+            "Its address is not known.",
             "vllm-spark doctor --peer   # while vllm-spark join runs on the other machine",
         )
     interface = interface_towards(system, peer)
@@ -204,7 +210,7 @@ def _way_to_peer(system: System, up: list[Rail], peer: str | None) -> Finding:
 
 
 def _free_addresses(up: list[Rail]) -> Iterator[str]:
-    """10.0.0.1/24, 10.0.1.1/24 and so on, without the networks that a rail is in already."""
+    """10.0.0.1/24, 10.0.1.1/24 and so on, without networks that a rail already has."""
     taken = [address.network for rail in up for address in rail.networks]
     for number in range(256):
         address = ipaddress.IPv4Interface(f"10.0.{number}.1/24")
@@ -213,21 +219,14 @@ def _free_addresses(up: list[Rail]) -> Iterator[str]:
 
 
 def _own(rail: Rail) -> list[str]:
-    """The addresses that somebody gave it: a link-local one of IPv6 it has by itself."""
+    """The configured addresses: all but automatic IPv6 link-local ones."""
     return [
         address for address in rail.addresses if not ipaddress.ip_interface(address).ip.is_link_local or "." in address
     ]
 
 
-_CONNECT_SECONDS = 5.0
-_COMMANDS = {
-    "ufw": "sudo ufw allow in{interface} to any port {port} proto tcp",
-    "firewalld": "sudo firewall-cmd --permanent --add-port={port}/tcp && sudo firewall-cmd --reload",
-}
-
-
 def check_firewall(system: System, port: int, interface: str | None) -> Finding:
-    """Which of the usual firewalls is active here: it must let followers in if this machine leads."""
+    """Which of the usual firewalls is active here: on the leader it must let the follower's connections in."""
     title = "Firewall"
     active = _active(system)
     if active is None:
@@ -237,26 +236,26 @@ def check_firewall(system: System, port: int, interface: str | None) -> Finding:
         title,
         "note",
         f"{active} is active",
-        f"The machine that leads listens at TCP port {port}, and its firewall must let the follower in. With vLLM for "
-        "the CPU nothing else is needed; on GPUs NCCL opens ports of its own choice, so let everything through between "
+        f"The leader listens at TCP port {port}, which its firewall must open for the follower. The CPU build of vLLM "
+        "needs no other port; on GPUs NCCL uses random ports, so allow all traffic between "
         "the two addresses of the cable.",
-        f"{opening(system, port, interface)}   # on the machine that leads",
+        f"{opening(system, port, interface)}   # on the leader",
     )
 
 
 def opening(system: System, port: int, interface: str | None) -> str:
-    """The command that lets followers in: for the firewall that is active here, else for the most usual one."""
+    """The command that opens the port: for the active firewall, else for the most common one."""
     return _COMMANDS[_active(system) or "ufw"].format(port=port, interface=f" on {interface}" if interface else "")
 
 
 def check_reach(leader: str, port: int) -> Finding:
-    """Whether a connection from here to the leader's port gets an answer; nobody need listen there."""
+    """Whether the leader's port can be reached from here; a refused connection is enough."""
     title = "The leader's port"
     endpoint = format_endpoint(leader, port)
     try:
         socket.create_connection((leader, port), timeout=_CONNECT_SECONDS).close()
     except ConnectionRefusedError:
-        return Finding("link.port", title, "ok", f"{endpoint} can be reached, nobody listens there now")
+        return Finding("link.port", title, "ok", f"{endpoint} can be reached, nothing listens there now")
     except OSError as error:
         reason = "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
         return Finding(
@@ -264,8 +263,8 @@ def check_reach(leader: str, port: int) -> Finding:
             title,
             "problem",
             f"{endpoint}: {reason}",
-            "Where nobody listens, a machine refuses a connection at once. Here nothing came back: a firewall there "
-            "drops or rejects what comes to this port, the machine is off, or the address is another one's.",
+            "A port without a listener refuses a connection at once. There was no reply: a firewall there "
+            "drops or rejects connections to this port, the machine is off, or the address is wrong.",
             "\n".join(f"{command}   # there, with {name}" for name, command in _named(port)),
         )
     return Finding("link.port", title, "ok", f"{endpoint} answers")
@@ -276,7 +275,7 @@ def _named(port: int) -> list[tuple[str, str]]:
 
 
 def _active(system: System) -> str | None:
-    """The firewall that is on: both tell everybody, while the rules themselves are for root to read."""
+    """The active firewall, which any user can find out; reading its rules needs root."""
     if "ENABLED=yes" in (system.text("etc/ufw/ufw.conf") or "").split():
         return "ufw"
     return "firewalld" if system.run("firewall-cmd", "--state") == (0, "running") else None

@@ -1,4 +1,4 @@
-"""What only both machines together show: equal versions, rails that meet, packets that get through."""
+"""Checks that need both machines: equal versions, rails between them, and pings over each rail."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from vllm_spark.doctor.examination import Machine
+from vllm_spark.doctor.checks import MachineReport
 from vllm_spark.doctor.finding import Finding, guarded
 from vllm_spark.doctor.rails import ROCE_V2, Rail, active
 from vllm_spark.doctor.rdma_mtu import rdma_mtu
@@ -19,8 +19,8 @@ _SMALL = 56
 _ROUND_TRIP = re.compile(r"= [\d.]+/([\d.]+)/")
 
 
-class Meeting(NamedTuple):
-    """A rail's two ends, with the addresses that are in one network."""
+class RailPair(NamedTuple):
+    """The two ends of a rail, with their addresses in one network."""
 
     mine: Rail
     theirs: Rail
@@ -28,57 +28,60 @@ class Meeting(NamedTuple):
     their_address: str
 
 
-def compare(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
-    """Looks at both; sends pings over the rails. Never raises for what it finds."""
+def compare(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
+    """Compares both reports, and sends pings over the rails. Never raises for what it finds."""
     yield from guarded("pair.versions", lambda: [_versions(mine, theirs)])
     if not active(mine.rails) or not active(theirs.rails):
         return
     yield from guarded("pair", lambda: _between(system, mine, theirs))
 
 
-def _between(system: System, mine: Machine, theirs: Machine) -> Iterator[Finding]:
-    """What concerns the rails."""
+def _between(system: System, mine: MachineReport, theirs: MachineReport) -> Iterator[Finding]:
+    """Findings about the rails."""
     try:
-        meetings = meet(mine.rails, theirs.rails)
+        pairs = rail_pairs(mine.rails, theirs.rails)
     except ImportError as error:
-        yield _unformed(error)
+        yield _without_native_module(error)
         return
-    yield _rails(mine, theirs, meetings)
-    if meetings:
-        yield _mtu(mine, theirs, meetings)
-        yield _pings(system, meetings)
+    yield _rails(mine, theirs, pairs)
+    if pairs:
+        yield _mtu(mine, theirs, pairs)
+        yield _pings(system, pairs)
 
 
-def reached(host: str, endpoint: str) -> Finding:
-    """That the follower on `host` came through to this machine's port, which is all that it needs."""
+def port_reached(host: str, endpoint: str) -> Finding:
+    """The finding that the follower on `host` has connected to this machine's port."""
     return Finding("pair.port", "The follower reaches this machine", "ok", f"{endpoint}, from {host}")
 
 
-def nobody(sentence: str, opening: str = "") -> Finding:
-    """That the other machine was not seen.
+def peer_missing(sentence: str, opening: str = "") -> Finding:
+    """The finding that the other machine has not connected.
 
     Args:
-        sentence: why.
-        opening: the command that lets it in; empty where no firewall is between.
+        sentence: the reason.
+        opening: the command that opens this machine's firewall; empty on loopback.
     """
-    problem, _, remedy = sentence.partition("; on the other machine run: ")
+    # The last part of the sentence is what to type, and where (see handshake/messages.py).
+    found = re.fullmatch(r"(.*); (on the other machine|in another terminal) run: (.*)", sentence, re.DOTALL)
+    problem, where, remedy = found.groups() if found else (sentence, "", "")
     return Finding(
         "pair.peer",
         "The other machine",
         "problem",
-        "not seen",
+        "not connected",
         f"{upper_first(problem)}.",
         "\n".join(
-            [f"{remedy}   # on the other machine"] + ([f"{opening}   # here, if it waits there"] if opening else [])
+            [f"{remedy}   # {where}"]
+            + ([f"{opening}   # here, if vllm-spark join is waiting there"] if opening else [])
         )
         if remedy
         else "",
     )
 
 
-def meet(mine: list[Rail], theirs: list[Rail]) -> list[Meeting]:
-    """The rails between the two machines, as the transport forms them."""
-    # Here, because all else is told of a machine whose native module is missing.
+def rail_pairs(mine: list[Rail], theirs: list[Rail]) -> list[RailPair]:
+    """The rails between the two machines, paired as the transport pairs them."""
+    # Imported here: all other findings do not need the native module.
     from vllm_spark.collective import CollectiveError
     from vllm_spark.collective.rails import Port, PortAddress, pair
 
@@ -102,11 +105,11 @@ def meet(mine: list[Rail], theirs: list[Rail]) -> list[Meeting]:
     except CollectiveError:
         return []
     return [
-        Meeting(_named(mine, here), _named(theirs, there), _text(here.gid), _text(there.gid)) for here, there in ends
+        RailPair(_named(mine, here), _named(theirs, there), _text(here.gid), _text(there.gid)) for here, there in ends
     ]
 
 
-def _versions(mine: Machine, theirs: Machine) -> Finding:
+def _versions(mine: MachineReport, theirs: MachineReport) -> Finding:
     title = "Same versions"
     if difference := mine.versions.difference(theirs.versions, mine.host, theirs.host):
         sentence, _, remedy = difference.partition("; ")
@@ -115,8 +118,8 @@ def _versions(mine: Machine, theirs: Machine) -> Finding:
             title,
             "problem",
             sentence,
-            "What one side sends the other runs, so both must be the same; the follower would be refused.",
-            f"{upper_first(remedy)}: pip list | grep -E 'vllm|torch' shows what there is.",
+            "Both machines must have the same versions; the leader refuses a follower with others.",
+            f"{upper_first(remedy)}: pip list | grep -E 'vllm|torch' shows what is installed.",
         )
     versions = mine.versions
     return Finding(
@@ -127,42 +130,41 @@ def _versions(mine: Machine, theirs: Machine) -> Finding:
     )
 
 
-def _unformed(error: ImportError) -> Finding:
+def _without_native_module(error: ImportError) -> Finding:
     return Finding(
         "pair.rails",
         "Rails between the machines",
         "unknown",
         str(error),
-        "Which ports form a rail is for the collectives to say, and their native module is not built or does not load.",
+        "The native module, which pairs the ports to rails, is not built or cannot be loaded.",
         "pip install .   # in the source tree; needs g++, and nvcc for GPUs",
     )
 
 
-def _rails(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
+def _rails(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> Finding:
     title = "Rails between the machines"
     value = ", ".join(
-        f"{meeting.mine.name} {meeting.my_address} to {meeting.theirs.name} {meeting.their_address}"
-        for meeting in meetings
+        f"{pair.mine.name} {pair.my_address} to {pair.theirs.name} {pair.their_address}" for pair in pairs
     )
-    met = {meeting.mine.name for meeting in meetings}, {meeting.theirs.name for meeting in meetings}
+    met = {pair.mine.name for pair in pairs}, {pair.theirs.name for pair in pairs}
     alone = [
         f"{rail.name} on {machine.host} ({', '.join(rail.addresses) or 'no address'})"
         for machine, names in zip((mine, theirs), met, strict=True)
         for rail in active(machine.rails)
         if rail.name not in names
     ]
-    unsure = [meeting for meeting in meetings if meeting.their_address.startswith("fe80:")]
+    unsure = [pair for pair in pairs if pair.their_address.startswith("fe80:")]
     if not alone and not unsure:
         return Finding("pair.rails", title, "ok", value)
     return Finding(
         "pair.rails",
         title,
-        "warning" if meetings else "problem",
+        "warning" if pairs else "problem",
         value or "none",
         "Two ports form a rail if their addresses are in one network. "
-        + (f"Nothing on the other side meets {'; '.join(alone)}." if alone else "")
+        + (f"The other machine has no port in the network of {'; '.join(alone)}." if alone else "")
         + (
-            "These meet by their link-local addresses only, which say nothing of where a cable leads."
+            "These are paired by link-local addresses only, which do not show which ports a cable connects."
             if unsure and not alone
             else ""
         ),
@@ -171,12 +173,12 @@ def _rails(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
     )
 
 
-def _mtu(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
+def _mtu(mine: MachineReport, theirs: MachineReport, pairs: list[RailPair]) -> Finding:
     title = "Same MTU on both"
-    different = [meeting for meeting in meetings if meeting.mine.mtu != meeting.theirs.mtu]
+    different = [pair for pair in pairs if pair.mine.mtu != pair.theirs.mtu]
     value = ", ".join(
-        f"{meeting.mine.netdev} {meeting.mine.mtu}, {meeting.theirs.netdev} {meeting.theirs.mtu} there"
-        for meeting in different or meetings
+        f"{pair.mine.netdev} {pair.mine.mtu}, {pair.theirs.netdev} {pair.theirs.mtu} there"
+        for pair in different or pairs
     )
     if not different:
         return Finding("pair.mtu", title, "ok", value)
@@ -185,40 +187,38 @@ def _mtu(mine: Machine, theirs: Machine, meetings: list[Meeting]) -> Finding:
         title,
         "warning",
         value,
-        "The smaller one counts for both, and larger packets of other programs are lost without a word.",
+        "The smaller MTU limits both, and larger packets of other programs are dropped without an error.",
         "\n".join(
-            f"sudo ip link set dev {rail.netdev} mtu {max(meeting.mine.mtu, meeting.theirs.mtu)}   # on {host}"
-            for meeting in different
+            f"sudo ip link set dev {rail.netdev} mtu {max(pair.mine.mtu, pair.theirs.mtu)}   # on {host}"
+            for pair in different
             for rail, host in (
-                [(meeting.mine, mine.host)]
-                if meeting.mine.mtu < meeting.theirs.mtu
-                else [(meeting.theirs, theirs.host)]
+                [(pair.mine, mine.host)] if pair.mine.mtu < pair.theirs.mtu else [(pair.theirs, theirs.host)]
             )
         ),
     )
 
 
-def _pings(system: System, meetings: list[Meeting]) -> Finding:
-    """A small packet and one that fills the MTU, over each rail."""
+def _pings(system: System, pairs: list[RailPair]) -> Finding:
+    """Sends a small packet, and one of the size of the MTU, over each rail."""
     title = "Each rail reaches the other end"
     answered, lost, cut = [], [], []
-    for meeting in meetings:
-        small = _ping(system, meeting, _SMALL)
+    for pair in pairs:
+        small = _ping(system, pair, _SMALL)
         if small is None:
             return Finding(
                 "pair.ping",
                 title,
                 "unknown",
                 "",
-                "The program ping is not installed here, so no rail was tried.",
+                "The program ping is not installed here, so the rails could not be tested.",
                 "sudo apt install iputils-ping",
             )
         if small == "":
-            lost.append(meeting)
-        elif ":" not in meeting.their_address and not _ping(system, meeting, min(_mtus(meeting)) - _HEADERS):
-            cut.append(meeting)
+            lost.append(pair)
+        elif ":" not in pair.their_address and not _ping(system, pair, min(_mtus(pair)) - _HEADERS):
+            cut.append(pair)
         else:
-            answered.append(f"{meeting.mine.netdev} to {meeting.their_address} {small} ms")
+            answered.append(f"{pair.mine.netdev} to {pair.their_address} {small} ms")
     if not lost and not cut:
         return Finding("pair.ping", title, "ok", ", ".join(answered))
     return Finding(
@@ -227,30 +227,31 @@ def _pings(system: System, meetings: list[Meeting]) -> Finding:
         "problem",
         ", ".join(
             answered
-            + [f"{meeting.mine.netdev} to {meeting.their_address}: no answer" for meeting in lost]
-            + [
-                f"{meeting.mine.netdev} to {meeting.their_address}: no packets of {min(_mtus(meeting))} bytes"
-                for meeting in cut
-            ]
+            + [f"{pair.mine.netdev} to {pair.their_address}: no answer" for pair in lost]
+            + [f"{pair.mine.netdev} to {pair.their_address}: no packets of {min(_mtus(pair))} bytes" for pair in cut]
         ),
         " ".join(
             (
-                ["No answer comes over these rails: the two ports are not on one cable, or a firewall drops it."]
+                ["No reply over these rails: the two ports are not on one cable, or a firewall drops the packets."]
                 if lost
                 else []
             )
-            + (["Large packets are lost on the way: a switch between has a smaller MTU than both ends."] if cut else [])
+            + (
+                ["Large packets are lost: a switch between the machines has a smaller MTU than both ends."]
+                if cut
+                else []
+            )
         ),
         "\n".join(
-            [_ping_command(meeting, _SMALL) for meeting in lost]
-            + [_ping_command(meeting, min(_mtus(meeting)) - _HEADERS) for meeting in cut]
+            [_ping_command(pair, _SMALL) for pair in lost]
+            + [_ping_command(pair, min(_mtus(pair)) - _HEADERS) for pair in cut]
         ),
     )
 
 
-def _ping(system: System, meeting: Meeting, size: int) -> str | None:
-    """The mean round trip in milliseconds, "" if nothing came back, None without the program."""
-    _, *arguments = _ping_command(meeting, size).split()
+def _ping(system: System, pair: RailPair, size: int) -> str | None:
+    """The mean round trip in milliseconds; "" without a reply, None if ping is not installed."""
+    _, *arguments = _ping_command(pair, size).split()
     answer = system.run("ping", *arguments)
     if answer is None:
         return None
@@ -258,12 +259,12 @@ def _ping(system: System, meeting: Meeting, size: int) -> str | None:
     return found[1] if found and answer[0] == 0 else ""
 
 
-def _ping_command(meeting: Meeting, size: int) -> str:
-    return f"ping -n -c 2 -i 0.2 -W 2 -M do -s {size} -I {meeting.mine.netdev} {meeting.their_address}"
+def _ping_command(pair: RailPair, size: int) -> str:
+    return f"ping -n -c 2 -i 0.2 -W 2 -M do -s {size} -I {pair.mine.netdev} {pair.their_address}"
 
 
-def _mtus(meeting: Meeting) -> tuple[int, int]:
-    return meeting.mine.mtu, meeting.theirs.mtu
+def _mtus(pair: RailPair) -> tuple[int, int]:
+    return pair.mine.mtu, pair.theirs.mtu
 
 
 def _named(rails: list[Rail], end: object) -> Rail:
@@ -282,7 +283,7 @@ def _text(gid: bytes) -> str:
 
 
 def _network(rail: Rail, address: str) -> str:
-    """The network of one of a rail's addresses, in the transport's words."""
+    """The network of one of a rail's addresses, as the transport names it."""
     from vllm_spark.collective.rails import LINK_LOCAL
 
     if ":" in address and ipaddress.IPv6Address(address).is_link_local:

@@ -1,4 +1,7 @@
-"""The ports of RDMA devices, as the kernel shows them. One that is active can be a rail of the pair."""
+"""The ports of RDMA devices with their interfaces, addresses and routes, read from the kernel's files.
+
+An active port can be a rail of the pair.
+"""
 
 from __future__ import annotations
 
@@ -12,65 +15,8 @@ import msgspec
 
 from vllm_spark.doctor.system import System
 
-
-class Route(NamedTuple):
-    """One line of the IPv4 routing table."""
-
-    interface: str
-    network: ipaddress.IPv4Network
-    connected: bool
-    """True if the network is at the interface itself, and not behind a gateway."""
-
-
-def routes(system: System) -> Iterator[Route]:
-    """The main IPv4 routing table."""
-    for line in (system.text("proc/net/route") or "").splitlines()[1:]:
-        fields = line.split()
-        try:
-            target, gateway, mask = (_address(fields[column]) for column in (1, 2, 7))
-            yield Route(fields[0], ipaddress.IPv4Network(f"{target}/{mask}"), int(gateway) == 0)
-        except (IndexError, ValueError, struct.error):
-            continue
-
-
-def interface_towards(system: System, peer: str) -> str | None:
-    """Name of the interface through which `peer` is reached; None if that is not known."""
-    if ":" in peer:
-        return peer.partition("%")[2] or None
-    address = ipaddress.IPv4Address(peer)
-    fitting = [route for route in routes(system) if address in route.network]
-    return max(fitting, key=lambda route: route.network.prefixlen).interface if fitting else None
-
-
-def address_with_prefix(system: System, interface: str, address: str) -> str:
-    """`10.0.0.1/24`; with `/32` where no connected route says which network it is in."""
-    lengths = [
-        route.network.prefixlen
-        for route in routes(system)
-        if route.interface == interface and route.connected and ipaddress.IPv4Address(address) in route.network
-    ]
-    # The default route is no network of the interface's own.
-    return f"{address}/{max(filter(None, lengths), default=32)}"
-
-
-def ipv6_addresses(system: System, interface: str) -> list[str]:
-    """The interface's IPv6 addresses, with prefix length."""
-    found = []
-    for line in (system.text("proc/net/if_inet6") or "").splitlines():
-        fields = line.split()
-        if len(fields) == 6 and fields[5] == interface:
-            found.append(f"{ipaddress.IPv6Address(bytes.fromhex(fields[0]))}/{int(fields[2], 16)}")
-    return found
-
-
-def _address(text: str) -> ipaddress.IPv4Address:
-    """The kernel prints the four bytes as one number of this machine's byte order."""
-    return ipaddress.IPv4Address(struct.pack("=I", int(text, 16)))
-
-
 _DEVICES = "sys/class/infiniband"
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.([0-7])")
-
 ROCE_V2 = "RoCE v2"
 
 
@@ -79,13 +25,13 @@ class Gid(msgspec.Struct, frozen=True):
 
     index: int
     address: str
-    """The IP address that it stands for."""
+    """The IP address in it."""
     kind: str
     """`RoCE v2`, `IB/RoCE v1`."""
 
 
 class Rail(msgspec.Struct, frozen=True, kw_only=True):
-    """One port of one RDMA device. What is not known is empty, or 0."""
+    """One port of one RDMA device. Unknown values are empty, or 0."""
 
     device: str
     port: int
@@ -96,7 +42,7 @@ class Rail(msgspec.Struct, frozen=True, kw_only=True):
     netdev: str
     pci: str
     connector: str
-    """Names the physical port: the PCIe functions that share one have the same."""
+    """Name of the physical port, which several PCIe functions share."""
     pcie_width: int
     mtu: int
     """Of the network interface, in bytes."""
@@ -106,7 +52,7 @@ class Rail(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return self.device if self.port == 1 else f"{self.device} port {self.port}"
 
     @property
@@ -131,7 +77,7 @@ def find_rails(system: System) -> list[Rail]:
 
 
 def active(rails: list[Rail]) -> list[Rail]:
-    """Those that can carry traffic."""
+    """The rails that can carry traffic."""
     return [rail for rail in rails if rail.active]
 
 
@@ -163,7 +109,7 @@ def _netdev(system: System, device: str, folder: str) -> str:
     for index in system.entries(f"{folder}/gid_attrs/ndevs"):
         if name := system.text(f"{folder}/gid_attrs/ndevs/{index}"):
             return name
-    # A port without an address has no entry that names its interface.
+    # A port without an address has no entry with its interface.
     return next(iter(system.entries(f"{_DEVICES}/{device}/device/net")), "")
 
 
@@ -183,7 +129,7 @@ def _gids(system: System, folder: str) -> list[Gid]:
 
 
 def _addresses(system: System, netdev: str, gids: list[Gid]) -> list[str]:
-    """The kernel lists no IPv4 addresses in files, but every one of an RDMA device's interface is a GID."""
+    """The interface's addresses. No file lists IPv4 addresses, but each of an RDMA device's interface is a GID."""
     ipv4 = dict.fromkeys(gid.address for gid in gids if ":" not in gid.address)
     return [address_with_prefix(system, netdev, address) for address in ipv4] + ipv6_addresses(system, netdev)
 
@@ -195,3 +141,61 @@ def _words(text: str | None) -> str:
 
 def _number(text: str | None) -> int:
     return int(text) if text and text.isdecimal() else 0
+
+
+class Route(NamedTuple):
+    """One line of the IPv4 routing table."""
+
+    interface: str
+    network: ipaddress.IPv4Network
+    connected: bool
+    """True if the network is directly connected, and not behind a gateway."""
+
+
+def routes(system: System) -> Iterator[Route]:
+    """The main IPv4 routing table."""
+    for line in (system.text("proc/net/route") or "").splitlines()[1:]:
+        fields = line.split()
+        try:
+            target, gateway, mask = (_address(fields[column]) for column in (1, 2, 7))
+            yield Route(fields[0], ipaddress.IPv4Network(f"{target}/{mask}"), int(gateway) == 0)
+        except (IndexError, ValueError, struct.error):
+            continue
+
+
+def interface_towards(system: System, peer: str) -> str | None:
+    """Name of the interface that the routing table gives for `peer`; None if unknown.
+
+    Reads the table's file, and does not ask the kernel for a route: `system` may be a copy of another machine's files.
+    """
+    if ":" in peer:
+        return peer.partition("%")[2] or None
+    address = ipaddress.IPv4Address(peer)
+    fitting = [route for route in routes(system) if address in route.network]
+    return max(fitting, key=lambda route: route.network.prefixlen).interface if fitting else None
+
+
+def address_with_prefix(system: System, interface: str, address: str) -> str:
+    """`10.0.0.1/24`; with `/32` if no connected route has its network."""
+    lengths = [
+        route.network.prefixlen
+        for route in routes(system)
+        if route.interface == interface and route.connected and ipaddress.IPv4Address(address) in route.network
+    ]
+    # Without the default route, which is not a network of the interface.
+    return f"{address}/{max(filter(None, lengths), default=32)}"
+
+
+def ipv6_addresses(system: System, interface: str) -> list[str]:
+    """The interface's IPv6 addresses, with prefix length."""
+    found = []
+    for line in (system.text("proc/net/if_inet6") or "").splitlines():
+        fields = line.split()
+        if len(fields) == 6 and fields[5] == interface:
+            found.append(f"{ipaddress.IPv6Address(bytes.fromhex(fields[0]))}/{int(fields[2], 16)}")
+    return found
+
+
+def _address(text: str) -> ipaddress.IPv4Address:
+    """An address from the kernel's hexadecimal number in native byte order."""
+    return ipaddress.IPv4Address(struct.pack("=I", int(text, 16)))

@@ -1,4 +1,4 @@
-"""RDMA devices: are there any, are their ports up, may this user open them, and have they RoCE v2 addresses?"""
+"""Checks of RDMA devices: presence, state of the ports, access rights, RoCE v2 addresses; and their pinned memory."""
 
 from __future__ import annotations
 
@@ -13,23 +13,35 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError
 
 LIBRARY = "libibverbs.so.1"
+_LINE, _PAGE = 128, 4096
+_PACKET, _PACKET_DATA = 16, 8
+
+_FLAGS = 64 * _LINE
+"""Bytes of one slot's flags: a cache line for each of its pieces."""
+
+_CONTROL = 2 * _PAGE
+_HEADER = _INBOX = _PAGE
+_OUTBOXES = 8 * _PAGE
+
+_PACKET_BYTES = 8 << 10
+"""The runtime's own upper limit of LL packets through a proxy."""
 
 
 def missing() -> Finding:
-    """That there is no RDMA device at all."""
+    """The finding that there is no RDMA device."""
     return Finding(
         "rdma.devices",
         "RDMA devices",
         "problem",
         "none",
-        "Nothing is in /sys/class/infiniband, so the two machines have no way for their tensors. On a GB10 the ports "
-        "belong to a ConnectX-7, whose driver is mlx5_core and mlx5_ib.",
-        "sudo modprobe mlx5_ib\nlspci | grep -i mellanox   # nothing there: the machine does not see its network card",
+        "/sys/class/infiniband is empty, and tensors are exchanged by RDMA. On a GB10 the ports "
+        "belong to a ConnectX-7, with the drivers mlx5_core and mlx5_ib.",
+        "sudo modprobe mlx5_ib\nlspci | grep -i mellanox   # no output: the machine does not detect its network card",
     )
 
 
 def check_devices(rails: list[Rail]) -> Iterator[Finding]:
-    """What there is, and which of it is up."""
+    """Findings about the devices and the state of their ports."""
     up = active(rails)
     yield Finding("rdma.devices", "RDMA devices", "ok", ", ".join(rail.name for rail in rails))
     value = ", ".join(f"{rail.name} {rail.state}" + (f" {rail.rate}" if rail.active else "") for rail in rails)
@@ -42,11 +54,11 @@ def check_devices(rails: list[Rail]) -> Iterator[Finding]:
         "Port state",
         "problem",
         ", ".join(f"{rail.name} {rail.state} ({rail.physical_state})" for rail in rails),
-        "No port is ACTIVE, so nothing can be sent. Disabled means that the interface is down here, Polling that the "
-        "port looks for the other end of its cable.",
+        "No port is ACTIVE, so nothing can be sent. Disabled: the interface is down here. Polling: the port finds no "
+        "other end of its cable.",
         f"sudo ip link set dev {netdev} up\n"
         f"ethtool {netdev} | grep -E 'Speed|Link detected'\n"
-        "Push the cable in on both machines until it clicks, and see that the other machine is on.",
+        "Push the cable in on both machines until it clicks, and check that the other machine is on.",
     )
 
 
@@ -59,7 +71,7 @@ def _ethernet(up: list[Rail]) -> Finding | None:
         "Port state",
         "problem",
         ", ".join(f"{rail.name} is {rail.link_layer}" for rail in others),
-        "The pair talks RoCE, which is RDMA over Ethernet; these ports speak something else.",
+        "The pair uses RoCE, which is RDMA over Ethernet; these ports use another link layer.",
         f"sudo mlxconfig -d {others[0].pci or 'PCI-ADDRESS'} set LINK_TYPE_P1=2   # 2 is Ethernet; then restart",
     )
 
@@ -77,9 +89,9 @@ def check_access(system: System, rails: list[Rail]) -> Finding:
             title,
             "problem",
             f"no access to {', '.join(refused)}" if refused else "no device file",
-            "A program opens an RDMA device through its file in /dev/infiniband. In a container it must be handed in.",
+            "A program opens an RDMA device by its file in /dev/infiniband, which must be passed into a container.",
             "sudo modprobe ib_uverbs\n"
-            "sudo chmod 0666 /dev/infiniband/uverbs*   # until the next boot; rdma-core's rules for good\n"
+            "sudo chmod 0666 /dev/infiniband/uverbs*   # until the next boot; permanently: rdma-core's udev rules\n"
             "docker run --device /dev/infiniband ...   # in a container",
         )
     if system.live and not _loads(LIBRARY):
@@ -88,14 +100,14 @@ def check_access(system: System, rails: list[Rail]) -> Finding:
             title,
             "problem",
             f"{LIBRARY} is missing",
-            "It is how programs talk to RDMA devices; each kind of device has a part of its own in it.",
+            "Programs use RDMA devices through this library and its provider for each kind of device.",
             "sudo apt install libibverbs1 ibverbs-providers",
         )
     return Finding("rdma.access", title, "ok", ", ".join(f"/{path}" for _, path in files))
 
 
 def check_gids(rails: list[Rail]) -> Finding:
-    """Whether the active ports have addresses of RoCE v2."""
+    """Whether the active ports have RoCE v2 addresses."""
     title = "RoCE v2 address (GID)"
     up = active(rails)
     without = [rail for rail in up if not any(gid.kind == ROCE_V2 for gid in rail.gids)]
@@ -108,13 +120,13 @@ def check_gids(rails: list[Rail]) -> Finding:
         title,
         "problem" if len(without) == len(up) else "warning",
         value,
-        "RDMA packets of the pair are RoCE v2, which are UDP packets with an IP address. "
+        "The pair uses RoCE v2, whose packets are UDP packets and need an IP address. "
         + (
-            "These ports have addresses of RoCE v1 only."
+            "These ports have RoCE v1 addresses only."
             if old
-            else "A port has such addresses once its interface is up and has an IP address."
+            else "A port has one once its interface is up and has an IP address."
         )
-        + (" The ports that have one are used." if len(without) < len(up) else ""),
+        + (" The other ports are used." if len(without) < len(up) else ""),
         "\n".join(
             f"sudo devlink dev param set pci/{rail.pci} name enable_roce value true cmode driverinit && "
             f"sudo devlink dev reload pci/{rail.pci}"
@@ -126,7 +138,7 @@ def check_gids(rails: list[Rail]) -> Finding:
 
 
 def _best_gid(rail: Rail) -> str:
-    """The one that a program would take: RoCE v2, an IPv4 address before a link-local one."""
+    """The GID that the transport selects: RoCE v2, IPv4 addresses before link-local ones."""
     fitting = [gid for gid in rail.gids if gid.kind == ROCE_V2]
     if not fitting:
         kinds = sorted({gid.kind or "of unknown kind" for gid in rail.gids})
@@ -136,7 +148,7 @@ def _best_gid(rail: Rail) -> str:
 
 
 def _verbs_names(system: System, device: str) -> list[str]:
-    """The names of a device's files."""
+    """The names of a device's files in /dev/infiniband."""
     return [
         path.split("/")[-2] for path in system.glob("sys/class/infiniband_verbs/*/ibdev") if system.text(path) == device
     ]
@@ -150,42 +162,30 @@ def _loads(library: str) -> bool:
     return True
 
 
-_LINE, _PAGE = 128, 4096
-_PACKET, _PACKET_DATA = 16, 8
-_FLAGS = 64 * _LINE
-"""Of one slot: a line for each of its pieces."""
-_CONTROL = 2 * _PAGE
-_HEADER = _INBOX = _PAGE
-_OUTBOXES = 8 * _PAGE
-
-_PACKET_BYTES = 8 << 10
-"""The most that a runtime chooses by itself for what goes through a proxy."""
-
-
 def region_bytes(slot_bytes: int, packet_bytes: int, depth: int) -> int:
     """Size of one rank's region.
 
     Args:
         slot_bytes: of one slot's payload.
-        packet_bytes: the largest message that goes as packets.
+        packet_bytes: the largest message that is sent as LL packets.
         depth: chunks in flight; there are twice as many slots.
     """
     slots = 2 * depth
-    # A packet in front of the data has the message's size.
+    # The packet before the data holds the message's size.
     packets = _round_up((1 + -(-packet_bytes // _PACKET_DATA)) * _PACKET, _LINE)
     either_way = slots * _FLAGS + _round_up(slots * packets, _PAGE) + slots * _round_up(slot_bytes, _PAGE)
     return _HEADER + _CONTROL + _INBOX + _OUTBOXES + 2 * either_way
 
 
 def pinned_bytes(config: SparkConfig, rails: int) -> int:
-    """What is locked for the NICs with these settings: the whole region, once for every rail."""
+    """Bytes that are locked for the NICs with these settings: the whole region, once for each rail."""
     return rails * region_bytes(config.slot_kib << 10, _packet_bytes(config), config.depth)
 
 
 def _packet_bytes(config: SparkConfig) -> int:
-    """The largest message that goes as packets over RDMA."""
+    """The largest message that is sent as LL packets over RDMA."""
     found = None if config.packet_kib is None else config.packet_kib << 10
-    # No native module, or a table that cannot be read or does not do: serving says so itself.
+    # Without the native module, or with an unreadable or invalid table: serving reports that.
     with suppress(ImportError, OSError, ConfigurationError):
         from vllm_spark.collective.launch_table import load_launch_table
 

@@ -1,4 +1,4 @@
-"""The MTU of RDMA packets, as the ports have it: pyverbs says it where it is installed, else the native module."""
+"""The MTU of RDMA packets of the ports, from pyverbs if it is installed, else from the native module."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def rdma_mtu(interface_mtu: int) -> int:
 
 
 def measured_mtus(system: System, rails: list[Rail]) -> dict[str, int]:
-    """The RDMA MTU of each active port in bytes, by the rail's name; empty if nobody can say."""
+    """The RDMA MTU of each active port in bytes, by the rail's name; empty if it cannot be read."""
     up = active(rails)
     return (_from_pyverbs(up) or _from_native(up)) if system.live else {}
 
 
 def check_rdma_mtu(rails: list[Rail], measured: dict[str, int]) -> Finding:
-    """What the active ports use now, as `measured_mtus` says."""
+    """The finding about the MTU of the active ports, as measured by `measured_mtus`."""
     title = "RDMA MTU in use"
     up = active(rails)
     if not measured:

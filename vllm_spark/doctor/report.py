@@ -1,4 +1,4 @@
-"""The outcome, for people and for machines."""
+"""The report of `vllm-spark doctor` as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_spark.doctor.examination import Machine
+from vllm_spark.doctor.checks import MachineReport
 from vllm_spark.doctor.finding import Finding, Status, exit_code, worst
 
 AREAS = {
@@ -32,17 +32,17 @@ _INDENT = 10
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What was found, as `--json` prints it. `pair` is what only both machines together show."""
+    """All findings, as `--json` prints them; `pair` has those that need both machines."""
 
     worst: Status
     exit_code: int
-    machine: Machine
-    peer: Machine | None = None
+    machine: MachineReport
+    peer: MachineReport | None = None
     pair: list[Finding] = msgspec.field(default_factory=list)
 
     @classmethod
-    def of(cls, machine: Machine, peer: Machine | None, pair: list[Finding]) -> Report:
-        """Sums up."""
+    def of(cls, machine: MachineReport, peer: MachineReport | None, pair: list[Finding]) -> Report:
+        """A report with its overall status."""
         status = worst([*machine.findings, *(peer.findings if peer else []), *pair])
         return cls(status, exit_code(status), machine, peer, pair)
 
@@ -53,7 +53,7 @@ def to_json(report: Report) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the report: every area with its findings, and under each that is not well why, and the remedy."""
+    """Prints each area with its findings, and explanation and remedy of each warning or problem."""
     machines = [report.machine] + ([report.peer] if report.peer else [])
     for area, title in AREAS.items():
         ids = dict.fromkeys(f.id for machine in machines for f in machine.findings if f.area == area)
@@ -75,13 +75,13 @@ def show(report: Report, console: Console) -> None:
 
 
 def show_bare(console: Console) -> None:
-    """What is said on a machine that could be no half of a pair."""
+    """Prints why a machine without RDMA device and GPU was not checked further."""
     console.print(
         "This machine has no RDMA device (nothing in /sys/class/infiniband) and no GPU (no /proc/driver/nvidia, and "
-        "nvidia-smi does not answer). So it can be no half of a pair of GB10 machines, and nothing else was looked at."
+        "nvidia-smi fails). So it cannot be part of a pair of GB10 machines, and nothing else was checked."
     )
     console.print(
-        "What works here is the whole product on one machine: `vllm-spark demo` runs both ranks over the loopback "
+        "On this machine, `vllm-spark demo` runs both ranks over the loopback "
         "transport with a tiny model. It needs vLLM's CPU build."
     )
 
@@ -99,7 +99,7 @@ def _headline(finding: Finding, words: str, console: Console) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _side_by_side(ids: list[str], machines: list[Machine], console: Console) -> None:
+def _side_by_side(ids: list[str], machines: list[MachineReport], console: Console) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=False)
     for position, machine in zip(("here", "there"), machines, strict=True):
@@ -110,12 +110,12 @@ def _side_by_side(ids: list[str], machines: list[Machine], console: Console) -> 
         table.add_row(Text(f"  {title}"), *(_cell(findings.get(name)) for findings in found))
     console.print(table)
     for name in ids:
-        told = set()
+        printed = set()
         for machine, findings in zip(machines, found, strict=True):
             finding = findings.get(name)
-            if finding is None or not _troubled(finding) or (finding.explanation, finding.remedy) in told:
-                continue  # said once where both have the same trouble
-            told.add((finding.explanation, finding.remedy))
+            if finding is None or not _troubled(finding) or (finding.explanation, finding.remedy) in printed:
+                continue  # printed once, if both machines have the same problem
+            printed.add((finding.explanation, finding.remedy))
             _headline(finding, f"{finding.title}, {machine.host}", console)
             _explain(finding, console)
 
@@ -133,7 +133,7 @@ def _explain(finding: Finding, console: Console) -> None:
     if finding.explanation:
         console.print(Text(" " * _INDENT + _wrapped(finding.explanation, console)), soft_wrap=True)
     for line in finding.remedy.splitlines():
-        # Never wrapped: it is there to be copied.
+        # Not wrapped, so that it can be copied.
         console.print(Text(f"{' ' * _INDENT}> {_plain(line)}", style="green"), soft_wrap=True)
 
 
@@ -154,9 +154,9 @@ def _summary(report: Report) -> str:
     problems, warnings = (sum(finding.status == status for finding in everything) for status in ("problem", "warning"))
     if problems:
         rest = f" and {_count(warnings, 'warning')}" if warnings else ""
-        return f"{_count(problems, 'problem')}{rest}: as it is, the pair does not work."
+        return f"{_count(problems, 'problem')}{rest}: the pair does not work."
     if warnings:
-        return f"{_count(warnings, 'warning')}: the pair works, and could do better."
+        return f"{_count(warnings, 'warning')}: the pair works, but not at its best."
     return "All is well."
 
 
@@ -165,5 +165,5 @@ def _count(number: int, word: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what would move the cursor: some of it comes from the other machine."""
+    """The text without control characters: parts of it come from the other machine."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,4 +1,7 @@
-"""The machine as its kernel shows it in files, below a root folder: `/`, or a copy of another machine's."""
+"""Access to a machine's files and programs below a root folder: `/`, or a copy of another machine's files.
+
+`check_handover`, a check of one kernel option, is here as well.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from pathlib import Path
 from vllm_spark.doctor.finding import Finding
 
 PROGRAM_SECONDS = 20.0
-"""How long a program that is asked may take: a GPU's driver that was asleep takes seconds."""
+"""Time limit of an external program: a GPU's driver may take seconds to wake up."""
+
+_TITLE = "Memory reserved for kexec handover"
+
+_FALSE = re.compile("[nNfF0]|[oO][fF]")
+"""Start of values that the kernel parses as false."""
 
 
 class System:
@@ -29,22 +37,22 @@ class System:
         """The content of a file without the white space around it; None if it cannot be read."""
         try:
             return (self.root / path).read_text(errors="replace").strip()
-        except (OSError, ValueError):  # an attribute of the kernel may refuse to be read
+        except (OSError, ValueError):  # reading a kernel attribute may fail
             return None
 
     def entries(self, path: str) -> list[str]:
-        """The names in a folder, in order; none if there is no such folder."""
+        """The sorted names in a folder; empty if there is no such folder."""
         try:
             return sorted(os.listdir(self.root / path))
         except OSError:
             return []
 
     def glob(self, pattern: str) -> list[str]:
-        """The paths that match, in order."""
+        """The sorted paths that match."""
         return sorted(str(path.relative_to(self.root)) for path in self.root.glob(pattern))
 
     def target(self, path: str) -> str | None:
-        """The last part of what a symbolic link points to; None if it is none."""
+        """The last part of a symbolic link's target; None if it is not a link."""
         try:
             return os.path.basename(os.readlink(self.root / path))
         except OSError:
@@ -78,18 +86,13 @@ class System:
         return done.returncode, done.stdout.decode(errors="replace").strip()
 
 
-_TITLE = "Memory reserved for kexec handover"
-_FALSE = re.compile("[nNfF0]|[oO][fF]")
-"""How the kernel's false values begin."""
-
-
 def check_handover(system: System) -> Finding:
-    """For a GB10, whose kernel reserves several GiB."""
+    """Whether the kernel reserves memory for kexec handover: several GiB on a GB10."""
     options = re.findall(r"(?:^|\s)kho=(\S*)", system.text("proc/cmdline") or "")
     if options and _FALSE.match(options[-1]):
         return Finding("machine.handover", _TITLE, "ok", f"none (kho={options[-1]})")
     free, total = _kib(system, "CmaFree"), _kib(system, "CmaTotal")
-    # Where free memory of this kind is counted the reserved memory counts, and in the total it does not.
+    # The reserved memory is counted in CmaFree, and not in CmaTotal.
     evidence = (
         f"kho={options[-1]} on the kernel's command line"
         if options and options[-1]
@@ -106,8 +109,8 @@ def check_handover(system: System) -> Finding:
         _TITLE,
         "warning",
         evidence,
-        "Once the file cache has filled the rest, memory that both the network card and the GPU use comes from there, "
-        "and the card cannot register what the GPU's driver holds already: it fails with ENOMEM.",
+        "Once the file cache has filled the other memory, memory that the network card and the GPU share is allocated "
+        "there, and registering it with the card fails with ENOMEM, since the GPU's driver has pinned it.",
         "Add kho=off to GRUB_CMDLINE_LINUX in /etc/default/grub, then: sudo update-grub, and restart.",
     )
 

@@ -1,1 +1,1 @@
-"""What vLLM and users start: the plugin, the command line, `vllm serve --spark` and `vllm-spark join`."""
+"""Entry points for vLLM and users: the plugin, the command line, `vllm serve --spark` and `vllm-spark join`."""

@@ -1,4 +1,4 @@
-"""LoRA adapters of a client: what it is told when the two machines do not have the same one."""
+"""LoRA adapters in requests: the check that both machines have the same files, and the client's error if not."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from vllm_spark.errors import RefusedError
 from vllm_spark.executor.rpc import COMPARE_ADAPTER
 
 _compared: weakref.WeakKeyDictionary[Any, set[tuple[int, str]]] = weakref.WeakKeyDictionary()
-"""By engine: ids and paths of adapters that came with requests."""
+"""By engine: ids and paths of adapters that were compared for requests."""
 
 
 def compare_adapter(engine: Any, request: Any) -> None:
-    """Compares an adapter that comes with a request of `LLM`, before the request is added.
+    """Compares the adapter of a request of `LLM` on both machines, before the request is added.
 
-    In a step it would be too late: what a step brings cannot be refused any more, and the engine would end.
+    In a step it is too late: a step cannot be refused, so the engine would end.
 
     Args:
         engine: vLLM's LLMEngine; nothing happens unless it runs on a pair.
         request: vLLM's LoRARequest, or None.
 
     Raises:
-        RefusedError: the follower does not have it, or has another one.
-        Exception: vLLM's own, for an adapter that is not there.
+        RefusedError: the follower does not have it, or has it with other content.
+        Exception: vLLM's own, for an adapter that does not exist.
     """
     if request is None or SECTION not in (engine.vllm_config.additional_config or {}):
         return
@@ -45,7 +45,7 @@ def compare_adapter(engine: Any, request: Any) -> None:
 
 
 def as_client_error(answer: Any) -> Any:
-    """vLLM's answer to a request that loads an adapter; a refusal of ours gets the status of a wrong request."""
+    """vLLM's answer to a request that loads an adapter, with status 400 if this project refused the adapter."""
     error = getattr(answer, "error", None)
     if error is not None and (sentence := adapter_refusal_in(str(error.message))):
         error.message, error.type, error.code = f"{sentence}.", "BadRequestError", HTTPStatus.BAD_REQUEST.value

@@ -1,4 +1,8 @@
-"""`--spark` and its options on vLLM's command line: all that a vLLM without `--spark` loads of this project."""
+"""`--spark` and its options on vLLM's command line, and in its engine arguments.
+
+`add_option_group` adds the flags, `settings_of_command_line` and `section_of` read the settings, `check_config_file`
+checks vLLM's `--config` file. vLLM imports this module also without `--spark`, so it must stay small.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +25,31 @@ from vllm_spark.errors import ConfigurationError
 
 
 def add_option_group(parser: Any) -> None:
-    """Adds `--spark` and its options to one of vLLM's parsers, in a group that `--help=Spark` shows."""
-    if _asked_for_before_parsing(parser):
+    """Adds `--spark` and its options to one of vLLM's parsers, in the group of `--help=Spark`."""
+    if _is_requested_before_parsing(parser):
         check_config_file(parser, sys.argv)
     group = parser.add_argument_group(
         title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
     )
     group.add_argument(
-        FLAG, action="store_true", default=argparse.SUPPRESS, help="Serve on this machine and its follower together."
+        FLAG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Serve the model on this machine and its follower together.",
     )
     add_flags(group, ["leader", "both"])
 
 
 def asks_for_spark(args: Any) -> bool:
-    """Whether a parsed command line or the environment has anything of `--spark`, right or wrong."""
-    return any(name == "spark" or name.startswith("spark_") for name in vars(args)) or _environment_says_something()
+    """Whether a parsed command line or the environment has `--spark` or one of its options, valid or not."""
+    return any(name == "spark" or name.startswith("spark_") for name in vars(args)) or _is_set_in_environment()
 
 
 def settings_of_command_line(args: Any) -> SparkConfig | None:
-    """The settings that a parsed command line and the environment give; None without `--spark`.
+    """The settings of a parsed command line and the environment; None without `--spark`.
 
     Raises:
-        ConfigurationError: a bad or contradictory setting.
+        ConfigurationError: an invalid or contradictory setting.
     """
     given = given_flags(args)
     if not (getattr(args, "spark", None) or enabled_by_environment()):
@@ -50,8 +57,8 @@ def settings_of_command_line(args: Any) -> SparkConfig | None:
             name = next(iter(given)).replace("_", "-")
             raise ConfigurationError(f"{FLAG}-{name} was given without {FLAG}; add {FLAG}, or leave it out")
         return None
-    # vLLM merges its --config file into the command line. What was not typed came from there, and yields to
-    # the environment.
+    # vLLM merges its --config file into the command line. Options that were not typed came from the file, and the
+    # environment has precedence over them.
     typed = typed_flags(sys.argv) if any(word.startswith("--config") for word in sys.argv) else given.keys()
     return SparkConfig.resolve(
         flags={name: value for name, value in given.items() if name in typed},
@@ -60,18 +67,31 @@ def settings_of_command_line(args: Any) -> SparkConfig | None:
 
 
 def section_of(engine_args: Any) -> Any:
-    """What vLLM's engine arguments have of settings; None if they do not ask for a pair.
+    """The settings in vLLM's engine arguments; None if they do not request a pair.
 
     Raises:
-        ConfigurationError: the environment holds something that is neither yes nor no.
+        ConfigurationError: SPARK_ENABLE is neither yes nor no.
     """
     section = (engine_args.additional_config or {}).get(SECTION)
     if section is None and enabled_by_environment():
-        return {}  # an LLM(...) of the user's own; a command line has been read before
+        return {}  # an LLM(...) in the user's program; a command line has been read before
     return section
 
 
-def _asked_for_before_parsing(parser: Any) -> bool:
+def check_config_file(parser: Any, argv: Sequence[str]) -> None:
+    """Exits with a usage error if a `--config` file is given that cannot be read.
+
+    vLLM reads the file while it parses the command line, and would end with a traceback.
+    """
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            problem = _config_file_problem(Path(value if equals else following))
+            if problem:
+                parser.error(problem)
+
+
+def _is_requested_before_parsing(parser: Any) -> bool:
     try:
         return FLAG in sys.argv or enabled_by_environment()
     except ConfigurationError as error:
@@ -79,29 +99,16 @@ def _asked_for_before_parsing(parser: Any) -> bool:
         raise
 
 
-def _environment_says_something() -> bool:
+def _is_set_in_environment() -> bool:
     try:
         return enabled_by_environment()
     except ConfigurationError:
         return True
 
 
-def check_config_file(parser: Any, argv: Sequence[str]) -> None:
-    """Ends in a usage error if a `--config` file is given that cannot be read.
-
-    vLLM reads the file while it parses the command line, and ends with a traceback.
-    """
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == "--config":
-            problem = _unreadable(Path(value if equals else following))
-            if problem:
-                parser.error(problem)
-
-
-def _unreadable(path: Path) -> str | None:
-    """Why the file at `path` cannot serve as vLLM's `--config`, in a sentence; None if it can."""
-    import yaml  # a vLLM without `--spark` need not load it
+def _config_file_problem(path: Path) -> str | None:
+    """Why the file at `path` is not valid as vLLM's `--config`, in a sentence; None if it is."""
+    import yaml  # not loaded without `--spark`
 
     try:
         content = yaml.safe_load(path.read_text())
@@ -114,5 +121,5 @@ def _unreadable(path: Path) -> str | None:
     if path.suffix not in (".yaml", ".yml"):
         return f"--config {path} must be named *.yaml or *.yml"
     if not isinstance(content, dict):
-        return f"--config {path} holds no options; write one on each line, as `{FLAG.removeprefix('--')}: true`"
+        return f"--config {path} has no options; write one on each line, as `{FLAG.removeprefix('--')}: true`"
     return None

@@ -1,6 +1,6 @@
-"""The process of one follower's session: `vllm_spark.entrypoints.join` starts one for each leader.
+"""The process of one follower session, started by `vllm_spark.entrypoints.join`.
 
-Everything that a follower may be asked for comes together here: a leader's work, and a doctor's examination.
+It answers both peers that a follower may meet: a leader, and `vllm-spark doctor`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 from vllm_spark.backend.logging import log_as
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.visit import answer
+from vllm_spark.doctor.remote import send_report
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
@@ -25,21 +25,21 @@ logger = logging.getLogger("vllm_spark")
 
 
 def main() -> int:
-    """Entry of a session's process; the settings come as JSON in the environment, and the leader's if it has one."""
+    """Runs the session; settings, and the leader's environment if there is one, are JSON in environment variables."""
     log_as("vllm-spark join")
     config = SparkConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
     result = int(os.environ.pop(RESULT_VARIABLE))
     once = bool(os.environ.pop(ONCE_VARIABLE, ""))
     adopted = os.environ.pop(ADOPTED_VARIABLE, None)
     environment = None if adopted is None else msgspec.json.decode(adopted, type=Environment)
-    session = FollowerSession(config, answer, once=once, adopted=environment)
+    session = FollowerSession(config, send_report, once=once, adopted=environment)
     _stop_on_signal(session)
     try:
         session.run()
     except SparkError as error:
         logger.error("%s.", error)
-        heals = isinstance(error, RefusedError) and not isinstance(error, VersionsError)
-        return 1 if heals and not once else error.exit_code
+        retryable = isinstance(error, RefusedError) and not isinstance(error, VersionsError)
+        return 1 if retryable and not once else error.exit_code
     except RestartError as restart:
         os.write(result, msgspec.json.encode(restart.environment))
         return EXIT_RESTART
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _stop_on_signal(session: FollowerSession) -> None:
-    """Has a thread wait for SIGTERM: the main thread may be in a collective when it comes."""
+    """Waits for SIGTERM in a thread, because the main thread may be in a collective."""
     awaited = {signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before any other thread exists: they inherit it
 

@@ -1,4 +1,4 @@
-"""Follows one leader after the other: the second machine's part, with a process for each leader."""
+"""`vllm-spark join`: supervises the follower's sessions, each in a process of its own (`follower_process`)."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
 from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.environment import Environment, with_leaders
+from vllm_spark.executor.environment import Environment, merge_environment
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
 
 logger = logging.getLogger("vllm_spark")
 
 CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
-"""In which a session's process finds its settings, as JSON."""
+"""Holds the settings for a session's process, as JSON."""
 
 ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
-"""In which it finds whether the first refusal is the last (any value but an empty one)."""
+"""Set to a non-empty value for a session's process that ends at the first refusal."""
 
 ADOPTED_VARIABLE = "_SPARK_ADOPTED_ENVIRONMENT"
-"""In which it finds the leader's environment that was laid over this one's for it, as JSON; absent without one."""
+"""Holds the leader's environment with which a session's process was started, as JSON; absent without one."""
 
 RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
-"""In which it finds the descriptor of a file for its result."""
+"""Holds the descriptor of a file for the result of a session's process."""
 
 EXIT_RESTART = 75
-"""With which a session ends whose leader has another environment: its result, with which the next one starts."""
+"""Exit code of a session whose leader has another environment, which is its result: the next one starts with that."""
 
-_SESSION = "vllm_spark.entrypoints.follower_process"
-_STOP_GRACE = 3.0  # seconds for a session to say goodbye
-_SHORT_SESSION = 5.0  # seconds; a session that crashed sooner is restarted more slowly each time
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+_SESSION_MODULE = "vllm_spark.entrypoints.follower_process"
+_STOP_GRACE = 3.0  # seconds for a session to end in order
+_SHORT_SESSION = 5.0  # seconds; after crashes sooner than that the delay before the next session grows
+_FIRST_DELAY, _MAX_DELAY = 1.0, 30.0
 
 
-def follow_leaders(config: SparkConfig, *, once: bool) -> int:
-    """Runs a session process per leader until stopped, or (with `once`) the first leader left or refused.
+def supervise(config: SparkConfig, *, once: bool) -> int:
+    """Runs one session after the other until stopped, or (with `once`) until the first one has ended or was refused.
 
-    It also ends for what no waiting heals: the leader has another secret, or other versions.
+    It also ends for errors that a retry cannot remove: the leader has another secret, or other versions.
 
     Returns:
         The exit code of the command: 0 when stopped, else that of the last session.
 
     Raises:
-        ConfigurationError: no vLLM, leader's address or secret that could work.
+        ConfigurationError: vLLM, the leader's address or the secret is missing or unusable.
     """
     check_vllm()
-    load_secret(config, leader_endpoint(config)[0])  # for its errors: better now than in a process of its own
-    with _Sessions(config, once) as sessions:
-        return _follow(sessions, once)
+    load_secret(config, leader_endpoint(config)[0])  # reports its errors now, and not in the session's process
+    with _Supervisor(config, once) as supervisor:
+        return _supervise(supervisor, once)
 
 
-def _follow(sessions: _Sessions, once: bool) -> int:
-    pause = _FIRST_PAUSE
+def _supervise(supervisor: _Supervisor, once: bool) -> int:
+    delay = _FIRST_DELAY
     while True:
         started = time.monotonic()
-        code = sessions.run_one()
-        if sessions.stopped:
-            logger.info("Stopped by %s.", sessions.stopped.name)
+        code = supervisor.run_one()
+        if supervisor.stopped:
+            logger.info("Stopped by %s.", supervisor.stopped.name)
             return 0
         if code == EXIT_RESTART:
             logger.info("The next process starts with the leader's environment.")
@@ -76,36 +76,36 @@ def _follow(sessions: _Sessions, once: bool) -> int:
             return code
         if once:
             if code < 0:
-                logger.error("The session %s.", _end_in_words(code))
+                logger.error("The session %s.", _describe_end(code))
             return code if code >= 0 else 128 - code
         if code in (0, EXIT_LOST):
-            pause = _FIRST_PAUSE
+            delay = _FIRST_DELAY
             continue
-        logger.error("The session %s; waiting for the next leader.", _end_in_words(code))
+        logger.error("The session %s; waiting for the next leader.", _describe_end(code))
         if time.monotonic() - started < _SHORT_SESSION:
-            sessions.pause(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            supervisor.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY)
 
 
-def _end_in_words(code: int) -> str:
+def _describe_end(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "was killed by SIGKILL, as somebody does by hand and the kernel does when memory runs out"
+        return "was killed by SIGKILL (by hand, or by the kernel's OOM killer: see dmesg)"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-class _Sessions:
-    """Starts session processes and makes sure that none outlives this one.
+class _Supervisor:
+    """Starts session processes, and ends them with this one.
 
-    A context manager for the main thread, in which SIGTERM and SIGINT ask for the end.
+    A context manager for the main thread, in which SIGTERM and SIGINT request the end.
     """
 
     def __init__(self, config: SparkConfig, once: bool) -> None:
         self._config, self._once = config, once
-        self._leader: Environment | None = None  # the environment of the last leader that had another one
+        self._leader: Environment | None = None  # from the last session that ended with EXIT_RESTART
         self.stopped: signal.Signals | None = None
 
-    def __enter__(self) -> _Sessions:
-        # A signal is one byte in this pipe: whatever the main thread waits for, it wakes up and sees `stopped`.
+    def __enter__(self) -> _Supervisor:
+        # A signal writes a byte into this pipe, so that the main thread's wait ends and it checks `stopped`.
         self._signalled, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._former_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._former = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -134,7 +134,7 @@ class _Sessions:
 
     def _run(self, result: int) -> int:
         process = subprocess.Popen(
-            python_module(_SESSION),
+            python_module(_SESSION_MODULE),
             env=self._environment(result),
             pass_fds=[result],
             stdin=subprocess.DEVNULL,
@@ -150,30 +150,30 @@ class _Sessions:
                 self._wait([end], _STOP_GRACE)
         finally:
             os.close(end)
-            # Also compilers and other helpers that the session may have left.
+            # Also ends compilers and other processes that the session may have left.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         try:
             return process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             raise SparkError(
-                f"the session (process {process.pid}) survives SIGKILL: its driver or disk does not let go of it; "
+                f"the session (process {process.pid}) survives SIGKILL: it hangs in a driver or in disk I/O; "
                 "restart this machine"
             ) from None
 
     def _environment(self, result: int) -> dict[str, str]:
-        ours = {CONFIG_VARIABLE: self._config.model_dump_json(), RESULT_VARIABLE: str(result)}
-        ours[ONCE_VARIABLE] = "1" if self._once else ""
+        own = {CONFIG_VARIABLE: self._config.model_dump_json(), RESULT_VARIABLE: str(result)}
+        own[ONCE_VARIABLE] = "1" if self._once else ""
         if self._leader is None:
-            return {**os.environ, **ours}
+            return {**os.environ, **own}
         return {
-            **with_leaders(os.environ, self._leader),
-            **ours,
+            **merge_environment(os.environ, self._leader),
+            **own,
             ADOPTED_VARIABLE: msgspec.json.encode(self._leader).decode(),
         }
 
-    def pause(self, seconds: float) -> None:
-        """Waits, but not on when asked to stop."""
+    def sleep(self, seconds: float) -> None:
+        """Waits, at most until a stop is requested."""
         if not self.stopped:
             self._wait([self._signalled], seconds)
 

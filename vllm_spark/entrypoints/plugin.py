@@ -1,4 +1,4 @@
-"""What vLLM loads by itself, in every process that it starts."""
+"""The entry point that vLLM's plugin mechanism calls, in every process of vLLM."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import os
 
 
 def register() -> None:
-    """vLLM's general plugin: teaches it the flag `--spark` and what that means.
+    """vLLM's general plugin: installs the patches for `--spark`, to be applied when vLLM imports their modules.
 
-    Loads nothing but a few modules of this package, in some milliseconds, and never raises: a vLLM that is used without
-    `--spark` must not notice that this package is installed.
+    Imports only a few modules of this package, in some milliseconds, and never raises: without `--spark`, vLLM must
+    work as if this package were not installed.
     """
     try:
         from vllm_spark.compat.patching import ANNOUNCED, apply_all, watch_imports
@@ -19,4 +19,4 @@ def register() -> None:
         if ANNOUNCED in os.environ:  # one of several API servers of a pair
             apply_all("leading")
     except Exception:
-        logging.getLogger("vllm_spark").exception("vllm_spark could not be registered; vLLM goes on without it.")
+        logging.getLogger("vllm_spark").exception("vllm_spark could not be registered; vLLM continues without it.")

@@ -1,4 +1,4 @@
-"""What happens when vLLM is started with `--spark`: settings are read, checked, and made vLLM's own."""
+"""Starting vLLM with `--spark`: reads and checks the settings, and puts them into vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, NoReturn
 
 from vllm_spark import __version__
 from vllm_spark.backend.ipc_folder import make_socket_folder
-from vllm_spark.backend.logging import log_as, share_vllms_log
+from vllm_spark.backend.logging import log_as, use_vllm_logging
 from vllm_spark.backend.status import engine_death, engine_failure
 from vllm_spark.backend.support import (
     EXECUTOR,
     adapter_refusal_in,
-    keep_collectives,
-    refuse_configuration,
-    refuse_fp8_inputs_of_marlin,
-    refuse_indivisible_shards,
-    refuse_what_a_pair_cannot_do,
-    vllms_objections,
+    check_configuration,
+    check_divisible,
+    check_marlin_inputs,
+    check_supported,
+    disable_fused_collectives,
+    user_errors_from_vllm,
 )
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
@@ -31,7 +31,7 @@ from vllm_spark.config.attachment import attach_settings
 from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, misspelt_variables
 from vllm_spark.entrypoints.command_line import settings_of_command_line
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
-from vllm_spark.models.regroup import repeat_where_groups_straddle
+from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 
@@ -39,35 +39,35 @@ logger = logging.getLogger("vllm_spark")
 
 
 def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) -> Any:
-    """Makes vLLM's engine arguments with the settings of a command line in them.
+    """Creates vLLM's engine arguments with the settings of a command line in them.
 
     Args:
         config: the settings.
         args: the parsed command line.
-        create: makes vLLM's engine arguments.
+        create: creates vLLM's engine arguments.
 
     Raises:
-        ConfigurationError: arguments that vLLM does not take.
+        ConfigurationError: arguments that vLLM rejects.
     """
     if _serving:
-        # Here and not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
+        # Not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
         raise_on_stop_signals()
-    with vllms_objections(getattr(args, "model", None)):
+    with user_errors_from_vllm(getattr(args, "model", None)):
         engine_args = create()
     engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
     return engine_args
 
 
 def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
-    """Makes vLLM's configuration for a pair.
+    """Creates vLLM's configuration for a pair.
 
     Args:
-        engine_args: vLLM's; afterwards as before, but for a model's relative path.
+        engine_args: vLLM's; unchanged afterwards, except for a model's relative path.
         section: the settings, or a dictionary of them.
-        create: makes vLLM's configuration of `engine_args`.
+        create: creates vLLM's configuration from `engine_args`.
 
     Raises:
-        ConfigurationError: something that a pair cannot do, or a vLLM that this project does not know.
+        ConfigurationError: an option that a pair does not support, or an unsupported vLLM.
     """
     check_vllm()
     apply_all("leading")
@@ -79,37 +79,37 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
         )
     config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
-    share_vllms_log()
+    use_vllm_logging()
     for sentence in misspelt_variables():
         logger.warning("%s", upper_first(sentence))
-    refuse_what_a_pair_cannot_do(engine_args)
+    check_supported(engine_args)
     _make_paths_absolute(engine_args)
 
     from vllm_spark.backend.platform import activate, compute_capability
     from vllm_spark.executor.pickling import dumps_configuration
 
     activate()
-    refuse_fp8_inputs_of_marlin(compute_capability)
+    check_marlin_inputs(compute_capability)
     pairs = {
         "tensor_parallel_size": WORLD_SIZE,
         "distributed_executor_backend": EXECUTOR,
-        "disable_custom_all_reduce": True,  # vLLM's own for GPUs of one machine
+        "disable_custom_all_reduce": True,  # works only between GPUs of one machine
         "additional_config": {**(engine_args.additional_config or {}), SECTION: {"version": __version__}},
     }
-    with vllms_objections(engine_args.model), _set_for_now(engine_args, pairs):
-        keep_collectives(engine_args)
+    with user_errors_from_vllm(engine_args.model), _temporarily_set(engine_args, pairs):
+        disable_fused_collectives(engine_args)
         vllm_config = create()
-    # Of Ray, for its own executor: they mean nothing on the other machine, which may not have it installed.
+    # Ray's fields are for its own executor; the other machine may not have Ray installed.
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
-    refuse_configuration(vllm_config)
-    refuse_indivisible_shards(vllm_config)
-    repeat_where_groups_straddle(vllm_config, WORLD_SIZE)
-    starts_engine = not _is_one_of_several_api_servers(engine_args)
+    check_configuration(vllm_config)
+    check_divisible(vllm_config)
+    apply_regrouping(vllm_config, WORLD_SIZE)
+    starts_engine = not _is_additional_api_server(engine_args)
     if starts_engine:
-        check_link(config)  # once it has started, its engine holds the port
+        check_link(config)  # before its engine listens on the port
     attach_settings(vllm_config, config)
     apply_all("engine")
-    dumps_configuration(vllm_config, "VllmConfig")  # for its error: better now than in the engine's process
+    dumps_configuration(vllm_config, "VllmConfig")  # reports its error now, and not in the engine's process
     make_socket_folder()
 
     from vllm_spark.backend.metrics import publish_counters, share_counters
@@ -121,18 +121,18 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     return vllm_config
 
 
-def _is_one_of_several_api_servers(engine_args: Any) -> bool:
-    """Whether this process serves clients of an engine that the process before it starts (`--api-server-count`).
+def _is_additional_api_server(engine_args: Any) -> bool:
+    """Whether this is an API server whose engine is started by its parent process (`--api-server-count`).
 
-    That one makes a configuration too, with the rank -1.
+    The parent creates a configuration too, with the rank -1.
     """
     count, rank = (getattr(engine_args, f"_api_process_{name}", 0) for name in ("count", "rank"))
     return bool(count > 1 and rank >= 0)
 
 
 @contextlib.contextmanager
-def _set_for_now(engine_args: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Sets attributes of vLLM's engine arguments in the body alone: their owner may use them again, changed or not."""
+def _temporarily_set(engine_args: Any, values: dict[str, Any]) -> Iterator[None]:
+    """Sets attributes of vLLM's engine arguments within the body: the caller may use them again."""
     before = {name: getattr(engine_args, name) for name in values}
     for name, value in values.items():
         setattr(engine_args, name, value)
@@ -144,7 +144,7 @@ def _set_for_now(engine_args: Any, values: dict[str, Any]) -> Iterator[None]:
 
 
 def _make_paths_absolute(engine_args: Any) -> None:
-    """A relative path means nothing in the other machine's working folder; clients still see what was typed."""
+    """Makes a relative model path absolute, for the other machine; the name that clients see stays as given."""
     model = engine_args.model
     if not os.path.isdir(model) or os.path.isabs(model):
         return
@@ -155,7 +155,7 @@ def _make_paths_absolute(engine_args: Any) -> None:
 
 
 def check_link(config: SparkConfig) -> None:
-    """Finds out early, in the process that the user started, what the engine would find out late.
+    """Checks the link's settings early, in the process that the user started, before the engine does.
 
     Raises:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
@@ -173,11 +173,11 @@ def check_link(config: SparkConfig) -> None:
     check_free(address, config.port)
 
 
-def _refuse_one_port_for_both(args: Any, config: SparkConfig) -> None:
-    """The server's own socket may be shared, so that the kernel would let both bind, and clients reach the wrong one.
+def _check_ports_differ(args: Any, config: SparkConfig) -> None:
+    """Checks that server and leader use different ports: with SO_REUSEPORT the kernel would let both bind one.
 
     Raises:
-        ConfigurationError: clients and the follower are given the same port.
+        ConfigurationError: clients and the follower have the same port.
     """
     from vllm_spark.executor.channel.addresses import leader_address
 
@@ -190,11 +190,13 @@ def _refuse_one_port_for_both(args: Any, config: SparkConfig) -> None:
 
 
 _serving = False
-"""True in a process that becomes `vllm serve`'s only API server."""
+"""True in a process that becomes the only API server of `vllm serve`."""
 
 
 def serve(args: Any, original: Callable[[], None]) -> None:
-    """`vllm serve --spark`: leads, or follows if a launcher made this process rank 1; SparkErrors become sentences.
+    """`vllm serve --spark`: the leader, or the follower if a launcher made this process rank 1.
+
+    Prints a SparkError as a sentence and exits with its code.
 
     Args:
         args: the parsed command line.
@@ -212,28 +214,28 @@ def serve(args: Any, original: Callable[[], None]) -> None:
         return
     try:
         if getattr(args, "headless", False):
-            raise ConfigurationError(f"--headless does not go with {FLAG}; on the other machine run vllm-spark join")
+            raise ConfigurationError(f"--headless cannot be used with {FLAG}; on the other machine run vllm-spark join")
         if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
-            _follow_launcher(config)
-        refuse_what_a_pair_cannot_do(args)
+            _run_as_rank_1(config)
+        check_supported(args)
         check_link(config)
-        _refuse_one_port_for_both(args, config)
+        _check_ports_differ(args, config)
         apply_all("leading")
-        # With several API servers the process that starts them has, and keeps, handlers of its own.
+        # With several API servers the process that starts them keeps its own handlers.
         _serving = (getattr(args, "api_server_count", None) or 1) == 1
         if not _serving:
-            # They make vLLM's engine arguments of these before they load this plugin, which knows the flags.
+            # They create vLLM's engine arguments before they load this plugin, which adds the flags.
             args.additional_config = {**(getattr(args, "additional_config", None) or {}), SECTION: config}
         original()
         if death := engine_death():
-            # vLLM's server ends in good order when its engine is gone; a supervisor must see that it failed.
+            # vLLM's server exits with 0 when its engine has ended; a supervisor must see that it failed.
             _exit_with(death)
     except StopRequest as request:
         _exit_with(request.error)
     except SparkError as error:
         _exit_with(error)
     except OSError as error:
-        # vLLM binds its port before anything else. With a file's name it is about something else.
+        # vLLM binds its port first. An error with a file name is another one.
         if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES) or error.filename is not None:
             raise
         _exit_with(
@@ -245,28 +247,28 @@ def serve(args: Any, original: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit_with(engine_failure() or StoppedError("stopped before it served", signal.SIGINT))
     except ValueError as error:
-        # So vLLM ends for an adapter of the command line that its engine refuses.
+        # vLLM's error if its engine refuses an adapter of the command line.
         sentence = adapter_refusal_in(str(error))
         if sentence is None:
             raise
         _exit_with(RefusedError(sentence))
     except RuntimeError:
-        # vLLM's own words for an engine that did not start; the engine may have left a better sentence.
+        # vLLM's error if its engine did not start; the engine may have recorded the reason.
         failure = engine_failure()
         if failure is None:
             raise
         _exit_with(failure)
 
 
-def _follow_launcher(config: SparkConfig) -> NoReturn:
-    """Be rank 1 of a launcher's two processes (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's convention)."""
-    from vllm_spark.entrypoints.join import follow_leaders
+def _run_as_rank_1(config: SparkConfig) -> NoReturn:
+    """Runs this process as rank 1 of a launcher (RANK, WORLD_SIZE, MASTER_ADDR: torchrun's variables)."""
+    from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark rank 1")
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if rank != str(FOLLOWER_RANK) or world_size != str(WORLD_SIZE):
         raise ConfigurationError(
-            f"RANK={rank} of WORLD_SIZE={world_size or 'unset'} cannot be placed; "
+            f"RANK={rank} with WORLD_SIZE={world_size or 'unset'} is invalid: "
             f"a pair is RANK {LEADER_RANK} and RANK {FOLLOWER_RANK} of WORLD_SIZE {WORLD_SIZE}"
         )
     if config.leader is None and not master:
@@ -274,9 +276,9 @@ def _follow_launcher(config: SparkConfig) -> NoReturn:
     if config.leader is None:
         from vllm_spark.executor.channel.addresses import resolve_master
 
-        # Merged already: resolved again, the environment would beat what was a flag.
+        # Not `resolve`: it would let the environment override flags.
         config = config.model_copy(update={"leader": resolve_master(master)[0]})
-    sys.exit(follow_leaders(config, once=True))
+    sys.exit(supervise(config, once=True))
 
 
 def _exit_with(error: SparkError) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What both ranks do alike once they are joined: the link's interface, the runtime's rendezvous, threads."""
+"""Steps of a session's start that both ranks share: the link's interface, the collective runtime, thread counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_spark.collective.link_model import load_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel.addresses import host_name, interface_of, source_interface, split_rails
-from vllm_spark.executor.channel.framing import Kind, Lane
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
@@ -29,9 +29,9 @@ _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this on
 
 
 class Assignment(msgspec.Struct):
-    """What the leader gives its follower to work with; travels pickled, after both sides agreed.
+    """The leader's configuration for the follower's worker; sent as a pickle, after both sides agreed.
 
-    `environment` has what vLLM itself has set on the leader too, while it made its configuration.
+    `environment` also has the variables that vLLM itself set on the leader while it made its configuration.
     """
 
     vllm_config: Any
@@ -41,23 +41,23 @@ class Assignment(msgspec.Struct):
 
 
 def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
-    """Tells gloo, NCCL and vLLM of the link, by this process's environment; what the user has set stays.
+    """Binds gloo, NCCL and vLLM to the link, by environment variables; variables that the user has set stay.
 
-    vLLM would take the address of the route to the internet: without one its ranks wait for each other at 0.0.0.0, and
-    with one they listen on a network that is not the link.
+    vLLM would use the address of the default route: without one its ranks wait for each other at 0.0.0.0, and with one
+    they listen on a network that is not the link.
 
     Args:
         leader: the leader's address.
         local_address: this side's address on the link; None to ask the routing table.
 
     Returns:
-        What takes it back; a process that ends with its pair needs no such thing.
+        The object that restores the environment; not needed in a process that ends with its session.
     """
     interface = interface_of(local_address) if local_address else source_interface(leader)
     values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
     if local_address:
         values["VLLM_HOST_IP"] = local_address
-    # NCCL's watchdog would ask the store of the process groups every second whether to write its state to a file.
+    # NCCL's watchdog would poll the store every second for a request to dump its state.
     values["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "0"
     chosen = {name: value for name, value in values.items() if name not in os.environ}
     os.environ.update(chosen)
@@ -65,7 +65,7 @@ def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
 
 
 class LinkInterface:
-    """What `use_link_interface` put into this process's environment.
+    """The variables that `use_link_interface` set in this process's environment.
 
     Args:
         chosen: the variables, with their values.
@@ -74,20 +74,20 @@ class LinkInterface:
     def __init__(self, chosen: dict[str, str]) -> None:
         self._set = chosen
 
-    def forget(self) -> None:
-        """Takes back what was set. Not before the pair ends: NCCL connects when it is first used."""
+    def restore(self) -> None:
+        """Removes the variables. Only after the session: NCCL connects when it is first used."""
         for name, interface in self._set.items():
             if os.environ.get(name) == interface:
                 del os.environ[name]
         self._set = {}
 
 
-def exchange_over(lane: Lane) -> Callable[[bytes], bytes]:
-    """A rendezvous' `exchange` over the calls lane: gives this side's bytes, returns the other's."""
+def exchange_over(connection: Connection) -> Callable[[bytes], bytes]:
+    """A rendezvous' `exchange` over the rpc connection: sends this side's bytes and returns the other side's."""
 
     def exchange(mine: bytes) -> bytes:
-        lane.send(Kind.EXCHANGE, mine, timeout=_EXCHANGE_TIMEOUT)
-        return lane.expect(Kind.EXCHANGE, timeout=_EXCHANGE_TIMEOUT).payload
+        connection.send(Kind.EXCHANGE, mine, timeout=_EXCHANGE_TIMEOUT)
+        return connection.expect(Kind.EXCHANGE, timeout=_EXCHANGE_TIMEOUT).payload
 
     return exchange
 
@@ -96,7 +96,7 @@ def connect_runtime(
     rank: int,
     config: SparkConfig,
     launch: LaunchTable,
-    lane: Lane,
+    connection: Connection,
     announce: collective.Announce,
     rails: str | None,
 ) -> collective.Runtime:
@@ -105,15 +105,15 @@ def connect_runtime(
     Args:
         config: the leader's, on both ranks.
         launch: the leader's, on both ranks.
-        lane: both ranks' calls lane, for the rendezvous.
-        announce: sends what the runtime says of its rails, later.
+        connection: the rpc connection, for the rendezvous.
+        announce: sends the runtime's announcements about its rails, at any later time.
         rails: the ports of this machine to use; None for all that reach the peer.
 
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
     """
     kind, launch = _for_this_device(launch)
-    exchange = exchange_over(lane)
+    exchange = exchange_over(connection)
     transport = _transport(config, exchange)
     try:
         runtime = kind.connect(
@@ -132,7 +132,7 @@ def connect_runtime(
 
 
 def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], LaunchTable]:
-    """The runtime for the device that vLLM uses, and the launch table that counts there."""
+    """The runtime for the device that vLLM uses, and the launch table that applies to it."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
@@ -147,10 +147,10 @@ def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], Lau
 
 
 def with_wire_model(config: SparkConfig) -> SparkConfig:
-    """`config` with the latency and bandwidth of the wire model that it names: the file is on the leader alone.
+    """`config` with latency and bandwidth from the wire model that it names: only the leader has the file.
 
     Raises:
-        ConfigurationError: the file cannot be read, or holds something else.
+        ConfigurationError: the file cannot be read, or is not a wire model.
     """
     if config.wire is None:
         return config
@@ -162,12 +162,12 @@ def with_wire_model(config: SparkConfig) -> SparkConfig:
 def runtime_options(
     config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None
 ) -> collective.RuntimeOptions:
-    """What the settings mean to the runtime: every setting that `SparkConfig` takes is possible there.
+    """The runtime's options for these settings; every value that `SparkConfig` accepts is valid there.
 
     Args:
         config: the leader's, on both ranks.
         launch: how kernels are launched on this device.
-        transport: what is used, never `auto`.
+        transport: the transport to use, never `auto`.
         rails: the ports of this machine to use; None for all that reach the peer.
     """
     modelled = transport == "loopback"
@@ -191,30 +191,30 @@ def runtime_options(
 
 
 def _transport(config: SparkConfig, exchange: Callable[[bytes], bytes]) -> Transport:
-    """What `auto` stands for: shared memory if both ranks are on one machine."""
+    """The transport to use; `auto` is shared memory if both ranks are on one machine."""
     mine = collective.machine_identity().encode()
-    same = exchange(mine) == mine  # also where it is not asked for: both sides do the same
+    same = exchange(mine) == mine  # also if not needed here: both ranks must do the same exchanges
     if config.transport != "auto":
         return config.transport
     return "loopback" if same else "verbs"
 
 
-def link_patience(runtime: collective.Runtime | None, config: SparkConfig) -> float:
-    """Seconds for which the channel may be silent although the peer need not be dead.
+def link_tolerance(runtime: collective.Runtime | None, config: SparkConfig) -> float:
+    """Seconds of silence on the channel that do not prove that the peer is lost.
 
-    The channel's packets may take the cable that is out, or that of a rail which has failed while another works. A peer
-    that is frozen says nothing over a rail either.
+    The channel may use a cable that is unplugged, or that of a failed rail while another rail works. A frozen peer
+    sends no announcements over a rail either.
     """
     if runtime is None or (silence := runtime.silence) is None:
         return 0.0
     return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
 
 
-def share_cores(runtime: collective.Runtime) -> None:
-    """Halves torch's threads if both ranks compute on the cores of this machine.
+def limit_torch_threads(runtime: collective.Runtime) -> None:
+    """Halves torch's number of threads if both ranks compute on the cores of this machine.
 
-    OpenMP's threads spin while they wait: two ranks with a thread per core each are some 15 times slower than one.
-    A number of threads that the user chose (OMP_NUM_THREADS) stays.
+    OpenMP's threads spin while they wait: two ranks with one thread per core each are about 15 times slower than one.
+    A number that the user chose (OMP_NUM_THREADS) stays.
     """
     import torch
     from vllm.platforms import current_platform
@@ -224,7 +224,7 @@ def share_cores(runtime: collective.Runtime) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // WORLD_SIZE))
     logger.info(
-        "Both ranks are on this machine: each computes with %d of %d threads (OMP_NUM_THREADS sets another number).",
+        "Both ranks are on this machine: each uses %d of %d threads (set OMP_NUM_THREADS for another number).",
         torch.get_num_threads(),
         threads,
     )
@@ -233,8 +233,8 @@ def share_cores(runtime: collective.Runtime) -> None:
 def limit_numba_threads() -> None:
     """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
 
-    vLLM uses no more, and those that numba starts besides spin while they wait: two ranks on two cores took 0.2 s a
-    step. To be called before numba is imported, in a process that is a rank's alone.
+    vLLM uses only one, and numba's other threads spin while they wait: two ranks on two cores took 0.2 s per step. To
+    be called before numba is imported, in a process that runs only this rank.
     """
     from vllm.platforms import current_platform
 
@@ -243,7 +243,7 @@ def limit_numba_threads() -> None:
 
 
 def local_address_towards(host: str, port: int) -> str | None:
-    """This machine's address on the way to `host`; None without a route."""
+    """The address of this machine from which it connects to `host`; None without a route."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

@@ -1,28 +1,28 @@
-"""What this rank has done so far."""
+"""This rank's counters: of its runtime, its steps and its fallbacks."""
 
 from __future__ import annotations
 
 from vllm_spark.backend.status import RankCounters
 from vllm_spark.collective import fallbacks, installed
 
-_OF_RUNTIME = (
+_RUNTIME_COUNTERS = (
     *("all_reduces", "all_gathers", "all_reduce_bytes", "all_gather_bytes", "wait_seconds"),
     *("packet_messages", "payload_messages", "chunked_operations", "proxy_posts"),
     *("rails_up", "rail_failures", "rail_recoveries", "rail_proof_failures", "reposts"),
 )
 
 
-def local_counters(rank: int, ledger: tuple[int, bytes]) -> RankCounters:
+def local_counters(rank: int, token_digest: tuple[int, bytes]) -> RankCounters:
     """This process's counters.
 
     Args:
         rank: this process's.
-        ledger: steps so far, and the digest of what they sampled.
+        token_digest: steps so far, and the digest of what they sampled.
     """
-    counters = RankCounters(rank, steps=ledger[0], digest=ledger[1].hex(), fallbacks=fallbacks())
+    counters = RankCounters(rank, steps=token_digest[0], digest=token_digest[1].hex(), fallbacks=fallbacks())
     if runtime := installed():
         runs = runtime.counters()
-        for name in _OF_RUNTIME:
+        for name in _RUNTIME_COUNTERS:
             setattr(counters, name, getattr(runs, name))
         counters.rails_held_down = runs.rail_states.count("held down")
     return counters

@@ -1,8 +1,8 @@
-"""The environment variables that both ranks must have alike.
+"""Environment variables that must be the same on both ranks.
 
-vLLM chooses kernels, compiler passes and the hub of its models by its variables, some of them while it is imported. So
-the leader's travel with its offer, and a follower whose own differ ends its process before it accepts: the next one
-starts with the leader's. Variables of other libraries do not travel: a difference is logged.
+vLLM's variables choose kernels, compiler passes and the hub of models, some of them when vLLM is imported. So the
+leader sends its own with the offer, and a follower with other values ends its process before it accepts: the next
+process starts with the leader's. Variables of other libraries are not sent: a difference is logged.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 
 logger = logging.getLogger("vllm_spark")
 
 RECORD_VARIABLE = "_SPARK_ENVIRONMENT"
-"""In which an engine finds the environment that its user had given: vLLM adds variables of its own to it."""
+"""Holds the environment as the user gave it, for the engine process: vLLM adds variables of its own."""
 
 _PREFIX = "VLLM_"
 
 _LOCAL_NAMES = frozenset(
     {
-        # The follower loads from folders, whatever they were downloaded from, and need not have that library.
+        # The follower loads from local folders, and need not have that library.
         "VLLM_USE_MODELSCOPE",
-        # Of a process, or of how it starts others.
+        # Settings of one process, or of how it starts others.
         "VLLM_CONFIGURE_LOGGING",
         "VLLM_DIST_IDENT",
         "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -37,14 +37,14 @@ _LOCAL_NAMES = frozenset(
         "VLLM_PLUGINS",
         "VLLM_PROCESS_NAME_PREFIX",
         "VLLM_WORKER_MULTIPROC_METHOD",
-        # Files and folders whose names do not end as `_LOCAL_ENDINGS`.
+        # Files and folders; their names do not end in one of `_LOCAL_ENDINGS`.
         "VLLM_ASSETS_CACHE",
         "VLLM_MEDIA_CACHE",
         # Hardware.
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_GPU_NIC_PCIE_MAPPING",
         "VLLM_NIC_SELECTION_VARS",
-        # Of the API server alone, and what its user tells the project vLLM.
+        # Of the API server only, and usage statistics.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
         "VLLM_API_KEY",
         "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
@@ -59,10 +59,10 @@ _LOCAL_NAMES = frozenset(
     }
 )
 _LOCAL_ENDINGS = ("_DIR", "_FILE", "_FOLDER", "_HOST", "_IP", "_IPS", "_PATH", "_PORT", "_ROOT")
-"""Names of vLLM's variables that hold files, folders or addresses end so."""
+"""Endings of the names of vLLM's variables for files, folders and addresses."""
 
-_OWN_STAYS = frozenset({"VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU"})
-"""What a machine has room for: the leader's value counts where the follower has none of its own."""
+_FOLLOWER_WINS = frozenset({"VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_NUM_OF_RESERVED_CPU"})
+"""Memory and cores of one machine: the leader's value applies only if the follower has none."""
 
 _COMPARED_PREFIXES = (
     "CUBLAS",
@@ -95,34 +95,34 @@ _UNCOMPARED_ENDINGS = (*_LOCAL_ENDINGS, "_CACHE", "_HOME", "_VERSION")
 
 
 class Environment(msgspec.Struct, frozen=True):
-    """A leader's variables, as JSON can carry them: values that are not text too.
+    """A leader's variables, encoded for JSON, with values that are not valid text too.
 
     Attributes:
-        travelling: those that its follower must have.
+        sent: those that the follower must have too.
         compared: those of other libraries.
     """
 
-    travelling: dict[str, str] = {}
+    sent: dict[str, str] = {}
     compared: dict[str, str] = {}
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Environment:
-        """What matters of `environment`, which is as `os.environ`."""
+        """The variables of `environment` (a mapping like `os.environ`) that are sent or compared."""
         return cls(
-            {name: _encoded(value) for name, value in environment.items() if travels(name)},
+            {name: _encoded(value) for name, value in environment.items() if is_sent(name)},
             {name: _encoded(value) for name, value in environment.items() if is_compared(name)},
         )
 
     def variables(self) -> dict[str, str]:
-        """What travels, as `os.environ` has it."""
-        return {name: _decoded(value) for name, value in self.travelling.items() if travels(name)}
+        """The variables that are sent, with values as in `os.environ`."""
+        return {name: _decoded(value) for name, value in self.sent.items() if is_sent(name)}
 
 
-known(Environment)
+preload_decoders(Environment)
 
 
 class RestartError(Exception):
-    """This session must start again in a process with the leader's environment.
+    """The session must be restarted in a process with the leader's environment.
 
     Attributes:
         environment: the leader's.
@@ -133,14 +133,14 @@ class RestartError(Exception):
         self.environment = environment
 
 
-def travels(name: str) -> bool:
-    """Whether the leader's value of a variable counts on both ranks."""
+def is_sent(name: str) -> bool:
+    """Whether the leader's value of a variable applies on both ranks."""
     return name.startswith(_PREFIX) and name not in _LOCAL_NAMES and not name.endswith(_LOCAL_ENDINGS)
 
 
-def travelling_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of `environment` that must hold on both ranks."""
-    return {name: value for name, value in environment.items() if travels(name)}
+def sent_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `environment` that must be the same on both ranks."""
+    return {name: value for name, value in environment.items() if is_sent(name)}
 
 
 def is_compared(name: str) -> bool:
@@ -156,85 +156,86 @@ def record_environment() -> None:
 
 
 def recorded_environment() -> Environment:
-    """What `record_environment` kept, in this process or in the one that started it; else the present environment."""
+    """The environment that `record_environment` kept, in this process or its parent; else the present one."""
     record = os.environ.get(RECORD_VARIABLE)
     return Environment.of(os.environ) if record is None else msgspec.json.decode(record, type=Environment)
 
 
-def with_leaders(own: Mapping[str, str], leader: Environment) -> dict[str, str]:
-    """The environment of a session's process: this machine's own, with the leader's variables laid over it.
+def merge_environment(own: Mapping[str, str], leader: Environment) -> dict[str, str]:
+    """The environment of a session's process: this machine's own, overridden by the leader's variables.
 
     Args:
         own: the environment of the supervisor.
-        leader: as the last session left it.
+        leader: the leader's variables, as the last session received them.
     """
-    kept = {name: value for name, value in own.items() if not travels(name) or name in _OWN_STAYS}
+    kept = {name: value for name, value in own.items() if not is_sent(name) or name in _FOLLOWER_WINS}
     return {**leader.variables(), **kept}
 
 
 class SessionEnvironment:
-    """The environment of one session's process, against those of the leaders that it meets.
+    """Compares the environment of a session's process with that of each leader.
 
     Args:
-        adopted: the leader's environment that the supervisor has laid over its own for this process; None if it has
-            not met one.
+        adopted: the leader's environment with which the supervisor started this process; None without one.
     """
 
     def __init__(self, adopted: Environment | None) -> None:
         self._adopted = adopted
         self._at_start = dict(os.environ)
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def check(self, leader: Environment) -> None:
-        """Makes sure that this process has the leader's variables; logs each that differs, once.
+        """Checks that this process has the leader's variables; logs each difference once.
 
         Raises:
-            RestartError: it does not, and a process that starts with them will.
+            RestartError: it does not; the next process must start with them.
         """
         for name, mine, theirs in self._differences(leader.compared, is_compared):
-            self._say(
+            self._log_once(
                 f"{name} is {_described(mine)} here and {_described(theirs)} on the leader; "
-                "it does not travel, set it alike on both machines"
+                "set it to the same value on both machines"
             )
-        different = self._differences(leader.travelling, travels)
+        different = self._differences(leader.sent, is_sent)
         if not different:
             return
-        if self._adopted is not None and self._adopted.travelling == leader.travelling:
-            # It was there when this process started, so that vLLM itself has changed it since.
+        if self._adopted is not None and self._adopted.sent == leader.sent:
+            # This process started with these, so vLLM itself has changed them since.
             adopt(leader.variables())
             return
         for name, mine, theirs in different:
-            self._say(f"{name} is {_described(mine)} here and {_described(theirs)} on the leader, whose counts")
+            self._log_once(
+                f"{name} is {_described(mine)} here and {_described(theirs)} on the leader; the leader's value applies"
+            )
         raise RestartError(leader)
 
     def _differences(
-        self, theirs: Mapping[str, str], is_meant: Callable[[str], bool]
+        self, theirs: Mapping[str, str], matches: Callable[[str], bool]
     ) -> list[tuple[str, str | None, str | None]]:
         """Names with this side's value and the leader's, in order of the names."""
-        mine = {name: _encoded(value) for name, value in os.environ.items() if is_meant(name)}
+        mine = {name: _encoded(value) for name, value in os.environ.items() if matches(name)}
         names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
         return [
             (name, mine.get(name), theirs.get(name))
             for name in names
-            # What vLLM has set here while it was imported, it will set again.
+            # Variables that vLLM set here when it was imported will be set again.
             if (name in theirs or name in self._at_start) and not self._is_own(name)
         ]
 
     def _is_own(self, name: str) -> bool:
-        if name not in _OWN_STAYS or name not in self._at_start:
+        if name not in _FOLLOWER_WINS or name not in self._at_start:
             return False
-        adopted = {} if self._adopted is None else self._adopted.travelling
+        adopted = {} if self._adopted is None else self._adopted.sent
         return _encoded(self._at_start[name]) != adopted.get(name)
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
+    def _log_once(self, sentence: str) -> None:
+        if sentence not in self._logged:
+            self._logged.add(sentence)
             logger.warning("%s.", sentence)
 
 
 def adopt(variables: Mapping[str, str]) -> None:
-    """Sets the leader's variables in this process, but those of which this machine's own count."""
-    os.environ.update({name: value for name, value in variables.items() if name not in _OWN_STAYS})
+    """Sets the leader's variables in this process, except those for which this machine's own values apply."""
+    os.environ.update({name: value for name, value in variables.items() if name not in _FOLLOWER_WINS})
 
 
 def _described(value: str | None) -> str:

@@ -1,7 +1,7 @@
-"""The follower's half: waits for a leader, loads the other half of its model, runs what the leader runs.
+"""The follower's side of a session: waits for a leader, loads its half of the model, and runs the leader's calls.
 
-One process per leader. Whatever a session leaves behind (device memory, process groups, threads stuck in a
-collective) ends with its process; `vllm-spark join` starts the next one.
+One process per session, started by `vllm-spark join`. Device memory, process groups and threads that hang in a
+collective end with the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from vllm_spark.backend.support import refuse_fp8_inputs_of_marlin
+from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.settings import SparkConfig
@@ -30,56 +30,57 @@ from vllm_spark.executor.bootstrap import (
     Assignment,
     connect_runtime,
     limit_numba_threads,
-    link_patience,
+    limit_torch_threads,
+    link_tolerance,
     local_address_towards,
-    share_cores,
     use_link_interface,
 )
 from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Kind, Lane
+from vllm_spark.executor.channel.framing import MIB, Connection, Kind
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
-from vllm_spark.executor.group_connection import GroupLink
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.group_connection import GroupConnection
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
-from vllm_spark.executor.handshake.messages import CALLS, GROUPS, Reason
-from vllm_spark.executor.heartbeat import Pulse, cause_grace
+from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
+from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
+from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.placement import place_files
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
     COMPARE_FILES,
     EXECUTE,
-    EXECUTE_AND_SAMPLE,
-    LAST_CALL_OF_THE_START,
+    EXECUTE_THEN_SAMPLE,
     SAMPLE,
+    WARM_UP,
     Call,
     decode_call,
     decode_header,
     encode_error,
     encode_result,
 )
-from vllm_spark.executor.token_check import TokenLedger
+from vllm_spark.executor.token_check import TokenDigest
 from vllm_spark.kernels import runtime as tuning
 from vllm_spark.ranks import FOLLOWER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
 _ASSIGNMENT_TIMEOUT = 120.0
-_END_GRACE = 5.0  # seconds in which the thread that ends this process does so
-_AWAKE = 0.002  # seconds after a call in which the next one finds this rank awake: a scheduler's pause between steps
+_EXIT_GRACE = 5.0  # seconds in which the ending thread exits the process
+_SPIN_SECONDS = 0.002  # seconds of polling for the next call before sleeping: a scheduler's pause between steps
 
 
 class FollowerSession:
-    """One leader's follower, from the first connection to the last call.
+    """The session with one leader, from the first connection to the last call.
 
     Args:
         config: the follower's settings.
-        answer_doctor: what to do when a doctor comes in a leader's place; gets the control lane, the EXAMINATION, the
-            settings, and the address of the doctor's machine. Raises PeerLostError if the doctor leaves early.
-        once: end when the first leader does, or when it refuses; the exit code is then that of the reason.
+        answer_doctor: called when `vllm-spark doctor` listens in a leader's place, with the control connection, the
+            CHECK_REQUEST, the settings, and the address of that machine. Raises PeerLostError if it disconnects.
+        once: end with the first session, or at the first refusal; the exit code is then that of the reason.
         adopted: the leader's environment with which this process was started; None without.
     """
 
@@ -93,90 +94,90 @@ class FollowerSession:
     ) -> None:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
-        self._own: dict[str, Path] = {}  # where this machine has the leader's files
+        self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
         self._adapters = FollowerAdapters(self._loaded_adapters)
-        self._ledger = TokenLedger()
+        self._token_digest = TokenDigest()
         self._ended = threading.Event()
-        self._ender: threading.Thread | None = None  # who set it
+        self._ending_thread: threading.Thread | None = None  # the thread that set `_ended`
         self._running_model = False
-        self._pulse: Pulse | None = None
-        self._failed_call = ""  # why the last call that is answered failed
-        self._failed_number = 0  # and which it was
+        self._heartbeat: Heartbeat | None = None
+        self._failed_call = ""  # why the last QUERY failed
+        self._failed_number = 0  # and its number
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
-        self._leader_config = config  # until it comes
+        self._leader_config = config  # until the ASSIGNMENT
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Waits for a leader and follows it until it leaves. Returns only by an exception or by ending the process.
+        """Waits for a leader and runs its calls until the session ends, and then ends the process.
 
         Raises:
-            SparkError: the sides do not fit, or the work failed; the leader was told, where it could be.
-            RestartError: the leader has another environment, with which another process must start.
+            SparkError: the sides do not fit, or the session failed; the leader got the reason if it was connected.
+            RestartError: the leader has another environment; another process must start with it.
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
 
-        def connect() -> Caller:
-            return Caller(host, port, context, self._config.max_frame_mib * MIB)
+        def connect() -> Connector:
+            return Connector(host, port, context, self._config.max_frame_mib * MIB)
 
         search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
         search.announce()
         _load_vllm()
-        caller, control, offer, self._own = search.find()
-        calls, groups = caller.connect(CALLS), caller.connect(GROUPS)
-        if calls is None or groups is None:
-            raise PeerLostError(f"the leader at {caller.endpoint} stopped listening")
-        self._pulse = Pulse(
+        connector, control, offer, self._own_files = search.find()
+        rpc, groups = connector.connect(RPC), connector.connect(GROUPS)
+        if rpc is None or groups is None:
+            raise PeerLostError(f"the leader at {connector.endpoint} stopped listening")
+        self._heartbeat = Heartbeat(
             control,
             offer.heartbeat_timeout,
             report=self._report,
-            on_report=self._compare,
-            on_end=self._leader_ended,
-            on_link=self._take_announcement,
-            patience=self._patience,
+            on_report=self._compare_digest,
+            on_end=self._session_ended,
+            on_link=self._deliver_announcement,
+            tolerance=self._tolerance,
         )
-        self._pulse.start()
-        for lane in (control, calls, groups):
-            lane.rely_on_beats()
+        self._heartbeat.start()
+        for connection in (control, rpc, groups):
+            connection.disable_keepalive()
         try:
-            self._follow(calls, GroupLink(groups, self._give_up), host, port)
+            self._follow(rpc, GroupConnection(groups, self._fail), host, port)
         except Exception as error:
-            self._give_up(error)
+            self._fail(error)
 
-    def _follow(self, calls: Lane, groups: GroupLink, host: str, port: int) -> None:
-        assignment: Assignment = loads_configuration(calls.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
+    def _follow(self, rpc: Connection, groups: GroupConnection, host: str, port: int) -> None:
+        assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.backend.platform import activate, compute_capability
 
         activate()
-        refuse_fp8_inputs_of_marlin(compute_capability)
-        assert self._pulse is not None
+        check_marlin_inputs(compute_capability)
+        assert self._heartbeat is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
-            FOLLOWER_RANK, assignment.config, assignment.launch, calls, self._pulse.announce, self._config.rails
+            FOLLOWER_RANK, assignment.config, assignment.launch, rpc, self._heartbeat.announce, self._config.rails
         )
-        share_cores(self._runtime)
+        limit_torch_threads(self._runtime)
         limit_numba_threads()
         apply_all("serving")
         tuning.start(assignment.vllm_config)
-        place_files(assignment.vllm_config, self._own)
+        place_files(assignment.vllm_config, self._own_files)
         self._worker = _load_worker(assignment.vllm_config, groups)
         self._serves_adapters = assignment.vllm_config.lora_config is not None
-        tuning.tell_of_experts(self._worker)
+        tuning.log_expert_backends(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:
-            frame = calls.expect(Kind.CALL, Kind.QUERY, awake=_AWAKE)
-            self._run_call(frame.payload, calls if frame.kind is Kind.QUERY else None)
+            frame = rpc.expect(Kind.CALL, Kind.QUERY, spin=_SPIN_SECONDS)
+            self._run_call(frame.payload, rpc if frame.kind is Kind.QUERY else None)
 
-    def _run_call(self, payload: bytes, reply_to: Lane | None) -> None:
+    def _run_call(self, payload: bytes, reply_to: Connection | None) -> None:
         from vllm.v1.serial_utils import run_method
 
         header = decode_header(payload)
-        self._ledger.compare(header.step, header.digest)
+        self._token_digest.compare(header.step, header.digest)
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
@@ -192,11 +193,11 @@ class FollowerSession:
             if hasattr(result, "get_output"):
                 result = result.get_output()
             answer = encode_result(result, header.number)
-            if method == LAST_CALL_OF_THE_START:
-                logger.info("Ready: from now on this machine takes part in every step of its leader.")
+            if method == WARM_UP:
+                logger.info("Ready: this machine runs every step together with its leader.")
         except Exception as error:
-            # The leader decides what a failed control call means; its own rank may have failed alike. It may also be
-            # in a collective that this rank does not come to: the control lane tells it then.
+            # The leader decides what to do about a failed call; it may have failed there too. If the leader waits in a
+            # collective that this rank does not call, the heartbeat reports the failure.
             logger.exception("The worker failed in %s.", method)
             answer = encode_error(error, header.number)
             self._failed_call = f"its worker failed in {method!r}: {described(error)}"
@@ -204,7 +205,7 @@ class FollowerSession:
         reply_to.send(Kind.REPLY, answer)
 
     def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call; of one that adds an adapter, with this machine's folder."""
+        """The arguments of a call; if it adds an adapter, with the path of this machine's folder."""
         if call.method != ADD_LORA or not self._serves_adapters:
             return call.args, call.kwargs
         place = self._adapters.place
@@ -217,19 +218,19 @@ class FollowerSession:
     def _run_step(self, call: Call) -> None:
         from vllm.v1.serial_utils import run_method
 
-        if not self._running_model and self._pulse is not None:
+        if not self._running_model and self._heartbeat is not None:
             self._running_model = True
-            self._pulse.model_runs()
-        method = EXECUTE if call.method == EXECUTE_AND_SAMPLE else call.method
+            self._heartbeat.model_started()
+        method = EXECUTE if call.method == EXECUTE_THEN_SAMPLE else call.method
         if method == EXECUTE and self._serves_adapters:
             self._adapters.place_step(call.args[0])
         output = run_method(self._worker, method, call.args, call.kwargs)
-        if output is None and call.method == EXECUTE_AND_SAMPLE:
+        if output is None and call.method == EXECUTE_THEN_SAMPLE:
             output = run_method(self._worker, SAMPLE, (None,), {})
         self._outputs.put(output)
 
     def _read_outputs(self) -> None:
-        """Notes what each step sampled, off the thread that runs the model: it may still be on the device."""
+        """Adds the tokens of each step to the digest, in a thread of its own: they may still be on the device."""
         try:
             while True:
                 output = self._outputs.get()
@@ -237,32 +238,32 @@ class FollowerSession:
                     output = output.get_output()
                 if output is not None:
                     assert self._runtime is not None
-                    self._runtime.check()  # kernels that give up cannot raise; their tokens are worth nothing
-                    self._ledger.record(output)
+                    self._runtime.check()  # failed kernels cannot raise; their tokens are invalid
+                    self._token_digest.update(output)
         except Exception as error:
-            self._give_up(error)
+            self._fail(error)
 
-    def _take_announcement(self, announcement: bytes) -> None:
+    def _deliver_announcement(self, announcement: bytes) -> None:
         if self._runtime is not None:
             self._runtime.deliver(announcement)
 
-    def _patience(self) -> float:
-        return link_patience(self._runtime, self._leader_config)
+    def _tolerance(self) -> float:
+        return link_tolerance(self._runtime, self._leader_config)
 
     def _report(self) -> dict[str, Any]:
-        counters = local_counters(FOLLOWER_RANK, self._ledger.state())
+        counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
         return {
             "counters": msgspec.to_builtins(counters),
             "failed_call": self._failed_call,
             "failed_number": self._failed_number,
         }
 
-    def _compare(self, theirs: Any) -> None:
-        self._ledger.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
+    def _compare_digest(self, theirs: Any) -> None:
+        self._token_digest.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
 
-    def _leader_ended(self, error: SparkError) -> None:
-        """The common work is over: this process with it, whatever its other threads are stuck in."""
-        self._end_here()
+    def _session_ended(self, error: SparkError) -> None:
+        """Ends this process, also if its other threads hang."""
+        self._claim_end()
         if isinstance(error, PeerLeftError):
             logger.info("The session ends: %s.", error)
             _exit(0)
@@ -270,25 +271,25 @@ class FollowerSession:
             logger.error("The leader is lost: %s.", error)
             _exit(EXIT_LOST)
         else:
-            self._give_up(error)
+            self._fail(error)
 
     def stop(self, number: signal.Signals) -> NoReturn:
-        """Says goodbye to the leader, if there is one, and ends the process. Called from a thread of its own."""
-        self._end_here()
-        if self._pulse is not None:
-            self._pulse.stop(Reason("it was stopped there"))
+        """Sends a leader the end of the session, and ends the process. Called from a thread of its own."""
+        self._claim_end()
+        if self._heartbeat is not None:
+            self._heartbeat.stop(Reason("it was stopped there"))
         _exit(128 + number)
 
-    def _end_here(self) -> None:
-        """From now on the calling thread ends this process, and knows why."""
-        self._ender = threading.current_thread()
+    def _claim_end(self) -> None:
+        """Makes the calling thread the one that reports the reason and ends this process."""
+        self._ending_thread = threading.current_thread()
         self._ended.set()
 
-    def _give_up(self, error: BaseException) -> None:
-        """Tells the leader why, and ends the process."""
-        if self._ender is not threading.current_thread() and self._ended.wait(cause_grace(error)):
-            # What surfaced is a symptom of the end that another thread reports.
-            time.sleep(_END_GRACE)
+    def _fail(self, error: BaseException) -> None:
+        """Sends the reason to the leader, and ends the process."""
+        if self._ending_thread is not threading.current_thread() and self._ended.wait(cause_grace(error)):
+            # `error` is a symptom: another thread reports the cause and ends the process.
+            time.sleep(_EXIT_GRACE)
         if isinstance(error, SparkError):
             logger.error("The follower ends: %s.", error)
             details = ""
@@ -298,23 +299,23 @@ class FollowerSession:
 
             details = "".join(traceback.format_exception(error))
         sentence = str(error) if isinstance(error, SparkError) else described(error)
-        if self._pulse is not None:
-            self._pulse.say(Kind.FAILURE, Reason(sentence, details))
-            self._pulse.stop(timeout=2.0)
+        if self._heartbeat is not None:
+            self._heartbeat.send(Kind.FAILURE, Reason(sentence, details))
+            self._heartbeat.stop(timeout=2.0)
         code = getattr(error, "exit_code", 1)
-        # What was wrong with one leader's work need not be wrong with the next one's.
+        # Without --once such an exit code would end `join`, and the next leader may fit.
         _exit(1 if code in (EXIT_USAGE, EXIT_REFUSED) and not self._once else code)
 
 
 def _load_vllm() -> None:
-    """Imports vLLM before connecting: it takes seconds, in which a connected follower could not beat."""
+    """Imports vLLM before connecting: it takes seconds, in which a connected follower could not send heartbeats."""
     from vllm_spark.compat.check import check_vllm
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
 
 
-def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
+def _load_worker(vllm_config: Any, groups: GroupConnection) -> Any:
     """vLLM's worker for rank 1, with its half of the model loaded."""
     from vllm.platforms import current_platform
     from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -343,7 +344,7 @@ def _load_worker(vllm_config: Any, groups: GroupLink) -> Any:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends the process at once: other threads may be stuck in a collective or in a process group."""
+    """Ends the process at once: other threads may hang in a collective or a process group."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""The leader's end of a working pair: finds the follower, calls it, and knows why it broke.
+"""The leader's side of a session: accepts the follower, sends it calls, and records why the session failed.
 
-Knows nothing of vLLM but that its configuration and its calls can be pickled.
+Depends on vLLM only in that its configuration and the arguments of its calls can be pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark import collective
-from vllm_spark.backend.status import CounterBoard
+from vllm_spark.backend.status import EngineStatus
 from vllm_spark.collective.launch_table import load_launch_table
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLeftError, PeerLostError, RefusedError, SparkError, described, upper_first
@@ -22,7 +22,7 @@ from vllm_spark.executor.bootstrap import (
     Assignment,
     LinkInterface,
     connect_runtime,
-    link_patience,
+    link_tolerance,
     use_link_interface,
     with_wire_model,
 )
@@ -32,66 +32,66 @@ from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
 from vllm_spark.executor.channel.framing import MIB, ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.counters import local_counters
-from vllm_spark.executor.environment import travelling_variables
-from vllm_spark.executor.group_connection import GroupLink
+from vllm_spark.executor.environment import sent_variables
+from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.messages import Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.heartbeat import Pulse, cause_grace
+from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
-from vllm_spark.executor.token_check import TokenLedger
+from vllm_spark.executor.token_check import TokenDigest
 from vllm_spark.ranks import LEADER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _ASSIGNMENT_TIMEOUT = 60.0
-_OWED_TIMEOUT = 600.0  # seconds for the answer of a call that was given up, once the next step needs the follower
-_SETTLE_TIMEOUT = 20.0  # seconds that one rank may work on after the other failed in the same call
+_DRAIN_TIMEOUT = 600.0  # seconds for the reply to a call that timed out, once the next step needs the follower
+_REPLY_TIMEOUT_AFTER_ERROR = 20.0  # seconds for one rank to finish a call in which the other failed
 
 
-class Pair:
-    """A leader and its follower at work. Made by `form`, ended by `close` or by a failure.
+class LeaderSession:
+    """A session with one follower. Made by `start`, ended by `close` or by a failure.
 
-    Its methods may be called from one thread at a time; a failure comes from any.
+    Its methods may be called from one thread at a time; `fail` from any.
     """
 
-    def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, board: CounterBoard) -> None:
-        self.ledger = TokenLedger()
-        self._listener, self._follower, self._board = listener, follower, board
+    def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, status: EngineStatus) -> None:
+        self.token_digest = TokenDigest()
+        self._listener, self._follower, self._status = listener, follower, status
         self._runtime: collective.Runtime | None = None
-        self.groups = GroupLink(follower.groups, self.fail)
+        self.groups = GroupConnection(follower.groups, self.fail)
         self._interface: LinkInterface | None = None
         self._failure: SparkError | None = None
         self._failed = threading.Event()
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
-        self._asked = 0  # the number of the last call that is answered
-        self._owed = False  # whether the answer of the last `ask` has not come yet
-        self._asked_at: float | None = None  # when it was sent, while its answer is awaited
+        self._last_query = 0  # the number of the last QUERY
+        self._reply_pending = False  # whether the reply to the last `ask` is outstanding
+        self._query_time: float | None = None  # when it was sent, while `answer` waits for its reply
         self._running_model = False
-        self._pulse = Pulse(
+        self._heartbeat = Heartbeat(
             follower.control,
             config.heartbeat_timeout,
             report=self._report,
             on_report=self._take_report,
             on_end=self.fail,
             on_link=self._take_announcement,
-            patience=lambda: link_patience(self._runtime, config),
+            tolerance=lambda: link_tolerance(self._runtime, config),
         )
 
     @classmethod
-    def form(cls, config: SparkConfig, offer: Offer, vllm_config: Any, board: CounterBoard) -> Pair:
-        """Waits for a follower that has the offered model, hands it its work, and joins the collective runtimes.
+    def start(cls, config: SparkConfig, offer: Offer, vllm_config: Any, status: EngineStatus) -> LeaderSession:
+        """Waits for a follower with the offered model, sends it its assignment, and connects the collective runtimes.
 
         Raises:
-            SparkError: nobody came in time, or the two sides do not fit.
+            SparkError: no follower connected in time, or the two sides do not fit.
         """
-        board.clear()
+        status.clear()
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
-        _warn_of_others(address)
+        _warn_if_shared(address)
         listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
         try:
             follower = listener.wait_for_follower(offer, config.join_timeout)
@@ -99,59 +99,59 @@ class Pair:
             listener.close()
             raise
         logger.info("%s joined.", upper_first(follower.name))
-        pair = cls(config, listener, follower, board)
-        pair._pulse.start()
+        pair = cls(config, listener, follower, status)
+        pair._heartbeat.start()
         try:
             with pair.explained():
                 pair._start_work(config, address, vllm_config)
         except BaseException:
             pair.close("the leader's start failed")
             raise
-        board.begin_work()
+        status.mark_started()
         return pair
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Has the follower run a worker method of the decode loop; it does not answer.
+        """Has the follower run a worker method of the decode loop, which has no reply.
 
         Raises:
-            SparkError: the pair is broken.
+            SparkError: the session is over.
         """
         if not self._running_model:
             self._running_model = True
-            self._pulse.model_runs()
-        if self._owed:
-            # The follower comes to no call before it has sent that answer, which the connection alone may not hold.
+            self._heartbeat.model_started()
+        if self._reply_pending:
+            # The follower sends that reply before it reads another call, and the socket's buffers may not hold it.
             try:
-                self._answer(_OWED_TIMEOUT)
+                self._answer(_DRAIN_TIMEOUT)
             except RemoteError:
-                pass  # of a call whose caller has gone on
+                pass  # the caller has timed out already
             except TimeoutError:
                 self.fail(
                     SparkError(
-                        f"{self._follower.name} did not come back from a call that was given up, within "
-                        f"{_OWED_TIMEOUT:g} s of the next step; see its log, and make a new engine"
+                        f"{self._follower.name} has not finished a call that timed out, {_DRAIN_TIMEOUT:g} s after the "
+                        "next step was due; see its log, and make a new engine"
                     )
                 )
         self._send(Kind.CALL, method, args, kwargs)
 
     def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Has the follower run a worker method whose result `answer` returns.
+        """Has the follower run a worker method; `answer` returns its result.
 
         Raises:
             SparkError: the pair is broken.
         """
-        self._send(Kind.QUERY, method, args, kwargs, self._asked + 1)
-        self._owed = True
-        self._asked += 1
-        self._asked_at = time.monotonic()
+        self._send(Kind.QUERY, method, args, kwargs, self._last_query + 1)
+        self._reply_pending = True
+        self._last_query += 1
+        self._query_time = time.monotonic()
 
     def answer(self, timeout: float | None) -> Any:
-        """The result of the last `ask`; answers to those before it that were given up are dropped.
+        """The result of the last `ask`; replies to earlier calls that timed out are dropped.
 
         Raises:
             RemoteError: the follower's worker raised; the log has its traceback.
-            TimeoutError: no answer came within `timeout` seconds; the pair works on.
-            SparkError: the pair broke.
+            TimeoutError: no reply came within `timeout` seconds; the session goes on.
+            SparkError: the session failed.
         """
         try:
             return self._answer(timeout)
@@ -161,26 +161,26 @@ class Pair:
 
     def _answer(self, timeout: float | None) -> Any:
         deadline = None if timeout is None else time.monotonic() + timeout
-        lane = self._follower.calls
+        connection = self._follower.rpc
         try:
             while True:
-                # What has begun to come is read to its end: half a message would leave the lane useless.
-                if deadline is not None and not lane.wait(deadline - time.monotonic()):
+                # Once a frame has begun to arrive it is read completely: after half a frame the connection is unusable.
+                if deadline is not None and not connection.wait(deadline - time.monotonic()):
                     raise TimeoutError(f"{self._follower.name} did not answer in time")
-                payload = lane.expect(Kind.REPLY).payload
-                if replied_number(payload) == self._asked:
-                    self._owed = False
+                payload = connection.expect(Kind.REPLY).payload
+                if replied_number(payload) == self._last_query:
+                    self._reply_pending = False
                     return decode_reply(payload)
         finally:
-            self._asked_at = None
+            self._query_time = None
 
-    def settle(self, error: BaseException) -> None:
-        """Fetches and drops the answer of the last `ask`, after this rank failed in it.
+    def drain_reply(self, error: BaseException) -> None:
+        """Receives and drops the reply to the last `ask`, after this rank failed in the same call.
 
-        The follower may wait in a collective for what this rank will not do; if it does not come back, the pair ends.
+        The follower may wait in a collective that this rank does not call; if it does not reply, the session fails.
         """
         try:
-            self._answer(_SETTLE_TIMEOUT)
+            self._answer(_REPLY_TIMEOUT_AFTER_ERROR)
         except RemoteError:
             return
         except (SparkError, TimeoutError):
@@ -188,11 +188,11 @@ class Pair:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Replaces an error by its cause, if the control lane knows it: what surfaces first is often a symptom."""
+        """Replaces an error by its cause, if the control connection reports one: the first error is often a symptom."""
         try:
             yield
         except RefusedError:
-            raise  # it is its own cause
+            raise  # it is the cause itself
         except Exception as error:
             self._failed.wait(cause_grace(error))
             if isinstance(error, ChannelError | FrameTooLargeError):
@@ -203,7 +203,7 @@ class Pair:
 
     @contextlib.contextmanager
     def uninterrupted(self, work: str) -> Iterator[None]:
-        """Ends the pair if the body, in which both ranks do `work`, is interrupted: the follower goes on with it."""
+        """Ends the session if the body, in which both ranks do `work`, is interrupted on this one."""
         try:
             yield
         except Exception:
@@ -213,24 +213,24 @@ class Pair:
             raise
 
     def check(self) -> None:
-        """Raises the reason if the pair is broken."""
+        """Raises the reason if the session has failed."""
         if self._failure is not None:
             raise self._failure
 
     @property
     def failed(self) -> bool:
-        """True once the pair is broken."""
+        """True once the session has failed."""
         return self._failed.is_set()
 
-    def record(self, output: Any) -> None:
-        """Puts what a step sampled into the ledger.
+    def record_step(self, output: Any) -> None:
+        """Adds the tokens that a step sampled to this rank's digest.
 
         Raises:
-            CollectiveError: a kernel of the step gave up, so that its tokens are worth nothing.
+            CollectiveError: a kernel of the step failed, so that its tokens are invalid.
             DriftError: the follower sampled other tokens.
         """
         self.runtime.check()
-        self.ledger.record(output)
+        self.token_digest.update(output)
 
     @property
     def runtime(self) -> collective.Runtime:
@@ -239,8 +239,8 @@ class Pair:
         return self._runtime
 
     def on_failure(self, callback: Callable[[], None]) -> None:
-        """`callback` is called once when the pair breaks, at once if it has."""
-        with self._fail_lock:  # either `fail` finds it in the list, or this finds the failure
+        """`callback` is called once when the session fails, at once if it has."""
+        with self._fail_lock:  # either `fail` sees it in the list, or this sees the failure
             broken = self._failed.is_set()
             if not broken:
                 self._on_failure.append(callback)
@@ -248,57 +248,57 @@ class Pair:
             callback()
 
     def fail(self, error: SparkError) -> None:
-        """Ends everything that waits, once, for the reason `error`. Called from any thread."""
+        """Ends all waits with the reason `error`; only the first call counts. From any thread."""
         if isinstance(error, PeerLostError):
             error = PeerLostError(f"{error}; {_REMEDY}")
-        with self._fail_lock:  # both threads may see the follower go
+        with self._fail_lock:  # several threads may see that the follower is lost
             if self._failed.is_set() or self._closing:
                 return
             self._failure = error
             self._failed.set()
         logger.error("Serving ends: %s.", error)
-        self._listener.close()  # whoever comes now shall wait for the next leader
-        self._board.fail(error)
+        self._listener.close()  # further followers wait for the next leader
+        self._status.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
-        self._follower.calls.interrupt()
+        self._follower.rpc.interrupt()
         self.groups.fail(error)
         for callback in self._on_failure:
             callback()
 
     @property
     def closing(self) -> bool:
-        """True once the follower is told that this is the end."""
+        """True once the follower has been sent the end of the session."""
         return self._closing
 
-    def leave(self, farewell: str) -> None:
-        """Tells the follower why, and ends all waits; nothing is released that another thread may still use."""
+    def leave(self, reason: str) -> None:
+        """Sends the follower the reason, and ends all waits; releases nothing that another thread may still use."""
         self._closing = True
-        self._pulse.stop(Reason(farewell))
+        self._heartbeat.stop(Reason(reason))
         if self._runtime is not None:
-            self._runtime.abort(farewell)
+            self._runtime.abort(reason)
 
-    def close(self, farewell: str) -> None:
-        """Tells the follower why, and releases everything; may be called again."""
+    def close(self, reason: str) -> None:
+        """Sends the follower the reason, and releases everything; may be called again."""
         if self._closing:
             return
-        self.leave(farewell)
+        self.leave(reason)
         self._listener.close()
-        self._follower.calls.close()
+        self._follower.rpc.close()
         self._follower.control.close()
-        self.groups.close(PeerLeftError(farewell))
+        self.groups.close(PeerLeftError(reason))
         if self._runtime is not None:
             self._runtime.close()
         if self._interface is not None:
-            self._interface.forget()
+            self._interface.restore()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
         launch, config = load_launch_table(config.launch_table), with_wire_model(config)
-        assignment = Assignment(vllm_config, config, launch, travelling_variables(os.environ))
-        self._follower.calls.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
+        assignment = Assignment(vllm_config, config, launch, sent_variables(os.environ))
+        self._follower.rpc.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address, address)
         self._runtime = connect_runtime(
-            LEADER_RANK, config, launch, self._follower.calls, self._pulse.announce, config.rails
+            LEADER_RANK, config, launch, self._follower.rpc, self._heartbeat.announce, config.rails
         )
 
     def _send(
@@ -310,32 +310,32 @@ class Pair:
         number: int = 0,
     ) -> None:
         self.check()
-        self._follower.calls.send(kind, encode_call(self.ledger.state(), method, args, kwargs, number))
+        self._follower.rpc.send(kind, encode_call(self.token_digest.state(), method, args, kwargs, number))
 
     def _take_report(self, theirs: dict[str, Any]) -> None:
-        self._board.write(theirs["counters"])
-        asked_at = self._asked_at
-        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._asked else time.monotonic() - asked_at
-        if waited > _SETTLE_TIMEOUT:
-            # This rank does not fetch the answer: it waits in a collective that the follower does not come to.
-            self.fail(RemoteError(f"{self._follower.name} ends the work: {theirs['failed_call']}"))
+        self._status.write(theirs["counters"])
+        asked_at = self._query_time
+        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._last_query else time.monotonic() - asked_at
+        if waited > _REPLY_TIMEOUT_AFTER_ERROR:
+            # This rank cannot receive the reply: it waits in a collective that the follower does not call.
+            self.fail(RemoteError(f"{self._follower.name} failed: {theirs['failed_call']}"))
 
     def _take_announcement(self, announcement: bytes) -> None:
         if self._runtime is not None:
             self._runtime.deliver(announcement)
 
     def _report(self) -> dict[str, Any]:
-        step, digest = self.ledger.state()
-        self._board.write(local_counters(LEADER_RANK, (step, digest)))
+        step, digest = self.token_digest.state()
+        self._status.write(local_counters(LEADER_RANK, (step, digest)))
         return {"step": step, "digest": digest.hex()}
 
 
-def _warn_of_others(address: str) -> None:
-    """One line if others than the follower may reach the link."""
+def _warn_if_shared(address: str) -> None:
+    """Warns if other machines than the follower's may be on the link."""
     interface = None if is_loopback(address) else interface_of(address)
     if interface is not None and (reason := shared_network(interface)):
         logger.warning(
-            "The link's address %s is on %s, which %s. %s; join both machines with a cable of their own, and give its "
+            "The link's address %s is on %s, which %s. %s; connect both machines with a separate cable, and give its "
             "address with --spark-address.",
             address,
             interface,

@@ -1,7 +1,7 @@
-"""Pickles that arrive whatever they are made of.
+"""Pickles that the other machine can load.
 
-A class or function that the other machine cannot import (of the user's script, of a model's remote code) travels by
-value. What cannot travel at all is named: the path to the part of the value, and its type.
+A class or function that the other machine cannot import (from the user's script, or a model's remote code) is pickled
+by value. An error names the part that cannot be pickled: its path within the value, and its type.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import cloudpickle
 from vllm_spark.errors import ConfigurationError, SparkError
 
 _DEEPEST = 6
-"""Levels of attributes and items that are searched for what cannot be pickled."""
+"""Levels of attributes and items that are searched for the part that cannot be pickled."""
 
 
 def dumps_by_value(value: Any) -> bytes:
@@ -50,22 +50,22 @@ def dumps_configuration(configuration: Any, name: str) -> bytes:
 
 
 def loads_configuration(payload: bytes) -> Any:
-    """What `dumps_configuration` of an authenticated peer made.
+    """The configuration that an authenticated peer pickled with `dumps_configuration`.
 
     Raises:
-        SparkError: it needs a module or a name that is not on this machine.
+        SparkError: it needs a module, or a name in one, that this machine does not have.
     """
     try:
         return pickle.loads(payload)
     except (ImportError, AttributeError) as error:
         raise SparkError(
-            f"the leader's configuration needs what cannot be imported here ({_first_line(error)}); install it on this "
-            "machine too, or name its folder in PYTHONPATH here"
+            f"the leader's configuration needs a module that cannot be imported here ({_first_line(error)}); install "
+            "it on this machine too, or name its folder in PYTHONPATH here"
         ) from error
 
 
 def _register_remote_code() -> None:
-    """Has cloudpickle send classes of a model's own code (trust_remote_code) by value: no other process imports them.
+    """Has cloudpickle pickle classes of a model's own code (trust_remote_code) by value.
 
     vLLM does so in the processes that read such a model's configuration, but not in its engine's.
     """

@@ -1,8 +1,8 @@
-"""Worker calls as bytes.
+"""Encodes and decodes worker calls (vLLM's collective RPCs) and their replies.
 
-A call is what vLLM's executors call a collective RPC: a worker method's name (or a function), its arguments, and
-whether an answer is wanted. Before its pickle stand 24 bytes: the leader's step and token digest, and the call's
-number, which comes back with its answer. Calls of the decode loop, which are not answered, have the number 0.
+A call is a worker method's name (or a function) and its arguments, pickled, after a header of 24 bytes: the leader's
+step and token digest, and the call's number, which its reply repeats. Calls of the decode loop, which have no reply,
+have the number 0.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ _NUMBER = struct.Struct("<Q")
 
 EXECUTE, SAMPLE = "execute_model", "sample_tokens"
 
-EXECUTE_AND_SAMPLE = "execute_model, then sample_tokens(None)"
-"""Two calls in one message. The decode loop samples right after it executed unless the model's output is there
-already, and with nothing to say about it unless an answer's form is prescribed: so the follower need not wait to be
-told, and a step costs one message."""
+EXECUTE_THEN_SAMPLE = "execute_model, then sample_tokens(None)"
+"""Two calls in one message: vLLM samples right after `execute_model` unless that returned an output, and without
+arguments unless the request has structured output. So a step costs one message."""
 
-LAST_CALL_OF_THE_START = "compile_or_warm_up_model"
-"""Once it has returned on both ranks, the engine is up."""
+WARM_UP = "compile_or_warm_up_model"
+"""vLLM's last call of a start: once it has returned on both ranks, the engine is up."""
 
 COMPARE_ADAPTER = "compare adapter"
 """Not a method of the worker: the leader compares an adapter with the follower's, and nothing is loaded."""
 
 COMPARE_FILES = "compare files"
-"""Not a method of the worker: the follower looks for the files of one argument, and answers with None or with the
-sentence why it does not have them."""
+"""Not a method of the worker: the follower searches for the files of its argument, and replies None or the sentence why
+it does not have them."""
 
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
@@ -52,7 +51,7 @@ class Call(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What stands before a call's pickle."""
+    """The header before a call's pickle."""
 
     step: int
     digest: bytes
@@ -63,7 +62,7 @@ class RemoteError(SparkError):
     """A worker call failed on the follower.
 
     Attributes:
-        details: the traceback there; empty where it is not known.
+        details: the follower's traceback; empty if it is not known.
     """
 
     def __init__(self, message: str, details: str = "") -> None:
@@ -72,7 +71,7 @@ class RemoteError(SparkError):
 
 
 def encode_call(
-    ledger: tuple[int, bytes],
+    token_digest: tuple[int, bytes],
     method: str | Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -80,14 +79,14 @@ def encode_call(
 ) -> bytes:
     """The bytes of a call.
 
-    Calls whose arguments a user may have made (all but the steps of requests that run already) are pickled by value:
-    their functions and classes may be of a script, which the follower cannot import. It takes 16 us more.
+    Calls whose arguments may contain a user's objects (all but the steps of requests that already run) are pickled by
+    value, because the follower cannot import the functions and classes of a script. That takes 16 us more.
 
     Raises:
-        TypeError: the arguments cannot be pickled; the sentence says whose.
+        TypeError: the arguments cannot be pickled; the sentence names the call.
     """
-    content, header = (method, args, kwargs), _HEADER.pack(*ledger, number)
-    executes = method in (EXECUTE, EXECUTE_AND_SAMPLE)
+    content, header = (method, args, kwargs), _HEADER.pack(*token_digest, number)
+    executes = method in (EXECUTE, EXECUTE_THEN_SAMPLE)
     if executes or method in STEP_METHODS:
         new_requests = executes and args[0].scheduled_new_reqs
         dumps: Callable[[Any], bytes] = cloudpickle.dumps if new_requests else _dumps_fast
@@ -105,7 +104,7 @@ def _dumps_fast(content: Any) -> bytes:
 
 
 def decode_header(payload: bytes) -> Header:
-    """What stands before a call; nothing is unpickled."""
+    """The header of a call; nothing is unpickled."""
     return Header(*_HEADER.unpack_from(payload))
 
 
@@ -113,7 +112,7 @@ def decode_call(payload: bytes) -> Call:
     """The call in `payload`, which must come from an authenticated peer.
 
     Raises:
-        whatever unpickling raises: ImportError for a module that is on the leader alone, for example.
+        whatever unpickling raises: ImportError for a module that only the leader has, for example.
     """
     return Call(*pickle.loads(memoryview(payload)[_HEADER.size :]))
 
@@ -121,7 +120,7 @@ def decode_call(payload: bytes) -> Call:
 def encode_result(result: Any, number: int) -> bytes:
     """The bytes of a successful reply to the call of that number.
 
-    Pickled by value, since a user's function may have made the result.
+    Pickled by value, because the result may contain a user's objects.
     """
     return _NUMBER.pack(number) + dumps_by_value((True, result, ""))
 

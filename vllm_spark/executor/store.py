@@ -1,7 +1,7 @@
-"""The key-value store through which torch's process groups find each other, and how torch gets it.
+"""The key-value store of torch's process groups, over the groups connection, and its registration with torch.
 
-The leader keeps the pairs; both ranks use them over the groups lane. torch would serve them at a port of its own, to
-everybody, and wait there for a follower that is dead for half an hour.
+The leader holds the table; `PairStore` is torch's interface to it on both ranks. torch's own TCPStore would listen on a
+port of its own, unauthenticated, and would wait up to half an hour for a follower that has died.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import msgspec
 from torch.distributed import DistStoreError, Store, distributed_c10d, is_initialized, register_rendezvous_handler
 
 from vllm_spark.backend.process_group import use_messages
-from vllm_spark.executor.group_connection import GroupLink, Message
+from vllm_spark.executor.group_connection import GroupConnection, Message
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
 INIT_METHOD = "spark://pair"
-"""How torch is told to use the pair's store."""
+"""The URL by which torch uses this store."""
 
 logger = logging.getLogger("vllm_spark")
 
 _SPLIT_GROUPS = "VLLM_DISTRIBUTED_USE_SPLIT_GROUP"
 _REQUESTS, _ANSWERS = "store requests", "store answers"
 _DEFAULT_TIMEOUT = timedelta(minutes=5)
-_ANSWER_SECONDS = 60.0  # for the leader's answer to what never waits for a key
+_ANSWER_SECONDS = 60.0  # for the leader's answer to an operation that does not wait for a key
 
 Respond = Callable[[list[bytes]], None]
 
@@ -47,7 +47,7 @@ _decode_answer = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
 class Table:
-    """The leader's keys and values. An operation that needs keys which are not there is answered once they are."""
+    """The leader's keys and values. An operation that needs missing keys is answered once they are set."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -55,20 +55,20 @@ class Table:
         self._waiting: list[tuple[Request, Respond]] = []
 
     def run(self, request: Request, respond: Respond) -> None:
-        """Has `respond` called with the answer, now or later.
+        """Calls `respond` with the answer, now or once the keys are set.
 
         Raises:
             ValueError, IndexError: the request is invalid; it is not answered.
         """
         answers: list[tuple[Respond, list[bytes]]] = []
         with self._lock:
-            own = self._answer(request)  # an error of it leaves nothing behind
+            own = self._answer(request)  # may raise, before anything is changed
             if own is None:
                 self._waiting.append((request, respond))
             else:
                 answers.append((respond, own))
             progress = own is not None
-            while progress:  # an answered request may have set what another waits for
+            while progress:  # an answered request may have set keys for which another one waits
                 progress = False
                 for waiting in list(self._waiting):
                     answer = self._answer(waiting[0])
@@ -80,7 +80,7 @@ class Table:
             call(answer)
 
     def _answer(self, request: Request) -> list[bytes] | None:
-        """None if the operation has to wait for its keys."""
+        """The answer; None if the operation must wait for its keys."""
         keys, values = request.keys, request.values
         key = keys[0] if keys else ""
         match request.operation:
@@ -116,14 +116,14 @@ class Table:
 
 
 class PairStore(Store):  # type: ignore[misc]
-    """torch's view of the pair's store on one rank.
+    """torch's interface to the store, on one rank.
 
     Args:
-        link: this rank's end of the groups lane.
-        rank: the leader keeps the table.
+        link: this rank's end of the groups connection.
+        rank: this rank; the leader holds the table.
     """
 
-    def __init__(self, link: GroupLink, rank: int) -> None:
+    def __init__(self, link: GroupConnection, rank: int) -> None:
         super().__init__()
         self._link, self._rank = link, rank
         self._numbers = itertools.count()
@@ -185,20 +185,20 @@ class PairStore(Store):  # type: ignore[misc]
         return True
 
     def clone(self) -> PairStore:
-        """Itself: it may be used from any thread."""
+        """This store: it is thread-safe."""
         return self
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """How long `get` and `wait` wait unless they are told."""
+        """Sets how long `get` and `wait` wait by default."""
         self._limit = timeout
 
-    # As C++ calls them.
+    # The names that torch's C++ code calls.
     getNumKeys = num_keys
     deleteKey = delete_key
 
     @property
     def timeout(self) -> timedelta:
-        """How long `get` and `wait` wait unless they are told."""
+        """The time that `get` and `wait` wait by default."""
         return self._limit
 
     def _run(
@@ -230,25 +230,25 @@ _current: tuple[PairStore, int] | None = None
 _registered = False
 
 
-def open_groups(link: GroupLink, rank: int) -> None:
-    """From now on torch's process groups of this process, and their store, are the pair's."""
+def open_groups(link: GroupConnection, rank: int) -> None:
+    """Makes torch's process groups in this process, and their store, use the groups connection."""
     global _current, _registered
     if not _registered:
         register_rendezvous_handler("spark", _rendezvous)
         _registered = True
     if os.environ.get(_SPLIT_GROUPS, "0") not in ("", "0"):
-        logger.warning("%s is ignored: it would make groups of gloo, which needs ports of its own.", _SPLIT_GROUPS)
+        logger.warning("%s is ignored: it would create gloo groups, which open ports of their own.", _SPLIT_GROUPS)
         os.environ[_SPLIT_GROUPS] = "0"
     _current = PairStore(link, rank), rank
     use_messages(link)
     if not is_initialized():
-        # A start that failed in this process has counted its group, and torch names the next one by that count.
-        # The follower's process is a new one.
+        # torch names groups by a counter, which a failed start in this process has advanced. The follower's process is
+        # new, so both ranks start at 0.
         distributed_c10d._world.group_count = 0
 
 
 def close_groups() -> None:
-    """From now on torch makes its own groups in this process."""
+    """Makes torch create its own groups in this process again."""
     global _current
     _current = None
     use_messages(None)

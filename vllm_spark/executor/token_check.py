@@ -1,9 +1,9 @@
-"""Keeping the two ranks' tokens the same, and noticing at once if they are not.
+"""Detects at once if the two ranks sample different tokens, and keeps their random generators equal.
 
-Both ranks sample for themselves from the same gathered logits, and each feeds its own token into the next step.
-One draw too many from a random generator on one side would let them drift apart in silence. So the worker's
-generators are kept apart from whatever else runs in the leader's process, and both ranks keep a rolling digest
-of what they sampled, which the leader sends along with its calls and the follower compares.
+Both ranks sample on their own from the same gathered logits, and each uses its own token in the next step. One extra
+draw from a random generator on one rank would make their tokens differ, unnoticed. So `TokenDigest` is a rolling digest
+of the sampled tokens, which the leader sends with its calls and the follower compares. `WorkerRandomState` keeps the
+worker's generators separate from other users of the global ones in the leader's process.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 from vllm_spark.errors import SparkError
 
-_HISTORY = 4096  # steps; both sides are never further apart than the scheduler's queue, which is a handful
+_HISTORY = 4096  # steps; the ranks are never further apart than the scheduler's queue of a few steps
 
 
 class DriftError(SparkError):
     """The two ranks sampled different tokens in the same step."""
 
 
-class TokenLedger:
-    """A rolling digest over every step's sampled tokens, comparable with the other rank's. Thread-safe."""
+class TokenDigest:
+    """A rolling digest over the sampled tokens of every step, compared with the other rank's. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class TokenLedger:
         self._mine: OrderedDict[int, bytes] = OrderedDict()
         self._theirs: OrderedDict[int, bytes] = OrderedDict()
 
-    def record(self, output: Any) -> None:
+    def update(self, output: Any) -> None:
         """Adds one step: a vLLM `ModelRunnerOutput` (its request ids and sampled token ids).
 
         Raises:
@@ -50,12 +50,12 @@ class TokenLedger:
             self._compare(self._step)
 
     def state(self) -> tuple[int, bytes]:
-        """Steps recorded so far, and the 8-byte digest over them."""
+        """The number of steps so far, and the 8-byte digest over them."""
         with self._lock:
             return self._step, self._digest
 
     def compare(self, step: int, digest: bytes) -> None:
-        """Takes the other rank's digest after `step` steps.
+        """Compares the other rank's digest after `step` steps.
 
         Raises:
             DriftError: this rank's differs.
@@ -71,18 +71,18 @@ class TokenLedger:
         if mine is not None and theirs is not None and mine != theirs:
             raise DriftError(
                 f"the ranks sampled different tokens at step {step} (digest {mine.hex()} here, {theirs.hex()} there), "
-                "so that answers from there on may be wrong; start vllm serve again (vllm-spark join waits for it), "
+                "so the answers from there on may be wrong; start vllm serve again (vllm-spark join waits for it), "
                 "and if it happens again, compare both machines with vllm-spark doctor --peer, try without speculation "
-                "and without code of your own or the model's, and report what makes the difference"
+                "and without code of your own or the model's, and report which of them causes it"
             )
 
 
 class WorkerRandomState:
     """A context in which the worker's random generators are the process's global ones.
 
-    Outside of it the process has generators of its own, so that nothing but the worker advances the worker's:
-    torch's CPU generator and NumPy's global one. (A CUDA device's generator is used by the worker alone.)
-    About 4 us per use: torch's state is copied (5 KiB), NumPy's bit generator is swapped.
+    Outside of it the process uses other generators, so that only the worker advances the worker's: torch's CPU
+    generator and NumPy's global one. (Only the worker uses a CUDA device's generator.) It costs about 4 us per use:
+    torch's state is copied (5 KiB), NumPy's bit generator is swapped.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Parameters of vLLM's kernels: tables, what is valid, which one a launch gets, checks."""
+"""Parameters of vLLM's kernels: their tables, rules, look-up and checks."""

@@ -1,4 +1,4 @@
-"""Checks tuned tables without a GPU: all of a folder, those that come with this project and the user's own."""
+"""Checks the tuned tables in folders, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vllm_spark.kernels.marlin.check import check_marlin_table
 _FOLDERS = (marlin_table.FOLDER, fused_moe_table.FOLDER)
 _NAMES = ("E=", "kernel=")
 _NO_NAME = (
-    "its name is that of no table, and serving finds tables by name: kernel=... those of Marlin, E=... those of "
-    "FusedMoE; name it so, or take it out"
+    "its name is not the name of a table (kernel=... for Marlin, E=... for FusedMoE), and serving finds tables by "
+    "name; rename it or remove it"
 )
 
 
@@ -30,8 +30,8 @@ class CheckReport:
     Attributes:
         tables: every table that was looked at.
         findings: errors and notes, in the order of the tables.
-        compiler: the Triton by which kernels were compiled; None if they were not.
-        unchecked: what could not be checked here and why; empty if all was.
+        compiler: version of the Triton that compiled kernels; None if none were compiled.
+        unchecked: what could not be checked, and why.
     """
 
     tables: tuple[Path, ...]
@@ -53,11 +53,11 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
         compile_kernels: whether FusedMoE's kernels are compiled, where Triton and vLLM are installed.
 
     Raises:
-        ConfigurationError: one is no folder.
+        ConfigurationError: one of them is not a folder.
     """
     tables: list[Path] = []
     findings: list[Finding] = []
-    missing = "it was not asked for" if not compile_kernels else compile.unavailable()
+    missing = "--no-compile was given" if not compile_kernels else compile.unavailable()
     compile_row = compile.compile_row if missing is None else None
     source = compile.kernel_source()
     vllm_tables = None if source is None else source.parent / "configs"
@@ -91,11 +91,11 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
 
 
 def _tables(folder: Path) -> list[Path]:
-    """Every file that is, or is meant to be, a table or its provenance."""
+    """Every file whose name is that of a table or of its provenance."""
     try:
         found = [path for path in _files(folder) if path.name.startswith(_NAMES)]
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigurationError(f"{folder} is no folder; give one that has tables in it") from None
+        raise ConfigurationError(f"{folder} is not a folder; give one that has tables in it") from None
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be read ({error.strerror}); give another folder") from None
     for name in _FOLDERS:
@@ -109,32 +109,37 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Not by `glob`, which takes a folder that it may not read for an empty one."""
+    """JSON files in a folder. Unlike `glob`, raises OSError for a folder that cannot be read."""
     return sorted(path for path in folder.iterdir() if path.name.endswith(".json"))
 
 
 def _check_place(path: Path) -> Iterator[Finding]:
-    """Serving looks for tables of each kind in a folder of its own, within those that have these names."""
+    """Serving reads each kind of table from a subfolder named after it."""
     own = marlin_table.FOLDER if path.name.startswith("kernel=") else fused_moe_table.FOLDER
     if path.absolute().parent.name in {*_FOLDERS, "configs", "tuned"} - {own}:
         yield Finding(
             path,
             None,
             "error",
-            f"serving does not look for it in {path.parent}, but in a folder {own} of its own; move it there",
+            f"serving does not read {path.parent} for such tables; move it to a folder named {own}",
         )
     elif path.absolute().parent.name != own:
-        yield Finding(path, None, "note", f"to be used, it belongs into a folder {own}, in that of your own tables")
+        yield Finding(
+            path,
+            None,
+            "note",
+            f"serving reads such tables only from a folder named {own} within your folder of tables; move it there",
+        )
 
 
 def _check_orphan(path: Path, files: Sequence[Path]) -> Iterator[Finding]:
     table = path.with_name(path.name.removesuffix(PROVENANCE_SUFFIX) + ".json")
     if table not in files:
-        yield Finding(path, None, "error", f"it is the provenance of {table.name}, which is not there")
+        yield Finding(path, None, "error", f"it is the provenance of {table.name}, which does not exist")
 
 
 def _duplicates(tables: Sequence[Path]) -> Iterator[Finding]:
-    """Two tables of one name in a folder and its own folders: which one counts is nowhere written."""
+    """Two tables of one name in a folder and its subfolders: which one is used is undefined."""
     first: dict[tuple[str, Path], Path] = {}
     for path in tables:
         folder = path.parent
@@ -142,5 +147,5 @@ def _duplicates(tables: Sequence[Path]) -> Iterator[Finding]:
         other = first.setdefault((path.name, root), path)
         if other != path:
             yield Finding(
-                path, None, "error", f"there is another one for the same in {other.parent}; remove one of them"
+                path, None, "error", f"there is a second table of this name in {other.parent}; remove one of them"
             )

@@ -1,4 +1,4 @@
-"""What a GB10 can hold: the limits that a kernel's parameters must keep."""
+"""Limits of GPU models that kernels' parameters must keep."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GB10 = Device(
 )
 
 DEVICES = {GB10.name: GB10}
-"""Those whose limits are known here; tables of other devices are checked without limits of their device."""
+"""Devices with known limits; tables of other devices are checked without them."""
 
 
 def device_file_name(name: str) -> str:

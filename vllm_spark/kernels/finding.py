@@ -1,4 +1,4 @@
-"""What `vllm-spark tune --check` says about a table, and the rules that every kind of table must keep."""
+"""Findings of `vllm-spark tune --check`, and the rules that hold for every kind of table."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vllm_spark.kernels.devices import DEVICES
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
 
 TOLERATED_LOSS = 0.02
-"""Share of the default's time that a measured entry may lose: what two equal measurements differ by."""
+"""Largest measured slowdown of an entry, as a share of the default's time: the spread of repeated measurements."""
 
 _FARTHEST = 3
-"""How many times more tokens than a row's own a step may have that takes it, as the nearest."""
+"""Largest ratio of a step's tokens to those of the row that it uses as the nearest one."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a table, or that the reader should know.
+    """One error or note about a table.
 
     Attributes:
         table: the file.
@@ -36,7 +36,7 @@ class Finding:
 
 
 def device_findings(table: Path, device: str, rows: Iterable[Provenance | None]) -> Iterator[Finding]:
-    """About the name of the device that a table is for."""
+    """Findings about the device that a table is for."""
     if device in DEVICES:
         return
     rows = list(rows)
@@ -44,7 +44,7 @@ def device_findings(table: Path, device: str, rows: Iterable[Provenance | None])
     measured = {row.device for row in rows if row is not None and row.kind == "measured"}
     guessed = any(row is None or (row.kind == "derived" and row.rule != VLLM_DEFAULT) for row in rows)
     if measured == {device} and not guessed:
-        sentence = f"the limits of {device} are not known here; only what holds for every GPU was checked"
+        sentence = f"the limits of {device} are not known; only rules that hold for every GPU were checked"
         yield Finding(table, None, "note", sentence)
         return
     known = ", ".join(DEVICES)
@@ -52,17 +52,17 @@ def device_findings(table: Path, device: str, rows: Iterable[Provenance | None])
         table,
         None,
         "error",
-        f"it is for a device named {device!r}, on which its rows were not measured; tune there, or name the device "
-        f"that it is for, if it is known here ({known})",
+        f"its device is {device!r}, whose limits are not known, and its rows were not measured there; tune on that "
+        f"device, or use the name of a known one ({known})",
     )
 
 
 def provenance_findings(table: Path, row: int, device: str, provenance: Provenance | None) -> Iterator[Finding]:
-    """About where one entry came from."""
+    """Findings about the provenance of one entry."""
     if provenance is None:
-        yield Finding(table, row, "error", "nothing says where this row came from; add its provenance")
+        yield Finding(table, row, "error", "this row has no provenance; add it")
         return
-    if gaps := provenance.missing():
+    if gaps := provenance.missing_fields():
         yield Finding(table, row, "error", f"its provenance is {provenance.kind!r} and lacks {', '.join(gaps)}")
     if provenance.kind == "measured":
         if provenance.device not in (None, device):
@@ -74,7 +74,7 @@ def provenance_findings(table: Path, row: int, device: str, provenance: Provenan
 
 
 def reach_findings(table: Path, rows: Iterable[int]) -> Iterator[Finding]:
-    """About rows that far larger steps would take, because there is no nearer one."""
+    """Rows that are used for much larger steps, since no other row is nearer."""
     ordered = sorted(rows)
     for row, following in itertools.pairwise(ordered):
         farthest = (row + following) // 2
@@ -83,13 +83,13 @@ def reach_findings(table: Path, rows: Iterable[int]) -> Iterator[Finding]:
                 table,
                 row,
                 "error",
-                f"steps of up to {farthest} tokens would take it, as the nearest row; "
+                f"it is the nearest row, and so used, for steps of up to {farthest} tokens; "
                 f"add rows between {row} and {following}",
             )
 
 
 def spans(rows: Mapping[int, object], up_to: int) -> dict[int, tuple[int, int]]:
-    """For each row, the smallest and largest step up to `up_to` that takes it: of two equally near, the smaller row."""
+    """For each row, the smallest and largest step up to `up_to` that uses it; of two equally near rows the smaller."""
     ordered = sorted(rows)
     found: dict[int, tuple[int, int]] = {}
     start = 1

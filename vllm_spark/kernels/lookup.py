@@ -1,7 +1,6 @@
-"""Which table holds for a kernel's shape: the user's own first, then the one that comes with this project.
+"""Finds the table of a kernel's shape: first in the user's folder, then in this project's.
 
-Files are read once for an engine. A file that cannot be used costs its one shape, and a sentence in the log; so does a
-folder that cannot be read.
+Files are read once for an engine. A file or folder that cannot be read is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -26,22 +25,22 @@ logger = logging.getLogger("vllm_spark")
 
 
 def user_folder() -> Path | None:
-    """Where `vllm-spark tune` leaves this user's tables; None for a user without a home folder."""
+    """Where `vllm-spark tune` writes this user's tables; None for a user without a home folder."""
     folder = configuration_folder()
     return None if folder is None else folder / "tuned"
 
 
 def shipped_folder() -> Path:
-    """Where the tables are that come with this project."""
+    """The folder of the tables that come with this project."""
     return configs_folder()
 
 
 @functools.cache
 def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTable] | None:
-    """The table for `shape` and where it is; None if there is none that can be used.
+    """Path and content of the table for `shape`; None if there is no usable one.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
     """
     for folder in folders():
         path = folder / marlin.FOLDER / shape.file_name(device)
@@ -50,9 +49,9 @@ def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTabl
         try:
             table = load_marlin_table(path)
             if (table.device, table.shape) != (device, shape):
-                raise ConfigurationError(f"the Marlin table {path} is for another shape or device than its name says")
+                raise ConfigurationError(f"the Marlin table {path} is for another shape or device than its name")
         except ConfigurationError as error:
-            logger.warning("A tuned table is left out: %s.", error)
+            logger.warning("Ignoring a tuned table: %s.", error)
             continue
         return path, table
     return None
@@ -67,7 +66,7 @@ def table_files(device: str, kind: str) -> list[Path]:
     """Files that may be tables for `device`, the user's own first.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
         kind: their folder's name.
     """
     found: list[Path] = []
@@ -77,7 +76,7 @@ def table_files(device: str, kind: str) -> list[Path]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            logger.warning("Tuned tables are left out: %s cannot be read (%s).", folder / kind, error.strerror)
+            logger.warning("Ignoring tuned tables: %s cannot be read (%s).", folder / kind, error.strerror)
             continue
         found += [
             path
@@ -91,10 +90,10 @@ def table_files(device: str, kind: str) -> list[Path]:
 def find_fused_moe_table(
     device: str, experts: int, size_n: int, dtype: str | None, block_shape: tuple[int, int] | None
 ) -> tuple[Path, dict[int, dict[str, int]], FusedMoeProvenance] | None:
-    """Where the table for a shape is, its rows, and what is known of them; None if there is none that can be used.
+    """Path, rows and provenance of the table for a shape; None if there is no usable one.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
         experts: of this rank.
         size_n: an expert's intermediate width on this rank.
         dtype: vLLM's name of the format, as in its file names; None for bfloat16 and float16.
@@ -109,13 +108,13 @@ def find_fused_moe_table(
             table = load_fused_moe_table(path)
             provenance = load_fused_moe_provenance(path)
         except ConfigurationError as error:
-            logger.warning("A tuned table is left out: %s.", error)
+            logger.warning("Ignoring a tuned table: %s.", error)
             continue
         return path, dict(table.rows), provenance or FusedMoeProvenance()
     return None
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Makes the next look-up read the files again."""
     find_marlin_table.cache_clear()
     find_fused_moe_table.cache_clear()
@@ -125,11 +124,11 @@ def _is_there(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError as error:
-        logger.warning("A tuned table is left out: %s cannot be read (%s).", path, error.strerror)
+        logger.warning("Ignoring a tuned table: %s cannot be read (%s).", path, error.strerror)
         return False
 
 
 def folders() -> list[Path]:
-    """Where tables are looked for, in this order."""
+    """The folders that are searched for tables, in this order."""
     mine = user_folder()
     return [shipped_folder()] if mine is None else [mine, shipped_folder()]

@@ -1,4 +1,4 @@
-"""Tuned parameters in a process that runs a model for a pair: which tables it uses, and the lines that say so."""
+"""Tuned parameters in a process that runs a model: switches them on and off, selects tables, and logs the selection."""
 
 from __future__ import annotations
 
@@ -13,70 +13,70 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_spark.compat.patching import apply_all
-from vllm_spark.config.attachment import add_compiled
+from vllm_spark.config.attachment import add_to_compile_key
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels import lookup
 from vllm_spark.kernels.devices import DEVICES, Device, device_file_name
 from vllm_spark.kernels.fused_moe import table as fused_moe
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
-from vllm_spark.kernels.fused_moe.vllm_rows import made_with_others, renewed
+from vllm_spark.kernels.fused_moe.vllm_rows import outdated_rows, refreshed_rows
 from vllm_spark.kernels.marlin import table as marlin
 from vllm_spark.kernels.marlin.calls import MarlinCalls
 from vllm_spark.kernels.marlin.table import MarlinTable, load_marlin_table
 
 logger = logging.getLogger("vllm_spark")
 
-_READ_TABLES = ("TritonExperts", "BatchedTritonExperts")
-"""Classes of vLLM that run the kernel which reads FusedMoE tables; so do their subclasses."""
+_TABLE_READERS = ("TritonExperts", "BatchedTritonExperts")
+"""vLLM's classes whose kernel reads FusedMoE tables; their subclasses read them as well."""
 
-_READ_TABLES_AT_TIMES = "FallbackExperts"
-"""A class of vLLM whose subclasses choose between that kernel and another one, call by call."""
+_FALLBACK_BASE = "FallbackExperts"
+"""vLLM's class whose subclasses choose between that kernel and another one for each call."""
 
 
-_THIS_PROCESS = object()
-_served: Any = None  # the configuration of the engine that uses tables now; None for none
+_WHOLE_PROCESS = object()
+_active: Any = None  # configuration of the engine that uses tables now
 _widths_with_atomic_add: frozenset[tuple[int, int]] = frozenset()
 
 
 def start(vllm_config: Any = None) -> None:
-    """Makes vLLM use tuned tables in this process, until `stop`. To be called before it loads a model.
+    """Makes vLLM use tuned tables in this process, until `stop`. Must be called before a model is loaded.
 
     Args:
-        vllm_config: the engine's, which learns what of the tables becomes part of compiled code; None if nobody
-            calls `stop`.
+        vllm_config: the engine's, to which values that tables put into compiled code are added; None for a process
+            that uses tables until it exits.
     """
-    global _served, _widths_with_atomic_add
+    global _active, _widths_with_atomic_add
     apply_all("tuning")
-    _served = _THIS_PROCESS if vllm_config is None else vllm_config
-    _forget_choices()
+    _active = _WHOLE_PROCESS if vllm_config is None else vllm_config
+    _clear_caches()
     if not has_tables(device_name()):
-        logger.info("There are no tuned parameters for the device %s: vLLM's own stay.", device_name())
+        logger.info("No tuned tables for the device %s; vLLM's own parameters are used.", device_name())
     _widths_with_atomic_add = layers_with_atomic_add()
     if vllm_config is not None and (digest := compiled_digest()) is not None:
-        add_compiled(vllm_config, "atomic_add", digest)
+        add_to_compile_key(vllm_config, "atomic_add", digest)
 
 
 def stop(vllm_config: Any) -> None:
-    """Gives vLLM its own choices back, if it is the engine of `vllm_config` that uses tables; else does nothing."""
-    global _served, _widths_with_atomic_add
-    if _served is vllm_config:
-        _served = None
+    """Stops the use of tables, if the engine of `vllm_config` uses them; else does nothing."""
+    global _active, _widths_with_atomic_add
+    if _active is vllm_config:
+        _active = None
         _widths_with_atomic_add = frozenset()
-        _forget_choices()
+        _clear_caches()
 
 
 def is_active() -> bool:
     """Whether an engine of this process uses tuned tables now."""
-    return _served is not None
+    return _active is not None
 
 
-def adds_atomically(size_n: int, size_k: int) -> bool:
-    """Whether the tables say so of linear layers on Marlin with these widths. Compilers trace this."""
+def uses_atomic_add(size_n: int, size_k: int) -> bool:
+    """Whether Marlin's linear layers with these widths use atomic adds. torch.compile traces this."""
     return (size_n, size_k) in _widths_with_atomic_add
 
 
 def compiled_digest() -> str | None:
-    """Of what the tables change in compiled code: vLLM's compile cache must know it. None if they change nothing."""
+    """Digest of the values that tables put into compiled code, for the key of vLLM's compile cache; None if none."""
     if not _widths_with_atomic_add:
         return None
     return hashlib.sha256(repr(sorted(_widths_with_atomic_add)).encode()).hexdigest()[:16]
@@ -84,7 +84,7 @@ def compiled_digest() -> str | None:
 
 @functools.cache
 def device_name() -> str:
-    """Of the device that vLLM uses in this process, as in names of tables. Starts nothing on the device."""
+    """Name of the device that vLLM uses in this process, as in names of tables. Does not initialize the device."""
     from vllm.platforms import current_platform
 
     return device_file_name(str(current_platform.get_device_name()))
@@ -115,7 +115,7 @@ def has_tables(device: str) -> bool:
 
 @functools.cache
 def marlin_calls(operator: Callable[..., Any]) -> MarlinCalls | None:
-    """What tables change in calls of Marlin's operator for experts; None if none is for this device."""
+    """Overrides by tables in calls of Marlin's operator for experts; None without tables for this device."""
     device = this_device()
     if not lookup.has_marlin_tables_for_experts(device.name):
         return None
@@ -123,9 +123,9 @@ def marlin_calls(operator: Callable[..., Any]) -> MarlinCalls | None:
 
 
 def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
-    """Widths of output and input of the linear layers on Marlin for which every row of every table says atomic add.
+    """Output and input widths of Marlin's linear layers for which every row of every table uses atomic adds.
 
-    All rows, because vLLM decides for a layer while it compiles it, when the number of rows has no value yet.
+    All rows must agree, because vLLM decides when it compiles a layer, before the number of rows is known.
     """
     chosen: dict[str, MarlinTable] = {}
     for path in lookup.table_files(device_name(), marlin.FOLDER):
@@ -133,7 +133,7 @@ def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
             try:
                 chosen[path.name] = load_marlin_table(path)
             except ConfigurationError as error:
-                logger.warning("A tuned table is left out: %s.", error)
+                logger.warning("Ignoring a tuned table: %s.", error)
     from vllm_spark.backend.platform import compute_capability
 
     agreed: dict[tuple[int, int], bool] = {}
@@ -145,7 +145,7 @@ def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
     if not widths_with or (compute_capability() or (0, 0)) < (9, 0):
         return frozenset()
     for size_n, size_k in sorted(widths_with):
-        logger.info("Marlin, linear layers with N=%d, K=%d: atomic add, as in their tables.", size_n, size_k)
+        logger.info("Tuned Marlin tables: linear layers with N=%d, K=%d use atomic adds.", size_n, size_k)
     return widths_with
 
 
@@ -155,9 +155,11 @@ def choose_fused_moe_table(
     dtype: str | None,
     block_n: int | None,
     block_k: int | None,
-    of_vllm: Callable[[], dict[int, Any] | None],
+    vllm_lookup: Callable[[], dict[int, Any] | None],
 ) -> dict[int, Any] | None:
-    """The table for the Triton kernel: of vLLM's variable first, then the user's own, then this project's, then vLLM's.
+    """The rows for the Triton kernel; None if vLLM's rule applies.
+
+    They come from the first of: VLLM_TUNED_CONFIG_FOLDER, the user's tables, this project's tables, vLLM's tables.
 
     Args:
         experts: of this rank.
@@ -165,7 +167,7 @@ def choose_fused_moe_table(
         dtype: vLLM's name of the format.
         block_n: of weights that share a scale, if they do in blocks; None or 0 otherwise.
         block_k: likewise.
-        of_vllm: looks where vLLM looks.
+        vllm_lookup: vLLM's own look-up.
     """
     import vllm
     import vllm.envs as envs
@@ -176,49 +178,51 @@ def choose_fused_moe_table(
     theirs = envs.VLLM_TUNED_CONFIG_FOLDER
     name = shape.file_name(device)
     if envs.VLLM_BATCH_INVARIANT:
-        return of_vllm()
+        return vllm_lookup()
     if theirs is not None and os.path.exists(os.path.join(theirs, name)):
-        logger.info("Triton, %s: as in %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
-        return of_vllm()
+        logger.info("Triton table %s: from %s (VLLM_TUNED_CONFIG_FOLDER).", name, theirs)
+        return vllm_lookup()
     found = lookup.find_fused_moe_table(device, experts, size_n, dtype, block_shape)
     if found is None:
-        return _left_to_vllm(name, of_vllm, "there is no table of this name" if has_tables(device) else None)
+        return _fall_back(name, vllm_lookup, "no tuned table has this name" if has_tables(device) else None)
     path, rows, provenance = found
-    if provenance.says_nothing and path.is_relative_to(lookup.shipped_folder()):
-        return _left_to_vllm(name, of_vllm, f"the table in {path.parent} says no more than that")
-    # The name of a table for int4 does not tell the group, which vLLM gives as a block's height.
+    if provenance.is_all_default and path.is_relative_to(lookup.shipped_folder()):
+        return _fall_back(name, vllm_lookup, f"the table in {path.parent} only repeats vLLM's default")
+    # A table's name does not contain the group size of int4, which vLLM passes as block_k.
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
-        return _left_to_vllm(name, of_vllm, why)
-    outdated = made_with_others(provenance, vllm.__version__)
+        return _fall_back(name, vllm_lookup, why)
+    outdated = outdated_rows(provenance, vllm.__version__)
     if outdated:
         versions = ", ".join(dict.fromkeys(outdated.values()))
-        now = renewed(rows, outdated, shape, device)
+        now = refreshed_rows(rows, outdated, shape, device)
         if now is None:
-            why = f"the table in {path.parent} has rows that were the choice of vLLM {versions}; tune anew"
-            return _left_to_vllm(name, of_vllm, why)
-        logger.info("Triton, %s: of vLLM %s, not %s, are rows that nobody tuned.", name, vllm.__version__, versions)
+            why = f"the table in {path.parent} has default rows of vLLM {versions}; tune again"
+            return _fall_back(name, vllm_lookup, why)
+        logger.info(
+            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm.__version__
+        )
         rows = now
-    origins = dict.fromkeys(row.sentence() for row in provenance.rows.values())
-    logger.info("Triton, %s: as in %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
+    origins = dict.fromkeys(row.summary() for row in provenance.rows.values())
+    logger.info("Triton table %s: from %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
     return dict(rows)
 
 
-def _left_to_vllm(name: str, of_vllm: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:
-    """vLLM's own table, or None for its rule; the log says so, and `why`, unless there is nothing to tell."""
-    rows = of_vllm()
-    reason = "" if why is None else f", for {why}"
+def _fall_back(name: str, vllm_lookup: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:
+    """vLLM's own table, or None for its rule; logs which one is used, and `why`."""
+    rows = vllm_lookup()
+    reason = "" if why is None else f": {why}"
     if rows is not None:
-        logger.info("Triton, %s: the table that comes with vLLM%s.", name, reason)
+        logger.info("Triton table %s: the table that comes with vLLM is used%s.", name, reason)
     elif why is not None:
-        logger.info("Triton, %s: as vLLM chooses%s.", name, reason)
+        logger.info("Triton table %s: vLLM's default is used%s.", name, reason)
     return rows
 
 
-def tell_of_experts(worker: Any) -> None:
-    """Says of each kind of experts in a loaded model whose kernel reads no table, or may not, that this is so.
+def log_expert_backends(worker: Any) -> None:
+    """Logs the backends of a loaded model's experts that do not read FusedMoE tables, or do not in every call.
 
-    Those that read one say which when they first ask for it.
+    For the others, the table is logged when it is selected.
 
     Args:
         worker: vLLM's, with its model loaded.
@@ -226,7 +230,7 @@ def tell_of_experts(worker: Any) -> None:
     try:
         modules = list(worker.get_model().modules())
     except (AttributeError, NotImplementedError):
-        return  # a worker of another kind; nothing but a line in the log is lost
+        return  # a worker of another kind; only log lines are lost
     kinds: Counter[type] = Counter()
     for module in modules:
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
@@ -236,20 +240,20 @@ def tell_of_experts(worker: Any) -> None:
         kinds.update([type(experts)])
     for kind, layers in kinds.items():
         ancestors = {ancestor.__name__ for ancestor in kind.__mro__}
-        if ancestors.intersection(_READ_TABLES):
+        if ancestors.intersection(_TABLE_READERS):
             continue
         if "Marlin" in kind.__name__:
-            what = "it reads Marlin's tables, and none for Triton"
-        elif _READ_TABLES_AT_TIMES in ancestors:
-            what = "it reads a table only for calls that it leaves to Triton"
+            what = "uses Marlin tables, not FusedMoE tables"
+        elif _FALLBACK_BASE in ancestors:
+            what = "uses FusedMoE tables only for calls that it passes to Triton"
         else:
-            what = "it reads no table, vLLM's own choice stays"
-        logger.info("Experts of %d layers run on %s: %s.", layers, kind.__name__, what)
+            what = "does not use tables, vLLM's own choice stays"
+        logger.info("Experts of %d layers: %s %s.", layers, kind.__name__, what)
 
 
-def _forget_choices() -> None:
-    """What was found stays for an engine: the next one looks anew, and so does vLLM."""
-    lookup.forget()
+def _clear_caches() -> None:
+    """Makes the next engine, and vLLM, read tables again."""
+    lookup.clear_cache()
     marlin_calls.cache_clear()
     module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")
     clear = getattr(getattr(module, "get_moe_configs", None), "cache_clear", None)

@@ -1,4 +1,7 @@
-"""How every file of a table is read: no key twice, and numbers of tokens in their one usual form."""
+"""What tables of all kernels have in common: the provenance of an entry, and strict reading of their JSON files.
+
+Reading is strict in two ways: no key occurs twice, and a number of tokens has one spelling.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 VLLM_DEFAULT = "vllm-default"
-"""The rule of entries that leave the choice to vLLM: nothing better was measured, and nothing better can be argued."""
+"""The rule of entries that leave the choice to vLLM, since nothing better was measured."""
+
+LARGEST_ROW = 2**20
+"""Largest number of tokens of a row: more than any engine's step has, and few enough to iterate over."""
 
 
 class Provenance(BaseModel):
-    """What stands behind one entry. Every kind needs some of the fields; `missing` says which are not there.
+    """Where one entry comes from. Each kind requires some of the fields (`missing_fields`).
 
-    A table with gaps here still loads: serving needs the numbers alone, and `vllm-spark tune --check` finds the gaps.
+    A table without them still loads: serving needs only the parameters, and `vllm-spark tune --check` reports them.
 
     Attributes:
-        kind: `measured` here by the tuner, `published` by somebody else, or `derived` by a rule.
+        kind: `measured` here by the tuner, `published` by others, or `derived` by a rule.
         device: on which it was measured, as in file names (`NVIDIA_GB10`).
         date: of the measurement or publication.
         versions: of what it was measured with, for instance {"vllm": "0.33.0", "triton": "3.8.0"}.
@@ -41,7 +47,7 @@ class Provenance(BaseModel):
     rule: str | None = None
     note: str | None = None
 
-    def missing(self) -> list[str]:
+    def missing_fields(self) -> list[str]:
         """Names of the fields that its kind needs and that are empty."""
         needed = {
             "measured": ("device", "date", "versions", "gain"),
@@ -53,7 +59,7 @@ class Provenance(BaseModel):
             gaps.append("versions.vllm")
         return gaps
 
-    def sentence(self) -> str:
+    def summary(self) -> str:
         """In a few words, for logs: `measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default`."""
         if self.kind == "measured":
             words = [f"measured on {self.device or 'an unnamed device'}"]
@@ -65,12 +71,8 @@ class Provenance(BaseModel):
         if self.kind == "published":
             return f"published in {self.source or 'an unnamed place'}, not measured here"
         if self.rule == VLLM_DEFAULT:
-            return "vLLM's own choice, nothing better is measured"
+            return "vLLM's own choice, nothing better was measured"
         return f"derived ({self.rule or 'no rule named'}), not measured"
-
-
-LARGEST_ROW = 2**20
-"""Tokens of a step: more than any engine takes, and few enough to look at each."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -85,19 +87,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it does not hold a JSON object")
     return content
 
 
 def row_numbers(value: object) -> object:
-    """Refuses keys that are no numbers of tokens, or are written in more than one way (`01`), so that no row is double.
+    """Refuses keys that are not numbers of tokens in their one spelling (not `01`), so that no row occurs twice.
 
     For pydantic, before a field that maps numbers to rows.
     """
     if isinstance(value, dict):
         for key in value:
             if not is_row_number(str(key)):
-                raise ValueError(f"{reprlib.repr(key)} is no number of tokens from 1 to {LARGEST_ROW}")
+                raise ValueError(f"{reprlib.repr(key)} is not a number of tokens from 1 to {LARGEST_ROW}")
     return value
 
 
@@ -111,6 +113,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} is there twice, and readers of JSON drop one of them in silence")
+            raise ValueError(f"the key {key!r} occurs twice, and readers of JSON ignore one of them")
         found[key] = value
     return found

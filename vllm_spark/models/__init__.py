@@ -1,1 +1,1 @@
-"""What is known of models: configuration, layers, weights, shards, tiny ones made on the spot."""
+"""Models: configuration, layers, quantized weights, shards, and tiny models for tests."""

@@ -1,4 +1,4 @@
-"""Where a model's configuration comes from: a folder, a file, this project's own, or the hub."""
+"""Reads a model's config.json from a folder, a file, this project's `configs/models`, or the hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
-from vllm_spark.models.weights import OTHER_DESCRIPTIONS, described_quantization, refuse_other_descriptions
+from vllm_spark.models.weights import OTHER_QUANTIZATION_FILES, check_quantization_is_in_config, quantization_of
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""As the hub names models: of an owner, and not a path."""
+"""A model's name on the hub: OWNER/NAME, which is not a path."""
 
 
 def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
-    """Its name, and the content of its config.json: from a folder, a file, this project's, or the hub.
+    """The name of a model and the content of its config.json.
 
     Raises:
-        ConfigurationError: there is none, it is no JSON object, or it does not say how the weights are quantized.
+        ConfigurationError: the file is missing or not a JSON object, or the quantization is described in another file.
     """
     given, shipped = Path(model), configs_folder() / "models"
     names = ", ".join(sorted(path.name for path in shipped.iterdir() if path.is_dir()))
@@ -41,15 +41,15 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} is no JSON ({error})") from None
+        raise ConfigurationError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
-        raise ConfigurationError(f"{path} holds no JSON object, as a config.json does")
+        raise ConfigurationError(f"{path} does not hold a JSON object, as a config.json must")
     if path.name == "config.json":
-        if on_hub and not described_quantization(config):
-            for name in OTHER_DESCRIPTIONS:
+        if on_hub and not quantization_of(config):
+            for name in OTHER_QUANTIZATION_FILES:
                 with suppress(ConfigurationError):  # it has none
                     _from_hub(model, name, remedy)
-        refuse_other_descriptions(config, path.parent)
+        check_quantization_is_in_config(config, path.parent)
     return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
 
 
@@ -66,5 +66,5 @@ def _from_hub(model: str, name: str, remedy: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(
-            f"there is no model {model!r} here, and the hub gave none ({reason}); {remedy}"
+            f"there is no model {model!r} here, and it could not be read from the hub ({reason}); {remedy}"
         ) from None

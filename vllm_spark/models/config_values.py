@@ -1,4 +1,4 @@
-"""Values of a config.json by their types: what has another is one sentence with key and value."""
+"""Reads values of a config.json by type; a value of another type raises ConfigurationError with its key."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from vllm_spark.errors import ConfigurationError
 
 LARGEST = 2**31 - 1
-"""Of any number: kernels count in 32 bits."""
+"""Largest allowed number: kernels use 32-bit sizes."""
 
 
 def whole_number(config: Mapping[str, Any], key: str, least: int = 1, most: int = LARGEST) -> int | None:
-    """A number from `least` to `most`; None where there is none."""
+    """A number from `least` to `most`; None if missing."""
     value = config.get(key)
     if value is None:
         return None
@@ -23,7 +23,7 @@ def whole_number(config: Mapping[str, Any], key: str, least: int = 1, most: int 
 
 
 def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
-    """A list; an empty one where there is none."""
+    """A list; empty if missing."""
     value = config.get(key)
     if value is None:
         return ()
@@ -33,15 +33,15 @@ def items(config: Mapping[str, Any], key: str) -> Sequence[Any]:
 
 
 def names(config: Mapping[str, Any], *keys: str) -> list[str]:
-    """The first of the lists of text that is there and not empty, lists in it spread out."""
+    """The first list of strings that is not empty, with nested lists flattened."""
     for key in keys:
-        if found := _spread(key, items(config, key)):
+        if found := _flatten(key, items(config, key)):
             return found
     return []
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object; an empty one where there is none."""
+    """An object; empty if missing."""
     value = config.get(key)
     if value is None:
         return {}
@@ -51,7 +51,7 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def block(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
-    """Two widths, as in [128, 128] or, by an older custom, "128x128"; None where there are none."""
+    """Two widths, as in [128, 128] or, in an older format, "128x128"; None if missing."""
     value = config.get(key)
     if value is None:
         return None
@@ -62,15 +62,15 @@ def block(config: Mapping[str, Any], key: str) -> tuple[int, int] | None:
     raise _fault(key, config.get(key), "two numbers from 1 up, as in [128, 128]")
 
 
-def _spread(key: str, entries: Sequence[Any]) -> list[str]:
+def _flatten(key: str, entries: Sequence[Any]) -> list[str]:
     found: list[str] = []
     for entry in entries:
         if isinstance(entry, str):
             found.append(entry)
         elif isinstance(entry, list | tuple):
-            found += _spread(key, entry)
+            found += _flatten(key, entry)
         else:
-            raise _fault(key, entry, "a list of text alone")
+            raise _fault(key, entry, "a list of strings")
     return found
 
 

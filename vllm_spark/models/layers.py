@@ -2,7 +2,7 @@
 
 Shards as vLLM 0.33 makes them (`vllm/model_executor/models/`): query heads, intermediate widths and the heads of linear
 attention are divided by the tensor-parallel size; key and value heads are too, and repeated where there are fewer of
-them than ranks. Routers, embeddings, the output head, vision towers and draft layers are left out, for which there are
+them than ranks. Routers, embeddings, the output head, vision towers and draft layers are left out: their kernels have
 no tables.
 """
 
@@ -64,15 +64,15 @@ Layer = Dense | Experts
 
 
 def model_layers(config: Mapping[str, Any], tp: int) -> list[Layer]:
-    """What one of `tp` ranks multiplies in a forward pass, equal layers counted together.
+    """The layers that one of `tp` ranks multiplies in a forward pass, with a count for equal ones.
 
     Args:
         config: the content of config.json; the language model of a multimodal one is taken.
         tp: tensor-parallel size.
 
     Raises:
-        ConfigurationError: a model, or a quantization, that is not known here; a value that is missing or cannot be
-            divided among so many ranks.
+        ConfigurationError: the model or its quantization is not supported; a value is missing or cannot be divided
+            among the ranks.
     """
     if tp < 1:
         raise ConfigurationError(f"the tensor-parallel size is {tp}; it must be 1 or more")
@@ -89,7 +89,7 @@ def model_layers(config: Mapping[str, Any], tp: int) -> list[Layer]:
 
 
 _MOST_LAYERS = 10_000
-"""Each is looked at, since a checkpoint may treat each in its own way."""
+"""Largest number of layers: each is inspected, since a checkpoint may quantize each differently."""
 
 _Parts = tuple[str, ...]
 _QKV: _Parts = ("q_proj", "k_proj", "v_proj")
@@ -98,7 +98,7 @@ _NONE: _Parts = ()
 
 
 def _stored(layer: Layer, index: int, parts: _Parts, read: Reader, nested: bool) -> Layer:
-    """The layer with its weights, as its name in the checkpoint says."""
+    """The layer with its weights, found by its name in the checkpoint."""
     roots = ["model.layers"]
     if nested:
         roots += ["model.language_model.layers", "language_model.model.layers"]
@@ -115,19 +115,19 @@ _Kind = Callable[["_Model", int, "str | None"], _Found]
 
 
 class _Model:
-    """Numbers of a config.json, and their shares of one rank."""
+    """Values of a config.json, and one rank's share of them."""
 
     def __init__(self, config: Mapping[str, Any], tp: int) -> None:
         self._config = config
         self.tp = tp
 
     def kind(self, outer: str) -> _Kind:
-        """What yields the layers of this type of model."""
+        """The function that yields the layers of this type of model."""
         name = str(self._config.get("model_type") or outer)
         if name in _KINDS:
             return _KINDS[name]
         raise ConfigurationError(
-            f"the shapes of model_type {name or 'nothing'!r} are not known here; known are {', '.join(sorted(_KINDS))}"
+            f"model_type {name or 'nothing'!r} is not supported; supported are {', '.join(sorted(_KINDS))}"
         )
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -135,16 +135,16 @@ class _Model:
         return default if value is None else value
 
     def number(self, key: str, *others: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
-        """The first of the keys that is there."""
+        """The value of the first key that exists."""
         for name in (key, *others):
             if (value := whole_number(self._config, name, least, most)) is not None:
                 return value
         if default is None:
-            raise ConfigurationError(f"config.json has no {key}, which the shapes of its layers follow from")
+            raise ConfigurationError(f"config.json has no {key}, which determines the shapes of its layers")
         return default
 
     def share(self, what: str, value: int) -> int:
-        """Of this rank."""
+        """This rank's share."""
         if value % self.tp:
             raise ConfigurationError(
                 f"{what} is {value}, which {self.tp} ranks cannot divide; choose another tensor-parallel size"
@@ -171,7 +171,7 @@ class _Model:
         yield _dense(f"{name}.o_proj", hidden, own * head), _NONE
 
     def linear_attention(self, interleaved: bool, method: str | None) -> _Found:
-        """A gated delta net: fused query, key, value and gate, the two small projections, and the output's."""
+        """A gated delta net: fused query, key, value and gate, two small projections, and the output projection."""
         hidden = self.number("hidden_size")
         key_heads, value_heads = self.number("linear_num_key_heads"), self.number("linear_num_value_heads")
         self.share("linear_num_key_heads", key_heads)
@@ -193,7 +193,7 @@ class _Model:
         yield _dense(f"{name}.down_proj", hidden, own), _NONE
 
     def experts(self, name: str, experts: int, what: str, intermediate: int) -> _Found:
-        """Routed experts, each divided in width."""
+        """Routed experts, each sharded along its width."""
         top_k = self.number("num_experts_per_tok", "experts_per_token")
         if not 0 < top_k <= experts:
             raise ConfigurationError(f"num_experts_per_tok is {top_k} of {experts} experts in config.json")
@@ -201,7 +201,7 @@ class _Model:
         yield Experts(name, experts, top_k, self.number("hidden_size"), own, 0, _UNREAD), _NONE
 
     def has_experts(self, index: int) -> bool:
-        """Whether this layer is sparse, by Qwen's rule."""
+        """Whether this layer has experts, by Qwen's rule."""
         return (
             self.number("num_experts", least=0) > 0
             and (index + 1) % self.number("decoder_sparse_step", default=1) == 0
@@ -209,14 +209,14 @@ class _Model:
         )
 
     def is_full_attention(self, index: int) -> bool:
-        """Whether this layer has attention over all tokens, in a model that mixes it with linear attention."""
+        """Whether this layer has full attention, in a model that mixes it with linear attention."""
         if self.get("layer_types") is None:
             return (index + 1) % self.number("full_attention_interval", default=4) == 0
         types = items(self._config, "layer_types")
         if index >= len(types):
-            raise ConfigurationError(f"layer_types in config.json says nothing about layer {index}")
+            raise ConfigurationError(f"layer_types in config.json has no entry for layer {index}")
         if types[index] not in ("full_attention", "linear_attention"):
-            raise ConfigurationError(f"layer {index} is of type {types[index]!r}, which is not known here")
+            raise ConfigurationError(f"layer {index} is of type {types[index]!r}, which is not supported")
         return bool(types[index] == "full_attention")
 
 

@@ -1,8 +1,8 @@
-"""Quantized models whose groups of weights do not fit into halves: scales are repeated, so that each stands for fewer.
+"""Regroups quantized models whose quantization groups are not aligned to the ranks' shards.
 
-A matrix that is split along its input has a scale for each group of, say, 128 inputs. With 1408 inputs each rank has
-704 of them, five and a half groups, which no kernel takes. Written twice, the same scale stands for two groups of 64,
-and 704 is 11 of those. Every weight keeps its value, bit for bit. Scales are 6 % of the bytes then, not 3 %.
+A matrix that is split along its input has one scale for each group of, for example, 128 inputs. Of 1408 inputs each
+rank has 704: five and a half groups, which no kernel supports. Repeated once, each scale stands for two groups of 64,
+and 704 is 11 of those. Every weight keeps its value, bit for bit; scales grow from 3 % of the bytes to 6 %.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from vllm_spark.models.weights import Int4, Int8
 logger = logging.getLogger("vllm_spark")
 
 GROUP_SIZES = (32, 64, 128)
-"""That vLLM has kernels for."""
+"""Group sizes that vLLM has kernels for."""
 
 _ATTRIBUTE = "spark_repeated_scales"
 _PATCH = "repeated-scales"
 _DIVIDED_INPUTS = frozenset({"o_proj", "out_proj", "down_proj"})
-"""Linear layers that are divided along their input; all others are along their output, where no group is cut."""
+"""Linear layers that are sharded along their input; the others are sharded along their output, which cuts no group."""
 _WIDTHS = {
     "mlp.down_proj": "intermediate_size",
     "mlp.shared_expert.down_proj": "shared_expert_intermediate_size",
 }
-"""Inputs of layers that have a name in config.json."""
+"""Keys of config.json that hold the input widths of layers."""
 _ALL_EXPERTS = frozenset({"mixtral", "phimoe", "granitemoe", "minimax_m2"})
-"""Types of models whose `intermediate_size` is that of their experts, and whose layers all have some."""
+"""Model types whose `intermediate_size` is the width of their experts, and whose layers all have experts."""
 _LOADERS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "mistral", "npcache", "pt", "dummy"})
-"""Load formats of the loader whose weights are repeated, and the one that has none."""
+"""Load formats of the loader whose scales are repeated, and `dummy`, which loads no weights."""
 
 
 @dataclass(frozen=True)
-class Straddling:
-    """A width that the ranks share in parts which are no whole number of groups.
+class MisalignedGroups:
+    """A sharded width whose share of one rank is not a multiple of the group size.
 
     Attributes:
         name: of the width.
-        size: of all ranks together.
-        ranks: among which it is divided.
+        size: the width, before it is sharded.
+        ranks: that share it.
         group_size: weights that share a scale.
-        experts: whether it is that of routed experts.
+        experts: whether it is the width of routed experts.
     """
 
     name: str
@@ -60,25 +60,26 @@ class Straddling:
     experts: bool = False
 
     @property
-    def part(self) -> int:
-        """Of one rank."""
+    def per_rank(self) -> int:
+        """The width of one rank's shard."""
         return self.size // self.ranks
 
-    def sentence(self) -> str:
-        """What is the matter, to be followed by what is done about it."""
+    def reason(self) -> str:
+        """The misalignment as a sentence without its end."""
         return (
-            f"{self.name} is {self.size}, and a rank's {self.part} are no whole number "
-            f"of quantization groups of {self.group_size}"
+            f"{self.name} is {self.size}, and the {self.per_rank} of one rank are not a multiple of "
+            f"the quantization group size {self.group_size}"
         )
 
 
-def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
-    """Makes vLLM's configuration one with smaller groups, if the model's own do not fit into a rank's part.
+def apply_regrouping(vllm_config: Any, ranks: int) -> None:
+    """Changes vLLM's configuration to smaller groups, if the model's own are not aligned to the shards.
 
-    The weights follow when they are loaded (`repeated`).
+    The scales are repeated when the weights are loaded (`repeat_scales`).
 
     Raises:
-        ConfigurationError: they do not fit, and nothing helps; the sentence names width, group and a remedy.
+        ConfigurationError: the groups are misaligned and cannot be made smaller; the message names the width, the
+            group size and a remedy.
     """
     model_config = vllm_config.model_config
     described = _description(model_config.hf_config)
@@ -86,76 +87,78 @@ def repeat_where_groups_straddle(vllm_config: Any, ranks: int) -> None:
     if described is None or group_size is None or group_size <= 0:
         return
     config = _Attributes(model_config.hf_config, model_config.hf_text_config)
-    found = straddling(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
+    found = misaligned_groups(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
     if not found:
         return
-    smaller = math.gcd(group_size, *(each.part for each in found))
-    # Of several, the one that no repetition would help.
-    worst = min(found, key=lambda each: math.gcd(group_size, each.part))
+    smaller = math.gcd(group_size, *(each.per_rank for each in found))
+    # Of several, the one with the smallest possible groups.
+    worst = min(found, key=lambda each: math.gcd(group_size, each.per_rank))
     if reason := _obstacle(described, group_size, smaller, vllm_config.load_config.load_format):
         if described["quant_method"] != "compressed-tensors" and all(each.experts for each in found):
-            return  # vLLM has a kernel for these, a slow one
+            return  # vLLM has a (slow) kernel for these
         remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
-        raise ConfigurationError(f"{worst.sentence()} ({reason}); {remedy}, or serve it without {FLAG}")
+        raise ConfigurationError(f"{worst.reason()} ({reason}); {remedy}, or serve it without {FLAG}")
     drafts = _drafts_of_the_same_weights(vllm_config, described, group_size)
-    asked = [str(described["quant_method"]), group_size // smaller]
+    request = [str(described["quant_method"]), group_size // smaller]
     for hf_config in (model_config.hf_config, *drafts):
-        setattr(hf_config, _ATTRIBUTE, asked)
+        setattr(hf_config, _ATTRIBUTE, request)
         if (its := _description(hf_config)) is not None:
             _set_group_size(its, smaller)
     vllm_config.quant_config = type(vllm_config).get_quantization_config(model_config, vllm_config.load_config)
     logger.info(
-        "%s: their scales are repeated, so that each stands for %d weights; every weight keeps its value.",
-        worst.sentence(),
+        "%s: each scale is repeated, for groups of %d; the values of the weights do not change.",
+        worst.reason(),
         smaller,
     )
 
 
-def straddling(config: Mapping[str, Any], group_size: int, ranks: int, expert_parallel: bool) -> list[Straddling]:
-    """The widths of a model's quantized layers whose parts are no whole number of groups.
+def misaligned_groups(
+    config: Mapping[str, Any], group_size: int, ranks: int, expert_parallel: bool
+) -> list[MisalignedGroups]:
+    """The sharded widths of a model's quantized layers that are not multiples of the group size.
 
     Args:
         config: the content of config.json.
-        group_size: weights that share a scale, where its layers do not say otherwise.
-        ranks: among which a width is divided.
-        expert_parallel: experts are not divided, but distributed.
+        group_size: weights that share a scale, unless a layer has its own.
+        ranks: that share a width.
+        expert_parallel: experts are distributed, and not sharded.
     """
     try:
         widths = _widths_of_layers(config, ranks)
-    except ConfigurationError:  # a model whose layers are not known here
+    except ConfigurationError:  # a model with unknown layers
         text = config.get("text_config")
         widths = _widths_of_numbers(text if isinstance(text, Mapping) else config, group_size, ranks)
     return [
         each
         for each in widths
-        # A width that is no whole number of groups itself is that of layers which are not quantized.
+        # A width that is not a multiple of the group size before sharding belongs to unquantized layers.
         if each.size > each.group_size > 0
         and each.size % each.group_size == each.size % ranks == 0
-        and each.part % each.group_size
+        and each.per_rank % each.group_size
         and not (each.experts and expert_parallel)
     ]
 
 
-def _widths_of_layers(config: Mapping[str, Any], ranks: int) -> list[Straddling]:
-    """Of the layers that there are and that are quantized in groups."""
+def _widths_of_layers(config: Mapping[str, Any], ranks: int) -> list[MisalignedGroups]:
+    """The input widths of the model's layers that are quantized in groups."""
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
-    found: dict[Straddling, None] = {}
+    found: dict[MisalignedGroups, None] = {}
     for layer in model_layers(config, 1):
         if not isinstance(layer.weights, Int4 | Int8):
             continue
         group_size = layer.weights.group_size
         if isinstance(layer, Experts):
             name = next((n for n in ("moe_intermediate_size", "intermediate_size") if text.get(n)), layer.name)
-            found[Straddling(name, layer.intermediate, ranks, group_size, experts=True)] = None
+            found[MisalignedGroups(name, layer.intermediate, ranks, group_size, experts=True)] = None
         elif layer.name.rpartition(".")[2] in _DIVIDED_INPUTS:
             name = _WIDTHS.get(layer.name, f"the input width of {layer.name}")
-            found[Straddling(name, layer.size_k, ranks, group_size)] = None
+            found[MisalignedGroups(name, layer.size_k, ranks, group_size)] = None
     return list(found)
 
 
-def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> list[Straddling]:
-    """Of the layers that numbers in a config.json may stand for, quantized or not."""
+def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> list[MisalignedGroups]:
+    """The input widths of layers, quantized or not, that numbers in config.json suggest."""
 
     def size(name: str) -> int:
         value = text.get(name)
@@ -175,13 +178,13 @@ def _widths_of_numbers(text: Mapping[str, Any], group_size: int, ranks: int) -> 
     elif not _every_layer_is_sparse(text):
         widths["intermediate_size"] = size("intermediate_size")
     return [
-        *(Straddling(name, width, ranks, group_size) for name, width in widths.items()),
-        *(Straddling(name, width, ranks, group_size, experts=True) for name, width in of_experts.items()),
+        *(MisalignedGroups(name, width, ranks, group_size) for name, width in widths.items()),
+        *(MisalignedGroups(name, width, ranks, group_size, experts=True) for name, width in of_experts.items()),
     ]
 
 
 def _every_layer_is_sparse(text: Mapping[str, Any]) -> bool:
-    """Whether no layer has an MLP without experts, as far as config.json says so in one of the usual ways."""
+    """Whether config.json says, by one of the usual keys, that every layer has experts."""
     if not text.get("moe_intermediate_size"):
         return False
     if isinstance(types := text.get("mlp_layer_types"), list | tuple) and types:
@@ -191,8 +194,8 @@ def _every_layer_is_sparse(text: Mapping[str, Any]) -> bool:
     return text.get("first_k_dense_replace") == 0 and text.get("moe_layer_freq", 1) == 1
 
 
-def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """A config.json with the groups that `repeat_where_groups_straddle` gives its model; else a plain copy.
+def regrouped_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """A copy of a config.json with the groups that `apply_regrouping` uses for its model.
 
     Args:
         config: the content of config.json.
@@ -213,27 +216,27 @@ def with_groups_that_fit(config: Mapping[str, Any], ranks: int) -> dict[str, Any
     group_size = None if described is None else _group_size(described)
     if described is None or group_size is None or group_size <= 0:
         return fitting
-    smaller = math.gcd(group_size, *(each.part for each in straddling(fitting, group_size, ranks, False)))
+    smaller = math.gcd(group_size, *(each.per_rank for each in misaligned_groups(fitting, group_size, ranks, False)))
     if smaller != group_size and smaller in GROUP_SIZES and _obstacle_in_format(described, group_size) is None:
         _set_group_size(described, smaller)
     return fitting
 
 
-def repeated(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterator[tuple[str, Any]]:
-    """Weights as they come from a file, those that are scales or zero points repeated if the configuration says so.
+def repeat_scales(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterator[tuple[str, Any]]:
+    """The weights, with scales and zero points repeated if `apply_regrouping` changed the configuration.
 
     Args:
-        weights: names and torch tensors.
+        weights: names and torch tensors, as loaded from files.
         hf_config: the model's configuration.
 
     Raises:
-        ConfigurationError: a scale has a shape that is not known here.
+        ConfigurationError: a scale does not have two dimensions.
     """
-    asked = getattr(hf_config, _ATTRIBUTE, None)
-    if asked is None:
+    request = getattr(hf_config, _ATTRIBUTE, None)
+    if request is None:
         yield from weights
         return
-    method, times = asked
+    method, times = request
     endings, dimension = _PLACES[method]
     for name, tensor in weights:
         if name.endswith(endings):
@@ -253,11 +256,11 @@ _PLACES: dict[str, tuple[tuple[str, ...], int]] = {
     "auto-round": _SCALES_BY_ROW,
     "compressed-tensors": ((".weight_scale", ".weight_zero_point"), 1),
 }
-"""For each format: how names of scales and zero points end, and the dimension in which groups are counted."""
+"""For each format: suffixes of the names of scales and zero points, and the dimension of the groups."""
 
 
 class _Attributes(Mapping[str, Any]):
-    """vLLM's configuration of a model, to be read like the content of its config.json."""
+    """vLLM's configuration of a model as a mapping like the content of its config.json."""
 
     def __init__(self, hf_config: Any, text_config: Any) -> None:
         self._of = hf_config
@@ -279,10 +282,10 @@ class _Attributes(Mapping[str, Any]):
 
 
 def _drafts_of_the_same_weights(vllm_config: Any, described: Mapping[str, Any], group_size: int) -> list[Any]:
-    """The configuration of the draft model, if it is read from the served model's own files; vLLM builds it alike.
+    """The configuration of the draft model, if it is loaded from the served model's files, and so has the same groups.
 
     Raises:
-        ConfigurationError: it is read from others, is quantized, and may be built with the served model's groups.
+        ConfigurationError: it is loaded from other files, is quantized, and may get the served model's groups.
     """
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
@@ -293,18 +296,17 @@ def _drafts_of_the_same_weights(vllm_config: Any, described: Mapping[str, Any], 
     alike = its is None or (its["quant_method"] == described["quant_method"] and _group_size(its) == group_size)
     if alike and draft.model in (served.model, getattr(served, "model_weights", None)):
         return [draft.hf_config]
-    # A draft model of the method that is called so has groups of its own in any case.
+    # With the method "draft_model", the draft model always has its own groups.
     if its is not None and getattr(speculative, "method", None) != "draft_model":
         raise ConfigurationError(
-            f"the draft model {draft.model} is quantized, and may be given the smaller groups that halves of "
-            f"{served.model} need; use a draft model that is not quantized, leave --speculative-config out, or serve "
-            f"it without {FLAG}"
+            f"the draft model {draft.model} is quantized, and vLLM may use the smaller groups of {served.model} for "
+            f"it; use a draft model that is not quantized, leave --speculative-config out, or serve it without {FLAG}"
         )
     return []
 
 
 def _description(hf_config: Any) -> MutableMapping[str, Any] | None:
-    """What the model says of its quantization; where vLLM looks for it."""
+    """The model's quantization config, from where vLLM reads it; None for a method without groups to repeat."""
     for owner, name in (
         (hf_config, "quantization_config"),
         (getattr(hf_config, "text_config", None), "quantization_config"),
@@ -318,7 +320,7 @@ def _description(hf_config: Any) -> MutableMapping[str, Any] | None:
 
 
 def _group_size(described: MutableMapping[str, Any]) -> int | None:
-    """The group size of whole-numbered weights; of several, the largest, for none may straddle. None: all others."""
+    """The (largest) group size of integer weights; None for all others."""
     if described["quant_method"] != "compressed-tensors":
         size = described.get("group_size", described.get("q_group_size"))
         return size if isinstance(size, int) and described.get("data_type", "int") == "int" else None
@@ -334,12 +336,12 @@ def _weights_of(described: MutableMapping[str, Any]) -> list[MutableMapping[str,
 
 
 def _rules_of(described: MutableMapping[str, Any]) -> list[MutableMapping[str, Any]]:
-    """What a checkpoint says of single layers."""
+    """Overrides of the quantization config for single layers."""
     return _objects(described, "dynamic") + _objects(described, "extra_config")
 
 
 def _objects(described: MutableMapping[str, Any], key: str) -> list[MutableMapping[str, Any]]:
-    """Those under a key. What is none is left to vLLM, which knows best what is wrong with it."""
+    """The objects under a key. Anything else is skipped: vLLM reports it."""
     found = described.get(key)
     return [each for each in found.values() if isinstance(each, MutableMapping)] if isinstance(found, Mapping) else []
 
@@ -347,7 +349,7 @@ def _objects(described: MutableMapping[str, Any], key: str) -> list[MutableMappi
 def _obstacle(described: MutableMapping[str, Any], group_size: int, smaller: int, load_format: Any) -> str | None:
     """Why scales of this model cannot be repeated for smaller groups; None if they can."""
     if smaller not in GROUP_SIZES:
-        return f"groups of {smaller} would fit, and Marlin has no kernel for those"
+        return f"groups of {smaller} would be aligned, but Marlin has no kernel for them"
     load_format = str(getattr(load_format, "value", load_format))
     if load_format not in _LOADERS:
         return f"repeating their scales does not work with --load-format {load_format}"
@@ -363,10 +365,10 @@ def _obstacle_in_format(described: MutableMapping[str, Any], group_size: int) ->
             if weights.get("strategy") != "group" or weights.get("group_size") != group_size:
                 return "its layers are quantized in different ways"
             if weights.get("actorder") in ("group", "dynamic", True):
-                return "its groups are not of neighbours (actorder)"
+                return "its groups are not contiguous (actorder)"
         return None
     if described.get("desc_act"):
-        return "its groups are not of neighbours (desc_act)"
+        return "its groups are not contiguous (desc_act)"
     for rule in _rules_of(described):
         bits = rule.get("bits")
         if rule.get("group_size", group_size) != group_size and not (isinstance(bits, int) and bits >= 16):

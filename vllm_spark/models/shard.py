@@ -1,6 +1,6 @@
-"""One rank's share of a model as a model of its own, so that its decode step can be timed on one GPU.
+"""One rank's shard of a model as a complete model, so that its decode step can be timed on one GPU.
 
-The kernels have the sizes that they have on a rank of the pair; only the collectives are not there.
+The kernels have the same sizes as on a rank of the pair; there are no collectives.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def shard_as_model(config: Mapping[str, Any], tp: int) -> dict[str, Any]:
             if name in numbers:
                 part[name], rest = divmod(numbers[name], tp)
                 if rest:
-                    model_layers(config, tp)  # refuses it, unless no layer has this width
+                    model_layers(config, tp)  # raises, unless no layer has this width
         if _VOCABULARY in numbers:
             part[_VOCABULARY] = -(-numbers[_VOCABULARY] // tp)  # vLLM pads what does not divide
     return shard
 
 
 def _heads(name: str, heads: int, tp: int) -> int:
-    """Of one rank; of fewer key-value heads than ranks, each rank has one."""
+    """Heads of one rank; with fewer key-value heads than ranks, each rank has one."""
     if name == "num_key_value_heads" and 0 < heads < tp and tp % heads == 0:
         return 1
     if heads % tp:

@@ -1,7 +1,7 @@
-"""Tiny models with random weights, made on the spot: no hub, no download, a second of work.
+"""Tiny models with random weights, generated in about a second without a download.
 
-They have the shape of the real thing (grouped-query attention, a mixture of experts, a chat template), so a
-server does every collective that it does for a large model; what they say is noise.
+They have the structure of large models (grouped-query attention, a mixture of experts, a chat template), so that a
+server runs the same collectives as for those. The text that they generate is random.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     f"{{% if add_generation_prompt %}}{TURN_START}assistant\n{{% endif %}}"
 )
 TOKENIZER_TEXTS = 120
-"""How many files of the standard library the tokenizer learns from: more makes it slower, not better."""
+"""Files of the standard library that the tokenizer is trained on: more of them take longer and do not help."""
 
 
 def make_tiny_model(folder: Path, kind: ModelKind, seed: int = 0) -> Path:

@@ -1,6 +1,6 @@
 """How the weights of a model's layers are stored, from the `quantization_config` of its config.json.
 
-Which layers a checkpoint leaves alone is written in five ways; each is read as vLLM 0.33 reads it.
+There are five formats in which a checkpoint lists its unquantized layers; each is read as vLLM 0.33 reads it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_spark.models.config_values import block, names, section
 
 @dataclass(frozen=True)
 class Int4:
-    """Four bits a weight, a scale for each group (-1: for a column), with AWQ a zero point too."""
+    """4-bit integers with one scale for each group (-1: for each column), and with AWQ a zero point."""
 
     group_size: int
     zero_points: bool = False
@@ -26,26 +26,26 @@ class Int4:
 
 @dataclass(frozen=True)
 class Int8:
-    """Eight bits a weight, 16-bit activations; a scale for each group (-1: for a column)."""
+    """8-bit integers with 16-bit activations, and one scale for each group (-1: for each column)."""
 
     group_size: int
 
 
 @dataclass(frozen=True)
 class Fp8Block:
-    """Eight-bit floats, weights and activations; a scale for each block of (columns, rows)."""
+    """fp8 weights and activations, with one scale for each block of (columns, rows)."""
 
     block: tuple[int, int] = (128, 128)
 
 
 @dataclass(frozen=True)
 class Fp8Channel:
-    """Eight-bit floats, weights and activations; a scale for a channel, or for the whole tensor."""
+    """fp8 weights and activations, with one scale for each channel or for the whole tensor."""
 
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """Four-bit floats, a scale for 32 of them."""
+    """4-bit floats with one scale for each 32 of them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ Weights = Int4 | Int8 | Fp8Block | Fp8Channel | Mxfp4 | Bf16
 
 @dataclass(frozen=True)
 class LayerName:
-    """Where a layer is in the model.
+    """The names of a layer.
 
     Attributes:
         fused: vLLM's names for it; a nested model has several spellings.
@@ -72,11 +72,11 @@ class LayerName:
 
 
 Reader = Callable[[LayerName], Weights]
-"""Says how the weights of a layer are stored."""
+"""Returns how the weights of a layer are stored."""
 
 
 def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
-    """What tells the weights of each layer, and the method's name (None for a model that is not quantized).
+    """The function that returns a layer's weights, and the method's name (None for an unquantized model).
 
     Args:
         config: the whole config.json.
@@ -84,7 +84,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     Raises:
         ConfigurationError: a method, or a number of bits, that no table here is for.
     """
-    quantization = described_quantization(config)
+    quantization = quantization_of(config)
     if not quantization:
         return (lambda name: Bf16()), None
     if not isinstance(quantization, Mapping):
@@ -103,38 +103,38 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     if method not in readers:
         known = ", ".join(sorted(readers))
         raise ConfigurationError(
-            f"weights quantized by {method or 'an unnamed method'!r} have no tables here; there are tables for {known}"
+            f"weights quantized by {method or 'an unnamed method'!r} have no tables; supported are {known}"
         )
     return readers[method](quantization), method
 
 
-OTHER_DESCRIPTIONS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside config.json that describe the quantization in some checkpoints: of ModelOpt, GPTQ and AWQ."""
+OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Other files that describe the quantization in some checkpoints: of ModelOpt, GPTQ and AWQ."""
 
 
-def refuse_other_descriptions(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a model whose quantization is described in another file, which would be tuned as if it had none.
+def check_quantization_is_in_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model whose quantization is described in another file: it would be tuned as an unquantized model.
 
     Args:
         config: the content of config.json.
         folder: where that is.
 
     Raises:
-        ConfigurationError: there is such a file, and config.json says nothing.
+        ConfigurationError: there is such a file, and config.json does not describe a quantization.
     """
-    if described_quantization(config):
+    if quantization_of(config):
         return
-    for name in OTHER_DESCRIPTIONS:
+    for name in OTHER_QUANTIZATION_FILES:
         with suppress(OSError):  # what cannot be read is not there
             if (folder / name).is_file():
                 raise ConfigurationError(
                     f"{folder / name} may say how the weights are quantized, and only config.json is read here; "
-                    "describe it there, as quantization_config, or take that file away"
+                    "describe it there, as quantization_config, or remove that file"
                 )
 
 
-def described_quantization(config: Mapping[str, Any]) -> Any:
-    """What a config.json says of how weights are quantized, where vLLM looks for it; None if nothing."""
+def quantization_of(config: Mapping[str, Any]) -> Any:
+    """The quantization config in a config.json, from where vLLM reads it; None if there is none."""
     found = config.get("quantization_config")
     if found is None and isinstance(text := config.get("text_config"), Mapping):
         found = text.get("quantization_config")
@@ -230,9 +230,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Reader:
     groups = [section(described, name) for name in described]
     ignore = names(config, "ignore")
     if not groups:
-        raise ConfigurationError(
-            "quantization_config of compressed-tensors has no config_groups; which layers are meant?"
-        )
+        raise ConfigurationError("quantization_config of compressed-tensors has no config_groups; add them")
     kinds = [(names(group, "targets"), _compressed_group(group, config)) for group in groups]
 
     def matches(part: str, targets: list[str]) -> bool:
@@ -256,7 +254,7 @@ def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> We
     """How one group of compressed-tensors stores its weights."""
     weights = section(group, "weights")
     if not weights:
-        raise ConfigurationError("a group of compressed-tensors says nothing about its weights; tables need that")
+        raise ConfigurationError("a group of compressed-tensors does not describe its weights; add its weights")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     layout = str(group.get("format") or config.get("format") or "")
     if kind == "int" and not group.get("input_activations"):
@@ -268,8 +266,8 @@ def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> We
     if kind == "float" and bits == 4 and "mxfp4" in layout:
         return Mxfp4()
     raise ConfigurationError(
-        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} has no tables here; "
-        "there are tables for 4-bit and 8-bit integers with 16-bit activations, fp8 and mxfp4"
+        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} has no tables; "
+        "supported are 4-bit and 8-bit integers with 16-bit activations, fp8 and mxfp4"
     )
 
 
@@ -278,7 +276,7 @@ def _integers(bits: int, group_size: int, zero_points: bool) -> Weights:
         return Int4(group_size, zero_points)
     if bits == 8:
         return Int8(group_size)
-    raise ConfigurationError(f"weights of {bits} bits have no tables here; there are tables for 4 and 8 bits")
+    raise ConfigurationError(f"weights of {bits} bits have no tables; supported are 4 and 8 bits")
 
 
 def _number(config: Mapping[str, Any], key: str, method: str) -> int:
@@ -319,5 +317,5 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigurationError(
-            f"{pattern!r} in quantization_config is no regular expression ({error}); correct config.json"
+            f"{pattern!r} in quantization_config is not a regular expression ({error}); correct config.json"
         ) from None

@@ -1,4 +1,7 @@
-"""What the Python processes that this project starts have in common: they end with it, and import what it imports."""
+"""Parent and child processes: starting a module of this project, ending with the parent, and detecting vLLM's engine.
+
+For the parent: `python_module` and `end_with_parent`. For the child: `watch_parent` and `in_engine_process`.
+"""
 
 from __future__ import annotations
 
@@ -15,46 +18,43 @@ from types import FrameType
 from vllm_spark.errors import EXIT_LOST
 
 KILL_SECONDS = 10.0
-"""How long the kernel may take to end what was sent SIGKILL: a process in a long disk read takes a moment."""
+"""Seconds in which a process must end after SIGKILL: the kernel waits for a running disk read."""
 
 _PR_SET_PDEATHSIG = 1
-# A folder named vllm_spark where the user happens to be must not become the child's package (Python 3.11 and later).
+_ENGINE_MAIN = ("vllm.v1.engine.core", "run_engine_core")  # module and main function of vLLM's engine process
+# Keeps a folder named vllm_spark in the working directory from being imported (Python 3.11 and later).
 _SAFE_PATH = ["-P"] if sys.version_info >= (3, 11) else []
 
 
 def python_module(name: str, *arguments: str) -> list[str]:
-    """The command that runs a module of this project, with the Python that runs this."""
+    """The command that runs a module of this project with the running Python."""
     return [sys.executable, *_SAFE_PATH, "-m", name, *arguments]
 
 
 def end_with_parent(parent: int) -> Callable[[], None]:
-    """A child's first act: ask the kernel to kill it when its parent dies, by whatever cause."""
+    """A `preexec_fn` that makes the kernel kill the child when its parent ends, for whatever cause."""
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def arrange() -> None:
+    def set_death_signal() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the kernel was asked
+        if os.getppid() != parent:  # it ended before the call
             os._exit(EXIT_LOST)
 
-    return arrange
-
-
-_MAIN_OF_AN_ENGINE = ("vllm.v1.engine.core", "run_engine_core")
-"""The function, with its module, that vLLM runs in the process that it starts for an engine."""
+    return set_death_signal
 
 
 def in_engine_process() -> bool:
-    """Whether the caller runs, in this thread, inside what vLLM started a process for: an engine."""
+    """Whether this thread runs the main function of vLLM's engine process."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _MAIN_OF_AN_ENGINE:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _ENGINE_MAIN:
             return True
         frame = frame.f_back
     return False
 
 
 def watch_parent(on_death: Callable[[], None]) -> None:
-    """Calls `on_death`, in a thread of its own, when the process that started this one dies, by whatever cause.
+    """Calls `on_death`, in a thread of its own, when the parent process ends, for whatever cause.
 
     Does nothing in a process that was not started by another Python process.
     """

@@ -1,4 +1,4 @@
-"""What ends another thread's wait in `poll`, from any thread and at any time."""
+"""An eventfd that ends another thread's wait in `poll`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import threading
 
 
-class WakeUp:
-    """A descriptor that is readable once `ring` was called, until `hush`.
+class EventFd:
+    """A descriptor that is readable after `set`, until `clear`. Thread-safe.
 
-    After `close` both do nothing. Whoever comes late would otherwise write to a descriptor that is closed, or that is
-    somebody else's by then.
+    After `close` both do nothing: a late call would otherwise write to a closed descriptor, or to another file that has
+    got its number.
     """
 
     def __init__(self) -> None:
@@ -22,14 +22,14 @@ class WakeUp:
         """The descriptor, for poll; -1 once closed."""
         return self._descriptor
 
-    def ring(self) -> None:
-        """Wakes up who waits, or who waits next."""
+    def set(self) -> None:
+        """Makes the descriptor readable: ends the present wait in `poll`, or the next one."""
         with self._lock:
             if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
 
-    def hush(self) -> None:
-        """Forgets all ringing so far. For the thread that waits, before it looks for what it was woken up for."""
+    def clear(self) -> None:
+        """Makes it unreadable again. For the waiting thread, before it checks what `set` was called for."""
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._descriptor >= 0:
                 os.eventfd_read(self._descriptor)

@@ -1,4 +1,4 @@
-"""What both ranks of a pair need to share one machine, for the demo, the benchmarks and the tests."""
+"""Environment and ports for two ranks on one machine, for the demo, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CPU_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""What vLLM's CPU build needs so that two small ranks share one machine; the cache is 1 GiB for each."""
+"""Variables with which two small ranks of vLLM's CPU build can share one machine; the KV cache is 1 GiB for each."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of the loopback address that nothing listens on now."""
+    """Different ports of the loopback address on which nothing listens now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for open_socket in sockets:

@@ -1,7 +1,6 @@
-"""Programs run as a person runs them: real processes, each in a session of its own, its output in a file.
+"""Child processes of the demo, the benchmarks and the tests: each in a session of its own, with its output in a file.
 
-The demo, the benchmarks and the tests are built on this. A server has children (vLLM's engine, its workers); whatever
-happens, `Process.terminate` leaves none of them behind.
+A server has children (vLLM's engine, its workers); `Process.terminate` ends all of them.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 
-OF_A_PAIR = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
-"""Variables that say who leads, who follows and how: a caller's own settings, or those of a torchrun around it."""
+LAUNCH_VARIABLES = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+"""Matches variables that make a process leader or follower: this project's settings and torchrun's variables."""
 
-FOREIGN = re.compile(rf"{OF_A_PAIR.pattern}|VLLM_")
-"""All that would change what a server does: vLLM's settings as well."""
+SETTING_VARIABLES = re.compile(rf"{LAUNCH_VARIABLES.pattern}|VLLM_")
+"""Matches variables that change how a server works: the same, and vLLM's settings."""
 
 
 class ProcessError(SparkError):
-    """A program ended too early, or did not do in time what was waited for; `process` is that program."""
+    """A program ended too early, or a condition was not met in time; `process` is that program."""
 
     def __init__(self, message: str, process: Process | None = None) -> None:
         super().__init__(message)
@@ -44,14 +43,14 @@ class ProcessError(SparkError):
 
 
 class Process:
-    """One running program and everything that it started.
+    """A running program and the processes that it started.
 
     Args:
-        name: how messages call it.
+        name: its name in messages.
         argv: program and arguments.
-        log: file that takes its standard output and error; made anew.
+        log: file for its standard output and error; overwritten.
         environment: its whole environment; default: this process's own.
-        end_with_starter: the kernel kills it when the thread that starts it here is gone, even by SIGKILL.
+        end_with_starter: the kernel kills it when the thread that started it ends, even by SIGKILL.
 
     Raises:
         ProcessError: the program could not be started.
@@ -103,7 +102,7 @@ class Process:
         return "\n".join(self.output().splitlines()[-lines:])
 
     def descendants(self) -> list[psutil.Process]:
-        """The living processes that it started, directly or not, also those whose parent is gone."""
+        """The running processes that it started, directly or not, also those whose parent has ended."""
         found = set(self._seen)
         with suppress(psutil.NoSuchProcess):
             found.update(psutil.Process(self.pid).children(recursive=True))
@@ -111,7 +110,7 @@ class Process:
             with suppress(ProcessLookupError, PermissionError, psutil.NoSuchProcess):
                 if pid != self.pid and os.getsid(pid) == self.pid:
                     found.add(psutil.Process(pid))
-        self._seen = {process for process in found if _lives(process)}
+        self._seen = {process for process in found if _is_alive(process)}
         return sorted(self._seen, key=lambda process: process.pid)
 
     def wait(self, timeout: float) -> int:
@@ -129,7 +128,7 @@ class Process:
         """Waits until its output holds a match of the regular expression, at most `timeout` seconds.
 
         Raises:
-            ProcessError: it ended without, or the time is over.
+            ProcessError: it ended without a match, or the time is over.
         """
         compiled = re.compile(pattern, re.MULTILINE)
         return self.wait_until(lambda: compiled.search(self.output()), timeout, f"printed {pattern!r}")
@@ -140,14 +139,14 @@ class Process:
         Args:
             condition: asked ten times a second.
             timeout: seconds.
-            what: the condition in words, as in "the server has not WHAT": a participle.
+            what: the condition in words, a participle, as in "the server has not WHAT".
 
         Raises:
             ProcessError: the program ended before, or the time is over.
         """
         deadline = time.monotonic() + timeout
         while True:
-            ended = self.exit_code  # asked first: what it printed before its end still counts
+            ended = self.exit_code  # read first: output printed before its end still counts
             if value := condition():
                 return value
             if ended is not None:
@@ -157,13 +156,13 @@ class Process:
             time.sleep(POLL_SECONDS)
 
     def terminate(self, grace: float = 20.0) -> None:
-        """Ends it and everything that it started; does nothing to what has already ended.
+        """Ends it and the processes that it started; does nothing if they have ended.
 
-        SIGTERM goes to the program alone, which ends its children in its own order; after `grace` seconds
-        SIGKILL goes to all that are left.
+        SIGTERM goes to the program only, which ends its children; after `grace` seconds SIGKILL goes to all that are
+        left.
 
         Raises:
-            ProcessError: something survived SIGKILL.
+            ProcessError: a process survived SIGKILL.
         """
         self.descendants()
         if self.exit_code is None:
@@ -174,10 +173,10 @@ class Process:
         self.kill9()
 
     def kill9(self) -> None:
-        """Sends SIGKILL to it and everything that it started.
+        """Sends SIGKILL to it and the processes that it started.
 
         Raises:
-            ProcessError: something still runs `KILL_SECONDS` later.
+            ProcessError: one of them still runs `KILL_SECONDS` later.
         """
         deadline = time.monotonic() + KILL_SECONDS
         while self.exit_code is None or self.descendants():
@@ -193,24 +192,26 @@ class Process:
 
 
 def program(name: str) -> str:
-    """Path of a console script that is installed beside the running Python.
+    """Path of a console script in the environment of the running Python.
 
     Raises:
-        ProcessError: there is none of that name.
+        ProcessError: there is no such script.
     """
     path = Path(sysconfig.get_path("scripts")) / name
     if not path.exists():
-        raise ProcessError(f"the program `{name}` is not installed beside this Python: {path} does not exist")
+        raise ProcessError(
+            f"the program `{name}` is not installed in the environment of this Python: {path} does not exist"
+        )
     return str(path)
 
 
-def clean_environment(without: re.Pattern[str] = FOREIGN) -> dict[str, str]:
+def clean_environment(without: re.Pattern[str] = SETTING_VARIABLES) -> dict[str, str]:
     """This process's environment without the variables whose names match from their start."""
     return {name: value for name, value in os.environ.items() if not without.match(name)}
 
 
 def answers(url: str) -> bool:
-    """True if `url` answers 200 within two seconds; no proxy is asked."""
+    """True if `url` returns status 200 within two seconds; without a proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2) as response:
@@ -219,7 +220,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

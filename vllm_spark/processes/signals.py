@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM during a start, which may wait for the other machine for minutes.
 
-vLLM's engine only takes a note of them until it has started, and its API server swallows the first one while it waits
-for its engine. Here they raise, so that whatever waits is left at once and everything is released on the way.
+Until its start is complete, vLLM's engine only records them, and its API server ignores the first one while it waits
+for its engine. Here they raise an exception, so that a wait ends at once and resources are released.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest(BaseException):
-    """A stop signal, on its way out: no handler of errors is meant to stop it, as with KeyboardInterrupt."""
+    """A stop signal. Like KeyboardInterrupt it is not an Exception, so that error handlers do not catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -27,7 +27,7 @@ class StopRequest(BaseException):
 
 
 def raise_on_stop_signals() -> dict[signal.Signals, Any]:
-    """Lets the stop signals raise StopRequest in the main thread from now on; returns the handlers before.
+    """Makes the stop signals raise StopRequest in the main thread; returns the previous handlers.
 
     Does nothing on another thread, where Python allows no handlers.
     """
@@ -38,7 +38,7 @@ def raise_on_stop_signals() -> dict[signal.Signals, Any]:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While active, the stop signals end the context.
+    """A context that the stop signals end.
 
     Raises:
         StoppedError: one of them came.

@@ -1,20 +1,30 @@
-"""Whether tuned tables make a whole decode step faster: with and without them, in turns, in real engines."""
+"""Comparison of whole decode steps with and without tuned tables, in real engines that take turns.
+
+It decides which rows of a search go into a table.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_spark.bench import decode
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import write_whole
-from vllm_spark.models.regroup import with_groups_that_fit
+from vllm_spark.files import atomic_write_text
+from vllm_spark.models.regroup import regrouped_config
 from vllm_spark.models.shard import shard_as_model
-from vllm_spark.processes.group import Stage
+from vllm_spark.processes.group import ProcessGroup
+from vllm_spark.tune.results import Outcome
+
+MAX_KEPT_RATIO = 0.995
+"""Largest ratio of a decode step's time, tuned over untuned, at which its rows are kept.
+
+The medians of two identical engines differ by less than this over several rounds.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared.
+    """Settings of a comparison.
 
     Attributes:
         config: of the model; one rank's shard of it is run, without collectives.
@@ -42,7 +52,7 @@ class Settings:
         batches: sequences decoded together.
         rounds: engines started for each side.
         steps: timed for each batch in a round.
-        compile: with torch.compile, as vLLM does by itself.
+        compile: with torch.compile, which is vLLM's default.
         engine: more arguments of `vllm.LLM`.
         timeout: seconds for one engine.
     """
@@ -60,7 +70,7 @@ class Settings:
 
 def compare(
     settings: Settings,
-    stage: Stage,
+    stage: ProcessGroup,
     on_engine: Callable[[str, int], None],
     on_note: Callable[[str], None],
 ) -> list[Comparison]:
@@ -68,19 +78,19 @@ def compare(
 
     Args:
         on_engine: called with the side and the round (from 0) before each engine starts.
-        on_note: called with a sentence for each engine that failed after its figures were complete.
+        on_note: called with a sentence for each engine that failed after its measurements were complete.
 
     Raises:
         SparkError: an engine failed; its logs are on the stage.
     """
     if settings.tables.name != "tuned" or settings.tables.parent.name != "vllm-spark":
         raise ConfigurationError(
-            f"{settings.tables} is no folder of a user's tables; its path ends in vllm-spark/tuned"
+            f"{settings.tables} is not a folder of user tables: its path must end in vllm-spark/tuned"
         )
     model = stage.folder / "shard"
-    shard = shard_as_model(with_groups_that_fit(settings.config, settings.tp), settings.tp)
-    write_whole(model / "config.json", json.dumps(shard), "configuration")
-    # The folder has no preprocessor's files, which vLLM would ask for to look at pictures.
+    shard = shard_as_model(regrouped_config(settings.config, settings.tp), settings.tp)
+    atomic_write_text(model / "config.json", json.dumps(shard), "configuration")
+    # The folder has no preprocessor files, which vLLM needs for images.
     engine = {"language_model_only": True} if isinstance(shard.get("text_config"), dict) else {}
     report = decode.measure(
         decode.Settings(
@@ -99,6 +109,29 @@ def compare(
         on_engine,
     )
     for failed_end in report.failed_ends.values():
-        on_note(f"{failed_end}, after its figures were complete; --keep-logs keeps what it said")
+        on_note(f"{failed_end}, after its measurements were complete; --keep-logs keeps its output")
     rows = {(row.candidate, row.batch): row.medians for row in report.rows}
     return [Comparison(batch, rows["untuned", batch], rows["tuned", batch]) for batch in settings.batches]
+
+
+def is_kept(ratio: float) -> bool:
+    """Whether the rows of a decode step are kept.
+
+    Args:
+        ratio: of the step's time, tuned over untuned.
+    """
+    return ratio < MAX_KEPT_RATIO
+
+
+def promoted(outcomes: Iterable[Outcome], ratios: Mapping[int, float]) -> list[Outcome]:
+    """The outcomes, with vLLM's default in rows whose decode step did not become faster.
+
+    Args:
+        outcomes: of the search.
+        ratios: of a decode step's time, tuned over untuned, by batch; a row is decided by the batch nearest to it.
+    """
+    kept: list[Outcome] = []
+    for outcome in outcomes:
+        batch = min(ratios, key=lambda known: abs(known - outcome.rows))
+        kept.append(outcome if is_kept(ratios[batch]) else outcome.with_default())
+    return kept

@@ -1,7 +1,7 @@
-"""Writes the tables that come with this project and that nobody measured: `python -m vllm_spark.tune.derive`.
+"""Writes the derived tables that come with this project: `python -m vllm_spark.tune.derive`.
 
-For a GB10 nothing is measured yet. Without a measurement nothing that is known justifies another choice than vLLM's own
-(docs/tuning.md), so every entry is that, and says so. The tables name the shapes that the tuner is for.
+Nothing has been measured on a GB10 yet, and without a measurement nothing justifies other parameters than vLLM's own
+(docs/tuning.md). So every entry is vLLM's default, and its provenance says so. The tables list the shapes to tune.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ _FP8 = (
 
 
 def write_tables(folder: Path) -> list[Path]:
-    """Writes the derived tables into `folder` and returns what it wrote; a table that says more than they do stays."""
+    """Writes the derived tables into `folder` and returns their paths; keeps tables with other entries."""
     written = []
     for shape, models in _marlin_shapes().items():
         path = folder / marlin_table.FOLDER / shape.file_name(GB10.name)
-        if not path.exists() or _says_nothing(load_marlin_table(path)):
+        if not path.exists() or _is_all_default(load_marlin_table(path)):
             written.append(store_marlin_table(_marlin_table(shape, models), path.parent))
     for moe_shape, models in _fused_moe_shapes().items():
         path = folder / fused_moe_table.FOLDER / moe_shape.file_name(GB10.name)
         there = load_fused_moe_provenance(path)
-        if there is None or there.says_nothing:
+        if there is None or there.is_all_default:
             table = default_table(moe_shape)
             provenance = FusedMoeProvenance(models=models, rows=dict.fromkeys(table.rows, _DEFAULT))
             written.append(store_fused_moe_table(moe_shape, GB10.name, table, provenance, path.parent))
     return written
 
 
-def _says_nothing(table: MarlinTable) -> bool:
+def _is_all_default(table: MarlinTable) -> bool:
     return all(row.provenance == _DEFAULT for row in table.rows.values())
 
 
@@ -109,7 +109,7 @@ def _fused_moe_shapes() -> Mapping[FusedMoeShape, tuple[str, ...]]:
 
 
 def main() -> None:
-    """Writes them where they belong."""
+    """Writes the tables into `configs/`."""
     for path in write_tables(configs_folder()):
         print(path)
 

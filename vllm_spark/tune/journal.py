@@ -1,4 +1,8 @@
-"""What a tuner has measured so far, line by line, so that a search that is interrupted goes on where it was."""
+"""The journal of a search: one JSON line for each result, so that an interrupted search can be continued.
+
+A line holds the device and the versions that it was measured with. Lines of another device or of other versions are
+ignored. A line that is incomplete, for example after a power failure, is ignored too.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ Parameters = MarlinParameters | FusedMoeParameters
 
 
 class _Line(BaseModel):
-    """One line, and with what it was measured: another driver or vLLM measures anew (`versions`)."""
+    """One line, with the device and the versions that it was measured with."""
 
     device: str
     versions: dict[str, str]
@@ -39,7 +43,7 @@ class _OutcomeLine(_Line):
 
 
 class _HangLine(_Line):
-    """Parameters with which a kernel does not end."""
+    """Parameters with which a kernel hangs."""
 
     hung: Parameters
     shape: Shape
@@ -50,7 +54,7 @@ _AnyLine = TypeVar("_AnyLine", bound=_Line)
 
 @dataclass(frozen=True)
 class Kept:
-    """What went into a table: the outcome, or the default in its place; and the models that it was tuned for."""
+    """An entry of a table: the outcome (perhaps with the default as its winner), and the models that it is for."""
 
     outcome: Outcome
     models: tuple[str, ...]
@@ -60,9 +64,9 @@ class Journal:
     """The journal of a folder of tables.
 
     Args:
-        folder: made if need be.
-        device: on which is measured, as in file names.
-        versions: of what it is measured with; lines of others are kept and not used.
+        folder: created if needed.
+        device: that is measured, as in file names.
+        versions: of the software; lines of other versions are kept and ignored.
 
     Raises:
         ConfigurationError: the folder cannot be made or written.
@@ -74,7 +78,7 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab+") as file:
-                # A line that was cut off must not take the next one with it.
+                # A line that was cut off must not swallow the next one.
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     if file.read() != b"\n":
@@ -85,19 +89,19 @@ class Journal:
             ) from None
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While inside, no other tuner writes here.
+    def exclusive(self) -> Iterator[None]:
+        """Locks the journal against other tuners.
 
         Raises:
-            SparkError: another one does.
+            SparkError: another tuner holds the lock.
         """
         with self._path.open("ab") as file:
-            with suppress(OSError):  # of a file system without locks
+            with suppress(OSError):  # a file system without locks
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise SparkError(
-                        f"another vllm-spark tune is at work in {self._path.parent}; wait for its end, or end it"
+                        f"another vllm-spark tune is running in {self._path.parent}; wait for it, or stop it"
                     ) from None
             yield
 
@@ -111,7 +115,7 @@ class Journal:
         return {(line.outcome.shape, line.outcome.rows): line.outcome for line in lines if line.stage == "searched"}
 
     def kept(self) -> dict[tuple[Shape, int], Kept]:
-        """What this device and these versions left in tables, by shape and rows; the newest of each.
+        """Entries of tables of this device and these versions by shape and rows; the newest of each.
 
         Raises:
             ConfigurationError: the journal cannot be read.
@@ -125,7 +129,7 @@ class Journal:
         return found
 
     def hung(self) -> set[Parameters]:
-        """With which a kernel did not end, for any shape, on this device with these versions.
+        """Parameters with which a kernel hung, for any shape, on this device with these versions.
 
         Raises:
             ConfigurationError: the journal cannot be read.
@@ -133,7 +137,7 @@ class Journal:
         return {line.hung for line in self._lines(_HangLine)}
 
     def _lines(self, kind: type[_AnyLine]) -> Iterator[_AnyLine]:
-        """A line that is none, for instance cut off when the machine lost its power, is passed over."""
+        """The valid lines of one kind of this device and these versions."""
         try:
             content = self._path.read_bytes()
         except OSError as error:
@@ -149,26 +153,26 @@ class Journal:
                 yield line
 
     def add(self, outcome: Outcome) -> None:
-        """Writes down what a search found, and waits until the disk has it.
+        """Appends the outcome of a search, and syncs the file.
 
         Raises:
-            SparkError: the disk is full, or fails.
+            SparkError: the file cannot be written, for example since the disk is full.
         """
         self._write([_OutcomeLine(device=self._device, versions=self._versions, outcome=outcome)])
 
     def add_hang(self, shape: Shape, parameters: Parameters) -> None:
-        """Writes down that a kernel does not end with these parameters, and waits until the disk has it.
+        """Appends parameters with which a kernel hangs, and syncs the file.
 
         Raises:
-            SparkError: the disk is full, or fails.
+            SparkError: the file cannot be written, for example since the disk is full.
         """
         self._write([_HangLine(device=self._device, versions=self._versions, hung=parameters, shape=shape)])
 
-    def keep(self, kept: Sequence[Kept]) -> None:
-        """Writes down what goes into tables, and waits until the disk has it.
+    def add_kept(self, kept: Sequence[Kept]) -> None:
+        """Appends entries of tables, and syncs the file.
 
         Raises:
-            SparkError: the disk is full, or fails.
+            SparkError: the file cannot be written, for example since the disk is full.
         """
         self._write(
             _OutcomeLine(
@@ -191,9 +195,9 @@ class Journal:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of vLLM, torch, Triton and this project, and of NVIDIA's driver where there is one.
+    """Versions of vLLM, torch, Triton, this project and, if there is one, NVIDIA's driver.
 
-    Asks the packages themselves: some are distributed under other names.
+    They are read from the packages' modules, since some are distributed under other names.
     """
     import torch
     import triton

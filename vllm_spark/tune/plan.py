@@ -1,16 +1,25 @@
-"""What a run of the tuner is for: a model's shapes at each size, or why there is nothing to tune."""
+"""The options and the plan of a tuning run, and checks that need neither a GPU nor vLLM.
+
+They come before anything slow is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm_spark.compat.versions import installed_vllm, triton_runs_int4_experts
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
+from vllm_spark.kernels.lookup import user_folder
 from vllm_spark.models.config import read_model_config
-from vllm_spark.models.weights import described_quantization
+from vllm_spark.models.regroup import regrouped_config
+from vllm_spark.models.shard import shard_as_model
+from vllm_spark.models.weights import quantization_of
 from vllm_spark.tune.results import Shape, tunable_rows
 from vllm_spark.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
 
@@ -23,9 +32,44 @@ _NOTHING = {
 }
 
 
+LARGEST_ROWS = 8
+"""Tokens of the largest step that gets an entry: larger batches are served well by vLLM's own rule."""
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """What is tuned, and how.
+
+    Attributes:
+        model: a folder or file with a config.json, or a model's name.
+        tp: tensor parallel sizes.
+        kernels: which kernels are tuned.
+        rows: tokens of decode steps, in ascending order, up to `LARGEST_ROWS`.
+        out: folder of the tables; None for the folder that serving reads (`lookup.user_folder`).
+        decode: whether engines compare decode steps with and without the tables.
+        rounds: engines that each side of that comparison decodes with.
+        engine: further arguments of `vllm.LLM` for these engines.
+        timeout: seconds for one engine.
+        keep_logs: folder that keeps the engines' output; None to delete it.
+        plot: image file that the times are drawn into; None for no plot.
+    """
+
+    model: str
+    tp: tuple[int, ...] = (2,)
+    kernels: Kernels = "auto"
+    rows: tuple[int, ...] = tuple(range(1, LARGEST_ROWS + 1))
+    out: Path | None = None
+    decode: bool = True
+    rounds: int = 4
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 900.0
+    keep_logs: Path | None = None
+    plot: Path | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is tuned.
+    """The shapes that are tuned.
 
     Attributes:
         config: of the model.
@@ -38,8 +82,46 @@ class Plan:
     labels: dict[Shape, list[str]]
 
 
+def prepare(options: TuningOptions) -> tuple[Plan, Path]:
+    """The plan and the folder of the tables; creates no file and no folder.
+
+    Raises:
+        ConfigurationError: the model is not known or has nothing to tune, a file or folder cannot be written, or no
+            shard of the model can be made for the comparison of decode steps.
+    """
+    plan = make_plan(options.model, options.tp, options.kernels, options.rows)
+    folder = options.out or user_folder()
+    if folder is None:
+        raise ConfigurationError("this user has no home folder for the tables; give a folder with --out")
+    _check_folder(folder, "--out")
+    if options.plot is not None:
+        from vllm_spark.bench.collective_report import check_plot
+
+        check_plot(options.plot)
+        check_writable(options.plot)
+    if options.decode:
+        if options.keep_logs is not None:
+            _check_folder(options.keep_logs, "--keep-logs")
+        for model, _ in plan.sizes:  # found out now, not after the search
+            shard_as_model(regrouped_config(plan.config, model.tp), model.tp)
+    return plan, folder
+
+
+def _check_folder(folder: Path, option: str) -> None:
+    """Raises ConfigurationError if `folder`, given by `option`, cannot be created or written."""
+    try:
+        parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    except OSError as error:
+        raise ConfigurationError(
+            f"the folder {folder} cannot be written ({error.strerror}); give another with {option}"
+        ) from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "is protected" if parent.is_dir() else "is a file"
+        raise ConfigurationError(f"the folder {folder} cannot be written: {parent} {what}; give another with {option}")
+
+
 def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[int]) -> Plan:
-    """What there is to tune; asks neither for a GPU nor for vLLM.
+    """The shapes to tune; needs neither a GPU nor vLLM.
 
     Args:
         model: a folder or file with a config.json, or a model's name.
@@ -48,7 +130,7 @@ def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[in
         rows: tokens of decode steps, the smallest first.
 
     Raises:
-        ConfigurationError: a model that is not known, or nothing in it to tune.
+        ConfigurationError: the model is not supported, or has nothing to tune.
     """
     name, config = read_model_config(model)
     models = [TunedModel(name, size, layers_as_served(config, size)) for size in tp]
@@ -70,13 +152,13 @@ def make_plan(model: str, tp: Sequence[int], kernels: Kernels, rows: Sequence[in
 
 
 def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
-    """Refuses layouts of int4 weights that vLLM runs on Marlin alone."""
-    found = described_quantization(config)
+    """Refuses layouts of int4 weights that vLLM runs on Marlin only."""
+    found = quantization_of(config)
     described = found if isinstance(found, dict) else {}
     if str(described.get("quant_method", "")).lower() == "awq":
         reason = "AWQ's layout of int4 weights"
     elif described.get("desc_act"):
-        reason = "GPTQ's int4 weights in an order of their own (desc_act)"
+        reason = "GPTQ's int4 weights in act-order (desc_act)"
     else:
         return
     raise ConfigurationError(
@@ -85,35 +167,35 @@ def _check_triton_takes(name: str, config: dict[str, Any]) -> None:
 
 
 def not_read_by_default(shape: FusedMoeExperts) -> str | None:
-    """Why vLLM would not read its table on a GB10 unless told to, to follow "the table for ..."; None if it would.
+    """Why vLLM does not read this table on a GB10 by default; None if it does.
 
-    With `--moe-backend triton` it reads all of them.
+    With `--moe-backend triton` it reads all tables.
     """
     if shape.is_int4:
-        return "vLLM runs such experts on Marlin by itself"
+        return "vLLM runs such experts on Marlin by default"
     if shape.block_shape is not None:
-        return "vLLM runs such experts on DeepGEMM by itself"
+        return "vLLM runs such experts on DeepGEMM by default"
     if shape.dtype is None:
-        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by itself, where FlashInfer is installed"
+        return "vLLM runs such experts on FlashInfer's CUTLASS kernel by default, if FlashInfer is installed"
     return None
 
 
-def who_reads(shapes: Iterable[Shape]) -> list[str]:
-    """Sentences about tables that vLLM does not read by itself."""
+def backend_hints(shapes: Iterable[Shape]) -> list[str]:
+    """Hints about tables that vLLM does not read by default."""
     return [
-        f"Serve with --moe-backend triton, or the table for {shape.describe()} is not read: {reason}."
+        f"Serve with --moe-backend triton; otherwise the table for {shape.describe()} is not used: {reason}."
         for shape in shapes
         if isinstance(shape, FusedMoeExperts) and (reason := not_read_by_default(shape)) is not None
     ]
 
 
 def backend(shapes: Iterable[Shape]) -> dict[str, str]:
-    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all of its experts."""
+    """Arguments of an engine that reads the tables of these shapes; a model has one backend for all experts."""
     return {"moe_backend": "triton"} if all(isinstance(shape, FusedMoeExperts) for shape in shapes) else {}
 
 
 def check_version_takes_int4(shapes: Iterable[Shape]) -> None:
-    """Raises ConfigurationError for int4 experts that the installed vLLM would run on Marlin, whatever it is told."""
+    """Raises ConfigurationError for int4 experts, if the installed vLLM runs them on Marlin only."""
     if any(isinstance(shape, FusedMoeExperts) and shape.is_int4 for shape in shapes) and not triton_runs_int4_experts():
         raise ConfigurationError(
             f"vLLM {installed_vllm()} runs int4 experts on Marlin alone; leave --kernels triton out, or use a later "

@@ -1,4 +1,4 @@
-"""What a search found, as a table and as a plot."""
+"""Results of a search as tables and as a plot."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.calls import describe
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
+from vllm_spark.tune.decode_comparison import Comparison, is_kept
 from vllm_spark.tune.results import Outcome, Shape
 
 _TITLES = {"marlin": "Marlin, experts: one GEMM", "fused_moe": "Triton, experts: both GEMMs and what is between them"}
@@ -38,17 +39,29 @@ def _table(title: str, outcomes: Sequence[Outcome], where: str) -> Table:
                 f"{outcome.default_us:.2f}",
                 f"{outcome.tuned_us:.2f}",
                 f"{outcome.ratio:.3f}",
-                _words(outcome.parameters),
+                _format(outcome.parameters),
             )
             first = ""
         table.add_section()
     return table
 
 
+def comparison_table(label: str, comparisons: Sequence[Comparison], where: str) -> Table:
+    """Decode steps of one rank of the model `label`, with and without its tables."""
+    table = Table(title=f"A decode step of one rank of {label}, milliseconds, medians of the rounds", caption=where)
+    for heading in ("batch", "vLLM's defaults", "tuned", "ratio", ""):
+        table.add_column(heading, justify="right")
+    for each in comparisons:
+        verdict = "kept" if is_kept(each.ratio) else "not kept"
+        times = (" ".join(f"{time:.3f}" for time in side) for side in (each.untuned, each.tuned))
+        table.add_row(str(each.batch), *times, f"{each.ratio:.3f}", verdict)
+    return table
+
+
 def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
     """Draws times with and without tuned parameters over the rows into `path`; the suffix chooses the format.
 
-    Everything that was tried is drawn as a dot, so that it shows how much the choice matters.
+    A dot for each candidate shows how much the choice of parameters matters.
 
     Raises:
         SparkError: `path` cannot be written.
@@ -82,7 +95,7 @@ def plot(outcomes: Sequence[Outcome], where: str, path: Path) -> None:
 
 
 def in_words(shape: Shape) -> str:
-    """A shape, for tables and sentences."""
+    """A shape as text, for tables and messages."""
     return describe(shape) if isinstance(shape, MarlinShape) else shape.describe()
 
 
@@ -93,10 +106,10 @@ def _by_shape(outcomes: Sequence[Outcome]) -> dict[Shape, list[Outcome]]:
     return shapes
 
 
-def _words(parameters: MarlinParameters | FusedMoeParameters | None) -> str:
+def _format(parameters: MarlinParameters | FusedMoeParameters | None) -> str:
     if isinstance(parameters, FusedMoeParameters):
         tile = " x ".join(map(str, (parameters.BLOCK_SIZE_M, parameters.BLOCK_SIZE_N, parameters.BLOCK_SIZE_K)))
         return f"{tile}, {parameters.num_warps} warps, {parameters.num_stages} stages"
-    if parameters is None or parameters.leaves_tile:
+    if parameters is None or parameters.uses_default_tile:
         return "default"
     return f"{parameters.thread_k} x {parameters.thread_n}, {parameters.blocks_per_sm} blocks/SM"

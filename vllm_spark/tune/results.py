@@ -1,4 +1,4 @@
-"""What comes of a search for one kernel, shape and number of tokens."""
+"""Results of a search for one kernel, shape and number of tokens."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from vllm_spark.kernels.marlin.rules import block_size_m
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
 
 BLOCK_SIZE_M = 8
-"""Rows of an expert in a tile of Marlin: what vLLM takes for decode steps of so few tokens."""
+"""Rows of an expert in a tile of Marlin: vLLM's choice for decode steps of up to 8 tokens."""
 
 MARLIN_DEFAULT = MarlinParameters(block_size_m=BLOCK_SIZE_M)
-"""Leaves tile and blocks to the kernel."""
+"""The kernel's own choice of tile and blocks."""
 
 
-def is_vllms_choice(parameters: object) -> bool:
-    """Whether parameters of either kernel leave vLLM its choice."""
+def is_vllm_default(parameters: object) -> bool:
+    """Whether the parameters, of either kernel, are vLLM's own choice."""
     return parameters is None or parameters == MARLIN_DEFAULT
 
 
 class _Outcome(BaseModel):
-    """What every outcome has.
+    """Common part of all outcomes.
 
     Attributes:
-        DEFAULT: the parameters that leave vLLM its choice.
+        DEFAULT: the parameters that stand for vLLM's own choice.
         rows: tokens of the step.
         default_us: microseconds of one call with vLLM's default, median of the confirmation.
         tuned_us: the same with the winner; equal where the default stays.
@@ -47,7 +47,7 @@ class _Outcome(BaseModel):
     date: datetime.date = Field(default_factory=datetime.date.today)
 
     def with_default(self) -> Self:
-        """The outcome, had the default won."""
+        """The same outcome with the default as its winner."""
         return self.model_copy(update={"parameters": self.DEFAULT, "tuned_us": self.default_us, "ratio": 1.0})
 
 
@@ -57,7 +57,7 @@ class MarlinOutcome(_Outcome):
     Attributes:
         shape: one GEMM.
         parameters: the winner, or `MARLIN_DEFAULT`.
-        tried: ratio to the default in the search, for everything that the kernel took.
+        tried: ratio to the default in the search, for all parameters that the kernel accepted.
     """
 
     DEFAULT = MARLIN_DEFAULT
@@ -69,12 +69,12 @@ class MarlinOutcome(_Outcome):
 
 
 class FusedMoeOutcome(_Outcome):
-    """Of vLLM's Triton kernel: both GEMMs, and what is between them.
+    """Of vLLM's Triton kernel for experts: both GEMMs and the activation between them.
 
     Attributes:
         shape: the experts.
         parameters: the winner; None for vLLM's own choice.
-        tried: as in `MarlinOutcome`; of those that were left out early, the ratio of the first rounds.
+        tried: as in `MarlinOutcome`; for pruned candidates, the ratio in the first rounds.
     """
 
     kind: Literal["fused_moe"] = "fused_moe"
@@ -87,14 +87,14 @@ Outcome = Annotated[MarlinOutcome | FusedMoeOutcome, Field(discriminator="kind")
 """Of any kernel."""
 
 Shape = MarlinShape | FusedMoeExperts
-"""What is searched for."""
+"""Shape of any kernel."""
 
 
 def tunable_rows(shape: Shape, rows: Iterable[int]) -> list[int]:
-    """Those of `rows` for which a table can hold an entry.
+    """The numbers in `rows` for which a table can have an entry.
 
-    Marlin is tuned for the blocks that vLLM makes of few tokens. Where each expert gets nearly all of them, it makes
-    larger blocks of 8 tokens already.
+    Marlin is tuned for block_size_m = 8 only. If each expert gets nearly all tokens, vLLM uses larger blocks for 8
+    tokens already.
     """
     if not isinstance(shape, MarlinShape):
         return list(rows)

@@ -1,7 +1,7 @@
-"""How the search for a kernel's parameters decides, whichever kernel it is.
+"""The search for a kernel's parameters, the same for every kernel.
 
-A winner has to win twice: in the search, and against the default alone with other routings. All else is left to vLLM's
-own choice, so that no entry is slower than none.
+Parameters must be faster than the default twice: in the search, and in a confirmation with other routings. Otherwise
+the entry is vLLM's own choice, so that a table never makes a step slower.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import torch
 from vllm_spark.errors import SparkError
 from vllm_spark.tune.timing import HangError, Times, time_in_turns, wait_for_kernels
 
-CLEARLY = 0.98
-"""Of the default's time: what is not faster than that is not worth an entry."""
+MIN_GAIN = 0.02
+"""Share of the default's time that parameters must save to get an entry."""
 
 CALLS = 48
-"""Of a kernel in a graph: as many as a model of 48 layers makes."""
+"""Calls of a kernel in one graph: those of a model with 48 layers."""
 
-HOPELESS = 1.25
-"""Times the fastest: what takes longer in a few rounds is not measured in many."""
+PRUNE_RATIO = 1.25
+"""Candidates that take longer than this times the fastest in `_FEW_ROUNDS` rounds are not measured further."""
 
-_FORGETTING = 3  # times the L2 cache is read before a layer's weights come again
+CACHE_FLUSH_FACTOR = 3
+"""Multiples of the L2 cache that are read before a layer's weights are used again."""
+
 _FEW_ROUNDS = 4
-_MANY = 16  # candidates; of fewer, none is left out early
+_PRUNE_ABOVE = 16  # candidates; with fewer, all are measured in all rounds
 
 Parameters = TypeVar("Parameters", bound=Hashable)
 Contravariant = TypeVar("Contravariant", contravariant=True)
@@ -37,18 +39,18 @@ Weights = TypeVar("Weights")
 
 
 class Problem(Protocol[Contravariant]):
-    """Calls of a kernel that are ready to be made with any parameters."""
+    """Prepared calls of a kernel that can be made with any parameters."""
 
     def run(self, parameters: Contravariant) -> None:
-        """All of them, enqueued on the current stream."""
+        """Enqueues all calls on the current stream."""
 
     def call(self, call: int, parameters: Contravariant) -> torch.Tensor:
-        """One of them."""
+        """Enqueues one call."""
 
 
 @dataclass(frozen=True)
 class Found(Generic[Parameters]):
-    """The winner, and the times that made it so; attributes as in `outcome`."""
+    """The winner and its times; attributes as in `results`."""
 
     parameters: Parameters
     default_us: float
@@ -65,31 +67,31 @@ def cold_layers(
     what: str,
     on_note: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[list[Weights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         make: those of one layer, from a seed.
         layer_bytes: of one layer.
-        touched_bytes: that one call of the kernel reads, at the least.
-        what: the weights are of, for the error.
-        on_note: called with a sentence if there is room for fewer than that.
+        touched_bytes: minimum that one call of the kernel reads.
+        what: description of the layers, for messages.
+        on_note: called with a sentence if the GPU's memory holds only fewer layers.
 
     Raises:
         SparkError: the GPU has no room for two layers.
     """
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    layers = min(CALLS, max(2, -(-_FORGETTING * cache // touched_bytes)))
+    layers = min(CALLS, max(2, -(-CACHE_FLUSH_FACTOR * cache // touched_bytes)))
     free, _ = torch.cuda.mem_get_info()
     room = int(free * 0.8) // layer_bytes
     if room < 2:
         raise SparkError(
             f"the GPU has {free / 2**30:.1f} GiB free, and {what} needs {2 * layer_bytes / 0.8 / 2**30:.1f} GiB; "
-            "end what else uses the GPU"
+            "stop other programs on the GPU"
         )
     if room < layers:
         on_note(
-            f"The GPU has room for {room} of {layers} layers of {what}: its cache may hold weights that a decode step "
-            "finds in memory, so these times are less certain; end what else uses the GPU."
+            f"The GPU has room for only {room} of {layers} layers of {what}: weights may be in its cache, which they "
+            "are not in a decode step, so the times are less reliable; stop other programs on the GPU."
         )
     weights = [make(seed) for seed in range(min(layers, room))]
     try:
@@ -107,43 +109,43 @@ def find(
     candidates: Sequence[Parameters],
     rounds: int,
 ) -> Found[Parameters]:
-    """Tries all candidates in turns with the default, then the fastest once more.
+    """Measures all candidates in turns with the default, and then confirms the fastest.
 
     Args:
         problem: of the search.
         others: the same with other routings, for the confirmation.
         default: vLLM's own choice.
-        candidates: all run (see `runs`).
+        candidates: parameters that the kernel accepts (see `runs`).
         rounds: timed replays of each candidate in the search; twice as many in the confirmation.
 
     Raises:
-        HangError: a kernel does not end.
+        HangError: a kernel hangs.
         SparkError: a kernel failed, or the GPU is full.
     """
     tried: dict[Parameters, float] = {}
-    if len(candidates) > _MANY:
-        tried = _ratios(_race(problem, [default, *candidates], _FEW_ROUNDS), candidates, default)
-        candidates = promising(tried, HOPELESS)
-    tried |= _ratios(_race(problem, [default, *candidates], rounds), candidates, default)
+    if len(candidates) > _PRUNE_ABOVE:
+        tried = _ratios(_measure(problem, [default, *candidates], _FEW_ROUNDS), candidates, default)
+        candidates = promising(tried, PRUNE_RATIO)
+    tried |= _ratios(_measure(problem, [default, *candidates], rounds), candidates, default)
     best = min(candidates, key=tried.__getitem__, default=default)
-    times = _race(others, list(dict.fromkeys((default, best))), 2 * rounds)
-    if max(tried.get(best, 1.0), times.ratio(best, default)) > CLEARLY:
+    times = _measure(others, list(dict.fromkeys((default, best))), 2 * rounds)
+    if max(tried.get(best, 1.0), times.ratio(best, default)) > 1 - MIN_GAIN:
         best = default
     return Found(best, times.median(default), times.median(best), times.ratio(best, default), tried)
 
 
 def promising(ratios: dict[Parameters, float], limit: float) -> list[Parameters]:
-    """Those that take less than `limit` times as long as the fastest."""
+    """The candidates that take at most `limit` times as long as the fastest."""
     fastest = min(ratios.values(), default=0.0)
     return [each for each, ratio in ratios.items() if ratio <= limit * fastest]
 
 
 def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> bool:
-    """Whether the kernel takes them; one that refuses leaves the GPU as it was.
+    """Whether the kernel accepts the parameters; one that refuses them leaves the GPU usable.
 
     Raises:
-        HangError: the kernel does not end.
-        SparkError: the GPU itself failed, or is full.
+        HangError: the kernel hangs.
+        SparkError: the GPU failed, or its memory is full.
     """
     try:
         problem.call(0, parameters)
@@ -151,7 +153,7 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
     except HangError:
         raise
     except torch.cuda.OutOfMemoryError:
-        raise SparkError(f"the GPU has no memory left for {kernel}; end what else uses it") from None
+        raise SparkError(f"the GPU has no memory left for {kernel}; stop other programs on it") from None
     except Exception as error:  # Triton, vLLM and torch each raise their own
         try:
             wait_for_kernels(parameters)
@@ -161,15 +163,15 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
     return True
 
 
-def _race(problem: Problem[Parameters], candidates: Sequence[Parameters], rounds: int) -> Times[Parameters]:
+def _measure(problem: Problem[Parameters], candidates: Sequence[Parameters], rounds: int) -> Times[Parameters]:
     try:
         return time_in_turns({each: partial(problem.run, each) for each in candidates}, CALLS, rounds)
     except HangError:
         raise
     except torch.cuda.OutOfMemoryError:
-        raise SparkError("the GPU has no memory left for the search; end what else uses it") from None
+        raise SparkError("the GPU has no memory left for the search; stop other programs on it") from None
     except Exception as error:  # as in `runs`
-        raise SparkError(f"a kernel failed that ran before, with another routing: {_first_line(error)}") from None
+        raise SparkError(f"a kernel failed while it was timed, not in its first call: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Which tables a layer asks for: the shapes that its kernels see, after vLLM's padding."""
+"""The tables that belong to a layer, by the shapes of its kernels after vLLM's padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4, Int8, Mx
 
 
 def marlin_shapes(layer: Layer) -> list[MarlinShape]:
-    """The GEMMs of `layer` that Marlin does on a GB10: two for experts, one for a linear layer, none if it does not."""
+    """The GEMMs of `layer` that run on Marlin on a GB10: two for experts, one for a linear layer; may be empty."""
     kind = _marlin_type(layer.weights)
     if kind is None:
         return []
@@ -49,7 +49,7 @@ def marlin_shapes(layer: Layer) -> list[MarlinShape]:
 
 
 def fused_moe_shape(layer: Experts) -> FusedMoeShape | None:
-    """The table that vLLM's Triton kernel for experts reads; None for weights for which it reads none."""
+    """The table that vLLM's Triton kernel reads for these experts; None if their format has none."""
     weights = layer.weights
     if isinstance(weights, Bf16):
         return FusedMoeShape(layer.experts, layer.intermediate)
@@ -60,16 +60,16 @@ def fused_moe_shape(layer: Experts) -> FusedMoeShape | None:
     if isinstance(weights, Int4):
         return FusedMoeShape(layer.experts, layer.intermediate, "int4_w4a16")
     if isinstance(weights, Int8):
-        # vLLM halves nothing and doubles nothing here: the packed width is the width.
+        # For int8, the packed width is the width.
         return FusedMoeShape(layer.experts, layer.intermediate, "int8_w8a16")
     return None
 
 
 def padded_experts(layer: Experts) -> tuple[int, int]:
-    """Width of the model and of an expert as Marlin sees them: vLLM pads what no tile divides.
+    """Widths of the model and of an expert after vLLM's padding to a multiple of a tile.
 
-    Groups of the quantization that a shard cuts in two (1408 in groups of 128, on two ranks) vLLM refuses. They are
-    made smaller before (`tuned_model.layers_as_served`), and fit then.
+    vLLM refuses misaligned quantization groups (1408 in groups of 128, on two ranks); `tuned_model.layers_as_served`
+    has made them smaller before.
     """
     if isinstance(layer.weights, Mxfp4):
         return _round_up(layer.hidden, 256), _round_up(layer.intermediate, 128)
@@ -79,7 +79,7 @@ def padded_experts(layer: Experts) -> tuple[int, int]:
 
 
 def padded_dense(size_n: int, size_k: int, group_size: int) -> tuple[int, int]:
-    """N and K of a linear layer as Marlin sees them: padded to the nearest that a tile divides, the cheaper of two."""
+    """N and K of a linear layer after vLLM's padding to multiples of a tile, by the cheaper of two ways."""
     group = max(group_size, 1)
     wide = _round_up(size_n, 64), _round_up(size_k, math.lcm(128, group))
     narrow = _round_up(size_n, 128), _round_up(size_k, math.lcm(64, group))

@@ -1,4 +1,4 @@
-"""A model to tune for, and what in it has parameters to choose."""
+"""A model that is tuned, and the shapes of its kernels that have tunable parameters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from vllm_spark.kernels.fused_moe.shapes import Format, FusedMoeExperts
 from vllm_spark.kernels.marlin.rules import Gemm, shape_fault
 from vllm_spark.kernels.marlin.table import MarlinShape
 from vllm_spark.models.layers import Experts, Layer, model_layers
-from vllm_spark.models.regroup import GROUP_SIZES, with_groups_that_fit
+from vllm_spark.models.regroup import GROUP_SIZES, regrouped_config
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4
 from vllm_spark.tune import table_shapes
 from vllm_spark.tune.results import Shape
 
 Kernels = Literal["auto", "marlin", "triton"]
-"""Which are tuned: `auto` those that run by default on a GB10 or may, Marlin for int4 and Triton for all else."""
+"""Kernels to tune. `auto`: Marlin for int4 and Triton for all other formats, as vLLM runs them on a GB10."""
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """What is tuned for.
+    """A model at one tensor parallel size.
 
     Attributes:
         name: for people.
@@ -36,24 +36,24 @@ class TunedModel:
 
     @property
     def label(self) -> str:
-        """As tables name it."""
+        """Its name in tables."""
         return f"{self.name} TP={self.tp}"
 
 
 def layers_as_served(config: Mapping[str, Any], tp: int) -> list[Layer]:
-    """A model's layers with the groups that `vllm serve --spark` gives them: smaller ones, where its own do not fit.
+    """A model's layers with the quantization groups that `vllm serve --spark` uses: smaller ones if misaligned.
 
     Raises:
         ConfigurationError: as for `model_layers`.
     """
-    return model_layers(with_groups_that_fit(config, tp), tp)
+    return model_layers(regrouped_config(config, tp), tp)
 
 
 def shapes_of(model: TunedModel, kernels: Kernels) -> list[Shape]:
-    """All that is tuned for a model.
+    """All shapes that are tuned for a model.
 
     Raises:
-        ConfigurationError: a shape that no kernel takes.
+        ConfigurationError: no kernel supports a shape.
     """
     shapes: list[Shape] = []
     if kernels != "triton":
@@ -67,7 +67,7 @@ def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
     """GEMMs of its experts with 4-bit weights, as Marlin's kernel sees them (after vLLM's padding).
 
     Raises:
-        ConfigurationError: a shape that no kernel takes.
+        ConfigurationError: no kernel supports a shape.
     """
     shapes: dict[MarlinShape, None] = {}
     for layer in model.layers:
@@ -82,14 +82,14 @@ def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
 
 
 def fused_moe_shapes(model: TunedModel, int4: bool = False) -> list[FusedMoeExperts]:
-    """Its experts that vLLM's Triton kernel runs, or would.
+    """Experts of the model that vLLM's Triton kernel can run.
 
     Args:
         model: with layers as they are served.
-        int4: whether those with int4 weights count, which run on Marlin unless vLLM is told otherwise.
+        int4: include int4 experts, which run on Marlin by default.
 
     Raises:
-        ConfigurationError: a shape that the kernel does not take.
+        ConfigurationError: the kernel does not support a shape.
     """
     shapes: dict[FusedMoeExperts, None] = {}
     for layer in model.layers:
@@ -132,10 +132,13 @@ def _triton_fault(layer: Experts) -> str | None:
         group = layer.weights.group_size
         if group not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES))
-            return f"its kernel for int4 takes groups of {sizes}, and these have {group if group > 0 else 'none'}"
+            return f"its int4 kernel supports groups of {sizes}, and the group size is {group if group > 0 else 'none'}"
         if any(width % group for width in widths):
-            return f"a rank's widths {widths[0]} and {widths[1]} are no whole number of groups of {group}"
+            return f"a rank's widths {widths[0]} and {widths[1]} are not multiples of the group size {group}"
     if isinstance(layer.weights, Fp8Block) and any(width % max(layer.weights.block) for width in widths):
         block = " x ".join(map(str, layer.weights.block))
-        return f"a rank's widths {widths[0]} and {widths[1]} are no whole number of blocks of {block}, which vLLM wants"
+        return (
+            f"a rank's widths {widths[0]} and {widths[1]} are not multiples of the block size {block}, which vLLM "
+            "requires"
+        )
     return None

@@ -1,65 +1,18 @@
-"""The search over all shapes of a model, and the tables that come of it."""
+"""The search over all shapes of a model, with the journal of its results."""
 
 from __future__ import annotations
 
-import itertools
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import Device
-from vllm_spark.kernels.fused_moe import table as fused_moe_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters, own_row
-from vllm_spark.kernels.fused_moe.table import (
-    FusedMoeProvenance,
-    FusedMoeShape,
-    FusedMoeTable,
-    load_fused_moe_provenance,
-    load_fused_moe_table,
-    provenance_path,
-    store_fused_moe_table,
-)
-from vllm_spark.kernels.fused_moe.vllm_rows import origin, repeats_vllm, rows_around
-from vllm_spark.kernels.marlin import table as marlin_table
-from vllm_spark.kernels.marlin.table import (
-    MarlinParameters,
-    MarlinRow,
-    MarlinShape,
-    MarlinTable,
-    load_marlin_table,
-    store_marlin_table,
-)
-from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
+from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
 from vllm_spark.tune.fused_moe import search as fused_moe_search
 from vllm_spark.tune.fused_moe.trial import Trials
-from vllm_spark.tune.journal import Journal, Kept
+from vllm_spark.tune.journal import Journal
 from vllm_spark.tune.marlin import search as marlin_search
-from vllm_spark.tune.results import (
-    MARLIN_DEFAULT,
-    FusedMoeOutcome,
-    MarlinOutcome,
-    Outcome,
-    Shape,
-    is_vllms_choice,
-    tunable_rows,
-)
+from vllm_spark.tune.results import FusedMoeOutcome, Outcome, Shape, is_vllm_default, tunable_rows
 from vllm_spark.tune.timing import HangError
-
-
-@dataclass(frozen=True)
-class NewFusedMoeTable:
-    """A FusedMoE table that is not yet in a file."""
-
-    device: str
-    shape: FusedMoeShape
-    table: FusedMoeTable
-    provenance: FusedMoeProvenance
-
-
-NewTable = MarlinTable | NewFusedMoeTable
 
 
 def tune(
@@ -71,18 +24,18 @@ def tune(
     on_trial: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda sentence: None,
 ) -> list[Outcome]:
-    """Searches for every shape and number of rows that the journal does not have yet, and writes each into it.
+    """Searches every shape and number of rows that is not in the journal yet, and adds each outcome to it.
 
     Args:
-        rows: tokens of decode steps; of a shape, those that can be tuned (`tunable_rows`).
-        on_outcome: called for each, also for those that were known.
-        on_trial: called for every row of a FusedMoE table that was compiled.
-        on_note: called with what a reader of the results should know.
+        rows: tokens of decode steps; for each shape, the tunable ones of them (`tunable_rows`).
+        on_outcome: called for each outcome, also for those in the journal.
+        on_trial: called for every compiled row of a FusedMoE table.
+        on_note: called with a sentence about the reliability of results.
 
     Raises:
-        HangError: a kernel does not end, which the journal knows now: the next search goes on without it. With vLLM's
-            own choice none does.
-        SparkError: no room on the GPU, or a kernel failed.
+        HangError: a kernel hangs. Unless it was called with vLLM's own choice, the parameters are in the journal now,
+            and the next search skips them.
+        SparkError: the GPU's memory is full, or a kernel failed.
     """
     known, hung = journal.known(), journal.hung()
     outcomes: list[Outcome] = []
@@ -117,206 +70,7 @@ def tune(
                         note(found, new=True)
         except HangError as error:
             hanging = error.parameters
-            if isinstance(hanging, MarlinParameters | FusedMoeParameters) and not is_vllms_choice(hanging):
+            if isinstance(hanging, MarlinParameters | FusedMoeParameters) and not is_vllm_default(hanging):
                 journal.add_hang(shape, hanging)
             raise
     return outcomes
-
-
-def tables(
-    outcomes: Iterable[Outcome],
-    models: Mapping[Shape, Sequence[str]],
-    device: Device,
-    versions: dict[str, str],
-    kept: Iterable[Kept] = (),
-    folder: Path | None = None,
-) -> list[NewTable]:
-    """A table for each shape, with a row for each number of tokens up to the largest; where the default won, or nobody
-    measured, the row is the default.
-
-    Rows that were not measured this time stay as they are, if device and versions are the same.
-
-    Args:
-        models: labels of those that have a shape.
-        device: on which was measured.
-        versions: of what it was measured with.
-        kept: of earlier searches, with this device and these versions. Those of other models count too, where a table's
-            name does not tell them apart.
-        folder: where the tables will be, with rows that no journal has.
-    """
-    outcomes = list(outcomes)
-    fresh = {(outcome.shape, outcome.rows) for outcome in outcomes}
-    names = {_table_of(outcome.shape) for outcome in outcomes}
-    labels = {shape: list(its) for shape, its in models.items()}
-    for each in kept:
-        shape = each.outcome.shape
-        if _table_of(shape) in names:
-            labels[shape] = list(dict.fromkeys((*labels.get(shape, ()), *each.models)))
-            if (shape, each.outcome.rows) not in fresh:
-                outcomes.append(each.outcome)
-    marlin: dict[MarlinShape, dict[int, MarlinRow]] = {}
-    fused: dict[FusedMoeShape, list[FusedMoeOutcome]] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, MarlinOutcome):
-            marlin.setdefault(outcome.shape, {})[outcome.rows] = MarlinRow(
-                **outcome.parameters.model_dump(), provenance=_measured(outcome, device, versions)
-            )
-        else:
-            fused.setdefault(outcome.shape.table, []).append(outcome)
-    made: list[NewTable] = [
-        _marlin_table(shape, rows, labels.get(shape, ()), device, versions, folder) for shape, rows in marlin.items()
-    ]
-    return made + [_fused_moe_table(shape, each, labels, device, versions, folder) for shape, each in fused.items()]
-
-
-def store(new: Iterable[NewTable], folder: Path, on_note: Callable[[str], None] = lambda sentence: None) -> list[Path]:
-    """Writes tables where `lookup` finds them below `folder`; returns their paths.
-
-    Args:
-        on_note: called with a sentence about each table with rows of somebody else's that is set aside.
-
-    Raises:
-        ConfigurationError: they cannot be written.
-    """
-    written = []
-    for table in new:
-        if isinstance(table, MarlinTable):
-            place = folder / marlin_table.FOLDER
-            _set_aside(place / table.file_name, table.device, on_note)
-            written.append(store_marlin_table(table, place))
-        else:
-            place = folder / fused_moe_table.FOLDER
-            _set_aside(place / table.shape.file_name(table.device), table.device, on_note)
-            written.append(store_fused_moe_table(table.shape, table.device, table.table, table.provenance, place))
-    return written
-
-
-def _set_aside(path: Path, device: str, on_note: Callable[[str], None]) -> None:
-    """Copies the table in `path`, and its provenance, if it has rows that no tuner made and would lose them."""
-    try:
-        if not path.is_file() or _is_all_ours(path, device):
-            return
-        names = (f".bak{number or ''}" for number in itertools.count())
-        suffix = next(name for name in names if not path.with_name(path.name + name).exists())
-        for each in (path, provenance_path(path)):
-            if each.is_file():
-                shutil.copyfile(each, each.with_name(each.name + suffix))
-    except OSError as error:
-        raise ConfigurationError(
-            f"the table {path} has rows that were not measured here, and cannot be copied ({error.strerror}) before a "
-            "new one replaces it; move it elsewhere"
-        ) from None
-    on_note(f"{path.name} had rows that were not measured here; they are kept in {path}{suffix}.")
-
-
-def _is_all_ours(path: Path, device: str) -> bool:
-    """Whether a tuner made every row of the table in `path`."""
-    sources: list[Provenance | None]
-    try:
-        if path.parent.name == marlin_table.FOLDER:
-            sources = [row.provenance for row in load_marlin_table(path).rows.values()]
-        else:
-            noted = load_fused_moe_provenance(path) or FusedMoeProvenance()
-            sources = [noted.rows.get(number) for number in load_fused_moe_table(path).rows]
-    except ConfigurationError:
-        return False
-    return all(
-        row is not None and (repeats_vllm(row) or (row.kind, row.device) == ("measured", device)) for row in sources
-    )
-
-
-def _table_of(shape: Shape) -> MarlinShape | FusedMoeShape:
-    """What a table's name tells of a shape."""
-    return shape if isinstance(shape, MarlinShape) else shape.table
-
-
-def _marlin_table(
-    shape: MarlinShape,
-    rows: Mapping[int, MarlinRow],
-    models: Sequence[str],
-    device: Device,
-    versions: dict[str, str],
-    folder: Path | None,
-) -> MarlinTable:
-    there: dict[int, MarlinRow] = {}
-    if folder is not None:
-        with suppress(ConfigurationError):  # there is none, or none that can be used: it is replaced
-            old = load_marlin_table(folder / marlin_table.FOLDER / shape.file_name(device.name))
-            there = {number: row for number, row in old.rows.items() if _is_of(row.provenance, device, versions)}
-            models = tuple(dict.fromkeys((*models, *(old.models if there else ()))))
-    merged = {**there, **rows}
-    unmeasured = MarlinRow(
-        **MARLIN_DEFAULT.model_dump(), provenance=Provenance(kind="derived", rule=VLLM_DEFAULT, versions=versions)
-    )
-    # A step takes the nearest row: without these it would take the tile of another step.
-    filled = {number: merged.get(number, unmeasured) for number in range(1, max(merged) + 1)}
-    return MarlinTable(device=device.name, shape=shape, models=tuple(models), rows=filled)
-
-
-def _fused_moe_table(
-    shape: FusedMoeShape,
-    outcomes: Sequence[FusedMoeOutcome],
-    models: Mapping[Shape, Sequence[str]],
-    device: Device,
-    versions: dict[str, str],
-    folder: Path | None,
-) -> NewFusedMoeTable:
-    """What was measured, and around it vLLM's own choice, so that no other step takes a row of a decode step."""
-    rows: dict[int, dict[str, int]] = {}
-    sources: dict[int, Provenance] = {}
-    labels = dict.fromkeys(label for outcome in outcomes for label in models.get(outcome.shape, ()))
-    groups = {outcome.shape.group_size for outcome in outcomes}
-    largest = outcomes[0].shape
-    group_size = groups.pop() if len(groups) == 1 and largest.is_int4 else None
-    if folder is not None:
-        with suppress(ConfigurationError):
-            path = folder / fused_moe_table.FOLDER / shape.file_name(device.name)
-            old, noted = load_fused_moe_table(path), load_fused_moe_provenance(path) or FusedMoeProvenance()
-            if noted.group_size == group_size:
-                sources = {
-                    number: source
-                    for number, source in noted.rows.items()
-                    if number in old.rows and _is_of(source, device, versions)
-                }
-                rows = {number: old.rows[number] for number in sources}
-                labels |= dict.fromkeys(noted.models if rows else ())
-    for number, outcome in _agreed(outcomes).items():
-        choice = outcome.parameters
-        rows[number] = own_row(outcome.shape, device.name, number) if choice is None else choice.row()
-        sources[number] = _measured(outcome, device, versions)
-    around = rows_around(rows, max(rows), largest, device.name)
-    sources |= dict.fromkeys(around, origin(largest, device.name, versions))
-    provenance = FusedMoeProvenance(models=tuple(labels), group_size=group_size, rows=sources)
-    table = FusedMoeTable(dict(sorted((rows | around).items())), versions.get("triton"))
-    return NewFusedMoeTable(device.name, shape, table, provenance)
-
-
-def _is_of(source: Provenance | None, device: Device, versions: dict[str, str]) -> bool:
-    """Whether a row was measured on this device with these versions."""
-    return source is not None and (source.kind, source.device, source.versions) == ("measured", device.name, versions)
-
-
-def _agreed(outcomes: Sequence[FusedMoeOutcome]) -> dict[int, FusedMoeOutcome]:
-    """One for each number of tokens; where several shapes share a table and disagree, the default stays.
-
-    So it does for steps that were not measured with each size of int4's groups: a tile for one may be none for another.
-    """
-    found: dict[int, FusedMoeOutcome] = {}
-    measured: dict[int, set[int]] = {}
-    for outcome in sorted(outcomes, key=lambda each: each.rows):
-        other = found.setdefault(outcome.rows, outcome)
-        if other.parameters != outcome.parameters:
-            found[outcome.rows] = outcome.with_default()
-        measured.setdefault(outcome.rows, set()).add(outcome.shape.group_size)
-    groups = set().union(*measured.values())
-    return {rows: each if measured[rows] == groups else each.with_default() for rows, each in found.items()}
-
-
-def _measured(outcome: Outcome, device: Device, versions: dict[str, str]) -> Provenance:
-    return Provenance(
-        kind="measured",
-        device=device.name,
-        date=outcome.date,
-        versions=versions,
-        gain=round(1 - outcome.ratio, 4),
-    )

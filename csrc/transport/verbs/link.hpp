@@ -3,7 +3,7 @@
 // Data goes only over rails that have carried an announcement as large as the largest packet since they were
 // connected, at both ends. A rail that fails is connected anew while callers and kernels go on waiting: what
 // it may have lost is still in this rank's send slots, and goes again. Both ranks announce the state of their
-// rails to each other, over every rail that works and out of band (docs/protocol.md, "Links that heal").
+// rails to each other, over every rail that works and out of band (docs/protocol.md, "Link recovery").
 #pragma once
 
 #include <atomic>

@@ -82,7 +82,9 @@ class Rail:
 
     def unimpair(self) -> None:
         """Ends what `impair`, `lose` and `answer_no_arp` did."""
-        self._ip("link", "set", self.interface, "arp", "on")
+        if "NOARP" in self._run("ip", "link", "show", "dev", self.interface):
+            # Not otherwise: it makes the interface forget its neighbours, and the first packets get lost.
+            self._ip("link", "set", self.interface, "arp", "on")
         shown = self._run("tc", "qdisc", "show", "dev", self.interface)
         if "netem" in shown or "prio " in shown:
             self._run("tc", "qdisc", "delete", "dev", self.interface, "root")

@@ -1,4 +1,4 @@
-"""`vllm-spark bench`: what this machine does, measured against what vLLM uses without this project."""
+"""`vllm-spark bench`: measurements on this machine, compared with what vLLM uses without this project."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KINDS: dict[str, Command] = {"collective": collective, "decode": decode, "calib
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure; each kind has its own options."""
+    """Adds the kinds of measurement, each with its own options."""
     kinds = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, module in _KINDS.items():
         kind = kinds.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
@@ -21,5 +21,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints tables, and writes the files that were asked for."""
+    """Measures, prints tables, and writes the requested files."""
     return _KINDS[args.what].run(args)

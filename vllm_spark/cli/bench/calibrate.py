@@ -1,4 +1,4 @@
-"""`vllm-spark bench calibrate`: finds how collectives are best launched on this GPU."""
+"""`vllm-spark bench calibrate`: finds the fastest launch shapes of collectives on this GPU."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rich.table import Table
 
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     modelled_wire,
     positive,
     user_path,
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.collective import RuntimeOptions
     from vllm_spark.collective.launch_table import LaunchTable
 
-SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and keep them for serving"
+SUMMARY = "find the launch shapes of collectives that are fastest on this GPU, and write them for serving"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which path to measure, and where to put the table."""
+    """Adds the options: the path to measure, and the table's file."""
     parser.add_argument(
         "--path",
         choices=["direct", "wire"],
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=user_path,
         metavar="FILE",
-        help="where the table goes; default: where `vllm serve --spark` looks for it",
+        help="file of the table; default: the file that `vllm serve --spark` reads",
     )
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise ConfigurationError("the benchmark needs torch, which comes with vLLM; install vLLM here") from None
     if not torch.cuda.is_available():
-        raise ConfigurationError("there is no GPU to calibrate for; on a CPU collectives have no launch shapes")
+        raise ConfigurationError("calibration needs a GPU; on a CPU collectives have no launch shapes")
     from vllm_spark.bench.calibrate import shares_one_gpu
     from vllm_spark.collective.launch_table import default_path, store_launch_table
 
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     store_launch_table(best, out)
     if shares_one_gpu():
         console.print(
-            f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since how "
-            "many are best when each has its own cannot be measured here.",
+            f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since its "
+            "best value for a GPU per rank cannot be measured here.",
             soft_wrap=True,
         )
     console.print(f"Best: {best.shape}, packets up to {best.packet_kib} KiB. Written to {out}", soft_wrap=True)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> RuntimeOptions:
-    """Of both ranks, on the path that is asked for.
+    """The options of both ranks for the requested path.
 
     Raises:
         ConfigurationError: options of a wire for a path without one, or no wire model.
@@ -99,14 +99,14 @@ def _options(args: argparse.Namespace) -> RuntimeOptions:
         )
     if (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
         raise ConfigurationError(
-            "--wire, --latency-us and --gbytes-per-s are of the modelled wire, which --path direct does not have; "
+            "--wire, --latency-us and --gbytes-per-s describe the modelled wire, which --path direct does not use; "
             "leave them out"
         )
     return RuntimeOptions(timeout_s=10.0)
 
 
 def _calibrated(args: argparse.Namespace, gpu: str, options: RuntimeOptions, console: Console) -> LaunchTable:
-    """Measures, and prints every trial, also if a later one fails.
+    """Measures, and prints every trial, even if a later one fails.
 
     Raises:
         SparkError: a rank failed.

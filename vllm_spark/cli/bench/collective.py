@@ -1,4 +1,4 @@
-"""`vllm-spark bench collective`: what one all-reduce or all-gather costs on this machine."""
+"""`vllm-spark bench collective`: times one all-reduce or all-gather on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from rich.progress import Progress, TimeElapsedColumn
 from vllm_spark import __version__
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     modelled_wire,
     positive,
     sizes,
@@ -17,12 +16,13 @@ from vllm_spark.cli.arguments import (
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 SUMMARY = "one all-reduce or all-gather, against NCCL or gloo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure, and where to put it."""
+    """Adds the options: what to measure, and the files to write."""
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there are two GPUs"
     )
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints a table for each mode, and writes the files that were asked for."""
+    """Measures, prints a table for each mode, and writes the requested files."""
     try:
         import torch
     except ImportError:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.collective == "logits_gather":
         if args.sizes is not None:
             raise ConfigurationError(
-                "--sizes does not go with --collective logits_gather, which has its own; leave it out"
+                "--sizes cannot be combined with --collective logits_gather, which has fixed sizes; leave it out"
             )
         defaults = LOGITS_SIZES
     device = args.device

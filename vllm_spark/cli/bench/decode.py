@@ -1,4 +1,4 @@
-"""`vllm-spark bench decode`: what a decode step of vLLM costs on this machine, with one rank and with two."""
+"""`vllm-spark bench decode`: times a decode step of vLLM on this machine, with one rank and with two."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from vllm_spark import __version__
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
-    check_writable,
     engine_arguments,
     modelled_wire,
     positive,
@@ -19,6 +18,7 @@ from vllm_spark.cli.arguments import (
     wide_console,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.bench.decode import Settings
@@ -27,7 +27,7 @@ SUMMARY = "a decode step of vLLM with random weights: one rank, this project's p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure, and where to put it."""
+    """Adds the options: what to measure, and the files to write."""
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto: cuda where there is a GPU"
     )
@@ -54,9 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="also time the kernels of rank 0's GPU at the first batch; a collective's have waiting for rank 1 in them",
+        help="also time the kernels of rank 0's GPU at the first batch; those of a collective include waits for rank 1",
     )
-    parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: that it works, not how fast")
+    parser.add_argument(
+        "--one-gpu", action="store_true", help="both ranks on one GPU: a test of function, not of speed"
+    )
     parser.add_argument(
         "--engine", type=engine_arguments, default={}, metavar="JSON", help="more arguments of vllm.LLM"
     )
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all candidates, and prints one table: also of some, if a later one fails or Ctrl-C comes.
+    """Runs all candidates, and prints one table, also of some of them after a failure or Ctrl-C.
 
     Raises:
         SparkError: bad arguments, or a candidate failed; its logs are shown and kept.
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench import decode
     from vllm_spark.bench.decode_report import as_json, as_table, profile_tables
     from vllm_spark.bench.statistics import machine
-    from vllm_spark.processes.group import set_stage
+    from vllm_spark.processes.group import process_group
 
     settings = _settings(args)
     if args.json is not None:
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             args.json.write_text(as_json(report, where()) + "\n")
 
     try:
-        with set_stage("bench", console, args.keep_logs) as stage, progress:
+        with process_group("bench", console, args.keep_logs) as stage, progress:
             task = progress.add_task("")
             decode.measure(
                 settings,
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """What the options say, with what they leave open.
+    """The settings of the options and defaults.
 
     Raises:
         ConfigurationError: those of the wire contradict each other, or name no wire model.

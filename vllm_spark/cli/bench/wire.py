@@ -1,4 +1,4 @@
-"""`vllm-spark bench wire`: how long RDMA writes take from one machine to the other, and how many bytes get through."""
+"""`vllm-spark bench wire`: latency and bandwidth of RDMA writes between two machines."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.arguments import check_writable, positive, sizes, user_path, wide_console
+from vllm_spark.cli.arguments import positive, sizes, user_path, wide_console
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, setting_type
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
     from vllm_spark.bench.wire import Plan
     from vllm_spark.collective.link_model import WireModel
 
-SUMMARY = "latency and bandwidth of RDMA writes between two machines, and the wire model that they make"
+SUMMARY = "latency and bandwidth of RDMA writes between two machines, and a wire model of them"
 
 SETTINGS = ("address", "port", "secret_file", "rails", "traffic_class", "service_level")
-"""Those of serve and join that matter here."""
+"""The settings of serve and join that this command has as options."""
 
 _LISTENERS = ("sizes", "samples", "bandwidth_sizes", "writes", "depth")
 _MOST = 1_000_000
@@ -27,13 +28,15 @@ _LISTENERS_SETTINGS = ("address", "traffic_class", "service_level")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which side this is, what to measure, and where to put it."""
+    """Adds the options: the side, what to measure, and the files to write."""
     parser.epilog = (
-        "Run it on both machines, whichever first: --listen on one, --connect with that one's address on the other. "
-        "Both show and write the same figures. Neither vllm-spark join nor vllm serve may run meanwhile."
+        "Run it on both machines in any order: --listen on one, --connect with its address on the other. "
+        "Both print and write the same figures. Neither vllm-spark join nor vllm serve may be running."
     )
     side = parser.add_mutually_exclusive_group(required=True)
-    side.add_argument("--listen", action="store_true", help="wait for the other machine, and say what is measured")
+    side.add_argument(
+        "--listen", action="store_true", help="wait for the other machine, and determine what is measured"
+    )
     side.add_argument(
         "--connect",
         type=setting_type("leader"),
@@ -51,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listener.add_argument(
         "--bandwidth-sizes", type=sizes, metavar="SIZE,...", help="default: 4KiB, 16KiB, ... 4MiB in powers of four"
     )
-    listener.add_argument("--writes", type=positive, help="posted back to back for each bandwidth (default: 1000)")
-    listener.add_argument("--depth", type=positive, help="writes under way on each rail (default: 128)")
+    listener.add_argument(
+        "--writes", type=positive, help="writes posted back to back for each bandwidth (default: 1000)"
+    )
+    listener.add_argument("--depth", type=positive, help="outstanding writes on each rail (default: 128)")
     parser.add_argument(
         "--output",
         type=user_path,
@@ -65,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures with the other machine, prints tables, and writes the files that were asked for.
+    """Measures with the other machine, prints tables, and writes the requested files.
 
     Raises:
         SparkError: a bad setting, no RDMA port, the other machine did not come or does not fit, or the wire failed.
     """
     from vllm_spark.backend.logging import log_as
-    from vllm_spark.bench.wire import Meeting, measure
+    from vllm_spark.bench.wire import BenchSession, measure
 
     log_as("vllm-spark bench wire")
     _check_files(args)
@@ -81,18 +86,18 @@ def run(args: argparse.Namespace) -> int:
         flags["leader"] = args.connect
     config = SparkConfig.resolve(flags=flags)
     ports = _ports(config)
-    rank, plan, join = 1, None, Meeting.connect
+    rank, plan, join = 1, None, BenchSession.connect
     if args.listen:
-        rank, plan, join = 0, _plan(given, config), Meeting.listen
+        rank, plan, join = 0, _plan(given, config), BenchSession.listen
     with (
-        join(config, args.wait) as meeting,
+        join(config, args.wait) as session,
         Progress(
             *Progress.get_default_columns(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
         ) as progress,
     ):
         task: TaskID = progress.add_task("measuring", total=None)
         plan, model = measure(
-            meeting,
+            session,
             rank,
             plan,
             ports,
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """Raises ConfigurationError for files that could not be written once all is measured."""
+    """Raises ConfigurationError for files that cannot be written, before anything is measured."""
     from vllm_spark.bench.collective_report import check_plot
 
     for path in filter(None, (args.output, args.json, args.plot)):
@@ -114,7 +119,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _of_the_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that say what is measured, as far as they were given.
+    """The given options that determine what is measured.
 
     Raises:
         ConfigurationError: a value is out of range, or this machine does not say what is measured.
@@ -125,8 +130,8 @@ def _of_the_plan(args: argparse.Namespace) -> dict[str, Any]:
     flags = given_flags(args)
     if args.connect and (theirs := [*given, *(name for name in _LISTENERS_SETTINGS if name in flags)]):
         raise ConfigurationError(
-            f"--{theirs[0].replace('_', '-')} is for the machine with --listen, which says what is measured; "
-            "leave it out here"
+            f"--{theirs[0].replace('_', '-')} is an option of the machine with --listen, which determines what is "
+            "measured; leave it out here"
         )
     for name in ("sizes", "bandwidth_sizes"):
         if name in given:
@@ -144,7 +149,7 @@ def _plan(given: dict[str, Any], config: SparkConfig) -> Plan:
 
 
 def _show(args: argparse.Namespace, plan: Plan, model: WireModel) -> None:
-    """Prints tables, and writes the files that were asked for."""
+    """Prints tables, and writes the requested files."""
     from vllm_spark.bench.wire_report import as_json, as_tables, plot
     from vllm_spark.collective.link_model import store_wire_model
 
@@ -153,7 +158,7 @@ def _show(args: argparse.Namespace, plan: Plan, model: WireModel) -> None:
         console.print(table)
     if args.output is not None:
         store_wire_model(model, args.output)
-        console.print(f"The wire model is in {args.output}; use it with --spark-wire or --wire.", soft_wrap=True)
+        console.print(f"Wrote the wire model {args.output}; use it with --spark-wire or --wire.", soft_wrap=True)
     if args.json is not None:
         args.json.write_text(as_json(plan, model) + "\n")
     if args.plot is not None:
@@ -164,7 +169,7 @@ def _ports(config: SparkConfig) -> list[Any]:
     """The RDMA ports of this machine to use.
 
     Raises:
-        ConfigurationError: there are none, or not those that were chosen.
+        ConfigurationError: there are none, or not the chosen ones.
     """
     from vllm_spark.collective import CollectiveError, local_ports
     from vllm_spark.executor.channel.addresses import split_rails
@@ -175,7 +180,7 @@ def _ports(config: SparkConfig) -> list[Any]:
         raise ConfigurationError(str(error)) from None
     if not ports:
         raise ConfigurationError(
-            "this machine has no active RDMA port with an address, and so no wire to measure; vllm-spark doctor says "
-            "what is missing"
+            "this machine has no active RDMA port with an address, so there is no wire to measure; vllm-spark doctor "
+            "shows what is missing"
         )
     return list(ports)

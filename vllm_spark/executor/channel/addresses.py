@@ -1,4 +1,4 @@
-"""Which address of this machine lies on the link to the other one."""
+"""Addresses of the link between the machines: which ones the ranks use, and where the leader listens."""
 
 from __future__ import annotations
 
@@ -16,73 +16,9 @@ from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
 
-_QUEUE = 64  # connections that wait to be accepted
-
-
-def listen(address: str, port: int) -> socket.socket:
-    """A TCP socket that listens on `address`:`port` and on nothing else.
-
-    Raises:
-        ConfigurationError: that is taken, not allowed, or no address of this machine; the sentence says what to change.
-    """
-    with _explained(address, port):
-        listening = _bound(address, port)
-        try:
-            listening.listen(_QUEUE)  # the kernel lets two bind one port, and the second of them fails here
-        except OSError:
-            listening.close()
-            raise
-    return listening
-
-
-def check_free(address: str, port: int) -> None:
-    """Makes sure that `listen` can be called, as far as can be seen now. A follower that tries to connect meets nobody.
-
-    Raises:
-        ConfigurationError: as `listen`.
-    """
-    with _explained(address, port):
-        _bound(address, port).close()
-
-
-def _bound(address: str, port: int) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        # Or the port could not be used while the kernel remembers its last connections.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((address, port))
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
-@contextmanager
-def _explained(address: str, port: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        remedy = (
-            "end what listens there (a leader or a doctor that runs already?), or choose another port with --spark-port"
-        )
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
-            remedy = "give this machine's address on the link with --spark-address"
-        raise ConfigurationError(
-            f"cannot listen on {format_endpoint(address, port)} ({error.strerror}); {remedy}"
-        ) from None
-
-
-def format_endpoint(host: str, port: int) -> str:
-    """`10.0.0.1:29650`, `[fe80::1]:29650`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def host_name() -> str:
-    """This machine's name, for messages."""
-    return socket.gethostname()
-
-
 LOOPBACK = "127.0.0.1"
+
+_BACKLOG = 64  # connections that may wait to be accepted
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
@@ -95,7 +31,7 @@ def leader_address(config: SparkConfig) -> str:
     if config.address is not None:
         if interface_of(config.address) is None:
             raise ConfigurationError(
-                f"--spark-address {config.address} is no address of this machine; it has "
+                f"--spark-address {config.address} is not an address of this machine, which has "
                 f"{', '.join(sorted(_own_addresses()))}"
             )
         return config.address
@@ -113,7 +49,7 @@ def resolve_master(master: str) -> list[str]:
     try:
         found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no name"
+        reason = getattr(error, "strerror", None) or "it is not a host name"
         raise ConfigurationError(
             f"MASTER_ADDR={master} cannot be resolved here ({reason}); set it to the IP address of the leader's machine"
         ) from None
@@ -121,21 +57,6 @@ def resolve_master(master: str) -> list[str]:
     return list(
         dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
     )
-
-
-def _launchers_address() -> str | None:
-    """Where rank 1 of a launcher's two processes looks for this one, rank 0 (torchrun's variables); None without."""
-    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-    if (rank, world_size) != (str(LEADER_RANK), str(WORLD_SIZE)) or not master:
-        return None
-    mine = [address for address in resolve_master(master) if interface_of(address) is not None]
-    if not mine:
-        raise ConfigurationError(
-            f"MASTER_ADDR={master} is no address of this machine, which is RANK 0; it has "
-            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with --spark-address"
-        )
-    # Many machines call themselves 127.0.1.1, and others know them by another address.
-    return min(mine, key=is_loopback)
 
 
 def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
@@ -155,8 +76,34 @@ def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
     return LOOPBACK, config.port
 
 
+def listen(address: str, port: int) -> socket.socket:
+    """A TCP socket that listens on `address`:`port` and on nothing else.
+
+    Raises:
+        ConfigurationError: the port is in use or not allowed, or the address is not one of this machine.
+    """
+    with _explained(address, port):
+        listening = _bound(address, port)
+        try:
+            listening.listen(_BACKLOG)  # with SO_REUSEADDR two sockets can bind one port; the second one fails here
+        except OSError:
+            listening.close()
+            raise
+    return listening
+
+
+def check_free(address: str, port: int) -> None:
+    """Checks that `listen` would work now, without accepting connections.
+
+    Raises:
+        ConfigurationError: as `listen`.
+    """
+    with _explained(address, port):
+        _bound(address, port).close()
+
+
 def check_ports(config: SparkConfig) -> None:
-    """Finds out early that this machine has no RDMA port where one is asked for.
+    """Checks early that this machine has an RDMA port if the settings need one.
 
     Raises:
         ConfigurationError: `--spark-transport verbs` or `--spark-rails`, and no such port.
@@ -182,8 +129,18 @@ def split_rails(rails: str | None) -> tuple[str, ...]:
     return tuple(rail.strip() for rail in rails.split(",")) if rails else ()
 
 
+def format_endpoint(host: str, port: int) -> str:
+    """`10.0.0.1:29650`, `[fe80::1]:29650`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def host_name() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()
+
+
 def is_loopback(address: str) -> bool:
-    """True for addresses that only processes of this machine reach."""
+    """True for addresses that only processes of this machine can connect to."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -207,6 +164,48 @@ def source_interface(peer: str) -> str | None:
         except OSError:
             return None
         return interface_of(probe.getsockname()[0])
+
+
+def _launchers_address() -> str | None:
+    """The address at which rank 1 of a launcher connects to this process, rank 0; None without torchrun's variables."""
+    rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if (rank, world_size) != (str(LEADER_RANK), str(WORLD_SIZE)) or not master:
+        return None
+    mine = [address for address in resolve_master(master) if interface_of(address) is not None]
+    if not mine:
+        raise ConfigurationError(
+            f"MASTER_ADDR={master} is not an address of this machine, which is RANK 0 and has "
+            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with --spark-address"
+        )
+    # Many machines resolve their own name to 127.0.1.1, and other machines resolve it to another address.
+    return min(mine, key=is_loopback)
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # Otherwise the port cannot be used while connections of a former process are in TIME_WAIT.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+@contextmanager
+def _explained(address: str, port: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        remedy = (
+            "end what listens there (a leader or a doctor that runs already?), or choose another port with --spark-port"
+        )
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
+            remedy = "give this machine's address on the link with --spark-address"
+        raise ConfigurationError(
+            f"cannot listen on {format_endpoint(address, port)} ({error.strerror}); {remedy}"
+        ) from None
 
 
 def _own_addresses() -> set[str]:

@@ -1,9 +1,9 @@
-"""The mutually authenticated TLS 1.3 that is made from the shared secret.
+"""Mutually authenticated TLS 1.3 from the shared secret.
 
-Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process makes
-itself a fresh certificate signed by that authority and accepts only peers that have one too: whoever lacks the secret
-never gets past the handshake, so nobody unauthenticated reaches the channel's unpickler. What the collectives and NCCL
-exchange beside the channel is not covered (docs/protocol.md, "What is not protected").
+Both machines derive the same certificate authority from the secret (scrypt to an Ed25519 key). Each process creates a
+fresh certificate signed by that authority and accepts only peers that have one too. A peer without the secret fails in
+the handshake, so no unauthenticated data is unpickled. The traffic of the collectives and of NCCL is not covered
+(docs/protocol.md, "What is not protected").
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cryptography.x509.oid import NameOID
 
 Role = Literal["leader", "follower"]
 
-# The secret decides, never a clock: machines that lost their clock say 1970, and a link need not reach a time server.
-# These are the first and the last moment that X.509 knows.
+# Validity must not depend on clocks: a machine whose clock was reset has the date 1970, and the link may have no time
+# server. These are the earliest and the latest date that X.509 can express.
 _VALID_FROM = datetime.datetime(1950, 1, 1)
 _VALID_UNTIL = datetime.datetime(9999, 12, 31, 23, 59, 59)
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
@@ -33,11 +33,11 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
     authority, certificate, key = _identity(secret, role)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "leader" else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # The authority is derived from the secret and signs nothing else, so a name proves nothing more.
+    # The authority is derived from the secret and signs nothing else, so host names would add nothing.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=authority.public_bytes(serialization.Encoding.DER))
-    # A session ticket would let a peer come back without its certificate.
+    # A session ticket would let a peer reconnect without its certificate.
     if role == "leader":
         context.num_tickets = 0
     _load_identity(context, certificate, key)
@@ -45,8 +45,8 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
 
 
 def _identity(secret: bytes, role: str) -> tuple[x509.Certificate, x509.Certificate, Ed25519PrivateKey]:
-    """The authority that follows from the secret, and a fresh certificate of it for `role` with its key."""
-    # Whoever connects sees the leader's certificate, and could try secrets against it at home: each try shall cost.
+    """The authority derived from the secret, and a fresh certificate of it for `role` with its key."""
+    # Anybody who connects gets the leader's certificate and can test secrets against it: scrypt makes that slow.
     stretched = Scrypt(salt=b"vllm-spark channel authority 2", length=32, n=1 << 15, r=8, p=1).derive(secret)
     authority_key = Ed25519PrivateKey.from_private_bytes(stretched)
     authority = _certificate(_AUTHORITY, authority_key, authority_key, is_authority=True)
@@ -90,7 +90,7 @@ def _certificate(
 
 
 def _load_identity(context: ssl.SSLContext, certificate: x509.Certificate, key: Ed25519PrivateKey) -> None:
-    """The ssl module reads identities from files only: give it one that exists in memory alone."""
+    """Loads the identity into `context` from an anonymous file: the ssl module reads identities from files only."""
     pem = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + certificate.public_bytes(serialization.Encoding.PEM)

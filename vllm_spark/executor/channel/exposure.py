@@ -1,4 +1,4 @@
-"""Whether the link's network holds other machines than the two, as far as this machine's kernel knows."""
+"""Whether the link's network has more machines than the two, as far as this machine's kernel knows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ EXPOSED = (
     "Other machines of that network can connect to the pair's port, where they do not get in without the secret, and "
     "can read and disturb the tensors that the ranks exchange, which are neither encrypted nor authenticated"
 )
-"""What follows from a network that others share."""
+"""The risk of a network with other machines in it."""
 
 
 def shared_network(interface: str, root: Path = Path("/")) -> str | None:
-    """Why others may be in the network of `interface`, as `has the default route`; None if nothing says so.
+    """Why other machines may be in the network of `interface`: `has the default route`, say; None if unknown.
 
     Args:
-        root: where the files of the kernel are.
+        root: where /proc and /sys are mounted.
     """
     if interface in _with_default_route(root):
         return "has the default route"

@@ -1,9 +1,9 @@
 """Framed, authenticated messages between the leader and its follower.
 
-A `Lane` is one TLS connection carrying frames: a header of kind and length, then the payload. Three lanes join the
-machines: *calls* (worker calls and their replies, used by the thread that runs the model), *control* (signs of life,
-failures, goodbyes, used by a thread of its own) and *groups* (messages of torch's process groups). A lane is used by
-one thread at a time, or by one that sends and another that receives.
+A `Connection` is a TLS connection that carries frames: a header of kind and length, then the payload. A session has
+three: *rpc* (worker calls and their replies, used by the thread that runs the model), *control* (heartbeats, failures,
+the reason for an end; used by a thread of its own) and *groups* (messages of torch's process groups). A connection is
+used by one thread at a time, or by one that sends and another that receives.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _HEADER = struct.Struct("<BxxxI")
 
 
 class Kind(enum.IntEnum):
-    """What a frame carries."""
+    """The kind of a frame."""
 
     HELLO = 1
-    """JSON: who connects, with which versions, for which lane."""
+    """JSON: who connects, with which versions, and which of the connections this is."""
     WELCOME = 2
     """JSON: the connection was accepted."""
     REFUSAL = 3
@@ -45,56 +45,56 @@ class Kind(enum.IntEnum):
     """A worker call that is answered by a REPLY."""
     REPLY = 10
     """Pickle: the outcome of a QUERY."""
-    BEAT = 11
-    """JSON: a sign of life, with the sender's counters."""
+    HEARTBEAT = 11
+    """JSON: a heartbeat, with the sender's counters."""
     FAILURE = 12
     """JSON: the sender cannot go on, and why."""
-    GOODBYE = 13
-    """JSON: the sender leaves in good order."""
+    LEAVE = 13
+    """JSON: the sender ends the session in order, and why."""
     LINK = 14
-    """Bytes: what the sender's collective runtime says of its rails."""
-    EXAMINATION = 15
-    """JSON: the leader is a doctor, and asks how the follower's machine is."""
-    FINDINGS = 16
-    """JSON: how it is."""
+    """Bytes: an announcement of the sender's collective runtime about its rails."""
+    CHECK_REQUEST = 15
+    """JSON: sent by `vllm-spark doctor` in place of an OFFER: it asks for a check of the follower's machine."""
+    CHECK_REPORT = 16
+    """JSON: the result of that check."""
     GROUP = 17
     """MessagePack: a part of a message of torch's process groups or of their store."""
     PROGRESS = 18
-    """JSON: what the follower does before it answers an OFFER."""
+    """JSON: what the follower is doing before it answers an OFFER."""
     RESTART = 19
-    """Empty, in answer to an OFFER: the follower comes back with the leader's environment, in another process."""
+    """Empty, in answer to an OFFER: the follower reconnects from another process, with the leader's environment."""
 
 
 class Frame(NamedTuple):
-    """One message of a lane."""
+    """One message on a connection."""
 
     kind: Kind
     payload: bytes
 
 
 class FrameTooLargeError(SparkError):
-    """A message of this side is longer than the limit."""
+    """A message that this side wants to send is longer than the limit."""
 
 
 class ChannelError(PeerLostError):
-    """The lane is unusable: closed, timed out, or the peer does not speak the protocol."""
+    """The connection is unusable: closed, timed out, or the peer does not speak the protocol."""
 
 
-class LaneClosedError(ChannelError):
-    """The connection ended: the peer closed it, or it broke. The other lane may say why."""
+class ConnectionClosedError(ChannelError):
+    """The peer closed the connection, or it broke. The control connection may carry the reason."""
 
 
-class Lane:
+class Connection:
     """One authenticated connection that carries frames.
 
     Args:
-        connection: an established TLS connection, owned by the lane from here on.
-        peer: how to name the other side in messages.
+        tls: an established TLS connection, owned by the connection from here on.
+        peer: the other side's name in messages.
         max_frame: largest payload accepted, in bytes; checked before anything is allocated.
     """
 
-    def __init__(self, connection: TlsConnection, peer: str, max_frame: int) -> None:
-        self._connection = connection
+    def __init__(self, tls: TlsConnection, peer: str, max_frame: int) -> None:
+        self._tls = tls
         self.max_frame = max_frame
         self.peer = peer
         self._interrupted = False  # by KeyboardInterrupt, say, in the middle of a frame
@@ -102,30 +102,30 @@ class Lane:
     @property
     def peer_role(self) -> str:
         """The role that the peer authenticated as."""
-        return self._connection.peer_name
+        return self._tls.peer_name
 
     def fileno(self) -> int:
         """The socket's descriptor, for poll; -1 once closed."""
-        return self._connection.fileno()
+        return self._tls.fileno()
 
     @property
     def pending(self) -> bool:
-        """True if bytes have been read from the socket already, which poll cannot see."""
-        return self._connection.pending
+        """True if bytes are buffered here, which poll does not show."""
+        return self._tls.pending
 
-    def rely_on_beats(self) -> None:
-        """From now on silence is judged by the heartbeat alone, and not by the kernel too."""
-        self._connection.probe_silence(False)
+    def disable_keepalive(self) -> None:
+        """Turns TCP keepalive off: from now on the heartbeat alone detects a peer that is gone."""
+        self._tls.set_keepalive(False)
 
     def send(self, kind: Kind, payload: bytes = b"", *, timeout: float | None = None) -> None:
         """Sends one frame.
 
         Raises:
             FrameTooLargeError: `payload` is over the limit; nothing was sent.
-            LaneClosedError: the peer is gone.
+            ConnectionClosedError: the peer is gone.
             ChannelError: it did not take the frame within `timeout` seconds, or an earlier one was interrupted.
         """
-        self._check_whole()
+        self._check_usable()
         if len(payload) > self.max_frame:
             raise FrameTooLargeError(
                 f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
@@ -133,42 +133,42 @@ class Lane:
             )
         try:
             # One write for header and payload: one system call, one wake-up of the receiver.
-            self._connection.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
+            self._tls.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
         except TimeoutError:
             raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
         except (OSError, ValueError) as error:
-            raise LaneClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+            raise ConnectionClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
         except BaseException:
             self._interrupted = True
             raise
 
     def wait(self, timeout: float) -> bool:
-        """Waits until a frame begins to arrive, or the lane is closed; False after `timeout` seconds."""
+        """Waits until a frame begins to arrive, or the connection is closed; False after `timeout` seconds."""
         if self.pending or (descriptor := self.fileno()) < 0:
             return True
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(max(0.0, timeout) * 1000))
 
-    def receive(self, *, timeout: float | None = None, awake: float = 0.0) -> Frame:
-        """Receives one frame; looks for it without sleeping for the first `awake` seconds.
+    def receive(self, *, timeout: float | None = None, spin: float = 0.0) -> Frame:
+        """Receives one frame; polls for it without sleeping for the first `spin` seconds.
 
         Raises:
-            LaneClosedError: the peer closed the lane.
+            ConnectionClosedError: the peer closed the connection.
             ChannelError: it sent nothing for `timeout` seconds, or no valid frame, or an earlier one was interrupted.
         """
-        self._check_whole()
+        self._check_usable()
         try:
-            return self._receive(timeout, awake)
+            return self._receive(timeout, spin)
         except Exception:
             raise
         except BaseException:
             self._interrupted = True  # part of a frame may be read: the rest would be taken for the next one's header
             raise
 
-    def _receive(self, timeout: float | None, awake: float) -> Frame:
+    def _receive(self, timeout: float | None, spin: float) -> Frame:
         deadline = None if timeout is None else time.monotonic() + timeout
-        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, awake))
+        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, spin))
         try:
             kind = Kind(number)
         except ValueError:
@@ -180,40 +180,40 @@ class Lane:
             )
         return Frame(kind, self._read(length, deadline))
 
-    def expect(self, *kinds: Kind, timeout: float | None = None, awake: float = 0.0) -> Frame:
+    def expect(self, *kinds: Kind, timeout: float | None = None, spin: float = 0.0) -> Frame:
         """Receives one frame that must be of one of `kinds`.
 
         Raises:
             ChannelError: as `receive`, or the frame is of another kind.
         """
-        frame = self.receive(timeout=timeout, awake=awake)
+        frame = self.receive(timeout=timeout, spin=spin)
         if frame.kind not in kinds:
             wanted = " or ".join(kind.name for kind in kinds)
-            raise ChannelError(f"{self.peer} sent {frame.kind.name} where {wanted} was due")
+            raise ChannelError(f"{self.peer} sent {frame.kind.name}, and {wanted} was expected")
         return frame
 
     def interrupt(self) -> None:
         """Ends a blocked `send` or `receive` of another thread with a ChannelError."""
-        self._connection.interrupt()
+        self._tls.interrupt()
 
     def close(self) -> None:
         """Closes the connection; may be called again."""
-        self._connection.close()
+        self._tls.close()
 
-    def _check_whole(self) -> None:
+    def _check_usable(self) -> None:
         if self._interrupted:
             raise ChannelError(f"the connection to {self.peer} cannot be used: a message was interrupted halfway")
 
-    def _read(self, size: int, deadline: float | None, awake: float = 0.0) -> bytes:
+    def _read(self, size: int, deadline: float | None, spin: float = 0.0) -> bytes:
         buffer = bytearray(size)
         try:
-            self._connection.receive_into(memoryview(buffer), deadline, awake)
+            self._tls.receive_into(memoryview(buffer), deadline, spin)
         except EOFError:
-            raise LaneClosedError(f"{self.peer} closed the connection") from None
+            raise ConnectionClosedError(f"{self.peer} closed the connection") from None
         except TimeoutError:
             raise ChannelError(f"{self.peer} sent nothing in time") from None
         except (OSError, ValueError) as error:
-            raise LaneClosedError(f"the connection to {self.peer} broke: {_reason(error)}") from None
+            raise ConnectionClosedError(f"the connection to {self.peer} broke: {_reason(error)}") from None
         return bytes(buffer)
 
 

@@ -1,4 +1,4 @@
-"""The secret that both machines share: where it comes from, and how one is made."""
+"""The secret that both machines share: where it is read from, and how a new one is made."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
 
 
 def default_secret_file() -> Path | None:
-    """Where a secret is looked for if none is given; None for a user without a home folder."""
+    """The default path of the secret; None for a user without a home folder."""
     folder = configuration_folder()
     return None if folder is None else folder / "secret"
 
 
 def secret_is_there(path: Path) -> bool:
-    """Whether there is such a file, or may be one: nobody looks into a folder without the right to."""
+    """Whether the file exists, or may exist: True also if its folder cannot be searched."""
     try:
         return path.exists()
-    except OSError:  # reading it says why
+    except OSError:  # reading it reports why
         return True
 
 
@@ -72,7 +72,7 @@ def make_secret(path: Path) -> None:
             path.parent.mkdir(mode=0o700, parents=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        if os.path.isdir(path):  # False also where nobody may look
+        if os.path.isdir(path):  # also False for a folder that cannot be searched
             raise ConfigurationError(f"{path} is a folder; name a file in it: --make-secret {path}/secret") from None
         if os.path.lexists(path):
             raise ConfigurationError(
@@ -106,10 +106,10 @@ def _read_secret(path: Path) -> bytes:
 
 
 def _check_rights(path: Path, found: os.stat_result) -> None:
-    """That nobody but this user and root can read or replace the file.
+    """Checks that only this user and root can read or replace the file.
 
-    Not asked of a read-only mount, where neither owner nor mode can be changed: containers get their secrets so, owned
-    by root and with mode 0444, and who may read them there is for whoever runs the container to say.
+    Not done for a read-only mount, where owner and mode cannot be changed: container runtimes mount secrets like that,
+    owned by root and with mode 0444, and control access to them in another way.
     """
     if found.st_uid not in (os.geteuid(), 0):
         raise ConfigurationError(
@@ -139,7 +139,7 @@ def _own_secret() -> bytes:
     path = folder / "loopback.secret"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Written aside and linked into place: two processes that start together agree on whichever came first.
+        # Written to a temporary file and linked: two processes that start together use the file of the first one.
         draft = folder / f".loopback.{os.getpid()}.{secrets.token_hex(4)}"
         draft.touch(mode=0o600, exist_ok=False)
         try:

@@ -1,9 +1,9 @@
 """TLS over a socket, with one system call for a message each way.
 
 `ssl.SSLSocket` reads every record with two system calls and writes through several layers of Python. Here OpenSSL works
-on memory, and the socket is read and written in whole messages: a decode step's call reaches the follower sooner
-(benchmarks/channel.py). Who waits for the next step's call does not fall asleep at once: waking up costs about as much
-as the message itself (benchmarks/spine.py).
+on memory, and the socket is read and written in whole messages, so that a decode step's call reaches the follower
+sooner (benchmarks/channel.py). A receiver may poll the socket for a while before it sleeps, because waking up costs
+about as much as the message itself (benchmarks/spine.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import cast
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import without_stop
 
-# A machine that lost its power says nothing: after so many seconds of silence the kernel asks, that often and no more.
-_SILENT_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
-_REFUSED_DATES = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
-# What a peer answers in these cases. It answers another secret with "unknown CA".
-_ALERTS_OF_DATES = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
+# TCP keepalive, for a machine that lost its power: idle time, interval, and number of probes.
+_IDLE_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
+_DATE_ERRORS = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
+# A peer's TLS alerts in these cases. For another secret its alert is "unknown CA".
+_DATE_ALERTS = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
 
 
@@ -41,7 +41,7 @@ class TlsConnection:
         timeout: seconds for the handshake.
 
     Raises:
-        ssl.SSLError: the peer is not who it should be, or does not speak TLS.
+        ssl.SSLError: the peer is not authenticated, or does not speak TLS.
         OSError: the connection broke, or the handshake took too long (TimeoutError). The socket is closed then.
     """
 
@@ -49,17 +49,19 @@ class TlsConnection:
         self._socket = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._state = threading.Lock()  # OpenSSL's, which sending and receiving share; never held while one waits
+        self._state = (
+            threading.Lock()
+        )  # guards OpenSSL's object, which sending and receiving share; never held during a wait
         self._buffer = memoryview(bytearray(_READ))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.probe_silence(True)
+            self.set_keepalive(True)
             plain.settimeout(timeout)
-            self._shake_hands(time.monotonic() + timeout)
+            self._handshake(time.monotonic() + timeout)
             plain.settimeout(None)
         except BaseException:
             with contextlib.suppress(OSError):
-                self._flush()  # tells the peer why
+                self._flush()  # sends the TLS alert with the reason
             plain.close()
             raise
 
@@ -75,7 +77,7 @@ class TlsConnection:
 
     @property
     def pending(self) -> bool:
-        """True if bytes wait here, which a poll of the socket cannot see."""
+        """True if bytes are buffered here, which a poll of the socket does not show."""
         return self._tls.pending() > 0 or self._incoming.pending > 0
 
     def fileno(self) -> int:
@@ -95,8 +97,8 @@ class TlsConnection:
         finally:
             self._socket.settimeout(None)
 
-    def receive_into(self, view: memoryview, deadline: float | None, awake: float = 0.0) -> None:
-        """Fills `view`, looking for what comes without sleeping for the first `awake` seconds.
+    def receive_into(self, view: memoryview, deadline: float | None, spin: float = 0.0) -> None:
+        """Fills `view`, polling without sleeping for the first `spin` seconds.
 
         Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError.
         """
@@ -109,14 +111,14 @@ class TlsConnection:
                     raise EOFError
                 got += count
             except ssl.SSLWantReadError:
-                self._fill(deadline, awake)
+                self._fill(deadline, spin)
             except ssl.SSLZeroReturnError:
                 raise EOFError from None
 
-    def probe_silence(self, on: bool) -> None:
-        """Has the kernel notice a peer that is gone without a word, which is for when nobody beats."""
+    def set_keepalive(self, on: bool) -> None:
+        """Turns TCP keepalive on or off: it detects a peer that is gone while no heartbeats are exchanged."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, on)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT_SECONDS)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_SECONDS)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
 
@@ -130,7 +132,7 @@ class TlsConnection:
         self.interrupt()
         self._socket.close()
 
-    def _shake_hands(self, deadline: float) -> None:
+    def _handshake(self, deadline: float) -> None:
         while True:
             try:
                 self._tls.do_handshake()
@@ -139,7 +141,7 @@ class TlsConnection:
                 try:
                     self._fill(deadline)
                 except EOFError:
-                    raise ConnectionResetError("the peer hung up") from None
+                    raise ConnectionResetError("the peer closed the connection") from None
             else:
                 self._flush()
                 return
@@ -148,17 +150,17 @@ class TlsConnection:
         # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
         return cast("int", self._tls.read(len(view), view))
 
-    def _fill(self, deadline: float | None, awake: float = 0.0) -> None:
-        count = self._look_for(awake) if awake else None
+    def _fill(self, deadline: float | None, spin: float = 0.0) -> None:
+        count = self._try_receive(spin) if spin else None
         if count is None:
-            self._sleep_until_readable(deadline)
+            self._wait_readable(deadline)
             count = self._socket.recv_into(self._buffer)
         if count == 0:
             raise EOFError
         with self._state:
             self._incoming.write(self._buffer[:count])
 
-    def _look_for(self, seconds: float) -> int | None:
+    def _try_receive(self, seconds: float) -> int | None:
         end = time.monotonic() + seconds
         while True:
             try:
@@ -166,9 +168,9 @@ class TlsConnection:
             except BlockingIOError:
                 if time.monotonic() >= end:
                     return None
-                os.sched_yield()  # whoever else needs this core has it
+                os.sched_yield()  # other threads may use this core
 
-    def _sleep_until_readable(self, deadline: float | None) -> None:
+    def _wait_readable(self, deadline: float | None) -> None:
         if deadline is None:
             return  # the socket blocks
         poll = select.poll()
@@ -185,42 +187,42 @@ class TlsConnection:
 
 def is_secret_failure(error: ssl.SSLError) -> bool:
     """Whether a handshake failed because the two sides have different secrets."""
-    if _about_a_clock(error) is not None:
+    if _date_problem(error) is not None:
         return False
     reason = (error.reason or "").upper()
     rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
     return rejected or isinstance(error, ssl.SSLCertVerificationError)
 
 
-def failure_in_words(error: Exception) -> str:
-    """Why a connection was not established, in words for both sides' users; `error` as `TlsConnection` raises it."""
+def explain_failure(error: Exception) -> str:
+    """A sentence for users: why a connection was not established. `error` is what `TlsConnection` raised."""
     if isinstance(error, ssl.SSLError):
-        if (clock := _about_a_clock(error)) is not None:
-            return clock
+        if (problem := _date_problem(error)) is not None:
+            return problem
         if is_secret_failure(error):
             ways = f"--spark-secret-file or {SECRET_VARIABLE}"
             return f"the other side has another secret; give both machines the same ({ways})"
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"what is there does not speak this protocol ({reason})"
+        return f"the program there does not speak this protocol ({reason})"
     if isinstance(error, OSError):
         return f"the connection broke before it was authenticated ({error.strerror or error})"
     return without_stop(str(error))
 
 
-def _about_a_clock(error: ssl.SSLError) -> str | None:
-    """The sentence for a certificate that the other side, or this one, refuses for its dates alone; else None.
+def _date_problem(error: ssl.SSLError) -> str | None:
+    """The sentence for a certificate that either side refuses only because of its dates; else None.
 
     This version's certificates are valid at all times; those of another one may begin and end.
     """
     reason = (error.reason or "").upper()
     refused = getattr(error, "verify_code", 0) if isinstance(error, ssl.SSLCertVerificationError) else 0
-    if refused in _REFUSED_DATES:
+    if refused in _DATE_ERRORS:
         now = datetime.datetime.now(datetime.timezone.utc)
         return (
-            f"the other side's certificate is {_REFUSED_DATES[refused]} by the clock of this machine, which says "
+            f"the other side's certificate is {_DATE_ERRORS[refused]} by the clock of this machine, which says "
             f"{now:%Y-%m-%d %H:%M} UTC; set the clock (timedatectl) and install the same vllm_spark on both machines"
         )
-    if reason in _ALERTS_OF_DATES:
+    if reason in _DATE_ALERTS:
         return (
             "the other side does not accept the dates of this side's certificate: its clock is wrong, or it has "
             "another vllm_spark; set the clock there (timedatectl) and install the same vllm_spark on both machines"

@@ -1,1 +1,1 @@
-"""How leader and follower find each other and agree, before the first call."""
+"""The handshake between leader and follower: connections, versions, the model's files."""

@@ -1,4 +1,4 @@
-"""The follower's mouth: how it finds its leader."""
+"""The client side of the handshake: opens a follower's connections to its leader."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import msgspec
 
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name
-from vllm_spark.executor.channel.framing import ChannelError, Kind, Lane
-from vllm_spark.executor.channel.tls import TlsConnection, failure_in_words, is_secret_failure
+from vllm_spark.executor.channel.framing import ChannelError, Connection, Kind
+from vllm_spark.executor.channel.tls import TlsConnection, explain_failure, is_secret_failure
 from vllm_spark.executor.handshake.messages import GREETING_TIMEOUT, Hello, Reason, decode
 from vllm_spark.executor.handshake.versions import Versions
 
 
-class Caller:
-    """Connects a follower's lanes to its leader.
+class Connector:
+    """Opens the connections of one session.
 
     Args:
         host, port: where the leader listens.
@@ -32,15 +32,15 @@ class Caller:
         self._versions = Versions.of_this_process()
         self.endpoint = format_endpoint(host, port)
         self.last_problem = ""
-        """Why the last try to connect failed, as a sentence; empty where nobody listens, which needs no remedy."""
+        """Why the last attempt to connect failed, as a sentence; empty if nothing listens there."""
 
-    def connect(self, lane: str) -> Lane | None:
-        """Opens one lane; None if nobody listens there now.
+    def connect(self, connection: str) -> Connection | None:
+        """Opens one connection; None if nothing listens there now.
 
         Raises:
             ConfigurationError: the leader has another secret.
             VersionsError: it has other versions.
-            RefusedError: it gave another reason, or what is there is not a vllm-spark leader.
+            RefusedError: it gave another reason, or the program there is not a vllm-spark leader.
         """
         try:
             plain = socket.create_connection((self.host, self.port), timeout=GREETING_TIMEOUT)
@@ -56,21 +56,21 @@ class Caller:
             return None
         self.last_problem = ""
         try:
-            connection = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
-            opened = Lane(connection, f"the leader at {self.endpoint}", self._max_frame)
+            tls = TlsConnection(plain, self._context, server_side=False, timeout=GREETING_TIMEOUT)
+            opened = Connection(tls, f"the leader at {self.endpoint}", self._max_frame)
             if (role := opened.peer_role) != "leader":
                 opened.close()
                 raise RefusedError(
                     f"{self.endpoint} authenticated as {role!r}, not as a leader; give the address of the machine that "
                     "runs vllm serve --spark"
                 )
-            hello = Hello(lane, self._session, host_name(), os.getpid(), self._versions)
+            hello = Hello(connection, self._session, host_name(), os.getpid(), self._versions)
             opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=GREETING_TIMEOUT)
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
         except ssl.SSLError as error:
             plain.close()
             kind = ConfigurationError if is_secret_failure(error) else RefusedError
-            raise kind(f"{self.endpoint}: {failure_in_words(error)}") from None
+            raise kind(f"{self.endpoint}: {explain_failure(error)}") from None
         except (OSError, ChannelError):
             plain.close()
             return None

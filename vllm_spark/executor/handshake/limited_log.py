@@ -1,4 +1,4 @@
-"""Warnings of which there may be thousands: the first few are logged, the others counted."""
+"""Rate-limited warnings: the first few are logged, the others counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("vllm_spark")
 
 _FIRST = 3
 _MOST_KEYS = 64
-_NAMED = 4  # addresses that a summary names, each with its reason
+_NAMED = 4  # addresses listed in a summary, each with its reason
 
 
 class _Key(NamedTuple):
@@ -22,7 +22,7 @@ _OTHERS = _Key("other addresses", "various reasons")
 
 
 class _Count:
-    """What was seen of one peer and reason."""
+    """The numbers for one peer and reason."""
 
     def __init__(self) -> None:
         self.logged = self.suppressed = self.recent = 0
@@ -31,8 +31,8 @@ class _Count:
 class LimitedLog:
     """Logs the first warnings for each peer and reason; one line per interval sums up the rest.
 
-    A peer whose warnings stop for an interval begins anew. Of at most 64 peers and reasons something is kept, and all
-    others are counted together. May be used from any thread.
+    The count of a peer whose warnings stop for an interval starts again. At most 64 peers and reasons are counted
+    separately, all others together. May be used from any thread.
 
     Args:
         what: what the warnings are about, in the plural, for the summary.

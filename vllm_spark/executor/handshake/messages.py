@@ -1,6 +1,8 @@
-"""What leader and follower say until both know that they fit.
+"""The messages of the handshake between leader and follower, and the commands that its log lines suggest.
 
-All of it is JSON over an authenticated connection: nothing is unpickled before both sides have agreed.
+`Hello`, `Welcome`, `Offer`, `Progress` and `Reason` are JSON over an authenticated connection: nothing is unpickled
+before both sides have agreed on versions and files. `join_command` and `serve_command` make the command for the other
+machine.
 """
 
 from __future__ import annotations
@@ -16,24 +18,24 @@ from vllm_spark.executor.channel.framing import ChannelError, Frame
 from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.executor.model_files.loaded import LoadedFiles
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 
-CONTROL, CALLS, GROUPS = LANES = "control", "calls", "groups"
-"""The lanes that a follower asks for."""
+CONTROL, RPC, GROUPS = CONNECTIONS = "control", "rpc", "groups"
+"""The connections that a follower opens."""
 
 GREETING_TIMEOUT = 5.0
-"""Seconds for one connection to authenticate and to say who it is."""
+"""Seconds for one connection to authenticate and to send its HELLO."""
 
 PROGRESS_INTERVAL = 10.0
-"""Seconds between two messages of a follower that takes its time for an offer."""
+"""Seconds between two PROGRESS messages of a follower that has not answered an offer yet."""
 
 Message = TypeVar("Message", bound=msgspec.Struct)
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """A follower's first words on each lane."""
+    """The first message of a follower on each connection."""
 
-    lane: str
+    connection: str = msgspec.field(name="lane")  # its name on the wire, for any version
     session: str
     host: str
     process: int
@@ -41,19 +43,19 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """The leader's answer to a Hello that it takes."""
+    """The leader's answer to a Hello that it accepts."""
 
     host: str
     process: int
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why a connection, a model or the common work was ended.
+    """Why a connection or an offer was refused, or why the session ended.
 
     Attributes:
         sentence: for the other side's user.
         details: a traceback, for its log.
-        final: True if trying again cannot help: the versions differ.
+        final: True if a retry cannot succeed: the versions differ.
     """
 
     sentence: str
@@ -62,7 +64,7 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What the leader serves: the follower must have the same files, wherever it has them.
+    """The model that the leader serves: the follower must have the same files, in any location.
 
     Attributes:
         model: its name, for messages.
@@ -77,19 +79,19 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What a follower does before it answers an offer, at least once in `PROGRESS_INTERVAL`."""
+    """The activity of a follower before it answers an offer; sent at least every `PROGRESS_INTERVAL`."""
 
     activity: str
 
 
-known(Hello, Welcome, Reason, Offer, Progress)
+preload_decoders(Hello, Welcome, Reason, Offer, Progress)
 
 
 def decode(frame: Frame, kind: type[Message]) -> Message:
     """The JSON message in `frame`.
 
     Raises:
-        ChannelError: it is none of that type.
+        ChannelError: it is not a message of that type.
     """
     try:
         return msgspec.json.decode(frame.payload, type=kind)
@@ -98,12 +100,12 @@ def decode(frame: Frame, kind: type[Message]) -> Message:
 
 
 def join_command(endpoint: str, secret_file: Path | None) -> str:
-    """The command that makes the other machine follow the leader at `endpoint`."""
+    """The command that starts a follower for the leader at `endpoint`."""
     return f"vllm-spark join --leader {endpoint}" + (f" --secret-file {secret_file}" if secret_file else "")
 
 
 def serve_command(host: str, port: int, config: SparkConfig) -> str:
-    """The command that makes the machine at `host` a leader that a follower with `config` finds."""
+    """The command that starts a leader at `host`, to which a follower with `config` connects."""
     command = "vllm serve MODEL --spark"
     if not is_loopback(host):
         command += f" --spark-address {host}"
@@ -114,7 +116,7 @@ def serve_command(host: str, port: int, config: SparkConfig) -> str:
     return command
 
 
-def where_to_type(endpoint: str) -> str:
-    """Where the other side's command belongs: `on the other machine`, or in another terminal of this one."""
+def where_to_run(endpoint: str) -> str:
+    """The place to run the other side's command: `on the other machine`, or `in another terminal` of this one."""
     host, _ = split_endpoint(endpoint)
     return "in another terminal" if is_loopback(host) else "on the other machine"

@@ -1,4 +1,4 @@
-"""Which versions of what a machine runs: leader and follower must have the same."""
+"""The versions that must be the same on leader and follower."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import msgspec
 from vllm_spark import __version__
 from vllm_spark.compat.versions import installed_vllm, source_version
 
-CHANNEL_VERSION = 2
+CHANNEL_VERSION = 3
 """Version of the messages between leader and follower."""
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """What must be the same on both machines, for pickles and for numbers."""
+    """Versions that must be the same on both machines: for pickles, and for equal numerical results."""
 
     channel: str
     vllm_spark: str

@@ -137,7 +137,15 @@ class FollowerAdapters:
             place = find_own(wanted)
         except RefusedError as error:
             return str(error)
-        self._own[wanted.place] = _Own(place, signature_of(place), wanted)
+        # Taken before the last look at the content, which reads only what has changed meanwhile.
+        signature = signature_of(place)
+        try:
+            difference = wanted.identity_at(place).difference(wanted.identity, f"on {host_name()}")
+        except RefusedError as error:
+            return str(error)
+        if difference:
+            return f"it was changed while it was compared: {difference} ({place}); load it again once it is complete"
+        self._own[wanted.place] = _Own(place, signature, wanted)
         return None
 
     def place(self, request: Any) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from vllm_spark.errors import RefusedError
+from vllm_spark.executor.model_files.weights import is_content, weight_files
 
 MIB = 1 << 20
 _WHOLE_UP_TO = 64 * MIB
@@ -33,12 +32,7 @@ _CONFIGURATION: dict[Kind, tuple[str, ...]] = {
     "adapter": ("adapter_config.json",),
     "file": (),
 }
-_WEIGHTS: dict[Kind, tuple[str, ...]] = {
-    "model": ("*.safetensors", "*.bin", "*.pt", "*.gguf"),
-    "tokenizer": (),
-    "adapter": ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"),
-    "file": (),
-}
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")  # the first counts
 _MODULES = "modules.json"  # lists folders of layers that sentence-transformers puts after a model
 _FOLDERS_WITH_WEIGHTS = ("whisper-large-v3", "speech_tokenizer")  # that models of vLLM read beside their own
 _FILES_WITH_WEIGHTS = ("colbert_linear.pt", "sparse_linear.pt")
@@ -59,6 +53,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
         kind: Kind = "model",
         with_code: bool = False,
         with_tokenizer: bool = False,
+        load_format: str = "hf",
     ) -> ModelIdentity:
         """Reads what vLLM would load from `place`, a folder or a single file.
 
@@ -68,6 +63,7 @@ class ModelIdentity(msgspec.Struct, frozen=True):
             kind: what it is.
             with_code: whether Python files in it may be executed (`--trust-remote-code`).
             with_tokenizer: whether a worker reads the tokenizer's and the processor's files there too.
+            load_format: how vLLM loads a model's weights; not `auto`.
 
         Raises:
             RefusedError: the folder or a file cannot be read.
@@ -76,14 +72,14 @@ class ModelIdentity(msgspec.Struct, frozen=True):
             return cls({}, {place.name: _digest(place)} if with_weights or kind == "file" else {})
         names = _names(place)
         wanted = _CONFIGURATION[kind] + (_CONFIGURATION["tokenizer"] if with_tokenizer else ())
-        configuration = [name for name in wanted if name in names and _is_content(place / name)]
+        configuration = [name for name in wanted if name in names and is_content(place / name)]
         if with_code:
-            configuration += [name for name in names if name.endswith(".py") and _is_content(place / name)]
-        weights = _weights(place, names, kind) if with_weights else []
+            configuration += [name for name in names if name.endswith(".py") and is_content(place / name)]
+        weights = _weights(place, names, kind, load_format) if with_weights else []
         if kind == "model":
             more_configuration, more_weights = _beside(place, names)
             configuration += more_configuration
-            weights += more_weights if with_weights else []
+            weights += [name for name in more_weights if name not in weights] if with_weights else []
         return cls(*({name: _digest(place / name) for name in chosen} for chosen in (configuration, weights)))
 
     def difference(self, other: ModelIdentity, here: str = "here") -> str | None:
@@ -127,31 +123,30 @@ def _names(folder: Path) -> list[str]:
         raise RefusedError(unreadable(folder, error)) from None
 
 
-def _weights(folder: Path, names: list[str], kind: Kind) -> list[str]:
-    """What vLLM would load: a folder may hold the same weights in several formats, of which it takes the first."""
-    for pattern in _WEIGHTS[kind]:
-        if found := [name for name in names if fnmatchcase(name, pattern) and _is_content(folder / name)]:
-            return found
-    return []
+def _weights(folder: Path, names: list[str], kind: Kind, load_format: str) -> list[str]:
+    """What vLLM would load: a folder may hold the same weights in several formats."""
+    if kind == "adapter":
+        return [name for name in _ADAPTER_WEIGHTS if name in names and is_content(folder / name)][:1]
+    return weight_files(folder, names, load_format) if kind == "model" else []
 
 
 def _beside(folder: Path, names: list[str]) -> tuple[list[str], list[str]]:
     """Configuration and weight files that some models of vLLM load too, by their names relative to `folder`."""
     configuration: list[str] = []
-    weights = [name for name in _FILES_WITH_WEIGHTS if name in names and _is_content(folder / name)]
-    if _MODULES in names and _is_content(folder / _MODULES):
+    weights = [name for name in _FILES_WITH_WEIGHTS if name in names and is_content(folder / name)]
+    if _MODULES in names and is_content(folder / _MODULES):
         configuration.append(_MODULES)
     for inner in sorted({*_module_folders(folder, names), *(name for name in _FOLDERS_WITH_WEIGHTS if name in names)}):
         below = folder / inner
         if os.path.isdir(below):
             files = _names(below)
             configuration += [f"{inner}/config.json"] if "config.json" in files else []
-            weights += [f"{inner}/{name}" for name in _weights(below, files, "model")]
-    return configuration, [name for name in weights if name not in _weights(folder, names, "model")]
+            weights += [f"{inner}/{name}" for name in weight_files(below, files, "hf")]
+    return configuration, weights
 
 
 def _module_folders(folder: Path, names: list[str]) -> list[str]:
-    if _MODULES not in names or not _is_content(folder / _MODULES):
+    if _MODULES not in names or not is_content(folder / _MODULES):
         return []
     try:
         modules = json.loads((folder / _MODULES).read_bytes())
@@ -159,14 +154,6 @@ def _module_folders(folder: Path, names: list[str]) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError):
         return []  # its digest is compared all the same, and vLLM says what is wrong with it
     return [path for path in paths if isinstance(path, str) and path and "/" not in path and path != ".."]
-
-
-def _is_content(path: Path) -> bool:
-    """Whether it is a file, or cannot be looked at, which who reads it is told. Reading a pipe would not end."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return True
 
 
 def unreadable(folder: Path, error: OSError) -> str:

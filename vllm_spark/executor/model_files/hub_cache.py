@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_spark.processes.known_types import known
+from vllm_spark.processes.msgspec_types import preload_decoders
 
 _PREFIX = "models--"
 _SNAPSHOTS = "snapshots"
@@ -34,7 +34,7 @@ class HubPlace(msgspec.Struct, frozen=True):
     inside: str = ""
 
 
-known(HubPlace)
+preload_decoders(HubPlace)
 
 
 def hub_place_of(path: Path) -> HubPlace | None:

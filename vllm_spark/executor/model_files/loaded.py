@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +17,17 @@ from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
-from vllm_spark.processes.known_types import known
+from vllm_spark.executor.model_files.weights import CONSOLIDATED, FILE_FORMATS, missing_weights
+from vllm_spark.processes.msgspec_types import preload_decoders
 
 Origin = Literal["path", "hub", "modelscope", "object storage"]
 """Where a name leads: to this machine's files, or to a place that every machine can ask."""
 
-_FILE_FORMATS = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "pt", "mistral", "npcache"})
-"""Load formats of vLLM that read weight files out of the model's folder."""
+FileKey = tuple[Kind, str, str | None]
+"""What is read, its name and its revision as vLLM's configuration has them; or its absolute path and None."""
 
-_INDEX = "model.safetensors.index.json"
+MODEL, DRAFT = "model", "draft model"
+_AUTO = "auto"
 BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 """Small files of a model that a worker may read too: tokenizer, processor, code."""
 
@@ -45,6 +47,9 @@ class LoadedFiles(msgspec.Struct, frozen=True):
         with_code: whether Python files in it may be executed.
         with_tokenizer: whether a worker reads a tokenizer and a processor there too.
         required: whether the follower must have it.
+        revision: of `name`, as the configuration has it.
+        load_format: how vLLM loads the weights, with `auto` resolved.
+        single_file: whether `place` is a file.
     """
 
     what: str
@@ -58,6 +63,14 @@ class LoadedFiles(msgspec.Struct, frozen=True):
     with_code: bool = False
     with_tokenizer: bool = False
     required: bool = True
+    revision: str | None = None
+    load_format: str = "hf"
+    single_file: bool = False
+
+    def file_keys(self) -> list[FileKey]:
+        """What fields of vLLM's configuration call it. A URL is not among them: both ranks read weights from there."""
+        place: FileKey = (self.kind, self.place, None)
+        return [place] if self.origin == "object storage" else [place, (self.kind, self.name, self.revision)]
 
     def identity_at(self, place: Path, *, with_weights: bool | None = None) -> ModelIdentity:
         """What is in another place, read as `identity` was.
@@ -71,10 +84,11 @@ class LoadedFiles(msgspec.Struct, frozen=True):
             kind=self.kind,
             with_code=self.with_code,
             with_tokenizer=self.with_tokenizer,
+            load_format=self.load_format,
         )
 
 
-known(LoadedFiles)
+preload_decoders(LoadedFiles)
 
 
 def files_of(vllm_config: Any) -> list[LoadedFiles]:
@@ -85,22 +99,69 @@ def files_of(vllm_config: Any) -> list[LoadedFiles]:
     """
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
     two_vocabularies = bool(getattr(speculative, "use_heterogeneous_vocab", False))
-    models = [("model", model, vllm_config.load_config, two_vocabularies or model.is_multimodal_model)]
+    models = [(MODEL, model, vllm_config.load_config, two_vocabularies or model.is_multimodal_model)]
     draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and draft.model not in (model.model, model.model_weights):
+    if draft is not None and not _is_same_model(draft, model):
         load_config = getattr(speculative, "draft_load_config", None) or vllm_config.load_config
-        models.append(("draft model", draft, load_config, two_vocabularies))
+        models.append((DRAFT, draft, load_config, two_vocabularies))
     found: list[LoadedFiles] = []
     for what, each, load_config, reads_tokenizer in models:
-        own_tokenizer = each.tokenizer == each.model and not each.skip_tokenizer_init
+        own_tokenizer = _has_own_tokenizer(each)
         found.append(_model_files(what, each, load_config, with_tokenizer=reads_tokenizer and own_tokenizer))
         if not own_tokenizer:
             found += _tokenizer_files(f"{what}'s tokenizer", each, required=reads_tokenizer)
     found += [_one_file(what, path) for what, path in _single_files(vllm_config)]
-    unique: dict[str, LoadedFiles] = {}
+    unique: dict[tuple[str, ...], LoadedFiles] = {}
     for files in found:
-        unique.setdefault(files.place, files)  # a draft model has its target's tokenizer
+        # A draft model has its target's tokenizer.
+        unique.setdefault((files.kind, files.place, files.name, files.revision or ""), files)
     return list(unique.values())
+
+
+def pin_load_formats(vllm_config: Any, files: Iterable[LoadedFiles]) -> None:
+    """Puts what `auto` stands for on the leader into its configuration, which the follower gets.
+
+    Otherwise each rank would look for itself, the follower into a folder that may hold the weights in both formats.
+    """
+    formats = {each.what: each.load_format for each in files if each.with_weights and each.kind == "model"}
+    target = vllm_config.load_config
+    speculative = vllm_config.speculative_config
+    if MODEL in formats and load_format_of(target) == _AUTO:
+        if speculative is not None and getattr(speculative, "draft_load_config", None) is None and DRAFT in formats:
+            speculative.draft_load_config = dataclasses.replace(target)
+        target.load_format = formats[MODEL]
+    draft = getattr(speculative, "draft_load_config", None)
+    if draft is not None and load_format_of(draft) == _AUTO and (resolved := formats.get(DRAFT, formats.get(MODEL))):
+        draft.load_format = resolved
+
+
+def load_format_of(load_config: Any) -> str:
+    """The load format of a configuration of vLLM's, which may have an enumeration there."""
+    return str(getattr(load_config.load_format, "value", load_config.load_format))
+
+
+def _resolved(model: Any, load_config: Any) -> str:
+    """What `auto` stands for: vLLM's default loader asks the hub, or looks into a folder, in the same way."""
+    load_format = load_format_of(load_config)
+    if load_format != _AUTO or model.model_weights:
+        return load_format
+    from vllm.transformers_utils.repo_utils import list_filtered_repo_files
+
+    consolidated = list_filtered_repo_files(str(model.model), [CONSOLIDATED], model.revision)
+    return "mistral" if consolidated else "hf"
+
+
+def _is_same_model(draft: Any, model: Any) -> bool:
+    if draft.model == model.model_weights:
+        return True
+    return bool(draft.model == model.model and (draft.revision == model.revision or os.path.exists(model.model)))
+
+
+def _has_own_tokenizer(model: Any) -> bool:
+    """Whether its tokenizer is in its own folder."""
+    if model.skip_tokenizer_init or model.tokenizer != model.model:
+        return False
+    return bool(model.tokenizer_revision == model.revision or os.path.exists(model.model))
 
 
 def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
@@ -120,50 +181,66 @@ def adapter_files(name: str, path: str, place: Path) -> LoadedFiles:
     return LoadedFiles(f"adapter {name}", path, str(place), "adapter", identity, origin, hub)
 
 
-def missing_weights(place: Path) -> list[str]:
-    """Weight files that the index of a model's folder names and that are not in it."""
-    try:
-        index = json.loads((place / _INDEX).read_bytes())
-        names = set(index["weight_map"].values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
-    return sorted(name for name in names if not os.path.exists(place / str(name)))
-
-
 def _model_files(what: str, model: Any, load_config: Any, *, with_tokenizer: bool) -> LoadedFiles:
-    load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
+    load_format = _resolved(model, load_config)
     with_code = bool(model.trust_remote_code)
-    read = partial(ModelIdentity.of, with_code=with_code, with_tokenizer=with_tokenizer)
-    files = partial(LoadedFiles, what, kind="model", with_code=with_code, with_tokenizer=with_tokenizer)
+    read = partial(ModelIdentity.of, with_code=with_code, with_tokenizer=with_tokenizer, load_format=load_format)
+    files = partial(
+        LoadedFiles,
+        what,
+        kind="model",
+        with_code=with_code,
+        with_tokenizer=with_tokenizer,
+        load_format=load_format,
+        revision=_text(model.revision),
+    )
     if model.model_weights:
         # The configuration was copied from object storage into a folder of this user; weights are streamed.
         place, url = Path(model.model), str(model.model_weights)
         identity = read(place, with_weights=False)
         return files(name=url, place=str(place), identity=identity, origin="object storage", with_weights=False)
     with_weights = load_format != "dummy"
-    place, origin = _find(what, model, load_config, complete=load_format in _FILE_FORMATS)
-    if load_format in _FILE_FORMATS and os.path.isfile(place):
+    place, origin = _find(what, model, load_config, load_format)
+    if load_format in FILE_FORMATS and os.path.isfile(place):
         raise RefusedError(
             f"the {what} {model.model} is a single file, from which vLLM {installed_vllm()} loads no weights in the "
-            f"format {load_format}; give a folder in Hugging Face format"
+            f"format {load_format_of(load_config)}; give a folder in Hugging Face format"
         )
     identity = read(place, with_weights=with_weights)
-    if load_format in _FILE_FORMATS and not identity.weights:
+    if load_format in FILE_FORMATS and not identity.weights:
         raise RefusedError(
             f"there are no weight files in {place}, and both sides compare them before they load any; "
             f"copy or download the whole {what} there first"
         )
+    if with_code and origin != "path" and model.code_revision not in (None, model.revision):
+        raise RefusedError(
+            f"--code-revision {model.code_revision} of the {what} {model.model} is not supported: both ranks run the "
+            "code in the folder with its weights, which is compared; leave the option out"
+        )
     hub = None if origin == "modelscope" else hub_place_of(place)
     name = str(model.model)
-    return files(name=name, place=str(place), identity=identity, origin=origin, hub=hub, with_weights=with_weights)
+    return files(
+        name=name,
+        place=str(place),
+        identity=identity,
+        origin=origin,
+        hub=hub,
+        with_weights=with_weights,
+        single_file=os.path.isfile(place),
+    )
 
 
-def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[Path, Origin]:
+def _text(revision: str | None) -> str | None:
+    """A revision without what vLLM may have attached to it."""
+    return None if revision is None else str(revision)
+
+
+def _find(what: str, model: Any, load_config: Any, load_format: str) -> tuple[Path, Origin]:
     """Where the leader has a model; downloads it if need be and if it may.
 
-    Args:
-        complete: whether its weights must be there too. (They are not for dummy weights, say.)
+    Its weights must be there too if vLLM reads them from files. (It does not for dummy weights, say.)
     """
+    complete = load_format in FILE_FORMATS
     name = str(model.model)
     if (path := existing_path(what, name)) is not None:
         return path, "path"
@@ -171,7 +248,7 @@ def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[P
         return _from_modelscope(what, model, load_config, complete), "modelscope"
     cache = load_config.download_dir if complete else None
     place = cached_snapshot(name, model.revision, cache)
-    if place is None or (complete and not _is_complete(place)):
+    if place is None or (complete and not _is_complete(place, load_format)):
         _download(what, model, load_config)
         place = cached_snapshot(name, model.revision, cache)
         if place is None:
@@ -186,8 +263,9 @@ def _find(what: str, model: Any, load_config: Any, *, complete: bool) -> tuple[P
     return place, "hub"
 
 
-def _is_complete(place: Path) -> bool:
-    return bool(ModelIdentity.of(place).weights) and not missing_weights(place)
+def _is_complete(place: Path, load_format: str) -> bool:
+    weights = ModelIdentity.of(place, load_format=load_format).weights
+    return bool(weights) and not missing_weights(place, load_format)
 
 
 def _download(what: str, model: Any, load_config: Any) -> None:
@@ -235,7 +313,10 @@ def _tokenizer_files(what: str, model: Any, *, required: bool) -> Iterator[Loade
     if place is not None and os.path.isdir(place):
         identity = ModelIdentity.of(place, kind="tokenizer")
         origin: Origin = "path" if str(place) == os.path.abspath(os.path.expanduser(name)) else "hub"
-        yield LoadedFiles(what, name, str(place), "tokenizer", identity, origin, hub_place_of(place), required=required)
+        hub, revision = hub_place_of(place), _text(model.tokenizer_revision)
+        yield LoadedFiles(
+            what, name, str(place), "tokenizer", identity, origin, hub, required=required, revision=revision
+        )
 
 
 def _single_files(vllm_config: Any) -> Iterator[tuple[str, str]]:
@@ -249,7 +330,8 @@ def _single_files(vllm_config: Any) -> Iterator[tuple[str, str]]:
 
 def _one_file(what: str, path: str) -> LoadedFiles:
     place = Path(os.path.abspath(os.path.expanduser(path)))
-    return LoadedFiles(what, path, str(place), "file", ModelIdentity.of(place, kind="file"), hub=hub_place_of(place))
+    identity = ModelIdentity.of(place, kind="file")
+    return LoadedFiles(what, path, str(place), "file", identity, hub=hub_place_of(place), single_file=True)
 
 
 def existing_path(what: str, name: str) -> Path | None:

@@ -121,7 +121,7 @@ def _source(wanted: LoadedFiles) -> Callable[[], Path] | None:
 
 
 def _names_to_download(wanted: LoadedFiles, hub: HubPlace) -> list[str]:
-    if wanted.kind == "file" or hub.inside.rpartition("/")[2].count("."):
+    if wanted.single_file:
         return [hub.inside]
     inside = f"{hub.inside}/" if hub.inside else ""
     names = [*wanted.identity.configuration, *wanted.identity.weights]

@@ -1,1 +1,1 @@
-"""vLLM's FusedMoE kernel in Triton: shapes, tables, compilation, search."""
+"""vLLM's FusedMoE kernel in Triton: shapes, tables, checks and compilation."""

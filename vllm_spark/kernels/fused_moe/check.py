@@ -1,4 +1,4 @@
-"""Checks a table of FusedMoE's parameters: as vLLM reads it, by rule, and by compiling the kernels it leads to."""
+"""Checks a FusedMoE table: format, rules, and compilation of the kernels that it selects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_spark.models.weights import Int4
 
 
 class Compile(Protocol):
-    """`fused_moe_compile.compile_row`, or what stands for it."""
+    """The signature of `compile.compile_row`."""
 
     def __call__(
         self, shape: FusedMoeShape, row: Mapping[str, int], capability: tuple[int, int], *, int4: Int4
@@ -43,17 +43,20 @@ _CHECKED_TOKENS = 16_384
 
 
 def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: Path | None) -> Iterator[Finding]:
-    """Everything that is wrong with the table in `path`.
+    """All errors and notes about the table in `path`.
 
     Args:
-        path: of the table; its provenance is beside it.
-        compile_row: `fused_moe_compile.compile_row`, or None where it cannot run.
+        path: of the table; its provenance is in the same folder.
+        compile_row: `compile.compile_row`, or None where it cannot run.
         vllm_tables: vLLM's own folder of tables, where it is installed.
     """
     named = read_file_name(path.name)
     if named is None:
         yield Finding(
-            path, None, "error", f"{path.name} is no name of a FusedMoE table; vLLM would never ask for a file so named"
+            path,
+            None,
+            "error",
+            f"{path.name} is not the name of a FusedMoE table; vLLM never reads a file of this name",
         )
         return
     shape, device_name = named
@@ -65,10 +68,10 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
         return
     sources = FusedMoeProvenance() if provenance is None else provenance
     if provenance is None:
-        yield Finding(path, None, "error", f"nothing says where it came from; there is no {provenance_path(path).name}")
+        yield Finding(path, None, "error", f"it has no provenance; add {provenance_path(path).name}")
     yield from device_findings(path, device_name, (sources.rows.get(row) for row in table.rows))
     if shape.dtype not in DTYPES:
-        yield Finding(path, None, "error", f"dtype={shape.dtype} in its name is none that vLLM asks for on this GPU")
+        yield Finding(path, None, "error", f"dtype={shape.dtype} in its name is not one that vLLM uses on this GPU")
         return
     if provenance is not None:
         for row in table.rows:
@@ -77,9 +80,9 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
             yield Finding(path, row, "error", "there is provenance for it, but no such row")
     yield from _check_reach(path, table)
     yield from _check_defaults(path, shape, table, sources)
-    if sources.says_nothing and vllm_tables is not None and (vllm_tables / path.name).is_file():
+    if sources.is_all_default and vllm_tables is not None and (vllm_tables / path.name).is_file():
         yield Finding(
-            path, None, "error", "it says what vLLM does without a table, and hides the one that vLLM has; remove it"
+            path, None, "error", "it only repeats vLLM's default, and hides the table that comes with vLLM; remove it"
         )
     smallest_steps = {row: first for row, (first, _) in spans(table.rows, _CHECKED_TOKENS).items()}
     for row, values in table.rows.items():
@@ -111,18 +114,20 @@ def _check_reach(path: Path, table: FusedMoeTable) -> Iterator[Finding]:
             path,
             largest,
             "error",
-            "it is the largest row, so prefill of thousands of tokens would take it; "
+            "it is the largest row, so prefill of thousands of tokens uses it; "
             f"add rows up to {LARGE_TOKENS} or more, with vLLM's defaults if need be",
         )
     yield from reach_findings(path, table.rows)
     if list(table.rows) != sorted(table.rows):
-        yield Finding(path, None, "error", "its rows are not in ascending order, by which ties between two are decided")
+        yield Finding(
+            path, None, "error", "its rows are not in ascending order, which decides between two equally near rows"
+        )
 
 
 def _check_defaults(
     path: Path, shape: FusedMoeShape, table: FusedMoeTable, provenance: FusedMoeProvenance
 ) -> Iterator[Finding]:
-    """A row that claims to be vLLM's default must be that for every step that takes it."""
+    """A row with the provenance of vLLM's default must equal it for every step that uses the row."""
     if not has_default(shape):
         return
     for row, (first, last) in spans(table.rows, _CHECKED_TOKENS).items():
@@ -133,9 +138,9 @@ def _check_defaults(
             default = default_row(shape, tokens)
             if table.rows[row] != default:
                 sentence = (
-                    "it is said to be vLLM's default, but that is another for steps of "
-                    f"{tokens} tokens, which take it: {_differences(default, table.rows[row])}; correct it, or say in "
-                    f"{provenance_path(path).name} where it came from"
+                    "its provenance is vLLM's default, but that differs for steps of "
+                    f"{tokens} tokens, which use it: {_differences(default, table.rows[row])}; correct it, or its "
+                    f"provenance in {provenance_path(path).name}"
                 )
                 yield Finding(path, row, "error", sentence)
                 break
@@ -148,21 +153,21 @@ def _differences(default: Mapping[str, int], row: Mapping[str, int]) -> str:
 
 
 def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group_size: int | None) -> Iterator[str]:
-    """What vLLM or Triton would stumble over in a step of `tokens`, the smallest that takes the row."""
+    """Why vLLM or Triton would fail in a step of `tokens`, the smallest that uses the row."""
     integers = shape.dtype == "int4_w4a16"
     needed = ("BLOCK_SIZE_M", "GROUP_SIZE_M") if integers else _NEEDED
     if gaps := [key for key in needed if key not in row]:
         yield f"it lacks {', '.join(gaps)}"
         return
     if unknown := [key for key in row if key not in _KNOWN]:
-        yield f"the kernel has no parameter {', '.join(unknown)}, and vLLM would hand it on"
+        yield f"the kernel has no parameter {', '.join(unknown)}, which vLLM passes to it; remove it"
         return
     if ("BLOCK_SIZE_N" in row) != ("BLOCK_SIZE_K" in row):
         yield "BLOCK_SIZE_N and BLOCK_SIZE_K go together: vLLM sets both if one is missing"
         return
     for key in (key for key in _POWERS if key in row):
         if row[key] < 1 or row[key] & (row[key] - 1):
-            yield f"{key}={row[key]} is no power of two"
+            yield f"{key}={row[key]} is not a power of two"
             return
     if row.get("SPLIT_K", 1) != 1:
         yield f"SPLIT_K={row['SPLIT_K']} is not 1, the only value that vLLM uses"
@@ -173,11 +178,11 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
     smallest = {"BLOCK_SIZE_M": 1 if integers else 16, "BLOCK_SIZE_N": 16, "BLOCK_SIZE_K": 32 if _bytes(shape) else 16}
     for key, least in smallest.items():
         if key in row and row[key] < least:
-            yield f"{key}={row[key]} is less than {least}, the least that the kernel multiplies"
+            yield f"{key}={row[key]} is less than {least}, the minimum of the kernel"
     if shape.block_shape is not None and row.get("BLOCK_SIZE_K", 0) > (limit := min(shape.block_shape)):
         yield (
-            f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is cut to {limit}, the block of the weights: it is a duplicate of "
-            f"BLOCK_SIZE_K={limit} and says something else"
+            f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is larger than the block of the weights, and the kernel uses {limit}; "
+            f"write BLOCK_SIZE_K={limit}"
         )
     if integers and "BLOCK_SIZE_K" in row and tokens <= 6 * shape.experts:
         # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. How many experts a token has
@@ -201,7 +206,7 @@ def _check_resources(
     int4: Int4,
     default: bool,
 ) -> Iterator[Finding]:
-    """Whether the device has what the kernel takes."""
+    """Whether the kernel fits the device's shared memory and registers."""
     if "BLOCK_SIZE_K" not in values:  # vLLM completes it
         return
     by_rule = shared_bytes(shape, values)
@@ -219,7 +224,7 @@ def _check_resources(
     if taken.shared_bytes > limit:
         yield Finding(path, row, "error", _too_much(taken.shared_bytes, limit))
     if taken.spilled_bytes:
-        spilled = f"each thread spills {taken.spilled_bytes} bytes for want of registers"
+        spilled = f"each thread spills {taken.spilled_bytes} bytes of registers to memory"
         if default:
             yield Finding(path, row, "note", f"{spilled}; it is vLLM's own default, which runs without a table too")
         else:
@@ -227,9 +232,9 @@ def _check_resources(
 
 
 def _too_much(needed: int, limit: int) -> str:
-    return f"it needs {needed} bytes of shared memory, and a block may have {limit}; the kernel would not start"
+    return f"it needs {needed} bytes of shared memory, and a block may have {limit}; the kernel cannot start"
 
 
 def _bytes(shape: FusedMoeShape) -> bool:
-    """Whether tensor cores multiply bytes, which come in at least 32."""
+    """Whether tensor cores multiply 8-bit values, whose minimum K is 32."""
     return shape.dtype in ("fp8_w8a8", "int8_w8a8")

@@ -1,7 +1,7 @@
-"""Compiles vLLM's FusedMoE kernels for a GPU that need not be here, and says what they would take of it.
+"""Compiles vLLM's FusedMoE kernels for a GPU, which need not be present, and reports their use of its resources.
 
-The kernels are cut out of vLLM's source file, since importing that on a machine without a GPU replaces Triton by a
-placeholder. Triton itself compiles for any NVIDIA GPU anywhere; its wheel carries the assembler.
+The kernels' functions are extracted from vLLM's source file, since importing that on a machine without a GPU replaces
+Triton by a placeholder. Triton compiles for any NVIDIA GPU on any machine; its wheel contains the assembler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KERNELS = ("write_zeros_to_output", "fused_moe_kernel_gptq_awq", "fused_moe_ker
 _TIMEOUT_SECONDS = 300.0
 
 INT4 = Int4(128)
-"""For which int4 kernels are compiled where nobody says: the name of a table does not."""
+"""The int4 format that kernels are compiled for by default: the name of a table does not contain it."""
 
 
 class CompileError(SparkError):
@@ -38,12 +38,12 @@ class CompileError(SparkError):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes.
+    """Resources that a kernel uses.
 
     Attributes:
         shared_bytes: of shared memory, for one block.
         registers: of a thread.
-        spilled_bytes: stored to memory for want of registers, by each thread.
+        spilled_bytes: of registers that each thread stores to memory, since it has too few.
     """
 
     shared_bytes: int
@@ -52,16 +52,16 @@ class Compiled:
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compiled here; None if it can."""
+    """Why kernels cannot be compiled here; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if kernel_source() is None:
-        return "vLLM is not installed, whose kernels would be compiled (pip install vllm)"
+        return "vLLM, whose kernels are compiled, is not installed (pip install vllm)"
     return None
 
 
 def triton_version() -> str:
-    """Of the installed Triton, under whatever name it was distributed."""
+    """Version of the installed Triton, whatever its distribution's name."""
     import triton
 
     return str(triton.__version__)
@@ -84,11 +84,11 @@ def compile_row(
     source: Path | None = None,
     int4: Int4 = INT4,
 ) -> Compiled:
-    """Compiles the kernels that a row of a table leads to: gate and up and, with the routers' weights, down.
+    """Compiles the kernels that a row of a table selects: gate and up, and down with the router's weights.
 
-    vLLM sorts no tokens where they meet few experts twice: four times tokens times experts of a token is no more than
-    the experts (128 experts, top 8: up to 4 tokens), for all but 4-bit and 8-bit integers. The kernel is another one
-    then (`naive_block_assignment`), so both are compiled.
+    Without sorting, vLLM uses another variant (`naive_block_assignment`): for small steps, where tokens * top_k * 4 is
+    at most the number of experts (128 experts, top 8: up to 4 tokens), except with 4-bit and 8-bit integers. So both
+    variants are compiled.
 
     Args:
         shape: of the table.
@@ -105,11 +105,11 @@ def compile_row(
     """
     path = source or kernel_source()
     if path is None:
-        raise CompileError("vLLM is not installed, whose kernels would be compiled; install it (pip install vllm)")
+        raise CompileError("vLLM, whose kernels are compiled, is not installed; install it (pip install vllm)")
     size = shape.block_shape
     k = row["BLOCK_SIZE_K"] if size is None else min(row["BLOCK_SIZE_K"], *size)
     row = {"SPLIT_K": 1, "num_warps": 4, "num_stages": 3, **row, "BLOCK_SIZE_K": k}
-    # Expert and token counts are no part of the code, so shapes share what was compiled for another.
+    # The code does not depend on the numbers of experts and tokens, so shapes share compiled kernels.
     packed = shape.dtype in ("int4_w4a16", "int8_w8a16")
     kind = _Kind(shape.dtype, size, int4 if shape.dtype == "int4_w4a16" else INT4)
     values = tuple(sorted(row.items()))
@@ -166,7 +166,8 @@ def _compile(
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             raise CompileError(
-                f"vLLM's {name} in {path} takes {parameter}, which is not known here; compare it with another version"
+                f"vLLM's {name} in {path} takes {parameter}, which vllm_spark does not know; use a "
+                "supported version of vLLM"
             )
     used = {key: value for key, value in constants.items() if key in signature}
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
@@ -247,11 +248,13 @@ def _constants(kind: _Kind, compute: Any, routed: bool, unsorted: bool) -> dict[
 
 @functools.cache
 def _kernels(path: Path) -> types.ModuleType:
-    """The kernels of vLLM's file alone, as a module; Triton reads their source back through `linecache`."""
+    """A module with only the kernels of vLLM's file; Triton reads their source through `linecache`."""
     text = path.read_text(encoding="utf-8")
     wanted = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name in _KERNELS]
     if {node.name for node in wanted} != set(_KERNELS):
-        raise CompileError(f"{path} has other kernels than {', '.join(_KERNELS)}; this vLLM is not known here")
+        raise CompileError(
+            f"{path} does not have the kernels {', '.join(_KERNELS)}; this version of vLLM is not supported"
+        )
     lines = text.splitlines(keepends=True)
     parts = ["import triton\nimport triton.language as tl\n"]
     for node in wanted:
@@ -267,7 +270,7 @@ def _kernels(path: Path) -> types.ModuleType:
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers of a thread, and the bytes that it spills, as the assembler counts them."""
+    """Registers of a thread and the bytes that it spills, as the assembler reports them."""
     found = re.search(r"^\.target\s+(\S+)", ptx, re.MULTILINE)
     architecture = found[1].rstrip(",") if found else "sm_121a"
     with tempfile.TemporaryDirectory() as folder:
@@ -283,13 +286,13 @@ def _assemble(ptx: str) -> tuple[int, int]:
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     if registers is None or not spills:
-        raise CompileError(f"the assembler did not say what a kernel takes: {_first_line(done.stderr)}")
+        raise CompileError(f"the assembler did not print a kernel's registers: {_first_line(done.stderr)}")
     return int(registers[1]), max(spills)
 
 
 @functools.cache
 def _assembler() -> Path:
-    """That of Triton's wheel; Blackwell's if it has one of its own."""
+    """The assembler in Triton's wheel; the one for Blackwell if there is one."""
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -297,7 +300,7 @@ def _assembler() -> Path:
         if (path := folder / name).is_file():
             return path
     raise CompileError(
-        f"there is no ptxas in {folder}; install Triton's wheel anew (pip install --force-reinstall triton)"
+        f"there is no ptxas in {folder}; reinstall Triton's wheel (pip install --force-reinstall triton)"
     )
 
 

@@ -1,4 +1,8 @@
-"""What vLLM's Triton kernel for experts is tuned for, how it is called, and what vLLM would call it with by itself."""
+"""Shapes and parameters of vLLM's Triton kernel for experts, and vLLM's own choice of parameters for them.
+
+That choice comes from a table that comes with vLLM, or else from a rule: `vllm_row` gives it for any step, and
+`pinned_rows` and `default_table` make rows that give every step the same as without a table.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,23 @@ from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, loa
 from vllm_spark.models.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
-"""Sizes of groups for which vLLM has a kernel and a rule of its own for steps of few tokens."""
+"""Group sizes for which vLLM has a special kernel, with its own rule, for steps of few tokens."""
 
 INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
-"""Groups along a tile's depth that this kernel takes."""
+"""Numbers of groups along a tile's depth that this kernel supports."""
 
 Format = Literal["fp8_w8a8", "int4_w4a16"]
-"""vLLM's names of those that are searched for, besides bfloat16, which has none."""
+"""vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
+
+LARGE_TOKENS = 1024
+"""Steps from this size on are prefill. vLLM uses a table for them even if it has no such row."""
 
 _LARGEST_PINNED = 8192
+_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
 
 
 class FusedMoeParameters(BaseModel):
-    """A row of a table, by vLLM's names."""
+    """A row of a table, with vLLM's names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,12 +45,12 @@ class FusedMoeParameters(BaseModel):
     num_stages: StrictInt = Field(gt=0)
 
     def row(self) -> dict[str, int]:
-        """As it stands in a table."""
+        """The row in a table."""
         return self.model_dump()
 
 
 class FusedMoeExperts(BaseModel):
-    """A block of experts of one rank, of which a table's name says a part.
+    """A block of experts of one rank; a table's name contains only some of these values.
 
     Attributes:
         experts: of this rank.
@@ -68,21 +76,21 @@ class FusedMoeExperts(BaseModel):
 
     @property
     def table(self) -> FusedMoeShape:
-        """Which table it reads."""
+        """The shape of the table that it reads."""
         return FusedMoeShape(self.experts, self.intermediate, self.dtype, self.block_shape)
 
     @property
     def is_int4(self) -> bool:
-        """Whether the kernel for packed weights runs it."""
+        """Whether the weights are int4, which a kernel for packed weights multiplies."""
         return self.dtype == "int4_w4a16"
 
     @property
     def int4(self) -> Int4:
-        """How its weights are stored, if they have four bits."""
+        """How the weights are stored, if they are int4."""
         return Int4(self.group_size, self.zero_points) if self.is_int4 else INT4
 
     def describe(self) -> str:
-        """In words, for tables and logs."""
+        """The shape as text, for tables and logs."""
         if self.is_int4:
             stored = f"int4, groups of {self.group_size}"
         elif self.dtype is None:
@@ -94,30 +102,30 @@ class FusedMoeExperts(BaseModel):
         return f"{self.experts} experts, top {self.top_k} ({self.intermediate} of {self.hidden}, {stored})"
 
 
-def own_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
-    """vLLM's parameters for a step of `tokens`, when the user has no table: from its own table, or by its rule.
+def vllm_row(shape: FusedMoeExperts, device: str, tokens: int) -> dict[str, int]:
+    """vLLM's parameters for a step of `tokens` without a user's table: from its own table, or by its rule.
 
-    With int4 weights vLLM leaves `BLOCK_SIZE_N` and `BLOCK_SIZE_K` open, and completes them for each of both GEMMs.
+    With int4 weights, `BLOCK_SIZE_N` and `BLOCK_SIZE_K` are missing: vLLM adds them for each of the two GEMMs.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
     """
-    return _own_choice(shape, device)(tokens)
+    return _vllm_choice(shape, device)(tokens)
 
 
-def has_own_table(shape: FusedMoeExperts, device: str) -> bool:
-    """Whether vLLM comes with a table for it."""
+def vllm_has_table(shape: FusedMoeExperts, device: str) -> bool:
+    """Whether a table for it comes with vLLM."""
     source = kernel_source()
     return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
 
 
 def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, dict[str, int]]:
-    """Rows that give every step of more than `above` tokens what vLLM's own choice gives it.
+    """Rows that give every step of more than `above` tokens vLLM's own choice.
 
-    vLLM takes the nearest row. So one stands right above, one at each power of two, and one on both sides of every
+    vLLM uses the nearest row. So there is one at `above` + 1, one at each power of two, and one on both sides of every
     change.
     """
-    choose = _own_choice(shape, device)
+    choose = _vllm_choice(shape, device)
     first, last = above + 1, max(_LARGEST_PINNED, 129 * shape.experts)
     keys = {first, *(2**power for power in range(last.bit_length()) if 2**power > above)}
     before = choose(first)
@@ -129,9 +137,9 @@ def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, di
     return {key: choose(key) for key in sorted(keys)}
 
 
-def _own_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
+def _vllm_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str, int]]:
     source = kernel_source()
-    if source is not None and has_own_table(shape, device):
+    if source is not None and vllm_has_table(shape, device):
         table = load_fused_moe_table(source.parent / "configs" / shape.table.file_name(device))
         return lambda tokens: dict(table.row(tokens))
     if shape.is_int4:
@@ -142,7 +150,7 @@ def _own_choice(shape: FusedMoeExperts, device: str) -> Callable[[int], dict[str
 def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
     """The rule of vLLM 0.32 and 0.33.
 
-    Earlier ones leave out `GROUP_SIZE_M`, and take 3, 5, 6 and 7 rows as they are: the kernel takes neither.
+    Earlier versions omit `GROUP_SIZE_M`, and do not round 3, 5, 6 and 7 rows up; the kernel supports neither.
     """
     if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
         size_m = min(16, 1 << (tokens - 1).bit_length())
@@ -151,14 +159,8 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
     return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
 
 
-LARGE_TOKENS = 1024
-"""From here on a step is prefill: a table that ends before would be used for it all the same."""
-
-_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
-
-
 def has_default(shape: FusedMoeShape) -> bool:
-    """Whether the default is known here."""
+    """Whether vLLM's default for the format is implemented here."""
     return shape.dtype in (None, "fp8_w8a8")
 
 
@@ -173,6 +175,24 @@ def default_row(shape: FusedMoeShape, tokens: int) -> dict[str, int]:
     if shape.dtype == "fp8_w8a8" and shape.block_shape is not None:
         return _fp8_block(shape.block_shape, tokens)
     return _general(shape, tokens)
+
+
+def default_table(shape: FusedMoeShape) -> FusedMoeTable:
+    """A table that gives every step vLLM's default.
+
+    vLLM uses the nearest key. So there is a key on both sides of every change of the default.
+
+    Args:
+        shape: of the table; its default must be known (`has_default`).
+    """
+    keys = {1, *_PINNED, *default_changes(shape)}
+    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
+
+
+def default_changes(shape: FusedMoeShape) -> list[int]:
+    """Both numbers of tokens around each change of the default: 8 and 9, if it changes at 9."""
+    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
+    return [tokens for end in last for tokens in (end, end + 1)]
 
 
 def _fp8_block(block: tuple[int, int], tokens: int) -> dict[str, int]:
@@ -209,21 +229,3 @@ def _row(m: int, n: int, k: int, group: int, warps: int, stages: int) -> dict[st
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-def default_table(shape: FusedMoeShape) -> FusedMoeTable:
-    """A table that gives every step what it would get without one.
-
-    vLLM takes the nearest key. So there is a key on both sides of every place where the default changes.
-
-    Args:
-        shape: of the table; its default must be known (`has_default`).
-    """
-    keys = {1, *_PINNED, *default_changes(shape)}
-    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
-
-
-def default_changes(shape: FusedMoeShape) -> list[int]:
-    """Both numbers of tokens around each change of the default: 8 and 9 where it is another from 9 on."""
-    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
-    return [tokens for end in last for tokens in (end, end + 1)]

@@ -1,6 +1,6 @@
-"""Tables of vLLM's FusedMoE kernels (Triton), in vLLM's own format, and what stands behind each row in a file beside.
+"""Tables of vLLM's FusedMoE kernels (Triton) in vLLM's own format, and a second file with the provenance of each row.
 
-vLLM's file maps numbers of tokens to the kernel's parameters and takes no other keys than `triton_version`, so
+vLLM's file maps numbers of tokens to the kernel's parameters and allows no other keys than `triton_version`, so
 provenance is in `<name>.provenance.json`.
 """
 
@@ -17,11 +17,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
 
 FOLDER = "fused_moe"
-"""Of these tables, within `configs/` and within a user's folder of tuned tables."""
+"""Folder of these tables, in `configs/` and in a user's folder of tuned tables."""
 
 PROVENANCE_SUFFIX = ".provenance.json"
 
@@ -33,7 +33,7 @@ _FILE_NAME = re.compile(
 
 @dataclass(frozen=True)
 class FusedMoeShape:
-    """What a table is for.
+    """The shape that a table is for.
 
     Attributes:
         experts: of this rank.
@@ -48,14 +48,14 @@ class FusedMoeShape:
     block_shape: tuple[int, int] | None = None
 
     def file_name(self, device: str) -> str:
-        """As vLLM makes it; `device` as in `gb10.device_file_name`."""
+        """vLLM's name of the table's file; `device` as in `devices.device_file_name`."""
         dtype = f",dtype={self.dtype}" if self.dtype else ""
         block = f",block_shape=[{self.block_shape[0]},{self.block_shape[1]}]" if self.block_shape else ""
         return f"E={self.experts},N={self.size_n},device_name={device}{dtype}{block}.json"
 
 
 def read_file_name(name: str) -> tuple[FusedMoeShape, str] | None:
-    """Shape and device that a file's name stands for; None if it is no name of a table."""
+    """Shape and device in a file's name; None if it is not the name of a table."""
     found = _FILE_NAME.fullmatch(name)
     if found is None:
         return None
@@ -71,12 +71,12 @@ class FusedMoeTable:
     triton_version: str | None = None
 
     def row(self, tokens: int) -> dict[str, int]:
-        """What vLLM takes for a step of `tokens`: the nearest key, however far it is; of two the first in the file."""
+        """The row that vLLM uses for a step of `tokens`: the nearest key, of two the first in the file."""
         return self.rows[min(self.rows, key=lambda known: abs(known - tokens))]
 
 
 class FusedMoeProvenance(BaseModel):
-    """The file beside a table.
+    """The provenance file of a table.
 
     Attributes:
         models: for people: whose layers have this shape, at which tensor-parallel size.
@@ -91,13 +91,13 @@ class FusedMoeProvenance(BaseModel):
     rows: Annotated[dict[int, Provenance], BeforeValidator(row_numbers)] = Field(default_factory=dict)
 
     @property
-    def says_nothing(self) -> bool:
-        """Whether every row is vLLM's own default: then a table that vLLM ships is the better one."""
+    def is_all_default(self) -> bool:
+        """Whether every row is vLLM's own default: a table that comes with vLLM takes precedence."""
         return bool(self.rows) and all(row.rule == VLLM_DEFAULT for row in self.rows.values())
 
 
 def provenance_path(table: Path) -> Path:
-    """Where a table's provenance is."""
+    """The path of a table's provenance file."""
     return table.with_name(table.name.removesuffix(".json") + PROVENANCE_SUFFIX)
 
 
@@ -105,37 +105,37 @@ def load_fused_moe_table(path: Path) -> FusedMoeTable:
     """The table in `path`, in the order of the file.
 
     Raises:
-        ConfigurationError: it cannot be read, or vLLM could not use it; the sentence names the file and the fault.
+        ConfigurationError: it cannot be read, or vLLM could not use it; the message names the file and the fault.
     """
     try:
         content = read_json(path)
     except OSError as error:
         raise ConfigurationError(f"the FusedMoE table {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ConfigurationError(f"{path} is no FusedMoE table: {error}") from None
+        raise ConfigurationError(f"{path} is not a FusedMoE table: {error}") from None
     version = content.pop("triton_version", None)
     rows: dict[int, dict[str, int]] = {}
     for key, values in content.items():
         if not is_row_number(key):
             raise ConfigurationError(
-                f"{path} is no FusedMoE table: {reprlib.repr(key)} is no number of tokens from 1 to {LARGEST_ROW}"
+                f"{path} is not a FusedMoE table: {reprlib.repr(key)} is not a number of tokens from 1 to {LARGEST_ROW}"
             )
         if not isinstance(values, dict) or not all(
             type(value) is int and abs(value) < 2**31 for value in values.values()
         ):
             raise ConfigurationError(
-                f"{path} is no FusedMoE table: row {key} maps no names to whole numbers of 32 bits"
+                f"{path} is not a FusedMoE table: row {key} must map names to 32-bit whole numbers"
             )
         rows[int(key)] = values
     if not rows:
-        raise ConfigurationError(f"{path} is no FusedMoE table: it has no rows")
+        raise ConfigurationError(f"{path} is not a FusedMoE table: it has no rows")
     if version is not None and not isinstance(version, str):
-        raise ConfigurationError(f"{path} is no FusedMoE table: triton_version is {version!r}, not text")
+        raise ConfigurationError(f"{path} is not a FusedMoE table: triton_version is {version!r}, not text")
     return FusedMoeTable(rows, version)
 
 
 def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
-    """What stands behind the rows of `table`; None if there is no such file.
+    """The provenance of the rows of `table`; None if there is no such file.
 
     Raises:
         ConfigurationError: there is one, and it cannot be read or holds something else.
@@ -148,25 +148,25 @@ def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
     except OSError as error:
         raise ConfigurationError(f"the provenance {path} cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        raise ConfigurationError(f"{path} is no provenance of a table: {first_fault(error)}") from None
+        raise ConfigurationError(f"{path} is not a provenance file: {first_fault(error)}") from None
     except ValueError as error:
-        raise ConfigurationError(f"{path} is no provenance of a table: {error}") from None
+        raise ConfigurationError(f"{path} is not a provenance file: {error}") from None
 
 
 def store_fused_moe_table(
     shape: FusedMoeShape, device: str, table: FusedMoeTable, provenance: FusedMoeProvenance, folder: Path
 ) -> Path:
-    """Writes table and provenance into `folder`, making it, and returns the table's path.
+    """Writes table and provenance into `folder`, which is created if needed, and returns the table's path.
 
-    The provenance goes first: a table without one is never seen.
+    The provenance is written first, so that no table is ever without one.
 
     Raises:
         ConfigurationError: they cannot be written.
     """
     path = folder / shape.file_name(device)
     noted = provenance.model_copy(update={"rows": dict(sorted(provenance.rows.items()))})
-    write_whole(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
+    atomic_write_text(provenance_path(path), noted.model_dump_json(indent=2, exclude_defaults=True) + "\n", "table")
     content: dict[str, Any] = {"triton_version": table.triton_version} if table.triton_version else {}
     content |= {str(tokens): table.rows[tokens] for tokens in sorted(table.rows)}
-    write_whole(path, json.dumps(content, indent=2) + "\n", "table")
+    atomic_write_text(path, json.dumps(content, indent=2) + "\n", "table")
     return path

@@ -1,13 +1,13 @@
-"""Rows of a FusedMoE table that only repeat vLLM's own choice, so that steps nobody tuned get what they get without it.
+"""Rows of a FusedMoE table that repeat vLLM's own choice, so that untuned steps run as without the table.
 
-They hold for the vLLM that they were made with: another may choose otherwise.
+They are valid for the version of vLLM that they were made with: another may choose differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, has_own_table, own_row, pinned_rows
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, pinned_rows, vllm_has_table, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
 
@@ -15,32 +15,32 @@ _ITS_TABLE = "the table that comes with vLLM"
 
 
 def rows_around(tuned: Container[int], largest: int, shape: FusedMoeExperts, device: str) -> dict[int, dict[str, int]]:
-    """vLLM's choice for every step that is not in `tuned`: each up to `largest` tokens, and what changes above.
+    """vLLM's choice for steps that are not in `tuned`: each up to `largest` tokens, and its changes above.
 
     Args:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
     """
-    below = {tokens: own_row(shape, device, tokens) for tokens in range(1, largest + 1) if tokens not in tuned}
+    below = {tokens: vllm_row(shape, device, tokens) for tokens in range(1, largest + 1) if tokens not in tuned}
     return below | pinned_rows(shape, device, above=largest)
 
 
-def origin(shape: FusedMoeExperts, device: str, versions: Mapping[str, str]) -> Provenance:
-    """Where such rows come from; `versions` are the installed ones."""
-    if has_own_table(shape, device):
+def vllm_rows_provenance(shape: FusedMoeExperts, device: str, versions: Mapping[str, str]) -> Provenance:
+    """The provenance of such rows; `versions` are the installed ones."""
+    if vllm_has_table(shape, device):
         source = f"{_ITS_TABLE} {versions.get('vllm', '')}".strip()
         return Provenance(kind="published", source=source, versions=dict(versions))
     return Provenance(kind="derived", rule=VLLM_DEFAULT, versions=dict(versions))
 
 
 def repeats_vllm(row: Provenance) -> bool:
-    """Whether a row is vLLM's choice: around tuned ones, or measured where nothing was faster."""
+    """Whether a row is vLLM's choice: added around tuned rows, or measured without a faster one."""
     if row.kind == "measured":
         return row.gain == 0
     return row.rule == VLLM_DEFAULT or (row.source or "").startswith(_ITS_TABLE)
 
 
-def made_with_others(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
-    """Rows that repeat the choice of another vLLM than `vllm`, and its version."""
+def outdated_rows(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
+    """Rows that repeat the choice of another version of vLLM than `vllm`, with that version."""
     return {
         tokens: row.versions["vllm"]
         for tokens, row in provenance.rows.items()
@@ -48,17 +48,17 @@ def made_with_others(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str
     }
 
 
-def renewed(
+def refreshed_rows(
     rows: Mapping[int, dict[str, int]], outdated: Container[int], shape: FusedMoeShape, device: str
 ) -> dict[int, dict[str, int]] | None:
-    """The rows that are not `outdated`, and around them what the installed vLLM chooses.
+    """The rows that are not `outdated`, filled up with the choice of the installed vLLM.
 
-    None if none is left, or if its choice is not known: that for int4 depends on more than a table says.
+    None if no tuned row is left, or if vLLM's choice is not known: for int4 it depends on more than a table contains.
     """
     tuned = {tokens: row for tokens, row in rows.items() if tokens not in outdated}
     if not tuned or not has_default(shape):
         return None
-    # Neither the experts of a token nor the model's width matters to the choice for these formats.
+    # For these formats the choice depends neither on top_k nor on the model's width.
     experts = FusedMoeExperts.model_validate(
         {
             "experts": shape.experts,

@@ -1,4 +1,4 @@
-"""What the tables change in a call of Marlin's kernel for experts, found from the call itself."""
+"""Overrides of arguments in calls of Marlin's kernel for experts, selected by the shapes of the call."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Key = tuple[Any, ...]
 
 
 class MarlinCalls:
-    """Chooses parameters for calls of `moe_wna16_marlin_gemm`, and says once for each shape what it chose.
+    """Selects parameters for calls of `moe_wna16_marlin_gemm`, and logs the selection once for each shape.
 
-    Every call looks into one dictionary. Tables are read, and parameters checked, for the first call of a kind.
+    A call costs one look-up in a dictionary. Tables are read and checked at the first call of a shape.
 
     Args:
         parameters: names of the operator's parameters, in order; versions of vLLM differ.
-        device: whose tables are looked for, and whose limits hold.
+        device: that the kernel runs on.
     """
 
     def __init__(self, parameters: Sequence[str], device: Device) -> None:
         self._places = {name: place for place, name in enumerate(parameters)}
         self._device = device
         self._known: dict[Key, Mapping[str, int | bool]] = {}
-        self._told: set[MarlinShape] = set()
+        self._logged: set[MarlinShape] = set()
 
-    def changes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
-        """The arguments that a table changes; empty where the call stays as vLLM makes it."""
+    def overrides(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
+        """The arguments that a table sets differently from vLLM; empty if the call stays unchanged."""
         key = (
             kwargs["size_m"],
             kwargs["size_n"],
@@ -56,14 +56,14 @@ class MarlinCalls:
         return args[place] if place < len(args) else kwargs[name]
 
     def _is_ordered(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether weights have an order of their own (act-order), which newer versions of vLLM do without."""
+        """Whether weights are in act-order, which newer versions of vLLM do not support."""
         order = self._argument("g_idx", args, kwargs) if "g_idx" in self._places else None
         return order is not None and order.shape[-1] > 0
 
     def _choose(self, key: Key, quant_type: str) -> Mapping[str, int | bool]:
         size_m, size_n, size_k, top_k, block_size_m, _, (experts, groups, _), routed, workspace, is_plain = key
         if not is_plain or len(routed) != 2:
-            return {}  # inputs of 8 bits, weights in an order of their own: other kernels
+            return {}  # 8-bit inputs or act-order weights: other kernels
         rows, experts_of_a_token = routed
         kernels: list[Kernel] = []
         if (size_m, top_k) == (rows, experts_of_a_token):
@@ -81,7 +81,7 @@ class MarlinCalls:
                 quant_type=quant_type,
             )
             for kernel in kernels
-            # A single group is none to the kernel, and may be one to the table.
+            # For one group, the kernel has a group size of -1; the table may have size_k.
             for group_size in ((size_k // groups,) if groups > 1 else (-1, size_k))
         ]
         for shape in shapes:
@@ -89,57 +89,58 @@ class MarlinCalls:
             if found is None:
                 continue
             path, table = found
-            self._tell_table(shape, str(path), table)
+            self._log_table(shape, str(path), table)
             row = table.row(rows)
             if row is None:
                 return {}
             if fault := self._fault(row, shape, rows, top_k, block_size_m, workspace):
-                logger.warning("Tuned parameters for %d rows in %s are left out: %s.", rows, path, fault)
+                logger.warning("Ignoring tuned parameters for %d rows in %s: %s.", rows, path, fault)
                 return {}
             return _arguments(row)
         if shapes:
-            self._tell_default(shapes[0])
+            self._log_default(shapes[0])
         return {}
 
     def _fault(
         self, row: MarlinParameters, shape: MarlinShape, rows: int, top_k: int, block_size_m: int, workspace: int
     ) -> str | None:
-        """Why the parameters do not fit this call; None if they do."""
+        """Why the parameters cannot be used for this call; None if they can."""
         if row.block_size_m is not None and row.block_size_m != block_size_m:
-            return f"they are for blocks of {row.block_size_m} rows, and vLLM makes blocks of {block_size_m} here"
-        if row.leaves_tile:
+            return f"they are for block_size_m={row.block_size_m}, and vLLM uses block_size_m={block_size_m} here"
+        if row.uses_default_tile:
             return None
         gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, block_size_m)
-        if fault := blocks_fault(row.blocks, Tile.asked(row.thread_k, row.thread_n), gemm, self._device):
+        if fault := blocks_fault(row.blocks, Tile.requested(row.thread_k, row.thread_n), gemm, self._device):
             return fault
         if (locks := row.blocks * self._device.multiprocessors) > workspace:
-            return f"{row.blocks} blocks for each multiprocessor take {locks} locks, and vLLM gives {workspace}"
+            return f"{row.blocks} blocks for each multiprocessor need {locks} locks, and vLLM allocates {workspace}"
         return None
 
-    def _tell_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _log_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
+        if shape not in self._logged:
+            self._logged.add(shape)
             origins = dict.fromkeys(
-                row.provenance.sentence() for _, row in sorted(table.rows.items()) if row.provenance is not None
+                row.provenance.summary() for _, row in sorted(table.rows.items()) if row.provenance is not None
             )
             logger.info(
-                "Marlin, %s: up to %d rows as in %s (%s), above as vLLM chooses.",
+                "Tuned Marlin table for %s: %s (rows %d-%d, %s); other steps use vLLM's default.",
                 describe(shape),
-                max(table.rows),
                 path,
+                min(table.rows),
+                max(table.rows),
                 "; ".join(origins) or "of unknown origin",
             )
 
-    def _tell_default(self, shape: MarlinShape) -> None:
-        if shape not in self._told:
-            self._told.add(shape)
+    def _log_default(self, shape: MarlinShape) -> None:
+        if shape not in self._logged:
+            self._logged.add(shape)
             logger.info(
-                "Marlin, %s: as vLLM chooses, for no table is for this shape on %s.", describe(shape), self._device.name
+                "No tuned Marlin table for %s on %s; vLLM's default is used.", describe(shape), self._device.name
             )
 
 
 def describe(shape: MarlinShape) -> str:
-    """A shape in words, for the log."""
+    """A shape as text, for the log."""
     what = {"moe_w13": "gate and up", "moe_w2": "down", "dense": "linear layer"}[shape.kernel]
     experts = "" if shape.kernel == "dense" else f" of {shape.experts} experts, top {shape.top_k}"
     groups = "whole columns" if shape.group_size == -1 else f"groups of {shape.group_size}"
@@ -147,9 +148,9 @@ def describe(shape: MarlinShape) -> str:
 
 
 def _arguments(row: MarlinParameters) -> Mapping[str, int | bool]:
-    """Only what differs from vLLM's own call."""
+    """The arguments that differ from vLLM's call."""
     chosen: dict[str, int | bool] = {}
-    if not row.leaves_tile:
+    if not row.uses_default_tile:
         chosen |= {"thread_k": row.thread_k, "thread_n": row.thread_n, "blocks_per_sm": row.blocks_per_sm}
     # The kernel clears the output itself before it adds to it.
     if row.use_atomic_add:

@@ -14,13 +14,13 @@ from vllm_spark.kernels.marlin.table import MarlinRow, MarlinTable, load_marlin_
 from vllm_spark.kernels.table import VLLM_DEFAULT
 
 _WITHOUT_LIMITS = dataclasses.replace(GB10, shared_bytes=2**40, threads_per_multiprocessor=2**40)
-"""For devices that are not known here: what the kernel wants of every GPU is left."""
+"""For devices whose limits are not known: only the rules for every GPU remain."""
 
 _ATOMIC_WIDTH = 2048  # the dense kernel adds atomically up to so many outputs for each 64 rows
 
 
 def check_marlin_table(path: Path) -> Iterator[Finding]:
-    """Everything that is wrong with the table in `path`."""
+    """All errors and notes about the table in `path`."""
     try:
         table = load_marlin_table(path)
     except ConfigurationError as error:
@@ -28,7 +28,10 @@ def check_marlin_table(path: Path) -> Iterator[Finding]:
         return
     if path.name != table.file_name:
         yield Finding(
-            path, None, "error", f"what is in it belongs into {table.file_name}; serving will not find it here"
+            path,
+            None,
+            "error",
+            f"its content requires the name {table.file_name}; serving does not find it under this one",
         )
     yield from device_findings(path, table.device, (row.provenance for row in table.rows.values()))
     first = _gemm(table, min(table.rows))
@@ -59,7 +62,7 @@ def _gemm(table: MarlinTable, rows: int) -> Gemm:
 def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> Iterator[Finding]:
     gemm = _gemm(table, rows)
     if not gemm.moe:
-        if not entry.leaves_tile or entry.block_size_m is not None:
+        if not entry.uses_default_tile or entry.block_size_m is not None:
             yield Finding(
                 path, rows, "error", "the dense kernel takes no tile; leave thread_k, thread_n, blocks_per_sm out"
             )
@@ -73,18 +76,21 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             path,
             rows,
             "error",
-            f"block_size_m is {entry.block_size_m}, and vLLM takes {gemm.block_size_m} for {rows} tokens; "
-            "the row would never be used",
+            f"block_size_m is {entry.block_size_m}, and vLLM uses {gemm.block_size_m} for {rows} tokens; "
+            "the row is never used",
         )
     if (source := entry.provenance) is not None and source.rule == VLLM_DEFAULT and _sets_something(entry):
         values = entry.model_dump(
             include={"thread_k", "thread_n", "blocks_per_sm", "use_atomic_add", "use_fp32_reduce"}
         )
-        said = ", ".join(f"{name}={value}" for name, value in values.items())
+        settings = ", ".join(f"{name}={value}" for name, value in values.items())
         yield Finding(
-            path, rows, "error", f"it is said to leave the choice to vLLM, and has {said}; say where these are from"
+            path,
+            rows,
+            "error",
+            f"its provenance says that vLLM chooses, but it sets {settings}; correct its provenance",
         )
-    if entry.leaves_tile:
+    if entry.uses_default_tile:
         return
     if entry.thread_k == -1 or entry.thread_n == -1:
         yield Finding(
@@ -95,18 +101,18 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             "the kernel takes a whole tile or none, and blocks only with a tile",
         )
         return
-    tile = Tile.asked(entry.thread_k, entry.thread_n)
+    tile = Tile.requested(entry.thread_k, entry.thread_n)
     if (fault := blocks_fault(entry.blocks, tile, gemm, DEVICES.get(table.device, _WITHOUT_LIMITS))) is not None:
         yield Finding(path, rows, "error", fault)
 
 
 def _sets_something(entry: MarlinRow) -> bool:
     """Whether the row changes anything in vLLM's call."""
-    return not entry.leaves_tile or entry.use_atomic_add or not entry.use_fp32_reduce
+    return not entry.uses_default_tile or entry.use_atomic_add or not entry.use_fp32_reduce
 
 
 def _check_block_sizes(path: Path, table: MarlinTable) -> Iterator[Finding]:
-    """Steps between two rows take the nearest; it must be meant for the block size that vLLM takes for them."""
+    """A step between two rows uses the nearest, which must have the block size that vLLM uses for the step."""
     for tokens in range(1, max(table.rows)):
         entry = table.row(tokens)
         expected = block_size_m(tokens, table.shape.top_k, table.shape.experts)

@@ -1,4 +1,4 @@
-"""What Marlin's kernels take, and how much shared memory they need.
+"""Parameters that Marlin's kernels accept, and their use of shared memory.
 
 Facts of vLLM's CUDA sources, alike in 0.26 to 0.33 for weights without act-order: the experts' kernel in
 `csrc/**/moe/marlin_moe_wna16/ops.cu`, the dense one in `csrc/**/quantization/marlin/marlin.cu`, the compiled variants
@@ -26,15 +26,15 @@ BLOCK_SIZES_M = (8, 16, 32, 48, 64)
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """What a thread block works on: thread_k times thread_n weights, with so many threads."""
+    """The thread_k x thread_n weights that one thread block of `threads` threads multiplies."""
 
     thread_k: int
     thread_n: int
     threads: int
 
     @classmethod
-    def asked(cls, thread_k: int, thread_n: int) -> Tile:
-        """As the experts' kernel takes it from its caller: the threads follow from the size."""
+    def requested(cls, thread_k: int, thread_n: int) -> Tile:
+        """The tile for the arguments of the experts' kernel, which derives the threads from the size."""
         return cls(thread_k, thread_n, thread_k * thread_n // 64)
 
 
@@ -73,7 +73,7 @@ QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Gemm:
-    """A multiplication that Marlin is asked for.
+    """One matrix multiplication by Marlin.
 
     Attributes:
         moe: whether it is the experts' kernel, else the dense one.
@@ -81,8 +81,8 @@ class Gemm:
         size_k: input width.
         group_size: weights that share a scale; -1, or `size_k`, for one scale in a column.
         quant_type: a name in `QUANTIZATIONS`.
-        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only, for the dense kernel's tiles are
-            not asked for.
+        block_size_m: rows of an expert in a tile, of `BLOCK_SIZES_M`; experts only, since the dense kernel
+            chooses its tiles itself.
     """
 
     moe: bool
@@ -99,12 +99,12 @@ class Gemm:
 
     @property
     def kernel_group_size(self) -> int:
-        """As the kernel sees it: a single group is none."""
+        """As the kernel gets it: -1 for a single group."""
         return -1 if self.group_size == self.size_k else self.group_size
 
 
 def block_size_m(rows: int, top_k: int, experts: int) -> int:
-    """Rows of an expert in a tile that vLLM chooses for so many tokens."""
+    """vLLM's choice of an expert's rows in a tile, for a number of tokens."""
     for size in BLOCK_SIZES_M:
         if rows * top_k / experts / size < 0.9:
             return size
@@ -112,12 +112,12 @@ def block_size_m(rows: int, top_k: int, experts: int) -> int:
 
 
 def compiled_tiles(m_blocks: int) -> tuple[Tile, ...]:
-    """Those that there are kernels for."""
+    """The tiles that kernels are compiled for."""
     return SMALL_TILES if m_blocks <= 1 else LARGE_TILES
 
 
 def shared_bytes(tile: Tile, gemm: Gemm) -> int:
-    """Shared memory that the buffers of the experts' kernel take, in bytes; it is launched with all that there is."""
+    """Bytes of shared memory that the buffers of the experts' kernel need; it is launched with the device's maximum."""
     quantization = QUANTIZATIONS[gemm.quant_type]
     rows = 16 * gemm.m_blocks
     inputs = STAGES * rows * tile.thread_k * 2
@@ -133,13 +133,13 @@ def shared_bytes(tile: Tile, gemm: Gemm) -> int:
 
 
 def shape_fault(gemm: Gemm) -> str | None:
-    """Why no tile at all will do for this shape and these weights; None if one might."""
+    """Why no tile fits this shape and these weights; None if one may."""
     quantization = QUANTIZATIONS.get(gemm.quant_type)
     if quantization is None:
-        return f"Marlin has no kernel for {gemm.quant_type!r} weights; it has for {', '.join(QUANTIZATIONS)}"
+        return f"Marlin has no kernel for {gemm.quant_type!r} weights; supported are {', '.join(QUANTIZATIONS)}"
     if gemm.kernel_group_size not in quantization.group_sizes:
         sizes = ", ".join(map(str, quantization.group_sizes))
-        return f"Marlin has no kernel for {gemm.quant_type} with groups of {gemm.group_size}; it has for {sizes}"
+        return f"Marlin has no kernel for {gemm.quant_type} with groups of {gemm.group_size}; supported are {sizes}"
     if gemm.kernel_group_size > 0 and gemm.size_k % gemm.kernel_group_size:
         return f"an input width of {gemm.size_k} is not a multiple of the group size {gemm.group_size}"
     if gemm.moe and gemm.block_size_m not in BLOCK_SIZES_M:
@@ -154,11 +154,11 @@ def shape_fault(gemm: Gemm) -> str | None:
 
 
 def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
-    """Why the kernel refuses a tile; None if it takes it.
+    """Why the kernel refuses a tile; None if it accepts it.
 
     Args:
         tile: what a block would work on.
-        gemm: what is asked for.
+        gemm: the multiplication.
         shared_limit: bytes that one block may have.
     """
     if tile.thread_k < MINIMUM_TILE or tile.thread_n < MINIMUM_TILE:
@@ -176,15 +176,15 @@ def tile_fault(tile: Tile, gemm: Gemm, shared_limit: int) -> str | None:
 
 
 def blocks_fault(blocks_per_sm: int, tile: Tile, gemm: Gemm, device: Device) -> str | None:
-    """Why so many blocks for each multiprocessor will not do with a tile; None if they will.
+    """Why this number of blocks for each multiprocessor is invalid for a tile; None if it is valid.
 
-    All blocks must be resident at once: those at the top of a column wait for those at its bottom, which have higher
-    numbers, so blocks that never start would be waited for without end.
+    All blocks must be resident at once: the first blocks of a column wait for its last ones, so the kernel would hang
+    if those could not start.
 
     Args:
         blocks_per_sm: started for each multiprocessor.
         tile: what each works on.
-        gemm: what is asked for.
+        gemm: the multiplication.
         device: on which.
     """
     if not 1 <= blocks_per_sm <= MAXIMUM_BLOCKS_PER_SM:

@@ -12,17 +12,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import first_fault, write_whole
+from vllm_spark.files import atomic_write_text, first_fault
 from vllm_spark.kernels.table import Provenance, read_json, row_numbers
 
 FOLDER = "marlin"
-"""Of these tables, within `configs/` and within a user's folder of tuned tables."""
+"""Folder of these tables, in `configs/` and in a user's folder of tuned tables."""
 
 Kernel = Literal["moe_w13", "moe_w2", "dense"]
 
 
 class MarlinShape(BaseModel):
-    """What a table is for: one GEMM of one rank, [rows, size_k] times [size_k, size_n] for each expert.
+    """The shape of one GEMM of one rank: [rows, size_k] times [size_k, size_n] for each expert.
 
     Attributes:
         kernel: `moe_w13` (an expert's gate and up), `moe_w2` (its down), `dense` (any other linear layer).
@@ -45,7 +45,7 @@ class MarlinShape(BaseModel):
     quant_type: str
 
     def file_name(self, device: str) -> str:
-        """Of the table for `device`, a name as in `gb10.device_file_name`."""
+        """The name of the table for `device`, a name as in `devices.device_file_name`."""
         experts = "" if self.kernel == "dense" else f",E={self.experts},top_k={self.top_k}"
         return (
             f"kernel={self.kernel}{experts},N={self.size_n},K={self.size_k},group_size={self.group_size},"
@@ -54,7 +54,7 @@ class MarlinShape(BaseModel):
 
 
 class MarlinParameters(BaseModel):
-    """How the kernel is called for one number of rows.
+    """Parameters of the kernel for one number of rows.
 
     Attributes:
         thread_k: a block's tile along the input; -1, with `thread_n`: the kernel's own rule.
@@ -76,18 +76,18 @@ class MarlinParameters(BaseModel):
     use_fp32_reduce: StrictBool = True
 
     @property
-    def leaves_tile(self) -> bool:
-        """Whether tile and blocks stay the kernel's own choice."""
+    def uses_default_tile(self) -> bool:
+        """Whether the kernel chooses tile and blocks itself."""
         return self.thread_k == -1 and self.thread_n == -1 and self.blocks_per_sm == -1
 
     @property
     def blocks(self) -> int:
-        """For each multiprocessor, with a tile: the kernel takes -1 for 1."""
+        """Blocks for each multiprocessor, if a tile is given: -1 means 1 to the kernel."""
         return 1 if self.blocks_per_sm == -1 else self.blocks_per_sm
 
 
 class MarlinRow(MarlinParameters):
-    """Parameters with where they came from."""
+    """Parameters with their provenance."""
 
     provenance: Provenance | None = None
 
@@ -96,7 +96,7 @@ class MarlinTable(BaseModel):
     """A table: the shape, the device, and parameters for some numbers of rows.
 
     Attributes:
-        device: as in `gb10.device_file_name`.
+        device: as in `devices.device_file_name`.
         shape: what it is for.
         models: for people: whose layers have this shape, at which tensor-parallel size.
         rows: tokens of a step (for both kernels of the experts, whatever `top_k` makes of it) to parameters.
@@ -111,12 +111,12 @@ class MarlinTable(BaseModel):
 
     @property
     def file_name(self) -> str:
-        """That a table like this must have."""
+        """The file name that this table must have."""
         return self.shape.file_name(self.device)
 
     def row(self, rows: int) -> MarlinRow | None:
         """The entry for a step of `rows` tokens: the nearest, of two the smaller; None below the smallest row and above
-        the largest, where nobody tuned: vLLM's rule is for those.
+        the largest, where vLLM's rule applies.
         """
         if not min(self.rows) <= rows <= max(self.rows):
             return None
@@ -127,25 +127,25 @@ def load_marlin_table(path: Path) -> MarlinTable:
     """The table in `path`.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no such table; the sentence names the file and the fault.
+        ConfigurationError: it cannot be read or is not such a table; the message names the file and the fault.
     """
     try:
         return MarlinTable.model_validate(read_json(path))
     except OSError as error:
         raise ConfigurationError(f"the Marlin table {path} cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        raise ConfigurationError(f"{path} is no Marlin table: {first_fault(error)}") from None
+        raise ConfigurationError(f"{path} is not a Marlin table: {first_fault(error)}") from None
     except ValueError as error:
-        raise ConfigurationError(f"{path} is no Marlin table: {error}") from None
+        raise ConfigurationError(f"{path} is not a Marlin table: {error}") from None
 
 
 def store_marlin_table(table: MarlinTable, folder: Path) -> Path:
-    """Writes `table` into `folder`, whole or not at all, making the folder, and returns the file's path.
+    """Writes `table` atomically into `folder`, which is created if needed, and returns the file's path.
 
     Raises:
         ConfigurationError: it cannot be written.
     """
     path = folder / table.file_name
     ordered = table.model_copy(update={"rows": dict(sorted(table.rows.items()))})
-    write_whole(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
+    atomic_write_text(path, ordered.model_dump_json(indent=2, exclude_none=True) + "\n", "table")
     return path

@@ -1,1 +1,1 @@
-"""TODO fused_moe."""
+"""Tuning of vLLM's Triton kernel for experts: test problems, trial compilations, search."""

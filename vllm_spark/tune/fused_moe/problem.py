@@ -1,4 +1,4 @@
-"""A block of a model's experts on this GPU, with random weights, ready to run on vLLM's Triton kernel with any row."""
+"""A test problem: a block of experts with random weights on this GPU, for vLLM's Triton kernel with any row."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.tune.timing import route
 
 
 @dataclass(frozen=True)
 class ExpertsWeights:
-    """Random weights of one layer: gate and up, down; their scales; with int4 perhaps their zero points."""
+    """Random weights of one layer: gate and up, down; their scales; and zero points of int4, if it has them."""
 
     w13: torch.Tensor
     w2: torch.Tensor
@@ -24,22 +24,22 @@ class ExpertsWeights:
 
 
 class FusedMoeProblem:
-    """`calls` times the experts of a layer for `rows` tokens, each with a routing of its own, over several layers.
+    """`calls` calls of a layer's experts for `rows` tokens, each with its own routing, over several layers.
 
     Args:
         shape: sizes and format.
-        layers: sets of weights, so many that caches forget one before it is used again.
+        layers: enough sets of weights that each is evicted from caches before it is used again.
         rows: tokens of the decode step.
         calls: in one run; call i uses the weights of layer i modulo `layers`.
         seed: of routings and inputs.
-        device: as in `gb10.device_file_name`; whose table vLLM might have.
+        device: as in `devices.device_file_name`, for vLLM's own choice.
     """
 
     def __init__(
         self, shape: FusedMoeExperts, layers: list[ExpertsWeights], rows: int, calls: int, seed: int, device: str
     ):
         self._shape, self._layers = shape, layers
-        self._own = own_row(shape, device, rows)
+        self._own = vllm_row(shape, device, rows)
         generator = torch.Generator(device="cuda").manual_seed(seed)
         self._input = torch.randn(rows, shape.hidden, device="cuda", dtype=torch.bfloat16, generator=generator)
         self._routes = [
@@ -49,16 +49,16 @@ class FusedMoeProblem:
         self._experts: Callable[..., torch.Tensor] = _packed_experts if shape.is_int4 else _experts
 
     def run(self, parameters: FusedMoeParameters | None) -> None:
-        """All calls; enqueued on the current stream."""
+        """Enqueues all calls on the current stream."""
         for call in range(len(self._routes)):
             self.call(call, parameters)
 
     def call(self, call: int, parameters: FusedMoeParameters | None) -> torch.Tensor:
-        """One of them; returns [rows, hidden] bfloat16.
+        """Enqueues one call; returns [rows, hidden] bfloat16.
 
         Args:
-            call: which.
-            parameters: of both GEMMs; None for vLLM's own choice, whatever tables the user has.
+            call: its index.
+            parameters: of both GEMMs; None for vLLM's own choice, without the user's tables.
         """
         row = self._own if parameters is None else parameters.row()
         layer = self._layers[call % len(self._layers)]
@@ -66,18 +66,18 @@ class FusedMoeProblem:
 
 
 def layer_bytes(shape: FusedMoeExperts) -> int:
-    """Of the weights of one layer, without scales, which are few."""
+    """Bytes of one layer's weights, without the scales, which are small."""
     return shape.experts * expert_bytes(shape)
 
 
 def expert_bytes(shape: FusedMoeExperts) -> int:
-    """Of one expert's weights, without scales."""
+    """Bytes of one expert's weights, without scales."""
     bits = {None: 16, "fp8_w8a8": 8, "int4_w4a16": 4}[shape.dtype]
     return 3 * shape.hidden * shape.intermediate * bits // 8
 
 
 def random_weights(shape: FusedMoeExperts, seed: int) -> ExpertsWeights:
-    """In the layouts that vLLM's kernel reads; sized so that outputs are neither tiny nor without bound."""
+    """Random weights in the layouts of vLLM's kernel, scaled so that outputs neither vanish nor overflow."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
     sizes = ((shape.experts, 2 * shape.intermediate, shape.hidden), (shape.experts, shape.hidden, shape.intermediate))
 
@@ -101,7 +101,7 @@ def random_weights(shape: FusedMoeExperts, seed: int) -> ExpertsWeights:
             first, second = (octets(experts, columns // 2, count) for experts, columns, count in groups)
             points = (first, second)
         return ExpertsWeights(w13, w2, (small, large), points)
-    # The highest bit of the exponent stays 0: numbers below 2, and none that is not one.
+    # The highest bit of the exponent stays 0: all numbers are below 2, and none is NaN.
     w13, w2 = (octets(*size).bitwise_and_(0xBF).view(torch.float8_e4m3fn) for size in sizes)
     if shape.block_shape is None:
         of = [(experts, columns, 1) for experts, columns, _ in sizes]
@@ -120,7 +120,7 @@ def _experts(
     weights: torch.Tensor,
     chosen: torch.Tensor,
 ) -> torch.Tensor:
-    """By vLLM's own function: weights in bfloat16 or fp8."""
+    """Calls vLLM's own function, for weights in bfloat16 or fp8."""
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
@@ -147,7 +147,7 @@ def _packed_experts(
     weights: torch.Tensor,
     chosen: torch.Tensor,
 ) -> torch.Tensor:
-    """As vLLM's class for int4 experts on Triton does; its function would take a CUDA kernel for so few tokens."""
+    """Does the same as vLLM's class for int4 experts on Triton; its function would use a CUDA kernel for few tokens."""
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.fused_moe.fused_moe import invoke_fused_moe_wna16_triton_kernel
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
@@ -189,7 +189,7 @@ def _packed_experts(
 
 @contextmanager
 def _overriding(row: dict[str, int]) -> Iterator[None]:
-    """vLLM's `override_config`, which does not end when a kernel fails inside."""
+    """vLLM's `override_config`, which does not restore the config after an exception, with that corrected."""
     from vllm.model_executor.layers.fused_moe import override_config
 
     failure: BaseException | None = None

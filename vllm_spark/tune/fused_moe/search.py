@@ -1,16 +1,16 @@
-"""Finds the fastest rows of a FusedMoE table for decode steps: what can run and may win, and of that what does.
+"""Searches the fastest rows of a FusedMoE table for decode steps.
 
-Out of vLLM's space of 1920 rows remain some dozens:
+vLLM's space of 1920 rows is reduced to some dozens:
 
-- a decode step of up to 8 tokens gives an expert 8 rows at most. `BLOCK_SIZE_M` is 16, the least that tensor cores
-  multiply; 32 would only pad, and matters from 17 tokens on.
-- `GROUP_SIZE_M` orders blocks of rows of one expert, of which there is one: it is 1.
-- what does not fit into shared memory, does not compile in time, or spills registers, is out (`fused_moe_trial`).
-- fp8 in blocks: a larger `BLOCK_SIZE_K` than the block is cut to it, and would be tried twice.
-- int4: whole groups in a tile (vLLM's kernels take 1, 2, 4 or 8), and whole tiles in a column, beyond which the kernel
-  reads weights without looking.
-- a tile wider than both matrices only wastes.
-- what was far from the best for another number of tokens is not tried again.
+- In a decode step of up to 8 tokens an expert has at most 8 rows. `BLOCK_SIZE_M` is 16, the minimum of tensor cores;
+  32 helps only from 17 tokens on.
+- `GROUP_SIZE_M` orders an expert's blocks of rows; there is only one, so it is 1.
+- Rows that do not fit into shared memory, do not compile in time, or spill registers are excluded (`trial`).
+- fp8 in blocks: the kernel limits `BLOCK_SIZE_K` to the block, so larger values are duplicates.
+- int4: a tile has 1, 2, 4 or 8 whole groups, as vLLM's kernels require, and a column has whole tiles, since the kernel
+  does not check for the end of the weights.
+- A tile wider than both matrices is excluded.
+- Rows that were far from the fastest for another number of tokens are excluded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from vllm_spark.tune.search import CALLS, cold_layers, find, promising, runs
 
 KERNEL = "vLLM's Triton kernel for experts"
 
-ELSEWHERE_HOPELESS = 1.5
-"""Times the fastest with another number of tokens: what took longer there is not tried here."""
+PRUNE_RATIO_ELSEWHERE = 1.5
+"""Rows that took longer than this times the fastest, for another number of tokens, are not tried."""
 
 _SIZES_N = (32, 64, 128, 256)
 _SIZES_K = (64, 128, 256)
@@ -41,7 +41,7 @@ _STAGES = (2, 3, 4, 5)
 
 
 def search_space(shape: FusedMoeExperts, rows: int, device: Device) -> list[FusedMoeParameters]:
-    """Rows for a step of `rows` tokens that nothing speaks against before they are compiled."""
+    """Candidate rows for a step of `rows` tokens, before any of them is compiled."""
     return [
         each
         for size_m, size_n, size_k, warps, stages in itertools.product(
@@ -75,7 +75,7 @@ def _fits(shape: FusedMoeExperts, device: Device, row: FusedMoeParameters) -> bo
 def weights_of(
     shape: FusedMoeExperts, on_note: Callable[[str], None] = lambda sentence: None
 ) -> AbstractContextManager[list[ExpertsWeights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         on_note: see `search.cold_layers`.
@@ -98,26 +98,26 @@ def search(
     on_trial: Callable[[], None] = lambda: None,
     hung: Container[object] = (),
 ) -> FusedMoeOutcome:
-    """Tries what remains of the space in turns with the default, then the fastest once more with other routings.
+    """Measures the candidates in turns with the default, and confirms the fastest with other routings.
 
     Args:
         rows: tokens of the decode step, 1 to 8.
         layers: see `weights_of`.
-        device: this one.
-        trials: for it.
-        known: of the same shape, for other numbers of tokens.
+        device: this machine's GPU.
+        trials: trial compilations for that GPU.
+        known: outcomes of the same shape for other numbers of tokens.
         rounds: see `search.find`.
-        on_trial: called for every row that was compiled.
-        hung: what is not tried, because the kernel did not end with it.
+        on_trial: called for every compiled row.
+        hung: parameters with which a kernel hung before; they are not tried.
 
     Raises:
-        HangError: a kernel does not end.
-        SparkError: vLLM's own choice does not run, or a kernel failed while it ran.
+        HangError: a kernel hangs.
+        SparkError: vLLM's own choice does not run, or a kernel failed.
     """
     problem, others = (FusedMoeProblem(shape, layers, rows, CALLS, rows + more, device.name) for more in (0, 100))
     if not runs(problem, None, KERNEL):
         raise SparkError(f"{KERNEL} does not run with vLLM's own parameters for {rows} tokens and {shape.describe()}")
-    candidates = not_hopeless([row for row in search_space(shape, rows, device) if row not in hung], known)
+    candidates = without_slow([row for row in search_space(shape, rows, device) if row not in hung], known)
     candidates = [
         each for each in trials.usable(shape.table, candidates, on_trial, shape.int4) if runs(problem, each, KERNEL)
     ]
@@ -133,11 +133,11 @@ def search(
     )
 
 
-def not_hopeless(space: Sequence[FusedMoeParameters], known: Sequence[FusedMoeOutcome]) -> list[FusedMoeParameters]:
-    """Those rows of `space` that were not far from the best in any outcome that has them."""
+def without_slow(space: Sequence[FusedMoeParameters], known: Sequence[FusedMoeOutcome]) -> list[FusedMoeParameters]:
+    """The rows of `space` that were near the fastest in every outcome that has them."""
     out: set[FusedMoeParameters] = set()
     for outcome in known:
         ratios = dict(outcome.tried)
-        near = promising(ratios, ELSEWHERE_HOPELESS)
+        near = promising(ratios, PRUNE_RATIO_ELSEWHERE)
         out.update(row for row in ratios if row not in near)
     return [row for row in space if row not in out]

@@ -1,7 +1,7 @@
-"""Compiles rows of a FusedMoE table, each in a process of its own, so that a compiler that hangs costs one row.
+"""Trial compilations of rows of a FusedMoE table, each in its own process, so that a compiler that hangs costs one row.
 
-`python -m vllm_spark.tune.fused_moe.trial JSON` is such a process. It starts the assembler, so each leads a group
-that ends as a whole.
+`python -m vllm_spark.tune.fused_moe.trial JSON` is such a process. It starts the assembler, so each process has its
+own process group, which is killed as a whole.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from vllm_spark.models.weights import Int4
 from vllm_spark.processes.child import end_with_parent, python_module
 
 SECONDS = 60.0
-"""That a row may take to be compiled: the usual is one or two."""
+"""Time limit for compiling a row, which usually takes one or two seconds."""
 
-_PAUSE = 0.02  # seconds between two looks at the processes
-_LAST_WORDS_SECONDS = 5.0  # that the output of a process that has ended may take to come
-_PROCESSOR_SECONDS = 300  # after which the kernel ends an assembler whose parent was killed and could not end it
+_PAUSE = 0.02  # seconds between polls of the processes
+_OUTPUT_SECONDS = 5.0  # time limit for reading the output of a process that has exited
+_PROCESSOR_SECONDS = 300  # CPU time limit, which stops an assembler whose parent was killed with SIGKILL
 
 
 class Trials:
-    """Says what is wrong with rows, and compiles none twice: shapes of one format share their kernels.
+    """Compiles rows in parallel and checks their use of resources; shapes of one format share compiled kernels.
 
     Args:
-        device: for which is compiled, and whose shared memory there is.
-        processes: at once; None for half of the processors.
-        seconds: that one may take.
+        device: the target of the compilation.
+        processes: number of parallel processes; None for half of the processors.
+        seconds: time limit of each process.
     """
 
     def __init__(self, device: Device, processes: int | None = None, seconds: float = SECONDS):
@@ -55,23 +55,23 @@ class Trials:
         on_row: Callable[[], None] = lambda: None,
         int4: Int4 = INT4,
     ) -> list[FusedMoeParameters]:
-        """Those that compile in time, fit into shared memory and do not spill, in their order.
+        """The rows that compile in time, fit into shared memory and do not spill, in their order.
 
         Args:
             shape: of the table.
-            rows: to be tried.
-            on_row: called when one more is known.
+            rows: to compile.
+            on_row: called after each row.
             int4: how 4-bit weights are stored, which the table's name does not say.
 
         Raises:
-            SparkError: there are some, and none of them will do.
+            SparkError: there are rows, and none of them is usable.
         """
         rows = list(rows)
         known = self._known.setdefault((shape.dtype, shape.block_shape, int4), {})
         self._compile(_Kernel(shape, int4), [row for row in rows if row not in known], known, on_row)
         good = [row for row in rows if known[row] is None]
         if rows and not good:
-            raise SparkError(f"not one of {len(rows)} kernels can be used for {shape}: {known[rows[0]]}")
+            raise SparkError(f"none of {len(rows)} kernels can be used for {shape}: {known[rows[0]]}")
         return good
 
     def _compile(
@@ -126,13 +126,13 @@ class Trials:
         try:
             found: dict[str, Any] = json.loads(output.splitlines()[-1])
         except (IndexError, ValueError):
-            return "the compiler ended without a word"
+            return "the compiler exited without a result"
         if "fault" in found:
             return str(found["fault"])
         if (needed := found["shared_bytes"]) > (limit := self._device.shared_bytes):
             return f"it needs {needed} bytes of shared memory, and a block may have {limit}"
         if found["spilled_bytes"]:
-            return f"each thread spills {found['spilled_bytes']} bytes for want of registers"
+            return f"each thread spills {found['spilled_bytes']} bytes of registers to memory"
         return None
 
 
@@ -159,15 +159,15 @@ def _job(text: str) -> _Job:
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """Makes sure that it has ended, with all that it started; returns the line that it printed, which fits the pipe."""
+    """Stops the process and its children; returns its output, a line that fits into the pipe's buffer."""
     if process.poll() is None:
         _kill_group(process)
     try:
-        return process.communicate(timeout=_LAST_WORDS_SECONDS)[0]
-    except subprocess.TimeoutExpired:  # it has ended, and an assembler that it left holds the pipe
+        return process.communicate(timeout=_OUTPUT_SECONDS)[0]
+    except subprocess.TimeoutExpired:  # it has exited, and its assembler still holds the pipe
         _kill_group(process)
     with suppress(subprocess.TimeoutExpired):
-        return process.communicate(timeout=_LAST_WORDS_SECONDS)[0]
+        return process.communicate(timeout=_OUTPUT_SECONDS)[0]
     return ""
 
 
@@ -177,9 +177,9 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
-    """Compiles the row of the command line, and prints what it takes, or why it does not compile."""
+    """Compiles the row of the command line, and prints its use of resources, or an error."""
     job = _job(sys.argv[1])
-    # The kernel ends this process with the tuner, but not the assembler, which inherits this limit.
+    # The kernel kills this process with the tuner, but not the assembler, which inherits this limit.
     resource.setrlimit(resource.RLIMIT_CPU, (_PROCESSOR_SECONDS, _PROCESSOR_SECONDS))
     try:
         compiled = compile_row(job.kernel.shape, job.row, job.capability, int4=job.kernel.int4)

@@ -1,1 +1,1 @@
-"""TODO marlin."""
+"""Tuning of Marlin's kernel for experts: test problems and search."""

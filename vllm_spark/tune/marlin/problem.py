@@ -1,4 +1,4 @@
-"""One Marlin GEMM of a model's experts on this GPU, with random weights, ready to be called with any parameters."""
+"""A test problem: one Marlin GEMM of experts with random weights on this GPU, for any parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_spark.tune.timing import route
 
 
 def expert_bytes(shape: MarlinShape) -> int:
-    """Of one expert's weights and scales (bfloat16)."""
+    """Bytes of one expert's weights and scales (bfloat16)."""
     return shape.size_n * shape.size_k // 2 + shape.size_n * groups(shape) * 2
 
 
@@ -25,11 +25,11 @@ def groups(shape: MarlinShape) -> int:
 
 
 class MarlinProblem:
-    """`calls` calls of a GEMM for `rows` tokens, each with a routing of its own, over several layers' weights.
+    """`calls` calls of a GEMM for `rows` tokens, each with its own routing, over several layers' weights.
 
     Args:
         shape: its sizes.
-        layers: sets of weights, so many that caches forget one before it is used again.
+        layers: enough sets of weights that each is evicted from caches before it is used again.
         rows: tokens of the decode step.
         calls: in one run; call i uses the weights of layer i modulo `layers`.
         seed: of routings and inputs.
@@ -57,12 +57,12 @@ class MarlinProblem:
             self._routes.append((weights, *aligned))
 
     def run(self, parameters: MarlinParameters) -> None:
-        """All calls, each into the same output; enqueued on the current stream."""
+        """Enqueues all calls on the current stream, each with the same output."""
         for call in range(len(self._routes)):
             self.call(call, parameters)
 
     def call(self, call: int, parameters: MarlinParameters) -> torch.Tensor:
-        """One of them; returns `output`, [rows * top_k, size_n] bfloat16."""
+        """Enqueues one call; returns `output`, [rows * top_k, size_n] bfloat16."""
         from vllm import _custom_ops as ops
         from vllm.scalar_type import scalar_types
 
@@ -99,7 +99,7 @@ class MarlinProblem:
 
 @dataclass(frozen=True)
 class Weights:
-    """Random weights of one layer's experts in Marlin's layout, their scales, and with uint4 their zero points."""
+    """Random weights of one layer's experts in Marlin's layout, their scales, and zero points of uint4."""
 
     quantized: torch.Tensor
     scales: torch.Tensor
@@ -107,7 +107,7 @@ class Weights:
 
 
 def random_weights(shape: MarlinShape, seed: int) -> Weights:
-    """Any bits do: weights [experts, size_k / 16, size_n * 2] int32, scales [experts, groups, size_n] bfloat16."""
+    """Random bits: weights [experts, size_k / 16, size_n * 2] int32, scales [experts, groups, size_n] bfloat16."""
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
     def bits(*size: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def random_weights(shape: MarlinShape, seed: int) -> Weights:
 
 
 def _unused_arguments() -> dict[str, Any]:
-    """Arguments without a default that this use leaves empty; some only some versions of vLLM have."""
+    """Arguments without a default that are not used here; some exist only in some versions of vLLM."""
     from vllm import _custom_ops as ops
 
     empty = {"a_scales": None, "global_scale": None, "g_idx": None, "perm": None, "is_k_full": True}

@@ -1,4 +1,4 @@
-"""Finds Marlin's fastest parameters for the experts' GEMMs of a decode step: the whole space, since it is small."""
+"""Searches Marlin's fastest parameters for the experts' GEMMs of a decode step: the whole space, which is small."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_spark.tune.search import CALLS, cold_layers, find, runs
 
 
 def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinParameters]:
-    """Every compiled tile that divides the matrix, with every number of blocks that are resident together."""
+    """Every compiled tile that divides the matrix, with every number of blocks that can be resident together."""
     gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, BLOCK_SIZE_M)
     return [
         MarlinParameters(
@@ -30,7 +30,7 @@ def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinPa
 def weights_of(
     shape: MarlinShape, on_note: Callable[[str], None] = lambda sentence: None
 ) -> AbstractContextManager[list[Weights]]:
-    """Random weights of as many layers as keep caches cold; their memory is given back at the end.
+    """Random weights of enough layers to keep caches cold; a context manager that frees them.
 
     Args:
         on_note: see `search.cold_layers`.
@@ -55,18 +55,18 @@ def search(
     rounds: int = 30,
     hung: Container[object] = (),
 ) -> MarlinOutcome:
-    """Tries everything in turns with the default, then the fastest once more with other routings.
+    """Measures all candidates in turns with the default, and confirms the fastest with other routings.
 
     Args:
         rows: tokens of the decode step, 1 to 8.
         layers: see `weights_of`.
-        device: this one.
+        device: this machine's GPU.
         rounds: see `search.find`.
-        hung: what is not tried, because the kernel did not end with it.
+        hung: parameters with which a kernel hung before; they are not tried.
 
     Raises:
-        HangError: a kernel does not end.
-        SparkError: a kernel failed while it ran.
+        HangError: a kernel hangs.
+        SparkError: a kernel failed.
     """
     problem, others = (MarlinProblem(shape, layers, rows, CALLS, seed=rows + more) for more in (0, 100))
     space = (each for each in search_space(shape, rows, device) if each not in hung)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Experts, model_layers
-from vllm_spark.models.regroup import straddling, with_groups_that_fit
+from vllm_spark.models.regroup import misaligned_groups, regrouped_config
 from vllm_spark.models.shard import shard_as_model
-from vllm_spark.models.weights import Bf16, Fp8Block, Int4, refuse_other_descriptions
+from vllm_spark.models.weights import Bf16, Fp8Block, Int4, check_quantization_is_in_config
 from vllm_spark.tune.table_shapes import fused_moe_shape, marlin_shapes
 from vllm_spark.tune.tuned_model import TunedModel, layers_as_served, shapes_of
 
@@ -83,7 +83,7 @@ def use(config: dict[str, Any]) -> None:
         marlin_shapes(layer)
         if isinstance(layer, Experts):
             fused_moe_shape(layer)
-    json.dumps(shard_as_model(with_groups_that_fit(config, 2), 2))
+    json.dumps(shard_as_model(regrouped_config(config, 2), 2))
 
 
 SCALARS = st.one_of(
@@ -103,7 +103,7 @@ def test_anything_in_any_place_costs_a_sentence(name: str, value: object) -> Non
     use(CONFIGS[name])
     for place in places(CONFIGS[name]):
         config = changed(CONFIGS[name], place, value)
-        straddling(config, 128, 2, False)  # serving: vLLM is the one to say what is wrong
+        misaligned_groups(config, 128, 2, False)  # serving: vLLM is the one to say what is wrong
         with suppress(ConfigurationError):
             use(config)
 
@@ -172,19 +172,19 @@ def test_serving_leaves_a_broken_description_to_vllm() -> None:
     broken = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": 1, "b": {}}}
     for quantization in (broken, {"quant_method": ["gptq"]}, QUANTIZATIONS["gptq"] | {"dynamic": {"a": 3}}):
         config = short("glm-4.5-air-int4") | {"quantization_config": quantization}
-        with_groups_that_fit(config, 2)
-    assert straddling({"model_type": ["x"], "intermediate_size": 1408, "mlp_layer_types": 3}, 128, 2, False)
+        regrouped_config(config, 2)
+    assert misaligned_groups({"model_type": ["x"], "intermediate_size": 1408, "mlp_layer_types": 3}, 128, 2, False)
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "hf_quant_config.json"])
 def test_quantization_that_is_described_elsewhere(tmp_path: Path, name: str) -> None:
     plain = short(MODEL) | {"quantization_config": None}
-    refuse_other_descriptions(plain, tmp_path)
-    refuse_other_descriptions(plain, tmp_path / ("x" * 300))
+    check_quantization_is_in_config(plain, tmp_path)
+    check_quantization_is_in_config(plain, tmp_path / ("x" * 300))
     (tmp_path / name).write_text("{}")
-    refuse_other_descriptions(short(MODEL), tmp_path)
+    check_quantization_is_in_config(short(MODEL), tmp_path)
     with pytest.raises(ConfigurationError, match=rf"{name} may say how the weights are quantized"):
-        refuse_other_descriptions(plain, tmp_path)
+        check_quantization_is_in_config(plain, tmp_path)
 
 
 def test_a_config_that_is_nested_too_deeply() -> None:

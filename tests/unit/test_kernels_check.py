@@ -191,7 +191,7 @@ def test_missing_rows_for_many_tokens(tmp_path: Path) -> None:
     table = FusedMoeTable({1: SMALL, 2: SMALL, 4: SMALL, 8: SMALL})
     provenance = FusedMoeProvenance(rows=dict.fromkeys(table.rows, TUNED))
     store_fused_moe_table(BLOCK, GB10, table, provenance, tmp_path / "fused_moe")
-    assert "prefill of thousands of tokens would take it" in the_error(tmp_path)
+    assert "prefill of thousands of tokens uses it" in the_error(tmp_path)
 
 
 def test_a_gap_between_rows(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_gap_between_rows(tmp_path: Path) -> None:
     store_fused_moe_table(BLOCK, GB10, table, provenance, tmp_path / "fused_moe")
     found = errors(tmp_path)
     assert len(found) == 2
-    assert any("steps of up to 516 tokens would take it" in sentence for sentence in found)
+    assert any("for steps of up to 516 tokens" in sentence for sentence in found)
 
 
 def test_a_default_that_is_none_for_every_step(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_default_that_is_none_for_every_step(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {})
     for file in (path, provenance_path(path)):
         edit(file, lambda content: content.get("rows", content).pop("9"))
-    assert "that is another for steps of 9 tokens" in the_error(tmp_path)
+    assert "that differs for steps of 9 tokens" in the_error(tmp_path)
 
 
 @pytest.mark.parametrize("device", ["GB10", "NVIDIA_DGX_Spark", "NVIDIA_H200"])
@@ -235,16 +235,16 @@ def test_a_device_on_which_it_was_measured(tmp_path: Path) -> None:
 
 def test_a_device_on_which_only_some_of_it_was_measured(tmp_path: Path) -> None:
     store_marlin(tmp_path, {1: {"provenance": MEASURED_ON_H200}, 2: {"provenance": TUNED}}, device="NVIDIA_H200")
-    assert "on which its rows were not measured" in the_error(tmp_path)
+    assert "its rows were not measured there" in the_error(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"BLOCK_SIZE_M": 24}, "BLOCK_SIZE_M=24 is no power of two"),
+        ({"BLOCK_SIZE_M": 24}, "BLOCK_SIZE_M=24 is not a power of two"),
         ({"BLOCK_SIZE_M": 8}, "BLOCK_SIZE_M=8 is less than 16"),
         ({"BLOCK_SIZE_K": 16}, "BLOCK_SIZE_K=16 is less than 32"),
-        ({"BLOCK_SIZE_K": 256}, "is cut to 128"),
+        ({"BLOCK_SIZE_K": 256}, "the kernel uses 128"),
         ({"num_warps": 3}, "num_warps=3"),
         ({"num_warps": 64}, "num_warps=64"),
         ({"num_stages": 0}, "num_stages=0"),
@@ -301,7 +301,7 @@ def test_a_table_that_hides_vllms_own(tmp_path: Path) -> None:
     if not (source.parent / "configs" / shape.file_name(GB10)).is_file():
         pytest.skip("vLLM before 0.32 has no table for a GB10")
     store_fused_moe(tmp_path, shape, {})
-    assert "hides the one that vLLM has" in the_error(tmp_path)
+    assert "hides the table that comes with vLLM" in the_error(tmp_path)
 
 
 def test_a_type_of_weights_that_vllm_does_not_ask_for(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_name_that_vllm_does_not_ask_for(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     for file in (path, provenance_path(path)):
         file.rename(file.with_name(file.name.replace(",block_shape", ", block_shape")))
-    assert "is no name of a FusedMoE table" in the_error(tmp_path)
+    assert "is not the name of a FusedMoE table" in the_error(tmp_path)
 
 
 # Provenance and duplicates, of both kinds of tables.
@@ -331,13 +331,13 @@ def test_a_name_that_vllm_does_not_ask_for(tmp_path: Path) -> None:
 def test_no_provenance(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     provenance_path(path).unlink()
-    assert "nothing says where it came from" in the_error(tmp_path)
+    assert "it has no provenance" in the_error(tmp_path)
 
 
 def test_no_provenance_of_a_row(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     edit(provenance_path(path), lambda content: content["rows"].pop("1"))
-    assert "nothing says where this row came from" in the_error(tmp_path)
+    assert "this row has no provenance" in the_error(tmp_path)
 
 
 def test_provenance_of_nothing(tmp_path: Path) -> None:
@@ -345,13 +345,13 @@ def test_provenance_of_nothing(tmp_path: Path) -> None:
     edit(provenance_path(path), lambda content: content["rows"].update({"3": {"kind": "derived", "rule": "r"}}))
     assert "no such row" in the_error(tmp_path)
     path.unlink()
-    assert "which is not there" in check_tables([tmp_path]).findings[0].sentence
+    assert "which does not exist" in check_tables([tmp_path]).findings[0].sentence
 
 
 @pytest.mark.parametrize(
     ("provenance", "words"),
     [
-        (None, "nothing says where this row came from"),
+        (None, "this row has no provenance"),
         ({"kind": "measured"}, "lacks device, date, versions, gain"),
         ({"kind": "published"}, "lacks source"),
         ({"kind": "derived"}, "lacks rule"),
@@ -373,7 +373,7 @@ def test_provenance_with_gaps(tmp_path: Path, provenance: object, words: str) ->
 def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
     path = store_fused_moe(tmp_path, BLOCK, {1: SMALL})
     path.write_text(path.read_text().replace('"2": {', '"1": {', 1))
-    assert "is there twice" in the_error(tmp_path)
+    assert "occurs twice" in the_error(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["marlin", "fused_moe"])
@@ -407,16 +407,14 @@ def test_a_fused_moe_table_where_serving_does_not_look(tmp_path: Path, where: st
         file.rename(folder / file.name)
     given = tmp_path if where in ("fused_moe", "marlin") else folder
     assert errors(given) == (
-        [f"serving does not look for it in {folder}, but in a folder fused_moe of its own; move it there"]
-        if found
-        else []
+        [f"serving does not read {folder} for such tables; move it to a folder named fused_moe"] if found else []
     )
 
 
 def test_a_marlin_table_where_serving_does_not_look(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.parent.rename(tmp_path / "fused_moe")
-    assert "a folder marlin of its own" in the_error(tmp_path)
+    assert "a folder named marlin" in the_error(tmp_path)
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
@@ -451,7 +449,7 @@ def test_json_that_is_nested_too_deeply(tmp_path: Path, kind: str) -> None:
         ({"thread_k": 64, "thread_n": 128, "blocks_per_sm": 5}, "blocks_per_sm is 5"),
         ({"thread_k": 64}, "a whole tile or none"),
         ({"blocks_per_sm": 2}, "a whole tile or none"),
-        ({"block_size_m": 16}, "vLLM takes 8 for 1 tokens"),
+        ({"block_size_m": 16}, "vLLM uses 8 for 1 tokens"),
     ],
 )
 def test_a_bad_marlin_entry(tmp_path: Path, entry: dict[str, Any], words: str) -> None:
@@ -523,32 +521,32 @@ def test_atomic_adds_that_the_dense_kernel_ignores(tmp_path: Path) -> None:
 def test_a_name_for_another_shape(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.rename(path.with_name(path.name.replace("N=768", "N=1536")))
-    assert "what is in it belongs into kernel=moe_w13,E=128,top_k=8,N=768" in the_error(tmp_path)
+    assert "its content requires the name kernel=moe_w13,E=128,top_k=8,N=768" in the_error(tmp_path)
 
 
 def test_a_marlin_row_that_is_called_vllms_and_is_not(tmp_path: Path) -> None:
     store_marlin(tmp_path, {1: {"thread_k": 128, "thread_n": 128, "blocks_per_sm": 1, "provenance": DEFAULT}})
-    assert "said to leave the choice to vLLM, and has thread_k=128, thread_n=128" in the_error(tmp_path)
+    assert "its provenance says that vLLM chooses, but it sets thread_k=128, thread_n=128" in the_error(tmp_path)
 
 
 def test_a_default_that_was_edited(tmp_path: Path) -> None:
     """The sentence has the key and both values."""
     path = store_fused_moe(tmp_path, BLOCK, {})
     edit(path, lambda content: content["1024"].update(num_stages=2))
-    assert re.search(r"that is another .*: num_stages=\d, not 2; correct it", the_error(tmp_path))
+    assert re.search(r"that differs .*: num_stages=\d, not 2; correct it", the_error(tmp_path))
 
 
 def test_a_name_that_serving_does_not_look_for(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.rename(path.with_name("mine.json"))
-    assert "its name is that of no table" in the_error(tmp_path)
+    assert "its name is not the name of a table" in the_error(tmp_path)
 
 
 def test_a_table_loose_in_a_folder_is_fine_and_must_be_moved(tmp_path: Path) -> None:
     path = store_marlin(tmp_path, {1: {}})
     path.rename(tmp_path / path.name)
     (found,) = check_tables([tmp_path]).findings
-    assert (found.kind, "belongs into a folder marlin" in found.sentence) == ("note", True)
+    assert (found.kind, "only from a folder named marlin" in found.sentence) == ("note", True)
 
 
 def test_a_name_for_another_device(tmp_path: Path) -> None:
@@ -566,7 +564,7 @@ def test_steps_that_take_a_row_for_another_block_size(tmp_path: Path) -> None:
 
 def test_a_gap_between_marlin_rows(tmp_path: Path) -> None:
     store_marlin(tmp_path, {1: {}, 64: {}})
-    assert "steps of up to 32 tokens would take it" in the_error(tmp_path)
+    assert "for steps of up to 32 tokens" in the_error(tmp_path)
 
 
 # The command.
@@ -592,7 +590,7 @@ def test_the_command_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "--check", str(tmp_path / "nowhere")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     assert main(["tune", "--check", str(tmp_path)]) == 2
     assert "There is no table" in capsys.readouterr().out
 

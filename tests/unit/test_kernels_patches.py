@@ -20,7 +20,7 @@ from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeShape
 from vllm_spark.kernels.fused_moe.table import provenance_path
 
-from .test_tuning_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
+from .test_kernels_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
 
 __all__ = ["folders"]  # a fixture
 
@@ -40,7 +40,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that uses tables in this process, whose vLLM is not changed for it."""
     monkeypatch.setattr(runtime, "apply_all", lambda when: None)
     monkeypatch.setattr(runtime, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
-    for name in ("_served", "_widths_with_atomic_add"):
+    for name in ("_active", "_widths_with_atomic_add"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))
     made = Engine()
     runtime.start(made)
@@ -91,7 +91,7 @@ def test_an_unknown_source_disables_one_of_them(
     monkeypatch.setattr(patching, "_apply", lambda each: applied.append(each.name))
     patching.apply_all("tuning")
     assert set(applied) == TUNING - {"marlin-parameters"}
-    assert "cannot offer tuned parameters of Marlin for experts" in caplog.text
+    assert "cannot provide tuned parameters of Marlin for experts" in caplog.text
 
 
 def test_marlins_operator_is_called_with_the_tables_tile(
@@ -158,7 +158,7 @@ def test_without_tables_marlins_operator_is_only_called(
         raise AssertionError("nothing is looked for in a call")
 
     monkeypatch.setattr(runtime, "this_device", lambda: GB10)
-    monkeypatch.setattr(MarlinCalls, "changes", fail)
+    monkeypatch.setattr(MarlinCalls, "overrides", fail)
     store_moe(folders.user, 64)
     patched = patch("marlin-parameters").replace(lambda *args, **kwargs: (args, kwargs))
     assert patched(1, size_m=2) == ((1,), {"size_m": 2})
@@ -181,7 +181,7 @@ def test_vllm_finds_fused_moe_tables(
     asked = (MOE.experts, MOE.size_n, MOE.dtype, 0, 0)
     assert get(*asked) is None
     store_moe(folders.user, 32)
-    lookup.forget()
+    lookup.clear_cache()
     assert get(*asked) is None, "vLLM asks once"
     get.cache_clear()
     found = get(*asked)

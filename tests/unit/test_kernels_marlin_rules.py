@@ -71,13 +71,13 @@ def test_shapes_that_no_tile_takes(change: dict[str, object], words: str) -> Non
 @pytest.mark.parametrize(
     ("tile", "blocks", "words"),
     [
-        (Tile.asked(32, 128), 1, "less than 64"),
-        (Tile.asked(256, 64), 1, "256x64"),
-        (Tile.asked(64, 256), 1, "64x256"),
-        (Tile.asked(128, 128), 2, "a block may have"),
-        (Tile.asked(64, 128), 5, "blocks_per_sm is 5"),
-        (Tile.asked(64, 128), 0, "blocks_per_sm is 0"),
-        (Tile.asked(64, 128), 4, "a block may have"),
+        (Tile.requested(32, 128), 1, "less than 64"),
+        (Tile.requested(256, 64), 1, "256x64"),
+        (Tile.requested(64, 256), 1, "64x256"),
+        (Tile.requested(128, 128), 2, "a block may have"),
+        (Tile.requested(64, 128), 5, "blocks_per_sm is 5"),
+        (Tile.requested(64, 128), 0, "blocks_per_sm is 0"),
+        (Tile.requested(64, 128), 4, "a block may have"),
     ],
 )
 def test_tiles_that_the_kernel_refuses(tile: Tile, blocks: int, words: str) -> None:

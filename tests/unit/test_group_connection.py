@@ -1,4 +1,4 @@
-"""The groups lane's receiving thread, and the leader's table of the store, over real connections."""
+"""The groups connection's receiving thread, and the leader's table of the store, over real connections."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import pytest
 from vllm_spark.backend.process_group import PairGroup
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor import heartbeat
-from vllm_spark.executor.channel.framing import ChannelError, Kind, Lane, LaneClosedError
-from vllm_spark.executor.group_connection import GroupLink, Piece
+from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Kind
+from vllm_spark.executor.group_connection import GroupConnection, Piece
 from vllm_spark.executor.store import PairStore, Request, Table
 from vllm_spark.ranks import LEADER_RANK
 
-from .test_channel import lanes
+from .test_channel import connections
 
 SECONDS = 20.0
 ADDRESS = ("0", "collectives", 0)
 
 
 class Opened:
-    """This side's link, the far end of its lane, and the reasons for which the link ended the work."""
+    """This side's link, the far end of its connection, and the reasons for which the link ended the work."""
 
     def __init__(self) -> None:
         self.ended: queue.Queue[SparkError] = queue.Queue()
-        near, self.far = lanes()
-        self.link = GroupLink(near, self.ended.put)
+        near, self.far = connections()
+        self.link = GroupConnection(near, self.ended.put)
 
 
 @pytest.fixture
@@ -42,19 +42,19 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
     made.far.close()
 
 
-def unreadable(far: Lane) -> None:
+def unreadable(far: Connection) -> None:
     far.send(Kind.GROUP, b"\xc1")
 
 
-def of_another_lane(far: Lane) -> None:
-    far.send(Kind.BEAT, b"{}")
+def of_another_connection(far: Connection) -> None:
+    far.send(Kind.HEARTBEAT, b"{}")
 
 
-def closed(far: Lane) -> None:
+def closed(far: Connection) -> None:
     far.close()
 
 
-def a_bad_request(far: Lane) -> None:
+def a_bad_request(far: Connection) -> None:
     request = msgspec.msgpack.encode(Request("jump", ["key"], []))
     far.send(Kind.GROUP, msgspec.msgpack.encode(Piece("", "store requests", 0, "", len(request), request)))
 
@@ -63,13 +63,13 @@ def a_bad_request(far: Lane) -> None:
     ("act", "kind", "sentence"),
     [
         (unreadable, ChannelError, "the follower sent a message of a process group that cannot be read: "),
-        (of_another_lane, ChannelError, "the follower sent BEAT where GROUP was due"),
-        (closed, LaneClosedError, "the follower closed the connection"),
+        (of_another_connection, ChannelError, "the follower sent HEARTBEAT, and GROUP was expected"),
+        (closed, ConnectionClosedError, "the follower closed the connection"),
         (a_bad_request, SparkError, "the thread of the process groups failed: ValueError: the store has no operation"),
     ],
 )
 def test_a_receiver_that_ends_ends_the_work(
-    opened: Opened, act: Callable[[Lane], None], kind: type[SparkError], sentence: str
+    opened: Opened, act: Callable[[Connection], None], kind: type[SparkError], sentence: str
 ) -> None:
     """Also while nobody waits for a message."""
     PairStore(opened.link, LEADER_RANK)
@@ -82,10 +82,10 @@ def test_a_receiver_that_ends_ends_the_work(
 
 
 def test_the_known_cause_comes_first(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control lane knows why the connection ended, and has ended the work: nothing is added."""
+    """The control connection knows why the connection ended, and has ended the work: nothing is added."""
     monkeypatch.setattr(heartbeat, "_CLOSED_GRACE", SECONDS)
     opened.far.close()
-    with pytest.raises(LaneClosedError):
+    with pytest.raises(ConnectionClosedError):
         opened.link.take(ADDRESS, "barrier", SECONDS)
     opened.link.fail(PeerLostError("the follower left"))
     opened.link._receiver.join(SECONDS)
@@ -95,14 +95,14 @@ def test_the_known_cause_comes_first(opened: Opened, monkeypatch: pytest.MonkeyP
 
 def test_the_link_can_be_closed_from_its_own_thread() -> None:
     """What ends the work may release everything at once."""
-    (near, far), closed = lanes(), queue.Queue[SparkError]()
-    links: list[GroupLink] = []
+    (near, far), closed = connections(), queue.Queue[SparkError]()
+    links: list[GroupConnection] = []
 
-    def end_work(error: SparkError) -> None:
+    def end_session(error: SparkError) -> None:
         links[0].close(error)
         closed.put(error)
 
-    links.append(GroupLink(near, end_work))
+    links.append(GroupConnection(near, end_session))
     unreadable(far)
     assert "cannot be read" in str(closed.get(timeout=SECONDS))
     far.close()

@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from vllm_spark.errors import SparkError
-from vllm_spark.processes.group import KEPT_LOGS, set_stage
+from vllm_spark.processes.group import MAX_KEPT_LOGS, process_group
 
 
 def fail(console: Console) -> None:
     with (
         pytest.raises(SparkError),
-        set_stage("test", console) as stage,
-        stage.started("a program", [sys.executable, "-c", "print(1)"], "a.log"),
+        process_group("test", console) as group,
+        group.started("a program", [sys.executable, "-c", "print(1)"], "a.log"),
     ):
         raise SparkError("it failed")
 
@@ -28,7 +28,7 @@ def test_logs_of_old_failures_make_room(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     console = Console(file=(tmp_path / "out").open("w"))
     prefix = "vllm-spark-test-logs-"
-    for number in range(KEPT_LOGS + 3):
+    for number in range(MAX_KEPT_LOGS + 3):
         folder = tmp_path / f"{prefix}{number}"
         (folder / "logs").mkdir(parents=True)
         os.utime(folder, (number, number))
@@ -39,8 +39,8 @@ def test_logs_of_old_failures_make_room(tmp_path: Path, monkeypatch: pytest.Monk
     other.mkdir()
     fail(console)
     left = {folder.name for folder in tmp_path.glob(f"{prefix}*") if not folder.is_symlink()}
-    assert len(left) == KEPT_LOGS
-    assert {f"{prefix}{number}" for number in range(4, KEPT_LOGS + 3)} < left
+    assert len(left) == MAX_KEPT_LOGS
+    assert {f"{prefix}{number}" for number in range(4, MAX_KEPT_LOGS + 3)} < left
     assert linked.is_symlink()
     assert elsewhere.is_dir()
     assert other.is_dir()

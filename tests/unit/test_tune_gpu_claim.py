@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from vllm_spark.errors import SparkError
-from vllm_spark.tune.timing import claim
+from vllm_spark.tune.timing import lock_gpu
 
 HOLDER = """
 import sys, time
-from vllm_spark.tune.timing import claim
-with claim(sys.argv[1]):
+from vllm_spark.tune.timing import lock_gpu
+with lock_gpu(sys.argv[1]):
     print("claimed", flush=True)
     time.sleep(60)
 """
@@ -25,15 +25,15 @@ def test_a_claim_is_gone_with_its_process() -> None:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "claimed\n"
             with (
-                pytest.raises(SparkError, match=r"another vllm-spark tune is at work on this GPU \(GPU-1\)"),
-                claim("GPU-1"),
+                pytest.raises(SparkError, match=r"another vllm-spark tune is running on this GPU \(GPU-1\)"),
+                lock_gpu("GPU-1"),
             ):
                 pass
-            with claim("GPU-2"):
+            with lock_gpu("GPU-2"):
                 pass
         finally:
             holder.kill()
-    with claim("GPU-1"):
+    with lock_gpu("GPU-1"):
         pass
-    with claim("GPU-1"):
+    with lock_gpu("GPU-1"):
         pass

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_spark.executor.token_check import DriftError, TokenLedger, WorkerRandomState
+from vllm_spark.executor.token_check import DriftError, TokenDigest, WorkerRandomState
 
 Step = list[list[int]]
 steps = st.lists(
@@ -24,10 +24,10 @@ def output(tokens: Step) -> Any:
 
 @given(steps)
 def test_same_steps_same_digest(history: list[Step]) -> None:
-    mine, theirs = TokenLedger(), TokenLedger()
+    mine, theirs = TokenDigest(), TokenDigest()
     for step in history:
-        mine.record(output(step))
-        theirs.record(output([list(tokens) for tokens in step]))
+        mine.update(output(step))
+        theirs.update(output([list(tokens) for tokens in step]))
         mine.compare(*theirs.state())
     assert mine.state() == theirs.state()
     assert mine.state()[0] == len(history)
@@ -38,14 +38,14 @@ def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st
     at = data.draw(st.integers(0, len(history) - 1))
     other = [[list(tokens) for tokens in step] for step in history]
     other[at][0][0] += 1
-    theirs = TokenLedger()
+    theirs = TokenDigest()
     states = []
     for step in other:
-        theirs.record(output(step))
+        theirs.update(output(step))
         states.append(theirs.state())
-    mine = TokenLedger()
+    mine = TokenDigest()
     for number, step in enumerate(history):
-        mine.record(output(step))
+        mine.update(output(step))
         if number < at:
             mine.compare(*states[number])
             continue
@@ -55,34 +55,34 @@ def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st
 
 
 def test_the_peers_digest_may_come_first() -> None:
-    theirs = TokenLedger()
-    theirs.record(output([[1]]))
-    mine = TokenLedger()
+    theirs = TokenDigest()
+    theirs.update(output([[1]]))
+    mine = TokenDigest()
     mine.compare(*theirs.state())
     with pytest.raises(DriftError, match=r"start vllm serve again .*vllm-spark doctor --peer, .* report"):
-        mine.record(output([[2]]))
+        mine.update(output([[2]]))
 
 
 def test_steps_without_tokens_do_not_count() -> None:
-    ledger = TokenLedger()
-    ledger.record(output([]))
-    ledger.record(SimpleNamespace(pooler_output=[1]))
-    assert ledger.state() == (0, bytes(8))
-    ledger.compare(0, b"whatever")
+    token_digest = TokenDigest()
+    token_digest.update(output([]))
+    token_digest.update(SimpleNamespace(pooler_output=[1]))
+    assert token_digest.state() == (0, bytes(8))
+    token_digest.compare(0, b"whatever")
 
 
 def test_history_is_bounded() -> None:
-    ledger = TokenLedger()
+    token_digest = TokenDigest()
     for _ in range(10_000):
-        ledger.record(output([[1]]))
-    assert len(ledger._mine) <= 4096
+        token_digest.update(output([[1]]))
+    assert len(token_digest._mine) <= 4096
 
 
-def test_ledger_is_safe_between_threads() -> None:
-    mine, theirs = TokenLedger(), TokenLedger()
+def test_token_digest_is_safe_between_threads() -> None:
+    mine, theirs = TokenDigest(), TokenDigest()
     states = []
     for number in range(2000):
-        theirs.record(output([[number]]))
+        theirs.update(output([[number]]))
         states.append(theirs.state())
     errors: list[Exception] = []
 
@@ -96,7 +96,7 @@ def test_ledger_is_safe_between_threads() -> None:
     thread = threading.Thread(target=compare)
     thread.start()
     for number in range(2000):
-        mine.record(output([[number]]))
+        mine.update(output([[number]]))
     thread.join(30)
     assert errors == []
 

@@ -1,4 +1,4 @@
-"""One machine, examined: every check that applies, and what the other machine must know of this one."""
+"""All checks of one machine, and the report of them that the other machine gets."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vllm_spark.executor.channel.addresses import host_name, is_loopback
 from vllm_spark.executor.handshake.versions import Versions
 
 
-class Machine(msgspec.Struct, frozen=True):
-    """What one machine says of itself; the answer to the other one's EXAMINATION, and a part of `--json`."""
+class MachineReport(msgspec.Struct, frozen=True):
+    """The report of one machine: the reply to a CHECK_REQUEST, and a part of `--json`."""
 
     host: str
     versions: Versions
@@ -28,22 +28,24 @@ class Machine(msgspec.Struct, frozen=True):
     findings: list[Finding]
 
 
-def examine(system: System, config: SparkConfig, peer: str | None = None, *, thorough: bool = False) -> Machine:
-    """Looks at everything. Never raises for what it finds.
+def run_checks(
+    system: System, config: SparkConfig, peer: str | None = None, *, thorough: bool = False
+) -> MachineReport:
+    """Runs all checks. Never raises for what it finds.
 
     Args:
         system: the machine.
-        config: the settings with which it would serve or join.
-        peer: address of the other machine, if it is known.
-        thorough: also looks at the rest of a machine that has neither an RDMA device nor a GPU.
+        config: the settings of serving or joining.
+        peer: address of the other machine, if known.
+        thorough: runs the remaining checks also on a machine that has neither an RDMA device nor a GPU.
     """
     rails = find_rails(system)
     chip = gpu.find_gpu(system)
     findings = list(_findings(system, config, rails, chip, peer, thorough))
-    return Machine(host_name(), Versions.of_this_process(), rails, findings)
+    return MachineReport(host_name(), Versions.of_this_process(), rails, findings)
 
 
-def is_bare(machine: Machine) -> bool:
+def is_bare(machine: MachineReport) -> bool:
     """True for a machine with neither an RDMA device nor a GPU."""
     absent = {finding.id for finding in machine.findings if finding.value == "none"}
     return not machine.rails and "gpu.driver" in absent
@@ -52,7 +54,7 @@ def is_bare(machine: Machine) -> bool:
 def _findings(
     system: System, config: SparkConfig, rails: list[Rail], chip: gpu.Gpu | None, peer: str | None, thorough: bool
 ) -> Iterator[Finding]:
-    # Nothing that depends on an RDMA device is said of a machine that has none, and nothing of rails that are down.
+    # Checks that depend on RDMA devices need one, and checks of rails need an active port.
     yield from [rdma.missing()] if not rails else guarded("rdma.devices", lambda: rdma.check_devices(rails))
     if active(rails):
         yield from guarded("rdma.access", lambda: [rdma.check_access(system, rails)])
@@ -79,11 +81,11 @@ def _findings(
 
 
 def leader_port(config: SparkConfig) -> int:
-    """The port at which the leader listens, or is looked for."""
+    """The leader's port."""
     return (split_endpoint(config.leader)[1] if config.leader else None) or config.port
 
 
 def _interfaces(system: System, rails: list[Rail], addresses: list[str]) -> list[str]:
-    """Over which the pair talks: those of `addresses`, this machine's own or the peer's; else the rails'."""
+    """The pair's interfaces: those of `addresses` (this machine's own, or the peer's), else those of the rails."""
     named = [found for address in addresses if (found := interface_towards(system, address))]
     return list(dict.fromkeys(named or [rail.netdev for rail in active(rails) if rail.netdev]))

@@ -14,7 +14,7 @@ import pytest
 from vllm_spark.kernels import lookup, runtime
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, own_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -50,11 +50,11 @@ class Folders:
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Folders]:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lookup, "configs_folder", lambda: tmp_path / "configs")
-    lookup.forget()
+    lookup.clear_cache()
     user = lookup.user_folder()
     assert user is not None
     yield Folders(user, lookup.shipped_folder())
-    lookup.forget()
+    lookup.clear_cache()
 
 
 def store_marlin(folder: Path, shape: MarlinShape = W13, **values: Any) -> Path:
@@ -76,12 +76,12 @@ def parameters(rows: int = 1, shape: MarlinShape = W13, device: str = GB10.name)
 
 def test_marlins_own_file_of_the_user_comes_first(folders: Folders) -> None:
     assert parameters() is None
-    lookup.forget()
+    lookup.clear_cache()
     store_marlin(folders.shipped, thread_k=64, thread_n=128)
     found = parameters()
     assert found is not None
     assert (found.thread_k, found.thread_n) == (64, 128)
-    lookup.forget()
+    lookup.clear_cache()
     store_marlin(folders.user)
     found = parameters()
     assert found is not None
@@ -107,7 +107,7 @@ def test_files_are_read_once(folders: Folders) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (lambda path: path.write_text("{"), "is no Marlin table"),
+        (lambda path: path.write_text("{"), "is not a Marlin table"),
         (lambda path: path.write_text(path.read_text().replace('"size_n": 768', '"size_n": 512')), "another shape"),
     ],
 )
@@ -128,13 +128,13 @@ def test_a_bad_file_of_the_user_costs_a_sentence(
 def test_a_fused_moe_table_and_its_place(folders: Folders) -> None:
     arguments = (GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
     assert lookup.find_fused_moe_table(*arguments) is None
-    lookup.forget()
+    lookup.clear_cache()
     shipped = store_moe(folders.shipped, 64)
     found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
     assert found[0] == shipped
     assert found[1][1]["BLOCK_SIZE_N"] == 64
-    lookup.forget()
+    lookup.clear_cache()
     mine = store_moe(folders.user, 32)
     found = lookup.find_fused_moe_table(*arguments)
     assert found is not None
@@ -218,37 +218,37 @@ def test_a_call_gets_the_tables_tile(folders: Folders, operator: list[str]) -> N
     store_marlin(folders.shipped, W2, thread_k=64, thread_n=128, blocks_per_sm=3)
     calls = MarlinCalls(operator, GB10)
     for rows in (1, 2, 8):
-        assert calls.changes(*call(operator, W13, rows)) == CHANGES
-        assert calls.changes(*call(operator, W2, rows)) == {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 3}
-    assert calls.changes(*call(operator, W13, 16, moe_block_size=8)) == {}
+        assert calls.overrides(*call(operator, W13, rows)) == CHANGES
+        assert calls.overrides(*call(operator, W2, rows)) == {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 3}
+    assert calls.overrides(*call(operator, W13, 16, moe_block_size=8)) == {}
 
 
 def test_top_1_experts_are_told_apart_by_their_shape(folders: Folders, operator: list[str]) -> None:
     store_marlin(folders.shipped, W13.model_copy(update={"top_k": 1}))
     store_marlin(folders.shipped, W2.model_copy(update={"top_k": 1}), thread_k=64, thread_n=128)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13.model_copy(update={"top_k": 1}), 4))["thread_k"] == 128
-    assert calls.changes(*call(operator, W2.model_copy(update={"top_k": 1}), 4))["thread_k"] == 64
+    assert calls.overrides(*call(operator, W13.model_copy(update={"top_k": 1}), 4))["thread_k"] == 128
+    assert calls.overrides(*call(operator, W2.model_copy(update={"top_k": 1}), 4))["thread_k"] == 64
 
 
 def test_one_group_is_no_group_to_the_kernel(folders: Folders, operator: list[str]) -> None:
     for group_size in (-1, 128):
         shape = W2.model_copy(update={"size_k": 128, "group_size": group_size})
-        lookup.forget()
+        lookup.clear_cache()
         path = store_marlin(folders.shipped, shape)
-        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == CHANGES
+        assert MarlinCalls(operator, GB10).overrides(*call(operator, shape, 1)) == CHANGES
         path.unlink()
 
 
 @pytest.mark.parametrize(
     ("values", "given", "why"),
     [
-        ({"block_size_m": 16}, {}, "blocks of 16 rows"),
-        ({}, {"moe_block_size": 16}, "blocks of 8 rows"),
+        ({"block_size_m": 16}, {}, "block_size_m=16"),
+        ({}, {"moe_block_size": 16}, "block_size_m=8"),
         ({"thread_n": 256, "thread_k": 64}, {}, "no kernel is compiled"),
         ({"blocks_per_sm": 5}, {}, "blocks_per_sm is 5"),
         ({"blocks_per_sm": 4}, {}, "shared memory"),
-        ({"blocks_per_sm": 2}, {"workspace": 95}, "96 locks, and vLLM gives 95"),
+        ({"blocks_per_sm": 2}, {"workspace": 95}, "96 locks, and vLLM allocates 95"),
     ],
 )
 def test_what_does_not_fit_leaves_vllms_choice_and_says_so(
@@ -267,7 +267,7 @@ def test_what_does_not_fit_leaves_vllms_choice_and_says_so(
     calls = MarlinCalls(operator, GB10)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert calls.changes(*call(operator, W13, 1, **given)) == {}
+            assert calls.overrides(*call(operator, W13, 1, **given)) == {}
     assert [why in record.getMessage() for record in caplog.records] == [True], caplog.text
 
 
@@ -277,7 +277,7 @@ def test_a_tile_that_does_not_divide_is_left_out(
     shape = W2.model_copy(update={"size_k": 704, "group_size": 64})
     store_marlin(folders.shipped, shape)
     with caplog.at_level(logging.WARNING):
-        assert MarlinCalls(operator, GB10).changes(*call(operator, shape, 1)) == {}
+        assert MarlinCalls(operator, GB10).overrides(*call(operator, shape, 1)) == {}
     assert "K=704 is not a multiple of thread_k=128" in caplog.text
 
 
@@ -287,11 +287,11 @@ def test_other_kernels_are_left_alone(folders: Folders, operator: list[str]) -> 
 
     store_marlin(folders.shipped)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13, 1, a_scales=torch.empty(1, device="meta"))) == {}
-    assert calls.changes(*call(operator, W13, 1, topk_weights=torch.empty(16, 8, device="meta"))) == {}
+    assert calls.overrides(*call(operator, W13, 1, a_scales=torch.empty(1, device="meta"))) == {}
+    assert calls.overrides(*call(operator, W13, 1, topk_weights=torch.empty(16, 8, device="meta"))) == {}
     if "g_idx" in operator:
-        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 2048, device="meta"))) == {}
-        assert calls.changes(*call(operator, W13, 1, g_idx=torch.empty(128, 0, device="meta"))) == CHANGES
+        assert calls.overrides(*call(operator, W13, 1, g_idx=torch.empty(128, 2048, device="meta"))) == {}
+        assert calls.overrides(*call(operator, W13, 1, g_idx=torch.empty(128, 0, device="meta"))) == CHANGES
 
 
 def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: list[str]) -> None:
@@ -299,8 +299,8 @@ def test_sums_change_only_where_the_table_says_so(folders: Folders, operator: li
     store_marlin(folders.shipped, **own)
     store_marlin(folders.shipped, W2, **own, use_atomic_add=True, use_fp32_reduce=False)
     calls = MarlinCalls(operator, GB10)
-    assert calls.changes(*call(operator, W13, 1)) == {}
-    assert calls.changes(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
+    assert calls.overrides(*call(operator, W13, 1)) == {}
+    assert calls.overrides(*call(operator, W2, 1)) == {"use_atomic_add": True, "use_fp32_reduce": False}
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_tile_that_leaves_the_blocks_open_gets_one_block(
 
     store_marlin(folders.shipped, blocks_per_sm=-1)
     given = call(operator, W13, 1, workspace=torch.empty(locks, device="meta"))
-    assert MarlinCalls(operator, GB10).changes(*given) == expected
+    assert MarlinCalls(operator, GB10).overrides(*given) == expected
 
 
 def test_whether_a_device_has_tables_of_marlin_for_experts(folders: Folders) -> None:
@@ -332,14 +332,14 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     calls = MarlinCalls(operator, GB10)
     with caplog.at_level(logging.INFO):
         for rows in (1, 2, 64):
-            calls.changes(*call(operator, W13, rows))
-            calls.changes(*call(operator, W2, rows))
+            calls.overrides(*call(operator, W13, rows))
+            calls.overrides(*call(operator, W2, rows))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert str(path) in lines[0]
-    assert "up to 8 rows" in lines[0]
-    assert GUESS.sentence() in lines[0]
-    assert "no table is for this shape on NVIDIA_GB10" in lines[1]
+    assert "rows 1-8, " in lines[0]
+    assert GUESS.summary() in lines[0]
+    assert lines[1].startswith("No tuned Marlin table for down of 128 experts")
 
 
 # ---- the Triton kernel's tables ----
@@ -367,11 +367,11 @@ def test_the_order_of_fused_moe_tables(
     assert chosen() == 256
     assert "comes with vLLM" in caplog.text
     assert chosen(lambda: None) is None
-    lookup.forget()
+    lookup.clear_cache()
     store_moe(on_gb10.shipped, 64)
     assert chosen() == 64
-    assert f"as in {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
-    lookup.forget()
+    assert f"from {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
+    lookup.clear_cache()
     store_moe(on_gb10.user, 32)
     assert chosen() == 32
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path / "theirs"))
@@ -386,18 +386,20 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
     caplog.set_level(logging.INFO)
     path = store_moe(on_gb10.shipped, 64, rule=VLLM_DEFAULT)
     assert chosen() == 256
-    assert f"the table that comes with vLLM, for the table in {path.parent} says no more than that" in caplog.text
+    assert (
+        f"the table that comes with vLLM is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
+    )
     assert chosen(lambda: None) is None
-    assert f"as vLLM chooses, for the table in {path.parent} says no more than that" in caplog.text
+    assert f"vLLM's default is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
     store_moe(on_gb10.user, 64, rule=VLLM_DEFAULT)
-    lookup.forget()
+    lookup.clear_cache()
     assert chosen() == 64, "the user's counts, whatever"
 
 
 def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, FusedMoeParameters | None]) -> None:
     """A table of the tuner, of whose rows some are vLLM's; with rows that this vLLM would not choose."""
     from vllm_spark.tune.results import FusedMoeOutcome
-    from vllm_spark.tune.tuner import NewFusedMoeTable, store, tables
+    from vllm_spark.tune.tables import NewFusedMoeTable, new_tables, store_tables
 
     versions = {"vllm": vllm}
     outcomes = [
@@ -406,11 +408,11 @@ def tuned_with(folder: Path, vllm: str, shape: FusedMoeExperts, rows: dict[int, 
         )
         for number, row in rows.items()
     ]
-    (table,) = tables(outcomes, {}, GB10, versions)
+    (table,) = new_tables(outcomes, {}, GB10, versions)
     assert isinstance(table, NewFusedMoeTable)
     choice = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 16}
     spoilt = {number: row if rows.get(number) else choice for number, row in table.table.rows.items()}
-    store([dataclasses.replace(table, table=FusedMoeTable(spoilt))], folder)
+    store_tables([dataclasses.replace(table, table=FusedMoeTable(spoilt))], folder)
 
 
 TUNED = FusedMoeParameters(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=128, num_warps=4, num_stages=4)
@@ -427,7 +429,7 @@ def this_vllm() -> str:
 
 
 def taken(shape: FusedMoeExperts) -> dict[int, Any] | None:
-    lookup.forget()
+    lookup.clear_cache()
     height, width = shape.block_shape or (None, None)
     return runtime.choose_fused_moe_table(shape.experts, shape.intermediate, shape.dtype, height, width, lambda: None)
 
@@ -442,8 +444,8 @@ def test_rows_that_another_vllm_chose_are_this_ones(
     assert rows is not None
     assert FusedMoeTable(rows).row(2) == TUNED.row(), "what was tuned stays"
     for tokens in (1, 3, 4, 5, 8, 9, 33, 64, 65, 500, 2048, 8000):
-        assert FusedMoeTable(rows).row(tokens) == own_row(shape, GB10.name, tokens), tokens
-    assert f"of vLLM {this_vllm}, not 0.1, are rows that nobody tuned" in caplog.text
+        assert FusedMoeTable(rows).row(tokens) == vllm_row(shape, GB10.name, tokens), tokens
+    assert f"default rows of vLLM 0.1 were replaced by those of {this_vllm}" in caplog.text
     tuned_with(on_gb10.user, this_vllm, shape, {2: TUNED})
     rows = taken(shape)
     assert rows is not None
@@ -463,7 +465,7 @@ def test_a_table_that_another_vllm_chose_is_left_out(
     caplog.set_level(logging.INFO)
     tuned_with(on_gb10.user, "0.1", shape, rows)
     assert taken(shape) is None
-    assert "the choice of vLLM 0.1; tune anew" in caplog.text
+    assert "default rows of vLLM 0.1; tune again" in caplog.text
     tuned_with(on_gb10.user, this_vllm, shape, rows)
     assert taken(shape) is not None
 
@@ -520,10 +522,10 @@ def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -
     ]
     layers += [SimpleNamespace(), SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None))]
     with caplog.at_level(logging.INFO):
-        runtime.tell_of_experts(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
-        runtime.tell_of_experts(SimpleNamespace())
+        runtime.log_expert_backends(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
+        runtime.log_expert_backends(SimpleNamespace())
     assert [record.getMessage() for record in caplog.records] == [
-        "Experts of 2 layers run on MarlinExperts: it reads Marlin's tables, and none for Triton.",
-        "Experts of 1 layers run on TritonOrDeepGemmExperts: it reads a table only for calls that it leaves to Triton.",
-        "Experts of 1 layers run on SomeExperts: it reads no table, vLLM's own choice stays.",
+        "Experts of 2 layers: MarlinExperts uses Marlin tables, not FusedMoE tables.",
+        "Experts of 1 layers: TritonOrDeepGemmExperts uses FusedMoE tables only for calls that it passes to Triton.",
+        "Experts of 1 layers: SomeExperts does not use tables, vLLM's own choice stays.",
     ]

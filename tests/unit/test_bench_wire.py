@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from vllm_spark.bench.wire import Greeting, Meeting, Plan, measure, steps
+from vllm_spark.bench.wire import BenchHello, BenchSession, Plan, measure, steps
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import LOOPBACK
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Kind
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.handshake.client import Caller
+from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.processes.local import free_ports
 
@@ -33,23 +33,23 @@ def config(monkeypatch: pytest.MonkeyPatch) -> SparkConfig:
 
 
 @contextmanager
-def met(config: SparkConfig) -> Iterator[tuple[Meeting, Meeting]]:
+def sessions(config: SparkConfig) -> Iterator[tuple[BenchSession, BenchSession]]:
     with ThreadPoolExecutor() as threads:
-        listening = threads.submit(Meeting.listen, config, PATIENCE)
-        connecting = threads.submit(Meeting.connect, config, PATIENCE)
+        listening = threads.submit(BenchSession.listen, config, PATIENCE)
+        connecting = threads.submit(BenchSession.connect, config, PATIENCE)
         with listening.result() as one, connecting.result() as other:
             yield one, other
 
 
 # msgspec reads a type's annotations at its first use, and crashes if two threads do so at once; here both machines are
 # threads of one process.
-msgspec.json.Decoder(Greeting)
+msgspec.json.Decoder(BenchHello)
 
 
 def test_both_swap_what_they_have_to_say(config: SparkConfig) -> None:
-    greetings = Greeting("one", "a machine", Plan(depth=7)), Greeting("other", "another")
-    with met(config) as ends, ThreadPoolExecutor() as threads:
-        first = [threads.submit(end.greet, mine, Greeting) for end, mine in zip(ends, greetings, strict=True)]
+    greetings = BenchHello("one", "a machine", Plan(depth=7)), BenchHello("other", "another")
+    with sessions(config) as ends, ThreadPoolExecutor() as threads:
+        first = [threads.submit(end.handshake, mine, BenchHello) for end, mine in zip(ends, greetings, strict=True)]
         assert [said.result() for said in first] == [greetings[1], greetings[0]]
         for number in range(20):
             mine = b"%d" % number, b"-%d" % number
@@ -58,12 +58,12 @@ def test_both_swap_what_they_have_to_say(config: SparkConfig) -> None:
 
 
 def test_what_comes_early_waits_for_its_turn(config: SparkConfig) -> None:
-    with met(config) as (one, other), ThreadPoolExecutor() as threads:
+    with sessions(config) as (one, other), ThreadPoolExecutor() as threads:
         later = threads.submit(one.exchange, b"early")
         deadline = time.monotonic() + PATIENCE
-        while not other._early and time.monotonic() < deadline:
-            other.attend()
-        other.attend()  # and one message of a step is all there can be
+        while not other._received and time.monotonic() < deadline:
+            other.check_peer()
+        other.check_peer()  # and one message of a step is all there can be
         assert other.exchange(b"late") == b"early"
         assert later.result() == b"late"
 
@@ -71,26 +71,26 @@ def test_what_comes_early_waits_for_its_turn(config: SparkConfig) -> None:
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (SparkError("its rail failed"), "the other machine (.*) gave up: its rail failed"),
-        (KeyboardInterrupt(), "the other machine (.*) gave up: it was stopped there"),
+        (SparkError("its rail failed"), "the other machine (.*) failed: its rail failed"),
+        (KeyboardInterrupt(), "the other machine (.*) failed: it was stopped there"),
     ],
 )
 @pytest.mark.parametrize("waits", ["attend", "exchange"])
 def test_one_that_gives_up_says_why(config: SparkConfig, error: BaseException, sentence: str, waits: str) -> None:
-    with met(config) as (one, other):
+    with sessions(config) as (one, other):
         other.__exit__(type(error), error, None)
 
         def wait() -> None:
             deadline = time.monotonic() + PATIENCE
             while time.monotonic() < deadline:
-                one.attend() if waits == "attend" else one.exchange(b"")
+                one.check_peer() if waits == "attend" else one.exchange(b"")
 
         with pytest.raises(PeerLostError, match=sentence):
             wait()
 
 
 def test_one_that_dies_is_lost(config: SparkConfig) -> None:
-    with met(config) as (one, other):
+    with sessions(config) as (one, other):
         other._lane.close()
         with pytest.raises(PeerLostError, match="closed the connection"):
             one.exchange(b"")
@@ -98,16 +98,16 @@ def test_one_that_dies_is_lost(config: SparkConfig) -> None:
 
 def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
     """`vllm-spark join` waits for a leader's offer, and leaves when it gets something else."""
-    caller = Caller(LOOPBACK, config.port, tls_context(load_secret(config, LOOPBACK), "follower"), MIB)
+    caller = Connector(LOOPBACK, config.port, tls_context(load_secret(config, LOOPBACK), "follower"), MIB)
     with ThreadPoolExecutor() as threads:
-        listening = threads.submit(Meeting.listen, config, PATIENCE)
+        listening = threads.submit(BenchSession.listen, config, PATIENCE)
         lane = None
         deadline = time.monotonic() + PATIENCE
         while lane is None and time.monotonic() < deadline:
             lane = caller.connect(CONTROL)
         assert lane is not None
-        with listening.result() as meeting:
-            greeted = threads.submit(meeting.greet, Greeting("one", ""), Greeting)
+        with listening.result() as session:
+            greeted = threads.submit(session.handshake, BenchHello("one", ""), BenchHello)
             assert lane.expect(Kind.EXCHANGE, timeout=PATIENCE).kind is Kind.EXCHANGE
             lane.close()
             with pytest.raises(RefusedError, match=r"run vllm-spark bench wire --connect there, and neither .* join"):
@@ -116,9 +116,9 @@ def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
 
 def test_nobody_comes(config: SparkConfig) -> None:
     with pytest.raises(PeerLostError, match=rf"within 1 s; in another terminal run: .* --connect .*:{config.port}$"):
-        Meeting.listen(config, 1.0)
-    with pytest.raises(PeerLostError, match=rf"nobody listened at {LOOPBACK}:{config.port} within 1 s; .* --listen"):
-        Meeting.connect(config, 1.0)
+        BenchSession.listen(config, 1.0)
+    with pytest.raises(PeerLostError, match=rf"nothing listened at {LOOPBACK}:{config.port} within 1 s; .* --listen"):
+        BenchSession.connect(config, 1.0)
 
 
 def test_two_machines_without_a_network_in_common(config: SparkConfig) -> None:
@@ -130,7 +130,7 @@ def test_two_machines_without_a_network_in_common(config: SparkConfig) -> None:
 
     def nothing(*_: Any) -> None: ...
 
-    with met(config) as (one, other), ThreadPoolExecutor() as threads:
+    with sessions(config) as (one, other), ThreadPoolExecutor() as threads:
         done = [
             threads.submit(measure, one, 0, Plan(), ports("10.0.0.0/24"), nothing, nothing),
             threads.submit(measure, other, 1, None, ports("10.0.1.0/24"), nothing, nothing),

@@ -57,7 +57,7 @@ def test_defaults_of_every_release_are_the_same(kernels: Path) -> None:
 def test_kernels_that_are_not_known(tmp_path: Path) -> None:
     other = tmp_path / "fused_moe.py"
     other.write_text("def something_else():\n    pass\n")
-    with pytest.raises(CompileError, match="this vLLM is not known here"):
+    with pytest.raises(CompileError, match="this version of vLLM is not supported"):
         compile_row(SHAPES[0], ROW, (12, 1), other)
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from vllm_spark.collective.link_thread import LinkKeeper
+from vllm_spark.collective.link_thread import LinkThread
 
 
 class Native:
@@ -17,7 +17,7 @@ class Native:
         self.link_ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def take_announcement(self) -> bytes:
-        return b"farewell"
+        return b"last announcement"
 
     def take_log(self) -> list[str]:
         return []
@@ -31,20 +31,20 @@ def native() -> Native:
 def test_it_may_be_stopped_again(native: Native) -> None:
     """A runtime may be closed again: the descriptor may be somebody else's by then."""
     said: list[bytes] = []
-    keeper = LinkKeeper(native, said.append)
-    keeper.start()
-    keeper.stop()
-    assert said[-1] == b"farewell"
-    keepers_descriptor_is_anothers = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
-    keeper.stop()
-    for descriptor in keepers_descriptor_is_anothers:
+    link_thread = LinkThread(native, said.append)
+    link_thread.start()
+    link_thread.stop()
+    assert said[-1] == b"last announcement"
+    reused_descriptors = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(8)]
+    link_thread.stop()
+    for descriptor in reused_descriptors:
         with pytest.raises(BlockingIOError):  # nobody wrote to it
             os.eventfd_read(descriptor)
         os.close(descriptor)
-    keeper.stop()
+    link_thread.stop()
 
 
-def test_a_keeper_that_is_held_up_ends_later(native: Native) -> None:
+def test_a_link_thread_that_is_delayed_ends_later(native: Native) -> None:
     """Whoever stops it does not wait for an announcement that is stuck, and nothing is left open after it."""
     stuck, go_on = threading.Event(), threading.Event()
 
@@ -52,14 +52,14 @@ def test_a_keeper_that_is_held_up_ends_later(native: Native) -> None:
         stuck.set()
         assert go_on.wait(60)
 
-    keeper = LinkKeeper(native, announce)
-    keeper.start()
+    link_thread = LinkThread(native, announce)
+    link_thread.start()
     os.eventfd_write(native.link_ready, 1)
     assert stuck.wait(60)
-    keeper.stop()
-    assert keeper.is_alive()
+    link_thread.stop()
+    assert link_thread.is_alive()
     go_on.set()
-    keeper.join(60)
-    assert not keeper.is_alive()
-    assert keeper._end.fileno() == -1
-    keeper.stop()
+    link_thread.join(60)
+    assert not link_thread.is_alive()
+    assert link_thread._stop_requested.fileno() == -1
+    link_thread.stop()

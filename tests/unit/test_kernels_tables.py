@@ -76,12 +76,12 @@ def test_steps_below_the_smallest_row_stay_vllms() -> None:
     [
         ('"1": {', '"01": {', "'01'"),
         ('"1": {', '"0": {', "'0'"),
-        ('"1": {', f'"{10**12}": {{', "'1000000000000' is no number of tokens from 1 to 1048576"),
-        ('"1": {', f'"{"1" * 5000}": {{', "is no number of tokens"),
+        ('"1": {', f'"{10**12}": {{', "'1000000000000' is not a number of tokens from 1 to 1048576"),
+        ('"1": {', f'"{"1" * 5000}": {{', "is not a number of tokens"),
         ("{", '{"a":' * 100_000, "nested too deeply"),
         ('"thread_k": 128', '"thread_k": "128"', "rows.1.thread_k"),
         ('"thread_k": 128', '"thread_k": true', "rows.1.thread_k"),
-        ('"thread_n"', '"thread_k"', "'thread_k' is there twice"),
+        ('"thread_n"', '"thread_k"', "'thread_k' occurs twice"),
         ('"device"', '"experts": 1, "device"', "experts"),
         ("moe_w13", "moe", "shape.kernel"),
         ('"size_n": 768', '"size_n": 0', "shape.size_n"),
@@ -121,11 +121,11 @@ def test_a_fused_moe_table_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"1": {"BLOCK_SIZE_M": 16}, "1": {}}', "'1' is there twice"),
-        ('{"x": {}}', "'x' is no number"),
-        ('{"0": {}}', "'0' is no number"),
-        (f'{{"{10**12}": {{}}}}', "'1000000000000' is no number of tokens from 1 to 1048576"),
-        (f'{{"{"1" * 5000}": {{}}}}', "is no number of tokens"),
+        ('{"1": {"BLOCK_SIZE_M": 16}, "1": {}}', "'1' occurs twice"),
+        ('{"x": {}}', "'x' is not a number"),
+        ('{"0": {}}', "'0' is not a number"),
+        (f'{{"{10**12}": {{}}}}', "'1000000000000' is not a number of tokens from 1 to 1048576"),
+        (f'{{"{"1" * 5000}": {{}}}}', "is not a number of tokens"),
         (f'{{"1": {{"num_warps": {2**40}}}}}', "row 1"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('{"1": 3}', "row 1"),
@@ -133,7 +133,7 @@ def test_a_fused_moe_table_comes_back(tmp_path: Path) -> None:
         ('{"1": {"num_warps": true}}', "row 1"),
         ('{"triton_version": "3.9.0"}', "no rows"),
         ('{"triton_version": 3, "1": {}}', "triton_version"),
-        ("[]", "no JSON object"),
+        ("[]", "not hold a JSON object"),
         ("{", "Expecting"),
     ],
 )
@@ -204,10 +204,10 @@ def test_a_table_of_defaults_changes_nothing(shape: FusedMoeShape, tokens: int) 
     ],
 )
 def test_what_a_provenance_lacks(provenance: Provenance, missing: list[str]) -> None:
-    assert provenance.missing() == missing
+    assert provenance.missing_fields() == missing
 
 
 def test_a_provenance_in_words() -> None:
-    assert MEASURED.sentence() == "measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default"
-    assert "not measured" in Provenance(kind="published", source="vllm#1").sentence()
-    assert "vLLM's own choice" in DEFAULT.sentence()
+    assert MEASURED.summary() == "measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default"
+    assert "not measured" in Provenance(kind="published", source="vllm#1").summary()
+    assert "vLLM's own choice" in DEFAULT.summary()

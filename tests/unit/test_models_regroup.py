@@ -18,7 +18,7 @@ from vllm_spark.compat.patching import all_patches
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models import regroup
-from vllm_spark.models.regroup import repeat_where_groups_straddle, repeated, straddling, with_groups_that_fit
+from vllm_spark.models.regroup import apply_regrouping, misaligned_groups, regrouped_config, repeat_scales
 from vllm_spark.models.tiny import make_tiny_model
 
 RANKS = 2
@@ -114,7 +114,7 @@ def test_halves_have_the_same_values(method: str, size_k: int, group_size: int) 
     tensors = checkpoint(method, size_k, 64, group_size)
     whole = dequantized(method, tensors, group_size)
     hf_config = SimpleNamespace(spark_repeated_scales=[method, group_size // smaller])
-    again = dict(repeated(tensors.items(), hf_config))
+    again = dict(repeat_scales(tensors.items(), hf_config))
     assert again.keys() == tensors.keys()
     halves = [dequantized(method, part(method, again, rank), smaller) for rank in range(RANKS)]
     assert torch.equal(torch.cat(halves).view(torch.int16), whole.view(torch.int16))
@@ -122,9 +122,9 @@ def test_halves_have_the_same_values(method: str, size_k: int, group_size: int) 
 
 def test_other_weights_pass() -> None:
     weights = [("norm.weight", torch.ones(3)), ("down_proj.scales", torch.ones(2, 2)), ("embed.weight", torch.ones(1))]
-    untouched = list(repeated(weights, SimpleNamespace()))
+    untouched = list(repeat_scales(weights, SimpleNamespace()))
     assert all(mine is theirs for mine, theirs in zip(untouched, weights, strict=True))
-    changed = dict(repeated(weights, SimpleNamespace(spark_repeated_scales=["gptq", 2])))
+    changed = dict(repeat_scales(weights, SimpleNamespace(spark_repeated_scales=["gptq", 2])))
     assert changed["norm.weight"] is weights[0][1]
     assert changed["down_proj.scales"].shape == (4, 2)
 
@@ -132,7 +132,7 @@ def test_other_weights_pass() -> None:
 def test_scales_of_fused_experts_are_refused() -> None:
     weights = [("experts.down_proj.scales", torch.ones(4, 2, 2))]
     with pytest.raises(ConfigurationError, match=r"experts\.down_proj\.scales has 3 dimensions"):
-        list(repeated(weights, SimpleNamespace(spark_repeated_scales=["gptq", 2])))
+        list(repeat_scales(weights, SimpleNamespace(spark_repeated_scales=["gptq", 2])))
 
 
 GLM_4_5_AIR = SimpleNamespace(
@@ -149,7 +149,9 @@ QWEN3_30B_A3B = SimpleNamespace(num_attention_heads=32, head_dim=128, intermedia
 def names(config: Any, group_size: int, expert_parallel: bool = False) -> set[tuple[str, int, int]]:
     """Of widths that straddle, with size and part, from a config.json or what stands for one."""
     content = config if isinstance(config, dict) else vars(config)
-    return {(each.name, each.size, each.part) for each in straddling(content, group_size, RANKS, expert_parallel)}
+    return {
+        (each.name, each.size, each.per_rank) for each in misaligned_groups(content, group_size, RANKS, expert_parallel)
+    }
 
 
 def test_which_widths_straddle() -> None:
@@ -159,7 +161,7 @@ def test_which_widths_straddle() -> None:
     assert names(GLM_4_5_AIR, 128, expert_parallel=True) == {shared}
     assert names(GLM_4_5_AIR, 64) == {("intermediate_size", 10944, 5472)}
     assert names(GLM_4_5_AIR, 32) == set()
-    assert straddling(vars(GLM_4_5_AIR), 128, 1, False) == []
+    assert misaligned_groups(vars(GLM_4_5_AIR), 128, 1, False) == []
     heads = SimpleNamespace(num_attention_heads=6, head_dim=64, hidden_size=256)
     assert names(heads, 128) == {("the width of the attention heads", 384, 192)}
     heads.v_head_dim = 128
@@ -194,7 +196,7 @@ def test_experts_whose_width_is_called_otherwise() -> None:
     assert names(minimax, 128, expert_parallel=True) == set()
     for config in (mixtral | {"hidden_size": 4096}, minimax):
         slow = vllm_config(SimpleNamespace(**config), GPTQ | {"desc_act": True})
-        repeat_where_groups_straddle(slow, RANKS)
+        apply_regrouping(slow, RANKS)
         assert slow.quant_config == "vLLM's", "vLLM has a kernel for these"
 
 
@@ -231,17 +233,17 @@ def test_the_language_model_of_another_is_looked_at() -> None:
     text = {key: value for key, value in shipped("glm-4.5-air-int4").items() if key != "quantization_config"}
     config = vllm_config(SimpleNamespace(), GPTQ)
     config.model_config = SimpleNamespace(hf_config=outer, hf_text_config=SimpleNamespace(**text), model="served")
-    repeat_where_groups_straddle(config, RANKS)
+    apply_regrouping(config, RANKS)
     assert outer.quantization_config["group_size"] == 64
     assert outer.spark_repeated_scales == ["gptq", 2]
 
 
 def test_a_config_file_gets_the_groups_of_serving() -> None:
     glm, coder = shipped("glm-4.5-air-int4"), shipped("qwen3-coder-30b-a3b-int4")
-    assert with_groups_that_fit(glm, RANKS)["quantization_config"]["group_size"] == 64
-    assert with_groups_that_fit(glm, 1) == glm
+    assert regrouped_config(glm, RANKS)["quantization_config"]["group_size"] == 64
+    assert regrouped_config(glm, 1) == glm
     coder["quantization_config"]["group_size"] = 32
-    assert with_groups_that_fit(coder, RANKS) == coder
+    assert regrouped_config(coder, RANKS) == coder
 
 
 def vllm_config(text_config: Any, quantization: dict[str, Any], load_format: str = "auto") -> Any:
@@ -273,25 +275,25 @@ def test_a_draft_of_the_same_weights_is_read_alike() -> None:
     own = SimpleNamespace(quantization_config=copy.deepcopy(GPTQ))
     silent = SimpleNamespace()
     for hf_config in (own, silent):
-        repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), hf_config), RANKS)
+        apply_regrouping(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), hf_config), RANKS)
         scales = [("model.layers.46.mlp.down_proj.scales", torch.ones(2, 2))]
-        assert dict(repeated(scales, hf_config))[scales[0][0]].shape == (4, 2)
+        assert dict(repeat_scales(scales, hf_config))[scales[0][0]].shape == (4, 2)
     assert own.quantization_config["group_size"] == 64
 
 
 def test_a_draft_of_other_weights() -> None:
     plain = SimpleNamespace()
-    repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), plain, "head", "eagle3"), RANKS)
+    apply_regrouping(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), plain, "head", "eagle3"), RANKS)
     assert not hasattr(plain, "spark_repeated_scales"), "nothing of it is quantized"
     quantized = SimpleNamespace(quantization_config=copy.deepcopy(GPTQ))
-    repeat_where_groups_straddle(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), quantized, "small", "draft_model"), RANKS)
+    apply_regrouping(with_draft(vllm_config(GLM_4_5_AIR, GPTQ), quantized, "small", "draft_model"), RANKS)
     assert quantized.quantization_config == GPTQ
     config = with_draft(vllm_config(GLM_4_5_AIR, GPTQ), quantized, "head", "eagle3")
     with pytest.raises(ConfigurationError, match=r"the draft model head is quantized.*leave --speculative-config out"):
-        repeat_where_groups_straddle(config, RANKS)
+        apply_regrouping(config, RANKS)
     assert config.model_config.hf_config.quantization_config == GPTQ
     fits = with_draft(vllm_config(QWEN3_30B_A3B, GPTQ), quantized, "head", "eagle3")
-    repeat_where_groups_straddle(fits, RANKS)
+    apply_regrouping(fits, RANKS)
     assert quantized.quantization_config == GPTQ
 
 
@@ -318,23 +320,23 @@ def test_what_cannot_be_repeated_is_refused(method: str, change: Callable[[dict[
     change(quantization)
     config = vllm_config(GLM_4_5_AIR, quantization)
     with pytest.raises(ConfigurationError) as refused:
-        repeat_where_groups_straddle(config, RANKS)
+        apply_regrouping(config, RANKS)
     sentence = str(refused.value)
     assert why in sentence
-    assert "is 1408, and a rank's 704 are no whole number of quantization groups of 128" in sentence
+    assert "is 1408, and the 704 of one rank are not a multiple of the quantization group size 128" in sentence
     assert "use a checkpoint with groups of 64, or serve it without --spark" in sentence
     assert config.quant_config == "vLLM's"
 
 
 def test_parts_that_no_group_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = SimpleNamespace(intermediate_size=1440)
-    with pytest.raises(ConfigurationError, match="groups of 16 would fit, and Marlin has no kernel for those"):
-        repeat_where_groups_straddle(vllm_config(narrow, GPTQ | {"group_size": 32}), RANKS)
+    with pytest.raises(ConfigurationError, match="groups of 16 would be aligned, but Marlin has no kernel for them"):
+        apply_regrouping(vllm_config(narrow, GPTQ | {"group_size": 32}), RANKS)
     with pytest.raises(ConfigurationError, match="does not work with --load-format tensorizer"):
-        repeat_where_groups_straddle(vllm_config(GLM_4_5_AIR, GPTQ, "tensorizer"), RANKS)
+        apply_regrouping(vllm_config(GLM_4_5_AIR, GPTQ, "tensorizer"), RANKS)
     monkeypatch.setattr(regroup, "state_of", lambda patch: "unknown source")
     with pytest.raises(ConfigurationError, match="does not work with this version of vLLM"):
-        repeat_where_groups_straddle(vllm_config(GLM_4_5_AIR, GPTQ), RANKS)
+        apply_regrouping(vllm_config(GLM_4_5_AIR, GPTQ), RANKS)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_parts_that_no_group_size_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_fits_stays(text_config: Any, quantization: dict[str, Any]) -> None:
     config = vllm_config(text_config, quantization)
-    repeat_where_groups_straddle(config, RANKS)
+    apply_regrouping(config, RANKS)
     assert config.quant_config == "vLLM's"
     assert config.model_config.hf_config.quantization_config == quantization
 
@@ -368,7 +370,7 @@ def test_vllm_takes_the_smaller_groups(method: str, tmp_path: Path) -> None:
     config = EngineArgs(model=str(tmp_path), enforce_eager=True).create_engine_config()
     before = pickle.loads(pickle.dumps(config))
     assert sizes(before.quant_config) == {128}
-    repeat_where_groups_straddle(config, RANKS)
+    apply_regrouping(config, RANKS)
     after = pickle.loads(pickle.dumps(config))
     assert sizes(after.quant_config) == {64}
     patch = next(each for each in all_patches() if each.name == "repeated-scales")
@@ -388,7 +390,7 @@ def test_vllms_own_draft_of_the_same_checkpoint(tmp_path: Path) -> None:
     drafting = {"method": "mtp", "num_speculative_tokens": 1}
     arguments = EngineArgs(str(tmp_path), enforce_eager=True, max_model_len=256, speculative_config=drafting)
     config = arguments.create_engine_config()
-    repeat_where_groups_straddle(config, RANKS)
+    apply_regrouping(config, RANKS)
     draft = pickle.loads(pickle.dumps(config)).speculative_config.draft_model_config
     assert draft.hf_config.model_type == "glm4_moe_mtp"
     assert sizes(type(config).get_quantization_config(draft, config.load_config)) == sizes(config.quant_config) == {64}

@@ -1,0 +1,84 @@
+"""The remote check: `doctor --peer` listens at the leader's port, and the follower that connects sends its report.
+
+Both messages are JSON on an authenticated connection; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.doctor.checks import MachineReport, run_checks
+from vllm_spark.doctor.system import System
+from vllm_spark.errors import PeerLostError
+from vllm_spark.executor.channel.addresses import host_name, leader_address
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
+from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.server import Listener
+
+logger = logging.getLogger("vllm_spark")
+
+_CHECK_SECONDS = 120.0
+"""Limit for the checks of a machine: external programs may take about 20 s each."""
+
+_SEND_SECONDS = 10.0
+_FAREWELL = "the remote check is complete"
+
+
+class CheckRequest(msgspec.Struct, frozen=True):
+    """The request for a report; `host` is the machine that sends it."""
+
+    host: str
+
+
+def request_report(config: SparkConfig, patience: float) -> MachineReport:
+    """Waits at most `patience` seconds for a follower, and returns its report.
+
+    Raises:
+        SparkError: no follower connected, it did not answer, or a setting is invalid.
+    """
+    address = leader_address(config)
+    context = tls_context(load_secret(config, address), "leader")
+    listener = Listener(
+        address, config.port, context, config.max_frame_mib * MIB, config.secret_file, any_versions=True
+    )
+    try:
+        hello, lane = listener.wait_for_any_follower(patience)
+    finally:
+        # Closed before the request: the follower searches for a leader afterwards, and must not find this listener.
+        listener.close()
+    logger.info("The follower on %s has connected; requesting its report.", hello.host)
+    try:
+        lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(CheckRequest(host_name())), timeout=_SEND_SECONDS)
+        machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
+        lane.send(Kind.LEAVE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
+    except PeerLostError as error:
+        raise PeerLostError(
+            f"{error}; another version of vllm-spark there may not support remote checks: see the output of its "
+            "vllm-spark join"
+        ) from None
+    finally:
+        lane.close()
+    return machine
+
+
+def send_report(lane: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
+    """The follower's side: checks this machine, sends the report, and waits for the other side to close.
+
+    Args:
+        lane: the control lane.
+        question: the CHECK_REQUEST message.
+        config: the follower's settings.
+        leader: address of the machine that runs `doctor --peer`.
+
+    Raises:
+        PeerLostError: the connection is lost.
+    """
+    logger.info("vllm-spark doctor on %s requests a report of this machine.", decode(question, CheckRequest).host)
+    machine = run_checks(System(), config, leader, thorough=True)
+    lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
+    lane.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)
