@@ -50,9 +50,9 @@ def test_bad_input(argv: list[str], parts: list[str], tmp_path: Path) -> None:
 
 
 def test_bad_environment(tmp_path: Path) -> None:
-    process = spark(tmp_path, "join", SPARK_PORT="http")
+    process = spark(tmp_path, "join", VLLMSPARK_PORT="http")
     assert process.wait(60) == 2
-    assert "SPARK_PORT http: input should be a valid integer" in process.output()
+    assert "VLLMSPARK_PORT http: input should be a valid integer" in process.output()
     assert "Traceback" not in process.output()
 
 
