@@ -141,7 +141,6 @@ MISTAKES = {
         ["/nowhere/secret", "No such file"], ["--spark-secret-file", "/nowhere/secret"], {"VLLMSPARK_SECRET": ""}
     ),
     "secret": Mistake(["5 bytes", "16"], environment={"VLLMSPARK_SECRET": "short"}),
-    "service": Mistake(["enableServiceLinks: false"], environment={"VLLMSPARK_PORT": "tcp://10.96.0.7:29650"}),
     "old-name": Mistake(
         ["VLLMSPARK_DEPTH and SPARK_DEPTH, its old name, have different values"],
         environment={"VLLMSPARK_DEPTH": "4", "SPARK_DEPTH": "8"},

@@ -32,17 +32,8 @@ KUBERNETES = {
 }
 """Ends of the names of the variables that Kubernetes sets in a pod for one Service, with their values."""
 APACHE_SPARK = (
-    *(
-        "AUTH_SECRET",
-        "CONF_DIR",
-        "CONNECT_MODE",
-        "DAEMON_MEMORY",
-        "DRIVER_MEMORY",
-        "EXECUTOR_CORES",
-        "HOME",
-        "LAUNCHER",
-    ),
-    *("HOME", "LOCAL_DIRS", "LOCAL_HOSTNAME", "LOCAL_IP", "LOG_DIR", "MASTER", "MASTER_HOST", "MASTER_PORT", "NICENESS"),
+    *("AUTH_SECRET", "CONF_DIR", "CONNECT_MODE", "DAEMON_MEMORY", "DRIVER_MEMORY", "EXECUTOR_CORES", "LAUNCHER"),
+    *("HOME", "LOCAL_DIRS", "LOCAL_HOSTNAME", "LOCAL_IP", "LOG_DIR", "MASTER", "MASTER_HOST", "MASTER_PORT"),
     *("PID_DIR", "PUBLIC_DNS", "REMOTE", "SCALA_VERSION", "SHUFFLE_OPTS", "USER", "WORKER_CORES", "WORKER_PORT"),
 )
 """Ends of the names of Apache Spark's variables."""
