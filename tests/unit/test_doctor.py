@@ -36,14 +36,14 @@ from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
 
 UP = ("rocep1s0f0", "roceP2p1s0f0")
-ENVIRONMENT = "_SPARK_TEST_TREE"
+ENVIRONMENT = "_VLLMSPARK_TEST_TREE"
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user with a secret, and no settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("SPARK_SECRET", "SPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
+    for name in ("VLLMSPARK_SECRET", "VLLMSPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
         monkeypatch.delenv(name, raising=False)
     make_secret(tmp_path / "config" / "vllm-spark" / "secret")
 
@@ -569,8 +569,8 @@ def test_secret(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = findings(tree)["software.secret"]
     assert (found.status, found.value) == ("problem", "none")
     assert found.remedy.startswith("vllm-spark doctor --make-secret")
-    monkeypatch.setenv("SPARK_SECRET", "long enough for everybody")
-    assert findings(tree)["software.secret"].value == "in SPARK_SECRET"
+    monkeypatch.setenv("VLLMSPARK_SECRET", "long enough for everybody")
+    assert findings(tree)["software.secret"].value == "in VLLMSPARK_SECRET"
 
 
 def test_a_secret_that_cannot_be_read(tree: Tree, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from vllm_spark.processes.msgspec_types import preload_decoders
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
-RECORD_VARIABLE = "_SPARK_ENVIRONMENT"
+RECORD_VARIABLE = internal_name("environment")
 """Holds the environment as the user gave it, for the engine process: vLLM adds variables of its own."""
 
 _PREFIX = "VLLM_"
