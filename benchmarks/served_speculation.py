@@ -143,6 +143,7 @@ def served(
     ]
     common = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     common |= {} if cuda else CPU_ENVIRONMENT
+    common |= {"VLLM_DISABLE_PYNCCL": "1"} if args.one_gpu else {}  # NCCL does not take two ranks on one GPU
     name = f"{kind}-{method.replace(':', '-')}"
     with ExitStack() as stack:
         processes: list[Process] = []
