@@ -7,8 +7,9 @@ were drafted and accepted, collectives of one step, and whether the greedy token
 and the EAGLE3 head are random (`--load-format dummy`), so a head's guesses are hardly ever accepted: a step costs what
 it costs with a trained one, and its tokens must be the same.
 
-Needs two GPUs (vLLM's own pair over host memory with NCCL, as between two machines), or with `--device cpu` none: a
-test of function, not of speed.
+Needs two GPUs (vLLM's own pair over host memory with NCCL, as between two machines). With `--one-gpu`, both ranks of
+this project's pair share one, beside one rank of stock vLLM; with `--device cpu` no GPU is needed. Both test the
+function, not the speed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ from vllm_spark.processes.managed import Process, answers, clean_environment
 START_SECONDS = 300.0
 MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
 METHODS = ("none", "eagle3:1", "eagle3:3")
+SERVERS = ("spark", "spark-wire", "stock", "one-rank")
+"""This project's pair, direct and over the modelled wire; vLLM's own pair; one rank of stock vLLM."""
+ONE_GPU_SHARE = "0.42"
 PROMPTS = 4
 SHOWN_EVERY = 1.0
 """Seconds in which a rank shows its counters at least once."""
@@ -125,7 +129,7 @@ def speculation(method: str, head: Path, device: str) -> list[str]:
 def served(
     group: ProcessGroup, kind: str, model: Path, method: str, head: Path, args: argparse.Namespace
 ) -> Iterator[tuple[str, float]]:
-    """Starts a server of `kind` (`spark`, `spark-wire` or `stock`); yields its URL and the seconds of its start."""
+    """Starts a server of `kind`, one of `SERVERS`; yields its URL and the seconds of its start."""
     port, spark_port = free_ports(2)
     cuda = args.device == "cuda"
     argv = [
@@ -134,6 +138,7 @@ def served(
         *("--max-model-len", "2048", "--max-num-seqs", "8", "--no-enable-prefix-caching", "--seed", "0"),
         *speculation(method, head, args.device),
         *(("--attention-backend", "TRITON_ATTN") if cuda else ("--enforce-eager", "--dtype", "float32")),
+        *(("--gpu-memory-utilization", ONE_GPU_SHARE) if args.one_gpu else ()),
         *args.serve_argument,
     ]
     common = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
@@ -148,7 +153,10 @@ def served(
             processes.append(stack.enter_context(group.started(f"{name}: {what}", command, log, everything)))
 
         since = time.monotonic()
-        if kind == "stock":
+        second = "0" if args.one_gpu else "1"
+        if kind == "one-rank":
+            start("vllm serve", argv, {"CUDA_VISIBLE_DEVICES": "0"})
+        elif kind == "stock":
             alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_P2P_DISABLE": "1"}
             pair = ["--tensor-parallel-size", "2", "--disable-custom-all-reduce"]
             start("vllm serve", [*argv, *pair], alone if cuda else {})
@@ -157,7 +165,7 @@ def served(
             join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(spark_port))
             wire = ["--spark-loopback-mode", "proxied"] if kind == "spark-wire" else []
             spark = ["--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)]
-            start("vllm-spark join", join, secret | {"CUDA_VISIBLE_DEVICES": "1"})
+            start("vllm-spark join", join, secret | {"CUDA_VISIBLE_DEVICES": second})
             start(
                 "vllm serve --spark",
                 [*argv, *spark, "--spark-transport", "loopback", *wire],
@@ -244,8 +252,8 @@ def measure(url: str, server: str, method: str, start_seconds: float, vocabulary
         PROMPTS * length / seconds,
         round(new.get("vllm:spec_decode_num_draft_tokens_total", 0)),
         round(new.get("vllm:spec_decode_num_accepted_tokens_total", 0)),
-        sum(collectives) / steps if server != "stock" else None,
-        round(after.get("vllm_spark_fallbacks_total", 0)) if server != "stock" else None,
+        sum(collectives) / steps if server.startswith("spark") else None,
+        round(after.get("vllm_spark_fallbacks_total", 0)) if server.startswith("spark") else None,
         tokens,
     )
 
@@ -270,7 +278,8 @@ def main() -> int:
     """Runs all candidates; returns 1 if tokens or counts are not as they must be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(MODELS), default="cuda")
-    parser.add_argument("--servers", default="spark,stock", help="spark, spark-wire, stock")
+    parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: a test of function")
+    parser.add_argument("--servers", help=f"{', '.join(SERVERS)}; default: spark,stock, with --one-gpu spark,one-rank")
     parser.add_argument("--methods", default=",".join(METHODS), help="none, eagle3:N, ngram:N")
     parser.add_argument("--tokens", type=int, default=256, help="length of each answer")
     parser.add_argument("--serve-argument", action="append", default=[], help="a further argument of vllm serve")
@@ -284,7 +293,7 @@ def main() -> int:
         config = json.loads((model / "config.json").read_text())
         head = make_head(group.folder / "head", config)
         for method in args.methods.split(","):
-            for server in args.servers.split(","):
+            for server in (args.servers or ("spark,one-rank" if args.one_gpu else "spark,stock")).split(","):
                 with served(group, server, model, method, head, args) as (url, start_seconds):
                     rows.append(measure(url, server, method, start_seconds, config["vocab_size"], args.tokens))
                 show(rows, console)

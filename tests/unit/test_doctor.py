@@ -411,7 +411,7 @@ def test_nothing_follows_from_missing_addresses(tree: Tree) -> None:
 @pytest.mark.parametrize(("slot_kib", "packet_kib"), [(4, 0), (64, 1), (1024, 1024), (1023, 7)])
 def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib: int, depth: int) -> None:
     """For each of two rails, whatever the settings: that much, and not a page less."""
-    native = _native.Runtime(
+    options = _native.Options(
         rank=0,
         slot_bytes=slot_kib << 10,
         packet_bytes=packet_kib << 10,
@@ -425,6 +425,7 @@ def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib
         largest_message=1 << 20,
         clear_interval=128,
     )
+    native = _native.Runtime(options)
     _, descriptor, *_ = native.address()
     taken = os.fstat(descriptor).st_size
     native.close()
