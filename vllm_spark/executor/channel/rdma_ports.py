@@ -2,7 +2,6 @@
 
 The runtime asks libibverbs (`vllm_spark.collective.rails`), which has what a connection needs.
 """
-"""
 
 from __future__ import annotations
 
