@@ -245,6 +245,11 @@ class SparkConfig(BaseModel):
             )
         return self
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        # vLLM logs its arguments: only what is not the default.
+        fields = type(self).model_fields
+        return [(name, value) for name, value in super().__repr_args__() if not name or value != fields[name].default]
+
     @classmethod
     def resolve(
         cls,

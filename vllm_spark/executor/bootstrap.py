@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.collective.link_model import load_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
-from vllm_spark.executor.channel.addresses import host_name, interface_of, source_interface, split_rails
+from vllm_spark.executor.channel.addresses import host_name, interface_of, split_rails
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.ranks import WORLD_SIZE
 
@@ -40,20 +39,19 @@ class Assignment(msgspec.Struct):
     environment: dict[str, str]
 
 
-def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
+def use_link_interface(local_address: str | None) -> LinkInterface:
     """Binds gloo, NCCL and vLLM to the link, by environment variables; variables that the user has set stay.
 
     vLLM would use the address of the default route: without one its ranks wait for each other at 0.0.0.0, and with one
     they listen on a network that is not the link.
 
     Args:
-        leader: the leader's address.
-        local_address: this side's address on the link; None to ask the routing table.
+        local_address: this side's address on the link; None if there is no route to the leader.
 
     Returns:
         The object that restores the environment; not needed in a process that ends with its session.
     """
-    interface = interface_of(local_address) if local_address else source_interface(leader)
+    interface = interface_of(local_address) if local_address else None
     values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
     if local_address:
         values["VLLM_HOST_IP"] = local_address
@@ -240,14 +238,3 @@ def limit_numba_threads() -> None:
 
     if current_platform.is_cpu() and "numba" not in sys.modules:
         os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-
-
-def local_address_towards(host: str, port: int) -> str | None:
-    """The address of this machine from which it connects to `host`; None without a route."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])

@@ -186,10 +186,10 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         requests are running: then the session fails.
         """
         if method == ADD_LORA:
-            args = tuple(adapters.settle(each) for each in args)
-            return args, {name: adapters.settle(each) for name, each in kwargs.items()}
+            args = tuple(adapters.compare_request(each) for each in args)
+            return args, {name: adapters.compare_request(each) for name, each in kwargs.items()}
         try:
-            adapters.settle_step(args[0])
+            adapters.compare_step(args[0])
         except SparkError as error:
             session.fail(error)
             raise

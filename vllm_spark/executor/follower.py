@@ -32,10 +32,9 @@ from vllm_spark.executor.bootstrap import (
     limit_numba_threads,
     limit_torch_threads,
     link_tolerance,
-    local_address_towards,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint
+from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Kind
 from vllm_spark.executor.channel.secret import load_secret
@@ -149,7 +148,7 @@ class FollowerSession:
     def _follow(self, rpc: Connection, groups: GroupConnection, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
-        use_link_interface(host, local_address_towards(host, port))
+        use_link_interface(source_address(host))
         from vllm_spark.backend.platform import activate, compute_capability
 
         activate()

@@ -296,7 +296,7 @@ class LeaderSession:
         launch, config = load_launch_table(config.launch_table), with_wire_model(config)
         assignment = Assignment(vllm_config, config, launch, sent_variables(os.environ))
         self._follower.rpc.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
-        self._interface = use_link_interface(address, address)
+        self._interface = use_link_interface(address)
         self._runtime = connect_runtime(
             LEADER_RANK, config, launch, self._follower.rpc, self._heartbeat.announce, config.rails
         )

@@ -47,7 +47,7 @@ class LeaderAdapters:
         self._ask, self._loaded = ask, loaded
         self._compared: dict[str, _Compared] = {}
 
-    def settle(self, request: Any) -> Any:
+    def compare_request(self, request: Any) -> Any:
         """A LoRARequest that names the leader's folder, which both ranks have. Compares it now.
 
         Raises:
@@ -61,7 +61,7 @@ class LeaderAdapters:
         """Has the follower look for the adapter, whatever was compared before. `path` is as in a LoRARequest.
 
         Raises:
-            RefusedError, Exception: as `settle`.
+            RefusedError, Exception: as `compare_request`.
         """
         place = _find_adapter(name, path)
         signature = signature_of(place)  # before it is read: a change in between is noticed
@@ -70,13 +70,13 @@ class LeaderAdapters:
         self._compared[path] = compared = _Compared(name, place, signature, adapter_id)
         return compared
 
-    def settle_step(self, output: Any) -> None:
-        """Does so for adapters that a step may load. vLLM's SchedulerOutput is changed in place.
+    def compare_step(self, output: Any) -> None:
+        """Compares the adapters that a step may load. vLLM's SchedulerOutput is changed in place.
 
         What was compared before and has the same files, or is in memory, costs a few microseconds.
 
         Raises:
-            RefusedError, Exception: as `settle`.
+            RefusedError, Exception: as `compare_request`.
         """
         loaded: set[int] | None = None
         for new in output.scheduled_new_reqs:
@@ -87,7 +87,7 @@ class LeaderAdapters:
             compared = self._compared.get(str(request.lora_path))
             in_memory = request.lora_int_id in loaded and not request.load_inplace
             if compared is None or not (in_memory or signature_of(compared.place) == compared.signature):
-                new.lora_request = self.settle(request)
+                new.lora_request = self.compare_request(request)
             else:
                 new.lora_request = msgspec.structs.replace(request, lora_path=str(compared.place))
         if self._compared and output.scheduled_cached_reqs.resumed_req_ids:
