@@ -19,7 +19,7 @@ from vllm_spark.doctor.remote import send_report
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
-from vllm_spark.executor.follower import FollowerSession
+from vllm_spark.executor.follower_session import FollowerSession
 
 logger = logging.getLogger("vllm_spark")
 

@@ -23,7 +23,6 @@ import msgspec
 
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
-from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.bootstrap import (
@@ -63,7 +62,6 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.kernels import runtime as tuning
 from vllm_spark.ranks import FOLLOWER_RANK
 
 logger = logging.getLogger("vllm_spark")
@@ -151,6 +149,7 @@ class FollowerSession:
         adopt(assignment.environment)
         use_link_interface(host, local_address_towards(host, port))
         from vllm_spark.backend.platform import activate, compute_capability
+        from vllm_spark.executor.rank_executor import FollowerExecutor
 
         activate()
         check_marlin_inputs(compute_capability)
@@ -161,12 +160,9 @@ class FollowerSession:
         )
         limit_torch_threads(self._runtime)
         limit_numba_threads()
-        apply_all("serving")
-        tuning.start(assignment.vllm_config)
         place_files(assignment.vllm_config, self._own_files)
-        self._worker = _load_worker(assignment.vllm_config, groups)
+        self._worker = FollowerExecutor(assignment.vllm_config, groups).driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
-        tuning.log_expert_backends(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:
@@ -313,34 +309,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _load_worker(vllm_config: Any, groups: GroupConnection) -> Any:
-    """vLLM's worker for rank 1, with its half of the model loaded."""
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    from vllm_spark.executor.store import INIT_METHOD, open_groups
-
-    open_groups(groups, FOLLOWER_RANK)
-    # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.
-    worker = WorkerWrapperBase(rpc_rank=0, global_rank=FOLLOWER_RANK)
-    worker.init_worker(
-        [
-            {
-                "vllm_config": vllm_config,
-                "local_rank": 0,
-                "rank": FOLLOWER_RANK,
-                "distributed_init_method": INIT_METHOD,
-                "is_driver_worker": False,
-                "shared_worker_lock": None,
-            }
-        ]
-    )
-    worker.init_device()
-    worker.load_model()
-    current_platform.update_block_size_for_backend(vllm_config)
-    return worker
 
 
 def _exit(code: int) -> NoReturn:

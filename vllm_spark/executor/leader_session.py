@@ -99,16 +99,16 @@ class LeaderSession:
             listener.close()
             raise
         logger.info("%s joined.", upper_first(follower.name))
-        pair = cls(config, listener, follower, status)
-        pair._heartbeat.start()
+        session = cls(config, listener, follower, status)
+        session._heartbeat.start()
         try:
-            with pair.explained():
-                pair._start_work(config, address, vllm_config)
+            with session.explained():
+                session._start_work(config, address, vllm_config)
         except BaseException:
-            pair.close("the leader's start failed")
+            session.close("the leader's start failed")
             raise
         status.mark_started()
-        return pair
+        return session
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Has the follower run a worker method of the decode loop, which has no reply.
