@@ -12,15 +12,16 @@ import pytest
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 
-from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus
+from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters
 from vllm_spark.compat.patching import all_patches
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor import leader_executor, leader_session
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Connection, Kind
-from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.heartbeat import FollowerReport
 from vllm_spark.executor.leader_executor import SparkExecutor, abandon_unfinished_start
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import LeaderAdapters
@@ -165,10 +166,14 @@ def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
     session.ask("rank", (), {})
-    report = {"counters": {"rank": 1}, "failed_call": "its worker failed in 'rank': ValueError: 7"}
-    session._take_report(report | {"failed_number": call_on(executor.far_calls)})
+
+    def report() -> FollowerReport:
+        number = call_on(executor.far_calls)
+        return FollowerReport(RankCounters(1), "its worker failed in 'rank': ValueError: 7", number)
+
+    session._take_report(report())
     assert not session.failed
-    session._take_report(report | {"failed_number": call_on(executor.far_calls)})
+    session._take_report(report())
     with pytest.raises(RemoteError, match=r"its worker failed in 'rank': ValueError: 7$"):
         session.check()
     executor.shutdown()
@@ -322,7 +327,7 @@ def test_the_follower_is_told_why_an_engine_does_not_start(executor: Any, monkey
     while (frame := executor.far_control.receive(timeout=20)).kind is Kind.HEARTBEAT:
         pass
     assert frame.kind is Kind.LEAVE
-    assert decode(frame, Reason).sentence == (
+    assert decode_frame(frame, Reason).sentence == (
         "its engine does not start: the leader's worker failed: ValueError: no room for the cache"
     )
     session.close("the test is over")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 
-import msgspec
 import pytest
 
 from vllm_spark.backend.status import EngineStatus
@@ -23,6 +22,7 @@ from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.records import to_json
 
 from .test_channel import LIMIT, OFFER, SECRET, connections
 
@@ -82,7 +82,7 @@ def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listene
     session = LeaderSession(
         SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None)
     )
-    far_control.send(Kind.LEAVE, msgspec.json.encode(Reason("it was stopped there")))
+    far_control.send(Kind.LEAVE, to_json(Reason("it was stopped there")))
     far_calls.close()
     far_control.close()
     heartbeat = threading.Timer(1.5, session._heartbeat.start)

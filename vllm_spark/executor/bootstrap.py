@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
 import sys
 from collections.abc import Callable
 from typing import Any
-
-import msgspec
 
 from vllm_spark import __version__, collective
 from vllm_spark.collective import Transport
@@ -28,7 +27,8 @@ _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
 
 
-class Assignment(msgspec.Struct):
+@dataclasses.dataclass
+class Assignment:
     """The leader's configuration for the follower's worker; sent as a pickle, after both sides agreed.
 
     `environment` also has the variables that vLLM itself set on the leader while it made its configuration.

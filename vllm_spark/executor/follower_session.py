@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
-
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.config.settings import SparkConfig
@@ -44,7 +42,7 @@ from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
-from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
+from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
 from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.placement import place_files
@@ -131,6 +129,7 @@ class FollowerSession:
             control,
             offer.heartbeat_timeout,
             report=self._report,
+            peer_report=LeaderReport,
             on_report=self._compare_digest,
             on_end=self._session_ended,
             on_link=self._deliver_announcement,
@@ -246,16 +245,12 @@ class FollowerSession:
     def _tolerance(self) -> float:
         return link_tolerance(self._runtime, self._leader_config)
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return {
-            "counters": msgspec.to_builtins(counters),
-            "failed_call": self._failed_call,
-            "failed_number": self._failed_number,
-        }
+        return FollowerReport(counters, self._failed_call, self._failed_number)
 
-    def _compare_digest(self, theirs: Any) -> None:
-        self._token_digest.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
+    def _compare_digest(self, theirs: LeaderReport) -> None:
+        self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))
 
     def _session_ended(self, error: SparkError) -> None:
         """Ends this process, also if its other threads hang."""
