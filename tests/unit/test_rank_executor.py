@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_spark.collective import RuntimeOptions
 from vllm_spark.errors import PeerLeftError
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.leader_executor import SparkExecutor
@@ -53,6 +54,7 @@ def groups() -> Iterator[GroupConnection]:
 
 @pytest.fixture
 def vllm_config(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
     config = VllmConfig()
     config.model_config = SimpleNamespace(supports_multimodal_inputs=False)
     config.parallel_config.worker_cls = f"{__name__}.RecordingWorker"
@@ -61,19 +63,25 @@ def vllm_config(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
     tuning.stop(config)
 
 
-def load(kind: type[RankExecutor], config: VllmConfig, groups: GroupConnection) -> RankExecutor:
+@pytest.fixture(scope="module")
+def runtime() -> Any:
+    """As on two machines, where the number of threads stays."""
+    return SimpleNamespace(options=RuntimeOptions(transport="verbs"))
+
+
+def load(kind: type[RankExecutor], config: VllmConfig, groups: GroupConnection, runtime: Any) -> RankExecutor:
     """The executor of that rank, with its worker set up."""
     executor = kind.__new__(kind)
     executor.vllm_config = config
-    executor.load_worker(groups)
+    executor.load_worker(groups, runtime, own_process=False)
     return executor
 
 
 @BOTH
 def test_a_worker_has_its_rank_and_its_part_of_a_call(
-    kind: type[RankExecutor], vllm_config: VllmConfig, groups: GroupConnection
+    kind: type[RankExecutor], vllm_config: VllmConfig, groups: GroupConnection, runtime: Any
 ) -> None:
-    wrapper = load(kind, vllm_config, groups).driver_worker
+    wrapper = load(kind, vllm_config, groups, runtime).driver_worker
     arguments = wrapper.worker.arguments
     assert (arguments["rank"], arguments["local_rank"]) == (kind.rank, 0)
     assert arguments["distributed_init_method"] == INIT_METHOD
@@ -84,15 +92,21 @@ def test_a_worker_has_its_rank_and_its_part_of_a_call(
 
 @BOTH
 def test_vllm_sets_the_network_device_of_a_worker(
-    kind: type[RankExecutor], vllm_config: VllmConfig, groups: GroupConnection, monkeypatch: pytest.MonkeyPatch
+    kind: type[RankExecutor],
+    vllm_config: VllmConfig,
+    groups: GroupConnection,
+    runtime: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step of vLLM's own set-up, which nothing of this project calls."""
     monkeypatch.setenv("VLLM_GPU_NIC_PCIE_MAPPING", "0000:01:00.0=0000:02:00.0")
     monkeypatch.delenv("VLLM_NIC_SELECTION_VARS", raising=False)
     with pytest.raises(RuntimeError, match="VLLM_NIC_SELECTION_VARS is not"):
-        load(kind, vllm_config, groups)
+        load(kind, vllm_config, groups, runtime)
 
 
-def test_the_follower_makes_its_executor_of_a_configuration(vllm_config: VllmConfig, groups: GroupConnection) -> None:
-    executor = FollowerExecutor(vllm_config, groups)
+def test_the_follower_makes_its_executor_of_a_configuration(
+    vllm_config: VllmConfig, groups: GroupConnection, runtime: Any
+) -> None:
+    executor = FollowerExecutor(vllm_config, groups, runtime)
     assert executor.driver_worker.worker.calls == ["init_device", "load_model"]

@@ -26,13 +26,10 @@ from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError
 from vllm_spark.executor.bootstrap import (
     Assignment,
     connect_runtime,
-    limit_numba_threads,
-    limit_torch_threads,
     link_tolerance,
-    local_address_towards,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint
+from vllm_spark.executor.channel.addresses import leader_endpoint, local_address_towards
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Kind
 from vllm_spark.executor.channel.secret import load_secret
@@ -157,10 +154,8 @@ class FollowerSession:
         self._runtime = connect_runtime(
             FOLLOWER_RANK, assignment.config, assignment.launch, rpc, self._heartbeat.announce, self._config.rails
         )
-        limit_torch_threads(self._runtime)
-        limit_numba_threads()
         place_files(assignment.vllm_config, self._own_files)
-        self._worker = FollowerExecutor(assignment.vllm_config, groups).driver_worker
+        self._worker = FollowerExecutor(assignment.vllm_config, groups, self._runtime).driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")

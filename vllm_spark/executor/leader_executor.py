@@ -27,7 +27,6 @@ from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, SparkError, described
-from vllm_spark.executor.bootstrap import limit_numba_threads, limit_torch_threads
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader_session import LeaderSession
@@ -100,13 +99,10 @@ class SparkExecutor(RankExecutor):
         place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
-        limit_torch_threads(self._session.runtime)
-        if self._in_engine_process:
-            limit_numba_threads()
         self._random_state = WorkerRandomState()
         self._groups_opened = True
         with self._session.explained(), self._random_state:
-            self.load_worker(self._session.groups)
+            self.load_worker(self._session.groups, self._session.runtime, own_process=self._in_engine_process)
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
 

@@ -5,15 +5,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from typing import Any
 
+import torch
+from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from vllm_spark.collective import Runtime
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.store import INIT_METHOD, open_groups
 from vllm_spark.kernels import runtime as tuning
-from vllm_spark.ranks import FOLLOWER_RANK
+from vllm_spark.ranks import FOLLOWER_RANK, WORLD_SIZE
+
+logger = logging.getLogger("vllm_spark")
 
 
 class RankExecutor(UniProcExecutor):  # type: ignore[misc]
@@ -21,12 +29,17 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
 
     rank: int
 
-    def load_worker(self, groups: GroupConnection) -> None:
+    def load_worker(self, groups: GroupConnection, runtime: Runtime, *, own_process: bool) -> None:
         """Makes this rank's worker, with its half of the model loaded, as vLLM does for a model on one machine.
 
         Args:
             groups: this rank's end of the groups connection, over which torch's process groups are opened.
+            runtime: this rank's end of the collectives.
+            own_process: whether this process runs nothing but this rank; False in a user's own process.
         """
+        _limit_torch_threads(runtime)
+        if own_process:
+            _limit_numba_threads()
         open_groups(groups, self.rank)
         apply_all("serving")
         tuning.start(self.vllm_config)
@@ -45,13 +58,41 @@ class FollowerExecutor(RankExecutor):
     Args:
         vllm_config: the leader's configuration.
         groups: this rank's end of the groups connection.
+        runtime: this rank's end of the collectives.
     """
 
     rank = FOLLOWER_RANK
 
-    def __init__(self, vllm_config: Any, groups: GroupConnection) -> None:
-        self._groups = groups
+    def __init__(self, vllm_config: Any, groups: GroupConnection, runtime: Runtime) -> None:
+        self._groups, self._runtime = groups, runtime
         super().__init__(vllm_config)
 
     def _init_executor(self) -> None:
-        self.load_worker(self._groups)
+        self.load_worker(self._groups, self._runtime, own_process=True)
+
+
+def _limit_torch_threads(runtime: Runtime) -> None:
+    """Halves torch's number of threads if both ranks compute on the cores of this machine.
+
+    OpenMP's threads spin while they wait: two ranks with one thread per core each are about 15 times slower than one.
+    A number that the user chose (OMP_NUM_THREADS) stays.
+    """
+    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // WORLD_SIZE))
+    logger.info(
+        "Both ranks are on this machine: each uses %d of %d threads (set OMP_NUM_THREADS for another number).",
+        torch.get_num_threads(),
+        threads,
+    )
+
+
+def _limit_numba_threads() -> None:
+    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
+
+    vLLM uses only one, and numba's other threads spin while they wait: two ranks on two cores took 0.2 s per step. To
+    be called before numba is imported, in a process that runs only this rank.
+    """
+    if current_platform.is_cpu() and "numba" not in sys.modules:
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")

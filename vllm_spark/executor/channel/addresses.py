@@ -40,6 +40,17 @@ def leader_address(config: SparkConfig) -> str:
     return _only(_rdma_addresses(), "--spark-address") or LOOPBACK
 
 
+def local_address_towards(host: str, port: int) -> str | None:
+    """The address of this machine from which it connects to `host`; None without a route."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
 def resolve_master(master: str) -> list[str]:
     """The IP addresses that a launcher's MASTER_ADDR stands for: an address, or a name to look up.
 
