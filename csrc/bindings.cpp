@@ -62,23 +62,6 @@ std::chrono::nanoseconds nanoseconds(double seconds) {
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
 }
 
-Options make_options(int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                     double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
-                     uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
-  Options options;
-  options.rank = rank;
-  options.sizes = {slot_bytes, packet_bytes, 2 * depth};
-  options.depth = depth;
-  options.proxied = proxied;
-  options.wire = {nanoseconds(wire_latency_s), wire_bytes_per_s * 1e-9};
-  options.stripes = stripes;
-  options.timeout = nanoseconds(timeout_s);
-  options.first_sequence = first_sequence;
-  options.largest_message = largest_message;
-  options.clear_interval = clear_interval;
-  return options;
-}
-
 uint64_t read(const std::atomic<uint64_t>& counter) {
   return counter.load(std::memory_order_relaxed);
 }
@@ -250,6 +233,42 @@ void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
       .def_property_readonly("poison", &AnyRuntime::poison);
 }
 
+// The names and units of Python's settings; the values are checked where a runtime is made of them.
+void bind_options(py::module_& module) {
+  py::class_<Options>(module, "Options")
+      .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
+                       double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
+                       uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
+             Options options;
+             options.rank = rank;
+             options.sizes = {slot_bytes, packet_bytes, 2 * depth};
+             options.depth = depth;
+             options.proxied = proxied;
+             options.wire = {nanoseconds(wire_latency_s), wire_bytes_per_s * 1e-9};
+             options.stripes = stripes;
+             options.timeout = nanoseconds(timeout_s);
+             options.first_sequence = first_sequence;
+             options.largest_message = largest_message;
+             options.clear_interval = clear_interval;
+             return options;
+           }),
+           py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
+           py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
+           py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
+           py::arg("clear_interval") = Options().clear_interval);
+
+  using device::LaunchShape;
+  py::class_<LaunchShape>(module, "LaunchShape")
+      .def(py::init([](uint32_t packet_threads, uint32_t payload_threads, uint32_t payload_blocks,
+                       uint32_t payload_bytes_per_block, uint32_t payload_message_bytes,
+                       bool dependent_launch) {
+             return LaunchShape{packet_threads,          payload_threads,       payload_blocks,
+                                payload_bytes_per_block, payload_message_bytes, dependent_launch};
+           }),
+           py::kw_only(), py::arg("packet_threads"), py::arg("payload_threads"), py::arg("payload_blocks"),
+           py::arg("payload_bytes_per_block"), py::arg("payload_message_bytes"), py::arg("dependent_launch"));
+}
+
 void bind_wire_probe(py::module_& module) {
   using verbs::WireProbe;
   auto probe = py::class_<WireProbe, Held<WireProbe>>(module, "WireProbe");
@@ -297,18 +316,11 @@ PYBIND11_MODULE(_native, module) {
   module.attr("REGION_VERSION") = kRegionVersion;
   module.attr("MAX_DEPTH") = kMaxSlots / 2;
 
+  bind_options(module);
+
   auto runtime = py::class_<Runtime, Held<Runtime>>(module, "Runtime");
-  runtime.def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                          double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
-                          uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
-                return make_unlocked<Runtime>(make_options(
-                    rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s, stripes,
-                    timeout_s, first_sequence, largest_message, clear_interval));
-              }),
-              py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"),
-              py::arg("depth"), py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"),
-              py::arg("stripes"), py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
-              py::arg("clear_interval") = Options().clear_interval);
+  runtime.def(py::init([](const Options& options) { return make_unlocked<Runtime>(options); }),
+              py::arg("options"));
   bind_common(runtime);
   runtime
       .def(
@@ -325,29 +337,13 @@ PYBIND11_MODULE(_native, module) {
           Unlocked());
 
   using device::DeviceRuntime;
-  using device::LaunchShape;
   auto device_runtime = py::class_<DeviceRuntime, Held<DeviceRuntime>>(module, "DeviceRuntime");
   device_runtime.def(
-      py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                  double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
-                  uint32_t first_sequence, uint64_t largest_message, uint32_t packet_threads,
-                  uint32_t payload_threads, uint32_t payload_blocks, uint32_t payload_bytes_per_block,
-                  uint32_t payload_message_bytes, bool dependent_launch, const py::bytes& kernels,
-                  uint32_t clear_interval) {
+      py::init([](const Options& options, const device::LaunchShape& shape, const py::bytes& kernels) {
         std::string image = kernels;
-        return make_unlocked<DeviceRuntime>(
-            make_options(rank, slot_bytes, packet_bytes, depth, proxied, wire_latency_s, wire_bytes_per_s,
-                         stripes, timeout_s, first_sequence, largest_message, clear_interval),
-            LaunchShape{packet_threads, payload_threads, payload_blocks, payload_bytes_per_block,
-                        payload_message_bytes, dependent_launch},
-            image);
+        return make_unlocked<DeviceRuntime>(options, shape, image);
       }),
-      py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
-      py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
-      py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"), py::arg("packet_threads"),
-      py::arg("payload_threads"), py::arg("payload_blocks"), py::arg("payload_bytes_per_block"),
-      py::arg("payload_message_bytes"), py::arg("dependent_launch"), py::arg("kernels"),
-      py::arg("clear_interval") = Options().clear_interval);
+      py::arg("options"), py::arg("shape"), py::arg("kernels"));
   bind_common(device_runtime);
   // A launch takes microseconds, but it waits while the driver's queue of launches is full, as it is when the
   // kernels in front wait for the peer. `check` reads a word that the kernels write, and calls no driver.

@@ -53,7 +53,7 @@ class _AnyRuntime:
     @property
     def poison(self) -> str: ...
 
-class Runtime(_AnyRuntime):
+class Options:
     def __init__(
         self,
         *,
@@ -70,33 +70,26 @@ class Runtime(_AnyRuntime):
         largest_message: int,
         clear_interval: int = ...,
     ) -> None: ...
-    def all_reduce(self, source: int, target: int, elements: int, dtype: DType) -> None: ...
-    def all_gather(self, source: int, target: int, outer: int, inner_bytes: int) -> None: ...
 
-class DeviceRuntime(_AnyRuntime):
+class LaunchShape:
     def __init__(
         self,
         *,
-        rank: int,
-        slot_bytes: int,
-        packet_bytes: int,
-        depth: int,
-        proxied: bool,
-        wire_latency_s: float,
-        wire_bytes_per_s: float,
-        stripes: int,
-        timeout_s: float,
-        first_sequence: int,
-        largest_message: int,
         packet_threads: int,
         payload_threads: int,
         payload_blocks: int,
         payload_bytes_per_block: int,
         payload_message_bytes: int,
         dependent_launch: bool,
-        kernels: bytes,
-        clear_interval: int = ...,
     ) -> None: ...
+
+class Runtime(_AnyRuntime):
+    def __init__(self, options: Options) -> None: ...
+    def all_reduce(self, source: int, target: int, elements: int, dtype: DType) -> None: ...
+    def all_gather(self, source: int, target: int, outer: int, inner_bytes: int) -> None: ...
+
+class DeviceRuntime(_AnyRuntime):
+    def __init__(self, options: Options, shape: LaunchShape, kernels: bytes) -> None: ...
     def all_reduce(self, source: int, target: int, elements: int, dtype: DType, stream: int) -> None: ...
     def all_gather(self, source: int, target: int, outer: int, inner_bytes: int, stream: int) -> None: ...
     def check(self) -> None: ...

@@ -8,12 +8,6 @@
 namespace spark::device {
 namespace {
 
-// A vector of the kernels: slots are multiples of it.
-constexpr uint64_t kVector = 16;
-// Of an operation, as long as they fit into slots, and a few more where pieces are rounded: enough that both
-// directions are busy nearly all the time.
-constexpr uint64_t kMessages = 16;
-
 // From this compute capability on, kernels wait for the one before them (csrc/kernels/progress.cuh), and
 // setup.py leaves no such GPU with code that does not.
 constexpr int kFirstWithDependentLaunch = 90;
@@ -166,41 +160,17 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
   if (arguments.bytes == 0) return;  // nothing to wait for
   check_aligned(operation, arguments.in);
   check_aligned(operation, arguments.out);
-  const RegionSizes& sizes = endpoint_.options().sizes;
+  const LaunchPlan launch = plan(arguments.bytes, shape_, endpoint_.options().sizes);
   Call call = arguments;
   call.tag = operation.tag();
-  Protocol protocol = call.bytes <= sizes.packet_bytes ? Protocol::kPackets : Protocol::kPayload;
-  uint64_t blocks, threads;
-  if (protocol == Protocol::kPackets) {
-    // Threads of very many packets have several each.
-    uint64_t packets = packet_count(call.bytes);
-    blocks = std::min<uint64_t>((packets + shape_.packet_threads - 1) / shape_.packet_threads, kMaxPieces);
-    uint64_t movers =
-        round_up(std::min<uint64_t>((packets + blocks - 1) / blocks, shape_.packet_threads), kWarp);
-    threads = movers + kPacketsSideThreads;
-  } else {
-    // Messages of equal size, each cut into as many pieces as there are blocks. Pieces begin on a cache line:
-    // two blocks that want the same one from host memory would be answered one after the other.
-    uint64_t largest = std::min<uint64_t>(
-        sizes.slot_bytes, std::max<uint64_t>(shape_.payload_message_bytes, call.bytes / kMessages));
-    uint64_t unit = largest < kLine ? kVector : kLine;
-    uint64_t most = std::min<uint64_t>(shape_.payload_blocks, largest / unit);
-    blocks = std::clamp<uint64_t>(call.bytes / shape_.payload_bytes_per_block, 1, most);
-    uint64_t chunks = (call.bytes + largest - 1) / largest;
-    uint64_t piece = round_up((call.bytes + chunks * blocks - 1) / (chunks * blocks), unit);
-    piece = std::min(piece, largest / blocks / unit * unit);
-    call.chunk = static_cast<uint32_t>(piece * blocks);
-    uint64_t each = std::min<uint64_t>(shape_.payload_threads, round_up(piece / kVector, kWarp));
-    threads = 2 * each + kPayloadSideThreads;
-  }
+  call.chunk = launch.message_bytes;
   void* parameters[] = {&rank_, &call};
   LaunchAttribute dependent{kProgrammaticStreamSerialization, 0, {}};
   dependent.value.allowed = 1;
   LaunchConfig config{
-      static_cast<unsigned>(blocks),    1, 1, static_cast<unsigned>(threads), 1, 1, 0, stream, &dependent,
-      shape_.dependent_launch ? 1u : 0u};
+      launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, &dependent, shape_.dependent_launch ? 1u : 0u};
   const Driver& driver = Driver::get();
-  driver.check(driver.launch(&config, gpu_->kernels.get(protocol, operation.kind, operation.dtype),
+  driver.check(driver.launch(&config, gpu_->kernels.get(launch.protocol, operation.kind, operation.dtype),
                              parameters, nullptr),
                "launch an " + operation.describe());
 }

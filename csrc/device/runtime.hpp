@@ -13,20 +13,9 @@
 #include "driver.hpp"
 #include "forwarder.hpp"
 #include "kernels.hpp"
+#include "launch_plan.hpp"
 
 namespace spark::device {
-
-// How large a launch is, by bytes, in the bounds that vllm_spark.collective.LaunchShape sets: measured on the
-// device, else a default (docs/decisions.md).
-struct LaunchShape {
-  uint32_t packet_threads = 288;             // most threads of a block that move data
-  uint32_t payload_threads = 256;            // the same, for each direction
-  uint32_t payload_blocks = 32;              // most blocks, up to kMaxPieces
-  uint32_t payload_bytes_per_block = 4096;   // fewer blocks, rather than less than this for each
-  uint32_t payload_message_bytes = 1 << 17;  // more goes in several messages, one behind the other
-  // Start a kernel while the one before it still runs; ignored below compute capability 9.0.
-  bool dependent_launch = true;
-};
 
 class DeviceRuntime {
  public:

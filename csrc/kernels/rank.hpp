@@ -8,7 +8,8 @@
 
 namespace spark::device {
 
-constexpr uint32_t kWarp = 32;  // threads
+constexpr uint32_t kWarp = 32;    // threads
+constexpr uint64_t kVector = 16;  // bytes that one access of a kernel moves; slots are multiples of it
 
 // What a block has beside the threads that move data: a warp that keeps the books, and with payload one that
 // looks out for flags.

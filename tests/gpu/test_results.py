@@ -202,9 +202,9 @@ def test_more_blocks_than_run_at_once(make_pair: MakePair) -> None:
     options = RuntimeOptions(packet_bytes=0)
     fitting = DeviceRuntime._limited_to_device(replace(options, launch=replace(options.launch, payload_blocks=64)))
     assert fitting.launch.payload_blocks == min(64, multiprocessors)
-    launch = {**asdict(options.launch), "payload_blocks": 100_000}
+    shape = _native.LaunchShape(**{**asdict(options.launch), "payload_blocks": 100_000})
     with pytest.raises(UsageError, match=r"payload_blocks 100000 is too many for this GPU, which runs \d+ blocks"):
-        _native.DeviceRuntime(rank=0, kernels=KERNELS.read_bytes(), **launch, **native_options(options, 1))
+        _native.DeviceRuntime(native_options(0, options, 1), shape, KERNELS.read_bytes())
 
 
 def test_slots_smaller_than_a_block(make_pair: MakePair) -> None:

@@ -63,11 +63,11 @@ DRIVER = (
     COMMON
     + """
 cuda = ctypes.CDLL("libcuda.so.1")
-LAUNCH = dict(packet_threads=288, payload_threads=256, payload_blocks=32, payload_bytes_per_block=4096,
-    payload_message_bytes=1 << 17, dependent_launch=True, kernels=b"image")
+SHAPE = _native.LaunchShape(packet_threads=288, payload_threads=256, payload_blocks=32, payload_bytes_per_block=4096,
+    payload_message_bytes=1 << 17, dependent_launch=True)
 
 def make(rank):
-    return _native.DeviceRuntime(rank=rank, proxied=False, timeout_s=30.0, **SHARED, **LAUNCH)
+    return _native.DeviceRuntime(_native.Options(rank=rank, proxied=False, timeout_s=30.0, **SHARED), SHAPE, b"image")
 
 def pair():
     ranks = make(0), make(1)
@@ -138,7 +138,7 @@ LINK = (
 kind = sys.argv[1]
 
 def make(rank):
-    return _native.Runtime(rank=rank, proxied=True, timeout_s=0.2, **SHARED)
+    return _native.Runtime(_native.Options(rank=rank, proxied=True, timeout_s=0.2, **SHARED))
 
 ports = _native.rdma_ports()
 ranks = [make(0), make(1)]

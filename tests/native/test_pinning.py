@@ -18,10 +18,11 @@ import sys
 from vllm_spark import _native
 
 def make(rank):
-    return _native.DeviceRuntime(rank=rank, proxied=True, timeout_s=30.0, slot_bytes=1 << 16, packet_bytes=1 << 12,
-        depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1, first_sequence=1, largest_message=1 << 26,
-        packet_threads=288, payload_threads=256, payload_blocks=32, payload_bytes_per_block=4096,
-        payload_message_bytes=1 << 17, dependent_launch=True, kernels=b"image")
+    options = _native.Options(rank=rank, proxied=True, timeout_s=30.0, slot_bytes=1 << 16, packet_bytes=1 << 12,
+        depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1, first_sequence=1, largest_message=1 << 26)
+    shape = _native.LaunchShape(packet_threads=288, payload_threads=256, payload_blocks=32,
+        payload_bytes_per_block=4096, payload_message_bytes=1 << 17, dependent_launch=True)
+    return _native.DeviceRuntime(options, shape, b"image")
 
 rails = [(device, port, gids[0][1], mtu) for device, port, _, _, mtu, gids in _native.rdma_ports()]
 ranks = [make(0), make(1)]

@@ -93,7 +93,7 @@ def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
     """How many words of the first 40 sequence numbers this rank's memory still holds after as many collectives."""
     from vllm_spark import _native
 
-    native = _native.Runtime(
+    options = _native.Options(
         rank=rank,
         slot_bytes=SLOT,
         packet_bytes=PACKETS,
@@ -107,6 +107,7 @@ def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
         largest_message=1 << 20,
         clear_interval=interval,
     )
+    native = _native.Runtime(options)
     process, descriptor, *nonce = native.address()
     theirs = struct.unpack("<QQQQ", exchange(struct.pack("<QQQQ", process, descriptor, *nonce)))
     native.connect(*theirs, "the other")

@@ -14,77 +14,77 @@
 
 namespace abi = spark::verbs::abi;
 
-struct abi::Device {
+struct abi::ibv_device {
   const char* name;
   bool active = true;  // its port
 };
 // Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
-struct abi::ProtectionDomain {
-  const abi::Device* device;
+struct abi::ibv_pd {
+  const abi::ibv_device* device;
   int number;
 };
 
 namespace {
 
-abi::Device devices[] = {{"memory0"}, {"memory1"}};
+abi::ibv_device devices[] = {{"memory0"}, {"memory1"}};
 int domains = 0;  // opened so far; tests open devices from one thread
 
-int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions);
-int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** failed);
+int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions);
+int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr** failed);
 
 }  // namespace
 
 extern "C" {
 
-abi::Device** ibv_get_device_list(int* count) {
+abi::ibv_device** ibv_get_device_list(int* count) {
   *count = 2;
-  return new abi::Device*[3]{&devices[0], &devices[1], nullptr};
+  return new abi::ibv_device*[3]{&devices[0], &devices[1], nullptr};
 }
-void ibv_free_device_list(abi::Device** list) {
+void ibv_free_device_list(abi::ibv_device** list) {
   delete[] list;
 }
-const char* ibv_get_device_name(abi::Device* device) {
+const char* ibv_get_device_name(abi::ibv_device* device) {
   return device->name;
 }
-abi::Context* ibv_open_device(abi::Device* device) {
-  auto* context = new abi::Context{};
+abi::ibv_context* ibv_open_device(abi::ibv_device* device) {
+  auto* context = new abi::ibv_context{};
   context->device = device;
-  context->operations[abi::kPollCompletions] = reinterpret_cast<void*>(&poll);
-  context->operations[abi::kPostSend] = reinterpret_cast<void*>(&post);
-  context->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  context->ops[abi::kPollCq] = reinterpret_cast<void*>(&poll);
+  context->ops[abi::kPostSend] = reinterpret_cast<void*>(&post);
+  context->async_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   return context;
 }
-int ibv_close_device(abi::Context* context) {
-  close(context->event_fd);
+int ibv_close_device(abi::ibv_context* context) {
+  close(context->async_fd);
   delete context;
   return 0;
 }
-abi::ProtectionDomain* ibv_alloc_pd(abi::Context* context) {
-  return new abi::ProtectionDomain{context->device, domains++};
+abi::ibv_pd* ibv_alloc_pd(abi::ibv_context* context) {
+  return new abi::ibv_pd{context->device, domains++};
 }
-int ibv_dealloc_pd(abi::ProtectionDomain* domain) {
+int ibv_dealloc_pd(abi::ibv_pd* domain) {
   delete domain;
   return 0;
 }
-int ibv_query_port(abi::Context* context, uint8_t port, abi::PortAttributes* attributes) {
+int ibv_query_port(abi::ibv_context* context, uint8_t port, abi::ibv_port_attr* attributes) {
   if (port != 1) return EINVAL;
-  attributes->state = context->device->active ? abi::kPortActive : 1u;  // IBV_PORT_DOWN
+  attributes->state = context->device->active ? abi::IBV_PORT_ACTIVE : abi::IBV_PORT_DOWN;
   attributes->active_mtu = 5;
-  attributes->gid_count = 1;
-  attributes->link_layer = abi::kEthernet;
+  attributes->gid_tbl_len = 1;
+  attributes->link_layer = abi::IBV_LINK_LAYER_ETHERNET;
   return 0;
 }
-int _ibv_query_gid_ex(abi::Context*, uint32_t port, uint32_t index, abi::GidEntry* entry, uint32_t, size_t) {
-  *entry = {{}, index, port, abi::kRoceV2, 0};
+int _ibv_query_gid_ex(abi::ibv_context*, uint32_t port, uint32_t index, abi::ibv_gid_entry* entry, uint32_t,
+                      size_t) {
+  *entry = {{}, index, port, abi::IBV_GID_TYPE_ROCE_V2, 0};
   return 0;
 }
-int ibv_get_async_event(abi::Context*, abi::Event*) {
+int ibv_get_async_event(abi::ibv_context*, abi::ibv_async_event*) {
   errno = EAGAIN;
   return -1;
 }
 const char* ibv_wc_status_str(uint32_t status) {
-  constexpr uint32_t kRetriesExceeded = 12;
-  return status == kRetriesExceeded ? "transport retry counter exceeded" : "an error";
+  return status == abi::IBV_WC_RETRY_EXC_ERR ? "transport retry counter exceeded" : "an error";
 }
 const char* ibv_event_type_str(uint32_t) {
   return "an event";
@@ -92,6 +92,6 @@ const char* ibv_event_type_str(uint32_t) {
 int ibv_fork_init() {
   return 0;
 }
-void ibv_ack_async_event(abi::Event*) {}
+void ibv_ack_async_event(abi::ibv_async_event*) {}
 
 }  // extern "C"

@@ -12,15 +12,15 @@
 #include "trace.hpp"
 #include "verbs_devices.hpp"
 
-struct abi::CompletionQueue {
-  std::deque<abi::Completion> completions;
+struct abi::ibv_cq {
+  std::deque<abi::ibv_wc> completions;
 };
 
 namespace {
 
 uint32_t next_number = 1;
 
-int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions) {
+int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
   int count = 0;
   for (; count < entries && !queue->completions.empty(); ++count) {
     completions[count] = queue->completions.front();
@@ -29,14 +29,14 @@ int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions)
   return count;
 }
 
-int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
+int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr**) {
   for (; request != nullptr; request = request->next) {
-    std::memcpy(reinterpret_cast<void*>(request->remote_address),
-                reinterpret_cast<const void*>(request->pieces->address), request->pieces->length);
-    if ((request->flags & abi::kSignaled) == 0) continue;
-    abi::Completion completion{};
-    completion.id = request->id;
-    pair->send_completions->completions.push_back(completion);
+    std::memcpy(reinterpret_cast<void*>(request->wr.rdma.remote_addr),
+                reinterpret_cast<const void*>(request->sg_list->addr), request->sg_list->length);
+    if ((request->send_flags & abi::IBV_SEND_SIGNALED) == 0) continue;
+    abi::ibv_wc completion{};
+    completion.wr_id = request->wr_id;
+    pair->send_cq->completions.push_back(completion);
   }
   return 0;
 }
@@ -45,39 +45,39 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest**) {
 
 extern "C" {
 
-abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int) {
+abi::ibv_mr* ibv_reg_mr(abi::ibv_pd*, void* memory, size_t bytes, int) {
   if (std::getenv("REFUSE_PINNING") != nullptr) {
     errno = ENOMEM;
     return nullptr;
   }
   trace("nic-register", memory, bytes);
-  auto* region = new abi::MemoryRegion{};
-  region->address = memory;
+  auto* region = new abi::ibv_mr{};
+  region->addr = memory;
   region->length = bytes;
-  region->local_key = region->remote_key = next_number++;
+  region->lkey = region->rkey = next_number++;
   return region;
 }
-int ibv_dereg_mr(abi::MemoryRegion* region) {
+int ibv_dereg_mr(abi::ibv_mr* region) {
   delete region;
   return 0;
 }
-abi::CompletionQueue* ibv_create_cq(abi::Context*, int, void*, void*, int) {
-  return new abi::CompletionQueue;
+abi::ibv_cq* ibv_create_cq(abi::ibv_context*, int, void*, void*, int) {
+  return new abi::ibv_cq;
 }
-int ibv_destroy_cq(abi::CompletionQueue* queue) {
+int ibv_destroy_cq(abi::ibv_cq* queue) {
   delete queue;
   return 0;
 }
-abi::QueuePair* ibv_create_qp(abi::ProtectionDomain*, abi::QueuePairSetup* setup) {
-  auto* pair = new abi::QueuePair{};
-  pair->send_completions = setup->send_completions;
-  pair->number = next_number++;
+abi::ibv_qp* ibv_create_qp(abi::ibv_pd*, abi::ibv_qp_init_attr* setup) {
+  auto* pair = new abi::ibv_qp{};
+  pair->send_cq = setup->send_cq;
+  pair->qp_num = next_number++;
   return pair;
 }
-int ibv_modify_qp(abi::QueuePair*, abi::QueuePairAttributes*, int) {
+int ibv_modify_qp(abi::ibv_qp*, abi::ibv_qp_attr*, int) {
   return 0;
 }
-int ibv_destroy_qp(abi::QueuePair* pair) {
+int ibv_destroy_qp(abi::ibv_qp* pair) {
   delete pair;
   return 0;
 }

@@ -41,7 +41,6 @@ extern "C" void __tsan_release(void* address) __attribute__((weak));
 
 namespace {
 
-constexpr uint32_t kRetriesExceeded = 12;
 constexpr uint32_t kVendorError = 0x81;
 
 struct Write {
@@ -60,12 +59,12 @@ struct Write {
 };
 
 struct End {
-  abi::ProtectionDomain domain{};
+  abi::ibv_pd domain{};
   uint64_t carried = 0;  // writes that have arrived
   std::optional<std::chrono::steady_clock::time_point>
       lost;  // when a write was lost first: nothing arrives any more
-  abi::QueuePair pair{};
-  abi::QueuePairState state = abi::kReset;
+  abi::ibv_qp pair{};
+  abi::ibv_qp_state state = abi::IBV_QPS_RESET;
   uint32_t destination = 0;
   std::deque<Write> under_way;
 };
@@ -87,8 +86,8 @@ class Lock {
 
 }  // namespace
 
-struct abi::CompletionQueue {
-  std::deque<abi::Completion> completions;
+struct abi::ibv_cq {
+  std::deque<abi::ibv_wc> completions;
 };
 
 namespace {
@@ -154,40 +153,40 @@ bool is_lost(End& end, const Write& write) {
 }
 
 void complete(End& end, uint64_t id, uint32_t status) {
-  abi::Completion completion{};
-  completion.id = id;
+  abi::ibv_wc completion{};
+  completion.wr_id = id;
   completion.status = status;
-  if (status == kRetriesExceeded) completion.vendor_error = kVendorError;
-  end.pair.send_completions->completions.push_back(completion);
+  if (status == abi::IBV_WC_RETRY_EXC_ERR) completion.vendor_err = kVendorError;
+  end.pair.send_cq->completions.push_back(completion);
 }
 
 // What has not been acknowledged fails; what is on the wire stays there, for `carry` to deliver late.
 void break_down(End& end, uint32_t status) {
-  end.state = abi::kError;
+  end.state = abi::IBV_QPS_ERR;
   for (Write& write : end.under_way) {
     write.copy();
     complete(end, write.id, status);
-    status = abi::kFlushed;
+    status = abi::IBV_WC_WR_FLUSH_ERR;
   }
 }
 
 bool peer_receives(const End& end) {
   auto peer = ends.find(end.destination);
   return peer != ends.end() &&
-         (peer->second->state == abi::kReadyToReceive || peer->second->state == abi::kReadyToSend);
+         (peer->second->state == abi::IBV_QPS_RTR || peer->second->state == abi::IBV_QPS_RTS);
 }
 
 // Whether an earlier write to the same place is still on its way over a broken connection, and may come last.
-bool may_be_overwritten(const abi::SendRequest& request) {
-  auto region = regions.find(request.remote_key);
+bool may_be_overwritten(const abi::ibv_send_wr& request) {
+  auto region = regions.find(request.wr.rdma.rkey);
   if (region == regions.end()) return false;  // it does not arrive
   // The inbox, where announcements come in any order; they have versions.
-  if (request.remote_address == region->second.start) return false;
+  if (request.wr.rdma.remote_addr == region->second.start) return false;
   return std::any_of(ends.begin(), ends.end(), [&](const auto& numbered) {
     const End& end = *numbered.second;
-    return end.state == abi::kError && peer_receives(end) &&
+    return end.state == abi::IBV_QPS_ERR && peer_receives(end) &&
            std::any_of(end.under_way.begin(), end.under_way.end(),
-                       [&](const Write& write) { return write.target == request.remote_address; });
+                       [&](const Write& write) { return write.target == request.wr.rdma.remote_addr; });
   });
 }
 
@@ -216,9 +215,9 @@ bool arrive(const End& end, const Write& write) {
 // The first write under way does not arrive: the sender waits for an acknowledgement until it has repeated
 // often enough.
 void lose(End& end) {
-  if (end.state != abi::kError) {
+  if (end.state != abi::IBV_QPS_ERR) {
     if (std::chrono::steady_clock::now() - *end.lost < faults().retry) return;
-    break_down(end, kRetriesExceeded);
+    break_down(end, abi::IBV_WC_RETRY_EXC_ERR);
   }
   end.under_way.clear();
 }
@@ -231,7 +230,7 @@ void carry() {
       for (auto& [number, end] : ends) {
         // What a broken connection has left on the way comes late: when its slot is long used again, if it
         // may.
-        uint32_t patience = end->state == abi::kError ? 400 : 3;
+        uint32_t patience = end->state == abi::IBV_QPS_ERR ? 400 : 3;
         if (end->under_way.empty() || chance() % patience != 0) continue;
         if (is_lost(*end, end->under_way.front())) {
           lose(*end);
@@ -241,14 +240,14 @@ void carry() {
         end->under_way.pop_front();
         bool arrived = arrive(*end, write);
         end->carried += arrived;
-        if (end->state == abi::kError) {
+        if (end->state == abi::IBV_QPS_ERR) {
           late += arrived;
         } else if (!arrived) {
-          complete(*end, write.id, kRetriesExceeded);
-          break_down(*end, abi::kFlushed);
+          complete(*end, write.id, abi::IBV_WC_RETRY_EXC_ERR);
+          break_down(*end, abi::IBV_WC_WR_FLUSH_ERR);
           end->under_way.clear();
         } else if (write.signaled) {
-          complete(*end, write.id, abi::kSuccess);
+          complete(*end, write.id, abi::IBV_WC_SUCCESS);
         }
       }
     }
@@ -256,7 +255,7 @@ void carry() {
   }
 }
 
-int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions) {
+int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
   Lock lock;
   int count = 0;
   for (; count < entries && !queue->completions.empty(); ++count) {
@@ -266,9 +265,9 @@ int poll(abi::CompletionQueue* queue, int entries, abi::Completion* completions)
   return count;
 }
 
-int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** failed) {
+int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr** failed) {
   Lock lock;
-  End& end = *ends.at(pair->number);
+  End& end = *ends.at(pair->qp_num);
   for (; request != nullptr; request = request->next) {
     // What was posted before stays under way: the connection itself is whole.
     if (faults().refusal_interval != 0 && chance() % faults().refusal_interval == 0) {
@@ -276,27 +275,27 @@ int post(abi::QueuePair* pair, abi::SendRequest* request, abi::SendRequest** fai
       *failed = request;
       return ENOMEM;
     }
-    Write write{request->id,
-                request->remote_address,
-                request->remote_key,
-                (request->flags & abi::kSignaled) != 0,
-                reinterpret_cast<const unsigned char*>(request->pieces->address),
-                request->pieces->length,
+    Write write{request->wr_id,
+                request->wr.rdma.remote_addr,
+                request->wr.rdma.rkey,
+                (request->send_flags & abi::IBV_SEND_SIGNALED) != 0,
+                reinterpret_cast<const unsigned char*>(request->sg_list->addr),
+                request->sg_list->length,
                 &postings[posted % kPostings],
                 {}};
     if (__tsan_release != nullptr) __tsan_release(write.posting);
-    if ((request->flags & abi::kInline) != 0) write.copy();
-    if (end.state == abi::kError) {
-      complete(end, write.id, abi::kFlushed);
+    if ((request->send_flags & abi::IBV_SEND_INLINE) != 0) write.copy();
+    if (end.state == abi::IBV_QPS_ERR) {
+      complete(end, write.id, abi::IBV_WC_WR_FLUSH_ERR);
       continue;
     }
     early += may_be_overwritten(*request);
     end.under_way.push_back(write);
   }
-  if (++posted >= next_break && faults().break_interval != 0 && end.state == abi::kReadyToSend) {
+  if (++posted >= next_break && faults().break_interval != 0 && end.state == abi::IBV_QPS_RTS) {
     if (next_break != 0) {
       ++breaks;
-      break_down(end, kRetriesExceeded);
+      break_down(end, abi::IBV_WC_RETRY_EXC_ERR);
     }
     next_break = posted + 1 + chance() % (2 * faults().break_interval);
   }
@@ -340,68 +339,68 @@ void unreliable_refuse(const char* device, int from) {
 
 // For the test: whether the port of a device is active from now on.
 void unreliable_port(const char* device, bool active) {
-  for (abi::Device& each : devices) {
+  for (abi::ibv_device& each : devices) {
     if (std::strcmp(each.name, device) == 0) each.active = active;
   }
 }
 
-abi::MemoryRegion* ibv_reg_mr(abi::ProtectionDomain*, void* memory, size_t bytes, int access) {
-  auto* region = new abi::MemoryRegion{};
-  region->address = memory;
+abi::ibv_mr* ibv_reg_mr(abi::ibv_pd*, void* memory, size_t bytes, int access) {
+  auto* region = new abi::ibv_mr{};
+  region->addr = memory;
   region->length = bytes;
   Lock lock;
-  region->local_key = region->remote_key = next_number++;
-  if ((access & abi::kRemoteWrite) != 0)
-    regions[region->remote_key] = {reinterpret_cast<uintptr_t>(memory), bytes};
+  region->lkey = region->rkey = next_number++;
+  if ((access & abi::IBV_ACCESS_REMOTE_WRITE) != 0)
+    regions[region->rkey] = {reinterpret_cast<uintptr_t>(memory), bytes};
   return region;
 }
-int ibv_dereg_mr(abi::MemoryRegion* region) {
+int ibv_dereg_mr(abi::ibv_mr* region) {
   {
     Lock lock;
-    regions.erase(region->remote_key);
+    regions.erase(region->rkey);
   }
   delete region;
   return 0;
 }
-abi::CompletionQueue* ibv_create_cq(abi::Context*, int, void*, void*, int) {
-  return new abi::CompletionQueue;
+abi::ibv_cq* ibv_create_cq(abi::ibv_context*, int, void*, void*, int) {
+  return new abi::ibv_cq;
 }
-int ibv_destroy_cq(abi::CompletionQueue* queue) {
+int ibv_destroy_cq(abi::ibv_cq* queue) {
   delete queue;
   return 0;
 }
-abi::QueuePair* ibv_create_qp(abi::ProtectionDomain* domain, abi::QueuePairSetup* setup) {
+abi::ibv_qp* ibv_create_qp(abi::ibv_pd* domain, abi::ibv_qp_init_attr* setup) {
   static std::atomic_flag started = ATOMIC_FLAG_INIT;
   if (!started.test_and_set()) std::thread(carry).detach();
   auto* end = new End;
   end->domain = *domain;
-  end->pair.send_completions = setup->send_completions;
+  end->pair.send_cq = setup->send_cq;
   Lock lock;
-  end->pair.number = next_number++;
-  ends[end->pair.number] = end;
+  end->pair.qp_num = next_number++;
+  ends[end->pair.qp_num] = end;
   return &end->pair;
 }
-int ibv_modify_qp(abi::QueuePair* pair, abi::QueuePairAttributes* attributes, int mask) {
+int ibv_modify_qp(abi::ibv_qp* pair, abi::ibv_qp_attr* attributes, int mask) {
   Lock lock;
-  End& end = *ends.at(pair->number);
-  if (attributes->state == abi::kError) {
-    if (end.state != abi::kError) break_down(end, abi::kFlushed);
+  End& end = *ends.at(pair->qp_num);
+  if (attributes->qp_state == abi::IBV_QPS_ERR) {
+    if (end.state != abi::IBV_QPS_ERR) break_down(end, abi::IBV_WC_WR_FLUSH_ERR);
     return 0;
   }
-  if (attributes->state == abi::kReadyToReceive && refuses_to_connect(end)) return ETIMEDOUT;
-  end.state = static_cast<abi::QueuePairState>(attributes->state);
-  if (end.state == abi::kReadyToSend) ++connections[end.domain.device->name];
-  if ((mask & abi::kDestinationQueuePair) != 0) end.destination = attributes->destination_queue_pair;
+  if (attributes->qp_state == abi::IBV_QPS_RTR && refuses_to_connect(end)) return ETIMEDOUT;
+  end.state = static_cast<abi::ibv_qp_state>(attributes->qp_state);
+  if (end.state == abi::IBV_QPS_RTS) ++connections[end.domain.device->name];
+  if ((mask & abi::IBV_QP_DEST_QPN) != 0) end.destination = attributes->dest_qp_num;
   return 0;
 }
-int ibv_destroy_qp(abi::QueuePair* pair) {
+int ibv_destroy_qp(abi::ibv_qp* pair) {
   End* end = nullptr;
   for (bool empty = false; !empty;
        sched_yield()) {  // as a device does: not before its packets are out of hand
     Lock lock;
-    end = ends.at(pair->number);
+    end = ends.at(pair->qp_num);
     empty = end->under_way.empty();
-    if (empty) ends.erase(pair->number);
+    if (empty) ends.erase(pair->qp_num);
   }
   delete end;
   return 0;

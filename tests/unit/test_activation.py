@@ -14,8 +14,8 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
     """Under torchrun both ranks are started alike, and MASTER_ADDR names the leader."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.5"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SPARK_PORT", "1111")
-    monkeypatch.setenv("SPARK_MAX_FRAME_MIB", "7")
+    monkeypatch.setenv("VLLMSPARK_PORT", "1111")
+    monkeypatch.setenv("VLLMSPARK_MAX_FRAME_MIB", "7")
     followed: list[tuple[SparkConfig, bool]] = []
 
     def supervise(config: SparkConfig, *, once: bool) -> int:

@@ -311,7 +311,14 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's settings of vLLM hold for all; those of a pair or of a launcher would falsify what is compared."""
-    pairs = {"SPARK_ENABLE": "1", "SPARK_LOOPBACK_MODE": "proxied", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    pairs = {
+        "VLLMSPARK_ENABLE": "1",
+        "VLLMSPARK_LOOPBACK_MODE": "proxied",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "SPARK_PORT": "4711",  # an old name
+    }
     for name, value in {**pairs, "VLLM_MLA_DISABLE": "1", "VLLM_TUNED_CONFIG_FOLDER": "/t", "HOME": "/h"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["4", "7"])

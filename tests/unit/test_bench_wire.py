@@ -26,7 +26,7 @@ PATIENCE = 60.0
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> SparkConfig:
-    monkeypatch.setenv("SPARK_SECRET", "a secret for these tests")
+    monkeypatch.setenv("VLLMSPARK_SECRET", "a secret for these tests")
     (port,) = free_ports(1)
     return SparkConfig(address=LOOPBACK, leader=LOOPBACK, port=port)
 

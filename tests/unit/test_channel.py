@@ -171,9 +171,9 @@ def test_where_a_secret_comes_from(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=file)
     assert load_secret(config, "10.0.0.1", {}) == b"from the file, long enough"
     for value in ("from the environment", "from the environment\r\n"):
-        assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": value}) == b"from the environment"
+        assert load_secret(SparkConfig(), "10.0.0.1", {"VLLMSPARK_SECRET": value}) == b"from the environment"
     bytes_that_are_no_text = os.fsdecode(b"\xff" * 20)
-    assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
+    assert load_secret(SparkConfig(), "10.0.0.1", {"VLLMSPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_a_secret_of_a_container_will_do(tmp_path: Path, owner: int, mode: int) 
 
 def test_two_secrets_are_one_too_many(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=tmp_path / "secret")
-    with pytest.raises(ConfigurationError, match=r"SPARK_SECRET is set, and the secret file .*; leave one out"):
-        load_secret(config, "10.0.0.1", {"SPARK_SECRET": "one of sixteen bytes"})
+    with pytest.raises(ConfigurationError, match=r"VLLMSPARK_SECRET is set, and the secret file .*; leave one out"):
+        load_secret(config, "10.0.0.1", {"VLLMSPARK_SECRET": "one of sixteen bytes"})
 
 
 def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

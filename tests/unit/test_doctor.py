@@ -36,14 +36,14 @@ from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
 
 UP = ("rocep1s0f0", "roceP2p1s0f0")
-ENVIRONMENT = "_SPARK_TEST_TREE"
+ENVIRONMENT = "_VLLMSPARK_TEST_TREE"
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user with a secret, and no settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("SPARK_SECRET", "SPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
+    for name in ("VLLMSPARK_SECRET", "VLLMSPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
         monkeypatch.delenv(name, raising=False)
     make_secret(tmp_path / "config" / "vllm-spark" / "secret")
 
@@ -412,7 +412,7 @@ def test_nothing_follows_from_missing_addresses(tree: Tree) -> None:
 @pytest.mark.parametrize(("slot_kib", "packet_kib"), [(4, 0), (64, 1), (1024, 1024), (1023, 7)])
 def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib: int, depth: int) -> None:
     """For each of two rails, whatever the settings: that much, and not a page less."""
-    native = _native.Runtime(
+    options = _native.Options(
         rank=0,
         slot_bytes=slot_kib << 10,
         packet_bytes=packet_kib << 10,
@@ -426,6 +426,7 @@ def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib
         largest_message=1 << 20,
         clear_interval=128,
     )
+    native = _native.Runtime(options)
     _, descriptor, *_ = native.address()
     taken = os.fstat(descriptor).st_size
     native.close()
@@ -569,8 +570,8 @@ def test_secret(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = findings(tree)["software.secret"]
     assert (found.status, found.value) == ("problem", "none")
     assert found.remedy.startswith("vllm-spark doctor --make-secret")
-    monkeypatch.setenv("SPARK_SECRET", "long enough for everybody")
-    assert findings(tree)["software.secret"].value == "in SPARK_SECRET"
+    monkeypatch.setenv("VLLMSPARK_SECRET", "long enough for everybody")
+    assert findings(tree)["software.secret"].value == "in VLLMSPARK_SECRET"
 
 
 def test_a_secret_that_cannot_be_read(tree: Tree, tmp_path: Path) -> None:

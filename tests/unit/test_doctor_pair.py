@@ -38,7 +38,7 @@ LIMIT = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARK_SECRET", SECRET)
+    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_the_next_process_starts_with_the_leaders_environment(environment: pytes
     (tmp_path / "session.py").write_text(SESSION)
     environment.setattr(join, "python_module", lambda name: [sys.executable, str(tmp_path / "session.py")])
     environment.setenv("VLLM_MLA_DISABLE", "1")
-    environment.setenv("SPARK_SECRET", "one of sixteen bytes")
+    environment.setenv("VLLMSPARK_SECRET", "one of sixteen bytes")
     assert join.supervise(SparkConfig(), once=True) == 7
     assert (tmp_path / "seen").read_text().splitlines() == ["None 1", "0 None"]
 

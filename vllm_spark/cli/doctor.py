@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path
-from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
-from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError, upper_first
+from vllm_spark.config.settings import SparkConfig, add_flags, environment_warnings, given_flags, split_endpoint
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and print how to fix problems"
 
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.records import to_json
 
     log_as("vllm-spark doctor")
-    for sentence in misspelt_variables():
-        Console(stderr=True, highlight=False).print(upper_first(sentence), markup=False)
+    for sentence in environment_warnings():
+        Console(stderr=True, highlight=False).print(sentence, markup=False)
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None

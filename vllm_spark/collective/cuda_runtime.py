@@ -43,9 +43,8 @@ class DeviceRuntime(Runtime):
                 "install the CUDA toolkit, then reinstall vllm_spark"
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
-        return _native.DeviceRuntime(
-            rank=rank, kernels=kernels, **asdict(options.launch), **native_options(options, stripes)
-        )
+        shape = _native.LaunchShape(**asdict(options.launch))
+        return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels)
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:

@@ -171,7 +171,7 @@ class Runtime:
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
-        return _native.Runtime(rank=rank, **native_options(options, stripes))
+        return _native.Runtime(native_options(rank, options, stripes))
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
@@ -336,20 +336,22 @@ def _ports(options: RuntimeOptions) -> Ports:
         return Ports(problem=str(error))
 
 
-def native_options(options: RuntimeOptions, stripes: int) -> dict[str, Any]:
-    """The common arguments of both native runtimes; `stripes` is the number of rails, or 1."""
-    return {
-        "slot_bytes": options.slot_bytes,
-        "packet_bytes": options.packet_bytes,
-        "depth": options.depth,
-        "proxied": options.proxied,
-        "stripes": stripes,
-        "wire_latency_s": options.wire_latency_us * 1e-6,
-        "wire_bytes_per_s": options.wire_gbytes_per_s * 1e9,
-        "timeout_s": options.timeout_s,
-        "first_sequence": options.first_sequence,
-        "largest_message": options.largest_message,
-    }
+def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.Options:
+    """The options of both native runtimes; `stripes` is the number of rails, or 1."""
+    assert options.packet_bytes is not None
+    return _native.Options(
+        rank=rank,
+        slot_bytes=options.slot_bytes,
+        packet_bytes=options.packet_bytes,
+        depth=options.depth,
+        proxied=options.proxied,
+        stripes=stripes,
+        wire_latency_s=options.wire_latency_us * 1e-6,
+        wire_bytes_per_s=options.wire_gbytes_per_s * 1e9,
+        timeout_s=options.timeout_s,
+        first_sequence=options.first_sequence,
+        largest_message=options.largest_message,
+    )
 
 
 _dtype_table: dict[Any, _native.DType] = {}

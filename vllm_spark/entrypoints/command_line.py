@@ -70,7 +70,7 @@ def section_of(engine_args: Any) -> Any:
     """The settings in vLLM's engine arguments; None if they do not request a pair.
 
     Raises:
-        ConfigurationError: SPARK_ENABLE is neither yes nor no.
+        ConfigurationError: VLLMSPARK_ENABLE is neither yes nor no.
     """
     section = (engine_args.additional_config or {}).get(SECTION)
     if section is None and enabled_by_environment():

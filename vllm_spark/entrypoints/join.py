@@ -19,19 +19,20 @@ from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.environment import Environment, merge_environment
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
 from vllm_spark.records import from_json, to_json
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
-CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
+CONFIG_VARIABLE = internal_name("follower_config")
 """Holds the settings for a session's process, as JSON."""
 
-ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+ONCE_VARIABLE = internal_name("follower_once")
 """Set to a non-empty value for a session's process that ends at the first refusal."""
 
-ADOPTED_VARIABLE = "_SPARK_ADOPTED_ENVIRONMENT"
+ADOPTED_VARIABLE = internal_name("adopted_environment")
 """Holds the leader's environment with which a session's process was started, as JSON; absent without one."""
 
-RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
+RESULT_VARIABLE = internal_name("follower_result")
 """Holds the descriptor of a file for the result of a session's process."""
 
 EXIT_RESTART = 75

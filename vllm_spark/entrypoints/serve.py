@@ -28,9 +28,9 @@ from vllm_spark.backend.support import (
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import attach_settings
-from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, misspelt_variables
+from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, log_environment_warnings
 from vllm_spark.entrypoints.command_line import settings_of_command_line
-from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
+from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
@@ -80,8 +80,9 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
         )
     config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
     use_vllm_logging()
-    for sentence in misspelt_variables():
-        logger.warning("%s", upper_first(sentence))
+    starts_engine = not _is_additional_api_server(engine_args)
+    if starts_engine:
+        log_environment_warnings()
     check_supported(engine_args)
     _make_paths_absolute(engine_args)
 
@@ -104,7 +105,6 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     check_configuration(vllm_config)
     check_divisible(vllm_config)
     apply_regrouping(vllm_config, WORLD_SIZE)
-    starts_engine = not _is_additional_api_server(engine_args)
     if starts_engine:
         check_link(config)  # before its engine listens on the port
     attach_settings(vllm_config, config)
@@ -265,6 +265,7 @@ def _run_as_rank_1(config: SparkConfig) -> NoReturn:
     from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark rank 1")
+    log_environment_warnings()
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if rank != str(FOLLOWER_RANK) or world_size != str(WORLD_SIZE):
         raise ConfigurationError(

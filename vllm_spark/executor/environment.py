@@ -13,10 +13,11 @@ import os
 from collections.abc import Callable, Mapping
 
 from vllm_spark.records import from_json, to_json
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
-RECORD_VARIABLE = "_SPARK_ENVIRONMENT"
+RECORD_VARIABLE = internal_name("environment")
 """Holds the environment as the user gave it, for the engine process: vLLM adds variables of its own."""
 
 _PREFIX = "VLLM_"

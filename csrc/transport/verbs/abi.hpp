@@ -1,6 +1,7 @@
 // What libibverbs' binary interface looks like, as far as it is used here (version IBVERBS_1.1, unchanged
-// since 2006). Declared here so that a machine without RDMA's headers builds the same module; where the
-// headers are, tests/native/verbs_abi.cpp compares every size, offset and number with them.
+// since 2006), under the names of infiniband/verbs.h. Declared here so that a machine without RDMA's headers
+// builds the same module; where the headers are, tests/native/verbs_abi.cpp compares every member and number
+// with them.
 #pragma once
 
 #include <pthread.h>
@@ -10,246 +11,256 @@
 
 namespace spark::verbs::abi {
 
-struct Device;
-struct ProtectionDomain;
-struct CompletionQueue;
+struct ibv_device;
+struct ibv_pd;
+struct ibv_cq;
 
-struct Context;
-struct SendRequest;
-struct QueuePair;
-struct Completion;
+struct ibv_context;
+struct ibv_send_wr;
+struct ibv_qp;
+struct ibv_wc;
 
-// Calls that libibverbs makes through the context and not by a symbol, by their place in its table.
+// Calls that libibverbs makes through the context and not by a symbol, by their place in ibv_context_ops.
 constexpr int kOperations = 32;
-constexpr int kPollCompletions = 11;
+constexpr int kPollCq = 11;
 constexpr int kPostSend = 25;
 
-struct Context {
-  Device* device;
-  void* operations[kOperations];
-  int command_fd;
-  int event_fd;
-  int completion_vectors;
+struct ibv_context {
+  ibv_device* device;
+  void* ops[kOperations];
+  int cmd_fd;
+  int async_fd;
+  int num_comp_vectors;
   pthread_mutex_t mutex;
-  void* compatibility;
+  void* abi_compat;
 };
 
-using PollCompletions = int (*)(CompletionQueue*, int entries, Completion*);
-using PostSend = int (*)(QueuePair*, SendRequest*, SendRequest** failed);
+using PollCq = int (*)(ibv_cq*, int entries, ibv_wc*);
+using PostSend = int (*)(ibv_qp*, ibv_send_wr*, ibv_send_wr** failed);
 
-struct MemoryRegion {
-  Context* context;
-  ProtectionDomain* domain;
-  void* address;
+struct ibv_mr {
+  ibv_context* context;
+  ibv_pd* pd;
+  void* addr;
   size_t length;
   uint32_t handle;
-  uint32_t local_key;
-  uint32_t remote_key;
+  uint32_t lkey;
+  uint32_t rkey;
 };
 
-struct QueuePair {
-  Context* context;
-  void* user;
-  ProtectionDomain* domain;
-  CompletionQueue* send_completions;
-  CompletionQueue* receive_completions;
-  void* shared_receive_queue;
+struct ibv_qp {
+  ibv_context* context;
+  void* qp_context;
+  ibv_pd* pd;
+  ibv_cq* send_cq;
+  ibv_cq* recv_cq;
+  void* srq;
   uint32_t handle;
-  uint32_t number;
+  uint32_t qp_num;
   uint32_t state;
-  uint32_t type;
+  uint32_t qp_type;
   pthread_mutex_t mutex;
-  pthread_cond_t condition;
+  pthread_cond_t cond;
   uint32_t events_completed;
 };
 
-struct Piece {  // of local memory: a scatter/gather element
-  uint64_t address;
+struct ibv_sge {
+  uint64_t addr;
   uint32_t length;
-  uint32_t local_key;
+  uint32_t lkey;
 };
 
-enum SendOpcode : uint32_t { kRdmaWrite = 0 };
-enum SendFlag : uint32_t { kSignaled = 1 << 1, kInline = 1 << 3 };
+enum ibv_wr_opcode : uint32_t { IBV_WR_RDMA_WRITE = 0 };
+enum ibv_send_flags : uint32_t { IBV_SEND_SIGNALED = 1 << 1, IBV_SEND_INLINE = 1 << 3 };
 
-struct SendRequest {
-  uint64_t id;
-  SendRequest* next;
-  Piece* pieces;
-  int piece_count;
+struct ibv_send_wr {
+  uint64_t wr_id;
+  ibv_send_wr* next;
+  ibv_sge* sg_list;
+  int num_sge;
   uint32_t opcode;
-  uint32_t flags;
-  uint32_t immediate;
-  uint64_t remote_address;
-  uint32_t remote_key;
-  uint32_t pad;
-  uint64_t other_operations[9];  // atomics, datagrams, windows, segmentation: not used here
+  uint32_t send_flags;
+  uint32_t imm_data;
+  struct {
+    struct {
+      uint64_t remote_addr;
+      uint32_t rkey;
+    } rdma;
+    uint64_t larger[2];  // verbs has a union here, of which atomics are the largest
+  } wr;
+  uint64_t unused[7];  // extended connections, windows, segmentation
 };
 
-enum Status : uint32_t { kSuccess = 0, kFlushed = 5 };
+enum ibv_wc_status : uint32_t { IBV_WC_SUCCESS = 0, IBV_WC_WR_FLUSH_ERR = 5, IBV_WC_RETRY_EXC_ERR = 12 };
 
-struct Completion {
-  uint64_t id;
+struct ibv_wc {
+  uint64_t wr_id;
   uint32_t status;
   uint32_t opcode;
-  uint32_t vendor_error;
-  uint32_t byte_length;
-  uint32_t immediate;
-  uint32_t queue_pair;
-  uint32_t source_queue_pair;
-  uint32_t flags;
-  uint16_t partition_index;
-  uint16_t source_lid;
-  uint8_t service_level;
-  uint8_t destination_path_bits;
+  uint32_t vendor_err;
+  uint32_t byte_len;
+  uint32_t imm_data;
+  uint32_t qp_num;
+  uint32_t src_qp;
+  uint32_t wc_flags;
+  uint16_t pkey_index;
+  uint16_t slid;
+  uint8_t sl;
+  uint8_t dlid_path_bits;
 };
 
-struct Capacities {
-  uint32_t send_requests;
-  uint32_t receive_requests;
-  uint32_t send_pieces;
-  uint32_t receive_pieces;
-  uint32_t inline_bytes;
+struct ibv_qp_cap {
+  uint32_t max_send_wr;
+  uint32_t max_recv_wr;
+  uint32_t max_send_sge;
+  uint32_t max_recv_sge;
+  uint32_t max_inline_data;
 };
 
-enum QueuePairType : uint32_t { kReliableConnection = 2 };
+enum ibv_qp_type : uint32_t { IBV_QPT_RC = 2 };
 
-struct QueuePairSetup {
-  void* user;
-  CompletionQueue* send_completions;
-  CompletionQueue* receive_completions;
-  void* shared_receive_queue;
-  Capacities capacities;
-  uint32_t type;
-  int signal_all;
+struct ibv_qp_init_attr {
+  void* qp_context;
+  ibv_cq* send_cq;
+  ibv_cq* recv_cq;
+  void* srq;
+  ibv_qp_cap cap;
+  uint32_t qp_type;
+  int sq_sig_all;
 };
 
-struct Gid {
+struct ibv_gid {
   uint8_t raw[16];
 };
 
-struct GlobalRoute {
-  alignas(8) Gid destination;
+struct ibv_global_route {
+  alignas(8) ibv_gid dgid;
   uint32_t flow_label;
-  uint8_t source_index;
+  uint8_t sgid_index;
   uint8_t hop_limit;
   uint8_t traffic_class;
 };
 
-struct AddressHandle {
-  GlobalRoute route;
-  uint16_t destination_lid;
-  uint8_t service_level;
-  uint8_t source_path_bits;
+struct ibv_ah_attr {
+  ibv_global_route grh;
+  uint16_t dlid;
+  uint8_t sl;
+  uint8_t src_path_bits;
   uint8_t static_rate;
   uint8_t is_global;
-  uint8_t port;
+  uint8_t port_num;
 };
 
-enum QueuePairState : uint32_t { kReset = 0, kInit = 1, kReadyToReceive = 2, kReadyToSend = 3, kError = 6 };
-
-enum AttributeMask : int {
-  kState = 1 << 0,
-  kAccessFlags = 1 << 3,
-  kPartitionIndex = 1 << 4,
-  kPort = 1 << 5,
-  kAddress = 1 << 7,
-  kPathMtu = 1 << 8,
-  kTimeout = 1 << 9,
-  kRetryCount = 1 << 10,
-  kReceiverRetry = 1 << 11,
-  kReceivePacketNumber = 1 << 12,
-  kMaxReads = 1 << 13,
-  kReceiverTimer = 1 << 15,
-  kSendPacketNumber = 1 << 16,
-  kMaxDestinationReads = 1 << 17,
-  kDestinationQueuePair = 1 << 20,
+enum ibv_qp_state : uint32_t {
+  IBV_QPS_RESET = 0,
+  IBV_QPS_INIT = 1,
+  IBV_QPS_RTR = 2,
+  IBV_QPS_RTS = 3,
+  IBV_QPS_ERR = 6,
 };
 
-struct QueuePairAttributes {
-  uint32_t state;
-  uint32_t current_state;
+enum ibv_qp_attr_mask : int {
+  IBV_QP_STATE = 1 << 0,
+  IBV_QP_ACCESS_FLAGS = 1 << 3,
+  IBV_QP_PKEY_INDEX = 1 << 4,
+  IBV_QP_PORT = 1 << 5,
+  IBV_QP_AV = 1 << 7,
+  IBV_QP_PATH_MTU = 1 << 8,
+  IBV_QP_TIMEOUT = 1 << 9,
+  IBV_QP_RETRY_CNT = 1 << 10,
+  IBV_QP_RNR_RETRY = 1 << 11,
+  IBV_QP_RQ_PSN = 1 << 12,
+  IBV_QP_MAX_QP_RD_ATOMIC = 1 << 13,
+  IBV_QP_MIN_RNR_TIMER = 1 << 15,
+  IBV_QP_SQ_PSN = 1 << 16,
+  IBV_QP_MAX_DEST_RD_ATOMIC = 1 << 17,
+  IBV_QP_DEST_QPN = 1 << 20,
+};
+
+struct ibv_qp_attr {
+  uint32_t qp_state;
+  uint32_t cur_qp_state;
   uint32_t path_mtu;  // 1: 256 bytes, doubling up to 5: 4096
-  uint32_t migration_state;
-  uint32_t datagram_key;
-  uint32_t receive_packet_number;
-  uint32_t send_packet_number;
-  uint32_t destination_queue_pair;
-  uint32_t access_flags;
-  Capacities capacities;
-  AddressHandle address;
-  AddressHandle alternative_address;
-  uint16_t partition_index;
-  uint16_t alternative_partition_index;
-  uint8_t drained_notification;
-  uint8_t draining;
-  uint8_t max_reads;
-  uint8_t max_destination_reads;
-  uint8_t receiver_timer;
-  uint8_t port;
+  uint32_t path_mig_state;
+  uint32_t qkey;
+  uint32_t rq_psn;
+  uint32_t sq_psn;
+  uint32_t dest_qp_num;
+  uint32_t qp_access_flags;
+  ibv_qp_cap cap;
+  ibv_ah_attr ah_attr;
+  ibv_ah_attr alt_ah_attr;
+  uint16_t pkey_index;
+  uint16_t alt_pkey_index;
+  uint8_t en_sqd_async_notify;
+  uint8_t sq_draining;
+  uint8_t max_rd_atomic;
+  uint8_t max_dest_rd_atomic;
+  uint8_t min_rnr_timer;
+  uint8_t port_num;
   uint8_t timeout;
-  uint8_t retry_count;
-  uint8_t receiver_retry;
-  uint8_t alternative_port;
-  uint8_t alternative_timeout;
+  uint8_t retry_cnt;
+  uint8_t rnr_retry;
+  uint8_t alt_port_num;
+  uint8_t alt_timeout;
   uint32_t rate_limit;
 };
 
-enum Access : uint32_t { kLocalWrite = 1, kRemoteWrite = 1 << 1 };
+enum ibv_access_flags : uint32_t { IBV_ACCESS_LOCAL_WRITE = 1, IBV_ACCESS_REMOTE_WRITE = 1 << 1 };
 
-enum PortState : uint32_t { kPortActive = 4 };
-enum LinkLayer : uint8_t { kEthernet = 2 };
+enum ibv_port_state : uint32_t { IBV_PORT_DOWN = 1, IBV_PORT_ACTIVE = 4 };
+enum : uint8_t { IBV_LINK_LAYER_ETHERNET = 2 };
 
-struct PortAttributes {
+struct ibv_port_attr {
   uint32_t state;
   uint32_t max_mtu;
   uint32_t active_mtu;
-  int gid_count;
-  uint32_t capabilities;
-  uint32_t max_message;
-  uint32_t bad_keys;
-  uint32_t violations;
-  uint16_t partition_count;
+  int gid_tbl_len;
+  uint32_t port_cap_flags;
+  uint32_t max_msg_sz;
+  uint32_t bad_pkey_cntr;
+  uint32_t qkey_viol_cntr;
+  uint16_t pkey_tbl_len;
   uint16_t lid;
-  uint16_t manager_lid;
-  uint8_t lid_mask;
-  uint8_t max_lanes;
-  uint8_t manager_service_level;
+  uint16_t sm_lid;
+  uint8_t lmc;
+  uint8_t max_vl_num;
+  uint8_t sm_sl;
   uint8_t subnet_timeout;
-  uint8_t init_type;
+  uint8_t init_type_reply;
   uint8_t active_width;
   uint8_t active_speed;
-  uint8_t physical_state;
+  uint8_t phys_state;
   uint8_t link_layer;
   uint8_t flags;
-  uint16_t capabilities2;
+  uint16_t port_cap_flags2;
 };
 
-enum GidType : uint32_t { kRoceV2 = 2 };
+enum ibv_gid_type : uint32_t { IBV_GID_TYPE_ROCE_V2 = 2 };
 
-struct GidEntry {
-  alignas(8) Gid gid;
-  uint32_t index;
-  uint32_t port;
-  uint32_t type;
-  uint32_t interface_index;
+struct ibv_gid_entry {
+  alignas(8) ibv_gid gid;
+  uint32_t gid_index;
+  uint32_t port_num;
+  uint32_t gid_type;
+  uint32_t ndev_ifindex;
 };
 
-enum EventType : uint32_t {
-  kQueuePairFatal = 1,
-  kQueuePairRequestError = 2,
-  kQueuePairAccessError = 3,
-  kDeviceFatal = 8,
-  kPortActiveEvent = 9,
-  kPortError = 10,
+enum ibv_event_type : uint32_t {
+  IBV_EVENT_QP_FATAL = 1,
+  IBV_EVENT_QP_REQ_ERR = 2,
+  IBV_EVENT_QP_ACCESS_ERR = 3,
+  IBV_EVENT_DEVICE_FATAL = 8,
+  IBV_EVENT_PORT_ACTIVE = 9,
+  IBV_EVENT_PORT_ERR = 10,
 };
 
-struct Event {
+struct ibv_async_event {
   union {
-    void* object;
-    int port;
-  };
-  uint32_t type;
+    ibv_qp* qp;
+    int port_num;
+  } element;
+  uint32_t event_type;
 };
 
 }  // namespace spark::verbs::abi

@@ -11,8 +11,8 @@ namespace spark::verbs {
 namespace {
 
 // libibverbs fills the form of its first version, which is a part of this one.
-abi::PortAttributes query_port(abi::Context* context, uint8_t port, bool& exists) {
-  abi::PortAttributes attributes{};
+abi::ibv_port_attr query_port(abi::ibv_context* context, uint8_t port, bool& exists) {
+  abi::ibv_port_attr attributes{};
   exists = Library::get().query_port(context, port, &attributes) == 0;
   return attributes;
 }
@@ -26,25 +26,25 @@ class DeviceList {
   DeviceList(const DeviceList&) = delete;
   DeviceList& operator=(const DeviceList&) = delete;
 
-  abi::Device** begin() const { return devices_; }
-  abi::Device** end() const { return devices_ == nullptr ? nullptr : devices_ + count_; }
+  abi::ibv_device** begin() const { return devices_; }
+  abi::ibv_device** end() const { return devices_ == nullptr ? nullptr : devices_ + count_; }
 
  private:
   int count_ = 0;
-  abi::Device** devices_;
+  abi::ibv_device** devices_;
 };
 
 constexpr uint8_t kMostPorts = 4;
 
-std::vector<GidInfo> list_gids(abi::Context* context, uint8_t port, int count) {
+std::vector<GidInfo> list_gids(abi::ibv_context* context, uint8_t port, int count) {
   std::vector<GidInfo> gids;
   for (int index = 0; index < count; ++index) {
-    abi::GidEntry entry{};
+    abi::ibv_gid_entry entry{};
     if (Library::get().query_gid(context, port, static_cast<uint32_t>(index), &entry, 0, sizeof entry) != 0) {
       continue;  // an empty place of the table
     }
-    if (entry.type != abi::kRoceV2) continue;
-    gids.push_back({entry.index, entry.gid, entry.interface_index});
+    if (entry.gid_type != abi::IBV_GID_TYPE_ROCE_V2) continue;
+    gids.push_back({entry.gid_index, entry.gid, entry.ndev_ifindex});
   }
   return gids;
 }
@@ -54,16 +54,16 @@ std::vector<GidInfo> list_gids(abi::Context* context, uint8_t port, int count) {
 std::vector<PortInfo> list_ports() {
   const Library& library = Library::get();
   std::vector<PortInfo> ports;
-  for (abi::Device* device : DeviceList()) {
-    abi::Context* context = library.open_device(device);
+  for (abi::ibv_device* device : DeviceList()) {
+    abi::ibv_context* context = library.open_device(device);
     if (context == nullptr) continue;  // another user's, or going away
     for (uint8_t port = 1; port <= kMostPorts; ++port) {
       bool exists = false;
-      abi::PortAttributes attributes = query_port(context, port, exists);
+      abi::ibv_port_attr attributes = query_port(context, port, exists);
       if (!exists) break;
-      ports.push_back({library.get_device_name(device), port, attributes.state == abi::kPortActive,
-                       attributes.link_layer == abi::kEthernet, mtu_bytes(attributes.active_mtu),
-                       list_gids(context, port, attributes.gid_count)});
+      ports.push_back({library.get_device_name(device), port, attributes.state == abi::IBV_PORT_ACTIVE,
+                       attributes.link_layer == abi::IBV_LINK_LAYER_ETHERNET,
+                       mtu_bytes(attributes.active_mtu), list_gids(context, port, attributes.gid_tbl_len)});
     }
     library.close_device(context);
   }
@@ -73,7 +73,7 @@ std::vector<PortInfo> list_ports() {
 Device::Device(const std::string& name) : name_(name) {
   const Library& library = Library::get();
   std::string known;
-  for (abi::Device* device : DeviceList()) {
+  for (abi::ibv_device* device : DeviceList()) {
     const char* found = library.get_device_name(device);
     known += (known.empty() ? "" : ", ") + std::string(found);
     if (name == found) context_ = library.open_device(device);
@@ -86,8 +86,8 @@ Device::Device(const std::string& name) : name_(name) {
   }
   domain_ = library.alloc_pd(context_);
   // Events are asked for between two looks at the doorbell: nothing may wait for one.
-  int flags = fcntl(context_->event_fd, F_GETFL);
-  if (domain_ == nullptr || flags < 0 || fcntl(context_->event_fd, F_SETFL, flags | O_NONBLOCK) != 0) {
+  int flags = fcntl(context_->async_fd, F_GETFL);
+  if (domain_ == nullptr || flags < 0 || fcntl(context_->async_fd, F_SETFL, flags | O_NONBLOCK) != 0) {
     std::string why = std::strerror(errno);
     if (domain_ != nullptr) library.dealloc_pd(domain_);
     library.close_device(context_);
@@ -102,13 +102,13 @@ Device::~Device() {
 
 bool Device::port_active(uint8_t port) const {
   bool exists = false;
-  abi::PortAttributes attributes = query_port(context_, port, exists);
-  return exists && attributes.state == abi::kPortActive;
+  abi::ibv_port_attr attributes = query_port(context_, port, exists);
+  return exists && attributes.state == abi::IBV_PORT_ACTIVE;
 }
 
-uint32_t Device::gid_index(uint8_t port, const abi::Gid& gid) const {
+uint32_t Device::gid_index(uint8_t port, const abi::ibv_gid& gid) const {
   bool exists = false;
-  int count = query_port(context_, port, exists).gid_count;
+  int count = query_port(context_, port, exists).gid_tbl_len;
   for (const GidInfo& info : list_gids(context_, port, exists ? count : 0)) {
     if (std::memcmp(info.gid.raw, gid.raw, sizeof gid.raw) == 0) return info.index;
   }
@@ -118,23 +118,23 @@ uint32_t Device::gid_index(uint8_t port, const abi::Gid& gid) const {
 
 bool Device::next_event(DeviceEvent& event) const {
   const Library& library = Library::get();
-  abi::Event raw{};
+  abi::ibv_async_event raw{};
   if (library.get_async_event(context_, &raw) != 0) return false;
-  event = {false, 0, nullptr, library.event_text(raw.type)};
-  switch (raw.type) {
-    case abi::kPortError:
+  event = {false, 0, nullptr, library.event_text(raw.event_type)};
+  switch (raw.event_type) {
+    case abi::IBV_EVENT_PORT_ERR:
       event.fatal = true;
       [[fallthrough]];
-    case abi::kPortActiveEvent:
-      event.port = static_cast<uint32_t>(raw.port);
+    case abi::IBV_EVENT_PORT_ACTIVE:
+      event.port = static_cast<uint32_t>(raw.element.port_num);
       break;
-    case abi::kQueuePairFatal:
-    case abi::kQueuePairRequestError:
-    case abi::kQueuePairAccessError:
+    case abi::IBV_EVENT_QP_FATAL:
+    case abi::IBV_EVENT_QP_REQ_ERR:
+    case abi::IBV_EVENT_QP_ACCESS_ERR:
       event.fatal = true;
-      event.queue_pair = raw.object;
+      event.queue_pair = raw.element.qp;
       break;
-    case abi::kDeviceFatal:
+    case abi::IBV_EVENT_DEVICE_FATAL:
       event.fatal = true;
       break;
     default:

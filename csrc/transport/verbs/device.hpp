@@ -13,7 +13,7 @@ namespace spark::verbs {
 // One RoCE v2 address of a port.
 struct GidInfo {
   uint32_t index;
-  abi::Gid gid;
+  abi::ibv_gid gid;
   uint32_t interface_index;  // of the network interface it belongs to; 0 if there is none
 };
 
@@ -56,21 +56,21 @@ class Device {
   Device& operator=(const Device&) = delete;
 
   const std::string& name() const { return name_; }
-  abi::Context* context() const { return context_; }
-  abi::ProtectionDomain* domain() const { return domain_; }
+  abi::ibv_context* context() const { return context_; }
+  abi::ibv_pd* domain() const { return domain_; }
 
   // True while the port can carry traffic.
   bool port_active(uint8_t port) const;
   // Where the RoCE v2 address `gid` stands in the port's table now: an interface that was down has it
   // elsewhere. Throws CollectiveError if it is not there.
-  uint32_t gid_index(uint8_t port, const abi::Gid& gid) const;
+  uint32_t gid_index(uint8_t port, const abi::ibv_gid& gid) const;
   // The next event that has come, if any; never waits.
   bool next_event(DeviceEvent& event) const;
 
  private:
   std::string name_;
-  abi::Context* context_ = nullptr;
-  abi::ProtectionDomain* domain_ = nullptr;
+  abi::ibv_context* context_ = nullptr;
+  abi::ibv_pd* domain_ = nullptr;
 };
 
 }  // namespace spark::verbs

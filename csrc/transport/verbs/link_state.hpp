@@ -35,7 +35,7 @@ struct RailState {
   uint32_t remote_key;     // of the receiving part of the region, for this epoch
   uint32_t mtu;            // bytes
   uint64_t address;        // of the receiving part of the region
-  abi::Gid gid;
+  abi::ibv_gid gid;
 };
 
 struct LinkState {

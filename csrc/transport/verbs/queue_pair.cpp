@@ -28,7 +28,7 @@ constexpr uint8_t kHopLimit = 64;
 
 MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes, bool remote) {
   // The NIC may write only what the peer shall; of the rest it reads.
-  int access = remote ? abi::kLocalWrite | abi::kRemoteWrite : 0;
+  int access = remote ? abi::IBV_ACCESS_LOCAL_WRITE | abi::IBV_ACCESS_REMOTE_WRITE : 0;
   region_ = Library::get().reg_mr(device.domain(), memory, bytes, access);
   if (region_ != nullptr) return;
   int error = errno;
@@ -45,7 +45,7 @@ MemoryRegion::~MemoryRegion() {
 
 CompletionQueue::CompletionQueue(const Device& device, int entries)
     : queue_(Library::get().create_cq(device.context(), entries, nullptr, nullptr, 0)),
-      poll_(reinterpret_cast<abi::PollCompletions>(device.context()->operations[abi::kPollCompletions])) {
+      poll_(reinterpret_cast<abi::PollCq>(device.context()->ops[abi::kPollCq])) {
   if (queue_ == nullptr) fail(device.name(), "make a completion queue", errno);
 }
 
@@ -56,19 +56,20 @@ CompletionQueue::~CompletionQueue() {
 QueuePair::QueuePair(const Device& device, const CompletionQueue& completions, uint8_t port)
     : device_(device.name()),
       port_(port),
-      post_(reinterpret_cast<abi::PostSend>(device.context()->operations[abi::kPostSend])) {
-  abi::QueuePairSetup setup{};
-  setup.send_completions = setup.receive_completions = completions.get();
-  setup.capacities = {kSendRequests, 1, 1, 1, kInlineBytes};
-  setup.type = abi::kReliableConnection;
+      post_(reinterpret_cast<abi::PostSend>(device.context()->ops[abi::kPostSend])) {
+  abi::ibv_qp_init_attr setup{};
+  setup.send_cq = setup.recv_cq = completions.get();
+  setup.cap = {kSendRequests, 1, 1, 1, kInlineBytes};
+  setup.qp_type = abi::IBV_QPT_RC;
   pair_ = Library::get().create_qp(device.domain(), &setup);
   if (pair_ == nullptr) fail(device_, "make a queue pair", errno);
-  abi::QueuePairAttributes attributes{};
-  attributes.state = abi::kInit;
-  attributes.port = port;
-  attributes.access_flags = abi::kRemoteWrite;
+  abi::ibv_qp_attr attributes{};
+  attributes.qp_state = abi::IBV_QPS_INIT;
+  attributes.port_num = port;
+  attributes.qp_access_flags = abi::IBV_ACCESS_REMOTE_WRITE;
   try {
-    modify(attributes, abi::kState | abi::kPartitionIndex | abi::kPort | abi::kAccessFlags,
+    modify(attributes,
+           abi::IBV_QP_STATE | abi::IBV_QP_PKEY_INDEX | abi::IBV_QP_PORT | abi::IBV_QP_ACCESS_FLAGS,
            "initialise a queue pair");
   } catch (...) {
     Library::get().destroy_qp(pair_);
@@ -82,55 +83,55 @@ QueuePair::~QueuePair() {
 
 void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
                         const WireClass& marks) {
-  abi::QueuePairAttributes receive{};
-  receive.state = abi::kReadyToReceive;
+  abi::ibv_qp_attr receive{};
+  receive.qp_state = abi::IBV_QPS_RTR;
   receive.path_mtu = mtu_code(peer.mtu);
-  receive.destination_queue_pair = peer.queue_pair;
-  receive.receive_packet_number = peer.packet_number;
-  receive.max_destination_reads = 1;
-  receive.receiver_timer = kReceiverTimer;
-  receive.address.is_global = 1;
-  receive.address.port = port_;
-  receive.address.service_level = marks.service_level;
-  receive.address.route.destination = peer.gid;
-  receive.address.route.source_index = static_cast<uint8_t>(source_index);
-  receive.address.route.hop_limit = kHopLimit;
-  receive.address.route.traffic_class = marks.traffic_class;
+  receive.dest_qp_num = peer.queue_pair;
+  receive.rq_psn = peer.packet_number;
+  receive.max_dest_rd_atomic = 1;
+  receive.min_rnr_timer = kReceiverTimer;
+  receive.ah_attr.is_global = 1;
+  receive.ah_attr.port_num = port_;
+  receive.ah_attr.sl = marks.service_level;
+  receive.ah_attr.grh.dgid = peer.gid;
+  receive.ah_attr.grh.sgid_index = static_cast<uint8_t>(source_index);
+  receive.ah_attr.grh.hop_limit = kHopLimit;
+  receive.ah_attr.grh.traffic_class = marks.traffic_class;
   modify(receive,
-         abi::kState | abi::kAddress | abi::kPathMtu | abi::kDestinationQueuePair |
-             abi::kReceivePacketNumber | abi::kMaxDestinationReads | abi::kReceiverTimer,
+         abi::IBV_QP_STATE | abi::IBV_QP_AV | abi::IBV_QP_PATH_MTU | abi::IBV_QP_DEST_QPN |
+             abi::IBV_QP_RQ_PSN | abi::IBV_QP_MAX_DEST_RD_ATOMIC | abi::IBV_QP_MIN_RNR_TIMER,
          "reach the peer");
-  abi::QueuePairAttributes send{};
-  send.state = abi::kReadyToSend;
+  abi::ibv_qp_attr send{};
+  send.qp_state = abi::IBV_QPS_RTS;
   send.timeout = kTimeout;
-  send.retry_count = kRetries;
-  send.receiver_retry = kReceiverRetries;
-  send.send_packet_number = packet_number;
-  send.max_reads = 1;
+  send.retry_cnt = kRetries;
+  send.rnr_retry = kReceiverRetries;
+  send.sq_psn = packet_number;
+  send.max_rd_atomic = 1;
   modify(send,
-         abi::kState | abi::kTimeout | abi::kRetryCount | abi::kReceiverRetry | abi::kSendPacketNumber |
-             abi::kMaxReads,
+         abi::IBV_QP_STATE | abi::IBV_QP_TIMEOUT | abi::IBV_QP_RETRY_CNT | abi::IBV_QP_RNR_RETRY |
+             abi::IBV_QP_SQ_PSN | abi::IBV_QP_MAX_QP_RD_ATOMIC,
          "send to the peer");
   peer_number_ = peer.queue_pair;
   source_index_ = source_index;
 }
 
 // Of a failed completion nothing but its request, status, vendor's error and queue pair is valid.
-std::string QueuePair::failure_text(const abi::Completion& completion) const {
+std::string QueuePair::failure_text(const abi::ibv_wc& completion) const {
   char numbers[128];
   std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
-                completion.status, completion.vendor_error, pair_->number, peer_number_, source_index_);
+                completion.status, completion.vendor_err, pair_->qp_num, peer_number_, source_index_);
   return Library::get().status_text(completion.status) + std::string(numbers);
 }
 
 void QueuePair::end() noexcept {
-  abi::QueuePairAttributes attributes{};
-  attributes.state = abi::kError;
+  abi::ibv_qp_attr attributes{};
+  attributes.qp_state = abi::IBV_QPS_ERR;
   // It fails only where the device is gone, and the traffic with it.
-  Library::get().modify_qp(pair_, &attributes, abi::kState);
+  Library::get().modify_qp(pair_, &attributes, abi::IBV_QP_STATE);
 }
 
-void QueuePair::modify(abi::QueuePairAttributes& attributes, int mask, const char* what) {
+void QueuePair::modify(abi::ibv_qp_attr& attributes, int mask, const char* what) {
   int error = Library::get().modify_qp(pair_, &attributes, mask);
   if (error != 0) fail(device_, what, error);
 }

@@ -18,11 +18,11 @@ class MemoryRegion {
   MemoryRegion(const MemoryRegion&) = delete;
   MemoryRegion& operator=(const MemoryRegion&) = delete;
 
-  uint32_t local_key() const { return region_->local_key; }
-  uint32_t remote_key() const { return region_->remote_key; }
+  uint32_t local_key() const { return region_->lkey; }
+  uint32_t remote_key() const { return region_->rkey; }
 
  private:
-  abi::MemoryRegion* region_;
+  abi::ibv_mr* region_;
 };
 
 class CompletionQueue {
@@ -32,13 +32,13 @@ class CompletionQueue {
   CompletionQueue(const CompletionQueue&) = delete;
   CompletionQueue& operator=(const CompletionQueue&) = delete;
 
-  abi::CompletionQueue* get() const { return queue_; }
+  abi::ibv_cq* get() const { return queue_; }
   // Up to `entries` completions that have come; never waits. Negative if the queue is broken.
-  int poll(abi::Completion* completions, int entries) const { return poll_(queue_, entries, completions); }
+  int poll(abi::ibv_wc* completions, int entries) const { return poll_(queue_, entries, completions); }
 
  private:
-  abi::CompletionQueue* queue_;
-  abi::PollCompletions poll_;
+  abi::ibv_cq* queue_;
+  abi::PollCq poll_;
 };
 
 // Where the other end of a queue pair is.
@@ -46,7 +46,7 @@ struct Destination {
   uint32_t queue_pair;
   uint32_t packet_number;
   uint32_t mtu;  // bytes
-  abi::Gid gid;
+  abi::ibv_gid gid;
 };
 
 // How packets are marked on the wire; both as the network's administrator says.
@@ -66,7 +66,7 @@ class QueuePair {
   QueuePair(const QueuePair&) = delete;
   QueuePair& operator=(const QueuePair&) = delete;
 
-  uint32_t number() const { return pair_->number; }
+  uint32_t number() const { return pair_->qp_num; }
   bool is(const void* object) const { return object == pair_; }
 
   // Connects to the peer's, sending from GID `source_index` with numbers from `packet_number`. Throws
@@ -77,20 +77,20 @@ class QueuePair {
   void end() noexcept;
 
   // Why a request has failed, with what tells a NIC's vendor or a network's administrator more.
-  std::string failure_text(const abi::Completion& completion) const;
+  std::string failure_text(const abi::ibv_wc& completion) const;
 
   // Zero, or the error's number.
-  int post(abi::SendRequest* first) const {
-    abi::SendRequest* failed = nullptr;
+  int post(abi::ibv_send_wr* first) const {
+    abi::ibv_send_wr* failed = nullptr;
     return post_(pair_, first, &failed);
   }
 
  private:
-  void modify(abi::QueuePairAttributes& attributes, int mask, const char* what);
+  void modify(abi::ibv_qp_attr& attributes, int mask, const char* what);
 
   std::string device_;
   uint8_t port_;
-  abi::QueuePair* pair_;
+  abi::ibv_qp* pair_;
   abi::PostSend post_;
   uint32_t peer_number_ = 0, source_index_ = 0;  // once connected
 };

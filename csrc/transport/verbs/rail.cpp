@@ -72,19 +72,19 @@ void Rail::connect(const RailState& peer) {
   connection_->pair.connect({peer.queue_pair, peer.packet_number, std::min(address_.mtu, peer.mtu), peer.gid},
                             index, packet_number_, marks_);
   remote_base_ = peer.address - layout_.inbox();
-  data_.remote_key = flag_.remote_key = peer.remote_key;
+  data_.wr.rdma.rkey = flag_.wr.rdma.rkey = peer.remote_key;
   prepare_requests();
   phase_ = Phase::kReady;
 }
 
 void Rail::prepare_requests() {
-  data_piece_.local_key = sending_.local_key();
-  data_.pieces = &data_piece_;
-  flag_piece_ = {reinterpret_cast<uintptr_t>(&flag_value_), sizeof flag_value_,
-                 0};  // inline: copied when posted
-  flag_.pieces = &flag_piece_;
-  data_.piece_count = flag_.piece_count = 1;
-  data_.opcode = flag_.opcode = abi::kRdmaWrite;
+  data_sge_.lkey = sending_.local_key();
+  data_.sg_list = &data_sge_;
+  flag_sge_ = {reinterpret_cast<uintptr_t>(&flag_value_), sizeof flag_value_,
+               0};  // inline: copied when posted
+  flag_.sg_list = &flag_sge_;
+  data_.num_sge = flag_.num_sge = 1;
+  data_.opcode = flag_.opcode = abi::IBV_WR_RDMA_WRITE;
 }
 
 std::vector<Write> Rail::fail(uint32_t epoch) {
@@ -102,9 +102,9 @@ std::vector<Write> Rail::fail(uint32_t epoch) {
 }
 
 void Rail::aim(size_t from, size_t to, size_t bytes) {
-  data_piece_.address = reinterpret_cast<uintptr_t>(memory_ + from);
-  data_piece_.length = static_cast<uint32_t>(bytes);
-  data_.remote_address = remote_base_ + to;
+  data_sge_.addr = reinterpret_cast<uintptr_t>(memory_ + from);
+  data_sge_.length = static_cast<uint32_t>(bytes);
+  data_.wr.rdma.remote_addr = remote_base_ + to;
 }
 
 int Rail::post(const Write& write, bool signal) {
@@ -117,14 +117,14 @@ int Rail::post(const Write& write, bool signal) {
   }
   // On one reliable connection writes take effect in their order: the flag comes after the payload.
   flag_value_ = payload_flag(write.sequence, descriptor.tag);
-  flag_.remote_address =
+  flag_.wr.rdma.remote_addr =
       remote_base_ + recv_flags_ + slot * RegionLayout::flag_area() + descriptor.piece * sizeof(Flag);
-  if (descriptor.bytes == 0) return submit({write, false}, &flag_, flag_, abi::kInline, signal);
+  if (descriptor.bytes == 0) return submit({write, false}, &flag_, flag_, abi::IBV_SEND_INLINE, signal);
   size_t offset = slot * payload_area_ + descriptor.offset;
   aim(send_payload_ + offset, recv_payload_ + offset, descriptor.bytes);
-  data_.flags = 0;
+  data_.send_flags = 0;
   data_.next = &flag_;
-  return submit({write, false}, &data_, flag_, abi::kInline, signal);
+  return submit({write, false}, &data_, flag_, abi::IBV_SEND_INLINE, signal);
 }
 
 int Rail::post_announcement(uint32_t outbox) {
@@ -132,12 +132,12 @@ int Rail::post_announcement(uint32_t outbox) {
   return submit({{}, true}, &data_, data_, 0, true);
 }
 
-int Rail::submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest& last, uint32_t flags,
+int Rail::submit(const Posted& posted, abi::ibv_send_wr* first, abi::ibv_send_wr& last, uint32_t flags,
                  bool signal) {
   uint64_t number = posted_ + 1;
-  last.id = number;
+  last.wr_id = number;
   last.next = nullptr;
-  last.flags = signal || number % kSignalEvery == 0 ? flags | abi::kSignaled : flags;
+  last.send_flags = signal || number % kSignalEvery == 0 ? flags | abi::IBV_SEND_SIGNALED : flags;
   // Noted even if posting fails: then the connection has failed, and this is sent again over another.
   ring_[number % kWrites] = posted;
   posted_ = number;
@@ -145,13 +145,13 @@ int Rail::submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest
 }
 
 std::optional<std::string> Rail::poll() {
-  abi::Completion completions[kCompletionsAtOnce];
+  abi::ibv_wc completions[kCompletionsAtOnce];
   int count = connection_->completions.poll(completions, kCompletionsAtOnce);
   if (count < 0) return "its completion queue is broken";
   for (int at = 0; at < count; ++at) {
-    if (completions[at].status != abi::kSuccess) return connection_->pair.failure_text(completions[at]);
+    if (completions[at].status != abi::IBV_WC_SUCCESS) return connection_->pair.failure_text(completions[at]);
     // All before it have arrived too.
-    completed_ = std::max(completed_, completions[at].id);
+    completed_ = std::max(completed_, completions[at].wr_id);
   }
   if (phase_ == Phase::kUp && completed_ > risen_at_) phase_ = Phase::kProven;
   return std::nullopt;

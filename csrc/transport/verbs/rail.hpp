@@ -20,7 +20,7 @@ namespace spark::verbs {
 struct RailAddress {
   std::string device;
   uint8_t port;
-  abi::Gid gid;
+  abi::ibv_gid gid;
   uint32_t mtu;  // bytes
 };
 
@@ -114,7 +114,7 @@ class Rail {
   void end_connection();
   void prepare_requests();
   void aim(size_t from, size_t to, size_t bytes);
-  int submit(const Posted& posted, abi::SendRequest* first, abi::SendRequest& last, uint32_t flags,
+  int submit(const Posted& posted, abi::ibv_send_wr* first, abi::ibv_send_wr& last, uint32_t flags,
              bool signal);
 
   uint32_t index_;
@@ -135,8 +135,8 @@ class Rail {
   uint64_t remote_base_ = 0;  // where the peer's region begins, of which only the receiving part is open
 
   // Built once, and only patched for each message.
-  abi::Piece data_piece_{}, flag_piece_{};
-  abi::SendRequest data_{}, flag_{};
+  abi::ibv_sge data_sge_{}, flag_sge_{};
+  abi::ibv_send_wr data_{}, flag_{};
   uint64_t flag_value_ = 0;
 
   std::vector<Posted> ring_;  // by number modulo its size

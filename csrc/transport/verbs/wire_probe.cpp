@@ -80,11 +80,11 @@ class WireProbe::RailEnd {
         {peer.queue_pair, peer.packet_number, std::min(address_.mtu, peer.mtu), peer.gid},
         connection_->device.gid_index(address_.port, address_.gid), packet_number_, marks_);
     remote_base_ = peer.address;
-    piece_.local_key = connection_->sending.local_key();
-    request_.pieces = &piece_;
-    request_.piece_count = 1;
-    request_.opcode = abi::kRdmaWrite;
-    request_.remote_key = peer.remote_key;
+    sge_.lkey = connection_->sending.local_key();
+    request_.sg_list = &sge_;
+    request_.num_sge = 1;
+    request_.opcode = abi::IBV_WR_RDMA_WRITE;
+    request_.wr.rdma.rkey = peer.remote_key;
   }
 
   // The next ping or answer, whose last byte says its number.
@@ -93,8 +93,8 @@ class WireProbe::RailEnd {
     connection_->sent.start()[end_ - 1] = mark(++pings_sent_);
     // As the transport's flags and ib_write_lat: what is small is copied into the request.
     uint32_t flags = 0;
-    if (bytes <= QueuePair::kInlineBytes) flags |= abi::kInline;
-    if ((posted_ + 1) % kSignalEvery == 0) flags |= abi::kSignaled;
+    if (bytes <= QueuePair::kInlineBytes) flags |= abi::IBV_SEND_INLINE;
+    if ((posted_ + 1) % kSignalEvery == 0) flags |= abi::IBV_SEND_SIGNALED;
     post(at, bytes, flags);
   }
 
@@ -107,26 +107,26 @@ class WireProbe::RailEnd {
     return true;
   }
 
-  void post_stream(uint64_t bytes) { post(0, bytes, abi::kSignaled); }
+  void post_stream(uint64_t bytes) { post(0, bytes, abi::IBV_SEND_SIGNALED); }
 
   // Has a completion come for everything posted before.
   void post_last() {
     if (completed_ == posted_) return;
-    post(0, 1, abi::kSignaled);
+    post(0, 1, abi::IBV_SEND_SIGNALED);
   }
 
   uint64_t queued() const { return posted_ - completed_; }
 
   // Takes note of what has completed. Throws CollectiveError if the rail has failed.
   void poll(const std::string& peer_name) {
-    abi::Completion completions[kCompletionsAtOnce];
+    abi::ibv_wc completions[kCompletionsAtOnce];
     int count = connection_->completions.poll(completions, kCompletionsAtOnce);
     if (count < 0) fail(peer_name, "its completion queue is broken");
     for (int at = 0; at < count; ++at) {
-      if (completions[at].status != abi::kSuccess) {
+      if (completions[at].status != abi::IBV_WC_SUCCESS) {
         fail(peer_name, connection_->pair.failure_text(completions[at]));
       }
-      completed_ = std::max(completed_, completions[at].id);
+      completed_ = std::max(completed_, completions[at].wr_id);
     }
   }
 
@@ -163,11 +163,11 @@ class WireProbe::RailEnd {
   }
 
   void post(size_t at, uint64_t bytes, uint32_t flags) {
-    piece_.address = reinterpret_cast<uintptr_t>(connection_->sent.start() + at);
-    piece_.length = static_cast<uint32_t>(bytes);
-    request_.remote_address = remote_base_ + at;
-    request_.flags = flags;
-    request_.id = posted_ + 1;
+    sge_.addr = reinterpret_cast<uintptr_t>(connection_->sent.start() + at);
+    sge_.length = static_cast<uint32_t>(bytes);
+    request_.wr.rdma.remote_addr = remote_base_ + at;
+    request_.send_flags = flags;
+    request_.wr_id = posted_ + 1;
     int error = connection_->pair.post(&request_);
     if (error != 0) {
       throw CollectiveError(name_ + " takes no message of " + text(bytes) + " bytes (" +
@@ -183,8 +183,8 @@ class WireProbe::RailEnd {
   uint32_t packet_number_;
   std::shared_ptr<Connection> connection_;
   uint64_t remote_base_ = 0;
-  abi::Piece piece_{};
-  abi::SendRequest request_{};
+  abi::ibv_sge sge_{};
+  abi::ibv_send_wr request_{};
   uint64_t posted_ = 0, completed_ = 0;
   uint64_t pings_sent_ = 0, pings_received_ = 0;
 };

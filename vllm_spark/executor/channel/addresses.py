@@ -15,6 +15,7 @@ import psutil
 from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
+from vllm_spark.variables import variable_name
 
 LOOPBACK = "127.0.0.1"
 
@@ -82,7 +83,7 @@ def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
     if addresses := _rdma_addresses():
         raise ConfigurationError(
             f"this machine has the link address {addresses[0]}, but the leader's is not known; "
-            "give it with --leader ADDRESS or SPARK_LEADER"
+            f"give it with --leader ADDRESS or {variable_name('leader')}"
         )
     return LOOPBACK, config.port
 
