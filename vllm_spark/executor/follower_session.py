@@ -96,6 +96,7 @@ class FollowerSession:
         self._heartbeat: Heartbeat | None = None
         self._failed_call = ""  # why the last QUERY failed
         self._failed_number = 0  # and its number
+        self._executor: Any = None
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
@@ -155,7 +156,8 @@ class FollowerSession:
             FOLLOWER_RANK, assignment.config, assignment.launch, rpc, self._heartbeat.announce, self._config.rails
         )
         place_files(assignment.vllm_config, self._own_files)
-        self._worker = FollowerExecutor(assignment.vllm_config, groups, self._runtime).driver_worker
+        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)
+        self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
