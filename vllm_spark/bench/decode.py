@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import psutil
 
 from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
@@ -30,6 +29,7 @@ from vllm_spark.processes.child import python_module
 from vllm_spark.processes.group import ProcessGroup
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.processes.managed import LAUNCH_VARIABLES, Process, ProcessError, clean_environment
+from vllm_spark.records import from_json, to_json
 
 Device = Literal["cuda", "cpu"]
 
@@ -107,7 +107,8 @@ class Settings:
     profile: bool = False
 
 
-class Row(msgspec.Struct):
+@dataclass
+class Row:
     """One candidate at one batch; times in milliseconds for one step, over all rounds."""
 
     candidate: str
@@ -324,7 +325,7 @@ def _run(
                 )
             )
         job, result = (programs.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        atomic_write_text(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
+        atomic_write_text(job, to_json(_job(settings, candidate, engine)).decode(), "job")
         process = stack.enter_context(
             programs.started(
                 f"{name}: the engine",
@@ -376,7 +377,7 @@ def _outcome(process: Process, follower: Process | None, file: Path, timeout: fl
         return process.exit_code == 0
 
     process.wait_until(decoded, timeout, "decoded everything")
-    result = msgspec.json.decode(file.read_bytes(), type=Result)
+    result = from_json(file.read_bytes(), Result)
     try:
         process.wait_until(ended, _SHUTDOWN_SECONDS, "shut down")
     except ProcessError as error:

@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         return _make_secret(args)
     from vllm_spark.backend.logging import log_as
     from vllm_spark.doctor.checks import is_bare, run_checks
-    from vllm_spark.doctor.report import Report, show, show_bare, to_json
+    from vllm_spark.doctor.report import Report, show, show_bare
     from vllm_spark.doctor.system import System
+    from vllm_spark.records import to_json
 
     log_as("vllm-spark doctor")
     for sentence in environment_warnings():
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:
-        print(to_json(report), flush=True)
+        print(to_json(report).decode(), flush=True)
     elif is_bare(machine) and not args.peer and not given_flags(args):
         show_bare(console)
     else:

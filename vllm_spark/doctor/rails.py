@@ -5,13 +5,12 @@ An active port can be a rail of the pair.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
-
-import msgspec
 
 from vllm_spark.doctor.system import System
 from vllm_spark.executor.channel.rdma_ports import DEVICES, RdmaPort, rdma_ports
@@ -20,7 +19,8 @@ _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.([0-7])")
 ROCE_V2 = "RoCE v2"
 
 
-class Gid(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Gid:
     """One entry of a port's address table."""
 
     index: int
@@ -30,7 +30,8 @@ class Gid(msgspec.Struct, frozen=True):
     """`RoCE v2`, `IB/RoCE v1`."""
 
 
-class Rail(msgspec.Struct, frozen=True, kw_only=True):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rail:
     """One port of one RDMA device. Unknown values are empty, or 0."""
 
     device: str

@@ -11,8 +11,6 @@ import subprocess
 import time
 from types import FrameType
 
-import msgspec
-
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
@@ -20,6 +18,7 @@ from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.environment import Environment, merge_environment
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
+from vllm_spark.records import from_json, to_json
 from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
@@ -128,7 +127,7 @@ class _Supervisor:
             code = self._run(result)
             if code == EXIT_RESTART:
                 content = os.pread(result, os.fstat(result).st_size, 0)
-                self._leader = msgspec.json.decode(content, type=Environment)
+                self._leader = from_json(content, Environment)
             return code
         finally:
             os.close(result)
@@ -170,7 +169,7 @@ class _Supervisor:
         return {
             **merge_environment(os.environ, self._leader),
             **own,
-            ADOPTED_VARIABLE: msgspec.json.encode(self._leader).decode(),
+            ADOPTED_VARIABLE: to_json(self._leader).decode(),
         }
 
     def sleep(self, seconds: float) -> None:

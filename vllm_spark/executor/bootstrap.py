@@ -1,14 +1,12 @@
-"""Steps of a session's start that both ranks share: the link's interface, the collective runtime, thread counts."""
+"""Steps of a session's start that both ranks share: the link's interface, the collective runtime."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
-
-import msgspec
 
 from vllm_spark import __version__, collective
 from vllm_spark.collective import Transport
@@ -27,7 +25,8 @@ _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
 
 
-class Assignment(msgspec.Struct):
+@dataclasses.dataclass
+class Assignment:
     """The leader's configuration for the follower's worker; sent as a pickle, after both sides agreed.
 
     `environment` also has the variables that vLLM itself set on the leader while it made its configuration.
@@ -206,35 +205,3 @@ def link_tolerance(runtime: collective.Runtime | None, config: SparkConfig) -> f
     if runtime is None or (silence := runtime.silence) is None:
         return 0.0
     return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
-
-
-def limit_torch_threads(runtime: collective.Runtime) -> None:
-    """Halves torch's number of threads if both ranks compute on the cores of this machine.
-
-    OpenMP's threads spin while they wait: two ranks with one thread per core each are about 15 times slower than one.
-    A number that the user chose (OMP_NUM_THREADS) stays.
-    """
-    import torch
-    from vllm.platforms import current_platform
-
-    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // WORLD_SIZE))
-    logger.info(
-        "Both ranks are on this machine: each uses %d of %d threads (set OMP_NUM_THREADS for another number).",
-        torch.get_num_threads(),
-        threads,
-    )
-
-
-def limit_numba_threads() -> None:
-    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
-
-    vLLM uses only one, and numba's other threads spin while they wait: two ranks on two cores took 0.2 s per step. To
-    be called before numba is imported, in a process that runs only this rank.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and "numba" not in sys.modules:
-        os.environ.setdefault("NUMBA_NUM_THREADS", "1")

@@ -6,11 +6,10 @@ was compared. Where vLLM's worker may load it again (it was evicted), the states
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from vllm_spark.backend.support import adapter_refusal
 from vllm_spark.errors import RefusedError, SparkError
@@ -55,7 +54,7 @@ class LeaderAdapters:
             Exception: vLLM's own, for an adapter that is not there.
         """
         compared = self.compare(request.lora_name, str(request.lora_path), request.lora_int_id)
-        return msgspec.structs.replace(request, lora_path=str(compared.place))
+        return _with_path(request, compared.place)
 
     def compare(self, name: str, path: str, adapter_id: int) -> _Compared:
         """Has the follower look for the adapter, whatever was compared before. `path` is as in a LoRARequest.
@@ -89,12 +88,19 @@ class LeaderAdapters:
             if compared is None or not (in_memory or signature_of(compared.place) == compared.signature):
                 new.lora_request = self.compare_request(request)
             else:
-                new.lora_request = msgspec.structs.replace(request, lora_path=str(compared.place))
+                new.lora_request = _with_path(request, compared.place)
         if self._compared and output.scheduled_cached_reqs.resumed_req_ids:
             loaded = self._loaded() if loaded is None else loaded
             for path, compared in list(self._compared.items()):
                 if compared.adapter_id not in loaded and signature_of(compared.place) != compared.signature:
                     self.compare(compared.name, path, compared.adapter_id)
+
+
+def _with_path(request: Any, place: Path) -> Any:
+    """A copy of vLLM's LoRARequest that names another folder."""
+    changed = copy.copy(request)
+    changed.lora_path = str(place)
+    return changed
 
 
 def _find_adapter(name: str, path: str) -> Path:
@@ -183,7 +189,7 @@ class FollowerAdapters:
         self._own[path] = self._own[path]._replace(adapter_id=request.lora_int_id)
         if not in_memory:
             self._verify(path)
-        return msgspec.structs.replace(request, lora_path=str(self._own[path].place))
+        return _with_path(request, self._own[path].place)
 
     def _verify(self, path: str) -> None:
         own = self._own[path]
