@@ -19,6 +19,9 @@ from vllm_spark.errors import lower_first
 
 Record = TypeVar("Record")
 
+_OWN_WORDS = {"unexpected_keyword_argument": "unknown field"}
+"""pydantic's messages that suit calls and not JSON, by their type."""
+
 
 class RecordError(ValueError):
     """JSON that is not a record of the expected type; the text is a part of a sentence."""
@@ -55,7 +58,7 @@ def first_fault(error: ValidationError) -> str:
     """The first error that pydantic found: field and message."""
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    what = lower_first(str(fault["msg"]).removeprefix("Value error, "))
+    what = _OWN_WORDS.get(fault["type"]) or lower_first(str(fault["msg"]).removeprefix("Value error, "))
     return f"{where}: {what}" if where else what
 
 
