@@ -31,12 +31,15 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 IMPORTED = (
@@ -228,6 +231,7 @@ def become(order: Order, descriptors: Sequence[int], set_by_imports: Mapping[str
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update({**order.environment, **set_by_imports})
+    tempfile.tempdir = None  # depends on the environment
     if "PYTHONPATH" not in order.environment:  # this one's has the folder of the tests
         sys.path[:] = [folder for folder in sys.path if folder != _TESTS]
     _fork_what_would_import_vllm(Spare(set_by_imports))
@@ -260,7 +264,9 @@ def _run(argv: Sequence[str]) -> Callable[[], NoReturn]:
         else:
             code = argv.index("-c") + 1
             sys.argv = ["-c", *argv[code + 1 :]]
-            exec(argv[code], {"__name__": "__main__"})
+            sys.stdout.reconfigure(write_through="-u" in argv[:code])  # type: ignore[union-attr]
+            sys.modules["__main__"] = ModuleType("__main__")
+            exec(argv[code], vars(sys.modules["__main__"]))
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -293,6 +299,13 @@ def _end_by_interrupt() -> NoReturn:
     raise AssertionError("SIGINT ends this process")
 
 
+def is_forked(argv: Sequence[str]) -> bool:
+    """Whether a command is one of those that import vLLM: a console script, a module or a program for Python."""
+    if argv[0] != sys.executable:
+        return argv[0] in (os.path.join(sysconfig.get_path("scripts"), name) for name in ("vllm", "vllm-spark"))
+    return "-m" in argv or any("import vllm" in word or "from vllm" in word for word in argv)
+
+
 def _fork_what_would_import_vllm(spare: Spare) -> None:
     """Has the spare fork what would be a new Python process with vLLM; other programs start as ever."""
     spawn = multiprocessing.util.spawnv_passfds
@@ -322,7 +335,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
             env: Any,
             *rest: Any,
         ) -> None:
-            if list(args[:1]) != [sys.executable] or "-m" not in args:
+            if not is_forked(args):
                 super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
                 return
             pipes = rest[3:9]

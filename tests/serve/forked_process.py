@@ -16,9 +16,9 @@ from typing import BinaryIO
 
 from vllm_spark.processes.child import python_module
 from vllm_spark.processes.local import CPU_ENVIRONMENT
-from vllm_spark.processes.managed import Process, ProcessError, clean_environment, program
+from vllm_spark.processes.managed import Process, ProcessError, clean_environment
 
-from .fork_server import EXIT_CODE, Order, send_order
+from .fork_server import EXIT_CODE, Order, is_forked, send_order
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ IMPORT_SECONDS = 120.0
 
 READ_LATE = re.compile(
     r"SPARK_|_SPARK_|VLLM_SPARK|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
-    r"|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|FAILING_|DYING_|PYTEST_"
+    r"|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|FAILING_|DYING_|PYTEST_|TMPDIR$|VLLM_ENABLE_V1_MULTIPROCESSING$"
 )
 """Matches variables that neither vLLM nor what it imports reads while it is imported."""
 
@@ -59,7 +59,7 @@ class ForkServer:
 
     def suits(self, argv: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Whether a process forked from this one is as one that is started with this command and environment."""
-        if argv[0] not in (program("vllm"), program("vllm-spark")):
+        if not is_forked(argv):
             return False
         environment = {"PYTHONPATH": str(ROOT), **environment}
         names = environment.keys() | self.environment.keys()

@@ -28,7 +28,7 @@ print(json.dumps([vllm_spark.__file__, REGION_VERSION, sorted(patch.name for pat
 
 @pytest.fixture(scope="module", params=["built before", pytest.param("from source", marks=pytest.mark.thorough)])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this source tree, made as pip makes it; the native module is the one that is here, or compiled anew."""
+    """A wheel of this source tree, made as pip makes it; the native module is the one here, or compiled anew."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     copy = ["git", "-C", str(ROOT), "ls-files", "-z"]
