@@ -24,6 +24,7 @@ import gc
 import json
 import multiprocessing.util
 import os
+import re
 import runpy
 import select
 import signal
@@ -57,6 +58,14 @@ IMPORTED = (
 )
 """What servers of the tests import before they do anything else."""
 
+READ_LATE = re.compile(
+    r"SPARK_|_SPARK_|VLLM_SPARK|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
+    r"|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|FAILING_|DYING_|PYTEST_|TMPDIR$"
+    r"|VLLM_ENABLE_V1_MULTIPROCESSING$|VLLM_WORKER_MULTIPROC_METHOD$"
+)
+"""Matches variables that neither vLLM nor what it imports reads while it is imported."""
+
+SPARE_TITLE = "spare process of tests.serve.fork_server"
 MESSAGE_BYTES = 1 << 20
 EXIT_CODE = struct.Struct("i")
 
@@ -131,7 +140,7 @@ class ForkServer:
             for pidfd, (_, other) in self._children.items():
                 os.close(pidfd)
                 os.close(other)
-            become(order, given, imports_set(self._before_imports))
+            become(order, given, Imports(self._before_imports))
         for descriptor in given:
             os.close(descriptor)
         pidfd = os.pidfd_open(pid)
@@ -147,9 +156,20 @@ class ForkServer:
         os.close(exit_code)
 
 
-def imports_set(before: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that the imports have set, as they do in every process."""
-    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+class Imports:
+    """The environment variables with which the imports were made, and those that they have set.
+
+    Made before the environment is another one.
+    """
+
+    def __init__(self, before: Mapping[str, str]) -> None:
+        self.before = before
+        self.set = {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+    def suit(self, environment: Mapping[str, str]) -> bool:
+        """Whether a new process with this environment, of a parent that has made the imports, would make the same."""
+        own = {name: value for name, value in environment.items() if self.set.get(name) != value}
+        return read_late({**{name: self.before[name] for name in self.set if name in self.before}, **own}, self.before)
 
 
 class Spare:
@@ -159,13 +179,14 @@ class Spare:
     asks for orphans, which the parent does meanwhile.
     """
 
-    def __init__(self, set_by_imports: Mapping[str, str]) -> None:
+    def __init__(self, imports: Imports) -> None:
+        self.imports = imports
         self._connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         parent = os.getpid()
         if os.fork() == 0:
             self._connection.close()
-            _serve_as_spare(other, parent, set_by_imports)
+            _serve_as_spare(other, parent, imports)
         other.close()
 
     def fork(self, order: Order, descriptors: Sequence[int]) -> int:
@@ -178,11 +199,11 @@ class Spare:
                 _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def _serve_as_spare(connection: socket.socket, parent: int, set_by_imports: Mapping[str, str]) -> NoReturn:
+def _serve_as_spare(connection: socket.socket, parent: int, imports: Imports) -> NoReturn:
     _end_with_parent(parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they go to the whole process group
         signal.signal(number, signal.SIG_IGN)
-    _set_title("spare process of tests.serve.fork_server")
+    _set_title(SPARE_TITLE)
     while (received := _receive_order(connection)) is not None:
         order, descriptors = received
         ready, told = os.pipe()
@@ -200,7 +221,7 @@ def _serve_as_spare(connection: socket.socket, parent: int, set_by_imports: Mapp
                 os.sched_yield()
             if os.getppid() != parent:
                 os._exit(1)
-            become(order, descriptors, set_by_imports)
+            become(order, descriptors, imports)
         os.waitpid(between, 0)
         connection.send(os.read(ready, 32))
         for descriptor in (ready, told, *descriptors):
@@ -220,7 +241,7 @@ def _set_title(title: str) -> None:
     setproctitle(title)
 
 
-def become(order: Order, descriptors: Sequence[int], set_by_imports: Mapping[str, str]) -> NoReturn:
+def become(order: Order, descriptors: Sequence[int], imports: Imports) -> NoReturn:
     """Goes on as the ordered process would after its imports, to the process's end."""
     if order.own_session:
         os.setsid()
@@ -230,11 +251,11 @@ def become(order: Order, descriptors: Sequence[int], set_by_imports: Mapping[str
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
-    os.environ.update({**order.environment, **set_by_imports})
+    os.environ.update({**order.environment, **imports.set})
     tempfile.tempdir = None  # depends on the environment
     if "PYTHONPATH" not in order.environment:  # this one's has the folder of the tests
         sys.path[:] = [folder for folder in sys.path if folder != _TESTS]
-    _fork_what_would_import_vllm(Spare(set_by_imports))
+    _fork_what_would_import_vllm(Spare(imports))
     _set_title(" ".join(order.argv))
     _end(_run(order.argv))
 
@@ -299,6 +320,13 @@ def _end_by_interrupt() -> NoReturn:
     raise AssertionError("SIGINT ends this process")
 
 
+def read_late(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> bool:
+    """Whether the imports would do the same with this environment as they did with the other one."""
+    environment = {"PYTHONPATH": _TESTS, **environment}
+    names = environment.keys() | imported_with.keys()
+    return all(READ_LATE.match(name) for name in names if environment.get(name) != imported_with.get(name))
+
+
 def is_forked(argv: Sequence[str]) -> bool:
     """Whether a command is one of those that import vLLM: a console script, a module or a program for Python."""
     if argv[0] != sys.executable:
@@ -312,7 +340,8 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
 
     def spawnv_passfds(path: Any, args: Sequence[Any], passfds: Sequence[int]) -> int:
         argv = [os.fsdecode(each) for each in args]
-        if not any("spawn_main" in each for each in argv):  # its resource tracker imports little
+        # Its resource tracker imports little.
+        if not any("spawn_main" in each for each in argv) or not spare.imports.suit(os.environ):
             return spawn(path, args, passfds)
         descriptors = [0, 1, 2, *passfds]
         return spare.fork(Order(argv, dict(os.environ), descriptors, own_session=False), descriptors)
@@ -335,14 +364,14 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
             env: Any,
             *rest: Any,
         ) -> None:
-            if not is_forked(args):
+            environment = dict(os.environ if env is None else env)
+            if not is_forked(args) or not spare.imports.suit(environment):
                 super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
                 return
             pipes = rest[3:9]
             standard = [own if given == -1 else given for own, given in enumerate((pipes[0], pipes[3], pipes[5]))]
             ends = preexec_fn is not None
             assert not ends or preexec_fn.__qualname__.startswith("end_with_parent"), "another preexec_fn"
-            environment = dict(os.environ if env is None else env)
             order = Order(list(args), environment, [0, 1, 2, *pass_fds], self._own_session, ends)
             self.pid = spare.fork(order, [*standard, *pass_fds])
             self._child_created = True

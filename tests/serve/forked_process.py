@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import socket
@@ -14,22 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 from vllm_spark.processes.child import python_module
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import Process, ProcessError, clean_environment
 
-from .fork_server import EXIT_CODE, Order, is_forked, send_order
+from .fork_server import EXIT_CODE, SPARE_TITLE, Order, is_forked, read_late, send_order
 
 ROOT = Path(__file__).parents[2]
 
 IMPORT_SECONDS = 120.0
 """Bound for the import of vLLM on a busy machine."""
-
-READ_LATE = re.compile(
-    r"SPARK_|_SPARK_|VLLM_SPARK|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
-    r"|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|FAILING_|DYING_|PYTEST_|TMPDIR$|VLLM_ENABLE_V1_MULTIPROCESSING$"
-)
-"""Matches variables that neither vLLM nor what it imports reads while it is imported."""
 
 
 class ForkServer:
@@ -59,12 +54,7 @@ class ForkServer:
 
     def suits(self, argv: Sequence[str], environment: Mapping[str, str]) -> bool:
         """Whether a process forked from this one is as one that is started with this command and environment."""
-        if not is_forked(argv):
-            return False
-        environment = {"PYTHONPATH": str(ROOT), **environment}
-        names = environment.keys() | self.environment.keys()
-        differing = [name for name in names if environment.get(name) != self.environment.get(name)]
-        return all(READ_LATE.match(name) for name in differing)
+        return is_forked(argv) and read_late(environment, self.environment)
 
     def fork(self, argv: Sequence[str], output: BinaryIO, environment: Mapping[str, str]) -> Forked:
         """Starts a process.
@@ -145,7 +135,18 @@ class ForkedProcess(Process):
         self._server = server
         super().__init__(name, argv, log, environment)
 
+    def descendants(self) -> list[psutil.Process]:
+        """As ever, without the spare processes, which end with those that they are spare for."""
+        return [process for process in super().descendants() if not _is_spare(process)]
+
     def _start(self, output: BinaryIO, environment: Mapping[str, str] | None, end_with_starter: bool) -> Forked:
         assert environment is not None
         assert not end_with_starter, "the fork server is the parent"
         return self._server.fork(self.argv, output, environment)
+
+
+def _is_spare(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[:1] == [SPARE_TITLE]
+    except psutil.NoSuchProcess:
+        return True
