@@ -254,8 +254,8 @@ class BenchSession:
     A context manager: an exception inside is reported to the other machine.
     """
 
-    def __init__(self, lane: Connection, other: str) -> None:
-        self._lane, self._other = lane, other
+    def __init__(self, connection: Connection, other: str) -> None:
+        self._connection, self._other = connection, other
         self._received: list[Frame] = []
 
     @classmethod
@@ -275,11 +275,11 @@ class BenchSession:
             suggest_command=_connect_command,
         )
         try:
-            hello, lane = listener.wait_for_any_follower(patience)
+            hello, connection = listener.wait_for_any_follower(patience)
         finally:
             listener.close()
-        lane.peer = f"the other machine ({hello.host})"
-        return cls(lane, "vllm-spark bench wire --connect")
+        connection.peer = f"the other machine ({hello.host})"
+        return cls(connection, "vllm-spark bench wire --connect")
 
     @classmethod
     def connect(cls, config: SparkConfig, patience: float) -> BenchSession:
@@ -291,15 +291,15 @@ class BenchSession:
         host, port = leader_endpoint(config)
         caller = Connector(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
         end = time.monotonic() + patience
-        while (lane := caller.connect(CONTROL)) is None:
+        while (connection := caller.connect(CONTROL)) is None:
             if time.monotonic() > end:
                 raise PeerLostError(
                     f"nothing listened at {caller.endpoint} within {patience:g} s; on that machine run: "
                     f"vllm-spark bench wire --listen --address {host}"
                 )
             time.sleep(_RETRY_SECONDS)
-        lane.peer = f"the other machine ({caller.endpoint})"
-        return cls(lane, "vllm-spark bench wire --listen")
+        connection.peer = f"the other machine ({caller.endpoint})"
+        return cls(connection, "vllm-spark bench wire --listen")
 
     def handshake(self, mine: _Message, kind: type[_Message]) -> _Message:
         """Sends the first message, and returns the other machine's.
@@ -308,8 +308,8 @@ class BenchSession:
             RefusedError: the other program is not `vllm-spark bench wire`, but for example `vllm-spark join`.
         """
         try:
-            self._lane.send(Kind.EXCHANGE, to_json(mine), timeout=_SEND_SECONDS)
-            return decode_frame(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
+            self._connection.send(Kind.EXCHANGE, to_json(mine), timeout=_SEND_SECONDS)
+            return decode_frame(self._connection.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
         except ChannelError as error:
             raise RefusedError(
                 f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
@@ -322,7 +322,7 @@ class BenchSession:
             PeerLostError: the other machine is lost, or has failed.
         """
         self.check_peer()  # reads a failure first: its sender closes the connection, so that sending would fail
-        self._lane.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
+        self._connection.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
         frame = self._received.pop() if self._received else self._receive()
         return frame.payload
 
@@ -333,14 +333,14 @@ class BenchSession:
             PeerLostError: the other machine is lost, or has failed.
         """
         poll = select.poll()
-        poll.register(self._lane, select.POLLIN)
-        if self._lane.pending or poll.poll(0):
+        poll.register(self._connection, select.POLLIN)
+        if self._connection.pending or poll.poll(0):
             self._received.append(self._receive(_SEND_SECONDS))  # the rest of a message that has begun to arrive
 
     def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
-        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
+        frame = self._connection.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
         if frame.kind is Kind.FAILURE:
-            raise PeerLostError(f"{self._lane.peer} failed: {decode_frame(frame, Reason).sentence}")
+            raise PeerLostError(f"{self._connection.peer} failed: {decode_frame(frame, Reason).sentence}")
         return frame
 
     def __enter__(self) -> BenchSession:
@@ -352,8 +352,8 @@ class BenchSession:
         if error is not None:
             sentence = "it was stopped there" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(PeerLostError):
-                self._lane.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
-        self._lane.close()
+                self._connection.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
+        self._connection.close()
 
 
 def _connect_command(endpoint: str, secret_file: Path | None) -> str:
