@@ -10,10 +10,10 @@
 #include <tuple>
 #include <utility>
 
-#include "device/runtime.hpp"
-#include "errors.hpp"
-#include "runtime.hpp"
-#include "transport/verbs/wire_probe.hpp"
+#include "cpu/cpu_rank.hpp"
+#include "gpu/gpu_rank.hpp"
+#include "support/errors.hpp"
+#include "transport/wire_probe.hpp"
 
 namespace py = pybind11;
 

@@ -1,4 +1,4 @@
-// Every kernel of the runtime, by the name under which the host finds it (csrc/device/kernels.cpp).
+// Every kernel of the runtime, by the name under which the host finds it (csrc/gpu/kernels.cpp).
 #include "packets.cuh"
 #include "payload.cuh"
 
@@ -20,7 +20,7 @@ using spark::device::Sum;
     spark::device::exchange<__VA_ARGS__>(rank, call);                              \
   }
 
-// Threads that move data, and the side warps (csrc/device/runtime.cpp).
+// Threads that move data, and the side warps (csrc/gpu/launch_plan.cpp).
 SPARK_KERNEL(all_reduce_packets_float32, 576, exchange_packets, Sum<Float32>)
 SPARK_KERNEL(all_reduce_packets_float16, 576, exchange_packets, Sum<Float16>)
 SPARK_KERNEL(all_reduce_packets_bfloat16, 576, exchange_packets, Sum<BFloat16>)

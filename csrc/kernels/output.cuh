@@ -2,7 +2,7 @@
 #pragma once
 
 #include "numbers.cuh"
-#include "rank.hpp"
+#include "parameters.hpp"
 
 namespace spark::device {
 

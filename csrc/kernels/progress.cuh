@@ -1,8 +1,8 @@
 // How far this rank has come: read at a kernel's start, advanced at its end.
 #pragma once
 
-#include "../operation.hpp"
-#include "rank.hpp"
+#include "../region/operation.hpp"
+#include "parameters.hpp"
 #include "wait.cuh"
 
 namespace spark::device {

@@ -1,7 +1,7 @@
 // What the parts of a block tell each other: how many messages have gone, have come, and have been read.
 #pragma once
 
-#include "rank.hpp"
+#include "parameters.hpp"
 
 namespace spark::device {
 

@@ -1,7 +1,7 @@
 // Waiting inside a kernel: bounded by time, ended by an abort.
 #pragma once
 
-#include "rank.hpp"
+#include "parameters.hpp"
 #include "system_scope.cuh"
 
 namespace spark::device {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../region.hpp"
+#include "../region/region.hpp"
 
 namespace spark {
 

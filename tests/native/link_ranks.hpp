@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/runtime.hpp"
-#include "../../csrc/transport/verbs/link.hpp"
+#include "../../csrc/cpu/cpu_rank.hpp"
+#include "../../csrc/transport/link/link.hpp"
 
 namespace spark::testing {
 

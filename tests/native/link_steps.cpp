@@ -8,8 +8,8 @@
 #include <functional>
 #include <map>
 
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/errors.hpp"
+#include "../../csrc/rank/endpoint.hpp"
+#include "../../csrc/support/errors.hpp"
 #include "link_ranks.hpp"
 
 namespace {

@@ -5,8 +5,8 @@
 #include <string>
 #include <thread>
 
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/proxy.hpp"
+#include "../../csrc/proxy/proxy.hpp"
+#include "../../csrc/rank/endpoint.hpp"
 
 int main(int argc, char** argv) {
   bool packets = argc > 1 && std::string(argv[1]) == "packets";

@@ -11,11 +11,11 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/device/forwarder.hpp"
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/errors.hpp"
-#include "../../csrc/peer_watch.hpp"
-#include "../../csrc/runtime.hpp"
+#include "../../csrc/cpu/cpu_rank.hpp"
+#include "../../csrc/proxy/forwarder.hpp"
+#include "../../csrc/rank/endpoint.hpp"
+#include "../../csrc/rank/peer_watch.hpp"
+#include "../../csrc/support/errors.hpp"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "../../errors.hpp"
+#include "../../support/errors.hpp"
 
 namespace spark::verbs {
 namespace {

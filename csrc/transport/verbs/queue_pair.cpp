@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../errors.hpp"
+#include "../../support/errors.hpp"
 #include "pin_remedy.hpp"
 
 namespace spark::verbs {

@@ -1,0 +1,90 @@
+// What a kernel knows about its rank: where to send, where to receive, its own progress, and how to give up.
+// For host and device: the host fills it in, kernels get it as a parameter.
+#pragma once
+
+#include <cstdint>
+
+#include "../region/region_layout.hpp"
+
+namespace spark::device {
+
+constexpr uint32_t kWarp = 32;    // threads
+constexpr uint64_t kVector = 16;  // bytes that one access of a kernel moves; slots are multiples of it
+
+// What a block has beside the threads that move data: a warp that keeps the books, and with payload one that
+// looks out for flags.
+constexpr uint32_t kPacketsSideThreads = kWarp;
+constexpr uint32_t kPayloadSideThreads = 2 * kWarp;
+
+// What was done so far, for the host to read.
+struct Totals {
+  uint64_t all_reduces;
+  uint64_t all_reduce_bytes;
+  uint64_t all_gathers;
+  uint64_t all_gather_bytes;
+  uint64_t packet_messages;
+  uint64_t payload_messages;
+  uint64_t chunked_operations;
+  uint64_t sequence;
+};
+
+// In device memory, advanced by the kernels themselves: replaying a graph needs no host.
+struct alignas(128) Progress {
+  uint32_t begun;  // blocks of all kernels that have begun
+  uint32_t ended;  // blocks that are through
+  // Of the last message, for blocks of each index, whatever kernel they belonged to. A block reads and
+  // advances its own, so that none has to learn whether the others are through. The first one lies in one
+  // line with `ended`.
+  uint32_t sequences[kMaxPieces];
+  alignas(128) uint32_t poisoned;  // nonzero: every later kernel returns at once
+  alignas(128) Totals totals;
+};
+
+// In host memory: what a kernel that gave up waited for. Written once, `code` last.
+enum FailureCode : uint32_t { kNoFailure = 0, kTimedOut = 1, kMismatch = 2, kAbortSeen = 3, kConcurrent = 4 };
+struct Failure {
+  uint32_t code;
+  uint32_t sequence;
+  uint32_t expected_tag;
+  uint32_t seen_tag;
+};
+
+// In host memory, written by kernels.
+struct Report {
+  alignas(kLine) Failure failure;
+  alignas(kLine) Totals totals;  // each word whole, no two of the same moment
+};
+
+// One direction of the exchange: first slot of each kind.
+struct Lane {
+  unsigned char* flags;
+  unsigned char* packets;
+  unsigned char* payload;
+};
+
+struct Rank {
+  Lane out;  // the peer's receive slots, or this rank's send slots if a proxy forwards them
+  Lane in;   // this rank's receive slots
+  const uint32_t* abort;
+  Progress* progress;
+  Report* report;
+  uint64_t timeout_ns;
+  uint32_t slots;         // a power of two
+  uint32_t depth;         // messages that may be sent before the first of them is answered: half of the slots
+  uint32_t packet_area;   // bytes from one slot to the next
+  uint32_t payload_area;  // the same
+  uint32_t clear_interval;  // messages between two clearings of the slots; a power of two
+  uint32_t index;           // 0 or 1
+};
+
+// One collective, the same for all of its blocks.
+struct Call {
+  const unsigned char* in;
+  unsigned char* out;
+  uint64_t bytes;  // of the input
+  uint32_t inner;  // all-gather: bytes of a row, as long as the rows of both ranks alternate in `out`
+  uint32_t tag;
+  uint32_t chunk;  // payload only: bytes of one message, a multiple of the blocks' pieces
+};
+
+}  // namespace spark::device
