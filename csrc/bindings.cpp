@@ -195,7 +195,7 @@ void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
             std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
             verbs::LinkOptions options;
             options.timeout = nanoseconds(timeout_s);
-            options.marks = {traffic_class, service_level};
+            options.wire_class = {traffic_class, service_level};
             std::string offer;
             {
               py::gil_scoped_release unlocked;

@@ -2,8 +2,8 @@
 // proxy.
 //
 // Both machines make a probe with the same options and rails, connect them, and then call the same
-// measurements in the same order: one `ping`s while the other one `answer`s. A `stream` needs nothing of the
-// other one.
+// measurements in the same order: one calls `ping` while the other one calls `answer`. During a `stream` the
+// other machine does nothing.
 #pragma once
 
 #include <chrono>
@@ -13,21 +13,22 @@
 #include <vector>
 
 #include "../support/backoff.hpp"
-#include "link/rail.hpp"
+#include "verbs/background_release.hpp"
+#include "verbs/connection.hpp"
 
 namespace spark::verbs {
 
 struct ProbeOptions {
   uint64_t largest;                  // bytes of the largest message
   std::chrono::nanoseconds timeout;  // longest wait for one message, or for room for another
-  WireClass marks;
-  // Called now and then while something is measured, ten times a second; what it throws ends the measurement.
+  WireClass wire_class;
+  // Called ten times a second while something is measured; an exception of it ends the measurement.
   std::function<void()> attend;
 };
 
 class WireProbe {
  public:
-  static constexpr uint32_t kMaxDepth = QueuePair::kSendRequests / 2;
+  static constexpr uint32_t kMaxDepth = Connection::kMessages;
 
   // Opens every rail, and pins memory for a message each way on each. Throws CollectiveError.
   WireProbe(const ProbeOptions& options, const std::vector<RailAddress>& rails);
@@ -53,28 +54,26 @@ class WireProbe {
 
  private:
   class RailEnd;
+  class Wait;
   struct Part {
     RailEnd* rail;
     uint64_t bytes;
   };
 
-  std::vector<RailEnd*> chosen(const std::vector<uint32_t>& rails, uint64_t bytes);
-  std::vector<Part> cut(const std::vector<uint32_t>& rails, uint64_t bytes);
+  std::vector<RailEnd*> select_rails(const std::vector<uint32_t>& rails, uint64_t bytes);
+  std::vector<Part> split(const std::vector<uint32_t>& rails, uint64_t bytes);
   void send(const std::vector<Part>& parts);
   void receive(const std::vector<Part>& parts);
-  // Calls `attend` if it is time to.
-  void attend_now_and_then(Clock::time_point now);
+  // Calls `attend` if the last call was long enough ago.
+  void attend_if_due(Clock::time_point now);
   // Waits until everything posted is acknowledged.
-  void settle(const std::vector<RailEnd*>& rails);
-  [[noreturn]] void give_up(const RailEnd& rail, const std::string& missing) const;
-
-  // One wait: spins, then gives the core away and looks after everything else.
-  class Patience;
+  void flush(const std::vector<RailEnd*>& rails);
+  [[noreturn]] void time_out(const RailEnd& rail, const std::string& missing) const;
 
   ProbeOptions options_;
   std::string peer_name_;
-  Clock::time_point next_attention_{};
-  Reaper reaper_;
+  Clock::time_point next_attend_{};
+  BackgroundRelease release_;
   std::vector<std::unique_ptr<RailEnd>> rails_;
 };
 

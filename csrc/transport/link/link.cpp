@@ -43,7 +43,8 @@ Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& siz
                      std::to_string(kMaxRails));
   }
   for (uint32_t index = 0; index < rails.size(); ++index) {
-    rails_.push_back(std::make_unique<Rail>(index, rails[index], memory, sizes, options.marks, reaper_));
+    rails_.push_back(
+        std::make_unique<Rail>(index, rails[index], memory, sizes, options.wire_class, release_));
     path_ += (index == 0 ? "verbs on " : " and ") + rails_.back()->name();
   }
   counters_.lost.store(true, std::memory_order_relaxed);  // until a rail is proven
@@ -78,7 +79,7 @@ void Link::connect(const std::string& peer_offer, const std::string& peer_name,
       cannot_connect(*rail, error.what(), begun);
       continue;
     }
-    rail->rise();  // nothing is sent before both ranks have told each other that they have come this far
+    rail->mark_up();  // nothing is sent before both ranks have told each other that they have come this far
     any = true;
   }
   if (any) return;
@@ -340,7 +341,7 @@ void Link::connect_anew(Rail& rail, Clock::time_point now) {
     return;
   }
   if (rail.phase() != Phase::kReady || !same || peer.phase < Phase::kReady) return;
-  rail.rise();
+  rail.mark_up();
   record.proof_due = Clock::now() + kProofTime;
   bulletin_.change();  // and this announcement is what proves the connection
 }

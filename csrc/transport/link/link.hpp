@@ -26,7 +26,7 @@ namespace spark::verbs {
 
 struct LinkOptions {
   std::chrono::nanoseconds timeout{std::chrono::seconds(30)};  // without any rail, before both ranks stop
-  WireClass marks;
+  WireClass wire_class;
   HoldDownTimes hold_down;  // of rails that fail soon after they came up
 };
 
@@ -130,7 +130,7 @@ class Link final : public Transport {
   LinkOptions options_;
   RegionLayout layout_;
   Bulletin bulletin_;
-  Reaper reaper_;
+  BackgroundRelease release_;
   std::vector<std::unique_ptr<Rail>> rails_;
   std::vector<Record> records_;  // by rail
   std::string path_, peer_name_, rank_name_;

@@ -1,41 +1,35 @@
-// What one rank says of its rails: the same words whether they travel over a rail that works, or out of band.
+// What one rank announces of its rails: the same bytes over a rail and out of band.
 //
-// A level, not a queue: each announcement says everything, and only the newest counts.
+// A level, not a queue: each announcement has the whole state, and only the newest counts.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "../../region/region_layout.hpp"
-#include "../verbs/abi.hpp"
+#include "../verbs/connection.hpp"
 
 namespace spark::verbs {
 
-constexpr uint32_t kMaxRails = 4;
-
-// How far a rail's connection has come. Both ranks go through these in step: nothing is sent before the peer
+// The phase of a rail's connection. Both ranks go through these in step: nothing is sent before the peer
 // is known to receive, and no data before a message of kProofBytes was acknowledged at both ends.
 enum class Phase : uint32_t {
   kDown = 0,     // no queue pair
-  kOffered = 1,  // a queue pair, and the peer is told of it
+  kOffered = 1,  // a queue pair, which is announced to the peer
   kReady = 2,    // connected to the peer's: it may send
   kUp = 3,       // the peer is ready too: announcements are sent
-  kProven = 4,   // the peer's NIC has acknowledged an announcement; data is sent once the peer says the same
+  kProven =
+      4,  // the peer's NIC has acknowledged an announcement; data is sent once the peer announces the same
 };
 
-// Bytes of an announcement on a rail: its page, padded with what does not count. As large as the payload of
+// Bytes of an announcement on a rail: its page, of which the rest is ignored. As large as the payload of
 // the largest packet that RDMA has, so a path that loses large packets does not carry it.
 constexpr size_t kProofBytes = kPage;
 
 struct RailState {
-  uint32_t epoch;  // which connection this is: every failure begins another
+  uint32_t epoch;  // number of the connection: each failure begins the next one
   Phase phase;
-  uint32_t queue_pair;
-  uint32_t packet_number;  // of the first packet
-  uint32_t remote_key;     // of the receiving part of the region, for this epoch
-  uint32_t mtu;            // bytes
-  uint64_t address;        // of the receiving part of the region
-  abi::ibv_gid gid;
+  ConnectionInfo connection;  // from kOffered on; the key is valid for this epoch
 };
 
 struct LinkState {
@@ -44,7 +38,7 @@ struct LinkState {
   uint32_t stopped;  // nonzero: this rank stops, for `reason`
   RailState rails[kMaxRails];
   char reason[kReasonBytes];
-  uint64_t checksum;  // last: a reader may come while the words are being written
+  uint64_t checksum;  // last: it may be read while it is being written
 
   // FNV-1a over all words before it. Against torn writes, not against malice.
   uint64_t sum() const {
@@ -58,6 +52,7 @@ struct LinkState {
   }
 };
 
+static_assert(sizeof(RailState) == 48, "there is no padding");
 static_assert(sizeof(LinkState) <= kPage, "an announcement fits the page it is written to");
 
 }  // namespace spark::verbs

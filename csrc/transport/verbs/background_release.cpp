@@ -10,12 +10,12 @@
 namespace spark::verbs {
 namespace {
 
-constexpr auto kPatience = std::chrono::seconds(5);
+constexpr auto kReleaseTime = std::chrono::seconds(5);
 
 }  // namespace
 
-// Shared with the thread, which may outlive the reaper.
-struct Reaper::State {
+// Shared with the thread, which may outlive the object.
+struct BackgroundRelease::State {
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<std::shared_ptr<void>> objects;
@@ -35,24 +35,24 @@ struct Reaper::State {
   }
 };
 
-Reaper::Reaper() : state_(std::make_shared<State>()) {}
+BackgroundRelease::BackgroundRelease() : state_(std::make_shared<State>()) {}
 
-void Reaper::release(std::shared_ptr<void> object) {
+void BackgroundRelease::release(std::shared_ptr<void> object) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   if (!state_->running) {
     try {
       std::thread([state = state_] { state->run(); }).detach();
     } catch (const std::system_error&) {
-      return;  // no thread to be had: the caller lets go of it, however long that takes
+      return;  // no thread can be started: released here, by the end of `object`, however long that takes
     }
     state_->running = true;
   }
   state_->objects.push_back(std::move(object));
 }
 
-Reaper::~Reaper() {
+BackgroundRelease::~BackgroundRelease() {
   std::unique_lock<std::mutex> lock(state_->mutex);
-  state_->changed.wait_for(lock, kPatience, [this] { return !state_->running; });
+  state_->changed.wait_for(lock, kReleaseTime, [this] { return !state_->running; });
 }
 
 }  // namespace spark::verbs

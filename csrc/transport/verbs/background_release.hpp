@@ -1,20 +1,20 @@
-// Releases what may take long to release: ending a queue pair waits for what a device still has in hand, and
-// nothing else may wait for that.
+// Releases objects on a thread of its own: destroying a queue pair waits for what the device still has under
+// way, and nothing else may wait for that.
 #pragma once
 
 #include <memory>
 
 namespace spark::verbs {
 
-class Reaper {
+class BackgroundRelease {
  public:
-  Reaper();
-  // Waits a few seconds for what is under way; the rest goes on without this object.
-  ~Reaper();
-  Reaper(const Reaper&) = delete;
-  Reaper& operator=(const Reaper&) = delete;
+  BackgroundRelease();
+  // Waits a few seconds for objects that are being released; the rest is released after this object is gone.
+  ~BackgroundRelease();
+  BackgroundRelease(const BackgroundRelease&) = delete;
+  BackgroundRelease& operator=(const BackgroundRelease&) = delete;
 
-  // Lets go of `object` on a thread of its own.
+  // Drops this reference to `object` on the thread.
   void release(std::shared_ptr<void> object);
 
  private:
