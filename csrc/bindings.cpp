@@ -26,7 +26,7 @@ namespace {
 //
 // Not for what takes a few microseconds and waits for nobody, even if it is called often: another thread may
 // take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may take a lock
-// whose other holders only copy words under it and never want the interpreter's (Bulletin's).
+// that other threads hold only to copy words, and without the interpreter's lock (Announcements').
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // The same for the end of an object, which may be the garbage collector's work: closing waits for the GPU and
@@ -213,19 +213,20 @@ void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
       .def("hold_proxy", &AnyRuntime::hold_proxy)
       .def("deliver",
            [](AnyRuntime& runtime, const std::string& announcement) {
-             link_of(runtime).bulletin().deliver(announcement);
+             link_of(runtime).announcements().deliver(announcement);
            })
       .def("take_announcement",
-           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).bulletin().take()); })
+           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).announcements().take()); })
       .def("silence",
            [](const AnyRuntime& runtime) {
-             return std::chrono::duration<double>(link_of(runtime).bulletin().silence()).count();
+             return std::chrono::duration<double>(link_of(runtime).announcements().silence()).count();
            })
-      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); })
+      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).announcements().take_log(); })
       .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
       .def_property_readonly("link_ready",
                              [](const AnyRuntime& runtime) {
-                               return runtime.link() == nullptr ? -1 : runtime.link()->bulletin().ready();
+                               return runtime.link() == nullptr ? -1
+                                                                : runtime.link()->announcements().ready();
                              })
       .def_property_readonly("path", &AnyRuntime::path)
       .def("counters", [](const AnyRuntime& runtime) { return counters_of(runtime); })

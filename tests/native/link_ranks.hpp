@@ -48,7 +48,7 @@ void run_rank(spark::Runtime& runtime, int rank, Before before) {
 // Passes on what a rank says of its rails, as the channel between two machines does.
 class Keeper {
  public:
-  Keeper(spark::verbs::Bulletin& from, spark::verbs::Bulletin& to)
+  Keeper(spark::verbs::Announcements& from, spark::verbs::Announcements& to)
       : thread_([this, &from, &to] {
           while (!stopping_.load(std::memory_order_relaxed)) {
             pollfd ready{from.ready(), POLLIN, 0};
@@ -72,7 +72,7 @@ class Keeper {
 // The same both ways.
 struct Keepers {
   Keepers(spark::verbs::Link& left, spark::verbs::Link& right)
-      : one(left.bulletin(), right.bulletin()), two(right.bulletin(), left.bulletin()) {}
+      : one(left.announcements(), right.announcements()), two(right.announcements(), left.announcements()) {}
   Keeper one, two;
 };
 

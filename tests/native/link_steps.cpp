@@ -57,9 +57,9 @@ class Pair {
     spark::Endpoint& other = &rank == &left ? right : left;
     bool awake = rank.link()->progress();
     rank.link()->attend();
-    std::string announcement = rank.link()->bulletin().take();
-    if (!announcement.empty()) other.link()->bulletin().deliver(announcement);
-    for (const std::string& sentence : rank.link()->bulletin().take_log()) log[&rank] += sentence + "\n";
+    std::string announcement = rank.link()->announcements().take();
+    if (!announcement.empty()) other.link()->announcements().deliver(announcement);
+    for (const std::string& sentence : rank.link()->announcements().take_log()) log[&rank] += sentence + "\n";
     return awake;
   }
 

@@ -1,5 +1,6 @@
-// What both ranks say to each other of their rails (link_state.hpp): over every rail that works, into the
-// inbox of the peer's region, and out of band, by whoever takes it here and delivers it there.
+// What both ranks announce to each other of their rails (link_state.hpp): over every rail that works, into
+// the inbox of the peer's region, and out of band, by whoever calls `take` here and `deliver` there. Also the
+// log of the link, for people.
 #pragma once
 
 #include <atomic>
@@ -16,43 +17,45 @@
 
 namespace spark::verbs {
 
-class Bulletin {
+class Announcements {
  public:
   // `memory` is this rank's region. Throws CollectiveError.
-  Bulletin(std::byte* memory, const RegionLayout& layout);
+  Announcements(std::byte* memory, const RegionLayout& layout);
 
   // The proxy's thread alone calls these:
 
-  // What the peer has said last.
-  const LinkState& theirs() const { return theirs_; }
-  // Takes the peer's first words, which came with its offer. False for what is no whole state.
-  bool begin(const std::string& words);
-  // Takes what the peer has said since, and whether this rank is to stop.
+  // The peer's last announcement.
+  const LinkState& peer() const { return peer_; }
+  // Takes the peer's first announcement, which is its offer. False if it is not a whole state.
+  bool accept_offer(const std::string& bytes);
+  // Takes the peer's announcements since, and whether this rank is to stop.
   void read();
-  // Gives `state` the next version, and why this rank stops if it does.
-  std::string sign(LinkState& state);
-  // Something has changed, and is to be said without delay.
-  void change() { changed_ = true; }
-  // Whether it is time to say something; `quiet` waits for a change.
-  bool due(Clock::time_point now, bool quiet) const { return changed_ || (!quiet && now >= next_); }
-  // Signs `state` and puts it where rails send it from, and out of band if it has changed or if this rank is
-  // `alone`, without any rail. Returns the outbox.
-  uint32_t publish(LinkState& state, bool alone);
+  // Gives `state` the next version and, if this rank stops, the reason. Returns its bytes.
+  std::string encode(LinkState& state);
+  // The state has changed: the next announcement is due at once.
+  void request() { requested_ = true; }
+  // Whether an announcement is due; `changes_only`: only after `request`.
+  bool due(Clock::time_point now, bool changes_only) const {
+    return requested_ || (!changes_only && now >= next_);
+  }
+  // Encodes `state` into an outbox, from which rails send it, and for `take` if it has changed, or now and
+  // then if there is `no_open_rail`. Returns the outbox.
+  uint32_t publish(LinkState& state, bool no_open_rail);
 
   // From any thread:
 
   // This rank stops. The first reason counts.
-  void tell(const std::string& reason);
+  void stop(const std::string& reason);
   // Takes an announcement of the peer's that came out of band.
-  void deliver(const std::string& words);
+  void deliver(const std::string& bytes);
   // The newest announcement, if it has not been taken yet; else empty.
   std::string take();
-  // How long the peer has said nothing; it says something five times a second.
+  // Time since the peer's last announcement; it sends five a second.
   std::chrono::nanoseconds silence() const;
-  // For people: one more sentence of what has happened, and all since the last call.
-  void note(const std::string& sentence);
+  // Adds a sentence to the log; returns the log and empties it.
+  void log(const std::string& sentence);
   std::vector<std::string> take_log();
-  // Readable when there is something to take.
+  // A descriptor that is readable when there is something to take.
   int ready() const { return ready_.get(); }
 
  private:
@@ -60,20 +63,20 @@ class Bulletin {
 
   std::byte* memory_;
   RegionLayout layout_;
-  LinkState theirs_{};
+  LinkState peer_{};
   uint64_t version_ = 0;
-  bool changed_ = false;
-  std::string farewell_;  // why this rank stops
+  bool requested_ = false;
+  std::string stop_reason_;  // empty: this rank does not stop
   uint32_t outbox_ = 0;
   Clock::time_point next_{}, next_out_of_band_{};
 
-  // Other threads come through these.
+  // Shared between threads.
   std::mutex shared_;  // guards the four below
-  std::string told_;
+  std::string new_stop_reason_;
   std::string announcement_;
   std::optional<LinkState> delivered_;  // the newest since `read`
   std::vector<std::string> log_;
-  std::atomic<bool> news_{false};  // `told_` or `delivered_` has something new
+  std::atomic<bool> received_{false};  // `new_stop_reason_` or `delivered_` has changed
   std::atomic<Clock::rep> heard_at_{0};
   FileDescriptor ready_;
 };

@@ -1,7 +1,7 @@
-// How long a rail that fails again and again is kept out of use.
+// The hold-down of a rail that fails repeatedly.
 //
-// Each use of such a rail may cost the messages that it takes a whole retry time. So a rail that fails before
-// it has worked for a while stays disconnected for a time that doubles with each failure.
+// Messages posted to such a rail may be delayed by a whole retry time. So a rail that fails before it has
+// worked for a while stays disconnected for a time that doubles with each failure.
 #pragma once
 
 #include <chrono>
@@ -14,7 +14,7 @@ namespace spark::verbs {
 struct HoldDownTimes {
   std::chrono::nanoseconds first{std::chrono::seconds(1)};
   std::chrono::nanoseconds longest{std::chrono::seconds(60)};
-  // A rail that has carried data for so long is trusted again: its next failure is followed by no hold-down.
+  // The first failure of a rail that has carried data for this long is followed by no hold-down.
   std::chrono::nanoseconds steady{std::chrono::seconds(60)};
 };
 
@@ -22,20 +22,20 @@ class HoldDown {
  public:
   explicit HoldDown(const HoldDownTimes& times) : times_(times) {}
 
-  // Data may go over the rail from `now` on.
+  // Data may be sent over the rail from `now` on.
   void opened(Clock::time_point now) { opened_ = now; }
-  // The rail's connection has failed, or the attempt to make one. Returns for how long the rail is held down.
-  // `alone`: no other rail works. Such failures do not lengthen the hold-down: they mostly have one cause,
-  // and when that is gone the rails must not stay unused.
-  std::chrono::nanoseconds failed(Clock::time_point now, bool alone);
-  // True while the rail must not be connected. If it is `alone`, there is no traffic to protect, and the pair
-  // stops if no rail comes back in time: a tenth of the hold-down, at most `first`, only sets the pace of the
-  // attempts.
-  bool holds(Clock::time_point now, bool alone) const;
+  // The rail's connection has failed, or the attempt to make one. Returns the length of the hold-down.
+  // `no_open_rail`: such failures do not lengthen it: most of them have one cause, and once that is gone the
+  // rails must not stay unused.
+  std::chrono::nanoseconds failed(Clock::time_point now, bool no_open_rail);
+  // True while the rail must not be connected. If there is `no_open_rail`, there is no traffic to protect,
+  // and the pair stops if no rail comes back in time: then a tenth of the hold-down, at most `first`, limits
+  // the rate of the attempts.
+  bool holds(Clock::time_point now, bool no_open_rail) const;
 
  private:
   HoldDownTimes times_;
-  std::optional<Clock::time_point> opened_;  // since when data may go over the present connection
+  std::optional<Clock::time_point> opened_;  // since when data may be sent over the present connection
   Clock::time_point failed_{};
   std::chrono::nanoseconds length_{0};
 };
