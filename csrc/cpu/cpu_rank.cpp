@@ -112,7 +112,10 @@ Runtime::Runtime(const Options& options)
 
 Runtime::~Runtime() {
   // A fork has a copy of this object, but not its thread.
-  if (!endpoint_.owned_by_this_process()) static_cast<void>(proxy_.release());
+  if (!endpoint_.owned_by_this_process()) {
+    static_cast<void>(proxy_.release());
+    static_cast<void>(doorbell_.release());
+  }
   close();
 }
 
@@ -133,8 +136,8 @@ void Runtime::connect_in_process(const Runtime& peer) {
 void Runtime::start() {
   theirs_ = endpoint_.theirs();
   if (options_.proxied) {
-    proxy_ =
-        std::make_unique<Proxy>(mine_, endpoint_.transport(), options_.first_sequence - 1, options_.backoff);
+    doorbell_ = std::make_unique<Doorbell>(mine_, options_.first_sequence - 1, options_.backoff);
+    proxy_ = std::make_unique<ProxyThread>(*doorbell_, endpoint_.transport());
   }
   endpoint_.start();
 }
@@ -212,11 +215,12 @@ void Runtime::exchange(const Operation& operation, const std::byte* in, uint64_t
 
 void Runtime::send(const Operation& operation, const std::byte* data, size_t bytes) {
   uint32_t sequence = sequence_.load(std::memory_order_relaxed) + 1;
-  if (proxy_) wait_for_send_slot(operation, sequence);
+  if (doorbell_) wait_for_send_slot(operation, sequence);
   uint32_t tag = operation.tag();
   bool as_packets = bytes <= options_.sizes.packet_bytes;
   if (as_packets) {
-    std::atomic<uint64_t>* packets = proxy_ ? mine_.send_packets(sequence) : theirs_->recv_packets(sequence);
+    std::atomic<uint64_t>* packets =
+        doorbell_ ? mine_.send_packets(sequence) : theirs_->recv_packets(sequence);
     auto put = [&](size_t half, uint32_t word) {
       // Relaxed: word and flag travel together, and the reader trusts nothing else. Proxied, the doorbell's
       // release orders these stores before the proxy's loads.
@@ -236,7 +240,7 @@ void Runtime::send(const Operation& operation, const std::byte* data, size_t byt
     }
     counters_.packet_messages.fetch_add(1, std::memory_order_relaxed);
   } else {
-    if (proxy_) {
+    if (doorbell_) {
       std::memcpy(mine_.send_payload(sequence), data, bytes);
     } else {
       deliver_payload(data, theirs_->recv_payload(sequence), bytes, theirs_->recv_flag(sequence),
@@ -244,14 +248,14 @@ void Runtime::send(const Operation& operation, const std::byte* data, size_t byt
     }
     counters_.payload_messages.fetch_add(1, std::memory_order_relaxed);
   }
-  if (proxy_) {
+  if (doorbell_) {
     mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload,
                                   tag,
                                   bytes,
                                   0,
                                   0,
                                   as_packets ? 1 : stripes_of(bytes)};
-    proxy_->ring(sequence);
+    doorbell_->ring(sequence);
   }
   sequence_.store(sequence, std::memory_order_relaxed);
 }
@@ -261,7 +265,7 @@ void Runtime::send(const Operation& operation, const std::byte* data, size_t byt
 // one look.
 void Runtime::wait_for_send_slot(const Operation& operation, uint32_t sequence) {
   Wait wait(*this, operation, sequence);
-  while (!proxy_->has_posted(sequence - options_.sizes.slots)) wait.step();
+  while (!doorbell_->has_posted(sequence - options_.sizes.slots)) wait.step();
 }
 
 const std::byte* Runtime::receive(const Operation& operation, uint32_t sequence, size_t bytes) {

@@ -6,7 +6,8 @@
 #include <memory>
 #include <string>
 
-#include "../proxy/proxy.hpp"
+#include "../proxy/doorbell.hpp"
+#include "../proxy/proxy_thread.hpp"
 #include "../rank/endpoint.hpp"
 #include "../region/operation.hpp"
 
@@ -65,7 +66,7 @@ class Runtime {
   std::string poison() const { return endpoint_.poison(); }
   uint32_t last_sequence() const { return sequence_.load(std::memory_order_relaxed); }
   const Counters& counters() const { return counters_; }
-  const ProxyCounters* proxy_counters() const { return proxy_ ? &proxy_->counters() : nullptr; }
+  const ProxyCounters* proxy_counters() const { return doorbell_ ? &doorbell_->counters() : nullptr; }
   void hold_proxy(bool held);
 
  private:
@@ -91,7 +92,8 @@ class Runtime {
   const Options& options_;
   Region mine_;
   const Region* theirs_ = nullptr;  // in direct mode
-  std::unique_ptr<Proxy> proxy_;
+  std::unique_ptr<Doorbell> doorbell_;
+  std::unique_ptr<ProxyThread> proxy_;
   std::unique_ptr<std::byte[]> scratch_;  // a packet message's data, unpacked
   uint32_t received_ = 0;                 // last sequence seen from the peer
   std::atomic<uint32_t> sequence_;

@@ -64,7 +64,8 @@ DeviceRuntime::~DeviceRuntime() {
   if (!endpoint_.owned_by_this_process()) {
     // A fork has a copy of this object, but neither its threads nor its context; the eventfd is shared.
     static_cast<void>(peer_watch_.release());
-    static_cast<void>(forwarder_.release());
+    static_cast<void>(proxy_.release());
+    static_cast<void>(scanner_.release());
     static_cast<void>(gpu_.release());
     return;
   }
@@ -114,8 +115,8 @@ void DeviceRuntime::start() {
   rank_.clear_interval = options.clear_interval;
   rank_.index = static_cast<uint32_t>(options.rank);
   if (options.proxied) {
-    forwarder_ =
-        std::make_unique<Forwarder>(endpoint_.mine(), endpoint_.transport(), options.first_sequence - 1);
+    scanner_ = std::make_unique<SlotScanner>(endpoint_.mine(), options.first_sequence - 1);
+    proxy_ = std::make_unique<ProxyThread>(*scanner_, endpoint_.transport());
   }
   endpoint_.start();
 }
@@ -210,7 +211,7 @@ void DeviceRuntime::close() {
   CurrentContext current(context_);
   // What still runs sees the abort word and ends: only then may its memory go.
   Driver::get().context_synchronize();
-  if (forwarder_) forwarder_->stop();  // delivers what was sent
+  if (proxy_) proxy_->stop();  // delivers what was sent
   endpoint_.tell_peer("it closed its runtime");
 }
 
@@ -220,7 +221,7 @@ Totals DeviceRuntime::totals() const {
 }
 
 void DeviceRuntime::hold_proxy(bool held) {
-  if (forwarder_) forwarder_->hold(held);
+  if (proxy_) proxy_->hold(held);
 }
 
 }  // namespace spark::device

@@ -7,7 +7,8 @@
 #include <string>
 
 #include "../kernels/parameters.hpp"
-#include "../proxy/forwarder.hpp"
+#include "../proxy/proxy_thread.hpp"
+#include "../proxy/slot_scanner.hpp"
 #include "../rank/endpoint.hpp"
 #include "../rank/peer_watch.hpp"
 #include "../region/operation.hpp"
@@ -63,7 +64,7 @@ class DeviceRuntime {
   std::string poison() const { return endpoint_.poison(); }
   // What kernels have begun so far.
   Totals totals() const;
-  const ProxyCounters* proxy_counters() const { return forwarder_ ? &forwarder_->counters() : nullptr; }
+  const ProxyCounters* proxy_counters() const { return scanner_ ? &scanner_->counters() : nullptr; }
   void hold_proxy(bool held);
 
  private:
@@ -90,7 +91,8 @@ class DeviceRuntime {
   LaunchShape shape_;
   std::unique_ptr<Lent> gpu_;
   Rank rank_{};
-  std::unique_ptr<Forwarder> forwarder_;
+  std::unique_ptr<SlotScanner> scanner_;
+  std::unique_ptr<ProxyThread> proxy_;
   std::unique_ptr<PeerWatch> peer_watch_;
   std::mutex launching_;  // between a launch and the end: no kernel starts once `close` waits for the GPU
 };

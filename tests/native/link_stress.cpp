@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "../../csrc/cpu/cpu_rank.hpp"
-#include "../../csrc/proxy/forwarder.hpp"
+#include "../../csrc/proxy/proxy_thread.hpp"
+#include "../../csrc/proxy/slot_scanner.hpp"
 #include "../../csrc/rank/endpoint.hpp"
 #include "../../csrc/support/errors.hpp"
 #include "link_ranks.hpp"
@@ -128,8 +129,9 @@ void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Endpoint left(options), right(other);
   join(left, right, link_options());
   Preempted left_link(*left.link()), right_link(*right.link());
-  spark::device::Forwarder left_proxy(left.mine(), left_link, options.first_sequence - 1);
-  spark::device::Forwarder right_proxy(right.mine(), right_link, options.first_sequence - 1);
+  spark::SlotScanner left_scanner(left.mine(), options.first_sequence - 1);
+  spark::SlotScanner right_scanner(right.mine(), options.first_sequence - 1);
+  spark::ProxyThread left_proxy(left_scanner, left_link), right_proxy(right_scanner, right_link);
   {
     Keepers keepers(*left.link(), *right.link());
     together([&] { run_kernels(left, operations); }, [&] { run_kernels(right, operations); });
