@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "../proxy/slot_scanner.hpp"
 #include "../support/errors.hpp"
 
 namespace spark::device {
@@ -33,23 +34,23 @@ void check_aligned(const Operation& operation, const void* tensor) {
                    "; clone it");
 }
 
-// A peer's GPU polls what this rank's proxy copies.
-Options polled_by_gpus(Options options) {
+// The peer's GPU polls what this rank's proxy copies.
+Options polled_by_gpu(Options options) {
   options.copy_lines = true;
   return options;
 }
 
 }  // namespace
 
-DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image)
-    : endpoint_(polled_by_gpus(options)), context_(current_context()), shape_(shape), gpu_([&] {
+GpuRank::GpuRank(const Options& options, const LaunchShape& shape, const std::string& image)
+    : Rank(polled_by_gpu(options)), context_(current_context()), shape_(shape), gpu_([&] {
         Progress progress = first_progress(options);
-        return new Lent{Kernels(image), nullptr, nullptr, MappedMemory(sizeof(Report)),
-                        DeviceMemory(&progress, sizeof progress)};
+        return new DriverResources{Kernels(image), nullptr, nullptr, MappedMemory(sizeof(Report)),
+                                   DeviceMemory(&progress, sizeof progress)};
       }()) {
   if (compute_capability() < kFirstWithDependentLaunch) shape_.dependent_launch = false;
-  // A message goes when all of its pieces are there, and a block ends with its last message: one that waited
-  // for another to end would keep all from going.
+  // A message is complete when all of its pieces are sent, and a block ends with its last message: a block
+  // that starts only when another one has ended would block all of them.
   uint32_t threads = 2 * shape_.payload_threads + kPayloadSideThreads;
   uint32_t at_once = gpu_->kernels.payload_blocks_at_once(threads);
   if (shape_.payload_blocks > at_once) {
@@ -60,85 +61,72 @@ DeviceRuntime::DeviceRuntime(const Options& options, const LaunchShape& shape, c
   static_cast<Report*>(gpu_->report.on_host())->totals.sequence = options.first_sequence - 1;
 }
 
-DeviceRuntime::~DeviceRuntime() {
+GpuRank::~GpuRank() {
   if (!endpoint_.owned_by_this_process()) {
     // A fork has a copy of this object, but neither its threads nor its context; the eventfd is shared.
     static_cast<void>(peer_watch_.release());
-    static_cast<void>(proxy_.release());
-    static_cast<void>(scanner_.release());
     static_cast<void>(gpu_.release());
     return;
   }
   close();
-  // The last reference may go on a thread without a context. And a graph may have been replayed after
-  // `close`: nothing is freed before that is through.
+  // The last reference may be dropped on a thread without a context. And a graph may have been replayed after
+  // `close`: its kernels must end before their memory is freed.
   CurrentContext current(context_);
   Driver::get().context_synchronize();
   gpu_.reset();
 }
 
-void DeviceRuntime::connect(const Address& peer, const std::string& description) {
-  endpoint_.connect(peer, description);
-  pin();
-  gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), endpoint_.layout().total());
-  start();
-  peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
-    // Whatever it sent before it ended has arrived: kernels look once more after they see the abort word.
-    endpoint_.end_waits(endpoint_.peer().name() + ": " + kProcessEnded);
-  });
-}
-
-void DeviceRuntime::connect_link(const std::string& peer_offer, const std::string& description) {
-  endpoint_.connect_link(peer_offer, description);
-  // Here and not in `start`: if it fails, the peer is told before either rank begins.
-  pin();
-}
-
-void DeviceRuntime::pin() {
-  gpu_->mine = std::make_unique<RegisteredMemory>(endpoint_.memory(), endpoint_.layout().total());
-}
-
-void DeviceRuntime::start() {
+// Registers this rank's region with the GPU only here, after the NIC has registered it: the kernel moves
+// pages out of memory that must stay movable when they are pinned first, and cannot once the GPU's driver
+// holds them.
+void GpuRank::prepare() {
   const Options& options = endpoint_.options();
   const RegionLayout& layout = endpoint_.layout();
-  rank_.in = receive_lane(gpu_->mine->on_device());
-  rank_.out = options.proxied ? send_lane(gpu_->mine->on_device()) : receive_lane(gpu_->theirs->on_device());
-  rank_.abort = reinterpret_cast<const uint32_t*>(gpu_->mine->on_device() + layout.control() +
-                                                  offsetof(Control, abort));
-  rank_.progress = reinterpret_cast<Progress*>(gpu_->progress.on_device());
-  rank_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
-  rank_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
-  rank_.slots = options.sizes.slots;
-  rank_.depth = options.depth;
-  rank_.packet_area = static_cast<uint32_t>(layout.packet_area());
-  rank_.payload_area = static_cast<uint32_t>(layout.payload_area());
-  rank_.clear_interval = options.clear_interval;
-  rank_.index = static_cast<uint32_t>(options.rank);
-  if (options.proxied) {
-    scanner_ = std::make_unique<SlotScanner>(endpoint_.mine(), options.first_sequence - 1);
-    proxy_ = std::make_unique<ProxyThread>(*scanner_, endpoint_.transport());
+  gpu_->mine = std::make_unique<RegisteredMemory>(endpoint_.memory(), layout.total());
+  parameters_.in = receive_slots(gpu_->mine->on_device());
+  parameters_.out = send_slots(gpu_->mine->on_device());
+  if (endpoint_.peer_memory() != nullptr) {
+    gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
+    if (!options.proxied) parameters_.out = receive_slots(gpu_->theirs->on_device());
+    peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
+      // Whatever it sent before it ended has arrived: kernels load once more after they see the abort word.
+      endpoint_.end_waits(endpoint_.peer().name() + ": " + kProcessEnded);
+    });
   }
-  endpoint_.start();
+  parameters_.abort = reinterpret_cast<const uint32_t*>(gpu_->mine->on_device() + layout.control() +
+                                                        offsetof(Control, abort));
+  parameters_.progress = reinterpret_cast<Progress*>(gpu_->progress.on_device());
+  parameters_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
+  parameters_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
+  parameters_.slots = options.sizes.slots;
+  parameters_.depth = options.depth;
+  parameters_.packet_area = static_cast<uint32_t>(layout.packet_area());
+  parameters_.payload_area = static_cast<uint32_t>(layout.payload_area());
+  parameters_.clear_interval = options.clear_interval;
+  parameters_.index = static_cast<uint32_t>(options.rank);
 }
 
-Lane DeviceRuntime::receive_lane(unsigned char* base) const {
+std::unique_ptr<MessageSource> GpuRank::make_source() {
+  return std::make_unique<SlotScanner>(endpoint_.mine(), endpoint_.options().first_sequence - 1);
+}
+
+Slots GpuRank::receive_slots(unsigned char* base) const {
   const RegionLayout& layout = endpoint_.layout();
   return {base + layout.recv_flags(), base + layout.recv_packets(), base + layout.recv_payload()};
 }
 
-Lane DeviceRuntime::send_lane(unsigned char* base) const {
+Slots GpuRank::send_slots(unsigned char* base) const {
   const RegionLayout& layout = endpoint_.layout();
   return {base + layout.send_flags(), base + layout.send_packets(), base + layout.send_payload()};
 }
 
-void DeviceRuntime::all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream) {
+void GpuRank::all_reduce(const void* in, void* out, uint64_t elements, DType dtype, Stream stream) {
   uint64_t bytes = endpoint_.all_reduce_bytes(elements, dtype);
   Call call{static_cast<const unsigned char*>(in), static_cast<unsigned char*>(out), bytes, 0, 0, 0};
   launch({Kind::kAllReduce, dtype, elements}, call, stream);
 }
 
-void DeviceRuntime::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes,
-                               Stream stream) {
+void GpuRank::all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes, Stream stream) {
   uint64_t bytes = endpoint_.all_gather_bytes(outer, inner_bytes);
   if (inner_bytes % kVector != 0) {
     throw UsageError("an all_gather of rows of " + std::to_string(inner_bytes) +
@@ -154,18 +142,18 @@ void DeviceRuntime::all_gather(const void* in, void* out, uint64_t outer, uint64
   launch({Kind::kAllGather, DType::kBytes, bytes}, call, stream);
 }
 
-void DeviceRuntime::launch(const Operation& operation, const Call& arguments, Stream stream) {
+void GpuRank::launch(const Operation& operation, const Call& arguments, Stream stream) {
   std::lock_guard<std::mutex> launching(launching_);
   endpoint_.check_usable();
   check();
-  if (arguments.bytes == 0) return;  // nothing to wait for
+  if (arguments.bytes == 0) return;  // needs no message
   check_aligned(operation, arguments.in);
   check_aligned(operation, arguments.out);
   const LaunchPlan launch = plan(arguments.bytes, shape_, endpoint_.options().sizes);
   Call call = arguments;
   call.tag = operation.tag();
   call.chunk = launch.message_bytes;
-  void* parameters[] = {&rank_, &call};
+  void* parameters[] = {&parameters_, &call};
   LaunchAttribute dependent{kProgrammaticStreamSerialization, 0, {}};
   dependent.value.allowed = 1;
   LaunchConfig config{
@@ -176,7 +164,7 @@ void DeviceRuntime::launch(const Operation& operation, const Call& arguments, St
                "launch an " + operation.describe());
 }
 
-void DeviceRuntime::check() {
+void GpuRank::check() {
   const Failure& failure = report().failure;
   // Acquire: pairs with the kernel's release of the code after the other words.
   uint32_t code = load_acquire(failure.code);
@@ -205,23 +193,26 @@ void DeviceRuntime::check() {
   }
 }
 
-void DeviceRuntime::close() {
-  if (!endpoint_.close()) return;
+void GpuRank::wait_until_idle() {
+  // A launch that holds it comes first; every later one finds the rank closed.
   std::lock_guard<std::mutex> launching(launching_);
   CurrentContext current(context_);
-  // What still runs sees the abort word and ends: only then may its memory go.
+  // Kernels that still run see the abort word and end: only then may their memory be released.
   Driver::get().context_synchronize();
-  if (proxy_) proxy_->stop();  // delivers what was sent
-  endpoint_.tell_peer("it closed its runtime");
 }
 
-Totals DeviceRuntime::totals() const {
+CollectiveCounters GpuRank::counters() const {
   // Relaxed words of different moments: these are for people.
-  return report().totals;
-}
-
-void DeviceRuntime::hold_proxy(bool held) {
-  if (proxy_) proxy_->hold(held);
+  const Totals totals = report().totals;
+  return {totals.all_reduces,
+          totals.all_reduce_bytes,
+          totals.all_gathers,
+          totals.all_gather_bytes,
+          totals.packet_messages,
+          totals.payload_messages,
+          totals.chunked_operations,
+          0.0,
+          static_cast<uint32_t>(totals.sequence)};
 }
 
 }  // namespace spark::device

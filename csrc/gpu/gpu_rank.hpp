@@ -1,5 +1,5 @@
-// Collectives on GPU memory: each is one kernel launch on the caller's stream, and nothing else. So they may
-// be captured into CUDA graphs; what is replayed needs no host.
+// A rank on a GPU: collectives on its memory. Each is one kernel launch on the caller's stream, and nothing
+// else, so it can be captured into a CUDA graph, whose replay needs no host.
 #pragma once
 
 #include <memory>
@@ -7,10 +7,8 @@
 #include <string>
 
 #include "../kernels/parameters.hpp"
-#include "../proxy/proxy_thread.hpp"
-#include "../proxy/slot_scanner.hpp"
-#include "../rank/endpoint.hpp"
 #include "../rank/peer_watch.hpp"
+#include "../rank/rank.hpp"
 #include "../region/operation.hpp"
 #include "driver.hpp"
 #include "kernels.hpp"
@@ -18,28 +16,14 @@
 
 namespace spark::device {
 
-class DeviceRuntime {
+class GpuRank final : public Rank {
  public:
   // Makes this rank's region and its state on the current CUDA device. `image` holds the kernels. Throws
   // UsageError for impossible options and where there is no driver, CollectiveError for what the driver
   // refuses.
-  DeviceRuntime(const Options& options, const LaunchShape& shape, const std::string& image);
-  // Frees nothing before the GPU is through with it.
-  ~DeviceRuntime();
-  DeviceRuntime(const DeviceRuntime&) = delete;
-  DeviceRuntime& operator=(const DeviceRuntime&) = delete;
-
-  Address address() const { return endpoint_.address(); }
-  // See Endpoint.
-  void connect(const Address& peer, const std::string& description);
-  std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails) {
-    return endpoint_.open_link(options, rails);
-  }
-  void connect_link(const std::string& peer_offer, const std::string& description);
-  // After `connect_link`, once both ranks have come so far: from here on messages go.
-  void begin() { start(); }
-  verbs::Link* link() const { return endpoint_.link(); }
-  std::string path() const { return endpoint_.path(); }
+  GpuRank(const Options& options, const LaunchShape& shape, const std::string& image);
+  // Waits for the GPU: memory is freed only after the last kernel that may use it.
+  ~GpuRank() override;
 
   // out = sum over ranks of `elements` numbers, once `stream` gets there. Both aligned to 16 bytes, and
   // apart or the same.
@@ -49,36 +33,25 @@ class DeviceRuntime {
   // `inner_bytes`; apart.
   void all_gather(const void* in, void* out, uint64_t outer, uint64_t inner_bytes, Stream stream);
 
-  // Throws what made a kernel give up, if one has, and what poisoned the runtime otherwise; kernels cannot
-  // throw themselves.
+  // Throws the error of a kernel that has failed, or what poisoned this rank otherwise: kernels cannot throw.
   void check();
 
-  // Ends every wait of both ranks with `reason`. From any thread.
-  void abort(const std::string& reason) { endpoint_.abort(reason); }
-
-  // Nothing is allowed afterwards. Waits for all that runs on the GPU: kernels of this runtime give up at
-  // once, for others there is no bound.
-  void close();
-
-  bool closed() const { return endpoint_.closed(); }
-  std::string poison() const { return endpoint_.poison(); }
-  // What kernels have begun so far.
-  Totals totals() const;
-  const ProxyCounters* proxy_counters() const { return scanner_ ? &scanner_->counters() : nullptr; }
-  void hold_proxy(bool held);
+  // Of the kernels that have begun.
+  CollectiveCounters counters() const override;
 
  private:
-  // Lets the GPU use this rank's region. After the NIC has registered it: the kernel moves pages out of
-  // memory that must stay movable when they are pinned first, and cannot once the GPU's driver holds them.
-  void pin();
-  void start();
+  void prepare() override;
+  std::unique_ptr<MessageSource> make_source() override;
+  // Waits for all that runs on the GPU: this rank's kernels give up at once, other kernels may take any time.
+  void wait_until_idle() override;
+
   void launch(const Operation& operation, const Call& call, Stream stream);
-  Lane receive_lane(unsigned char* base) const;
-  Lane send_lane(unsigned char* base) const;
+  Slots receive_slots(unsigned char* base) const;
+  Slots send_slots(unsigned char* base) const;
   const Report& report() const { return *static_cast<const Report*>(gpu_->report.on_host()); }
 
   // Resources of the CUDA driver; they must be released with their context current.
-  struct Lent {
+  struct DriverResources {
     Kernels kernels;
     std::unique_ptr<RegisteredMemory> mine;    // once connected
     std::unique_ptr<RegisteredMemory> theirs;  // the same, if the peer is on this machine
@@ -86,15 +59,12 @@ class DeviceRuntime {
     DeviceMemory progress;
   };
 
-  Endpoint endpoint_;
   void* context_;
   LaunchShape shape_;
-  std::unique_ptr<Lent> gpu_;
-  Rank rank_{};
-  std::unique_ptr<SlotScanner> scanner_;
-  std::unique_ptr<ProxyThread> proxy_;
+  std::unique_ptr<DriverResources> gpu_;
+  RankParameters parameters_{};
   std::unique_ptr<PeerWatch> peer_watch_;
-  std::mutex launching_;  // between a launch and the end: no kernel starts once `close` waits for the GPU
+  std::mutex launching_;  // held during a launch: no kernel starts once `close` waits for the GPU
 };
 
 }  // namespace spark::device

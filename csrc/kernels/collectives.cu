@@ -9,15 +9,15 @@ using spark::device::Call;
 using spark::device::Concatenation;
 using spark::device::Float16;
 using spark::device::Float32;
-using spark::device::Rank;
+using spark::device::RankParameters;
 using spark::device::Sum;
 
 }  // namespace
 
-#define SPARK_KERNEL(name, threads, exchange, ...)                                 \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                         \
-      name(const __grid_constant__ Rank rank, const __grid_constant__ Call call) { \
-    spark::device::exchange<__VA_ARGS__>(rank, call);                              \
+#define SPARK_KERNEL(name, threads, exchange, ...)                                           \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                                   \
+      name(const __grid_constant__ RankParameters rank, const __grid_constant__ Call call) { \
+    spark::device::exchange<__VA_ARGS__>(rank, call);                                        \
   }
 
 // Threads that move data, and the side warps (csrc/gpu/launch_plan.cpp).

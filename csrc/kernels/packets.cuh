@@ -13,7 +13,7 @@ namespace spark::device {
 template <typename Output>
 class Packets {
  public:
-  __device__ Packets(const Rank& rank, const Call& call, uint32_t first, uint32_t step)
+  __device__ Packets(const RankParameters& rank, const Call& call, uint32_t first, uint32_t step)
       : rank_(rank),
         call_(call),
         first_(first),
@@ -70,12 +70,12 @@ class Packets {
     if (packet == 0) return {call_.tag, static_cast<uint32_t>(call_.bytes)};
     return load_words<2>(call_.in + at(packet), left(packet));
   }
-  __device__ Halves* place(const Lane& lane, uint32_t sequence) const {
+  __device__ Halves* place(const Slots& lane, uint32_t sequence) const {
     const uint32_t slot = sequence & (rank_.slots - 1);
     return reinterpret_cast<Halves*>(lane.packets + slot * size_t{rank_.packet_area});
   }
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   const Call& call_;
   uint32_t first_, step_, count_;
   Words<2> own_{};
@@ -84,7 +84,7 @@ class Packets {
 // `in` and `out` are aligned to 8 bytes. Each warp's packets begin on a cache line: two warps that want the
 // same one from host memory would be answered one after the other.
 template <typename Output>
-__device__ inline void exchange_packets(const Rank& rank, const Call& call) {
+__device__ inline void exchange_packets(const RankParameters& rank, const Call& call) {
   const uint32_t movers = blockDim.x - kPacketsSideThreads;
   const bool mover = threadIdx.x < movers;
   Packets<Output> packets(rank, call, blockIdx.x * movers + threadIdx.x, gridDim.x * movers);

@@ -1,5 +1,5 @@
-// What a kernel knows about its rank: where to send, where to receive, its own progress, and how to give up.
-// For host and device: the host fills it in, kernels get it as a parameter.
+// The parameters of every kernel: its rank's slots, its progress and its limits, and one collective. The host
+// fills them in.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@ namespace spark::device {
 constexpr uint32_t kWarp = 32;    // threads
 constexpr uint64_t kVector = 16;  // bytes that one access of a kernel moves; slots are multiples of it
 
-// What a block has beside the threads that move data: a warp that keeps the books, and with payload one that
-// looks out for flags.
+// Threads of a block beside those that move data: a warp for the rank's progress and counters, and with
+// payload one that polls flags.
 constexpr uint32_t kPacketsSideThreads = kWarp;
 constexpr uint32_t kPayloadSideThreads = 2 * kWarp;
 
-// What was done so far, for the host to read.
+// Counters of the kernels that have begun, for the host.
 struct Totals {
   uint64_t all_reduces;
   uint64_t all_reduce_bytes;
@@ -40,7 +40,7 @@ struct alignas(128) Progress {
   alignas(128) Totals totals;
 };
 
-// In host memory: what a kernel that gave up waited for. Written once, `code` last.
+// In host memory: the wait that failed, of a kernel that gave up. Written once, `code` last.
 enum FailureCode : uint32_t { kNoFailure = 0, kTimedOut = 1, kMismatch = 2, kAbortSeen = 3, kConcurrent = 4 };
 struct Failure {
   uint32_t code;
@@ -55,16 +55,16 @@ struct Report {
   alignas(kLine) Totals totals;  // each word whole, no two of the same moment
 };
 
-// One direction of the exchange: first slot of each kind.
-struct Lane {
+// The slots of one direction: address of the first slot of each kind (slots.cuh finds the others).
+struct Slots {
   unsigned char* flags;
   unsigned char* packets;
   unsigned char* payload;
 };
 
-struct Rank {
-  Lane out;  // the peer's receive slots, or this rank's send slots if a proxy forwards them
-  Lane in;   // this rank's receive slots
+struct RankParameters {
+  Slots out;  // the peer's receive slots, or this rank's send slots if a proxy forwards them
+  Slots in;   // this rank's receive slots
   const uint32_t* abort;
   Progress* progress;
   Report* report;

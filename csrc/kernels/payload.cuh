@@ -21,7 +21,7 @@ template <typename Output>
 class Pieces {
  public:
   // `part` is this thread's number among the `parts` that send, or that receive.
-  __device__ Pieces(const Rank& rank, const Call& call, Relay& relay, uint32_t first, uint32_t part,
+  __device__ Pieces(const RankParameters& rank, const Call& call, Relay& relay, uint32_t first, uint32_t part,
                     uint32_t parts)
       : rank_(rank),
         call_(call),
@@ -96,10 +96,10 @@ class Pieces {
                : static_cast<uint32_t>(min(static_cast<uint64_t>(piece_), call_.bytes - from));
   }
   __device__ uint32_t slot(uint32_t index) const { return (first_ + index) & (rank_.slots - 1); }
-  __device__ Flag* flag(const Lane& lane, uint32_t index) const {
+  __device__ Flag* flag(const Slots& lane, uint32_t index) const {
     return reinterpret_cast<Flag*>(lane.flags) + slot(index) * kMaxPieces + blockIdx.x;
   }
-  __device__ unsigned char* payload(const Lane& lane, uint32_t index) const {
+  __device__ unsigned char* payload(const Slots& lane, uint32_t index) const {
     return lane.payload + static_cast<size_t>(slot(index)) * rank_.payload_area + blockIdx.x * piece_;
   }
   __device__ uint32_t step() const { return parts_ * sizeof(Vector); }
@@ -194,7 +194,7 @@ class Pieces {
             static_cast<uint32_t>(value.second), static_cast<uint32_t>(value.second >> 32)};
   }
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   const Call& call_;
   Relay& relay_;
   uint32_t first_, piece_, messages_, part_, parts_;
@@ -203,7 +203,7 @@ class Pieces {
 // `in` and `out` are aligned to 16 bytes; the grid has at most kMaxPieces blocks, all of them resident at
 // once, of as many threads that send as receive, and the side warps.
 template <typename Output>
-__device__ inline void exchange_payload(const Rank& rank, const Call& call) {
+__device__ inline void exchange_payload(const RankParameters& rank, const Call& call) {
   __shared__ Relay relay;
   relay.clear();  // by every thread: they all write the same
   __syncthreads();

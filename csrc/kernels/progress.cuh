@@ -28,7 +28,7 @@ struct Start {
   bool poisoned;
 };
 
-__device__ inline Start start_of(const Rank& rank) {
+__device__ inline Start start_of(const RankParameters& rank) {
   const Progress& progress = *rank.progress;
   // Two loads of which neither waits for the other.
   return {progress.sequences[blockIdx.x] + 1, progress.poisoned != 0};
@@ -37,7 +37,7 @@ __device__ inline Start start_of(const Rank& rank) {
 // Two kernels at once, on two streams, would mix up their sequence numbers: one that finds blocks of another
 // still running, or that they ended since it began, gives up. By one thread of a kernel's first block, beside
 // what others wait for.
-__device__ inline void begin(const Rank& rank, const Call& call, uint32_t sequence) {
+__device__ inline void begin(const RankParameters& rank, const Call& call, uint32_t sequence) {
   const uint32_t before = atomicAdd(&rank.progress->begun, gridDim.x);
   // Kernels that were ordered behind one another have ended whole, and can be seen to have. This one's own
   // blocks may have ended too, which only adds.
@@ -52,7 +52,8 @@ __device__ inline void begin(const Rank& rank, const Call& call, uint32_t sequen
 
 // Adds this call to the totals and shows them to the host. By one thread, at the start: stores to host memory
 // at the end would have to arrive before the kernel counts as done.
-__device__ inline void count(const Rank& rank, const Call& call, uint32_t messages, bool as_packets) {
+__device__ inline void count(const RankParameters& rank, const Call& call, uint32_t messages,
+                             bool as_packets) {
   Totals totals = rank.progress->totals;
   if (static_cast<Kind>(call.tag >> 30) == Kind::kAllReduce) {
     totals.all_reduces += 1;
@@ -73,8 +74,8 @@ __device__ inline void count(const Rank& rank, const Call& call, uint32_t messag
 }
 
 // What no thread that moves data should wait for. By a whole warp of the first block.
-__device__ inline void keep_books(const Rank& rank, const Call& call, uint32_t sequence, uint32_t messages,
-                                  bool as_packets) {
+__device__ inline void keep_books(const RankParameters& rank, const Call& call, uint32_t sequence,
+                                  uint32_t messages, bool as_packets) {
   if (blockIdx.x != 0) return;
   const uint32_t lane = threadIdx.x % kWarp;
   if (lane == 0) {
@@ -89,7 +90,7 @@ __device__ inline void keep_books(const Rank& rank, const Call& call, uint32_t s
 
 // Ends a block, by all of its threads. Added and not stored: see `keep_books`, which another kernel might be
 // at.
-__device__ inline void advance(const Rank& rank, uint32_t messages) {
+__device__ inline void advance(const RankParameters& rank, uint32_t messages) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   atomicAdd(&rank.progress->sequences[blockIdx.x], messages);
@@ -100,13 +101,13 @@ __device__ inline void advance(const Rank& rank, uint32_t messages) {
 // happened to overwrite would then be taken for a new one. So each slot is cleared four times in that time:
 // by its sender, where the message does not reach; by its receiver, once the message is read. The peer writes
 // there again only after this rank's next kernel has sent.
-__device__ inline bool clears(const Rank& rank, uint32_t sequence) {
+__device__ inline bool clears(const RankParameters& rank, uint32_t sequence) {
   return (sequence & (rank.clear_interval - 1)) < rank.slots;
 }
 
 // Clears the packets from `first_packet` on of a slot, of which this thread has those of number `thread` and
 // every `threads`-th after it: of packets that are waited for, only its own.
-__device__ inline void clear_packets(const Rank& rank, const Lane& lane, uint32_t sequence,
+__device__ inline void clear_packets(const RankParameters& rank, const Slots& lane, uint32_t sequence,
                                      uint32_t first_packet, uint32_t thread, uint32_t threads) {
   const uint32_t slot = sequence & (rank.slots - 1), never = sequence + (1u << 31);
   auto* packets = reinterpret_cast<Halves*>(lane.packets + static_cast<size_t>(slot) * rank.packet_area);
@@ -116,7 +117,7 @@ __device__ inline void clear_packets(const Rank& rank, const Lane& lane, uint32_
 }
 
 // The same for flags, by one thread of each block: its own, and those that no block waits for.
-__device__ inline void clear_flags(const Rank& rank, const Lane& lane, uint32_t sequence,
+__device__ inline void clear_flags(const RankParameters& rank, const Slots& lane, uint32_t sequence,
                                    uint32_t first_flag) {
   const uint32_t slot = sequence & (rank.slots - 1), never = sequence + (1u << 31);
   auto* flags = reinterpret_cast<Flag*>(lane.flags) + slot * kMaxPieces;

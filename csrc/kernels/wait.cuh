@@ -7,8 +7,8 @@
 namespace spark::device {
 
 // Poisons the rank: the first thread that gives up says why, for the host.
-__device__ inline void give_up(const Rank& rank, FailureCode code, uint32_t sequence, uint32_t expected,
-                               uint32_t seen) {
+__device__ inline void give_up(const RankParameters& rank, FailureCode code, uint32_t sequence,
+                               uint32_t expected, uint32_t seen) {
   if (atomicExch(&rank.progress->poisoned, 1u) != 0) return;
   Failure& failure = rank.report->failure;
   store_relaxed(&failure.sequence, sequence);
@@ -19,7 +19,7 @@ __device__ inline void give_up(const Rank& rank, FailureCode code, uint32_t sequ
 
 class Wait {
  public:
-  __device__ Wait(const Rank& rank, uint32_t sequence, uint32_t tag)
+  __device__ Wait(const RankParameters& rank, uint32_t sequence, uint32_t tag)
       : rank_(rank), sequence_(sequence), tag_(tag) {}
 
   // Called once per look in vain. False: stop waiting, the rank is poisoned.
@@ -60,7 +60,7 @@ class Wait {
 
   static constexpr uint32_t kLooks = 256;  // a look takes about a microsecond: the clock is read now and then
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   uint32_t sequence_, tag_;
   uint32_t looks_ = 0;
   uint64_t deadline_ = 0;

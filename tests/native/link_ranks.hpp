@@ -26,7 +26,7 @@ constexpr auto kBound = std::chrono::seconds(60);  // for a message, and for a r
 
 // Random all-reduces, each checked. Calls `before(operation)` before each, which says whether to go on.
 template <typename Before>
-void run_rank(spark::Runtime& runtime, int rank, Before before) {
+void run_rank(spark::CpuRank& runtime, int rank, Before before) {
   std::mt19937 chance(5);  // the same on both ranks
   std::mt19937 own_chance(static_cast<unsigned>(rank));
   for (int operation = 0; before(operation); ++operation) {

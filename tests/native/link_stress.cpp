@@ -57,10 +57,10 @@ void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Options options = options_of(depth), other = options;
   options.stripes = other.stripes = 2;
   other.rank = 1;
-  spark::Runtime left(options), right(other);
+  spark::CpuRank left(options), right(other);
   join(left, right, link_options());
-  left.begin();
-  right.begin();
+  left.start();
+  right.start();
   {
     Keepers keepers(*left.link(), *right.link());
     auto more = [operations](int operation) { return operation < operations; };

@@ -25,7 +25,7 @@ namespace {
   std::exit(1);
 }
 
-void run_rank(spark::Runtime& runtime, int rank, int operations) {
+void run_rank(spark::CpuRank& runtime, int rank, int operations) {
   std::mt19937 chance(5);  // the same on both ranks
   for (int operation = 0; operation < operations; ++operation) {
     size_t count = 1 + chance() % (operation % 20 == 0 ? 20'000 : 600);
@@ -62,7 +62,7 @@ void run_pair(bool proxied, int operations) {
     options.sizes.slot_bytes = other.sizes.slot_bytes = 64 << 10;  // enough for two stripes
     options.stripes = other.stripes = 2;
   }
-  spark::Runtime left(options), right(other);
+  spark::CpuRank left(options), right(other);
   left.connect_in_process(right);
   right.connect_in_process(left);
 
