@@ -47,7 +47,7 @@ test: $(STAMPS)/project ## Run all tests but the thorough; what was skipped, and
 
 test-thorough: $(STAMPS)/project ## Run all tests, the thorough too, which takes hours; as root, fetches what they need
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@SPARK_THOROUGH=1 SPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests
+	@VLLMSPARK_THOROUGH=1 VLLMSPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests
 
 test-unit: $(STAMPS)/project ## Run the tests that start no server
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit
@@ -60,11 +60,11 @@ test-serve: $(STAMPS)/project ## Run the tests with real servers on two hosts
 
 test-rdma: $(STAMPS)/project ## Run the tests in two virtual machines with RDMA; as root, fetches what they need
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@SPARK_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
+	@VLLMSPARK_THOROUGH=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma
 
 test-rdma-serve: $(STAMPS)/project ## Serve a model over RDMA between the two virtual machines: some 10 minutes
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@SPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma/test_serve.py
+	@VLLMSPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/rdma/test_serve.py
 
 lint: $(STAMPS)/project ## Check format, style and types, all of them; changes nothing
 	@failed=0; check() { echo "$$*"; "$$@" || failed=1; }; \

@@ -68,7 +68,7 @@ class BuildNative(build_ext):
             shutil.copy2(self.kernels, ROOT / "vllm_spark")
 
 
-ParallelCompile("SPARK_BUILD_JOBS", default=os.cpu_count() or 1).install()
+ParallelCompile("VLLMSPARK_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 setup(
     # Follows the links vllm_spark/patches and vllm_spark/configs to the folders at the top.

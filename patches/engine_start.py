@@ -10,7 +10,7 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_spark.executor.executor import abandon_engine
+        from vllm_spark.executor.leader_executor import abandon_engine
 
         try:
             original(self, *args, **kwargs)

@@ -12,16 +12,11 @@ from vllm_spark.compat.patching import Anchor, Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         # An earlier engine of this process whose start failed may still hold the port and the follower.
-        if leader := sys.modules.get("vllm_spark.executor.executor"):
-            leader.abandon_unfinished_start()
-        from vllm_spark.entrypoints.command_line import section_of
+        if executor := sys.modules.get("vllm_spark.executor.leader_executor"):
+            executor.abandon_unfinished_start()
+        from vllm_spark.entrypoints.command_line import create_configuration
 
-        section = section_of(self)
-        if section is None:
-            return original(self, *args, **kwargs)
-        from vllm_spark.entrypoints.serve import configure
-
-        return configure(self, section, lambda: original(self, *args, **kwargs))
+        return create_configuration(self, lambda: original(self, *args, **kwargs))
 
     return create_engine_config
 

@@ -10,15 +10,10 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type, *args: Any, **kwargs: Any) -> Any:
-        from vllm_spark.entrypoints.command_line import settings_of_command_line
+        from vllm_spark.entrypoints.command_line import create_engine_arguments
 
         parsed = args[0] if args else kwargs.get("args")
-        config = settings_of_command_line(parsed)
-        if config is None:
-            return original(cls, *args, **kwargs)
-        from vllm_spark.entrypoints.serve import carry_settings
-
-        return carry_settings(config, parsed, lambda: original(cls, *args, **kwargs))
+        return create_engine_arguments(parsed, lambda: original(cls, *args, **kwargs))
 
     return from_cli_args
 

@@ -10,14 +10,10 @@ from vllm_spark.compat.patching import Anchor, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def cmd(*given: Any, **kwargs: Any) -> Any:
-        from vllm_spark.entrypoints.command_line import asks_for_spark
+        from vllm_spark.entrypoints.command_line import run_serve
 
         args = given[0] if given else kwargs.get("args")
-        if not asks_for_spark(args):
-            return original(*given, **kwargs)
-        from vllm_spark.entrypoints.serve import serve
-
-        return serve(args, lambda: original(*given, **kwargs))
+        return run_serve(args, lambda: original(*given, **kwargs))
 
     return cmd
 

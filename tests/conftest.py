@@ -8,8 +8,8 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "SPARK_THOROUGH" in os.environ:
+    if "VLLMSPARK_THOROUGH" in os.environ:
         return
     for item in items:
         if item.get_closest_marker("thorough") is not None:
-            item.add_marker(pytest.mark.skip(reason="thorough; run it with SPARK_THOROUGH=1"))
+            item.add_marker(pytest.mark.skip(reason="thorough; run it with VLLMSPARK_THOROUGH=1"))

@@ -1,7 +1,6 @@
-"""Folders of this project (package data, the user's settings, the user's state), and writing and checking files.
+"""Folders of this project (package data, the user's settings, the user's state), and writing files.
 
-`configs_folder`, `configuration_folder` and `state_folder` are the folders; `atomic_write_text` writes a file, and
-`first_fault` explains one that pydantic rejects.
+`configs_folder`, `configuration_folder` and `state_folder` are the folders; `atomic_write_text` writes a file.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import importlib.resources
 import os
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from vllm_spark.errors import ConfigurationError, lower_first
+from vllm_spark.errors import ConfigurationError
 
 
 def configs_folder() -> Path:
@@ -54,15 +51,6 @@ def atomic_write_text(path: Path, text: str, what: str) -> None:
         raise ConfigurationError(
             f"the {what} {path} cannot be written ({error.strerror}); give a folder in which you may write"
         ) from None
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first error that pydantic found: field and message."""
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    what = str(fault["msg"]).removeprefix("Value error, ")
-    what = lower_first(what)
-    return f"{where}: {what}" if where else what
 
 
 def check_writable(path: Path) -> None:

@@ -15,7 +15,7 @@ from vllm_spark.bench.gpu_ranks import GpuPair
 
 from .test_results import DTYPES, MODES
 
-COLLECTIVES = int(os.environ.get("SPARK_GPU_COLLECTIVES", "20000"))
+COLLECTIVES = int(os.environ.get("VLLMSPARK_GPU_COLLECTIVES", "20000"))
 """How many, in each mode; a million takes a minute."""
 GRAPHS, IN_A_GRAPH = 12, 100
 MOST_ELEMENTS = 1 << 19

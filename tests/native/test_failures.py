@@ -107,21 +107,32 @@ def test_callers_terms_and_ranks_must_agree() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"depth": 3},
-        {"depth": 128},
-        {"slot_bytes": 100},
-        {"packet_bytes": 1 << 21},
-        {"timeout_s": 0.0},
         {"wire_latency_us": 1.0},
         {"loopback_mode": "magic"},
         {"transport": "pigeon"},
         {"largest_message": 65 << 20},
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+def test_impossible_combinations_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(UsageError, match="a modelled wire" if name.startswith("wire") else name):
         RuntimeOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"depth": 3}, "depth 3 is not a power of two from 1 to 64"),
+        ({"depth": 128}, "depth 128 is not a power of two from 1 to 64"),
+        ({"slot_bytes": 100}, "slot_bytes 100 is not a positive multiple of 64"),
+        ({"slot_bytes": 2 << 30}, "slot_bytes 2147483648 is more than 1073741824"),
+        ({"packet_bytes": 1 << 21}, "packet_bytes 2097152 is more than slot_bytes 1048576"),
+        ({"timeout_s": 0.0}, "a time-out of 0.0 s"),
+    ],
+)
+def test_impossible_options_are_refused_by_the_native_runtime(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        Runtime._make_native(0, RuntimeOptions(**{"packet_bytes": 0, **options}), stripes=1)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from .machines import CannotRun, Command, Pair, booted
 
 pytestmark = [
     pytest.mark.skipif(
-        "SPARK_RDMA_SERVE" not in os.environ, reason="takes 10 minutes; run it with: make test-rdma-serve"
+        "VLLMSPARK_RDMA_SERVE" not in os.environ, reason="takes 10 minutes; run it with: make test-rdma-serve"
     ),
     pytest.mark.timeout(3600),
 ]
@@ -37,7 +37,7 @@ MEMORY_MIB = 6144
 START_SECONDS = 1500.0
 """Importing vLLM takes 150 s in a machine, and three processes of each side do."""
 ANSWER_SECONDS = 600.0
-PORT, SPARK_PORT = 8000, 29650
+PORT, LEADER_PORT = 8000, 29650
 TOKENS = 48
 PROMPTS_ASKED = PROMPTS[:3]
 
@@ -101,7 +101,7 @@ def served(
 ) -> Iterator[Served]:
     """`vllm-spark join` on machine 1, `vllm serve --spark` on machine 0, over both rails."""
     environment = CPU_ENVIRONMENT | {
-        "SPARK_SECRET": secrets.token_hex(16),
+        "VLLMSPARK_SECRET": secrets.token_hex(16),
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(START_SECONDS)),
         "HOME": "/root",
         # vLLM compiles how a rank masks token ids, also in eager mode. Emulated, g++ takes minutes for it; and this
@@ -111,10 +111,10 @@ def served(
     address = "10.0.0.1"
     serve = [
         *(program("vllm"), "serve", str(model), *COMMON_ARGUMENTS, "--host", LOOPBACK, "--port", str(PORT)),
-        *("--spark", "--spark-address", address, "--spark-port", str(SPARK_PORT), "--spark-transport", "verbs"),
+        *("--spark", "--spark-address", address, "--spark-port", str(LEADER_PORT), "--spark-transport", "verbs"),
         *("--spark-join-timeout", str(int(START_SECONDS)), "--spark-heartbeat-timeout", "30"),
     ]
-    join = [program("vllm-spark"), "join", "--leader", address, "--port", str(SPARK_PORT)]
+    join = [program("vllm-spark"), "join", "--leader", address, "--port", str(LEADER_PORT)]
     try:
         with booted(tmp_path_factory.mktemp("machines"), MEMORY_MIB) as machines:
             pytestconfig.stash[MACHINES] = machines  # for the report of a failure

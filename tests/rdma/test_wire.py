@@ -30,7 +30,7 @@ QUICK = [
 
 def start(machine: Machine, *arguments: str | Path, secret: str = SECRET) -> Command:
     words = ["python", "-m", "vllm_spark", "bench", "wire", *map(str, arguments)]
-    return machine.start(words, env={"SPARK_SECRET": secret})
+    return machine.start(words, env={"VLLMSPARK_SECRET": secret})
 
 
 def both(machines: Pair, listen: Sequence[str | Path], connect: Sequence[str | Path]) -> tuple[Command, Command]:

@@ -162,7 +162,7 @@ def spark_tp2(
     """
     first, second = hosts
     spark_port = str(first.free_port())
-    environment = {"SPARK_SECRET": secrets.token_hex(16)} | dict(env or {})
+    environment = {"VLLMSPARK_SECRET": secrets.token_hex(16)} | dict(env or {})
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", spark_port, *join_args]
     with ExitStack() as stack:
         follower = second.popen(join, CPU_ENVIRONMENT | environment | dict(join_env or {}), "vllm-spark join")

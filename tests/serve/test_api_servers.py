@@ -23,8 +23,8 @@ LOST = "the follower on .* (closed the connection|broke)"
 
 @pytest.fixture(scope="module", params=["flags", "environment"])
 def several(hosts: Hosts, tiny_moe: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """With `--spark`, and with SPARK_ENABLE besides: all processes read that one for themselves."""
-    enabled = {"SPARK_ENABLE": "1"} if request.param == "environment" else {}
+    """With `--spark`, and with VLLMSPARK_ENABLE besides: all processes read that one for themselves."""
+    enabled = {"VLLMSPARK_ENABLE": "1"} if request.param == "environment" else {}
     with spark_tp2(hosts, tiny_moe, ["--api-server-count", "2"], enabled) as server:
         yield server
 

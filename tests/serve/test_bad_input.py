@@ -39,7 +39,7 @@ with socket.create_server((sys.argv[1], int(sys.argv[2]))) as server:
 """
 
 
-VARIABLES = CPU_ENVIRONMENT | {"SPARK_SECRET": "one secret for both machines"}
+VARIABLES = CPU_ENVIRONMENT | {"VLLMSPARK_SECRET": "one secret for both machines"}
 
 
 def command(host: Host, model: Path | str, arguments: Sequence[str]) -> list[str]:
@@ -138,10 +138,14 @@ MISTAKES = {
     ),
     "model-len": Mistake(["10000000"], ["--max-model-len", "10000000"]),
     "secret-file": Mistake(
-        ["/nowhere/secret", "No such file"], ["--spark-secret-file", "/nowhere/secret"], {"SPARK_SECRET": ""}
+        ["/nowhere/secret", "No such file"], ["--spark-secret-file", "/nowhere/secret"], {"VLLMSPARK_SECRET": ""}
     ),
-    "secret": Mistake(["5 bytes", "16"], environment={"SPARK_SECRET": "short"}),
-    "depth": Mistake(["SPARK_DEPTH 3", "power of two"], environment={"SPARK_DEPTH": "3"}),
+    "secret": Mistake(["5 bytes", "16"], environment={"VLLMSPARK_SECRET": "short"}),
+    "old-name": Mistake(
+        ["VLLMSPARK_DEPTH and SPARK_DEPTH, its old name, have different values"],
+        environment={"VLLMSPARK_DEPTH": "4", "SPARK_DEPTH": "8"},
+    ),
+    "depth": Mistake(["VLLMSPARK_DEPTH 3", "power of two"], environment={"VLLMSPARK_DEPTH": "3"}),
     "world-size": Mistake(["WORLD_SIZE is 4", "2 ranks"], environment={"WORLD_SIZE": "4"}),
     "no-master": Mistake(["MASTER_ADDR is not set"], environment={"RANK": "1", "WORLD_SIZE": "2"}),
     "unknown-master": Mistake(
@@ -209,7 +213,7 @@ def test_ports_in_use(host: Host, tiny_dense: Path) -> None:
         holder.kill9()
 
 
-@pytest.mark.parametrize("way", ["SPARK_ENABLE", "file"])
+@pytest.mark.parametrize("way", ["VLLMSPARK_ENABLE", "file"])
 def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path, tmp_path: Path, way: str) -> None:
     """Seen in what a leader says that has waited in vain."""
     path = tmp_path / "serve.yaml"
@@ -219,9 +223,9 @@ def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path
         [program("vllm"), "serve", str(tiny_dense), "--config", str(path)],
         {
             **CPU_ENVIRONMENT,
-            **({"SPARK_ENABLE": "1"} if way == "SPARK_ENABLE" else {}),
-            **{"SPARK_ADDRESS": host.address, "SPARK_PORT": port, "SPARK_JOIN_TIMEOUT": "0.5"},
-            "SPARK_SECRET": "one secret for both machines",
+            **({"VLLMSPARK_ENABLE": "1"} if way == "VLLMSPARK_ENABLE" else {}),
+            **{"VLLMSPARK_ADDRESS": host.address, "VLLMSPARK_PORT": port, "VLLMSPARK_JOIN_TIMEOUT": "0.5"},
+            "VLLMSPARK_SECRET": "one secret for both machines",
         },
         "vllm serve",
     )
@@ -247,12 +251,16 @@ def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Pat
         f"spark-port: {file}\nspark-join-timeout: 600\nspark-address: 192.0.2.1\nenforce-eager: true\n"
         "max-model-len: 512\n"
     )
-    environment = {"SPARK_PORT": variable, "SPARK_JOIN_TIMEOUT": "0.75"}
+    environment = {"VLLMSPARK_PORT": variable, "VLLMSPARK_JOIN_TIMEOUT": "0.75"}
     process = serve(host, tiny_dense, ["--config", str(path), "--spark-por", flag], environment)
     assert_refused(
         process, f"no follower connected to {host.address}:{flag} within 0.75 s", "vllm-spark join", exit_code=4
     )
-    process = serve(host, tiny_dense, ["--config", str(path)], {"SPARK_JOIN_TIMEOUT": "0.75"})
+    # A variable with its old name; and what Kubernetes sets for a Service named `spark`.
+    old = {"SPARK_JOIN_TIMEOUT": "0.75", "SPARK_PORT": "tcp://10.96.0.7:7077", "SPARK_SERVICE_HOST": "10.96.0.7"}
+    process = serve(host, tiny_dense, ["--config", str(path)], old)
     assert_refused(
         process, f"no follower connected to {host.address}:{file} within 0.75 s", "vllm-spark join", exit_code=4
     )
+    warning = "will not read; rename SPARK_JOIN_TIMEOUT to VLLMSPARK_JOIN_TIMEOUT."
+    assert process.output().count(warning) == 1

@@ -17,7 +17,7 @@ from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import spark_leader
 
-SECRET = {"SPARK_SECRET": "the secret of both machines"}
+SECRET = {"VLLMSPARK_SECRET": "the secret of both machines"}
 ANSWER_SECONDS = 120.0
 """Bound for a follower to start, which imports vLLM, and to be examined, on a busy machine."""
 
@@ -107,7 +107,7 @@ def test_nobody_comes(hosts: Hosts) -> None:
 
 def test_another_secret_ends_the_follower_and_is_named_by_the_doctor(hosts: Hosts, follower: Waiting) -> None:
     follower.process.wait_for_line("Waiting for a leader", ANSWER_SECONDS)
-    other = {"SPARK_SECRET": "another one, also long"}
+    other = {"VLLMSPARK_SECRET": "another one, also long"}
     process = doctor(hosts, follower.port, "--wait", str(ANSWER_SECONDS / 4), secret=other)
     assert process.exit_code == EXIT_PROBLEM
     assert "another secret" in " ".join(process.output().split())

@@ -68,7 +68,7 @@ class Follower:
 
     def __init__(self, hosts: Hosts) -> None:
         self.port = str(hosts[0].free_port())
-        self.environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)}
+        self.environment = CPU_ENVIRONMENT | {"VLLMSPARK_SECRET": secrets.token_hex(16)}
         argv = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", self.port]
         self.process: Process = hosts[1].popen(argv, self.environment, "vllm-spark join")
 
@@ -336,7 +336,7 @@ def test_one_signal_ends_a_leader_that_waits(
     hosts: Hosts, tiny_moe: Path, number: signal.Signals, to: Callable[[int, int], None]
 ) -> None:
     port = str(hosts[0].free_port())
-    with spark_leader(hosts, tiny_moe, port, env={"SPARK_SECRET": secrets.token_hex(16)}, wait=False) as server:
+    with spark_leader(hosts, tiny_moe, port, env={"VLLMSPARK_SECRET": secrets.token_hex(16)}, wait=False) as server:
         server.leader.wait_for_line("Waiting for the follower", 120)
         to(server.leader.pid, number)
         assert server.leader.wait(20) == 128 + number

@@ -13,6 +13,7 @@ from vllm_spark.errors import EXIT_LOST
 from vllm_spark.executor.rpc import WARM_UP
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import program
+from vllm_spark.variables import variable_name
 
 from . import prompts
 from .hosts import Hosts
@@ -38,7 +39,7 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
         *(program("vllm"), "serve", str(tiny_moe), *COMMON_ARGUMENTS, "--host", first.address, "--port", http),
         *("--spark", "--spark-transport", "loopback", "--spark-port", port),
     ]
-    common = {"SPARK_SECRET": secrets.token_hex(16), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    common = {"VLLMSPARK_SECRET": secrets.token_hex(16), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     common |= {"MASTER_ADDR": first.address, "MASTER_PORT": "29500"}
     rank1 = second.popen(command, CPU_ENVIRONMENT | common | {"RANK": "1"}, "vllm serve, rank 1")
     rank0 = first.popen(command, CPU_ENVIRONMENT | common | {"RANK": "0"}, "vllm serve, rank 0")
@@ -55,14 +56,14 @@ def test_the_environment_of_a_launcher(hosts: Hosts, tiny_moe: Path, reference_t
 def test_offline(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], way: str) -> None:
     first, second = hosts
     port = first.free_port()
-    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16)}
+    environment = CPU_ENVIRONMENT | {"VLLMSPARK_SECRET": secrets.token_hex(16)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port), "--once"]
     follower = second.popen(join, environment, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}
     given = {"spark": settings} if way == "arguments" else {}
     arguments = json.dumps([str(tiny_moe), prompts.PROMPTS, given])
     if way == "environment":
-        environment |= {"SPARK_ENABLE": "1"} | {f"SPARK_{name.upper()}": str(each) for name, each in settings.items()}
+        environment |= {variable_name(name): str(each) for name, each in {"enable": 1, **settings}.items()}
     leader = first.popen([sys.executable, "-c", OFFLINE, arguments], environment, "offline")
     assert leader.wait(300) == 0
     (tokens,) = (line for line in leader.output().splitlines() if line.startswith("[["))
@@ -114,7 +115,7 @@ def test_a_follower_killed_while_the_engine_starts(
     """In the user's own process the start ends with the reason, and later engines, paired or not, forget it."""
     first, second = hosts
     port = first.free_port()
-    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
+    environment = CPU_ENVIRONMENT | {"VLLMSPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
     follower = second.popen(join, environment | {"DYING_IN": method}, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}
@@ -174,7 +175,7 @@ def test_a_users_own_child_process_is_not_ended(
     """Neither when an engine in it does not start, nor when its pair breaks: the user has things to release."""
     first, second = hosts
     port = first.free_port()
-    environment = CPU_ENVIRONMENT | {"SPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
+    environment = CPU_ENVIRONMENT | {"VLLMSPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": str(ROOT)}
     join = [program("vllm-spark"), "join", "--leader", first.address, "--port", str(port)]
     follower = second.popen(join, environment | {"DYING_IN": WARM_UP}, "vllm-spark join")
     settings = {"address": first.address, "port": port, "transport": "loopback"}

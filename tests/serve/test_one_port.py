@@ -16,7 +16,7 @@ from .hosts import Host, Hosts
 from .process import Process, assert_all_gone
 from .servers import spark_leader
 
-SECRET = {"SPARK_SECRET": "the secret of both machines"}
+SECRET = {"VLLMSPARK_SECRET": "the secret of both machines"}
 NOTE_SECONDS = 90.0
 """Bound for a process to start and to say once for whom it waits."""
 

@@ -23,7 +23,7 @@ from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import START_SECONDS, Server, spark_leader, stock_tp1
 
-SECRET = {"SPARK_SECRET": "the secret of both machines"}
+SECRET = {"VLLMSPARK_SECRET": "the secret of both machines"}
 MODEL, ADAPTER = "spark/tiny", "spark/sql"
 PROMPTS = prompts.PROMPTS[:4]
 WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2")

@@ -42,7 +42,7 @@ def of_tomorrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("way", ["flag", pytest.param("variable", marks=pytest.mark.thorough)])
 def test_a_pair_is_refused(host: Host, tiny_moe: Path, of_tomorrow: dict[str, str], way: str) -> None:
     argv = [program("vllm"), "serve", str(tiny_moe), *COMMON_ARGUMENTS]
-    environment = CPU_ENVIRONMENT | of_tomorrow | ({"SPARK_ENABLE": "1"} if way == "variable" else {})
+    environment = CPU_ENVIRONMENT | of_tomorrow | ({"VLLMSPARK_ENABLE": "1"} if way == "variable" else {})
     done = host.run([*argv, "--spark"] if way == "flag" else argv, environment, timeout=180)
     assert done.returncode == EXIT_USAGE
     last = done.stderr.strip().splitlines()[-1]

@@ -22,7 +22,7 @@ from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import Server, spark_leader
 
-SECRET = {"SPARK_SECRET": "the secret of both machines"}
+SECRET = {"VLLMSPARK_SECRET": "the secret of both machines"}
 MAIN = "import sys; from vllm_spark.cli import main; sys.exit(main())"
 ANSWER_SECONDS = 90.0
 """Bound for a follower to start, to be looked at, and to end: it imports vLLM and reads the model's files."""
@@ -102,9 +102,9 @@ def assert_untouched(serving: Serving, reference_tokens: list[list[int]]) -> Non
 
 
 def test_strangers_at_a_serving_pair(hosts: Hosts, serving: Serving, reference_tokens: list[list[int]]) -> None:
-    assert_told(join(hosts, serving.port, {"SPARK_SECRET": "another one, also long"}), 2, "has another secret")
+    assert_told(join(hosts, serving.port, {"VLLMSPARK_SECRET": "another one, also long"}), 2, "has another secret")
     nothing = {"XDG_CONFIG_HOME": "/nowhere"}
-    assert_told(join(hosts, serving.port, nothing), 2, "SPARK_SECRET", "--spark-secret-file")
+    assert_told(join(hosts, serving.port, nothing), 2, "VLLMSPARK_SECRET", "--spark-secret-file")
     assert_told(join(hosts, serving.port), 3, "has a follower already")
     assert_untouched(serving, reference_tokens)
 

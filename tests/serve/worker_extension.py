@@ -12,7 +12,7 @@ from contextlib import suppress
 import torch
 
 from vllm_spark.executor.heartbeat import Heartbeat
-from vllm_spark.executor.leader import LeaderSession
+from vllm_spark.executor.leader_session import LeaderSession
 
 
 class Saboteur:

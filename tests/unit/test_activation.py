@@ -1,4 +1,4 @@
-"""What `vllm serve --spark` makes of its settings, without vLLM."""
+"""The way of the settings from a command line into vLLM's engine arguments, without vLLM."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import argparse
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.entrypoints import serve
+from vllm_spark.entrypoints import command_line
+from vllm_spark.errors import ConfigurationError
 
 
 def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torchrun both ranks are started alike, and MASTER_ADDR names the leader."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.5"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SPARK_PORT", "1111")
-    monkeypatch.setenv("SPARK_MAX_FRAME_MIB", "7")
+    monkeypatch.setenv("VLLMSPARK_PORT", "1111")
+    monkeypatch.setenv("VLLMSPARK_MAX_FRAME_MIB", "7")
     followed: list[tuple[SparkConfig, bool]] = []
 
     def supervise(config: SparkConfig, *, once: bool) -> int:
@@ -24,7 +25,42 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("vllm_spark.entrypoints.join.supervise", supervise)
     with pytest.raises(SystemExit) as end:
-        serve.serve(argparse.Namespace(spark=True, spark_port=2222), lambda args: None)
+        command_line.run_serve(argparse.Namespace(spark=True, spark_port=2222), lambda: None)
     assert end.value.code == 5
     ((config, once),) = followed
     assert (config.leader, config.port, config.max_frame_mib, once) == ("127.0.0.5", 2222, 7, True)
+
+
+def test_settings_are_resolved_once_and_stay_in_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLMSPARK_DEPTH", "8")
+    args = argparse.Namespace(spark=True, spark_port=2222, additional_config={"mine": 1})
+    config = command_line.request_pair(args)
+    assert config is not None
+    assert (config.port, config.depth) == (2222, 8)
+    assert args.additional_config == {"mine": 1, "spark": config}
+    assert repr(config) == "SparkConfig(port=2222, depth=8)", "as vLLM logs it"
+    monkeypatch.setenv("VLLMSPARK_DEPTH", "invalid")
+    assert command_line.request_pair(args) is config
+
+
+def test_arguments_without_spark_stay_as_they_are() -> None:
+    args = argparse.Namespace(model="a model")
+    assert command_line.request_pair(args) is None
+    assert command_line.run_serve(args, lambda: "served") == "served"
+    assert command_line.create_engine_arguments(args, lambda: "made") == "made"
+    assert vars(args) == {"model": "a model"}
+    assert command_line.create_configuration(argparse.Namespace(additional_config=None), lambda: "made") == "made"
+
+
+def test_a_setting_without_spark_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line.run_serve(argparse.Namespace(spark_port=2222), lambda: pytest.fail("vLLM's command was run"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "vllm serve --spark: --spark-port was given without --spark; add --spark, or leave it out.\n"
+    )
+
+
+def test_settings_of_a_program_that_are_not_a_dictionary() -> None:
+    with pytest.raises(ConfigurationError, match=r"additional_config\['spark'\] is 5; give a dictionary"):
+        command_line.create_configuration(argparse.Namespace(additional_config={"spark": 5}), lambda: "made")

@@ -69,17 +69,17 @@ def step(*requests: LoRARequest, resumed: bool = False) -> SchedulerOutput:
 
 def test_an_adapter_is_compared_before_it_is_added(ranks: Ranks, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "sql")
-    settled = ranks.leader.settle(request(adapter))
-    assert ranks.follower.place(settled).lora_path == str(adapter)
+    compared = ranks.leader.compare_request(request(adapter))
+    assert ranks.follower.place(compared).lora_path == str(adapter)
     assert ranks.compared == 1
-    ranks.leader.settle(request(adapter))
+    ranks.leader.compare_request(request(adapter))
     assert ranks.compared == 2  # the follower's files may have changed
 
 
 def test_a_relative_path_is_the_leaders(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = make_adapter(tmp_path / "sql")
     monkeypatch.chdir(tmp_path)
-    assert ranks.leader.settle(request("sql")).lora_path == str(adapter)
+    assert ranks.leader.compare_request(request("sql")).lora_path == str(adapter)
 
 
 def test_an_adapter_with_other_content_is_refused(ranks: Ranks, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_an_adapter_with_other_content_is_refused(ranks: Ranks, tmp_path: Path) 
 
     ranks.change = after_the_leader_has_read
     with pytest.raises(RefusedError) as caught:
-        ranks.leader.settle(request(adapter))
+        ranks.leader.compare_request(request(adapter))
     assert str(caught.value) == (
         "the adapter sql cannot be loaded on both machines: the weight file adapter_model.safetensors has other "
         f"content on {host_name()} ({adapter}), compared with the leader; copy the leader's adapter sql to {adapter} "
@@ -101,7 +101,7 @@ def test_an_adapter_with_other_content_is_refused(ranks: Ranks, tmp_path: Path) 
 
 def test_an_adapter_that_is_nowhere_is_vllms_error(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(LoRAAdapterNotFoundError):
-        ranks.leader.settle(request(tmp_path / "none"))
+        ranks.leader.compare_request(request(tmp_path / "none"))
     assert ranks.compared == 0
 
 
@@ -109,7 +109,7 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
     """A program may hand an adapter to any request."""
     adapter = make_adapter(tmp_path / "sql")
     output = step(request(adapter))
-    ranks.leader.settle_step(output)
+    ranks.leader.compare_step(output)
     ranks.follower.place_step(output)
     assert ranks.compared == 1
     reads: list[Path] = []
@@ -117,7 +117,7 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
     ranks.loaded = {1}
     for _ in range(3):
         output = step(request(adapter))
-        ranks.leader.settle_step(output)
+        ranks.leader.compare_step(output)
         ranks.follower.place_step(output)
     assert ranks.compared == 1
     assert not reads
@@ -127,17 +127,17 @@ def test_what_is_in_memory_may_change_on_disk(ranks: Ranks, tmp_path: Path) -> N
     """It is compared again when it is loaded again."""
     adapter = make_adapter(tmp_path / "sql")
     output = step(request(adapter))
-    ranks.leader.settle_step(output)
+    ranks.leader.compare_step(output)
     ranks.follower.place_step(output)
     ranks.loaded = {1}
     (adapter / "adapter_model.safetensors").write_bytes(b"newer")
     output = step(request(adapter))
-    ranks.leader.settle_step(output)
+    ranks.leader.compare_step(output)
     ranks.follower.place_step(output)
     assert ranks.compared == 1
     ranks.loaded = set()
     output = step(request(adapter), resumed=True)
-    ranks.leader.settle_step(output)
+    ranks.leader.compare_step(output)
     ranks.follower.place_step(output)
     assert ranks.compared == 2
 
@@ -147,7 +147,7 @@ def test_the_follower_notices_that_its_own_copy_has_changed(ranks: Ranks, tmp_pa
     """Only there, where the leader does not see it."""
     adapter = make_adapter(tmp_path / "sql")
     output = step(request(adapter))
-    ranks.leader.settle_step(output)
+    ranks.leader.compare_step(output)
     ranks.follower.place_step(output)
     (adapter / "adapter_model.safetensors").write_bytes(b"newer")
     output = step(resumed=True) if resumed else step(request(adapter))
@@ -168,23 +168,23 @@ def test_a_folder_that_changes_while_it_is_compared(
 
     monkeypatch.setattr(adapters, "find_own", find_and_change)
     with pytest.raises(RefusedError, match=r"it was changed while it was compared: the weight file adapter_model"):
-        ranks.leader.settle(request(adapter))
+        ranks.leader.compare_request(request(adapter))
 
 
 def test_the_same_files_written_anew_are_the_same_adapter(ranks: Ranks, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "sql")
-    settled = ranks.leader.settle(request(adapter))
+    compared = ranks.leader.compare_request(request(adapter))
     shutil.rmtree(adapter)
     make_adapter(adapter)
-    assert ranks.follower.place(settled).lora_path == str(adapter)
+    assert ranks.follower.place(compared).lora_path == str(adapter)
 
 
 def test_loading_in_place_looks_at_the_files(ranks: Ranks, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "sql")
-    ranks.leader.settle_step(step(request(adapter)))
+    ranks.leader.compare_step(step(request(adapter)))
     ranks.loaded = {1}
     (adapter / "adapter_model.safetensors").write_bytes(b"newer")
-    ranks.leader.settle_step(step(request(adapter, load_inplace=True)))
+    ranks.leader.compare_step(step(request(adapter, load_inplace=True)))
     assert ranks.compared == 2
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import psutil
 import pytest
 from rich.console import Console
@@ -35,6 +34,7 @@ from vllm_spark.cli import main
 from vllm_spark.collective.link_model import WireModel
 from vllm_spark.errors import SparkError
 from vllm_spark.processes.managed import program
+from vllm_spark.records import from_json, to_json
 
 from .wires import wire_model
 
@@ -311,7 +311,14 @@ def test_calibration_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_candidate_on_gpus_decides_for_itself_whether_it_is_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's settings of vLLM hold for all; those of a pair or of a launcher would falsify what is compared."""
-    pairs = {"SPARK_ENABLE": "1", "SPARK_LOOPBACK_MODE": "proxied", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}
+    pairs = {
+        "VLLMSPARK_ENABLE": "1",
+        "VLLMSPARK_LOOPBACK_MODE": "proxied",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "SPARK_PORT": "4711",  # an old name
+    }
     for name, value in {**pairs, "VLLM_MLA_DISABLE": "1", "VLLM_TUNED_CONFIG_FOLDER": "/t", "HOME": "/h"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["4", "7"])
@@ -377,11 +384,11 @@ def test_kernels_of_a_step() -> None:
 ENGINE_THAT_FAILS_LATE = """#!{python}
 import sys, time
 from pathlib import Path
-import msgspec
 from vllm_spark.bench.decode_engine import Result
 from vllm_spark.files import atomic_write_text
+from vllm_spark.records import to_json
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)
-atomic_write_text(Path(sys.argv[-1]), msgspec.json.encode(result).decode(), "result")
+atomic_write_text(Path(sys.argv[-1]), to_json(result).decode(), "result")
 {then}
 """
 
@@ -423,11 +430,11 @@ def test_figures_are_written_before_an_engine_shuts_down(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setattr(decode_engine, "decode", lambda *given, **named: decode_engine.Decoded([2.0], [[1]], [[]]))
     job, result = tmp_path / "job", tmp_path / "result"
-    job.write_bytes(msgspec.json.encode(decode_engine.Job({}, [1], 4, 1, 0)))
+    job.write_bytes(to_json(decode_engine.Job({}, [1], 4, 1, 0)))
     monkeypatch.setattr(sys, "argv", ["decode_engine", str(job), str(result)])
     with pytest.raises(RuntimeError, match="the other rank is gone"):
         decode_engine.main()
-    assert msgspec.json.decode(result.read_bytes(), type=decode_engine.Result).milliseconds == {1: [2.0]}
+    assert from_json(result.read_bytes(), decode_engine.Result).milliseconds == {1: [2.0]}
 
 
 @pytest.mark.parametrize(("whole", "expected"), [(2, [KernelTime("all_reduce", 97.0, 1940.0)]), (1, None)])

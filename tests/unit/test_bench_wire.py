@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import pytest
 
 from vllm_spark.bench.wire import BenchHello, BenchSession, Plan, measure, steps
@@ -27,7 +26,7 @@ PATIENCE = 60.0
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> SparkConfig:
-    monkeypatch.setenv("SPARK_SECRET", "a secret for these tests")
+    monkeypatch.setenv("VLLMSPARK_SECRET", "a secret for these tests")
     (port,) = free_ports(1)
     return SparkConfig(address=LOOPBACK, leader=LOOPBACK, port=port)
 
@@ -39,11 +38,6 @@ def sessions(config: SparkConfig) -> Iterator[tuple[BenchSession, BenchSession]]
         connecting = threads.submit(BenchSession.connect, config, PATIENCE)
         with listening.result() as one, connecting.result() as other:
             yield one, other
-
-
-# msgspec reads a type's annotations at its first use, and crashes if two threads do so at once; here both machines are
-# threads of one process.
-msgspec.json.Decoder(BenchHello)
 
 
 def test_both_swap_what_they_have_to_say(config: SparkConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import shlex
@@ -17,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,8 @@ from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, GROUPS, RPC, Hello, Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.handshake.versions import Versions
-from vllm_spark.executor.heartbeat import Heartbeat
+from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport
+from vllm_spark.records import to_json
 
 from .folder_rights import no_entry
 
@@ -103,7 +104,7 @@ def join(listener: Listener, answer: Kind = Kind.ACCEPTANCE, reason: str = "") -
     connector = caller(listener)
     control = wait_for(lambda: connector.connect(CONTROL), "the listener answers")
     control.expect(Kind.OFFER, timeout=10)
-    control.send(answer, msgspec.json.encode(Reason(reason)) if reason else b"")
+    control.send(answer, to_json(Reason(reason)) if reason else b"")
     if answer is not Kind.ACCEPTANCE:
         return control, None
     calls = connector.connect(RPC)
@@ -170,9 +171,9 @@ def test_where_a_secret_comes_from(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=file)
     assert load_secret(config, "10.0.0.1", {}) == b"from the file, long enough"
     for value in ("from the environment", "from the environment\r\n"):
-        assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": value}) == b"from the environment"
+        assert load_secret(SparkConfig(), "10.0.0.1", {"VLLMSPARK_SECRET": value}) == b"from the environment"
     bytes_that_are_no_text = os.fsdecode(b"\xff" * 20)
-    assert load_secret(SparkConfig(), "10.0.0.1", {"SPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
+    assert load_secret(SparkConfig(), "10.0.0.1", {"VLLMSPARK_SECRET": bytes_that_are_no_text}) == b"\xff" * 20
 
 
 @pytest.mark.parametrize(
@@ -232,8 +233,8 @@ def test_a_secret_of_a_container_will_do(tmp_path: Path, owner: int, mode: int) 
 
 def test_two_secrets_are_one_too_many(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=tmp_path / "secret")
-    with pytest.raises(ConfigurationError, match=r"SPARK_SECRET is set, and the secret file .*; leave one out"):
-        load_secret(config, "10.0.0.1", {"SPARK_SECRET": "one of sixteen bytes"})
+    with pytest.raises(ConfigurationError, match=r"VLLMSPARK_SECRET is set, and the secret file .*; leave one out"):
+        load_secret(config, "10.0.0.1", {"VLLMSPARK_SECRET": "one of sixteen bytes"})
 
 
 def test_no_secret_no_start_except_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,7 @@ def test_a_leader_cannot_join_a_leader(listener: Listener, caplog: pytest.LogCap
     certificates._load_identity(impostor, certificate, key)
     plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
     connection = TlsConnection(plain, impostor, server_side=False, timeout=5)
-    hello = msgspec.json.encode(Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
+    hello = to_json(Hello(CONTROL, "s" * 32, "host", 1, Versions.of_this_process()))
     Connection(connection, "the leader", LIMIT).send(Kind.HELLO, hello)
     with pytest.raises((EOFError, OSError)):
         connection.receive_into(memoryview(bytearray(1)), time.monotonic() + 10)
@@ -464,10 +465,10 @@ def test_waiting_for_a_frame_is_bounded_and_can_be_interrupted() -> None:
 # --- leader and follower ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", Versions.__struct_fields__)
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Versions)])
 def test_versions_must_agree(listener: Listener, field: str) -> None:
     connector = caller(listener)
-    connector._versions = msgspec.structs.replace(connector._versions, **{field: "0.0.1"})
+    connector._versions = dataclasses.replace(connector._versions, **{field: "0.0.1"})
     with pytest.raises(RefusedError) as caught:
         connector.connect(CONTROL)
     mine = getattr(Versions.of_this_process(), field)
@@ -655,13 +656,16 @@ def beat(
     connection: Connection,
     timeout: float = 1.0,
     report: Any = None,
+    peer_report: type[Any] = object,
     links: list[bytes] | None = None,
     tolerance: Callable[[], float] = lambda: 0.0,
 ) -> tuple[Heartbeat, list[Any], list[SparkError]]:
     reports: list[Any] = []
     ends: list[SparkError] = []
     take_link = (links if links is not None else []).append
-    heartbeat = Heartbeat(connection, timeout, lambda: report, reports.append, ends.append, take_link, tolerance)
+    heartbeat = Heartbeat(
+        connection, timeout, lambda: report, peer_report, reports.append, ends.append, take_link, tolerance
+    )
     heartbeat.start()
     return heartbeat, reports, ends
 
@@ -680,11 +684,41 @@ def test_heartbeats_carry_reports_and_a_leave_frame_ends_them() -> None:
     assert not first.is_alive()
 
 
+@pytest.mark.parametrize(
+    ("payload", "fault"),
+    [
+        (b"{", "invalid JSON: EOF while parsing an object at line 1 column 1"),
+        (b"[]", "input should be an object"),
+        (b'{"counters":{"rank":7},"failed_call":"","failed_number":0}', "counters.rank: input should be less than 2"),
+        (b'{"counters":{"rank":1},"failed_call":"","failed_number":"0"}', "failed_number: input should be a valid"),
+    ],
+    ids=["not JSON", "a list", "another rank", "a number as text"],
+)
+def test_a_malformed_heartbeat_is_one_sentence(payload: bytes, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    left, right = connections()
+    _, _, ends = beat(right, peer_report=FollowerReport)
+    left.send(Kind.HEARTBEAT, payload)
+    wait_for(lambda: ends, "the end")
+    assert isinstance(ends[0], ChannelError)
+    assert str(ends[0]).startswith(f"a HEARTBEAT message could not be read: {fault}")
+    assert "Traceback" not in caplog.text
+    left.close()
+
+
+def test_a_malformed_digest_of_the_leader_is_one_sentence() -> None:
+    left, right = connections()
+    _, _, ends = beat(right, peer_report=LeaderReport)
+    left.send(Kind.HEARTBEAT, b'{"step":1,"digest":"xy"}')
+    wait_for(lambda: ends, "the end")
+    assert str(ends[0]).startswith("a HEARTBEAT message could not be read: digest: string should match pattern")
+    left.close()
+
+
 def test_a_heartbeat_leaves_nothing_open() -> None:
     """A user's own process may make one pair after another."""
     left, right = connections()
     (first, _, _), (second, _, ends) = beat(left), beat(right)
-    never_started = Heartbeat(left, 1.0, str, str, str, str, lambda: 0.0)
+    never_started = Heartbeat(left, 1.0, str, object, str, str, str, lambda: 0.0)
     first.stop(Reason("done"))
     wait_for(lambda: ends, "the LEAVE frame")
     second.join(20)
@@ -720,10 +754,10 @@ def test_a_reason_sent_before_the_connection_closed_is_read_after_a_failed_heart
         assert beats == 1 or told.wait(20)
 
     ends: list[SparkError] = []
-    heartbeat = Heartbeat(right, 1.0, report, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
+    heartbeat = Heartbeat(right, 1.0, report, object, lambda _: None, ends.append, lambda _: None, lambda: 0.0)
     heartbeat.start()
     wait_for(lambda: beats == 2, "one heartbeat that is not read, and one that is late")
-    left.send(kind, msgspec.json.encode(Reason("it is done")))
+    left.send(kind, to_json(Reason("it is done")))
     left.close()
     told.set()
     wait_for(lambda: ends, "the end")

@@ -49,10 +49,19 @@ def test_bad_input(argv: list[str], parts: list[str], tmp_path: Path) -> None:
         assert part in output
 
 
-def test_bad_environment(tmp_path: Path) -> None:
-    process = spark(tmp_path, "join", SPARK_PORT="http")
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"VLLMSPARK_PORT": "http"}, "VLLMSPARK_PORT http: input should be a valid integer"),
+        ({"VLLMSPARK_PORT": "tcp://10.96.0.7:29650"}, "or set `enableServiceLinks: false` for the pod"),
+        ({"VLLMSPARK_PORT": "4711", "SPARK_PORT": "4712"}, "set VLLMSPARK_PORT, and unset SPARK_PORT"),
+    ],
+    ids=["not a number", "Kubernetes", "old and new"],
+)
+def test_bad_environment(environment: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    process = spark(tmp_path, "join", **environment)
     assert process.wait(60) == 2
-    assert "SPARK_PORT http: input should be a valid integer" in process.output()
+    assert sentence in process.output()
     assert "Traceback" not in process.output()
 
 

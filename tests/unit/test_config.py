@@ -16,14 +16,13 @@ from vllm_spark.config.settings import (
     SparkConfig,
     add_flags,
     enabled_by_environment,
-    environment_name,
     flag_name,
     given_flags,
-    misspelt_variables,
     split_endpoint,
     typed_flags,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.variables import variable_name
 
 from .wires import wire_file
 
@@ -82,7 +81,7 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
     default = SparkConfig.model_fields[name].default
     assert resolve() == (base.get(name, default))
     assert resolve(file={name: file}) == file
-    variable = {environment_name(name): str(environment)}
+    variable = {variable_name(name): str(environment)}
     assert resolve(file={name: file}, environment=variable) == environment
     assert resolve(file={name: file}, environment=variable, flags={name: flag}) == flag
 
@@ -91,13 +90,13 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
     ("sources", "parts"),
     [
         ({"flags": {"port": 0}}, ["--spark-port 0", "greater than or equal to 1"]),
-        ({"environment": {"SPARK_PORT": "http"}}, ["SPARK_PORT http", "integer"]),
+        ({"environment": {"VLLMSPARK_PORT": "http"}}, ["VLLMSPARK_PORT http", "integer"]),
         (
-            {"environment": {"SPARK_PORT": "tcp://10.96.0.7:29650"}},
-            ["SPARK_PORT tcp://10.96.0.7:29650: it is not a port", "Kubernetes", "enableServiceLinks: false"],
+            {"environment": {"VLLMSPARK_PORT": "tcp://10.96.0.7:29650"}},
+            ["VLLMSPARK_PORT tcp://10.96.0.7:29650: it is not a port", "Kubernetes", "enableServiceLinks: false"],
         ),
         ({"flags": {"heartbeat_timeout": 0.1}}, ["--spark-heartbeat-timeout 0.1", "0.5"]),
-        ({"environment": {"SPARK_TRANSPORT": "ib"}}, ["SPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
+        ({"environment": {"VLLMSPARK_TRANSPORT": "ib"}}, ["VLLMSPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
         ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),
         ({"flags": {"address": "10.0.0.1:5"}}, ["has a port", "--spark-port"]),
         ({"flags": {"leader": "10.0.0.1:99999"}}, ["99999", "1 to 65535"]),
@@ -113,7 +112,7 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
             ["--spark-wire and --spark-loopback-latency-us contradict each other"],
         ),
         (
-            {"flags": {"wire": GOOD["wire"][0]}, "environment": {"SPARK_LOOPBACK_GBYTES_PER_S": "3"}},
+            {"flags": {"wire": GOOD["wire"][0]}, "environment": {"VLLMSPARK_LOOPBACK_GBYTES_PER_S": "3"}},
             ["--spark-wire and --spark-loopback-gbytes-per-s contradict each other"],
         ),
         ({"flags": {"transport": "verbs", "loopback_mode": "proxied"}}, ["contradict"]),
@@ -183,21 +182,13 @@ def test_a_bad_flag_ends_like_any_other_usage_error(capsys: pytest.CaptureFixtur
     ("value", "expected"), [("1", True), ("true", True), ("ON", True), ("0", False), ("", False), ("no", False)]
 )
 def test_spark_enable(value: str, expected: bool) -> None:
-    assert enabled_by_environment({"SPARK_ENABLE": value}) is expected
+    assert enabled_by_environment({"VLLMSPARK_ENABLE": value}) is expected
     assert enabled_by_environment({}) is False
 
 
 def test_spark_enable_that_is_neither() -> None:
-    with pytest.raises(ConfigurationError, match="SPARK_ENABLE=maybe is neither"):
-        enabled_by_environment({"SPARK_ENABLE": "maybe"})
-
-
-def test_misspelt_variables_are_named_and_those_of_others_are_not() -> None:
-    assert misspelt_variables({"SPARK_ADRESS": "x"}) == [
-        "the variable SPARK_ADRESS is not read; did you mean SPARK_ADDRESS?"
-    ]
-    others = {"SPARK_HOME": "", "SPARK_MASTER": "", "SPARK_LOCAL_IP": "", "SPARK_CONF_DIR": "", "PATH": ""}
-    assert misspelt_variables({**others, **{environment_name(name): "" for name in GOOD}, "SPARK_SECRET": ""}) == []
+    with pytest.raises(ConfigurationError, match="VLLMSPARK_ENABLE=maybe is neither"):
+        enabled_by_environment({"VLLMSPARK_ENABLE": "maybe"})
 
 
 @given(st.ip_addresses(), st.integers(1, 65535))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from vllm_spark.backend.status import EngineStatus, RankCounters
 from vllm_spark.errors import PeerLostError
 status = EngineStatus.from_environment()
 status.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
-status.write({"rank": 1, "steps": 5, "digest": "0123456789abcdef", "all_reduces": 45, "rails_up": 2, "reposts": 3,
-             "rail_proof_failures": 4, "rails_held_down": 1})
+status.write(RankCounters(1, steps=5, digest="0123456789abcdef", all_reduces=45, rails_up=2, reposts=3,
+                          rail_proof_failures=4, rails_held_down=1))
 status.fail(PeerLostError("the follower left"))
 """
 
@@ -54,7 +55,9 @@ def test_another_process_writes_what_this_one_reads(status: EngineStatus) -> Non
     assert samples["vllm_spark_rail_proof_failures_total", "1"] == 4
     assert samples["vllm_spark_rails_held_down", "1"] == 1
     assert {name.removeprefix("vllm_spark_").removesuffix("_total") for name, _ in samples} == {
-        "token_digest" if field == "digest" else field for field in RankCounters.__struct_fields__ if field != "rank"
+        "token_digest" if field.name == "digest" else field.name
+        for field in dataclasses.fields(RankCounters)
+        if field.name != "rank"
     }
 
 

@@ -12,7 +12,6 @@ from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 
-import msgspec
 import pytest
 from rich.console import Console
 
@@ -26,24 +25,25 @@ from vllm_spark.doctor.network import check_reach
 from vllm_spark.doctor.rails import find_rails
 from vllm_spark.doctor.rdma import pinned_bytes, region_bytes
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
-from vllm_spark.doctor.report import Report, show, to_json
+from vllm_spark.doctor.report import Report, show
 from vllm_spark.doctor.software import PLUGIN
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
 from vllm_spark.executor.channel.secret import make_secret
+from vllm_spark.records import from_json, to_json
 
 from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
 
 UP = ("rocep1s0f0", "roceP2p1s0f0")
-ENVIRONMENT = "_SPARK_TEST_TREE"
+ENVIRONMENT = "_VLLMSPARK_TEST_TREE"
 
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user with a secret, and no settings."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    for name in ("SPARK_SECRET", "SPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
+    for name in ("VLLMSPARK_SECRET", "VLLMSPARK_SECRET_FILE", "VLLM_NCCL_SO_PATH"):
         monkeypatch.delenv(name, raising=False)
     make_secret(tmp_path / "config" / "vllm-spark" / "secret")
 
@@ -81,9 +81,10 @@ import sys
 from pathlib import Path
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.checks import run_checks
-from vllm_spark.doctor.report import Report, to_json
+from vllm_spark.doctor.report import Report
+from vllm_spark.records import to_json
 from vllm_spark.doctor.system import System
-print(to_json(Report.of(run_checks(System(Path(sys.argv[1])), SparkConfig(), "10.0.0.2"), None, [])))
+print(to_json(Report.of(run_checks(System(Path(sys.argv[1])), SparkConfig(), "10.0.0.2"), None, [])).decode())
 """
 
 
@@ -569,8 +570,8 @@ def test_secret(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = findings(tree)["software.secret"]
     assert (found.status, found.value) == ("problem", "none")
     assert found.remedy.startswith("vllm-spark doctor --make-secret")
-    monkeypatch.setenv("SPARK_SECRET", "long enough for everybody")
-    assert findings(tree)["software.secret"].value == "in SPARK_SECRET"
+    monkeypatch.setenv("VLLMSPARK_SECRET", "long enough for everybody")
+    assert findings(tree)["software.secret"].value == "in VLLMSPARK_SECRET"
 
 
 def test_a_secret_that_cannot_be_read(tree: Tree, tmp_path: Path) -> None:
@@ -645,7 +646,7 @@ def test_the_report_names_each_remedy_in_one_line(tree: Tree) -> None:
 
 def test_the_report_travels_as_json(tree: Tree) -> None:
     report = Report.of(run_checks(tree.system, SparkConfig()), None, [])
-    assert msgspec.json.decode(to_json(report), type=Report) == report
+    assert from_json(to_json(report), Report) == report
     assert json.loads(to_json(report))["worst"] == report.worst
 
 

@@ -27,7 +27,7 @@ LINK = "10.0.0.1"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user who has nothing yet."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.delenv("SPARK_SECRET", raising=False)
+    monkeypatch.delenv("VLLMSPARK_SECRET", raising=False)
     return tmp_path / "config"
 
 
@@ -112,7 +112,8 @@ def test_which_secret_counts(home: Path, tmp_path: Path) -> None:
     assert load_secret(SparkConfig(), LINK) == default.read_bytes().strip()
     given = SparkConfig(secret_file=tmp_path / "given")
     assert load_secret(given, LINK) == (tmp_path / "given").read_bytes().strip()
-    assert load_secret(SparkConfig(), LINK, {"SPARK_SECRET": "the one of the variable"}) == b"the one of the variable"
+    variable = {"VLLMSPARK_SECRET": "the one of the variable"}
+    assert load_secret(SparkConfig(), LINK, variable) == b"the one of the variable"
     default.chmod(0o644)
     with pytest.raises(ConfigurationError, match=r"secret is open to other users \(mode 0644\); chmod 600"):
         load_secret(SparkConfig(), LINK)

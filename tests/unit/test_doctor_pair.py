@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import time
@@ -10,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
@@ -27,6 +27,7 @@ from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.processes.local import free_ports
+from vllm_spark.records import from_json, to_json
 
 from .gb10_tree import Tree, gb10
 from .test_doctor import assert_complete, shown
@@ -37,7 +38,7 @@ LIMIT = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARK_SECRET", SECRET)
+    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def together(
     trees: tuple[Tree, Tree], change: Callable[[MachineReport], MachineReport] = lambda machine: machine
 ) -> dict[str, Finding]:
     machines = [run_checks(tree.system, SparkConfig()) for tree in trees]
-    theirs = change(msgspec.json.decode(msgspec.json.encode(machines[1]), type=MachineReport))
+    theirs = change(from_json(to_json(machines[1]), MachineReport))
     found = list(compare(trees[0].system, machines[0], theirs))
     for one in found:
         assert_complete(one)
@@ -169,11 +170,11 @@ def test_a_comparison_that_stumbles_leaves_the_others(
     assert found["pair"].value.startswith("ZeroDivisionError")
 
 
-@pytest.mark.parametrize("field", Versions.__struct_fields__)
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Versions)])
 def test_other_versions(trees: tuple[Tree, Tree], field: str) -> None:
     def change(machine: MachineReport) -> MachineReport:
-        versions = msgspec.structs.replace(machine.versions, **{field: "0.0.1"})
-        return msgspec.structs.replace(machine, host="desk2", versions=versions)
+        versions = dataclasses.replace(machine.versions, **{field: "0.0.1"})
+        return dataclasses.replace(machine, host="desk2", versions=versions)
 
     found = together(trees, change)["pair.versions"]
     assert found.status == "problem"
@@ -189,7 +190,7 @@ def test_nothing_is_said_of_rails_where_one_side_has_none(trees: tuple[Tree, Tre
 def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
     other_mtu(*trees)
     one, other = (run_checks(tree.system, SparkConfig(), thorough=True) for tree in trees)
-    other = msgspec.structs.replace(other, host="desk2")
+    other = dataclasses.replace(other, host="desk2")
     report = Report.of(one, other, list(compare(trees[0].system, one, other)))
     text = shown(report, width=160)
     row = next(line for line in text.splitlines() if line.startswith("  MTU of the interfaces"))
@@ -241,7 +242,7 @@ def test_a_follower_of_another_version_is_examined_too() -> None:
     """A leader would refuse it, and it would end; the doctor is there to say why."""
     port, outcome = visiting()
     caller = follower(port)
-    caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
+    caller._versions = dataclasses.replace(caller._versions, vllm="0.0.1")
     lane = called(caller)
     send_report(lane, lane.expect(Kind.CHECK_REQUEST, timeout=30), SparkConfig(), "127.0.0.1")
     outcome.result(30)
@@ -298,7 +299,7 @@ def test_a_question_that_is_none() -> None:
         send_report(lane, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
     lane.close()
     assert outcome.exception(30) is not None
-    assert msgspec.json.encode(CheckRequest("desk1")) == b'{"host":"desk1"}'
+    assert to_json(CheckRequest("desk1")) == b'{"host":"desk1"}'
 
 
 def test_a_leader_still_refuses_another_version() -> None:
@@ -307,7 +308,7 @@ def test_a_leader_still_refuses_another_version() -> None:
 
     listener = Listener("127.0.0.1", 0, tls_context(SECRET.encode(), "leader"), LIMIT)
     caller = follower(int(listener.endpoint.rpartition(":")[2]))
-    caller._versions = msgspec.structs.replace(caller._versions, vllm="0.0.1")
+    caller._versions = dataclasses.replace(caller._versions, vllm="0.0.1")
     with pytest.raises(RefusedError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
         called(caller)
     listener.close()

@@ -8,7 +8,6 @@ import re
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
@@ -24,6 +23,7 @@ from vllm_spark.executor.environment import (
     record_environment,
     recorded_environment,
 )
+from vllm_spark.records import from_json, to_json
 
 OF_FILES = [
     "VLLM_NCCL_SO_PATH",
@@ -159,7 +159,7 @@ def test_values_that_are_not_text_travel(environment: pytest.MonkeyPatch) -> Non
     value = os.fsdecode(b"caf\xe9 \xff")
     environment.setenv("VLLM_SOMETHING_NEW", value)
     record_environment()
-    sent = msgspec.json.decode(msgspec.json.encode(recorded_environment()), type=Environment)
+    sent = from_json(to_json(recorded_environment()), Environment)
     assert merge_environment({}, sent) == {"VLLM_SOMETHING_NEW": value}
 
 
@@ -181,13 +181,13 @@ def test_nothing_else_is_taken_from_a_leader() -> None:
 SESSION = """
 import json, os, sys
 from pathlib import Path
-import msgspec
 from vllm_spark.executor.environment import Environment
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, EXIT_RESTART, RESULT_VARIABLE
+from vllm_spark.records import to_json
 with Path(sys.argv[0]).with_name("seen").open("a") as seen:
     print(os.environ.get("VLLM_USE_LAYERNAME"), os.environ.get("VLLM_MLA_DISABLE"), file=seen)
 if ADOPTED_VARIABLE not in os.environ:
-    os.write(int(os.environ[RESULT_VARIABLE]), msgspec.json.encode(Environment.of({"VLLM_USE_LAYERNAME": "0"})))
+    os.write(int(os.environ[RESULT_VARIABLE]), to_json(Environment.of({"VLLM_USE_LAYERNAME": "0"})))
     sys.exit(EXIT_RESTART)
 sys.exit(7)
 """
@@ -198,7 +198,7 @@ def test_the_next_process_starts_with_the_leaders_environment(environment: pytes
     (tmp_path / "session.py").write_text(SESSION)
     environment.setattr(join, "python_module", lambda name: [sys.executable, str(tmp_path / "session.py")])
     environment.setenv("VLLM_MLA_DISABLE", "1")
-    environment.setenv("SPARK_SECRET", "one of sixteen bytes")
+    environment.setenv("VLLMSPARK_SECRET", "one of sixteen bytes")
     assert join.supervise(SparkConfig(), once=True) == 7
     assert (tmp_path / "seen").read_text().splitlines() == ["None 1", "0 None"]
 

@@ -35,7 +35,7 @@ class Join:
         argv = [sys.executable, "-c", JOIN, "join", "--leader", "127.0.0.1", "--port", str(port), *more]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                argv, env={**os.environ, "SPARK_SECRET": secret.decode()}, stdout=output, stderr=output
+                argv, env={**os.environ, "VLLMSPARK_SECRET": secret.decode()}, stdout=output, stderr=output
             )
 
     def wait_for(self, text: str) -> None:

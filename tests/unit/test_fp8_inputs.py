@@ -75,7 +75,7 @@ def test_the_follower_refuses() -> None:
 import pickle
 from types import SimpleNamespace
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.executor.follower import FollowerSession
+from vllm_spark.executor.follower_session import FollowerSession
 from vllm_spark.executor.bootstrap import Assignment
 from vllm_spark.collective.launch_table import LaunchTable
 assignment = Assignment(None, SparkConfig(), LaunchTable(), {})

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import msgspec
 import pytest
 
 from vllm_spark.backend.process_group import PairGroup
 from vllm_spark.errors import PeerLostError, SparkError
 from vllm_spark.executor import heartbeat
 from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Kind
-from vllm_spark.executor.group_connection import GroupConnection, Piece
+from vllm_spark.executor.group_connection import GroupConnection, Head, encode_piece
 from vllm_spark.executor.store import PairStore, Request, Table
 from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.records import to_json
 
 from .test_channel import connections
 
 SECONDS = 20.0
+UNREADABLE = "the follower sent a message of a process group that cannot be read: "
 ADDRESS = ("0", "collectives", 0)
 
 
@@ -43,7 +44,27 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
 
 
 def unreadable(far: Connection) -> None:
-    far.send(Kind.GROUP, b"\xc1")
+    far.send(Kind.GROUP, b"\x02\x00\x00\x00{]")
+
+
+def without_a_head(far: Connection) -> None:
+    far.send(Kind.GROUP, b"\x05\x00\x00")
+
+
+def with_a_head_beyond_its_end(far: Connection) -> None:
+    far.send(Kind.GROUP, (1 << 31).to_bytes(4, "little") + b"{}")
+
+
+def of_a_negative_length(far: Connection) -> None:
+    far.send(Kind.GROUP, encode_piece(Head("0", "collectives", 0, "barrier", -1), b""))
+
+
+def longer_than_its_message(far: Connection) -> None:
+    far.send(Kind.GROUP, encode_piece(Head("0", "collectives", 0, "barrier", 2), b"abc"))
+
+
+def a_request_that_is_none(far: Connection) -> None:
+    far.send(Kind.GROUP, encode_piece(Head("", "store requests", 0, "", 2), b"[]"))
 
 
 def of_another_connection(far: Connection) -> None:
@@ -55,14 +76,19 @@ def closed(far: Connection) -> None:
 
 
 def a_bad_request(far: Connection) -> None:
-    request = msgspec.msgpack.encode(Request("jump", ["key"], []))
-    far.send(Kind.GROUP, msgspec.msgpack.encode(Piece("", "store requests", 0, "", len(request), request)))
+    request = to_json(Request("jump", ["key"], []))
+    far.send(Kind.GROUP, encode_piece(Head("", "store requests", 0, "", len(request)), request))
 
 
 @pytest.mark.parametrize(
     ("act", "kind", "sentence"),
     [
-        (unreadable, ChannelError, "the follower sent a message of a process group that cannot be read: "),
+        (unreadable, ChannelError, f"{UNREADABLE}invalid JSON: "),
+        (without_a_head, ChannelError, f"{UNREADABLE}a piece of 3 bytes is shorter than the length of its head"),
+        (with_a_head_beyond_its_end, ChannelError, f"{UNREADABLE}a head of 2147483648 bytes in a piece of 6 bytes"),
+        (of_a_negative_length, ChannelError, f"{UNREADABLE}total: input should be greater than or equal to 0"),
+        (longer_than_its_message, ChannelError, f"{UNREADABLE}3 bytes of a message of 2 bytes"),
+        (a_request_that_is_none, ChannelError, f"{UNREADABLE}input should be an object"),
         (of_another_connection, ChannelError, "the follower sent HEARTBEAT, and GROUP was expected"),
         (closed, ConnectionClosedError, "the follower closed the connection"),
         (a_bad_request, SparkError, "the thread of the process groups failed: ValueError: the store has no operation"),

@@ -19,28 +19,27 @@ from vllm_spark.models.tiny import make_tiny_model
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 LEADER = """
-import json, sys
-import msgspec
+import dataclasses, json, sys
 from vllm.engine.arg_utils import EngineArgs
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.model_files.loaded import files_of
 
 config = EngineArgs(**json.loads(sys.argv[1])).create_engine_config()
 try:
-    print("RESULT", json.dumps({"files": msgspec.to_builtins(files_of(config))}))
+    print("RESULT", json.dumps({"files": [dataclasses.asdict(each) for each in files_of(config)]}))
 except SparkError as error:
     print("RESULT", json.dumps({"refusal": str(error), "code": error.exit_code}))
 """
 
 FOLLOWER = """
 import json, sys
-import msgspec
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
+from vllm_spark.records import from_json
 
 try:
-    found = [str(find_own(each)) for each in msgspec.json.decode(sys.argv[1], type=list[LoadedFiles])]
+    found = [str(find_own(each)) for each in from_json(sys.argv[1], list[LoadedFiles])]
     print("RESULT", json.dumps({"places": found}))
 except SparkError as error:
     print("RESULT", json.dumps({"refusal": str(error), "code": error.exit_code}))

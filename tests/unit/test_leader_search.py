@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import socket
@@ -11,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
@@ -157,7 +157,7 @@ def test_what_no_waiting_heals(listener: Listener, monkeypatch: pytest.MonkeyPat
         search(listener, OTHER).find()
     other = search(listener)
     speaker = caller(listener)
-    speaker._versions = msgspec.structs.replace(speaker._versions, vllm="0.0.1")
+    speaker._versions = dataclasses.replace(speaker._versions, vllm="0.0.1")
     other._make_connector = lambda: speaker
     with pytest.raises(VersionsError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
         other.find()

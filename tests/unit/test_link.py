@@ -1,15 +1,17 @@
-"""Where the leader listens."""
+"""Addresses of the link: where the leader listens, and which ports and interfaces there are."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.bootstrap import use_link_interface
-from vllm_spark.executor.channel.addresses import leader_address, resolve_master
+from vllm_spark.executor.channel.addresses import leader_address, resolve_master, source_address
+from vllm_spark.executor.channel.rdma_ports import rdma_ports
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +54,25 @@ def test_names_are_resolved() -> None:
 def test_vllm_listens_at_the_links_address_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    interface = use_link_interface("127.0.0.1", "127.0.0.1")
+    interface = use_link_interface("127.0.0.1")
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.1"
     interface.restore()
     assert "VLLM_HOST_IP" not in os.environ
     monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.2")
-    use_link_interface("127.0.0.1", "127.0.0.1").restore()
+    use_link_interface("127.0.0.1").restore()
     assert os.environ["VLLM_HOST_IP"] == "127.0.0.2"
+
+
+def test_the_address_towards_a_peer() -> None:
+    assert source_address("127.0.0.5") == "127.0.0.1"
+    assert source_address("::1") in ("::1", None)  # None where IPv6 is disabled
+
+
+def test_rdma_ports_are_read_from_the_kernels_files(tmp_path: Path) -> None:
+    assert rdma_ports(tmp_path) == []
+    for port, entries in {"mlx5_1/ports/1": ["", "enp1s0"], "mlx5_0/ports/2": [], "mlx5_0/ports/1": ["enp2s0"]}.items():
+        folder = tmp_path / "sys/class/infiniband" / port / "gid_attrs/ndevs"
+        folder.mkdir(parents=True)
+        for index, interface in enumerate(entries):
+            (folder / str(index)).write_text(f"{interface}\n")
+    assert rdma_ports(tmp_path) == [("mlx5_0", 1, "enp2s0"), ("mlx5_0", 2, ""), ("mlx5_1", 1, "enp1s0")]

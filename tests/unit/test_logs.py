@@ -9,6 +9,7 @@ import pytest
 
 from vllm_spark.backend.logging import use_vllm_logging
 from vllm_spark.backend.status import EngineStatus
+from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.errors import PeerLostError
 
 
@@ -23,7 +24,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
         monkeypatch.setattr(logger, "propagate", False)
         monkeypatch.setattr(logger, "level", logging.INFO)
     theirs.handlers.append(handler)
-    monkeypatch.setenv("_SPARK_COUNTER_BOARD", "")
+    monkeypatch.setenv(ANNOUNCED, "")
     use_vllm_logging()
     use_vllm_logging()
     return text

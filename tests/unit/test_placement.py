@@ -209,7 +209,7 @@ def test_the_leader_loads_what_was_compared(config: VllmConfig, cache: Path) -> 
         assert named.speculative_config.draft_model_config.model == snapshot
 
 
-def test_what_auto_stands_for_is_settled_by_the_leader(config: VllmConfig, alice: Path) -> None:
+def test_the_leader_decides_what_auto_means(config: VllmConfig, alice: Path) -> None:
     """A follower's folder of the same commit may hold the weights in both formats."""
     theirs: VllmConfig = pickle.loads(pickle.dumps(config))
     mistral = alice / "mistral"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from collections.abc import Iterator
 
-import msgspec
 import pytest
 
 from vllm_spark.collective import AgreementError, CollectiveError, SocketPeer
 from vllm_spark.collective.rendezvous import Terms, agree
+from vllm_spark.records import to_json
 
 TERMS = Terms(rank=1, world_size=2, description="", agreement={})
 REMEDY = "see the output of its program, and start both again"
@@ -18,7 +19,7 @@ REMEDY = "see the output of its program, and start both again"
 @pytest.mark.parametrize("rank", [1, 2])
 def test_each_rank_is_called_by_its_number(rank: int) -> None:
     """Two that are alike, and two of which one is none of a pair."""
-    theirs = msgspec.json.encode(msgspec.structs.replace(TERMS, rank=rank))
+    theirs = to_json(dataclasses.replace(TERMS, rank=rank))
     with pytest.raises(AgreementError) as caught:
         agree(lambda mine: theirs, TERMS)
     assert str(caught.value) == (

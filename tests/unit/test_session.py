@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from vllm_spark import _native
-from vllm_spark.collective import RuntimeOptions
+from vllm_spark.collective import Runtime, RuntimeOptions
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
@@ -49,7 +49,8 @@ def test_whatever_settings_take_the_runtime_takes(name: str, value: Any) -> None
     config = SparkConfig.resolve(flags={**CONTEXT.get(name, {}), name: value}, environment={})
     for transport in get_args(Transport):
         if (transport, config.loopback_mode) != ("verbs", "proxied"):
-            runtime_options(config, LaunchTable(), transport, config.rails)
+            options = runtime_options(config, LaunchTable(), transport, config.rails)
+            Runtime._make_native(0, replace(options, packet_bytes=options.packet_bytes or 0), stripes=1)
 
 
 def test_numbers_of_both_are_walked_over() -> None:

@@ -75,6 +75,7 @@ def test_a_rank_looks_when_the_limit_is_over_and_not_at_its_next_heartbeat() -> 
             right,
             limit,
             report=lambda sent=sent: sent.append(time.monotonic()),
+            peer_report=object,
             on_report=lambda _: None,
             on_end=lambda error, ends=ends: ends.append((time.monotonic(), error)),
             on_link=lambda _: None,

@@ -63,9 +63,9 @@ def job_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, An
     monkeypatch.setattr(decode, "_visible_gpus", lambda: ["0"])
     monkeypatch.setattr(decode, "_memory", lambda: (50 << 30, 100 << 30))
     given = decode_comparison.Settings(config, 2, tmp_path / "vllm-spark" / "tuned", engine=engine)
-    stage: Any = SimpleNamespace(folder=tmp_path, started=started)
+    programs: Any = SimpleNamespace(folder=tmp_path, started=started)
     with pytest.raises(Started) as caught:
-        decode_comparison.compare(given, stage, lambda side, number: None, pytest.fail)
+        decode_comparison.compare(given, programs, lambda side, number: None, pytest.fail)
     arguments: dict[str, Any] = json.loads(Path(str(caught.value)).read_text())["engine"]
     return arguments
 
@@ -93,10 +93,10 @@ def test_a_disk_that_is_full_costs_a_sentence(tmp_path: Path) -> None:
     """As far as a test can have one: a file is where the folder would be."""
     (tmp_path / "shard").write_text("")
     given = decode_comparison.Settings(shipped("qwen3-30b-a3b-int4"), 2, tmp_path / "vllm-spark" / "tuned")
-    stage: Any = SimpleNamespace(folder=tmp_path)
+    programs: Any = SimpleNamespace(folder=tmp_path)
     with pytest.raises(ConfigurationError, match=r"shard/config\.json cannot be written"):
-        decode_comparison.compare(given, stage, lambda side, number: None, pytest.fail)
-    stage = SimpleNamespace(folder=tmp_path / "shard")
+        decode_comparison.compare(given, programs, lambda side, number: None, pytest.fail)
+    programs = SimpleNamespace(folder=tmp_path / "shard")
     untuned = decode.candidates_for("cuda")["untuned"]
     with pytest.raises(ConfigurationError, match=r"untuned-0\.job\.json cannot be written"):
-        decode._run("untuned", untuned, tmp_path, decode.Settings("cuda", "any", ("tp1",)), stage, 0)
+        decode._run("untuned", untuned, tmp_path, decode.Settings("cuda", "any", ("tp1",)), programs, 0)

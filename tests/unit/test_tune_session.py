@@ -48,7 +48,7 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
     ran: list[tuple[int, str]] = []
 
     def run(
-        name: str, candidate: decode.Candidate, model: Path, given: decode.Settings, stage: Any, number: int
+        name: str, candidate: decode.Candidate, model: Path, given: decode.Settings, programs: Any, number: int
     ) -> Result:
         ran.append((number, name))
         environment = decode._environment(given, candidate, 0)
@@ -62,8 +62,8 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
     (tmp_path / "config.json").write_text("{}")
     environment = {"XDG_CONFIG_HOME": "mine"}
     given = decode.Settings("cuda", str(tmp_path), decode.TUNING, (1,), rounds=4, environment=environment)
-    with process_group("test", Console(file=(tmp_path / "out").open("w"))) as stage:
-        report = decode.measure(given, stage, lambda name, number: None)
+    with process_group("test", Console(file=(tmp_path / "out").open("w"))) as programs:
+        report = decode.measure(given, programs, lambda name, number: None)
     untuned, tuned = decode.TUNING
     names = [untuned, tuned, tuned, untuned] * 2
     assert ran == [(index // 2, name) for index, name in enumerate(names)]
@@ -74,8 +74,8 @@ def test_a_decode_steps_sides_take_turns_and_see_no_other_tables(
 def test_each_size_has_its_own_logs_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Path, float]] = []
 
-    def compare(given: Any, stage: Any, on_engine: Any, on_note: Callable[[str], None]) -> list[Any]:
-        seen.append((stage.logs, given.timeout))
+    def compare(given: Any, programs: Any, on_engine: Any, on_note: Callable[[str], None]) -> list[Any]:
+        seen.append((programs.logs, given.timeout))
         on_note("an engine failed at its end")
         return []
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from vllm_spark.backend.platform import ONE_MACHINE_ALL_REDUCES
 from vllm_spark.compat.hooks import HOOKS, Hook
 from vllm_spark.compat.patching import Anchor, all_patches
 
@@ -81,6 +83,11 @@ GROUPS: tuple[Hook, ...] = (
         Anchor("vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase.__init__"),
         "sets the group's name, size and rank, which decide what is routed",
         {"c97e3d7a6bbf": "0.26.0", "e51158476b35": "0.32.0, 0.33.0"},
+    ),
+    Hook(
+        Anchor("vllm.distributed.device_communicators.cuda_communicator:CudaCommunicator.__init__", "source"),
+        "connects NCCL, and all-reduces for GPUs of one machine, which `turn_off_one_machine_all_reduces` turns off",
+        {"f7deab941503": "0.26.0", "5d793b8c19d8": "0.32.0, 0.33.0"},
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.base_device_communicator:DeviceCommunicatorBase.all_gatherv"),
@@ -194,6 +201,16 @@ def test_fingerprints_are_known(sources: tuple[str, Path], anchor: Anchor, known
     assert fingerprint is not None, f"{anchor.symbol} is gone in vLLM {release}"
     assert fingerprint in known, f"{anchor.symbol} has moved in vLLM {release}: read it, then add {fingerprint}"
     assert release in known[fingerprint], f"{fingerprint} is listed for {known[fingerprint]}, not for {release}"
+
+
+@pytest.mark.timeout(900)
+def test_every_all_reduce_of_one_machine_is_turned_off(sources: tuple[str, Path]) -> None:
+    """Those that a setting turns on: else their buffers would be connected at each start."""
+    _, folder = sources
+    path = folder / "vllm" / "distributed" / "device_communicators" / "cuda_communicator.py"
+    names = set(re.findall(r"envs\.(VLLM_ALLREDUCE_\w+)", path.read_text(encoding="utf-8")))
+    assert "VLLM_ALLREDUCE_USE_SYMM_MEM" in names
+    assert names <= set(ONE_MACHINE_ALL_REDUCES)
 
 
 def _tool() -> ModuleType:

@@ -6,12 +6,22 @@
 
 from __future__ import annotations
 
+import vllm.envs
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 
 from vllm_spark.backend.process_group import BACKEND, pair_is_up
 from vllm_spark.errors import ConfigurationError
+
+ONE_MACHINE_ALL_REDUCES = (
+    "VLLM_ALLREDUCE_USE_SYMM_MEM",
+    "VLLM_ALLREDUCE_USE_FLASHINFER",
+    "VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC",
+)
+"""Settings of vLLM, some of them on by default, for all-reduces in memory that GPUs of one machine share. A pair never
+uses them, and their buffers cannot be connected: torch's symmetric memory takes the store from the group, and ends the
+process by SIGSEGV where the group is a `PairGroup`, which cannot have one (seen with torch 2.11 on two H200)."""
 
 
 class SparkCpuPlatform(CpuPlatform):  # type: ignore[misc]
@@ -51,6 +61,16 @@ def compute_capability() -> tuple[int, int] | None:
     return None if found is None else (found.major, found.minor)
 
 
+def turn_off_one_machine_all_reduces() -> None:
+    """Turns off `ONE_MACHINE_ALL_REDUCES` in this process, whatever the environment says.
+
+    An attribute of `vllm.envs` takes precedence over the variable, and is not sent to other processes.
+    """
+    for name in ONE_MACHINE_ALL_REDUCES:
+        if name in vllm.envs.environment_variables:
+            setattr(vllm.envs, name, False)
+
+
 def _extended(kind: type[Platform]) -> type[Platform]:
     if kind is CpuPlatform:
         return SparkCpuPlatform
@@ -63,6 +83,7 @@ def _extended(kind: type[Platform]) -> type[Platform]:
 
 def _cuda_platform(kind: type[Platform]) -> type[Platform]:
     """Extends vLLM's CUDA platform; at import vLLM decides whether that is the NVML-based one."""
+    turn_off_one_machine_all_reduces()
 
     class SparkCudaPlatform(kind):  # type: ignore[misc]
         """CUDA: collectives through `SparkCudaCommunicator`."""

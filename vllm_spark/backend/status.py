@@ -7,19 +7,20 @@ processes, however they end. `engine_failure`, `engine_death` and `engine_ended_
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import mmap
 import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import msgspec
+from pydantic import Field
 
 from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.errors import SparkError
-from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
+from vllm_spark.records import RecordError, from_json, to_json
 
 STATUS_VARIABLE = ANNOUNCED
 """Holds the memory's path `/proc/PID/fd/NUMBER`, and its inode, because PID and NUMBER may have been reused."""
@@ -35,21 +36,24 @@ _READ_ATTEMPTS = 100
 _MAX_SENTENCE = 600  # characters; JSON takes up to six bytes for one
 
 
-class _Failure(msgspec.Struct):
+@dataclasses.dataclass
+class _Failure:
     sentence: str
     exit_code: int
 
 
-class _Run(msgspec.Struct):
+@dataclasses.dataclass
+class _Run:
     process: int
     ended: bool = False
     clean: bool = False
 
 
-class RankCounters(msgspec.Struct):
+@dataclasses.dataclass
+class RankCounters:
     """The counters of one rank."""
 
-    rank: int
+    rank: Annotated[int, Field(ge=0, lt=len(RANKS))]
     steps: int = 0
     digest: str = ""
     all_reduces: int = 0
@@ -68,9 +72,6 @@ class RankCounters(msgspec.Struct):
     rail_proof_failures: int = 0
     rails_held_down: int = 0
     reposts: int = 0
-
-
-preload_decoders(_Failure, _Run, RankCounters)
 
 
 class EngineStatus:
@@ -152,7 +153,7 @@ class EngineStatus:
         payload = self._get(_FAILURE)
         if payload is None:
             return None
-        record = msgspec.json.decode(payload, type=_Failure)
+        record = from_json(payload, _Failure)
         error = SparkError(record.sentence)
         error.exit_code = record.exit_code
         return error
@@ -171,24 +172,23 @@ class EngineStatus:
             "killer); start it again, with less memory if it ran out of memory"
         )
 
-    def write(self, counters: RankCounters | dict[str, Any]) -> None:
+    def write(self, counters: RankCounters) -> None:
         """Replaces the record of the rank that `counters` names."""
-        record = msgspec.convert(counters, RankCounters) if isinstance(counters, dict) else counters
-        self._put(record.rank, record)
+        self._put(counters.rank, counters)
 
     def read(self) -> list[RankCounters]:
         """The ranks' records written so far."""
         payloads = [self._get(rank) for rank in RANKS]
-        return [msgspec.json.decode(payload, type=RankCounters) for payload in payloads if payload is not None]
+        return [from_json(payload, RankCounters) for payload in payloads if payload is not None]
 
     def _run_record(self) -> _Run | None:
         payload = self._get(_RUN)
-        return None if payload is None else msgspec.json.decode(payload, type=_Run)
+        return None if payload is None else from_json(payload, _Run)
 
-    def _put(self, slot: int, record: msgspec.Struct) -> None:
+    def _put(self, slot: int, record: Any) -> None:
         if self._map is None:
             return
-        payload = msgspec.json.encode(record)
+        payload = to_json(record)
         assert len(payload) <= _SLOT - _HEADER.size, "a record fits its slot"
         start = slot * _SLOT
         self._map[start : start + _HEADER.size + len(payload)] = (
@@ -223,20 +223,20 @@ def _has_ended(process: int) -> bool:
 
 def engine_failure() -> SparkError | None:
     """The recorded reason why the engine that this process started, or is, failed; None without one."""
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, RecordError):
         return EngineStatus.from_environment().failure()
     return None
 
 
 def engine_death() -> SparkError | None:
     """Why the engine that this process started ended, also if it was killed; None if it runs or ended by itself."""
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, RecordError):
         return EngineStatus.from_environment().death()
     return None
 
 
 def engine_ended_cleanly() -> bool:
     """Whether the engine that this process started ended because it was asked to."""
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, RecordError):
         return EngineStatus.from_environment().ended_cleanly()
     return False

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.statistics import percentile
@@ -65,7 +63,8 @@ class Settings:
     collective: str = "all_reduce"
 
 
-class Row(msgspec.Struct):
+@dataclass
+class Row:
     """One candidate at one size and in one mode; times in microseconds for one call."""
 
     candidate: str

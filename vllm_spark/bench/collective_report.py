@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
 from vllm_spark.bench.collective import Report, shape_of
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.records import indented_json
 
 _UNITS = ((1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
 
@@ -62,9 +62,9 @@ def as_json(report: Report) -> str:
         "baseline": report.baseline,
         "settings": asdict(report.settings),
         "copy_gbytes_per_s": report.copy_gbytes_per_s,
-        "rows": [{**msgspec.to_builtins(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],
+        "rows": [{**asdict(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],
     }
-    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()
+    return indented_json(content)
 
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import psutil
 
 from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
@@ -30,6 +29,7 @@ from vllm_spark.processes.child import python_module
 from vllm_spark.processes.group import ProcessGroup
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
 from vllm_spark.processes.managed import LAUNCH_VARIABLES, Process, ProcessError, clean_environment
+from vllm_spark.records import from_json, to_json
 
 Device = Literal["cuda", "cpu"]
 
@@ -107,7 +107,8 @@ class Settings:
     profile: bool = False
 
 
-class Row(msgspec.Struct):
+@dataclass
+class Row:
     """One candidate at one batch; times in milliseconds for one step, over all rounds."""
 
     candidate: str
@@ -232,7 +233,7 @@ def check(settings: Settings) -> None:
 
 def measure(
     settings: Settings,
-    stage: ProcessGroup,
+    programs: ProcessGroup,
     on_candidate: Callable[[str, int], None],
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
@@ -243,15 +244,15 @@ def measure(
         on_report: called after each with all that was measured so far: what comes later may fail.
 
     Raises:
-        SparkError: a candidate failed; its programs' logs are on the stage.
+        SparkError: a candidate failed; its programs' logs are in `programs.logs`.
     """
-    model = _model_folder(settings, stage.folder)
+    model = _model_folder(settings, programs.folder)
     candidates = candidates_for(settings.device, settings.latency_us, settings.gbytes_per_s)
     results: dict[str, list[Result]] = {name: [] for name in settings.candidates}
     for number in range(settings.rounds):
         for name in settings.candidates[:: -1 if number % 2 else 1]:
             on_candidate(name, number)
-            result = _run(name, candidates[name], model, settings, stage, number)
+            result = _run(name, candidates[name], model, settings, programs, number)
             _require_all_steps(name, result, settings)
             results[name].append(result)
             report = _report(settings, results)
@@ -301,7 +302,9 @@ def _report(settings: Settings, results: Mapping[str, Sequence[Result]]) -> Repo
     return report
 
 
-def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage: ProcessGroup, number: int) -> Result:
+def _run(
+    name: str, candidate: Candidate, model: Path, settings: Settings, programs: ProcessGroup, number: int
+) -> Result:
     """Runs one candidate in one round."""
     secret = {SECRET_VARIABLE: os.urandom(16).hex()}
     engine = _engine_arguments(settings, model) | candidate.engine
@@ -314,17 +317,17 @@ def _run(name: str, candidate: Candidate, model: Path, settings: Settings, stage
             }
             join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(port))
             follower = stack.enter_context(
-                stage.started(
+                programs.started(
                     f"{name}: vllm-spark join",
                     join,
                     f"{name}-{number}-follower.log",
                     _environment(settings, candidate, 1) | secret,
                 )
             )
-        job, result = (stage.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
-        atomic_write_text(job, msgspec.json.encode(_job(settings, candidate, engine)).decode(), "job")
+        job, result = (programs.folder / f"{name}-{number}.{kind}.json" for kind in ("job", "result"))
+        atomic_write_text(job, to_json(_job(settings, candidate, engine)).decode(), "job")
         process = stack.enter_context(
-            stage.started(
+            programs.started(
                 f"{name}: the engine",
                 python_module("vllm_spark.bench.decode_engine", str(job), str(result)),
                 f"{name}-{number}.log",
@@ -374,7 +377,7 @@ def _outcome(process: Process, follower: Process | None, file: Path, timeout: fl
         return process.exit_code == 0
 
     process.wait_until(decoded, timeout, "decoded everything")
-    result = msgspec.json.decode(file.read_bytes(), type=Result)
+    result = from_json(file.read_bytes(), Result)
     try:
         process.wait_until(ended, _SHUTDOWN_SECONDS, "shut down")
     except ProcessError as error:

@@ -10,6 +10,7 @@ and RESULT are JSON files of the structures below; RESULT is complete before the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
@@ -18,13 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from vllm_spark.bench.kernel_profile import KernelProfile, profile_steps
 from vllm_spark.files import atomic_write_text
+from vllm_spark.records import from_json, to_json
 
 
-class Job(msgspec.Struct):
+@dataclasses.dataclass
+class Job:
     """The engine's arguments, and what it decodes.
 
     Attributes:
@@ -49,7 +50,8 @@ class Job(msgspec.Struct):
 TokenLogprob = tuple[int, float | None]
 
 
-class Result(msgspec.Struct):
+@dataclasses.dataclass
+class Result:
     """The measurements of one engine.
 
     Attributes:
@@ -82,7 +84,8 @@ PROFILED = 20
 """Steps whose kernels are timed, after the same number of untimed steps."""
 
 
-class Decoded(msgspec.Struct):
+@dataclasses.dataclass
+class Decoded:
     """The result of decoding one batch.
 
     Attributes:
@@ -215,8 +218,8 @@ def _fallbacks() -> int:
 def main() -> None:
     """Runs the job of the command line."""
     job_file, result_file = map(Path, sys.argv[1:])
-    job = msgspec.json.decode(job_file.read_bytes(), type=Job)
-    run(job, lambda result: atomic_write_text(result_file, msgspec.json.encode(result).decode(), "result"))
+    job = from_json(job_file.read_bytes(), Job)
+    run(job, lambda result: atomic_write_text(result_file, to_json(result).decode(), "result"))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from itertools import takewhile
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
 from vllm_spark.bench.decode import Report, Row, candidates_for
 from vllm_spark.bench.decode_engine import TokenLogprob
+from vllm_spark.records import indented_json
 
 _KERNELS_SHOWN = 16
 
@@ -121,7 +121,7 @@ def as_json(report: Report, machine: str) -> str:
         "missing": report.missing,
         "failed_ends": report.failed_ends,
         "fallbacks": report.fallbacks,
-        "profiles": msgspec.to_builtins(report.profiles),
-        "rows": [{**msgspec.to_builtins(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],
+        "profiles": report.profiles,
+        "rows": [{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in report.rows],
     }
-    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()
+    return indented_json(content)

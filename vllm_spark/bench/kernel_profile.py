@@ -6,15 +6,15 @@ are called there, by the way that every executor of vLLM has for functions of a 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 
-
-class KernelTime(msgspec.Struct):
+@dataclasses.dataclass
+class KernelTime:
     """All kernels of one name; both figures are for one step."""
 
     name: str
@@ -22,7 +22,8 @@ class KernelTime(msgspec.Struct):
     microseconds: float
 
 
-class KernelProfile(msgspec.Struct):
+@dataclasses.dataclass
+class KernelProfile:
     """The longest first."""
 
     kernels: list[KernelTime]

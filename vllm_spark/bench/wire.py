@@ -13,6 +13,7 @@ through the steps in the same order, and report failures.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import platform
 import select
@@ -23,8 +24,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
-
-import msgspec
 
 from vllm_spark import __version__, _native
 from vllm_spark.bench.statistics import machine, percentile
@@ -39,8 +38,9 @@ from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.handshake.client import Connector
-from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode
+from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 KIB, MIB = 1 << 10, 1 << 20
@@ -59,10 +59,11 @@ _RAIL_SECONDS = 30.0
 """Time without progress after which a rail has failed: longer than it takes to detect an unplugged cable."""
 
 _STREAMS = 5
-_Message = TypeVar("_Message", bound=msgspec.Struct)
+_Message = TypeVar("_Message")
 
 
-class Plan(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Plan:
     """What is measured; the listening machine sends it to the other.
 
     Attributes:
@@ -99,7 +100,8 @@ def steps(plan: Plan, rails: int) -> Iterator[Step]:
         yield from (Step(chosen, False, size) for size in plan.bandwidth_sizes)
 
 
-class BenchHello(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class BenchHello:
     """The first message of each machine; only the listener sends a plan."""
 
     host: str
@@ -306,8 +308,8 @@ class BenchSession:
             RefusedError: the other program is not `vllm-spark bench wire`, but for example `vllm-spark join`.
         """
         try:
-            self._lane.send(Kind.EXCHANGE, msgspec.json.encode(mine), timeout=_SEND_SECONDS)
-            return decode(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
+            self._lane.send(Kind.EXCHANGE, to_json(mine), timeout=_SEND_SECONDS)
+            return decode_frame(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
         except ChannelError as error:
             raise RefusedError(
                 f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
@@ -338,7 +340,7 @@ class BenchSession:
     def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
         frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
         if frame.kind is Kind.FAILURE:
-            raise PeerLostError(f"{self._lane.peer} failed: {decode(frame, Reason).sentence}")
+            raise PeerLostError(f"{self._lane.peer} failed: {decode_frame(frame, Reason).sentence}")
         return frame
 
     def __enter__(self) -> BenchSession:
@@ -350,7 +352,7 @@ class BenchSession:
         if error is not None:
             sentence = "it was stopped there" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(PeerLostError):
-                self._lane.send(Kind.FAILURE, msgspec.json.encode(Reason(sentence)), timeout=_SEND_SECONDS)
+                self._lane.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
         self._lane.close()
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.table import Table
 
 from vllm_spark.bench.collective_report import format_size
 from vllm_spark.bench.wire import Plan
 from vllm_spark.collective.link_model import Bandwidth, Latency, Wire, WireModel
+from vllm_spark.records import indented_json
 
 ALL_RAILS = "all rails"
 
@@ -78,8 +78,8 @@ def _time(microseconds: float) -> str:
 
 def as_json(plan: Plan, model: WireModel) -> str:
     """The plan and the wire model."""
-    content = {"settings": msgspec.to_builtins(plan), "wire": model.model_dump(mode="json")}
-    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode()
+    content = {"settings": plan, "wire": model.model_dump(mode="json")}
+    return indented_json(content)
 
 
 def plot(model: WireModel, path: Path) -> None:

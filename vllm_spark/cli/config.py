@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import typing
 
-from vllm_spark.config.settings import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, environment_name, flag_name
+from vllm_spark.config.settings import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, flag_name
+from vllm_spark.variables import variable_name
 
 SUMMARY = "print the reference of all settings"
 
@@ -47,4 +48,4 @@ def _row(name: str) -> str:
     side = typing.cast("dict[str, str]", field.json_schema_extra)["side"]
     flag = f"`--{name.replace('_', '-')}` (join)" if side == "follower" else f"`{flag_name(name)}`"
     default = "" if field.default is None else f"`{field.default}`"
-    return f"| {flag} | `{environment_name(name)}` | {side} | {default} | {field.description} |\n"
+    return f"| {flag} | `{variable_name(name)}` | {side} | {default} | {field.description} |\n"

@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
     try:
         _check_installation()
-        with process_group("demo", console, args.keep_logs) as stage:
+        with process_group("demo", console, args.keep_logs) as programs:
             settings = Settings(args.model_kind, args.prompt, args.max_tokens, args.timeout)
-            summary = Demo(settings, console, stage).run()
+            summary = Demo(settings, console, programs).run()
     except SparkError as error:
         if args.json:
             print(json.dumps({"ok": False, "error": str(error)}), flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path
-from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables, split_endpoint
-from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError, upper_first
+from vllm_spark.config.settings import SparkConfig, add_flags, environment_warnings, given_flags, split_endpoint
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and print how to fix problems"
 
@@ -69,12 +69,13 @@ def run(args: argparse.Namespace) -> int:
         return _make_secret(args)
     from vllm_spark.backend.logging import log_as
     from vllm_spark.doctor.checks import is_bare, run_checks
-    from vllm_spark.doctor.report import Report, show, show_bare, to_json
+    from vllm_spark.doctor.report import Report, show, show_bare
     from vllm_spark.doctor.system import System
+    from vllm_spark.records import to_json
 
     log_as("vllm-spark doctor")
-    for sentence in misspelt_variables():
-        Console(stderr=True, highlight=False).print(upper_first(sentence), markup=False)
+    for sentence in environment_warnings():
+        Console(stderr=True, highlight=False).print(sentence, markup=False)
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:
-        print(to_json(report), flush=True)
+        print(to_json(report).decode(), flush=True)
     elif is_bare(machine) and not args.peer and not given_flags(args):
         show_bare(console)
     else:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from vllm_spark.backend.logging import log_as
-from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, misspelt_variables
-from vllm_spark.errors import upper_first
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, log_environment_warnings
 
 SUMMARY = "run the follower: connect to a leader, and to the next one after it (on the second machine)"
-
-logger = logging.getLogger("vllm_spark")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +22,5 @@ def run(args: argparse.Namespace) -> int:
 
     log_as("vllm-spark join")
     config = SparkConfig.resolve(flags=given_flags(args))
-    for sentence in misspelt_variables():
-        logger.warning("%s", upper_first(sentence))
+    log_environment_warnings()
     return supervise(config, once=args.once)

@@ -5,17 +5,20 @@ The leader reads it and sends it to its follower, because both ranks must use th
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
+from pydantic import ConfigDict, Field
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import atomic_write_text, configuration_folder
+from vllm_spark.records import RecordError, from_json, indented_json
 
 
-class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclasses.dataclass(frozen=True)
+class LaunchTable:
     """The launch shape of collectives on a GPU, and the limit of the LL protocol.
 
     Attributes:
@@ -25,10 +28,12 @@ class LaunchTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shape: threads and blocks.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     gpu: str = ""
     loopback_mode: Literal["direct", "proxied"] = "direct"
-    packet_kib: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
-    shape: LaunchShape = LaunchShape()
+    packet_kib: Annotated[int, Field(ge=0, le=1024)] | None = None
+    shape: LaunchShape = dataclasses.field(default_factory=LaunchShape)
 
     def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: Literal["direct", "proxied"]) -> int | None:
         """The largest message that uses the LL protocol: the user's choice, else the table's for that path.
@@ -64,12 +69,12 @@ def load_launch_table(named: Path | None) -> LaunchTable:
         return LaunchTable()
     remedy = "give another with --spark-launch-table, or write one: vllm-spark bench calibrate"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=LaunchTable)
+        return from_json(path.read_bytes(), LaunchTable)
     except OSError as error:
         if named is None and isinstance(error, FileNotFoundError | NotADirectoryError):
             return LaunchTable()
         raise ConfigurationError(f"the launch table {path} cannot be read ({error.strerror}); {remedy}") from None
-    except (msgspec.DecodeError, UsageError, UnicodeDecodeError) as error:
+    except (RecordError, UsageError) as error:
         raise ConfigurationError(f"the launch table {path} is invalid: {error}; {remedy}") from None
 
 
@@ -79,4 +84,4 @@ def store_launch_table(table: LaunchTable, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    atomic_write_text(path, msgspec.json.format(msgspec.json.encode(table), indent=1).decode() + "\n", "launch table")
+    atomic_write_text(path, indented_json(table) + "\n", "launch table")

@@ -28,7 +28,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import atomic_write_text, first_fault
+from vllm_spark.files import atomic_write_text
+from vllm_spark.records import first_fault
 
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
 """Sizes in bytes for which the latency is fitted."""

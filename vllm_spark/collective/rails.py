@@ -7,26 +7,28 @@ derive the same rails in the same order, from the same two lists.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import msgspec
 import psutil
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
 from vllm_spark.rail_choice import RailChoice
+from vllm_spark.records import Bytes
 
 MAX_RAILS = _native.MAX_RAILS
 LINK_LOCAL = "link-local"
 
 
-class PortAddress(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class PortAddress:
     """One RoCE v2 address of a port."""
 
-    gid: bytes
+    gid: Bytes
     """16 bytes, as in a packet: an IPv6 address, or an IPv4 one mapped into it."""
     network: str
     """The network of the interface, such as `10.0.0.0/24`; `link-local` for addresses without one."""
@@ -38,7 +40,8 @@ class PortAddress(msgspec.Struct, frozen=True):
         return str(address.ipv4_mapped or address)
 
 
-class Port(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Port:
     """A port that can be part of a rail."""
 
     device: str

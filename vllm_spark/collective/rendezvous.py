@@ -7,27 +7,27 @@ callable of the caller's, `exchange(mine) -> theirs`: three on each side for loo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-import msgspec
+from typing import Any, TypeVar
 
 from vllm_spark._native import REGION_VERSION
 from vllm_spark.collective.errors import AgreementError, CollectiveError
 from vllm_spark.collective.rails import Port
-from vllm_spark.processes.msgspec_types import preload_decoders
 from vllm_spark.ranks import RANKS
+from vllm_spark.records import Bytes, RecordError, from_json, to_json
 
 Exchange = Callable[[bytes], bytes]
 
 PROTOCOL_VERSION = 3
 
-_Message = TypeVar("_Message", bound=msgspec.Struct)
+_Message = TypeVar("_Message")
 
 
-class Terms(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Terms:
     """A rank's identity and the settings that must be equal."""
 
     rank: int
@@ -36,7 +36,8 @@ class Terms(msgspec.Struct, frozen=True):
     agreement: dict[str, str]
 
 
-class Address(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Address:
     """The address of a rank's region on this machine."""
 
     boot: str
@@ -45,27 +46,27 @@ class Address(msgspec.Struct, frozen=True):
     nonce: tuple[str, str]
 
 
-class Ports(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Ports:
     """The RDMA ports of a rank's machine, or why there are none."""
 
     ports: tuple[Port, ...] = ()
     problem: str = ""
 
 
-class LinkOffer(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class LinkOffer:
     """The data to connect to a rank's rails, or why there are none."""
 
-    offer: bytes = b""
+    offer: Bytes = b""
     problem: str = ""
 
 
-class Ready(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Ready:
     """The result of connecting: empty, or why it failed."""
 
     problem: str = ""
-
-
-preload_decoders(Terms, Address, Ports, LinkOffer, Ready)
 
 
 def agree(exchange: Exchange, mine: Terms) -> Terms:
@@ -75,7 +76,7 @@ def agree(exchange: Exchange, mine: Terms) -> Terms:
         AgreementError: on both ranks, naming the first difference and both values.
     """
     own = {"protocol": str(PROTOCOL_VERSION), "region": str(REGION_VERSION), **mine.agreement}
-    mine = msgspec.structs.replace(mine, agreement=own)
+    mine = dataclasses.replace(mine, agreement=own)
     theirs = _swap(exchange, mine, Terms)
     if mine.world_size != theirs.world_size:
         raise AgreementError(_difference("world size", mine.rank, mine.world_size, theirs.rank, theirs.world_size))
@@ -149,11 +150,11 @@ def _raise_problem(mine: str, theirs: str, what: str) -> None:
         raise CollectiveError(mine or f"the peer {what}: {theirs}")
 
 
-def _swap(exchange: Exchange, mine: msgspec.Struct, kind: type[_Message]) -> _Message:
-    answer = exchange(msgspec.json.encode(mine))
+def _swap(exchange: Exchange, mine: Any, kind: type[_Message]) -> _Message:
+    answer = exchange(to_json(mine))
     try:
-        return msgspec.json.decode(answer, type=kind)
-    except msgspec.MsgspecError as error:
+        return from_json(answer, kind)
+    except RecordError as error:
         raise CollectiveError(
             f"the peer's {kind.__name__} message could not be read ({error}); "
             "run the same version of vllm-spark on both sides"

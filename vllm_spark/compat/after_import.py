@@ -1,6 +1,7 @@
 """Calls a function after a module has been imported, without importing it.
 
-wrapt can do this too, but importing wrapt would slow down every process of a vLLM without `--spark`.
+wrapt can do this too, but importing wrapt would slow down every process of a vLLM without `--spark`
+(docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -31,12 +31,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._init_executor", scope="source"),
-        "the leader's own worker is made by it",
+        "sets up the worker of either rank",
         {"4e1939978dfb": _ALL},
     ),
     Hook(
         Anchor("vllm.v1.executor.uniproc_executor:UniProcExecutor._distributed_args"),
-        "overridden: rank 0 of an external launcher",
+        "overridden: the rank, and this project's process groups",
         {"dc6caae11a0c": _ALL},
     ),
     Hook(
@@ -60,9 +60,14 @@ HOOKS: tuple[Hook, ...] = (
         {"074a20a6f6d2": _ALL},
     ),
     Hook(
-        Anchor("vllm.v1.executor.uniproc_executor:ExecutorWithExternalLauncher.determine_available_memory"),
-        "overridden: both ranks' answers",
-        {"5fe5c19597f5": _ALL},
+        Anchor("vllm.v1.executor.abstract:Executor.__init__"),
+        "the follower makes its executor of the configuration alone",
+        {"af143a79e0dd": _ALL},
+    ),
+    Hook(
+        Anchor("vllm.v1.executor.abstract:Executor.determine_available_memory", scope="source"),
+        "goes through collective_rpc, and vLLM takes the smaller of both ranks' answers",
+        {"689d3483f0ac": _ALL},
     ),
     Hook(
         Anchor("vllm.v1.executor.abstract:Executor.register_failure_callback"),
@@ -84,21 +89,6 @@ HOOKS: tuple[Hook, ...] = (
         Anchor("vllm.v1.outputs:AsyncModelRunnerOutput.get_output"),
         "a step's tokens that are still on the device",
         {"4266e8ed0cce": _ALL},
-    ),
-    Hook(
-        Anchor("vllm.v1.worker.worker_base:WorkerWrapperBase.__init__"),
-        "the follower's worker",
-        {"5cb09fdc3a20": _ALL},
-    ),
-    Hook(
-        Anchor("vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker"),
-        "the follower's worker",
-        {"1a14fbef7c8d": _ALL},
-    ),
-    Hook(
-        Anchor("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device"),
-        "the follower's worker",
-        {"ef77f8d59213": _ALL},
     ),
     Hook(
         Anchor("vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config", scope="source"),
@@ -129,11 +119,6 @@ HOOKS: tuple[Hook, ...] = (
         Anchor("vllm.platforms.interface:Platform.use_custom_op_collectives"),
         "overridden: collectives are opaque to compilers",
         {"dad321813cb7": _ALL},
-    ),
-    Hook(
-        Anchor("vllm.platforms.interface:Platform.update_block_size_for_backend"),
-        "called on the follower as the leader's executor does",
-        {"9ee40d1487ec": _ALL},
     ),
     Hook(
         Anchor("vllm.distributed.device_communicators.cpu_communicator:CpuCommunicator.all_reduce", scope="source"),

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_spark.compat.after_import import after_import
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
 _MARK = "_vllm_spark_patch"
 
-ANNOUNCED = "_SPARK_COUNTER_BOARD"
+ANNOUNCED = internal_name("engine_status")
 """A variable that is set in every process of a server with `--spark`."""
 
 

@@ -42,13 +42,11 @@ def settings_of(vllm_config: Any) -> SparkConfig:
         ConfigurationError: there are none: this vLLM was not started with `--spark`.
     """
     entry = _entry(vllm_config)
-    if isinstance(entry, SettingsEntry):
-        return entry.settings
-    if entry is not None and "version" not in entry:  # an entry with a version has lost its settings
-        return SparkConfig.resolve(file=entry)
-    raise ConfigurationError(
-        "SparkExecutor was started without settings; use --spark, or LLM(..., additional_config={'spark': {}})"
-    )
+    if not isinstance(entry, SettingsEntry):
+        raise ConfigurationError(
+            "SparkExecutor was started without settings; use --spark, or LLM(..., additional_config={'spark': {}})"
+        )
+    return entry.settings
 
 
 def _entry(vllm_config: Any) -> Any:

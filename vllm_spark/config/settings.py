@@ -1,7 +1,7 @@
 """The settings of vllm_spark: `SparkConfig` describes and checks each of them, once.
 
-Command line flags (`add_flags`, `given_flags`, `typed_flags`), environment variables (`environment_name`,
-`enabled_by_environment`, `misspelt_variables`) and the reference in docs/configuration.md are derived from it;
+Command line flags (`add_flags`, `given_flags`, `typed_flags`), environment variables (`enabled_by_environment`,
+`environment_warnings`; names in `vllm_spark.variables`) and the reference in docs/configuration.md are derived from it;
 `SparkConfig.resolve` merges their values.
 
 A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML or
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import ipaddress
+import logging
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,13 +24,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_spark.errors import ConfigurationError, lower_first
 from vllm_spark.rail_choice import RailChoice
+from vllm_spark.variables import find_variable, variable_name, variable_warnings
+
+logger = logging.getLogger("vllm_spark")
 
 FLAG = "--spark"
 SECTION = "spark"
 """The key of `additional_config` in vLLM's engine arguments that requests a pair."""
-ENVIRONMENT_PREFIX = "SPARK_"
-ENABLE_VARIABLE = "SPARK_ENABLE"
-SECRET_VARIABLE = "SPARK_SECRET"
+ENABLE_VARIABLE = variable_name("enable")
+SECRET_VARIABLE = variable_name("secret")
 """Holds the secret itself. It is not a setting: it is never sent, stored or shown."""
 DEFAULT_PORT = 29650
 MINIMUM_SECRET_BYTES = 16
@@ -188,8 +191,8 @@ class SparkConfig(BaseModel):
     def _is_not_a_service(cls, value: Any) -> Any:
         if isinstance(value, str) and "://" in value:
             raise ValueError(
-                "it is not a port but an address, which Kubernetes puts into SPARK_PORT for a service named "
-                "`spark`; set SPARK_PORT in the container's `env`, or `enableServiceLinks: false` for its pod"
+                f"it is not a port but the address of a Service; Kubernetes sets {variable_name('port')} for a Service "
+                'named "vllmspark": rename the Service, or set `enableServiceLinks: false` for the pod'
             )
         return value
 
@@ -242,6 +245,11 @@ class SparkConfig(BaseModel):
             )
         return self
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        # vLLM logs its arguments: only what is not the default.
+        fields = type(self).model_fields
+        return [(name, value) for name, value in super().__repr_args__() if not name or value != fields[name].default]
+
     @classmethod
     def resolve(
         cls,
@@ -250,10 +258,11 @@ class SparkConfig(BaseModel):
         environment: Mapping[str, str] | None = None,
         file: Mapping[str, Any] | None = None,
     ) -> SparkConfig:
-        """Merges the three sources, strongest first: `flags`, `environment` (`SPARK_*`), `file`.
+        """Merges the three sources, strongest first: `flags`, `environment` (`VLLMSPARK_*`), `file`.
 
         Raises:
-            ConfigurationError: an unknown name or an invalid value; the sentence names both.
+            ConfigurationError: an unknown name, an invalid value (the sentence names both), or a variable whose old
+                name has another value.
         """
         flags, file = dict(flags or {}), dict(file or {})
         environment = os.environ if environment is None else environment
@@ -263,9 +272,8 @@ class SparkConfig(BaseModel):
         values: dict[str, Any] = dict(file)
         origin = dict.fromkeys(file, "")
         for name in cls.model_fields:
-            variable = environment_name(name)
-            if environment.get(variable, "") != "":
-                values[name], origin[name] = environment[variable], variable
+            if variable := find_variable(variable_name(name), environment):
+                values[name], origin[name] = variable.value, variable.name
         for name, value in flags.items():
             values[name], origin[name] = value, flag_name(name)
         try:
@@ -294,38 +302,31 @@ def flag_name(field: str) -> str:
     return f"{FLAG}-{field.replace('_', '-')}"
 
 
-def environment_name(field: str) -> str:
-    """`heartbeat_timeout` -> `SPARK_HEARTBEAT_TIMEOUT`."""
-    return ENVIRONMENT_PREFIX + field.upper()
-
-
 def enabled_by_environment(environment: Mapping[str, str] | None = None) -> bool:
-    """True if SPARK_ENABLE requests vllm_spark, as the flag `--spark` does.
+    """True if VLLMSPARK_ENABLE requests vllm_spark, as the flag `--spark` does.
 
     Raises:
-        ConfigurationError: SPARK_ENABLE is neither yes nor no.
+        ConfigurationError: VLLMSPARK_ENABLE is neither yes nor no, or its old name has another value.
     """
-    value = (os.environ if environment is None else environment).get(ENABLE_VARIABLE, "").strip().lower()
+    variable = find_variable(ENABLE_VARIABLE, environment)
+    value = variable.value.strip().lower() if variable else ""
     if value in ("1", "true", "yes", "on"):
         return True
-    if value in ("", "0", "false", "no", "off"):
+    if variable is None or value in ("", "0", "false", "no", "off"):
         return False
-    raise ConfigurationError(f"{ENABLE_VARIABLE}={value} is neither 1 nor 0; set it to 1, or unset it")
+    raise ConfigurationError(f"{variable.name}={value} is neither 1 nor 0; set it to 1, or unset it")
 
 
-def misspelt_variables(environment: Mapping[str, str] | None = None) -> list[str]:
-    """One sentence for each `SPARK_*` variable that looks like a misspelt setting.
+def environment_warnings(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Whole sentences about variables of this project that have their old names, or look misspelt."""
+    fields = [variable_name(name) for name in SparkConfig.model_fields]
+    return variable_warnings([*fields, ENABLE_VARIABLE, SECRET_VARIABLE], environment)
 
-    Other software (Apache Spark) uses variables with that prefix too, so only similar names are reported.
-    """
-    known = {environment_name(name) for name in SparkConfig.model_fields} | {ENABLE_VARIABLE, SECRET_VARIABLE}
-    sentences = []
-    for name in os.environ if environment is None else environment:
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if near:
-                sentences.append(f"the variable {name} is not read; did you mean {near[0]}?")
-    return sentences
+
+def log_environment_warnings() -> None:
+    """Logs `environment_warnings`."""
+    for sentence in environment_warnings():
+        logger.warning("%s", sentence)
 
 
 def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names: Iterable[str] | None = None) -> None:

@@ -60,13 +60,13 @@ class Settings:
 
 
 class Demo:
-    """One run of the demo, with its processes on `stage` and its output on `console`."""
+    """One run of the demo, with its processes in `programs` and its output on `console`."""
 
-    def __init__(self, settings: Settings, console: Console, stage: ProcessGroup) -> None:
+    def __init__(self, settings: Settings, console: Console, programs: ProcessGroup) -> None:
         self._settings = settings
         self._console = console
         self._started = time.monotonic()
-        self._stage = stage
+        self._programs = programs
 
     def run(self) -> Summary:
         """Runs the pair and then one rank.
@@ -75,7 +75,7 @@ class Demo:
             SparkError: a program failed, or the time is over.
         """
         say = self._console.print
-        model = self._stage.folder / f"tiny-{self._settings.model_kind}"
+        model = self._programs.folder / f"tiny-{self._settings.model_kind}"
         say(f"[bold]1. A tiny {self._settings.model_kind} model[/] with random weights, whose text is random.")
         make_tiny_model(model, self._settings.model_kind)
         say("[bold]2. The pair:[/] vllm-spark join, and vllm serve MODEL --spark")
@@ -99,8 +99,8 @@ class Demo:
         join = [program("vllm-spark"), *follower_arguments(spark_port)]
         serve = [program("vllm"), *serve_arguments(model, http_port), *leader_arguments(spark_port)]
         with (
-            self._stage.started("vllm-spark join", join, "follower.log", environment) as follower,
-            self._stage.started("vllm serve --spark", serve, "leader.log", environment) as leader,
+            self._programs.started("vllm-spark join", join, "follower.log", environment) as follower,
+            self._programs.started("vllm serve --spark", serve, "leader.log", environment) as leader,
         ):
             yield self._ready(leader, http_port, follower)
             for process in (leader, follower):
@@ -113,7 +113,7 @@ class Demo:
         (http_port,) = free_ports(1)
         serve = [program("vllm"), *serve_arguments(model, http_port)]
         environment = clean_environment() | CPU_ENVIRONMENT
-        with self._stage.started("vllm serve", serve, "single.log", environment) as server:
+        with self._programs.started("vllm serve", serve, "single.log", environment) as server:
             yield self._ready(server, http_port)
 
     def _ready(self, process: Process, port: int, follower: Process | None = None) -> Server:

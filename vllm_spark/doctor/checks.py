@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-
-import msgspec
 
 from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.doctor import gpu, rdma
@@ -19,7 +18,8 @@ from vllm_spark.executor.channel.addresses import host_name, is_loopback
 from vllm_spark.executor.handshake.versions import Versions
 
 
-class MachineReport(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class MachineReport:
     """The report of one machine: the reply to a CHECK_REQUEST, and a part of `--json`."""
 
     host: str

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
-
-import msgspec
 
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS, described
 
@@ -15,7 +14,8 @@ Status = Literal["ok", "not applicable", "note", "unknown", "warning", "problem"
 _SEVERITY = {status: severity for severity, status in enumerate(get_args(Status))}
 
 
-class Finding(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Finding:
     """The result of one check.
 
     Attributes:

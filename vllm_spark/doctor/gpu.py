@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-
-import msgspec
 
 from vllm_spark.compat.versions import is_cpu_build
 from vllm_spark.doctor.finding import Finding
@@ -23,7 +22,8 @@ GB10 = "GB10"
 """Part of the name of the supported GPU."""
 
 
-class Gpu(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Gpu:
     """The first GPU, as the driver describes it. Unknown values are empty."""
 
     model: str
@@ -50,10 +50,10 @@ def find_gpu(system: System) -> Gpu | None:
     number = _DRIVER.search(version or "")
     gpu = Gpu(model=models[0] if models else "", driver=number[1] if number else "")
     if answer is None:
-        return msgspec.structs.replace(gpu, complaint="nvidia-smi is not installed, or timed out")
+        return dataclasses.replace(gpu, complaint="nvidia-smi is not installed, or timed out")
     code, text = answer
     if code != 0:
-        return msgspec.structs.replace(gpu, complaint=text.splitlines()[0] if text else f"exit code {code}")
+        return dataclasses.replace(gpu, complaint=text.splitlines()[0] if text else f"exit code {code}")
     now, most = _clock(text, "Clocks"), _clock(text, "Max Clocks")
     return Gpu(
         model=gpu.model or _field(text, "Product Name"),

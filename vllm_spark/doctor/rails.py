@@ -5,22 +5,22 @@ An active port can be a rail of the pair.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
-
 from vllm_spark.doctor.system import System
+from vllm_spark.executor.channel.rdma_ports import DEVICES, RdmaPort, rdma_ports
 
-_DEVICES = "sys/class/infiniband"
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.([0-7])")
 ROCE_V2 = "RoCE v2"
 
 
-class Gid(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Gid:
     """One entry of a port's address table."""
 
     index: int
@@ -30,7 +30,8 @@ class Gid(msgspec.Struct, frozen=True):
     """`RoCE v2`, `IB/RoCE v1`."""
 
 
-class Rail(msgspec.Struct, frozen=True, kw_only=True):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rail:
     """One port of one RDMA device. Unknown values are empty, or 0."""
 
     device: str
@@ -68,12 +69,7 @@ class Rail(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_rails(system: System) -> list[Rail]:
     """Every port of every RDMA device, by name."""
-    return [
-        _rail(system, device, int(port))
-        for device in system.entries(_DEVICES)
-        for port in system.entries(f"{_DEVICES}/{device}/ports")
-        if port.isdecimal()
-    ]
+    return [_rail(system, port) for port in rdma_ports(system.root)]
 
 
 def active(rails: list[Rail]) -> list[Rail]:
@@ -81,36 +77,29 @@ def active(rails: list[Rail]) -> list[Rail]:
     return [rail for rail in rails if rail.active]
 
 
-def _rail(system: System, device: str, port: int) -> Rail:
-    folder = f"{_DEVICES}/{device}/ports/{port}"
-    netdev = _netdev(system, device, folder)
+def _rail(system: System, port: RdmaPort) -> Rail:
+    device, folder = f"{DEVICES}/{port.device}/device", port.folder
+    # A port without an address has no interface of its own in the kernel's files.
+    netdev = port.interface or next(iter(system.entries(f"{device}/net")), "")
     gids = _gids(system, folder)
-    pci = system.target(f"{_DEVICES}/{device}/device") or ""
+    pci = system.target(device) or ""
     function = _PCI_ADDRESS.fullmatch(pci)
     connector = system.text(f"sys/class/net/{netdev}/phys_port_name") if netdev else None
     return Rail(
-        device=device,
-        port=port,
+        device=port.device,
+        port=port.number,
         state=_words(system.text(f"{folder}/state")),
         physical_state=_words(system.text(f"{folder}/phys_state")),
         rate=system.text(f"{folder}/rate") or "",
         link_layer=system.text(f"{folder}/link_layer") or "",
         netdev=netdev,
         pci=pci if function else "",
-        connector=connector or (f"p{function[1]}" if function else f"{device}/{port}"),
-        pcie_width=_number(system.text(f"{_DEVICES}/{device}/device/current_link_width")),
+        connector=connector or (f"p{function[1]}" if function else f"{port.device}/{port.number}"),
+        pcie_width=_number(system.text(f"{device}/current_link_width")),
         mtu=_number(system.text(f"sys/class/net/{netdev}/mtu")) if netdev else 0,
         addresses=_addresses(system, netdev, gids),
         gids=gids,
     )
-
-
-def _netdev(system: System, device: str, folder: str) -> str:
-    for index in system.entries(f"{folder}/gid_attrs/ndevs"):
-        if name := system.text(f"{folder}/gid_attrs/ndevs/{index}"):
-            return name
-    # A port without an address has no entry with its interface.
-    return next(iter(system.entries(f"{_DEVICES}/{device}/device/net")), "")
 
 
 def _gids(system: System, folder: str) -> list[Gid]:

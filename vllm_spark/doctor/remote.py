@@ -5,9 +5,8 @@ Both messages are JSON on an authenticated connection; nothing is unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-
-import msgspec
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.checks import MachineReport, run_checks
@@ -17,8 +16,9 @@ from vllm_spark.executor.channel.addresses import host_name, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
 from vllm_spark.executor.channel.secret import load_secret
-from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -29,7 +29,8 @@ _SEND_SECONDS = 10.0
 _FAREWELL = "the remote check is complete"
 
 
-class CheckRequest(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class CheckRequest:
     """The request for a report; `host` is the machine that sends it."""
 
     host: str
@@ -53,9 +54,9 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
         listener.close()
     logger.info("The follower on %s has connected; requesting its report.", hello.host)
     try:
-        lane.send(Kind.CHECK_REQUEST, msgspec.json.encode(CheckRequest(host_name())), timeout=_SEND_SECONDS)
-        machine = decode(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
-        lane.send(Kind.LEAVE, msgspec.json.encode(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
+        lane.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name())), timeout=_SEND_SECONDS)
+        machine = decode_frame(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
+        lane.send(Kind.LEAVE, to_json(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
             f"{error}; another version of vllm-spark there may not support remote checks: see the output of its "
@@ -78,7 +79,7 @@ def send_report(lane: Connection, question: Frame, config: SparkConfig, leader: 
     Raises:
         PeerLostError: the connection is lost.
     """
-    logger.info("vllm-spark doctor on %s requests a report of this machine.", decode(question, CheckRequest).host)
+    logger.info("vllm-spark doctor on %s requests a report of this machine.", decode_frame(question, CheckRequest).host)
     machine = run_checks(System(), config, leader, thorough=True)
-    lane.send(Kind.CHECK_REPORT, msgspec.json.encode(machine), timeout=_SEND_SECONDS)
+    lane.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
     lane.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)

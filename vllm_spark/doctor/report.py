@@ -1,10 +1,10 @@
-"""The report of `vllm-spark doctor` as text and as JSON."""
+"""The report of `vllm-spark doctor`: a record, and how it is printed as text."""
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 
-import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -31,25 +31,21 @@ _MARKS: dict[Status, tuple[str, str]] = {
 _INDENT = 10
 
 
-class Report(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Report:
     """All findings, as `--json` prints them; `pair` has those that need both machines."""
 
     worst: Status
     exit_code: int
     machine: MachineReport
     peer: MachineReport | None = None
-    pair: list[Finding] = msgspec.field(default_factory=list)
+    pair: list[Finding] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of(cls, machine: MachineReport, peer: MachineReport | None, pair: list[Finding]) -> Report:
         """A report with its overall status."""
         status = worst([*machine.findings, *(peer.findings if peer else []), *pair])
         return cls(status, exit_code(status), machine, peer, pair)
-
-
-def to_json(report: Report) -> str:
-    """One JSON object in one line."""
-    return msgspec.json.encode(report).decode()
 
 
 def show(report: Report, console: Console) -> None:

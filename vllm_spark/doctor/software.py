@@ -12,6 +12,7 @@ from vllm_spark.config.settings import SECRET_VARIABLE, SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.errors import ConfigurationError, upper_first
 from vllm_spark.executor.channel.secret import default_secret_file, load_secret, secret_is_there
+from vllm_spark.variables import find_variable, old_name
 
 PLUGIN = "spark"
 """The name under which vLLM finds this project's plugin (pyproject.toml)."""
@@ -84,7 +85,7 @@ def _secret(config: SparkConfig, needed: bool) -> Finding:
     except ConfigurationError as error:
         sentence, _, remedy = str(error).partition("; ")
         default = default_secret_file()
-        given = os.environ.get(SECRET_VARIABLE) or config.secret_file
+        given = config.secret_file or any(map(os.environ.get, (SECRET_VARIABLE, old_name(SECRET_VARIABLE))))
         absent = not given and not (default and secret_is_there(default))
         if absent and not needed:
             return Finding(
@@ -98,5 +99,6 @@ def _secret(config: SparkConfig, needed: bool) -> Finding:
             "Both machines need the same one." if absent else f"{upper_first(sentence)}.",
             "vllm-spark doctor --make-secret   # on one machine; then copy it to the other" if absent else remedy,
         )
-    where = SECRET_VARIABLE if os.environ.get(SECRET_VARIABLE) else str(config.secret_file or default_secret_file())
+    variable = find_variable(SECRET_VARIABLE)
+    where = variable.name if variable else config.secret_file or default_secret_file()
     return Finding("software.secret", title, "ok", f"in {where}")

@@ -1,14 +1,17 @@
-"""`--spark` and its options on vLLM's command line, and in its engine arguments.
+"""`--spark` on vLLM's command line: the way of the settings into vLLM's engine arguments.
 
-`add_option_group` adds the flags, `settings_of_command_line` and `section_of` read the settings, `check_config_file`
-checks vLLM's `--config` file. vLLM imports this module also without `--spark`, so it must stay small.
+Patches of vLLM call this module, in this order: `add_option_group` when a parser is made, `run_serve` for `vllm serve`,
+`create_engine_arguments` and `create_configuration`. The settings are resolved in the first of the last three, and
+then stay in `additional_config["spark"]`, which vLLM itself copies from one object to the next. Each calls
+`vllm_spark.entrypoints.serve` if a pair is requested, and else vLLM's own function. vLLM imports this module also
+without `--spark`, so it must stay small.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +43,79 @@ def add_option_group(parser: Any) -> None:
     add_flags(group, ["leader", "both"])
 
 
-def asks_for_spark(args: Any) -> bool:
-    """Whether a parsed command line or the environment has `--spark` or one of its options, valid or not."""
-    return any(name == "spark" or name.startswith("spark_") for name in vars(args)) or _is_set_in_environment()
+def run_serve(args: Any, original: Callable[[], Any]) -> Any:
+    """`vllm serve`: with `--spark` as leader, or as follower if a launcher made this process rank 1.
+
+    Args:
+        args: the parsed command line.
+        original: vLLM's command.
+    """
+    if not _mentions_spark(args):
+        return original()
+    from vllm_spark.entrypoints.serve import exit_with_sentence, serve
+
+    with exit_with_sentence(args):
+        config = request_pair(args)
+        if config is not None:
+            return serve(config, args, original)
+    return original()
 
 
-def settings_of_command_line(args: Any) -> SparkConfig | None:
-    """The settings of a parsed command line and the environment; None without `--spark`.
+def create_engine_arguments(args: Any, create: Callable[[], Any]) -> Any:
+    """Creates vLLM's engine arguments from a parsed command line, with the settings of a pair in them.
+
+    Args:
+        args: the parsed command line.
+        create: creates vLLM's engine arguments from it.
+
+    Raises:
+        ConfigurationError: an invalid setting, or arguments that vLLM rejects.
+    """
+    if request_pair(args) is None:
+        return create()
+    from vllm_spark.entrypoints.serve import create_leading_arguments
+
+    return create_leading_arguments(args, create)
+
+
+def create_configuration(engine_args: Any, create: Callable[[], Any]) -> Any:
+    """Creates vLLM's configuration: that of a pair if the engine arguments or the environment request one.
+
+    Args:
+        engine_args: vLLM's; of a command line, or of an `LLM(...)` in the user's program.
+        create: creates vLLM's configuration from them.
+
+    Raises:
+        ConfigurationError: an invalid setting, or an option that a pair does not support.
+    """
+    section = (engine_args.additional_config or {}).get(SECTION)
+    if section is None and not enabled_by_environment():
+        return create()
+    from vllm_spark.entrypoints.serve import configure
+
+    return configure(engine_args, _resolved(section), create)
+
+
+def request_pair(args: Any) -> SparkConfig | None:
+    """Resolves the settings of a parsed command line, and puts them into its `additional_config`.
+
+    Returns:
+        The settings, in a second call those of the first; None without `--spark`.
 
     Raises:
         ConfigurationError: an invalid or contradictory setting.
     """
+    additional = getattr(args, "additional_config", None) or {}
+    config = additional.get(SECTION)
+    if not isinstance(config, SparkConfig):
+        config = _settings_of(args)
+        if config is not None:
+            args.additional_config = {**additional, SECTION: config}
+    return config
+
+
+def _settings_of(args: Any) -> SparkConfig | None:
+    """The settings of a parsed command line, the environment and vLLM's `--config` file; None without `--spark`."""
     given = given_flags(args)
     if not (getattr(args, "spark", None) or enabled_by_environment()):
         if given:
@@ -66,16 +131,20 @@ def settings_of_command_line(args: Any) -> SparkConfig | None:
     )
 
 
-def section_of(engine_args: Any) -> Any:
-    """The settings in vLLM's engine arguments; None if they do not request a pair.
+def _resolved(section: Any) -> SparkConfig:
+    """The settings in `additional_config["spark"]`: resolved already, or a dictionary of the user's program."""
+    if isinstance(section, SparkConfig):
+        return section
+    if not isinstance(section, dict | None):
+        raise ConfigurationError(
+            f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
+        )
+    return SparkConfig.resolve(file=section)
 
-    Raises:
-        ConfigurationError: SPARK_ENABLE is neither yes nor no.
-    """
-    section = (engine_args.additional_config or {}).get(SECTION)
-    if section is None and enabled_by_environment():
-        return {}  # an LLM(...) in the user's program; a command line has been read before
-    return section
+
+def _mentions_spark(args: Any) -> bool:
+    """Whether a parsed command line or the environment has `--spark` or one of its options, valid or not."""
+    return any(name == "spark" or name.startswith("spark_") for name in vars(args)) or _is_set_in_environment()
 
 
 def check_config_file(parser: Any, argv: Sequence[str]) -> None:

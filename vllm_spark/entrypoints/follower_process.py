@@ -11,15 +11,14 @@ import signal
 import sys
 import threading
 
-import msgspec
-
 from vllm_spark.backend.logging import log_as
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.remote import send_report
 from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
-from vllm_spark.executor.follower import FollowerSession
+from vllm_spark.executor.follower_session import FollowerSession
+from vllm_spark.records import from_json, to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -31,7 +30,7 @@ def main() -> int:
     result = int(os.environ.pop(RESULT_VARIABLE))
     once = bool(os.environ.pop(ONCE_VARIABLE, ""))
     adopted = os.environ.pop(ADOPTED_VARIABLE, None)
-    environment = None if adopted is None else msgspec.json.decode(adopted, type=Environment)
+    environment = None if adopted is None else from_json(adopted, Environment)
     session = FollowerSession(config, send_report, once=once, adopted=environment)
     _stop_on_signal(session)
     try:
@@ -41,7 +40,7 @@ def main() -> int:
         retryable = isinstance(error, RefusedError) and not isinstance(error, VersionsError)
         return 1 if retryable and not once else error.exit_code
     except RestartError as restart:
-        os.write(result, msgspec.json.encode(restart.environment))
+        os.write(result, to_json(restart.environment))
         return EXIT_RESTART
     except KeyboardInterrupt:
         return 130

@@ -11,8 +11,6 @@ import subprocess
 import time
 from types import FrameType
 
-import msgspec
-
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
@@ -20,19 +18,21 @@ from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.executor.environment import Environment, merge_environment
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
+from vllm_spark.records import from_json, to_json
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
-CONFIG_VARIABLE = "_SPARK_FOLLOWER_CONFIG"
+CONFIG_VARIABLE = internal_name("follower_config")
 """Holds the settings for a session's process, as JSON."""
 
-ONCE_VARIABLE = "_SPARK_FOLLOWER_ONCE"
+ONCE_VARIABLE = internal_name("follower_once")
 """Set to a non-empty value for a session's process that ends at the first refusal."""
 
-ADOPTED_VARIABLE = "_SPARK_ADOPTED_ENVIRONMENT"
+ADOPTED_VARIABLE = internal_name("adopted_environment")
 """Holds the leader's environment with which a session's process was started, as JSON; absent without one."""
 
-RESULT_VARIABLE = "_SPARK_FOLLOWER_RESULT"
+RESULT_VARIABLE = internal_name("follower_result")
 """Holds the descriptor of a file for the result of a session's process."""
 
 EXIT_RESTART = 75
@@ -127,7 +127,7 @@ class _Supervisor:
             code = self._run(result)
             if code == EXIT_RESTART:
                 content = os.pread(result, os.fstat(result).st_size, 0)
-                self._leader = msgspec.json.decode(content, type=Environment)
+                self._leader = from_json(content, Environment)
             return code
         finally:
             os.close(result)
@@ -169,7 +169,7 @@ class _Supervisor:
         return {
             **merge_environment(os.environ, self._leader),
             **own,
-            ADOPTED_VARIABLE: msgspec.json.encode(self._leader).decode(),
+            ADOPTED_VARIABLE: to_json(self._leader).decode(),
         }
 
     def sleep(self, seconds: float) -> None:

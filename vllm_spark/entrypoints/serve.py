@@ -1,4 +1,4 @@
-"""Starting vLLM with `--spark`: reads and checks the settings, and puts them into vLLM's configuration."""
+"""Starting vLLM with `--spark`: checks options and settings, and puts the settings into vLLM's configuration."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from vllm_spark.backend.support import (
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import attach_settings
-from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, misspelt_variables
-from vllm_spark.entrypoints.command_line import settings_of_command_line
-from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError, upper_first
+from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, log_environment_warnings
+from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
@@ -38,11 +37,10 @@ from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, WORLD_SIZE
 logger = logging.getLogger("vllm_spark")
 
 
-def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) -> Any:
-    """Creates vLLM's engine arguments with the settings of a command line in them.
+def create_leading_arguments(args: Any, create: Callable[[], Any]) -> Any:
+    """Creates vLLM's engine arguments in a process that starts a leader.
 
     Args:
-        config: the settings.
         args: the parsed command line.
         create: creates vLLM's engine arguments.
 
@@ -53,17 +51,15 @@ def carry_settings(config: SparkConfig, args: Any, create: Callable[[], Any]) ->
         # Not earlier: vLLM's server has just set its own handlers. uvicorn sets others once it serves.
         raise_on_stop_signals()
     with user_errors_from_vllm(getattr(args, "model", None)):
-        engine_args = create()
-    engine_args.additional_config = {**(engine_args.additional_config or {}), SECTION: config}
-    return engine_args
+        return create()
 
 
-def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
+def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) -> Any:
     """Creates vLLM's configuration for a pair.
 
     Args:
         engine_args: vLLM's; unchanged afterwards, except for a model's relative path.
-        section: the settings, or a dictionary of them.
+        config: the settings.
         create: creates vLLM's configuration from `engine_args`.
 
     Raises:
@@ -74,14 +70,10 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     from vllm_spark.executor.environment import record_environment
 
     record_environment()
-    if not isinstance(section, (SparkConfig, dict)):
-        raise ConfigurationError(
-            f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
-        )
-    config = section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=section)
     use_vllm_logging()
-    for sentence in misspelt_variables():
-        logger.warning("%s", upper_first(sentence))
+    starts_engine = not _is_additional_api_server(engine_args)
+    if starts_engine:
+        log_environment_warnings()
     check_supported(engine_args)
     _make_paths_absolute(engine_args)
 
@@ -104,7 +96,6 @@ def configure(engine_args: Any, section: Any, create: Callable[[], Any]) -> Any:
     check_configuration(vllm_config)
     check_divisible(vllm_config)
     apply_regrouping(vllm_config, WORLD_SIZE)
-    starts_engine = not _is_additional_api_server(engine_args)
     if starts_engine:
         check_link(config)  # before its engine listens on the port
     attach_settings(vllm_config, config)
@@ -193,43 +184,45 @@ _serving = False
 """True in a process that becomes the only API server of `vllm serve`."""
 
 
-def serve(args: Any, original: Callable[[], None]) -> None:
+def serve(config: SparkConfig, args: Any, original: Callable[[], Any]) -> None:
     """`vllm serve --spark`: the leader, or the follower if a launcher made this process rank 1.
 
-    Prints a SparkError as a sentence and exits with its code.
-
     Args:
-        args: the parsed command line.
+        config: the settings.
+        args: the parsed command line, with the settings in its `additional_config`.
         original: vLLM's command.
+
+    Raises:
+        SparkError: an option that a pair does not support, or the reason why the engine ended.
     """
     global _serving
+    check_vllm()
+    if getattr(args, "headless", False):
+        raise ConfigurationError(f"--headless cannot be used with {FLAG}; on the other machine run vllm-spark join")
+    if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
+        _run_as_rank_1(config)
+    check_supported(args)
+    check_link(config)
+    _check_ports_differ(args, config)
+    apply_all("leading")
+    # With several API servers the process that starts them keeps its own handlers. They create vLLM's engine arguments
+    # before they load this plugin.
+    _serving = (getattr(args, "api_server_count", None) or 1) == 1
+    original()
+    if death := engine_death():
+        # vLLM's server exits with 0 when its engine has ended; a supervisor must see that it failed.
+        raise death
+
+
+@contextlib.contextmanager
+def exit_with_sentence(args: Any) -> Iterator[None]:
+    """Ends the process on an error in the body that a sentence explains: prints it and exits with its code.
+
+    Args:
+        args: the parsed command line of `vllm serve`.
+    """
     try:
-        config = settings_of_command_line(args)
-        if config is not None:
-            check_vllm()
-    except SparkError as error:
-        _exit_with(error)
-    if config is None:
-        original()
-        return
-    try:
-        if getattr(args, "headless", False):
-            raise ConfigurationError(f"--headless cannot be used with {FLAG}; on the other machine run vllm-spark join")
-        if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
-            _run_as_rank_1(config)
-        check_supported(args)
-        check_link(config)
-        _check_ports_differ(args, config)
-        apply_all("leading")
-        # With several API servers the process that starts them keeps its own handlers.
-        _serving = (getattr(args, "api_server_count", None) or 1) == 1
-        if not _serving:
-            # They create vLLM's engine arguments before they load this plugin, which adds the flags.
-            args.additional_config = {**(getattr(args, "additional_config", None) or {}), SECTION: config}
-        original()
-        if death := engine_death():
-            # vLLM's server exits with 0 when its engine has ended; a supervisor must see that it failed.
-            _exit_with(death)
+        yield
     except StopRequest as request:
         _exit_with(request.error)
     except SparkError as error:
@@ -265,6 +258,7 @@ def _run_as_rank_1(config: SparkConfig) -> NoReturn:
     from vllm_spark.entrypoints.join import supervise
 
     log_as("vllm-spark rank 1")
+    log_environment_warnings()
     rank, world_size, master = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if rank != str(FOLLOWER_RANK) or world_size != str(WORLD_SIZE):
         raise ConfigurationError(

@@ -1,15 +1,12 @@
-"""Steps of a session's start that both ranks share: the link's interface, the collective runtime, thread counts."""
+"""Steps of a session's start that both ranks share: the link's interface, the collective runtime."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-import socket
-import sys
 from collections.abc import Callable
 from typing import Any
-
-import msgspec
 
 from vllm_spark import __version__, collective
 from vllm_spark.collective import Transport
@@ -17,7 +14,7 @@ from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.collective.link_model import load_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
-from vllm_spark.executor.channel.addresses import host_name, interface_of, source_interface, split_rails
+from vllm_spark.executor.channel.addresses import host_name, interface_of, split_rails
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.ranks import WORLD_SIZE
 
@@ -28,7 +25,8 @@ _INTERFACE_VARIABLES = frozenset({"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"})
 _EXCHANGE_TIMEOUT = 120.0  # seconds for the other side to get as far as this one in the rendezvous
 
 
-class Assignment(msgspec.Struct):
+@dataclasses.dataclass
+class Assignment:
     """The leader's configuration for the follower's worker; sent as a pickle, after both sides agreed.
 
     `environment` also has the variables that vLLM itself set on the leader while it made its configuration.
@@ -40,20 +38,19 @@ class Assignment(msgspec.Struct):
     environment: dict[str, str]
 
 
-def use_link_interface(leader: str, local_address: str | None) -> LinkInterface:
+def use_link_interface(local_address: str | None) -> LinkInterface:
     """Binds gloo, NCCL and vLLM to the link, by environment variables; variables that the user has set stay.
 
     vLLM would use the address of the default route: without one its ranks wait for each other at 0.0.0.0, and with one
     they listen on a network that is not the link.
 
     Args:
-        leader: the leader's address.
-        local_address: this side's address on the link; None to ask the routing table.
+        local_address: this side's address on the link; None if there is no route to the leader.
 
     Returns:
         The object that restores the environment; not needed in a process that ends with its session.
     """
-    interface = interface_of(local_address) if local_address else source_interface(leader)
+    interface = interface_of(local_address) if local_address else None
     values = {} if interface is None else dict.fromkeys(_INTERFACE_VARIABLES, interface)
     if local_address:
         values["VLLM_HOST_IP"] = local_address
@@ -208,46 +205,3 @@ def link_tolerance(runtime: collective.Runtime | None, config: SparkConfig) -> f
     if runtime is None or (silence := runtime.silence) is None:
         return 0.0
     return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
-
-
-def limit_torch_threads(runtime: collective.Runtime) -> None:
-    """Halves torch's number of threads if both ranks compute on the cores of this machine.
-
-    OpenMP's threads spin while they wait: two ranks with one thread per core each are about 15 times slower than one.
-    A number that the user chose (OMP_NUM_THREADS) stays.
-    """
-    import torch
-    from vllm.platforms import current_platform
-
-    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // WORLD_SIZE))
-    logger.info(
-        "Both ranks are on this machine: each uses %d of %d threads (set OMP_NUM_THREADS for another number).",
-        torch.get_num_threads(),
-        threads,
-    )
-
-
-def limit_numba_threads() -> None:
-    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
-
-    vLLM uses only one, and numba's other threads spin while they wait: two ranks on two cores took 0.2 s per step. To
-    be called before numba is imported, in a process that runs only this rank.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and "numba" not in sys.modules:
-        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-
-
-def local_address_towards(host: str, port: int) -> str | None:
-    """The address of this machine from which it connects to `host`; None without a route."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])

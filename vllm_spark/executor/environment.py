@@ -7,17 +7,17 @@ process starts with the leader's. Variables of other libraries are not sent: a d
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
 
-import msgspec
-
-from vllm_spark.processes.msgspec_types import preload_decoders
+from vllm_spark.records import from_json, to_json
+from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
 
-RECORD_VARIABLE = "_SPARK_ENVIRONMENT"
+RECORD_VARIABLE = internal_name("environment")
 """Holds the environment as the user gave it, for the engine process: vLLM adds variables of its own."""
 
 _PREFIX = "VLLM_"
@@ -94,7 +94,8 @@ _UNCOMPARED_ENDINGS = (*_LOCAL_ENDINGS, "_CACHE", "_HOME", "_VERSION")
 """Versions are compared by asking the libraries."""
 
 
-class Environment(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Environment:
     """A leader's variables, encoded for JSON, with values that are not valid text too.
 
     Attributes:
@@ -102,8 +103,8 @@ class Environment(msgspec.Struct, frozen=True):
         compared: those of other libraries.
     """
 
-    sent: dict[str, str] = {}
-    compared: dict[str, str] = {}
+    sent: dict[str, str] = dataclasses.field(default_factory=dict)
+    compared: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Environment:
@@ -116,9 +117,6 @@ class Environment(msgspec.Struct, frozen=True):
     def variables(self) -> dict[str, str]:
         """The variables that are sent, with values as in `os.environ`."""
         return {name: _decoded(value) for name, value in self.sent.items() if is_sent(name)}
-
-
-preload_decoders(Environment)
 
 
 class RestartError(Exception):
@@ -152,13 +150,13 @@ def is_compared(name: str) -> bool:
 
 def record_environment() -> None:
     """Keeps this process's environment for the engines that it starts, before vLLM adds to it."""
-    os.environ[RECORD_VARIABLE] = msgspec.json.encode(Environment.of(os.environ)).decode()
+    os.environ[RECORD_VARIABLE] = to_json(Environment.of(os.environ)).decode()
 
 
 def recorded_environment() -> Environment:
     """The environment that `record_environment` kept, in this process or its parent; else the present one."""
     record = os.environ.get(RECORD_VARIABLE)
-    return Environment.of(os.environ) if record is None else msgspec.json.decode(record, type=Environment)
+    return Environment.of(os.environ) if record is None else from_json(record, Environment)
 
 
 def merge_environment(own: Mapping[str, str], leader: Environment) -> dict[str, str]:

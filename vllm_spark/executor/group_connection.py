@@ -6,17 +6,20 @@ Over this connection no port but the leader's is open, and the end of the sessio
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import struct
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import msgspec
+from pydantic import NonNegativeInt
 
 from vllm_spark.errors import SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Kind
 from vllm_spark.executor.heartbeat import cause_grace
+from vllm_spark.records import RecordError, from_json, to_json
 
 if TYPE_CHECKING:  # it imports torch
     from vllm_spark.backend.process_group import Address
@@ -25,28 +28,46 @@ logger = logging.getLogger("vllm_spark")
 
 _PIECE_BYTES = 4 << 20
 _HEAD_BYTES = 4 << 10  # more than a piece has besides its data
+_HEAD_LENGTH = struct.Struct("<I")
 _CLOSE_SECONDS = 5.0
 
 
-class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """A part of a message.
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The head of a piece, which is a part of a message: the length of the head, the head as JSON, the next bytes.
 
     Attributes:
         group, stream, number: the message's address.
         operation: what the sender runs, to be compared with what the receiver runs.
         total: length of the whole message in bytes.
-        data: the next bytes of it.
     """
 
     group: str
     stream: str
-    number: int
+    number: NonNegativeInt
     operation: str
-    total: int
-    data: bytes
+    total: NonNegativeInt
 
 
-_decoder = msgspec.msgpack.Decoder(Piece)
+def encode_piece(head: Head, data: bytes | memoryview) -> bytes:
+    """The payload of a GROUP frame."""
+    encoded = to_json(head)
+    return b"".join((_HEAD_LENGTH.pack(len(encoded)), encoded, data))
+
+
+def decode_piece(payload: bytes) -> tuple[Head, memoryview]:
+    """A piece's head and its bytes.
+
+    Raises:
+        RecordError: the payload is not a piece.
+    """
+    if len(payload) < _HEAD_LENGTH.size:
+        raise RecordError(f"a piece of {len(payload)} bytes is shorter than the length of its head")
+    (length,) = _HEAD_LENGTH.unpack_from(payload)
+    end = _HEAD_LENGTH.size + length
+    if end > len(payload):
+        raise RecordError(f"a head of {length} bytes in a piece of {len(payload)} bytes")
+    return from_json(payload[_HEAD_LENGTH.size : end], Head), memoryview(payload)[end:]
 
 
 class Message:
@@ -93,10 +114,10 @@ class GroupConnection:
         Raises:
             SparkError: the session is over.
         """
+        head = Head(*address, operation, len(data))
         step = min(_PIECE_BYTES, self._connection.max_frame - _HEAD_BYTES)
         for begin in range(0, max(len(data), 1), step):
-            piece = Piece(*address, operation, len(data), data[begin : begin + step])
-            payload = msgspec.msgpack.encode(piece)
+            payload = encode_piece(head, memoryview(data)[begin : begin + step])
             with self._send_lock:
                 self._raise_failure()
                 self._connection.send(Kind.GROUP, payload)
@@ -176,8 +197,8 @@ class GroupConnection:
     def _receive(self) -> None:
         try:
             while True:
-                self._accept(_decoder.decode(self._connection.expect(Kind.GROUP).payload))
-        except msgspec.MsgspecError as error:
+                self._accept(*decode_piece(self._connection.expect(Kind.GROUP).payload))
+        except RecordError as error:
             reason: SparkError = ChannelError(
                 f"{self.peer} sent a message of a process group that cannot be read: {error}"
             )
@@ -192,16 +213,19 @@ class GroupConnection:
         if not self._ended.wait(cause_grace(reason)):
             self.end_session(reason)
 
-    def _accept(self, piece: Piece) -> None:
-        address = piece.group, piece.stream, piece.number
+    def _accept(self, head: Head, data: memoryview) -> None:
+        address = head.group, head.stream, head.number
         with self._arrival:
-            message = self._messages.setdefault(address, Message(piece.operation, piece.total))
-            message.data += piece.data
+            message = self._messages.setdefault(address, Message(head.operation, head.total))
+            length = len(message.data) + len(data)
+            if length > message.total:
+                raise RecordError(f"{length} bytes of a message of {message.total} bytes")
+            message.data += data
             if not message.complete:
                 return
-            handler = self._handlers.get(piece.stream)
+            handler = self._handlers.get(head.stream)
             if handler is not None:
                 del self._messages[address]
             self._arrival.notify_all()
         if handler is not None:
-            handler(piece.number, message)
+            handler(head.number, message)

@@ -8,22 +8,27 @@ wait for the control connection to report the cause of an error of theirs. `Sile
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-import msgspec
+from pydantic import Field
 
+from vllm_spark.backend.status import RankCounters
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Frame, Kind
-from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.processes.eventfd import EventFd
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
+
+Report = TypeVar("Report")
 
 STARTUP_TIMEOUT = 60.0
 """Seconds without a heartbeat that are allowed before the first step: loading and compiling may hold Python's
@@ -45,6 +50,29 @@ def cause_grace(error: BaseException) -> float:
     return _CLOSED_GRACE if isinstance(error, ConnectionClosedError) else _CAUSE_GRACE
 
 
+@dataclasses.dataclass(frozen=True)
+class LeaderReport:
+    """A leader's heartbeat: its steps so far, and the digest of what they sampled, in hexadecimal digits."""
+
+    step: int
+    digest: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowerReport:
+    """A follower's heartbeat.
+
+    Attributes:
+        counters: of its rank.
+        failed_call: why the last QUERY failed; empty if it did not.
+        failed_number: the number of that QUERY.
+    """
+
+    counters: RankCounters
+    failed_call: str
+    failed_number: int
+
+
 class Heartbeat(threading.Thread):
     """Sends heartbeats on the control connection, and receives the peer's, until stopped.
 
@@ -54,8 +82,9 @@ class Heartbeat(threading.Thread):
     Args:
         connection: the control connection, owned by this thread from `start` on.
         timeout: seconds without a frame after which the peer counts as lost.
-        report: called for every heartbeat; the JSON-able object goes to the peer.
-        on_report: called with the peer's object.
+        report: called for every heartbeat; returns the record that is sent to the peer.
+        peer_report: the type of the peer's record.
+        on_report: called with the peer's record.
         on_end: called once, from this thread, when the session is over, with the reason: PeerLostError if the peer
             died or froze, PeerLeftError if it left in order, SparkError if it reported a failure.
         on_link: called with the announcements of the peer's runtime about its rails.
@@ -68,7 +97,8 @@ class Heartbeat(threading.Thread):
         connection: Connection,
         timeout: float,
         report: Callable[[], Any],
-        on_report: Callable[[Any], None],
+        peer_report: type[Report],
+        on_report: Callable[[Report], None],
         on_end: Callable[[SparkError], None],
         on_link: Callable[[bytes], None],
         tolerance: Callable[[], float],
@@ -76,7 +106,9 @@ class Heartbeat(threading.Thread):
         super().__init__(name="spark-heartbeat", daemon=True)
         self._connection, self._timeout = connection, timeout
         self._interval = timeout / _HEARTBEATS_PER_TIMEOUT
-        self._report, self._on_report, self._on_end = report, on_report, on_end
+        self._report, self._on_end = report, on_end
+        self._peer_report: type[Any] = peer_report
+        self._on_report: Callable[[Any], None] = on_report
         self._on_link, self._tolerance = on_link, tolerance
         self._outbox: deque[tuple[Kind, bytes]] = deque()
         self._queued = EventFd()
@@ -87,9 +119,9 @@ class Heartbeat(threading.Thread):
         """From now on the heartbeat time-out applies, counted anew: before, the peer was allowed more."""
         self._silence.model_started(time.monotonic())
 
-    def send(self, kind: Kind, message: msgspec.Struct) -> None:
+    def send(self, kind: Kind, message: Any) -> None:
         """Queues a message for the peer."""
-        self._outbox.append((kind, msgspec.json.encode(message)))
+        self._outbox.append((kind, to_json(message)))
         self._queued.set()
 
     def announce(self, announcement: bytes) -> None:
@@ -100,7 +132,7 @@ class Heartbeat(threading.Thread):
     def stop(self, reason: Reason | None = None, timeout: float = 2.0) -> None:
         """Ends the thread, after sending a LEAVE frame if there is a `reason`; waits at most `timeout` seconds."""
         if reason is not None:
-            self._outbox.append((Kind.LEAVE, msgspec.json.encode(reason)))
+            self._outbox.append((Kind.LEAVE, to_json(reason)))
         self._stopping = True
         self._queued.set()
         if threading.current_thread() is self:
@@ -150,7 +182,7 @@ class Heartbeat(threading.Thread):
             if stopping:
                 return None
             if now >= next_heartbeat:
-                self._connection.send(Kind.HEARTBEAT, msgspec.json.encode(self._report()), timeout=self._timeout)
+                self._connection.send(Kind.HEARTBEAT, to_json(self._report()), timeout=self._timeout)
                 next_heartbeat = now + self._interval
             if self._silence.expired(now, self._tolerance()):
                 raise PeerLostError(f"{self._connection.peer} sent no heartbeat for {self._silence.seconds(now):.1f} s")
@@ -162,7 +194,7 @@ class Heartbeat(threading.Thread):
                 frame = self._connection.receive(timeout=max(self._timeout, self._tolerance()))
                 self._silence.reset(time.monotonic())
                 if frame.kind is Kind.HEARTBEAT:
-                    self._on_report(msgspec.json.decode(frame.payload))
+                    self._on_report(decode_frame(frame, self._peer_report))
                 elif frame.kind is Kind.LINK:
                     self._on_link(frame.payload)
                 elif (end := self._end_in(frame)) is not None:
@@ -173,9 +205,9 @@ class Heartbeat(threading.Thread):
     def _end_in(self, frame: Frame) -> SparkError | None:
         """The end of the session that `frame` reports; None if it reports none."""
         if frame.kind is Kind.LEAVE:
-            return PeerLeftError(f"{self._connection.peer} left: {decode(frame, Reason).sentence}")
+            return PeerLeftError(f"{self._connection.peer} left: {decode_frame(frame, Reason).sentence}")
         if frame.kind is Kind.FAILURE:
-            reason = decode(frame, Reason)
+            reason = decode_frame(frame, Reason)
             if reason.details:
                 logger.error("%s failed:\n%s", self._connection.peer, reason.details)
             return SparkError(f"{self._connection.peer} failed: {reason.sentence}")

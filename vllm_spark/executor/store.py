@@ -6,6 +6,7 @@ port of its own, unauthenticated, and would wait up to half an hour for a follow
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import msgspec
 from torch.distributed import DistStoreError, Store, distributed_c10d, is_initialized, register_rendezvous_handler
 
 from vllm_spark.backend.process_group import use_messages
 from vllm_spark.executor.group_connection import GroupConnection, Message
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
+from vllm_spark.records import Bytes, from_json, to_json
 
 INIT_METHOD = "spark://pair"
 """The URL by which torch uses this store."""
@@ -34,16 +35,20 @@ _ANSWER_SECONDS = 60.0  # for the leader's answer to an operation that does not 
 Respond = Callable[[list[bytes]], None]
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+@dataclasses.dataclass(frozen=True)
+class Request:
     """One operation of the store."""
 
     operation: str
     keys: list[str]
-    values: list[bytes]
+    values: list[Bytes]
 
 
-_decode_request = msgspec.msgpack.Decoder(Request).decode
-_decode_answer = msgspec.msgpack.Decoder(list[bytes]).decode
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer to one operation."""
+
+    values: list[Bytes]
 
 
 class Table:
@@ -208,12 +213,12 @@ class PairStore(Store):  # type: ignore[misc]
         request = Request(operation, keys, values or [])
         answer = "", _ANSWERS, number
         if self._rank == LEADER_RANK:
-            self._table.run(request, lambda found: self._link.deliver(answer, "", msgspec.msgpack.encode(found)))
+            self._table.run(request, lambda found: self._link.deliver(answer, "", to_json(Answer(found))))
         else:
-            self._link.send(("", _REQUESTS, number), "", msgspec.msgpack.encode(request))
+            self._link.send(("", _REQUESTS, number), "", to_json(request))
         seconds = _ANSWER_SECONDS if timeout is None else timeout.total_seconds()
         try:
-            return _decode_answer(self._link.take(answer, "", seconds))
+            return from_json(bytes(self._link.take(answer, "", seconds)), Answer).values
         except TimeoutError:
             raise DistStoreError(
                 f"the pair's store has no answer to {operation} of {', '.join(keys)} after {seconds:g} s: "
@@ -221,9 +226,9 @@ class PairStore(Store):  # type: ignore[misc]
             ) from None
 
     def _serve(self, number: int, message: Message) -> None:
-        request = _decode_request(message.data)
+        request = from_json(bytes(message.data), Request)
         answer = "", _ANSWERS, number
-        self._table.run(request, lambda found: self._link.send(answer, "", msgspec.msgpack.encode(found)))
+        self._table.run(request, lambda found: self._link.send(answer, "", to_json(Answer(found))))
 
 
 _current: tuple[PairStore, int] | None = None

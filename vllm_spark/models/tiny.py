@@ -65,7 +65,7 @@ def make_tiny_model(folder: Path, kind: ModelKind, seed: int = 0) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ids = _write_tokenizer(folder)
+    ids = make_tokenizer(folder)
     generator = torch.Generator().manual_seed(seed)
     weights = {name: _random(shape, generator) for name, shape in _shapes(kind)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -145,8 +145,12 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * WEIGHT_SCALE).to(torch.bfloat16)
 
 
-def _write_tokenizer(folder: Path) -> dict[str, int]:
-    """Trains and writes a byte-level BPE tokenizer; returns the ids of the special tokens."""
+def make_tokenizer(folder: Path) -> dict[str, int]:
+    """Trains a byte-level BPE tokenizer of `VOCABULARY` tokens with a chat template, and writes it into `folder`.
+
+    Returns:
+        The ids of the special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -22,12 +22,13 @@ import psutil
 
 from vllm_spark.errors import SparkError
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent
+from vllm_spark.variables import OLD_PREFIX, PREFIX
 
 T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 
-LAUNCH_VARIABLES = re.compile(r"SPARK_|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
+LAUNCH_VARIABLES = re.compile(rf"{PREFIX}|{OLD_PREFIX}|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 """Matches variables that make a process leader or follower: this project's settings and torchrun's variables."""
 
 SETTING_VARIABLES = re.compile(rf"{LAUNCH_VARIABLES.pattern}|VLLM_")

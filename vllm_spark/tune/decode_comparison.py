@@ -70,7 +70,7 @@ class Settings:
 
 def compare(
     settings: Settings,
-    stage: ProcessGroup,
+    programs: ProcessGroup,
     on_engine: Callable[[str, int], None],
     on_note: Callable[[str], None],
 ) -> list[Comparison]:
@@ -81,13 +81,13 @@ def compare(
         on_note: called with a sentence for each engine that failed after its measurements were complete.
 
     Raises:
-        SparkError: an engine failed; its logs are on the stage.
+        SparkError: an engine failed; its logs are in `programs.logs`.
     """
     if settings.tables.name != "tuned" or settings.tables.parent.name != "vllm-spark":
         raise ConfigurationError(
             f"{settings.tables} is not a folder of user tables: its path must end in vllm-spark/tuned"
         )
-    model = stage.folder / "shard"
+    model = programs.folder / "shard"
     shard = shard_as_model(regrouped_config(settings.config, settings.tp), settings.tp)
     atomic_write_text(model / "config.json", json.dumps(shard), "configuration")
     # The folder has no preprocessor files, which vLLM needs for images.
@@ -105,7 +105,7 @@ def compare(
             timeout=settings.timeout,
             environment={"XDG_CONFIG_HOME": str(settings.tables.parent.parent)},
         ),
-        stage,
+        programs,
         on_engine,
     )
     for failed_end in report.failed_ends.values():

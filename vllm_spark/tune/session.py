@@ -194,15 +194,17 @@ class TuningSession:
             progress.update(task, completed=started, description=f"decoding TP={model.tp}, round {number + 1}: {side}")
             started += 1
 
-        with process_group("tune", self._console, logs) as stage, progress:
+        with process_group("tune", self._console, logs) as programs, progress:
             task = progress.add_task("decoding", total=2 * options.rounds)
-            return compare(self._comparison_settings(model, shapes, candidates, stage), stage, on_engine, self._note)
+            return compare(
+                self._comparison_settings(model, shapes, candidates, programs), programs, on_engine, self._note
+            )
 
     def _comparison_settings(
-        self, model: TunedModel, shapes: Sequence[Shape], candidates: Sequence[NewTable], stage: ProcessGroup
+        self, model: TunedModel, shapes: Sequence[Shape], candidates: Sequence[NewTable], programs: ProcessGroup
     ) -> Settings:
         options = self._options
-        folder = stage.folder / "config" / "vllm-spark" / "tuned"
+        folder = programs.folder / "config" / "vllm-spark" / "tuned"
         store_tables(candidates, folder)
         engine = {**backend(shapes), **options.engine}
         return Settings(

@@ -106,11 +106,11 @@ def run(args: argparse.Namespace) -> int:
             args.json.write_text(as_json(report, where()) + "\n")
 
     try:
-        with process_group("bench", console, args.keep_logs) as stage, progress:
+        with process_group("bench", console, args.keep_logs) as programs, progress:
             task = progress.add_task("")
             decode.measure(
                 settings,
-                stage,
+                programs,
                 lambda name, number: progress.update(task, description=f"round {number + 1}: {name}"),
                 keep,
             )

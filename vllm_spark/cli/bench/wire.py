@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
 from vllm_spark.cli.arguments import positive, sizes, user_path, wide_console
-from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, setting_type
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, log_environment_warnings, setting_type
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import check_writable
 
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.connect:
         flags["leader"] = args.connect
     config = SparkConfig.resolve(flags=flags)
+    log_environment_warnings()
     ports = _ports(config)
     rank, plan, join = 1, None, BenchSession.connect
     if args.listen:

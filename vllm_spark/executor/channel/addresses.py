@@ -8,18 +8,18 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 
 from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.executor.channel.rdma_ports import rdma_ports
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
+from vllm_spark.variables import variable_name
 
 LOOPBACK = "127.0.0.1"
 
 _BACKLOG = 64  # connections that may wait to be accepted
-_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def leader_address(config: SparkConfig) -> str:
@@ -71,7 +71,7 @@ def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
     if addresses := _rdma_addresses():
         raise ConfigurationError(
             f"this machine has the link address {addresses[0]}, but the leader's is not known; "
-            "give it with --leader ADDRESS or SPARK_LEADER"
+            f"give it with --leader ADDRESS or {variable_name('leader')}"
         )
     return LOOPBACK, config.port
 
@@ -155,15 +155,15 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def source_interface(peer: str) -> str | None:
-    """Name of the interface through which this machine reaches `peer`; None if there is no route."""
+def source_address(peer: str) -> str | None:
+    """The address of this machine from which it connects to the address `peer`; None without a route."""
     family = socket.AF_INET6 if ":" in peer else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((peer, 9))
+            probe.connect((peer, 9))  # sends nothing
         except OSError:
             return None
-        return interface_of(probe.getsockname()[0])
+        return str(probe.getsockname()[0])
 
 
 def _launchers_address() -> str | None:
@@ -215,12 +215,7 @@ def _own_addresses() -> set[str]:
 
 def _rdma_addresses() -> list[str]:
     """IPv4 addresses of the network interfaces that belong to RDMA devices."""
-    interfaces = set()
-    for entry in sorted(_RDMA_DEVICES.glob("*/ports/*/gid_attrs/ndevs/0")):
-        try:
-            interfaces.add(entry.read_text().strip())
-        except OSError:  # an unconfigured port has no netdev
-            continue
+    interfaces = {port.interface for port in rdma_ports()}
     addresses = psutil.net_if_addrs()
     return sorted(e.address for name in interfaces for e in addresses.get(name, []) if e.family == socket.AF_INET)
 

@@ -58,7 +58,7 @@ class Kind(enum.IntEnum):
     CHECK_REPORT = 16
     """JSON: the result of that check."""
     GROUP = 17
-    """MessagePack: a part of a message of torch's process groups or of their store."""
+    """JSON, then bytes: a part of a message of torch's process groups or of their store."""
     PROGRESS = 18
     """JSON: what the follower is doing before it answers an OFFER."""
     RESTART = 19

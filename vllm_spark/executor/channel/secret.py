@@ -12,25 +12,25 @@ from vllm_spark.config.settings import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, Sp
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.channel.addresses import is_loopback
 from vllm_spark.files import configuration_folder, state_folder
+from vllm_spark.variables import find_variable
 
 
 def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> bytes:
     """The secret that this process shares with its peer.
 
-    Taken from SPARK_SECRET or from `config.secret_file`, else from `default_secret_file`. On a loopback address,
+    Taken from VLLMSPARK_SECRET or from `config.secret_file`, else from `default_secret_file`. On a loopback address,
     where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
 
     Raises:
         ConfigurationError: no secret, or one that is unreadable, another user's, readable by others, or too short; or
             two were given.
     """
-    environment = os.environ if environment is None else environment
-    if value := environment.get(SECRET_VARIABLE, ""):
+    if given := find_variable(SECRET_VARIABLE, environment):
         if config.secret_file is not None:
             raise ConfigurationError(
-                f"{SECRET_VARIABLE} is set, and the secret file {config.secret_file} is given as well; leave one out"
+                f"{given.name} is set, and the secret file {config.secret_file} is given as well; leave one out"
             )
-        return _long_enough(os.fsencode(value).strip(), f"the secret in {SECRET_VARIABLE}")
+        return _long_enough(os.fsencode(given.value).strip(), f"the secret in {given.name}")
     if config.secret_file is not None:
         return _read_secret(config.secret_file)
     if is_loopback(link_address):

@@ -7,14 +7,13 @@ import secrets
 import socket
 import ssl
 
-import msgspec
-
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Kind
 from vllm_spark.executor.channel.tls import TlsConnection, explain_failure, is_secret_failure
-from vllm_spark.executor.handshake.messages import GREETING_TIMEOUT, Hello, Reason, decode
+from vllm_spark.executor.handshake.messages import GREETING_TIMEOUT, Hello, Reason, decode_frame
 from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.records import to_json
 
 
 class Connector:
@@ -65,7 +64,7 @@ class Connector:
                     "runs vllm serve --spark"
                 )
             hello = Hello(connection, self._session, host_name(), os.getpid(), self._versions)
-            opened.send(Kind.HELLO, msgspec.json.encode(hello), timeout=GREETING_TIMEOUT)
+            opened.send(Kind.HELLO, to_json(hello), timeout=GREETING_TIMEOUT)
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
         except ssl.SSLError as error:
             plain.close()
@@ -76,7 +75,7 @@ class Connector:
             return None
         if answer.kind is Kind.REFUSAL:
             opened.close()
-            reason = decode(answer, Reason)
+            reason = decode_frame(answer, Reason)
             refusal = VersionsError if reason.final else RefusedError
             raise refusal(f"the leader at {self.endpoint} refused: {reason.sentence}")
         return opened

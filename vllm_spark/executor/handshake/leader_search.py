@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, VersionsError, upper_first, without_numbers
 from vllm_spark.executor.channel.framing import Connection, Frame, Kind
@@ -23,12 +21,13 @@ from vllm_spark.executor.handshake.messages import (
     Offer,
     Progress,
     Reason,
-    decode,
+    decode_frame,
     serve_command,
     where_to_run,
 )
 from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.own import find_own
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -150,7 +149,7 @@ class LeaderSearch:
         connector = self._make_connector()
         control, frame = self._wait_for_offer(connector)
         try:
-            offer = decode(frame, Offer)
+            offer = decode_frame(frame, Offer)
             return Found(connector, control, offer, self._accept(control, offer))
         except BaseException:
             control.close()
@@ -209,7 +208,7 @@ class LeaderSearch:
                         continue
                     own |= dict.fromkeys(wanted.file_keys(), place)
         except RefusedError as error:
-            control.send(Kind.FAILURE, msgspec.json.encode(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
+            control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise
         control.send(Kind.ACCEPTANCE, timeout=_ANSWER_TIMEOUT)
         return own
@@ -226,7 +225,7 @@ def _report_progress(control: Connection) -> Iterator[Callable[[str], None]]:
 
     def send_reports() -> None:
         while not done.wait(PROGRESS_INTERVAL):
-            message = msgspec.json.encode(Progress(activity[0]))
+            message = to_json(Progress(activity[0]))
             try:
                 control.send(Kind.PROGRESS, message, timeout=_ANSWER_TIMEOUT)
             except PeerLostError:

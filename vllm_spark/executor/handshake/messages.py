@@ -7,10 +7,11 @@ machine.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-import msgspec
+from pydantic import Field, FiniteFloat
 
 from vllm_spark.config.settings import DEFAULT_PORT, SparkConfig, split_endpoint
 from vllm_spark.executor.channel.addresses import is_loopback
@@ -18,7 +19,7 @@ from vllm_spark.executor.channel.framing import ChannelError, Frame
 from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.executor.model_files.loaded import LoadedFiles
-from vllm_spark.processes.msgspec_types import preload_decoders
+from vllm_spark.records import RecordError, from_json
 
 CONTROL, RPC, GROUPS = CONNECTIONS = "control", "rpc", "groups"
 """The connections that a follower opens."""
@@ -29,27 +30,30 @@ GREETING_TIMEOUT = 5.0
 PROGRESS_INTERVAL = 10.0
 """Seconds between two PROGRESS messages of a follower that has not answered an offer yet."""
 
-Message = TypeVar("Message", bound=msgspec.Struct)
+Message = TypeVar("Message")
 
 
-class Hello(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Hello:
     """The first message of a follower on each connection."""
 
-    connection: str = msgspec.field(name="lane")  # its name on the wire, for any version
+    connection: Annotated[str, Field(alias="lane")]  # its name on the wire, for any version
     session: str
     host: str
     process: int
     versions: Versions
 
 
-class Welcome(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Welcome:
     """The leader's answer to a Hello that it accepts."""
 
     host: str
     process: int
 
 
-class Reason(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Reason:
     """Why a connection or an offer was refused, or why the session ended.
 
     Attributes:
@@ -63,7 +67,8 @@ class Reason(msgspec.Struct, frozen=True):
     final: bool = False
 
 
-class Offer(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Offer:
     """The model that the leader serves: the follower must have the same files, in any location.
 
     Attributes:
@@ -74,28 +79,26 @@ class Offer(msgspec.Struct, frozen=True):
 
     model: str
     files: list[LoadedFiles]
-    heartbeat_timeout: float
-    environment: Environment = Environment()
+    heartbeat_timeout: FiniteFloat
+    environment: Environment = dataclasses.field(default_factory=Environment)
 
 
-class Progress(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Progress:
     """The activity of a follower before it answers an offer; sent at least every `PROGRESS_INTERVAL`."""
 
     activity: str
 
 
-preload_decoders(Hello, Welcome, Reason, Offer, Progress)
-
-
-def decode(frame: Frame, kind: type[Message]) -> Message:
+def decode_frame(frame: Frame, kind: type[Message]) -> Message:
     """The JSON message in `frame`.
 
     Raises:
         ChannelError: it is not a message of that type.
     """
     try:
-        return msgspec.json.decode(frame.payload, type=kind)
-    except msgspec.MsgspecError as error:
+        return from_json(frame.payload, kind)
+    except RecordError as error:
         raise ChannelError(f"a {frame.kind.name} message could not be read: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import queue
@@ -12,8 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import msgspec
 
 from vllm_spark.config.settings import split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError, upper_first, without_numbers, without_stop
@@ -32,11 +31,12 @@ from vllm_spark.executor.handshake.messages import (
     Progress,
     Reason,
     Welcome,
-    decode,
+    decode_frame,
     join_command,
     where_to_run,
 )
 from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -46,7 +46,8 @@ _NOTE_INTERVAL = 15.0  # seconds between two log lines while the leader waits
 _MAX_HANDSHAKES = 8  # handshakes at once; more connections wait in the kernel's backlog
 
 
-class Follower(msgspec.Struct):
+@dataclasses.dataclass
+class Follower:
     """An accepted follower: its name in messages and its connections."""
 
     name: str
@@ -181,12 +182,12 @@ class Listener:
         Raises:
             SparkError: it does not fit, or its connection was lost.
         """
-        control.send(Kind.OFFER, msgspec.json.encode(offer), timeout=GREETING_TIMEOUT)
+        control.send(Kind.OFFER, to_json(offer), timeout=GREETING_TIMEOUT)
         answer = self._answer(hello, control)
         if answer.kind is Kind.RESTART:
             return None
         if answer.kind is Kind.FAILURE:
-            raise RefusedError(decode(answer, Reason).sentence)
+            raise RefusedError(decode_frame(answer, Reason).sentence)
         rpc, groups = (self._session_connection(connection, hello.session) for connection in (RPC, GROUPS))
         for connection in (control, rpc, groups):
             connection.disable_keepalive()
@@ -199,7 +200,7 @@ class Listener:
             frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
             if frame.kind is not Kind.PROGRESS:
                 return frame
-            if (current := decode(frame, Progress).activity) != activity:
+            if (current := decode_frame(frame, Progress).activity) != activity:
                 activity = current
                 logger.info("The follower on %s is %s.", hello.host, activity)
 
@@ -254,11 +255,11 @@ class Listener:
             connection = Connection(tls, peer, _HANDSHAKE_LIMIT)
             if (role := connection.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
-            hello = decode(connection.expect(Kind.HELLO, timeout=GREETING_TIMEOUT), Hello)
+            hello = decode_frame(connection.expect(Kind.HELLO, timeout=GREETING_TIMEOUT), Hello)
             if hello.connection not in CONNECTIONS:
                 raise ChannelError(f"its HELLO is for a connection {hello.connection!r}, which does not exist")
             if refusal := self._refusal_of(hello):
-                connection.send(Kind.REFUSAL, msgspec.json.encode(refusal), timeout=GREETING_TIMEOUT)
+                connection.send(Kind.REFUSAL, to_json(refusal), timeout=GREETING_TIMEOUT)
                 reason = refusal.sentence
                 if self._is_new_reason(hello.host, reason):
                     self._rejected.warning(
@@ -267,9 +268,7 @@ class Listener:
                 self._last_problem = f"; the last follower, on {hello.host}, was refused: {reason}"
                 connection.close()
                 return
-            connection.send(
-                Kind.WELCOME, msgspec.json.encode(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT
-            )
+            connection.send(Kind.WELCOME, to_json(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
             connection.max_frame = self._max_frame
             connection.peer = f"the follower on {hello.host}"
             (self._control if hello.connection == CONTROL else self._session_connections[hello.connection]).put(

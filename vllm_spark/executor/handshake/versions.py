@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from importlib import metadata
-
-import msgspec
 
 from vllm_spark import __version__
 from vllm_spark.compat.versions import installed_vllm, source_version
 
-CHANNEL_VERSION = 3
+CHANNEL_VERSION = 4
 """Version of the messages between leader and follower."""
 
 
-class Versions(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class Versions:
     """Versions that must be the same on both machines: for pickles, and for equal numerical results."""
 
     channel: str
@@ -36,10 +36,10 @@ class Versions(msgspec.Struct, frozen=True):
 
     def difference(self, other: Versions, here: str, there: str) -> str | None:
         """A sentence part naming the first differing field and both values; None if all agree."""
-        for field in self.__struct_fields__:
-            mine, theirs = getattr(self, field), getattr(other, field)
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine != theirs:
-                return f"{field} is {mine} on {here} and {theirs} on {there}; install the same version on both"
+                return f"{field.name} is {mine} on {here} and {theirs} on {there}; install the same version on both"
         return None
 
 

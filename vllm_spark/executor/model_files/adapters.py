@@ -6,11 +6,10 @@ was compared. Where vLLM's worker may load it again (it was evicted), the states
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from vllm_spark.backend.support import adapter_refusal
 from vllm_spark.errors import RefusedError, SparkError
@@ -47,7 +46,7 @@ class LeaderAdapters:
         self._ask, self._loaded = ask, loaded
         self._compared: dict[str, _Compared] = {}
 
-    def settle(self, request: Any) -> Any:
+    def compare_request(self, request: Any) -> Any:
         """A LoRARequest that names the leader's folder, which both ranks have. Compares it now.
 
         Raises:
@@ -55,13 +54,13 @@ class LeaderAdapters:
             Exception: vLLM's own, for an adapter that is not there.
         """
         compared = self.compare(request.lora_name, str(request.lora_path), request.lora_int_id)
-        return msgspec.structs.replace(request, lora_path=str(compared.place))
+        return _with_path(request, compared.place)
 
     def compare(self, name: str, path: str, adapter_id: int) -> _Compared:
         """Has the follower look for the adapter, whatever was compared before. `path` is as in a LoRARequest.
 
         Raises:
-            RefusedError, Exception: as `settle`.
+            RefusedError, Exception: as `compare_request`.
         """
         place = _find_adapter(name, path)
         signature = signature_of(place)  # before it is read: a change in between is noticed
@@ -70,13 +69,13 @@ class LeaderAdapters:
         self._compared[path] = compared = _Compared(name, place, signature, adapter_id)
         return compared
 
-    def settle_step(self, output: Any) -> None:
-        """Does so for adapters that a step may load. vLLM's SchedulerOutput is changed in place.
+    def compare_step(self, output: Any) -> None:
+        """Compares the adapters that a step may load. vLLM's SchedulerOutput is changed in place.
 
         What was compared before and has the same files, or is in memory, costs a few microseconds.
 
         Raises:
-            RefusedError, Exception: as `settle`.
+            RefusedError, Exception: as `compare_request`.
         """
         loaded: set[int] | None = None
         for new in output.scheduled_new_reqs:
@@ -87,14 +86,21 @@ class LeaderAdapters:
             compared = self._compared.get(str(request.lora_path))
             in_memory = request.lora_int_id in loaded and not request.load_inplace
             if compared is None or not (in_memory or signature_of(compared.place) == compared.signature):
-                new.lora_request = self.settle(request)
+                new.lora_request = self.compare_request(request)
             else:
-                new.lora_request = msgspec.structs.replace(request, lora_path=str(compared.place))
+                new.lora_request = _with_path(request, compared.place)
         if self._compared and output.scheduled_cached_reqs.resumed_req_ids:
             loaded = self._loaded() if loaded is None else loaded
             for path, compared in list(self._compared.items()):
                 if compared.adapter_id not in loaded and signature_of(compared.place) != compared.signature:
                     self.compare(compared.name, path, compared.adapter_id)
+
+
+def _with_path(request: Any, place: Path) -> Any:
+    """A copy of vLLM's LoRARequest that names another folder."""
+    changed = copy.copy(request)
+    changed.lora_path = str(place)
+    return changed
 
 
 def _find_adapter(name: str, path: str) -> Path:
@@ -183,7 +189,7 @@ class FollowerAdapters:
         self._own[path] = self._own[path]._replace(adapter_id=request.lora_int_id)
         if not in_memory:
             self._verify(path)
-        return msgspec.structs.replace(request, lora_path=str(self._own[path].place))
+        return _with_path(request, self._own[path].place)
 
     def _verify(self, path: str) -> None:
         own = self._own[path]

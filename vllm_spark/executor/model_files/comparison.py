@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Literal
-
-import msgspec
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.model_files.weights import is_content, weight_files
@@ -38,7 +37,8 @@ _FOLDERS_WITH_WEIGHTS = ("whisper-large-v3", "speech_tokenizer")  # that models 
 _FILES_WITH_WEIGHTS = ("colbert_linear.pt", "sparse_linear.pt")
 
 
-class ModelIdentity(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class ModelIdentity:
     """Digests by file name; equal identities mean the same content, up to sampling of very large files."""
 
     configuration: dict[str, str]

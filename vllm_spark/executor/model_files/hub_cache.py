@@ -6,21 +6,19 @@ says what a model is, and the same commit is found in another user's cache.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
-
-from vllm_spark.processes.msgspec_types import preload_decoders
 
 _PREFIX = "models--"
 _SNAPSHOTS = "snapshots"
 _DEFAULT_REVISION = "main"
 
 
-class HubPlace(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class HubPlace:
     """Something in a repository of the hub.
 
     Attributes:
@@ -32,9 +30,6 @@ class HubPlace(msgspec.Struct, frozen=True):
     repository: str
     commit: str
     inside: str = ""
-
-
-preload_decoders(HubPlace)
 
 
 def hub_place_of(path: Path) -> HubPlace | None:

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
@@ -18,7 +16,6 @@ from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, hub_place_of
 from vllm_spark.executor.model_files.weights import CONSOLIDATED, FILE_FORMATS, missing_weights
-from vllm_spark.processes.msgspec_types import preload_decoders
 
 Origin = Literal["path", "hub", "modelscope", "object storage"]
 """Where a name leads: to this machine's files, or to a place that every machine can ask."""
@@ -32,7 +29,8 @@ BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 """Small files of a model that a worker may read too: tokenizer, processor, code."""
 
 
-class LoadedFiles(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class LoadedFiles:
     """A model, a tokenizer, an adapter or a file that both ranks load, as the leader has it.
 
     Attributes:
@@ -86,9 +84,6 @@ class LoadedFiles(msgspec.Struct, frozen=True):
             with_tokenizer=self.with_tokenizer,
             load_format=self.load_format,
         )
-
-
-preload_decoders(LoadedFiles)
 
 
 def files_of(vllm_config: Any) -> list[LoadedFiles]:

@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import atomic_write_text, first_fault
+from vllm_spark.files import atomic_write_text
 from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
+from vllm_spark.records import first_fault
 
 FOLDER = "fused_moe"
 """Folder of these tables, in `configs/` and in a user's folder of tuned tables."""

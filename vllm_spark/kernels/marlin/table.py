@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import atomic_write_text, first_fault
+from vllm_spark.files import atomic_write_text
 from vllm_spark.kernels.table import Provenance, read_json, row_numbers
+from vllm_spark.records import first_fault
 
 FOLDER = "marlin"
 """Folder of these tables, in `configs/` and in a user's folder of tuned tables."""

@@ -36,7 +36,7 @@ from vllm_spark.executor.environment import sent_variables
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.messages import Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
+from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.token_check import TokenDigest
@@ -75,6 +75,7 @@ class LeaderSession:
             follower.control,
             config.heartbeat_timeout,
             report=self._report,
+            peer_report=FollowerReport,
             on_report=self._take_report,
             on_end=self.fail,
             on_link=self._take_announcement,
@@ -99,16 +100,16 @@ class LeaderSession:
             listener.close()
             raise
         logger.info("%s joined.", upper_first(follower.name))
-        pair = cls(config, listener, follower, status)
-        pair._heartbeat.start()
+        session = cls(config, listener, follower, status)
+        session._heartbeat.start()
         try:
-            with pair.explained():
-                pair._start_work(config, address, vllm_config)
+            with session.explained():
+                session._start_work(config, address, vllm_config)
         except BaseException:
-            pair.close("the leader's start failed")
+            session.close("the leader's start failed")
             raise
         status.mark_started()
-        return pair
+        return session
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Has the follower run a worker method of the decode loop, which has no reply.
@@ -296,7 +297,7 @@ class LeaderSession:
         launch, config = load_launch_table(config.launch_table), with_wire_model(config)
         assignment = Assignment(vllm_config, config, launch, sent_variables(os.environ))
         self._follower.rpc.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
-        self._interface = use_link_interface(address, address)
+        self._interface = use_link_interface(address)
         self._runtime = connect_runtime(
             LEADER_RANK, config, launch, self._follower.rpc, self._heartbeat.announce, config.rails
         )
@@ -312,22 +313,22 @@ class LeaderSession:
         self.check()
         self._follower.rpc.send(kind, encode_call(self.token_digest.state(), method, args, kwargs, number))
 
-    def _take_report(self, theirs: dict[str, Any]) -> None:
-        self._status.write(theirs["counters"])
+    def _take_report(self, theirs: FollowerReport) -> None:
+        self._status.write(theirs.counters)
         asked_at = self._query_time
-        waited = 0.0 if asked_at is None or theirs["failed_number"] != self._last_query else time.monotonic() - asked_at
+        waited = 0.0 if asked_at is None or theirs.failed_number != self._last_query else time.monotonic() - asked_at
         if waited > _REPLY_TIMEOUT_AFTER_ERROR:
             # This rank cannot receive the reply: it waits in a collective that the follower does not call.
-            self.fail(RemoteError(f"{self._follower.name} failed: {theirs['failed_call']}"))
+            self.fail(RemoteError(f"{self._follower.name} failed: {theirs.failed_call}"))
 
     def _take_announcement(self, announcement: bytes) -> None:
         if self._runtime is not None:
             self._runtime.deliver(announcement)
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
-        return {"step": step, "digest": digest.hex()}
+        return LeaderReport(step, digest.hex())
 
 
 def _warn_if_shared(address: str) -> None:

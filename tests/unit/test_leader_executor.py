@@ -12,18 +12,18 @@ import pytest
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
 
-from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus
+from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters
 from vllm_spark.compat.patching import all_patches
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import RefusedError, SparkError
-from vllm_spark.executor import executor as leader
-from vllm_spark.executor import leader as pair_module
+from vllm_spark.executor import leader_executor, leader_session
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Connection, Kind
-from vllm_spark.executor.executor import SparkExecutor, abandon_unfinished_start
-from vllm_spark.executor.handshake.messages import Reason, decode
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.leader import LeaderSession
+from vllm_spark.executor.heartbeat import FollowerReport
+from vllm_spark.executor.leader_executor import SparkExecutor, abandon_unfinished_start
+from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import LeaderAdapters
 from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_header, encode_result
 from vllm_spark.kernels import runtime as serving
@@ -58,10 +58,12 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> SparkExecutor:
     """With a pair on real sockets, up to the point where vLLM goes on by itself."""
     (control, far_control), (calls, far_calls), (groups, far_groups) = connections(), connections(), connections()
     listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT)
-    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None))
+    session = LeaderSession(
+        SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None)
+    )
 
     def load(self: Any) -> None:
-        self._session, self.driver_worker = pair, Worker()
+        self._session, self.driver_worker = session, Worker()
 
     monkeypatch.setattr(SparkExecutor, "_start", load)
     monkeypatch.setattr(serving, "_active", None)
@@ -78,13 +80,13 @@ def held_by(executor: Any) -> tuple[LeaderSession, Worker]:
 
 
 def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecutor) -> None:
-    """Also one without a pair, before its configuration is made: the port is looked at there."""
-    pair, worker = held_by(executor)
+    """Also one without a session, before its configuration is made: the port is looked at there."""
+    session, worker = held_by(executor)
     serving._active = executor.vllm_config
     found: list[tuple[bool, bool]] = []
 
     def create(engine_args: Any) -> str:
-        found.append((pair.closing, serving.is_active()))
+        found.append((session.closing, serving.is_active()))
         return "made"
 
     patch = next(each for each in all_patches() if each.name == "executor-choice")
@@ -98,30 +100,30 @@ def test_the_next_engine_gives_up_one_that_did_not_come_up(executor: SparkExecut
 
 
 def test_an_executor_gives_up_the_one_before(executor: SparkExecutor) -> None:
-    pair, worker = held_by(executor)
+    session, worker = held_by(executor)
     successor: SparkExecutor = object.__new__(SparkExecutor)
     successor.vllm_config = SimpleNamespace()
     successor._init_executor()
-    assert pair.closing
+    assert session.closing
     assert worker.ended == 1
     successor.shutdown()
 
 
 def test_an_engine_that_is_up_is_left_alone(executor: SparkExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, worker = held_by(executor)
+    session, worker = held_by(executor)
     monkeypatch.setattr(SparkExecutor, "_run", lambda *args: [None, None])
     executor.collective_rpc("get_kv_cache_spec")
     executor.collective_rpc(WARM_UP)
     abandon_unfinished_start()
-    assert not pair.closing
+    assert not session.closing
     assert worker.ended == 0
     executor.shutdown()
-    assert (pair.closing, worker.ended) == (True, 1)
+    assert (session.closing, worker.ended) == (True, 1)
 
 
 def test_nothing_of_an_ended_engine_is_kept(executor: SparkExecutor) -> None:
     executor.shutdown()
-    assert leader._unfinished is None
+    assert leader_executor._unfinished is None
 
 
 def call_on(follower: Connection) -> int:
@@ -131,14 +133,14 @@ def call_on(follower: Connection) -> int:
 
 def test_a_call_that_times_out_leaves_the_pair_at_work(executor: Any) -> None:
     """Its answer comes later, is not taken for another call's, and is not waited for."""
-    pair, _ = held_by(executor)
+    session, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     follower: Connection = executor.far_calls
     with pytest.raises(TimeoutError, match=r"^the call of rank timed out after 0\.05 s: the follower did not"):
         executor.collective_rpc("rank", timeout=0.05)
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
-    assert not pair.failed
+    assert not session.failed
     late = [call_on(follower), call_on(follower)]
     for number in late:
         follower.send(Kind.REPLY, encode_result(-1, number))
@@ -150,7 +152,7 @@ def test_a_call_that_times_out_leaves_the_pair_at_work(executor: Any) -> None:
     answering.start()
     assert executor.collective_rpc("rank", timeout=20) == [0, 1]
     answering.join(20)
-    assert not pair.failed
+    assert not session.failed
     executor.shutdown()
 
 
@@ -158,18 +160,22 @@ def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The follower's heartbeat tells of it while the leader waits for the next call's answer."""
-    monkeypatch.setattr(pair_module, "_REPLY_TIMEOUT_AFTER_ERROR", 0.0)
-    pair, _ = held_by(executor)
+    monkeypatch.setattr(leader_session, "_REPLY_TIMEOUT_AFTER_ERROR", 0.0)
+    session, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
-    pair.ask("rank", (), {})
-    report = {"counters": {"rank": 1}, "failed_call": "its worker failed in 'rank': ValueError: 7"}
-    pair._take_report(report | {"failed_number": call_on(executor.far_calls)})
-    assert not pair.failed
-    pair._take_report(report | {"failed_number": call_on(executor.far_calls)})
+    session.ask("rank", (), {})
+
+    def report() -> FollowerReport:
+        number = call_on(executor.far_calls)
+        return FollowerReport(RankCounters(1), "its worker failed in 'rank': ValueError: 7", number)
+
+    session._take_report(report())
+    assert not session.failed
+    session._take_report(report())
     with pytest.raises(RemoteError, match=r"its worker failed in 'rank': ValueError: 7$"):
-        pair.check()
+        session.check()
     executor.shutdown()
 
 
@@ -215,20 +221,20 @@ def serving_adapters(executor: Any) -> Any:
 
 def test_a_step_whose_adapter_is_gone_ends_the_pair(serving_adapters: Any, tmp_path: Path) -> None:
     """Its other requests are under way: it can neither be refused nor be run without it."""
-    pair, _ = held_by(serving_adapters)
+    session, _ = held_by(serving_adapters)
     request = LoRARequest("sql", 1, str(tmp_path / "gone"))
     with pytest.raises(SparkError) as caught:
         serving_adapters.collective_rpc("execute_model", args=(step_of(request),))
-    assert pair.failed
+    assert session.failed
     assert str(caught.value).startswith("the adapters of a step cannot be compared with the follower's: LoRAAdapterNot")
     assert isinstance(caught.value.__cause__, LoRAAdapterNotFoundError)
 
 
 def test_the_same_adapter_in_a_call_is_an_error_of_that_call(serving_adapters: Any, tmp_path: Path) -> None:
-    pair, _ = held_by(serving_adapters)
+    session, _ = held_by(serving_adapters)
     with pytest.raises(LoRAAdapterNotFoundError):
         serving_adapters.collective_rpc("add_lora", args=(LoRARequest("sql", 1, str(tmp_path / "gone")),))
-    assert not pair.failed
+    assert not session.failed
 
 
 def adapter(folder: Path) -> LoRARequest:
@@ -241,31 +247,31 @@ def adapter(folder: Path) -> LoRARequest:
 def test_a_follower_that_does_not_compare_is_not_waited_for_for_ever(
     serving_adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leader, "_COMPARE_TIMEOUT", 0.1)
-    pair, _ = held_by(serving_adapters)
+    monkeypatch.setattr(leader_executor, "_COMPARE_TIMEOUT", 0.1)
+    session, _ = held_by(serving_adapters)
     with pytest.raises(
         RefusedError, match=r"^the adapter sql cannot .*: the follower has not answered for 0\.1 s; see"
     ):
         serving_adapters.collective_rpc("add_lora", args=(adapter(tmp_path / "sql"),))
-    assert not pair.failed
+    assert not session.failed
 
 
 def test_a_call_that_never_comes_back_ends_the_next_step(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given up by its caller, not run by the follower: the step behind it is not waited for for ever."""
-    monkeypatch.setattr(pair_module, "_DRAIN_TIMEOUT", 0.1)
-    pair, _ = held_by(executor)
+    monkeypatch.setattr(leader_session, "_DRAIN_TIMEOUT", 0.1)
+    session, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
     with pytest.raises(SparkError, match=r"^the follower has not finished a call that timed out, 0\.1 s"):
         executor.collective_rpc("execute_model", args=(step_of(),))
-    assert pair.failed
+    assert session.failed
     executor.shutdown()
 
 
 def test_an_interrupted_step_ends_the_pair(executor: Any) -> None:
     """In the user's own process, which may go on: the follower has done the step."""
-    pair, _ = held_by(executor)
+    session, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(KeyboardInterrupt):
         executor.collective_rpc("execute_model", args=(step_of(interrupted=True),))
@@ -273,13 +279,13 @@ def test_an_interrupted_step_ends_the_pair(executor: Any) -> None:
         SparkError, match=r"^the leader was interrupted in a step \(KeyboardInterrupt\); make a new eng"
     ):
         executor.collective_rpc("execute_model", args=(step_of(),))
-    assert pair.failed
+    assert session.failed
     executor.shutdown()
 
 
 def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step fetches the answer of a call that was given up: header and payload are not read on as another one."""
-    pair, _ = held_by(executor)
+    session, _ = held_by(executor)
     executor._random_state, executor._started = nullcontext(), True
     with pytest.raises(TimeoutError):
         executor.collective_rpc("rank", timeout=0)
@@ -287,7 +293,7 @@ def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypa
     read, interrupts = Connection._read, iter([False, True])
 
     def interrupted(connection: Connection, *given: Any) -> bytes:
-        if connection is pair._follower.rpc and next(interrupts):
+        if connection is session._follower.rpc and next(interrupts):
             raise SystemExit
         return read(connection, *given)
 
@@ -295,7 +301,7 @@ def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypa
         patched.setattr(Connection, "_read", interrupted)
         with pytest.raises(SystemExit):
             executor.collective_rpc("execute_model", args=(step_of(),))
-    assert pair.failed
+    assert session.failed
     with pytest.raises(SparkError, match=r"^the leader was interrupted in a step \(SystemExit\); make a new engine$"):
         executor.collective_rpc("rank")
     executor.shutdown()
@@ -311,20 +317,20 @@ def test_the_follower_is_told_why_an_engine_does_not_start(executor: Any, monkey
     def end(code: int) -> None:
         raise Ended(code)
 
-    pair, _ = held_by(executor)
+    session, _ = held_by(executor)
     executor._in_engine_process = True
-    monkeypatch.setattr(leader.os, "_exit", end)
-    monkeypatch.setattr(leader, "_end_process_soon", lambda *given: None)
-    pair._heartbeat.start()
+    monkeypatch.setattr(leader_executor.os, "_exit", end)
+    monkeypatch.setattr(leader_executor, "_end_process_soon", lambda *given: None)
+    session._heartbeat.start()
     with pytest.raises(Ended):
         executor._abandon_start(ValueError("no room for the cache"))
     while (frame := executor.far_control.receive(timeout=20)).kind is Kind.HEARTBEAT:
         pass
     assert frame.kind is Kind.LEAVE
-    assert decode(frame, Reason).sentence == (
+    assert decode_frame(frame, Reason).sentence == (
         "its engine does not start: the leader's worker failed: ValueError: no room for the cache"
     )
-    pair.close("the test is over")
+    session.close("the test is over")
     executor._in_engine_process = False
     executor.shutdown()
 
@@ -334,7 +340,7 @@ def test_an_engine_that_fails_after_its_last_call_ends_its_pair(
     executor: SparkExecutor, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     """While it makes its scheduler: nobody calls the executor any more, and the next engine needs its port."""
-    pair, worker = held_by(executor)
+    session, worker = held_by(executor)
     monkeypatch.setattr(SparkExecutor, "_run", lambda *args: [None, None])
 
     def start(core: Any) -> None:
@@ -345,16 +351,16 @@ def test_an_engine_that_fails_after_its_last_call_ends_its_pair(
     patch = next(each for each in all_patches() if each.anchor.symbol == "vllm.v1.engine.core:EngineCore.__init__")
     with pytest.raises(type(error)):
         patch.replace(start)(SimpleNamespace())
-    assert pair.closing
+    assert session.closing
     assert (executor.driver_worker, worker.ended) == (None, 1)
 
 
 def test_an_engine_that_came_up_is_left_alone_by_its_start(
     executor: SparkExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair, worker = held_by(executor)
+    session, worker = held_by(executor)
     patch = next(each for each in all_patches() if each.anchor.symbol == "vllm.v1.engine.core:EngineCore.__init__")
     patch.replace(lambda core: setattr(core, "model_executor", executor))(SimpleNamespace())
-    assert not pair.closing
+    assert not session.closing
     assert worker.ended == 0
     executor.shutdown()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 
-import msgspec
 import pytest
 
 from vllm_spark.backend.status import EngineStatus
@@ -19,10 +18,11 @@ from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
-from vllm_spark.executor.leader import LeaderSession
+from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.records import to_json
 
 from .test_channel import LIMIT, OFFER, SECRET, connections
 
@@ -62,14 +62,14 @@ def test_a_callback_is_called_once(listener: Listener, monkeypatch: pytest.Monke
     sys.setswitchinterval(1e-6)
     try:
         for _ in range(300):
-            pair = LeaderSession(SparkConfig(), listener, follower, EngineStatus(None))
+            session = LeaderSession(SparkConfig(), listener, follower, EngineStatus(None))
             called: list[int] = []
-            pair.on_failure(partial(called.append, 0))
-            failing = threading.Thread(target=pair.fail, args=(PeerLostError("gone"),))
+            session.on_failure(partial(called.append, 0))
+            failing = threading.Thread(target=session.fail, args=(PeerLostError("gone"),))
             failing.start()
-            pair.on_failure(partial(called.append, 1))
+            session.on_failure(partial(called.append, 1))
             failing.join(20)
-            pair.on_failure(partial(called.append, 2))
+            session.on_failure(partial(called.append, 2))
             assert sorted(called) == [0, 1, 2]
     finally:
         sys.setswitchinterval(interval)
@@ -79,21 +79,23 @@ def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listene
     """A busy machine runs the thread of the calls first, which finds its connection closed and no reason why."""
     (control, far_control), (calls, far_calls) = connections(), connections()
     groups, _far_groups = connections()
-    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None))
-    far_control.send(Kind.LEAVE, msgspec.json.encode(Reason("it was stopped there")))
+    session = LeaderSession(
+        SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None)
+    )
+    far_control.send(Kind.LEAVE, to_json(Reason("it was stopped there")))
     far_calls.close()
     far_control.close()
-    heartbeat = threading.Timer(1.5, pair._heartbeat.start)
+    heartbeat = threading.Timer(1.5, session._heartbeat.start)
     heartbeat.start()
-    with pytest.raises(PeerLostError, match=r"^the follower left: it was stopped there"), pair.explained():
+    with pytest.raises(PeerLostError, match=r"^the follower left: it was stopped there"), session.explained():
         calls.expect(Kind.REPLY, timeout=20)
     heartbeat.join()
 
 
 def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None:
     """For a follower that will not come: neither who waits already, nor who comes later."""
-    pair = LeaderSession(SparkConfig(), listener, Follower("the follower", *near_connections()), EngineStatus(None))
-    store = PairStore(pair.groups, LEADER_RANK)
+    session = LeaderSession(SparkConfig(), listener, Follower("the follower", *near_connections()), EngineStatus(None))
+    store = PairStore(session.groups, LEADER_RANK)
     errors: list[Exception] = []
 
     def wait() -> None:
@@ -106,7 +108,7 @@ def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None
     waiting.start()
     waiting.join(1)
     assert waiting.is_alive(), errors
-    pair.fail(PeerLostError("the follower is gone"))
+    session.fail(PeerLostError("the follower is gone"))
     waiting.join(30)
     assert not waiting.is_alive()
     wait()
@@ -114,5 +116,5 @@ def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None
     for error in errors:
         assert isinstance(error, PeerLostError)
         assert str(error).startswith("the follower is gone; ")
-    pair.close("the test is over")
+    session.close("the test is over")
     assert "spark-groups" not in [thread.name for thread in threading.enumerate()]

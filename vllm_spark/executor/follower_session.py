@@ -19,23 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import msgspec
-
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
-from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.bootstrap import (
     Assignment,
     connect_runtime,
-    limit_numba_threads,
-    limit_torch_threads,
     link_tolerance,
-    local_address_towards,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint
+from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Kind
 from vllm_spark.executor.channel.secret import load_secret
@@ -45,7 +39,7 @@ from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
-from vllm_spark.executor.heartbeat import Heartbeat, cause_grace
+from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
 from vllm_spark.executor.model_files.loaded import FileKey
 from vllm_spark.executor.model_files.placement import place_files
@@ -63,7 +57,6 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.kernels import runtime as tuning
 from vllm_spark.ranks import FOLLOWER_RANK
 
 logger = logging.getLogger("vllm_spark")
@@ -103,6 +96,7 @@ class FollowerSession:
         self._heartbeat: Heartbeat | None = None
         self._failed_call = ""  # why the last QUERY failed
         self._failed_number = 0  # and its number
+        self._executor: Any = None
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
@@ -133,6 +127,7 @@ class FollowerSession:
             control,
             offer.heartbeat_timeout,
             report=self._report,
+            peer_report=LeaderReport,
             on_report=self._compare_digest,
             on_end=self._session_ended,
             on_link=self._deliver_announcement,
@@ -149,8 +144,9 @@ class FollowerSession:
     def _follow(self, rpc: Connection, groups: GroupConnection, host: str, port: int) -> None:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
-        use_link_interface(host, local_address_towards(host, port))
+        use_link_interface(source_address(host))
         from vllm_spark.backend.platform import activate, compute_capability
+        from vllm_spark.executor.rank_executor import FollowerExecutor
 
         activate()
         check_marlin_inputs(compute_capability)
@@ -159,14 +155,10 @@ class FollowerSession:
         self._runtime = connect_runtime(
             FOLLOWER_RANK, assignment.config, assignment.launch, rpc, self._heartbeat.announce, self._config.rails
         )
-        limit_torch_threads(self._runtime)
-        limit_numba_threads()
-        apply_all("serving")
-        tuning.start(assignment.vllm_config)
         place_files(assignment.vllm_config, self._own_files)
-        self._worker = _load_worker(assignment.vllm_config, groups)
+        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)
+        self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
-        tuning.log_expert_backends(self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:
@@ -250,16 +242,12 @@ class FollowerSession:
     def _tolerance(self) -> float:
         return link_tolerance(self._runtime, self._leader_config)
 
-    def _report(self) -> dict[str, Any]:
+    def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return {
-            "counters": msgspec.to_builtins(counters),
-            "failed_call": self._failed_call,
-            "failed_number": self._failed_number,
-        }
+        return FollowerReport(counters, self._failed_call, self._failed_number)
 
-    def _compare_digest(self, theirs: Any) -> None:
-        self._token_digest.compare(theirs["step"], bytes.fromhex(theirs["digest"]))
+    def _compare_digest(self, theirs: LeaderReport) -> None:
+        self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))
 
     def _session_ended(self, error: SparkError) -> None:
         """Ends this process, also if its other threads hang."""
@@ -313,34 +301,6 @@ def _load_vllm() -> None:
 
     check_vllm()
     importlib.import_module("vllm.v1.worker.worker_base")
-
-
-def _load_worker(vllm_config: Any, groups: GroupConnection) -> Any:
-    """vLLM's worker for rank 1, with its half of the model loaded."""
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    from vllm_spark.executor.store import INIT_METHOD, open_groups
-
-    open_groups(groups, FOLLOWER_RANK)
-    # The only worker of this machine (rpc_rank 0), and rank 1 of the pair.
-    worker = WorkerWrapperBase(rpc_rank=0, global_rank=FOLLOWER_RANK)
-    worker.init_worker(
-        [
-            {
-                "vllm_config": vllm_config,
-                "local_rank": 0,
-                "rank": FOLLOWER_RANK,
-                "distributed_init_method": INIT_METHOD,
-                "is_driver_worker": False,
-                "shared_worker_lock": None,
-            }
-        ]
-    )
-    worker.init_device()
-    worker.load_model()
-    current_platform.update_block_size_for_backend(vllm_config)
-    return worker
 
 
 def _exit(code: int) -> NoReturn:

@@ -1,6 +1,6 @@
 """vLLM's executor on the leader: rank 0 in this process, rank 1 on the follower.
 
-`SparkExecutor` extends vLLM's external-launcher executor: before a worker method runs here, the call is sent to the
+`SparkExecutor` extends vLLM's executor of one worker: before a worker method runs here, the call is sent to the
 follower, which runs it too.
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 
@@ -26,16 +25,15 @@ from vllm_spark.backend.ipc_folder import remove_socket_folder
 from vllm_spark.backend.logging import use_vllm_logging
 from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
-from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, SparkError, described
-from vllm_spark.executor.bootstrap import limit_numba_threads, limit_torch_threads
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
-from vllm_spark.executor.leader import LeaderSession
+from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
 from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
 from vllm_spark.executor.model_files.placement import place_on_leader
+from vllm_spark.executor.rank_executor import RankExecutor
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
@@ -45,7 +43,7 @@ from vllm_spark.executor.rpc import (
     STEP_METHODS,
     WARM_UP,
 )
-from vllm_spark.executor.store import INIT_METHOD, close_groups, open_groups
+from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
 from vllm_spark.kernels import runtime as tuning
 from vllm_spark.processes.child import in_engine_process, watch_parent
@@ -58,8 +56,10 @@ _COMPARE_TIMEOUT = 600.0  # seconds for the follower to search for an adapter's 
 _EXIT_GRACE = 3.0  # seconds after a failure in which the engine may exit by itself
 
 
-class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
+class SparkExecutor(RankExecutor):
     """Runs every worker method on both ranks; vLLM's scheduler runs on the leader only."""
+
+    rank = LEADER_RANK
 
     def _init_executor(self) -> None:
         """Waits for the follower, sends it its assignment, and loads this rank's half of the model.
@@ -99,22 +99,12 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
-        limit_torch_threads(self._session.runtime)
-        if self._in_engine_process:
-            limit_numba_threads()
         self._random_state = WorkerRandomState()
-        open_groups(self._session.groups, LEADER_RANK)
         self._groups_opened = True
         with self._session.explained(), self._random_state:
-            apply_all("serving")
-            tuning.start(self.vllm_config)
-            UniProcExecutor._init_executor(self)
-            tuning.log_expert_backends(self.driver_worker)
+            self.load_worker(self._session.groups, self._session.runtime, own_process=self._in_engine_process)
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
-
-    def _distributed_args(self) -> tuple[str, int, int]:
-        return INIT_METHOD, LEADER_RANK, 0
 
     def collective_rpc(
         self,
@@ -186,10 +176,10 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
         requests are running: then the session fails.
         """
         if method == ADD_LORA:
-            args = tuple(adapters.settle(each) for each in args)
-            return args, {name: adapters.settle(each) for name, each in kwargs.items()}
+            args = tuple(adapters.compare_request(each) for each in args)
+            return args, {name: adapters.compare_request(each) for name, each in kwargs.items()}
         try:
-            adapters.settle_step(args[0])
+            adapters.compare_step(args[0])
         except SparkError as error:
             session.fail(error)
             raise
@@ -286,10 +276,6 @@ class SparkExecutor(ExecutorWithExternalLauncher):  # type: ignore[misc]
     def register_failure_callback(self, callback: Callable[[], None]) -> None:
         """`callback` is called once if the session fails, at once if it has."""
         self._running_session().on_failure(callback)
-
-    def determine_available_memory(self) -> list[int]:
-        """Free memory of both ranks in bytes, in rank order; vLLM takes the smaller."""
-        return list(self.collective_rpc("determine_available_memory"))
 
     def shutdown(self) -> None:
         """Ends the session and releases everything; may be called again, and after a failed start."""

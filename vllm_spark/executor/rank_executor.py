@@ -1,0 +1,98 @@
+"""vLLM's executor of one worker, for either rank of a pair: vLLM's own code sets up the worker on both.
+
+`RankExecutor` is the shared part. `FollowerExecutor` is the follower's class; the leader's is in `leader_executor`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from vllm_spark.collective import Runtime
+from vllm_spark.compat.patching import apply_all
+from vllm_spark.executor.group_connection import GroupConnection
+from vllm_spark.executor.store import INIT_METHOD, open_groups
+from vllm_spark.kernels import runtime as tuning
+from vllm_spark.ranks import FOLLOWER_RANK, WORLD_SIZE
+
+logger = logging.getLogger("vllm_spark")
+
+
+class RankExecutor(UniProcExecutor):  # type: ignore[misc]
+    """vLLM's executor with one worker in this process, which is rank `rank` of the pair."""
+
+    rank: int
+
+    def load_worker(self, groups: GroupConnection, runtime: Runtime, *, own_process: bool) -> None:
+        """Makes this rank's worker, with its half of the model loaded, as vLLM does for a model on one machine.
+
+        Args:
+            groups: this rank's end of the groups connection, over which torch's process groups are opened.
+            runtime: this rank's end of the collectives.
+            own_process: whether this process runs nothing but this rank; False in a user's own process.
+        """
+        _limit_torch_threads(runtime)
+        if own_process:
+            _limit_numba_threads()
+        open_groups(groups, self.rank)
+        apply_all("serving")
+        tuning.start(self.vllm_config)
+        UniProcExecutor._init_executor(self)
+        # vLLM numbers workers per executor. This one takes its own rank's part of what a call has for each rank.
+        self.driver_worker.global_rank = self.rank
+        tuning.log_expert_backends(self.driver_worker)
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        return INIT_METHOD, self.rank, 0
+
+
+class FollowerExecutor(RankExecutor):
+    """The follower's executor: the leader's calls are run on its `driver_worker`.
+
+    Args:
+        vllm_config: the leader's configuration.
+        groups: this rank's end of the groups connection.
+        runtime: this rank's end of the collectives.
+    """
+
+    rank = FOLLOWER_RANK
+
+    def __init__(self, vllm_config: Any, groups: GroupConnection, runtime: Runtime) -> None:
+        self._groups, self._runtime = groups, runtime
+        super().__init__(vllm_config)
+
+    def _init_executor(self) -> None:
+        self.load_worker(self._groups, self._runtime, own_process=True)
+
+
+def _limit_torch_threads(runtime: Runtime) -> None:
+    """Halves torch's number of threads if both ranks compute on the cores of this machine.
+
+    OpenMP's threads spin while they wait: two ranks with one thread per core each are about 15 times slower than one.
+    A number that the user chose (OMP_NUM_THREADS) stays.
+    """
+    if runtime.options.transport == "verbs" or not current_platform.is_cpu() or "OMP_NUM_THREADS" in os.environ:
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // WORLD_SIZE))
+    logger.info(
+        "Both ranks are on this machine: each uses %d of %d threads (set OMP_NUM_THREADS for another number).",
+        torch.get_num_threads(),
+        threads,
+    )
+
+
+def _limit_numba_threads() -> None:
+    """One thread for vLLM's n-gram speculation on CPUs, unless the user has chosen a number.
+
+    vLLM uses only one, and numba's other threads spin while they wait: two ranks on two cores took 0.2 s per step. To
+    be called before numba is imported, in a process that runs only this rank.
+    """
+    if current_platform.is_cpu() and "numba" not in sys.modules:
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
