@@ -290,6 +290,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("rdma_ports", &rdma_ports,
              "Every port of every RDMA device: name, port, active, Ethernet, MTU, GIDs.");
 
+  module.def(
+      "region_bytes",
+      [](uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth) {
+        return RegionLayout({slot_bytes, packet_bytes, 2 * depth}).total();
+      },
+      py::kw_only(), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
+      "The size of one rank's region: control, receive slots and send slots.");
+
   module.attr("WORLD_SIZE") = kWorldSize;
   module.attr("MAX_RAILS") = verbs::kMaxRails;
   module.attr("REGION_VERSION") = kRegionVersion;

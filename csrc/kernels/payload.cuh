@@ -1,5 +1,5 @@
-// A collective whose messages go as payload, then flag: one launch, many blocks, as many messages as it
-// takes.
+// A collective whose messages are sent as payload, then flag: one launch, many blocks, as many messages as
+// needed.
 #pragma once
 
 #include "output.cuh"
@@ -10,13 +10,12 @@
 
 namespace spark::device {
 
-// One block's share of the exchange: the same piece of every message, each with a flag of its own, so that
-// blocks wait for nobody but the block of the same index on the peer. Pieces of the last message may be
-// empty; their flags travel nevertheless: what a slot may be overwritten by follows from the flags of all
-// blocks.
+// One block's share of the exchange: the same piece of every message, each with a flag of its own, so that a
+// block waits only for the block of the same index on the peer. Pieces of the last message may be empty;
+// their flags are sent nevertheless: a slot may be overwritten once the flags of all blocks have arrived.
 //
-// The block's threads have parts: some send, as many receive, and one looks out for flags. So both directions
-// of the link are busy at the same time, and nobody who waits for the peer keeps the block from sending.
+// The block's threads have roles: some send, as many receive, and one polls flags. So both directions of the
+// link are busy at the same time, and a wait for the peer does not stop the block from sending.
 template <typename Output>
 class Pieces {
  public:
@@ -50,19 +49,19 @@ class Pieces {
         return;
       }
       const uint32_t sequence = first_ + index;
-      if (clears(rank_, sequence)) {
-        clear_packets(rank_, rank_.in, sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-        if (part_ == 0) clear_flags(rank_, rank_.in, sequence, 0);
+      if (SlotView::clears(rank_, sequence)) {
+        SlotView(rank_, rank_.in).clear_packets(sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
+        if (part_ == 0) SlotView(rank_, rank_.in).clear_flags(sequence, 0);
       }
-      if (index + rank_.depth < messages_) {  // somebody will wait for it
-        meet(Part::kReceivers, parts_);
+      if (index + rank_.depth < messages_) {  // the senders will wait for it
+        barrier(Role::kReceivers, parts_);
         if (part_ == 0) relay_.consumed.raise(index + 1);
       }
     }
   }
 
   // By one thread.
-  __device__ void look_out() {
+  __device__ void poll_flags() {
     for (uint32_t index = 0; index < messages_; ++index) {
       const uint32_t sequence = first_ + index;
       const uint64_t* word = &flag(rank_.in, index)->value;
@@ -70,7 +69,7 @@ class Pieces {
       // Acquire: the payload was there before the flag. The relay hands that on to the threads that receive.
       uint64_t value = load_acquire(word);
       while (flag_sequence(value) != sequence) {
-        if (!wait.go_on()) return relay_.arrived.end();
+        if (!wait.step()) return relay_.arrived.end();
         value = load_acquire(word);
       }
       if (flag_tag(value) != call_.tag) {
@@ -85,22 +84,22 @@ class Pieces {
   using Vector = Words<4>;
   static constexpr uint32_t kUnroll = 4;
 
-  // Bytes of message `index` that are this block's: from `begin` in the whole input.
-  __device__ uint64_t begin(uint32_t index) const {
+  // This block's bytes of message `index`: from `offset` in the whole input.
+  __device__ uint64_t offset(uint32_t index) const {
     return static_cast<uint64_t>(index) * call_.chunk + static_cast<uint64_t>(blockIdx.x) * piece_;
   }
   __device__ uint32_t length(uint32_t index) const {
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     return from >= call_.bytes
                ? 0
                : static_cast<uint32_t>(min(static_cast<uint64_t>(piece_), call_.bytes - from));
   }
-  __device__ uint32_t slot(uint32_t index) const { return (first_ + index) & (rank_.slots - 1); }
-  __device__ Flag* flag(const Slots& lane, uint32_t index) const {
-    return reinterpret_cast<Flag*>(lane.flags) + slot(index) * kMaxPieces + blockIdx.x;
+  // This block's flag and piece of message `index`.
+  __device__ Flag* flag(const Slots& slots, uint32_t index) const {
+    return SlotView(rank_, slots).flag(first_ + index, blockIdx.x);
   }
-  __device__ unsigned char* payload(const Slots& lane, uint32_t index) const {
-    return lane.payload + static_cast<size_t>(slot(index)) * rank_.payload_area + blockIdx.x * piece_;
+  __device__ unsigned char* payload(const Slots& slots, uint32_t index) const {
+    return SlotView(rank_, slots).payload(first_ + index) + blockIdx.x * piece_;
   }
   __device__ uint32_t step() const { return parts_ * sizeof(Vector); }
 
@@ -115,7 +114,7 @@ class Pieces {
 
   __device__ void send(uint32_t index) {
     const uint32_t bytes = length(index), sequence = first_ + index;
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     unsigned char* to = payload(rank_.out, index);
     for (uint32_t base = part_ * sizeof(Vector); base < bytes; base += kUnroll * step()) {
       Vector own[kUnroll];
@@ -132,13 +131,13 @@ class Pieces {
         }
       }
     }
-    if (clears(rank_, sequence)) {
-      clear_packets(rank_, rank_.out, sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-      if (part_ == 0) clear_flags(rank_, rank_.out, sequence, gridDim.x);
+    if (SlotView::clears(rank_, sequence)) {
+      SlotView(rank_, rank_.out).clear_packets(sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
+      if (part_ == 0) SlotView(rank_, rank_.out).clear_flags(sequence, gridDim.x);
     }
-    meet(Part::kSenders, parts_);
+    barrier(Role::kSenders, parts_);
     if (part_ == 0) {
-      relay_.sent.raise(index + 1);  // not behind the flag's release, which waits for host memory
+      relay_.sent.raise(index + 1);  // before the flag's release, which waits for host memory
       Flag* staged = flag(rank_.out, index);
       store_relaxed(&staged->offset, blockIdx.x * piece_);
       store_relaxed(&staged->bytes, bytes);
@@ -149,10 +148,10 @@ class Pieces {
     }
   }
 
-  // False: it will not come.
+  // False: it will not arrive.
   __device__ bool receive(uint32_t index) {
     const uint32_t bytes = length(index);
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     unsigned char* received = payload(rank_.in, index);
     bool arrived = false;
     uint32_t base = part_ * sizeof(Vector);
@@ -207,22 +206,23 @@ __device__ inline void exchange_payload(const RankParameters& rank, const Call& 
   __shared__ Relay relay;
   relay.clear();  // by every thread: they all write the same
   __syncthreads();
-  wait_for_kernel_before();
-  const Start start = start_of(rank);
-  // All of the block or none: another block may poison the rank at this moment, and parts meet at barriers.
-  if (__syncthreads_or(start.poisoned)) return;
+  wait_for_previous_kernel();
+  const FirstMessage first = first_message(rank);
+  // All threads of the block or none: another block may poison the rank at this moment, and the roles have
+  // barriers.
+  if (__syncthreads_or(first.poisoned)) return;
   const uint32_t parts = (blockDim.x - kPayloadSideThreads) / 2;
   const bool sends = threadIdx.x < parts;
-  Pieces<Output> pieces(rank, call, relay, start.sequence, sends ? threadIdx.x : threadIdx.x - parts, parts);
+  Pieces<Output> pieces(rank, call, relay, first.sequence, sends ? threadIdx.x : threadIdx.x - parts, parts);
   if (!sends) let_next_kernel_start();
   if (sends) {
     pieces.send();
   } else if (threadIdx.x < 2 * parts) {
     pieces.receive();
   } else if (threadIdx.x == 2 * parts) {
-    pieces.look_out();
+    pieces.poll_flags();
   } else if (threadIdx.x >= 2 * parts + kWarp) {
-    keep_books(rank, call, start.sequence, pieces.messages(), false);
+    update_progress(rank, call, first.sequence, pieces.messages(), false);
   }
   advance(rank, pieces.messages());
 }

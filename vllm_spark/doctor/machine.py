@@ -33,7 +33,16 @@ def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
     found = _LIMIT.search(system.text("proc/self/limits") or "")
     if found is None:
         return Finding("machine.memlock", title, "unknown", "", "/proc/self/limits does not contain it.")
-    needed = pinned_bytes(config, rails)
+    try:
+        needed = pinned_bytes(config, rails)
+    except ImportError as error:
+        return Finding(
+            "machine.memlock",
+            title,
+            "unknown",
+            "",
+            f"What is needed cannot be computed without the native module ({error}).",
+        )
     capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", system.text("proc/self/status") or "", re.MULTILINE)
     exempt = capabilities is not None and int(capabilities[1], 16) & _CAP_IPC_LOCK
     value = "unlimited" if found[1] == "unlimited" else f"{int(found[1]) / MB:.1f} MB"
