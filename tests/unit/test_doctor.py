@@ -459,6 +459,15 @@ def test_who_may_lock_memory(tree: Tree) -> None:
     assert findings(tree, config=more)["machine.memlock"].status == "ok"
 
 
+def test_lockable_memory_without_the_native_module(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_spark._native", None)
+    tree.write("proc/self/limits", "Max locked memory unlimited unlimited bytes")
+    assert findings(tree)["machine.memlock"].status == "ok"
+    tree.write("proc/self/limits", "Max locked memory 8000000 8000000 bytes")
+    found = findings(tree)["machine.memlock"]
+    assert (found.status, found.value) == ("unknown", "8.0 MB")
+
+
 @pytest.mark.parametrize(
     ("interface", "packets"), [(1500, 1024), (2200, 2048), (4191, 2048), (4192, 4096), (9000, 4096), (0, 0)]
 )
