@@ -20,13 +20,14 @@ namespace py = pybind11;
 namespace spark {
 namespace {
 
-// For what may wait or call a driver: with the interpreter's lock held no other thread of Python runs, among
-// them those that send heartbeats and carry what heals a link. None of these functions touches a Python
-// object, and no lock of theirs is held when the interpreter's is taken again.
+// For functions that may wait or call a driver: with the interpreter's lock held no other thread of Python
+// runs, such as those that send heartbeats, and announcements by which a link reconnects. None of these
+// functions touches a Python object, and none of their locks is held when the interpreter's is taken again.
 //
-// Not for what takes a few microseconds and waits for nobody, even if it is called often: another thread may
-// take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may take a lock
-// that other threads hold only to copy words, and without the interpreter's lock (Announcements').
+// Not for functions that take a few microseconds and do not wait, even if they are called often: another
+// thread may take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may
+// take a lock that other threads hold only to copy words, and without the interpreter's lock
+// (Announcements').
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // The same for the end of an object, which may be the garbage collector's work: closing waits for the GPU and

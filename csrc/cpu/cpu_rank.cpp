@@ -178,8 +178,8 @@ void CpuRank::exchange(const Operation& operation, const std::byte* in, uint64_t
   try {
     uint64_t sent = 0;
     for (uint64_t index = 0; index < chunks; ++index) {
-      // Sequence j goes out only after the peer's j - depth was consumed: so whoever receives j knows that
-      // its own j - depth has been read, and 2 * depth slots are never overwritten too early
+      // Sequence j goes out only after the peer's j - depth was consumed: so the arrival of j means
+      // that the receiver's own j - depth has been read, and 2 * depth slots are never overwritten too early
       // (docs/protocol.md).
       for (; sent < std::min(chunks, index + options_.depth); ++sent) {
         send(operation, in + sent * chunk, length(sent));
@@ -190,8 +190,9 @@ void CpuRank::exchange(const Operation& operation, const std::byte* in, uint64_t
     }
   } catch (const CollectiveError& error) {
     endpoint_.poison(error.what());
-    // The peer waits for a message that will not come: tell it why, unless it told us.
-    if (dynamic_cast<const AbortedError*>(&error) == nullptr) endpoint_.tell_peer(error.what());
+    // The peer waits for a message that will not come: this ends its wait, unless it was the one that
+    // aborted.
+    if (dynamic_cast<const AbortedError*>(&error) == nullptr) endpoint_.end_peer_waits(error.what());
     throw;
   }
 }
@@ -319,7 +320,7 @@ void CpuRank::give_up(const Operation& operation, uint32_t sequence, bool peer_g
   std::string where = "an " + operation.describe() + ", sequence " + std::to_string(sequence) +
                       " (last seen " + std::to_string(received_) + "), " + endpoint_.path();
   if (peer_gone) throw TimeoutError(endpoint_.wait_in(where) + ": " + kProcessEnded);
-  throw endpoint_.overdue(where);
+  throw endpoint_.timed_out(where);
 }
 
 void CpuRank::wait_until_idle() {

@@ -174,7 +174,7 @@ void GpuRank::check() {
   std::string where = "an " + mine.describe() + ", sequence " + std::to_string(failure.sequence);
   auto fail = [&](auto error) {
     endpoint_.poison(error.what());
-    endpoint_.tell_peer(error.what());
+    endpoint_.end_peer_waits(error.what());
     throw error;
   };
   switch (code) {
@@ -189,7 +189,7 @@ void GpuRank::check() {
       endpoint_.poison(endpoint_.mine().abort_reason());
       throw AbortedError(endpoint_.mine().abort_reason());
     default:
-      fail(endpoint_.overdue(where + ", " + endpoint_.path() + ", on the GPU"));
+      fail(endpoint_.timed_out(where + ", " + endpoint_.path() + ", on the GPU"));
   }
 }
 
@@ -202,7 +202,7 @@ void GpuRank::wait_until_idle() {
 }
 
 CollectiveCounters GpuRank::counters() const {
-  // Relaxed words of different moments: these are for people.
+  // Each word is whole, but of another moment.
   const Totals totals = report().totals;
   return {totals.all_reduces,
           totals.all_reduce_bytes,

@@ -19,17 +19,17 @@ namespace spark::device {
 template <typename Output>
 class Pieces {
  public:
-  // `part` is this thread's number among the `parts` that send, or that receive.
-  __device__ Pieces(const RankParameters& rank, const Call& call, Relay& relay, uint32_t first, uint32_t part,
-                    uint32_t parts)
+  // `thread` is this thread's number among the `threads` that send, or that receive.
+  __device__ Pieces(const RankParameters& rank, const Call& call, Relay& relay, uint32_t first,
+                    uint32_t thread, uint32_t threads)
       : rank_(rank),
         call_(call),
         relay_(relay),
         first_(first),
         piece_(call.chunk / gridDim.x),
         messages_(static_cast<uint32_t>((call.bytes + call.chunk - 1) / call.chunk)),
-        part_(part),
-        parts_(parts) {}
+        thread_(thread),
+        threads_(threads) {}
 
   __device__ uint32_t messages() const { return messages_; }
 
@@ -45,17 +45,18 @@ class Pieces {
   __device__ void receive() {
     for (uint32_t index = 0; index < messages_; ++index) {
       if (!receive(index)) {
-        if (part_ == 0) relay_.consumed.end();
+        if (thread_ == 0) relay_.consumed.end();
         return;
       }
       const uint32_t sequence = first_ + index;
       if (SlotView::clears(rank_, sequence)) {
-        SlotView(rank_, rank_.in).clear_packets(sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-        if (part_ == 0) SlotView(rank_, rank_.in).clear_flags(sequence, 0);
+        SlotView(rank_, rank_.in)
+            .clear_packets(sequence, 0, blockIdx.x * threads_ + thread_, gridDim.x * threads_);
+        if (thread_ == 0) SlotView(rank_, rank_.in).clear_flags(sequence, 0);
       }
       if (index + rank_.depth < messages_) {  // the senders will wait for it
-        barrier(Role::kReceivers, parts_);
-        if (part_ == 0) relay_.consumed.raise(index + 1);
+        barrier(Role::kReceivers, threads_);
+        if (thread_ == 0) relay_.consumed.raise(index + 1);
       }
     }
   }
@@ -101,7 +102,7 @@ class Pieces {
   __device__ unsigned char* payload(const Slots& slots, uint32_t index) const {
     return SlotView(rank_, slots).payload(first_ + index) + blockIdx.x * piece_;
   }
-  __device__ uint32_t step() const { return parts_ * sizeof(Vector); }
+  __device__ uint32_t step() const { return threads_ * sizeof(Vector); }
 
   // A thread's vectors of a piece, from byte `base` of it on; those beyond its end stay as they are.
   __device__ void load_own(Vector (&own)[kUnroll], uint64_t from, uint32_t base, uint32_t bytes) const {
@@ -116,7 +117,7 @@ class Pieces {
     const uint32_t bytes = length(index), sequence = first_ + index;
     const uint64_t from = offset(index);
     unsigned char* to = payload(rank_.out, index);
-    for (uint32_t base = part_ * sizeof(Vector); base < bytes; base += kUnroll * step()) {
+    for (uint32_t base = thread_ * sizeof(Vector); base < bytes; base += kUnroll * step()) {
       Vector own[kUnroll];
       load_own(own, from, base, bytes);
 #pragma unroll
@@ -132,11 +133,12 @@ class Pieces {
       }
     }
     if (SlotView::clears(rank_, sequence)) {
-      SlotView(rank_, rank_.out).clear_packets(sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-      if (part_ == 0) SlotView(rank_, rank_.out).clear_flags(sequence, gridDim.x);
+      SlotView(rank_, rank_.out)
+          .clear_packets(sequence, 0, blockIdx.x * threads_ + thread_, gridDim.x * threads_);
+      if (thread_ == 0) SlotView(rank_, rank_.out).clear_flags(sequence, gridDim.x);
     }
-    barrier(Role::kSenders, parts_);
-    if (part_ == 0) {
+    barrier(Role::kSenders, threads_);
+    if (thread_ == 0) {
       relay_.sent.raise(index + 1);  // before the flag's release, which waits for host memory
       Flag* staged = flag(rank_.out, index);
       store_relaxed(&staged->offset, blockIdx.x * piece_);
@@ -154,7 +156,7 @@ class Pieces {
     const uint64_t from = offset(index);
     unsigned char* received = payload(rank_.in, index);
     bool arrived = false;
-    uint32_t base = part_ * sizeof(Vector);
+    uint32_t base = thread_ * sizeof(Vector);
     do {
       Vector theirs[kUnroll], own[kUnroll];
       if (!Output::kKeepsOwn) load_own(own, from, base, bytes);  // before the wait, not after it
@@ -196,7 +198,7 @@ class Pieces {
   const RankParameters& rank_;
   const Call& call_;
   Relay& relay_;
-  uint32_t first_, piece_, messages_, part_, parts_;
+  uint32_t first_, piece_, messages_, thread_, threads_;
 };
 
 // `in` and `out` are aligned to 16 bytes; the grid has at most kMaxPieces blocks, all of them resident at
@@ -211,17 +213,18 @@ __device__ inline void exchange_payload(const RankParameters& rank, const Call& 
   // All threads of the block or none: another block may poison the rank at this moment, and the roles have
   // barriers.
   if (__syncthreads_or(first.poisoned)) return;
-  const uint32_t parts = (blockDim.x - kPayloadSideThreads) / 2;
-  const bool sends = threadIdx.x < parts;
-  Pieces<Output> pieces(rank, call, relay, first.sequence, sends ? threadIdx.x : threadIdx.x - parts, parts);
+  const uint32_t threads = (blockDim.x - kPayloadSideThreads) / 2;
+  const bool sends = threadIdx.x < threads;
+  Pieces<Output> pieces(rank, call, relay, first.sequence, sends ? threadIdx.x : threadIdx.x - threads,
+                        threads);
   if (!sends) let_next_kernel_start();
   if (sends) {
     pieces.send();
-  } else if (threadIdx.x < 2 * parts) {
+  } else if (threadIdx.x < 2 * threads) {
     pieces.receive();
-  } else if (threadIdx.x == 2 * parts) {
+  } else if (threadIdx.x == 2 * threads) {
     pieces.poll_flags();
-  } else if (threadIdx.x >= 2 * parts + kWarp) {
+  } else if (threadIdx.x >= 2 * threads + kWarp) {
     update_progress(rank, call, first.sequence, pieces.messages(), false);
   }
   advance(rank, pieces.messages());

@@ -7,7 +7,7 @@
 namespace spark::device {
 
 // A number that one thread of the block raises and whole warps wait for, in shared memory. Every access is
-// atomic: there is little traffic, and compute-sanitizer's racecheck knows no other order between threads
+// atomic: there is little traffic, and compute-sanitizer's racecheck supports no other order between threads
 // than barriers'.
 class Counter {
  public:
@@ -20,7 +20,7 @@ class Counter {
   __device__ void end() { exchange_release(&ended_, 1); }
 
   // By a whole warp. False: it ended before it came to `value`. All that wait for the same value get the same
-  // answer, however late they look: they have barriers in common.
+  // answer, however late they load it: they have barriers in common.
   __device__ bool wait_for(uint32_t value) {
     bool there = false;
     if (threadIdx.x % kWarp == 0) {
@@ -60,8 +60,8 @@ class Counter {
 };
 
 // Waits here end when the thread that polls flags has given up, which it does in bounded time. `sent`
-// needs no end: a sender stops early only once the receivers have, and before message j it waits for no more
-// than that they are through with j - depth.
+// needs no end: a sender stops early only once the receivers have, and before message j it only waits until
+// they have read j - depth.
 struct Relay {
   Counter sent;      // messages, by one that sends, after a barrier of all that do: their input is read
   Counter arrived;   // messages, by the thread that acquired their flags

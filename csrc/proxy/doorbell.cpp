@@ -9,7 +9,7 @@
 namespace spark {
 namespace {
 
-// A sleeping proxy wakes this often even if nobody wakes it: a bound, not a mechanism.
+// Maximum of a sleep without a wake: a bound, not a mechanism.
 constexpr timespec kLongestSleep{0, 100'000'000};
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {

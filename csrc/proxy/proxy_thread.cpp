@@ -33,13 +33,13 @@ void ProxyThread::run() {
     bool busy = !held_.load(std::memory_order_relaxed) && source_.post_staged(transport_);
     bool under_way = transport_.progress();
     bool idle = source_.pause(busy, under_way);
-    if (++turns % kTurnsPerCheck == 0 || idle) transport_.attend();
+    if (++turns % kTurnsPerCheck == 0 || idle) transport_.maintain();
   }
   // The peer may still wait for what was staged before the end.
   while (source_.post_staged(transport_)) {
   }
   for (Clock::time_point end = Clock::now() + kDrainTime; transport_.progress() && Clock::now() < end;) {
-    transport_.attend();
+    transport_.maintain();
     std::this_thread::yield();
   }
   transport_.finish();

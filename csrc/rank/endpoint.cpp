@@ -14,7 +14,7 @@ namespace {
 
 constexpr uint64_t kLargestSlot = 1 << 30;
 constexpr uint32_t kLongestClearInterval = 1u << 30;
-// How long another rank may take to write down why this one shall stop.
+// Maximum time that another thread may take to write the reason of an abort.
 constexpr auto kReasonTime = std::chrono::milliseconds(20);
 
 Options checked(const Options& options) {
@@ -24,7 +24,7 @@ Options checked(const Options& options) {
   }
   if (options.depth == 0 || options.depth > kMaxSlots / 2 || (options.depth & (options.depth - 1)) != 0 ||
       options.sizes.slots != 2 * options.depth) {
-    // A power of two, so that slots go round without a seam when the 32-bit sequence wraps.
+    // A power of two, so that the slots' order is kept when the 32-bit sequence number wraps.
     refuse("depth " + std::to_string(options.depth) + " is not a power of two from 1 to " +
            std::to_string(kMaxSlots / 2));
   }
@@ -138,16 +138,16 @@ void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
 }
 
 void Endpoint::start() {
-  // Release: who asks whether it may send finds all that sending needs.
+  // Release: a thread that acquires it in check_usable sees everything that sending needs.
   started_.store(true, std::memory_order_release);
 }
 
 void Endpoint::publish_peer(Peer peer) {
   peer_ = std::move(peer);
-  // In the single order of all: `abort` poisons, then looks whether there is a peer to tell. Either it sees
-  // this one, or this looks and sees the poison.
+  // Sequentially consistent: this stores connected_, then loads the poison; `abort` stores the poison, then
+  // loads connected_. So at least one of them ends the peer's waits.
   connected_.store(true, std::memory_order_seq_cst);
-  if (const std::string* reason = poison_.load(std::memory_order_seq_cst)) tell_peer(*reason);
+  if (const std::string* reason = poison_.load(std::memory_order_seq_cst)) end_peer_waits(*reason);
 }
 
 std::string Endpoint::path() const {
@@ -206,7 +206,7 @@ MismatchError Endpoint::mismatch(uint32_t sequence, const Operation& mine, const
                        theirs.describe() + "; both must call the same ones in the same order");
 }
 
-TimeoutError Endpoint::overdue(const std::string& where) const {
+TimeoutError Endpoint::timed_out(const std::string& where) const {
   return TimeoutError(wait_in(where) + ": it did not come within " + seconds_text(options_.timeout) +
                       peer_.state() +
                       "; see what it is doing, or allow more time (timeout_s, --spark-collective-timeout)");
@@ -219,7 +219,7 @@ std::string Endpoint::wait_in(const std::string& where) const {
 void Endpoint::abort(const std::string& reason) {
   poison(reason);
   end_waits(reason);
-  tell_peer(reason);
+  end_peer_waits(reason);
 }
 
 void Endpoint::end_waits(const std::string& reason) {
@@ -229,11 +229,11 @@ void Endpoint::end_waits(const std::string& reason) {
   mine().abort().store(kAborted, std::memory_order_release);
 }
 
-void Endpoint::tell_peer(const std::string& reason) {
+void Endpoint::end_peer_waits(const std::string& reason) {
   if (!connected_.load(std::memory_order_seq_cst)) return;
   std::string sentence = rank_name() + " stopped: " + reason;
   if (link_) {
-    link_->tell(sentence);
+    link_->announce_stop(sentence);
   } else {
     write_abort(*theirs_, sentence);
   }
@@ -250,13 +250,13 @@ void Endpoint::check_abort() const {
 }
 
 bool Endpoint::write_abort(Region region, const std::string& reason) {
-  // The first reason counts: whoever claims the word writes it.
+  // The first reason counts: the thread that claims the word writes it.
   uint32_t none = kRunning;
   if (!region.abort().compare_exchange_strong(none, kAbortClaimed, std::memory_order_relaxed)) return false;
   size_t length = whole_characters(reason, Region::abort_reason_size() - 1);
   std::memcpy(region.abort_reason(), reason.data(), length);
   region.abort_reason()[length] = '\0';
-  // Release: whoever sees it reads the reason.
+  // Release: a thread that acquires it reads the reason.
   region.abort().store(kAborted, std::memory_order_release);
   return true;
 }
@@ -264,8 +264,8 @@ bool Endpoint::write_abort(Region region, const std::string& reason) {
 void Endpoint::poison(const std::string& reason) {
   const std::string* none = nullptr;
   const std::string* mine = new std::string(reason);
-  // Readers dereference the pointer; see also publish_peer. The first failure is the cause; later ones are
-  // its echoes.
+  // Sequentially consistent: see publish_peer; also a release, since readers dereference the pointer. The
+  // first failure is the cause of later ones.
   if (!poison_.compare_exchange_strong(none, mine, std::memory_order_seq_cst)) delete mine;
 }
 

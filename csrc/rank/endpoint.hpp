@@ -1,5 +1,5 @@
-// One rank's end of a pair: its region, the peer's, and whether the pair still works. What computes where
-// (CPU or GPU) is built on it.
+// One rank's end of a pair: its region, the peer's, and whether the pair still works. Of a rank on a CPU or
+// on a GPU (rank.hpp).
 #pragma once
 
 #include <atomic>
@@ -62,7 +62,7 @@ class Endpoint {
   // know to connect to them. Throws CollectiveError.
   std::string open_link(const verbs::LinkOptions& options, const std::vector<verbs::RailAddress>& rails);
   void connect_link(const std::string& peer_offer, const std::string& description);
-  // Last, when all that collectives need is there: from here on they are allowed.
+  // Last, when everything that collectives need exists: from here on they are allowed.
   void start();
 
   const Options& options() const { return options_; }
@@ -91,16 +91,16 @@ class Endpoint {
 
   // The ranks called different collectives: what this rank throws.
   MismatchError mismatch(uint32_t sequence, const Operation& mine, const Operation& theirs) const;
-  // The peer did not come within the time-out: what this rank throws. `where` it waited, to stand behind
-  // "in".
-  TimeoutError overdue(const std::string& where) const;
+  // The peer's message did not arrive within the time-out: what this rank throws. `where` it waited, to stand
+  // behind "in".
+  TimeoutError timed_out(const std::string& where) const;
   // "rank 0 waited for rank 1 on spark-b in `where`".
   std::string wait_in(const std::string& where) const;
 
   // Ends every wait of both ranks with `reason`. From any thread.
   void abort(const std::string& reason);
-  // Tells the peer, which may wait for what will not come, and leaves this rank's word alone.
-  void tell_peer(const std::string& reason);
+  // Ends the peer's waits with `reason`, and none of this rank's.
+  void end_peer_waits(const std::string& reason);
   bool aborted() const;
   // Ends this rank's waits with `reason`, as if the peer had said so.
   void end_waits(const std::string& reason);
@@ -133,8 +133,8 @@ class Endpoint {
   std::unique_ptr<LoopbackTransport> loopback_;
   std::unique_ptr<verbs::Link> link_;
   Transport* transport_ = nullptr;
-  std::atomic<bool> connected_{false};  // the peer may be told something
-  std::atomic<bool> started_{false};    // the peer may be sent something
+  std::atomic<bool> connected_{false};  // the peer's waits can be ended
+  std::atomic<bool> started_{false};    // messages may be sent
   Peer peer_;
   pid_t process_;
   std::atomic<bool> closed_{false};

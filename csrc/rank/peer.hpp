@@ -1,4 +1,4 @@
-// What a rank knows about the other one beyond its memory: is it still there?
+// The other rank: its name, and whether its process still runs.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@ class Peer {
   Peer() = default;
   // On this machine.
   Peer(int rank, pid_t process, const std::string& description);
-  // On another one, whose processes nobody can watch from here.
+  // On another machine, whose processes cannot be watched from here.
   Peer(int rank, const std::string& description);
 
   // False once the process has ended. True also where this machine cannot tell.

@@ -1,5 +1,5 @@
-// A thread that sleeps until the peer's process ends, for ranks whose waits cannot look for themselves: a
-// kernel.
+// A thread that sleeps until the peer's process ends, for ranks whose waits cannot check that
+// themselves: those of kernels.
 #pragma once
 
 #include <functional>

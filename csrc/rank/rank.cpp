@@ -38,7 +38,7 @@ void Rank::close() {
   if (!endpoint_.close()) return;
   wait_until_idle();
   if (proxy_) proxy_->stop();
-  endpoint_.tell_peer("it closed its runtime");
+  endpoint_.end_peer_waits("it closed its runtime");
 }
 
 }  // namespace spark

@@ -32,7 +32,7 @@ class Rank {
   Rank& operator=(const Rank&) = delete;
 
   // Connecting to a peer on this machine: exchange addresses, then `connect`. To a peer on another machine:
-  // `open_link`, exchange what it returns, `connect_link`, and `start` once both ranks have come so far. See
+  // `open_link`, exchange what it returns, `connect_link`, and `start` once both ranks have called it. See
   // Endpoint.
   Address address() const { return endpoint_.address(); }
   void connect(const Address& peer, const std::string& description);

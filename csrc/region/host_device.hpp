@@ -1,4 +1,4 @@
-// Marks functions that kernels call too. A CPU build sees nothing of it.
+// Marks functions that kernels call too; empty in a CPU build.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// What two ranks must agree on for one message: the operation's tag.
+// The operation and its tag, by which two ranks check that they call the same one.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ SPARK_HOST_DEVICE constexpr uint32_t size_of(DType dtype) {
 }
 
 // A whole operation, packed into the 32 bits that travel with every message: kind in 2 bits, dtype in 3, the
-// number of elements modulo 2^27 in the rest. It is compared on arrival, so that ranks whose programs went
-// apart get an error instead of a wrong sum.
+// number of elements modulo 2^27 in the rest. It is compared on arrival, so that ranks that call
+// different operations get an error instead of a wrong sum.
 struct Operation {
   Kind kind;
   DType dtype;

@@ -1,9 +1,9 @@
-// Flagged packets: small messages whose every 8 bytes say for themselves that they have arrived.
+// Flagged packets: small messages in which each 8 bytes have a flag of their own arrival.
 //
 // A packet is 16 bytes: data, flag, data, flag, each 4 bytes. Each half is written and read as one aligned
 // 8-byte word, and its flag is the message's sequence number. So nothing is assumed about the order in which
-// words arrive, only that 8 bytes stay together, which RDMA writes, PCIe and the CPU's and GPU's aligned
-// accesses all grant. The idea is NCCL's LL protocol and mscclpp's LL16 packets.
+// words arrive, only that aligned 8 bytes are atomic, as they are in RDMA writes, on PCIe and in the CPU's
+// and GPU's accesses. The idea is NCCL's LL protocol and mscclpp's LL16 packets.
 #pragma once
 
 #include <cstddef>

@@ -56,7 +56,7 @@ class Region {
     }
   }
 
-  // The same for the send slot, which a kernel fills and this rank's proxy looks through.
+  // The same for the send slot, which a kernel fills and this rank's proxy scans.
   void clear_send(uint32_t sequence) const {
     uint32_t never = sequence + (1u << 31);
     for (uint32_t piece = 0; piece < kMaxPieces; ++piece) {

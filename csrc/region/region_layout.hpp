@@ -28,8 +28,8 @@ constexpr uint32_t kMaxPieces = 64;
 constexpr size_t kLine = 128;
 constexpr size_t kHalvesPerLine = 8;  // halves of packets in a line of x86-64, 64 bytes; slots begin on one
 constexpr size_t kPage = 4096;
-// Bytes of the sentence that says why a rank stops, with its terminating zero: enough for a lost link's,
-// which says of each of four rails what is wrong with it, and then what to do.
+// Bytes of the sentence with the reason why a rank stops, with its terminating zero: enough for that of a
+// lost link, which has a problem for each of four rails, and then the remedy.
 constexpr size_t kReasonBytes = 2048;
 // Announcements of the links' state that may be on their way at once, a page each.
 constexpr uint32_t kOutboxes = 8;
@@ -75,8 +75,8 @@ enum AbortState : uint32_t { kRunning = 0, kAbortClaimed = 1, kAborted = 2 };
 
 // The words here are atomics: Region gives the CPU's view of them, a kernel uses system-scope accesses.
 struct Control {
-  // Level, not queue: the last sequence number staged by a CPU; kernels ring nothing. The proxy posts
-  // everything up to it.
+  // A level, not a queue: the last sequence number that the CPU has staged. GPU kernels do not use it. The
+  // proxy posts everything up to it.
   alignas(kLine) uint32_t doorbell;
   // Nonzero while the proxy sleeps on the doorbell, so that ringing it costs a system call only then.
   alignas(kLine) uint32_t proxy_asleep;
@@ -131,7 +131,7 @@ class RegionLayout {
     return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
   }
   SPARK_HOST_DEVICE constexpr size_t payload_area() const { return round_up(sizes_.slot_bytes, kPage); }
-  // There are a power of two of them, so that they go round without a seam where sequence numbers do.
+  // Their number is a power of two, so that their order is kept when sequence numbers wrap.
   SPARK_HOST_DEVICE constexpr uint32_t slot(uint32_t sequence) const { return sequence & (sizes_.slots - 1); }
 
  private:

@@ -1,4 +1,4 @@
-// Waiting in steps: spin while the answer is microseconds away, then give the core away, then sleep.
+// Waiting in steps: spins for some microseconds, then yields the core, then sleeps.
 #pragma once
 
 #include <sched.h>
@@ -25,15 +25,15 @@ inline void cpu_relax() {
 #endif
 }
 
-// One wait. `step` is called between two looks at the awaited word; it returns true once the wait has become
-// slow, when the caller can afford to look at clocks, abort words and the peer's health.
+// One wait. `step` is called between two loads of the awaited word; it returns true once the wait has become
+// slow, when the caller has time to check clocks, abort words and the peer's process.
 class Backoff {
  public:
   explicit Backoff(const BackoffTimes& times) : times_(times) {}
 
   bool step() {
-    // A clock read costs about as much as twenty pauses: look at it now and then while spinning.
-    if (++spins_ % kSpinsPerLook != 0) {
+    // A clock read costs about as much as twenty pauses: it is read now and then while spinning.
+    if (++spins_ % kSpinsPerClock != 0) {
       cpu_relax();
       return false;
     }
@@ -41,7 +41,7 @@ class Backoff {
     if (start_ == Clock::time_point{}) start_ = now;
     std::chrono::nanoseconds waited = now - start_;
     if (waited < times_.spin) return false;
-    --spins_;  // every further step looks at the clock
+    --spins_;  // every further step reads the clock
     if (waited < times_.spin + times_.yield) {
       sched_yield();
       return true;
@@ -52,7 +52,7 @@ class Backoff {
   }
 
  private:
-  static constexpr uint32_t kSpinsPerLook = 32;
+  static constexpr uint32_t kSpinsPerClock = 32;
 
   BackoffTimes times_;
   uint32_t spins_ = 0;

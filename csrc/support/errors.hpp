@@ -24,7 +24,7 @@ struct TimeoutError : CollectiveError {
   using CollectiveError::CollectiveError;
 };
 
-// Somebody called abort, here or on the peer.
+// `abort` was called, on this rank or on the peer.
 struct AbortedError : CollectiveError {
   using CollectiveError::CollectiveError;
 };

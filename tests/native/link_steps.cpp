@@ -56,7 +56,7 @@ class Pair {
   bool step(spark::Endpoint& rank) {
     spark::Endpoint& other = &rank == &left ? right : left;
     bool awake = rank.link()->progress();
-    rank.link()->attend();
+    rank.link()->maintain();
     std::string announcement = rank.link()->announcements().take();
     if (!announcement.empty()) other.link()->announcements().deliver(announcement);
     for (const std::string& sentence : rank.link()->announcements().take_log()) log[&rank] += sentence + "\n";

@@ -114,7 +114,7 @@ class Preempted : public spark::Transport {
     if (posts() != before) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     return under_way;
   }
-  void attend() override { link_.attend(); }
+  void maintain() override { link_.maintain(); }
   void finish() override { link_.finish(); }
 
  private:

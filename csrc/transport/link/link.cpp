@@ -63,7 +63,7 @@ bool Link::progress() {
          std::any_of(keeper_.rails().begin(), keeper_.rails().end(), [](auto& rail) { return rail->up(); });
 }
 
-void Link::attend() {
+void Link::maintain() {
   Clock::time_point now = Clock::now();
   if (now < next_check_) return;
   next_check_ = now + kCheckInterval;
@@ -102,7 +102,7 @@ void Link::finish() {
   Clock::time_point end = Clock::now() + kFinishTime;
   // The peer may still wait for what was posted, and must not receive the announcement of the end before.
   flush(end);
-  tell(rank_name_ + " stopped: it closed its runtime");
+  announce_stop(rank_name_ + " stopped: it closed its runtime");
   next_check_ = {};
   read_announcements();
   announcements_.request();
@@ -113,7 +113,7 @@ void Link::flush(Clock::time_point end) {
   announce();
   while (!stopped_ && messages_under_way() && Clock::now() < end) {
     progress();
-    attend();
+    maintain();
     std::this_thread::yield();
   }
 }

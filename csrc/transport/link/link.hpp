@@ -34,13 +34,13 @@ class Link final : public Transport {
 
   void post(uint32_t sequence, const SendDescriptor& descriptor) override;
   bool progress() override;
-  void attend() override;
+  void maintain() override;
   void finish() override;
 
   // From any thread:
 
   // Tells the peer that this rank stops. The first reason counts.
-  void tell(const std::string& reason) { announcements_.stop(reason); }
+  void announce_stop(const std::string& reason) { announcements_.stop(reason); }
   // Both ranks' announcements, and the log.
   Announcements& announcements() { return announcements_; }
   const LinkCounters& counters() const { return counters_; }

@@ -68,7 +68,7 @@ void RailKeeper::connect(const std::string& peer_name) {
       connecting_failed(*rail, error.what(), begun);
       continue;
     }
-    rail->mark_up();  // nothing is sent before both ranks have told each other that they are connected
+    rail->mark_up();  // nothing is sent before both ranks have exchanged that they are connected
     any = true;
   }
   if (any) return;
@@ -81,7 +81,7 @@ void RailKeeper::poll(Rail& rail) {
   if (std::optional<std::string> problem = rail.poll()) {
     fail(rail, *problem);
   } else if (rail.phase() != before) {
-    announcements_.request();  // the peer may not send data before it knows
+    announcements_.request();  // the peer may send data only after it has read that
   }
 }
 
@@ -95,7 +95,7 @@ void RailKeeper::fail_to_post(Rail& rail, int error) {
 }
 
 void RailKeeper::fail_after_peer(Rail& rail, uint32_t epoch) {
-  // What this rank has found itself since the rail was open says more.
+  // A problem that this rank has found itself since the rail was open is more specific.
   std::string& problem = record(rail).problem;
   if (problem.empty()) problem = kOtherEndFailed;
   end_connection(rail, kOtherEndFailed, epoch);
@@ -199,8 +199,8 @@ void RailKeeper::check_proof_time(Rail& rail, Clock::time_point now) {
 }
 
 void RailKeeper::reconnect(Rail& rail, Clock::time_point now) {
-  // Both ends take part in every connection: if one has failed, the other one has too, whether it knows or
-  // not.
+  // Both ends take part in every connection: if one has failed, the other one has too, even if it has
+  // not detected that.
   uint32_t peer_epoch = peer_state(rail).epoch;
   if (static_cast<int32_t>(peer_epoch - rail.epoch()) > 0) fail_after_peer(rail, peer_epoch);
   check_proof_time(rail, now);

@@ -60,7 +60,7 @@ class RailKeeper {
   // True if no packet of a failed connection can arrive at the peer any more.
   bool peer_has_ended_failed_connections() const;
 
-  // Looks for failures, connects and opens rails. Not empty: no rail was open within the time-out, in a
+  // Checks for failures, connects and opens rails. Not empty: no rail was open within the time-out, in a
   // sentence.
   std::optional<std::string> maintain(Clock::time_point now);
   // From here on failures of rails are expected, and not reported.

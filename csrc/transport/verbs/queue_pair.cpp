@@ -10,12 +10,12 @@
 namespace spark::verbs {
 namespace {
 
-// After 4.096 us * 2^14 = 67 ms without an answer a packet is sent again, six times at most: a lost cable is
-// noticed after half a second to a few (NICs stretch it), and losing one packet in twenty is not taken for
-// one. Not seven times, which soft-RoCE takes for "without end".
+// A packet without an acknowledgement is retransmitted after 4.096 us * 2^14 = 67 ms, at most six times. So a
+// dead cable is detected in 0.5 to a few seconds (NICs use longer times), and a loss of 5 % of the packets is
+// tolerated. Not seven times, which soft-RoCE treats as unlimited.
 constexpr uint8_t kTimeout = 14;
 constexpr uint8_t kRetries = 6;
-constexpr uint8_t kReceiverRetries = 7;  // without end; but writes need no receiver that is ready
+constexpr uint8_t kReceiverRetries = 7;  // unlimited; RDMA writes need no posted receive anyway
 constexpr uint8_t kReceiverTimer = 12;
 constexpr uint8_t kHopLimit = 64;
 

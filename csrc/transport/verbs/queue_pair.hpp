@@ -49,7 +49,7 @@ struct Destination {
   abi::ibv_gid gid;
 };
 
-// How packets are marked on the wire; both as the network's administrator says.
+// Class of the packets on the wire; the network's administrator defines both numbers.
 struct WireClass {
   uint8_t traffic_class = 0;
   uint8_t service_level = 0;
