@@ -1,6 +1,6 @@
 // The ranks' announcements of the state of their rails (link_state.hpp): over every rail that works, into the
-// inbox of the peer's region, and out of band, by calls of `take` on one rank and `deliver` on the other. Also
-// the log of the link.
+// inbox of the peer's region, and out of band, by calls of `take` on one rank and `deliver` on the other.
+// Also the log of the link.
 #pragma once
 
 #include <atomic>
