@@ -19,6 +19,10 @@ from vllm_spark.errors import lower_first
 
 Record = TypeVar("Record")
 
+_LONGEST_NAME = 60  # characters of a name in an error
+_OWN_WORDS = {"unexpected_keyword_argument": "unknown field"}
+"""pydantic's messages that suit calls and not JSON, by their type."""
+
 
 class RecordError(ValueError):
     """JSON that is not a record of the expected type; the text is a part of a sentence."""
@@ -54,9 +58,16 @@ def indented_json(content: Any) -> str:
 def first_fault(error: ValidationError) -> str:
     """The first error that pydantic found: field and message."""
     fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    what = lower_first(str(fault["msg"]).removeprefix("Value error, "))
+    where = ".".join(_name(part) for part in fault["loc"] if part != "[key]")
+    what = _OWN_WORDS.get(fault["type"]) or lower_first(str(fault["msg"]).removeprefix("Value error, "))
     return f"{where}: {what}" if where else what
+
+
+def _name(part: int | str) -> str:
+    """A field, an index or a key, as the JSON has it: a key may be any text."""
+    name = str(part)
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 @functools.cache

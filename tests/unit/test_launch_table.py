@@ -51,7 +51,7 @@ def test_the_limit_of_packets() -> None:
         (b"\xff", "invalid JSON"),
         (b"", "invalid JSON"),
         (b'{"packet_kib": 99999}', "1024"),
-        (b'{"packets_kib": 9}', "packets_kib: unexpected"),
+        (b'{"packets_kib": 9}', "packets_kib: unknown field; give"),
         (b'{"shape": {"packet_threads": 9}}', "packet_threads 9"),
     ],
 )

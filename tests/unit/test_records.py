@@ -108,6 +108,17 @@ def test_a_fault_is_a_part_of_a_sentence(payload: bytes, fault: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [("two\nlines", r"'two\nlines': unknown field"), ("k" * 1000, "k" * 60 + "...: unknown field")],
+    ids=["a line's end", "a long one"],
+)
+def test_a_name_in_a_fault_is_short_and_on_one_line(key: str, fault: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        from_json(json.dumps({key: 1}), LaunchTable)
+    assert str(caught.value) == fault
+
+
 def test_bytes_are_base64() -> None:
     assert json.loads(to_json(LinkOffer(b"\xff\xff"))) == {"offer": "//8=", "problem": ""}
     with pytest.raises(RecordError, match=r"^offer: must be base64 \("):
