@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 WARNINGS = ["-Wall", "-Wextra"]
@@ -48,6 +49,11 @@ class BuildNative(build_ext):
         """Compiles the kernels into one image beside the native module."""
         target = Path(self.get_ext_fullpath("vllm_spark._native")).with_name("kernels.fatbin")
         target.parent.mkdir(parents=True, exist_ok=True)
+        self.kernels = target
+        sources = [str(path) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".hpp")]
+        if not self.force and not newer_group(sources, str(target)):
+            print("vllm-spark: the kernels are up to date")
+            return
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         if missing := [name for name in PTX_ARCHITECTURES if f"compute_{name}" not in listed]:
             sys.exit(
@@ -59,7 +65,6 @@ class BuildNative(build_ext):
         code += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in PTX_ARCHITECTURES]
         source = ROOT / "csrc" / "kernels" / "collectives.cu"
         subprocess.run([nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", str(target), str(source)], check=True)
-        self.kernels = target
 
     def copy_extensions_to_source(self) -> None:
         """For a checkout used in place: the kernels go where the native module goes."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+
+from .thorough import THOROUGH
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "VLLMSPARK_THOROUGH" in os.environ:
+    if THOROUGH:
         return
     for item in items:
         if item.get_closest_marker("thorough") is not None:

@@ -22,6 +22,8 @@ SANITIZERS = {
     "thread": ("-O1", "-fsanitize=thread"),
     "address and undefined": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
 }
+CHECKED = SANITIZERS["address and undefined"]
+"""For programs that are compiled once: what they do is checked on the way, and the objects are those of other tests."""
 BOUND = 300.0
 """Seconds after which a compiler counts as hung."""
 
@@ -30,6 +32,14 @@ def need(program: str, package: str) -> None:
     """Skips the test where `program`, of a Debian package, is not installed."""
     if shutil.which(program) is None:
         pytest.skip(f"needs {program} (Debian package {package})")
+
+
+def without_preload() -> dict[str, str]:
+    """The environment for a program with AddressSanitizer, which must be the first library that is loaded.
+
+    vLLM's CPU build preloads libraries into what its process starts.
+    """
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def compile_with(*command: str | Path) -> None:

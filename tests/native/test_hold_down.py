@@ -6,13 +6,15 @@ import subprocess
 
 import pytest
 
-from .programs import Programs
+from .programs import CHECKED, Programs, without_preload
 
 
 def held(programs: Programs, *events: str) -> list[tuple[int, int]]:
     """Milliseconds after each failure: while another rail works, and while none does."""
-    program = programs.link("hold_down.cpp", "-O2")
-    done = subprocess.run([str(program), *events], capture_output=True, text=True, timeout=60, check=True)
+    program = programs.link("hold_down.cpp", *CHECKED)
+    done = subprocess.run(
+        [str(program), *events], capture_output=True, text=True, timeout=60, check=True, env=without_preload()
+    )
     lines = [line.split() for line in done.stdout.splitlines()]
     return [(int(beside), int(alone)) for beside, alone in lines]
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from .programs import Programs
+from .programs import CHECKED, Programs
 
 SCENARIOS = {
     "proof": "while no rail is open, the proxy does not sleep before a rail that is up is proven",
@@ -20,7 +20,7 @@ SCENARIOS = {
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_link_step_by_step(scenario: str, programs: Programs) -> None:
     done = subprocess.run(
-        [str(programs.link("link_steps.cpp", "-O2")), scenario],
+        [str(programs.link("link_steps.cpp", *CHECKED)), scenario],
         env={"LD_LIBRARY_PATH": str(programs.libibverbs("verbs_unreliable.cpp"))},
         capture_output=True,
         text=True,

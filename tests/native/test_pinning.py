@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .programs import Programs
+from .programs import CHECKED, Programs, without_preload
 
 BOUND = 300
 
@@ -89,6 +89,14 @@ def test_memory_that_a_nic_cannot_pin(programs: Programs) -> None:
 DEFAULT = "CONFIG_KEXEC_HANDOVER=y\nCONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y\n"
 
 
+def remedy(programs: Programs, root: Path) -> subprocess.CompletedProcess[str]:
+    """What is said of a machine whose files are below `root`."""
+    program = programs.link("pin_remedy.cpp", *CHECKED)
+    return subprocess.run(
+        [program, str(root)], capture_output=True, text=True, timeout=60, check=True, env=without_preload()
+    )
+
+
 @pytest.mark.parametrize(
     ("command_line", "free", "total", "config", "reserved"),
     [
@@ -123,14 +131,10 @@ def test_what_is_said_of_memory_reserved_for_kexec_handover(
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    done = subprocess.run(
-        [programs.link("pin_remedy.cpp", "-O2"), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = remedy(programs, tmp_path)
     assert done.stdout.strip() == LIMIT + (HANDOVER if reserved else "")
 
 
 def test_a_machine_whose_files_cannot_be_read(programs: Programs, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [programs.link("pin_remedy.cpp", "-O2"), str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = remedy(programs, tmp_path)
     assert done.stdout.strip() == LIMIT

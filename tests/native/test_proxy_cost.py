@@ -36,6 +36,7 @@ def own_instructions(profile: Path) -> Counter[str]:
     return costs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["packets", "payload"])
 def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, tmp_path: Path) -> None:
     need("valgrind", "valgrind")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sysconfig
@@ -11,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from .programs import BINDINGS, FLAGS, SANITIZERS, Programs, compile_with, need
+from .programs import BINDINGS, FLAGS, SANITIZERS, Programs, compile_with, need, without_preload
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
 def run(*command: str | Path) -> None:
-    # vLLM's CPU build preloads libraries into what a process starts, and AddressSanitizer must be the first.
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=without_preload())
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert done.stdout.strip().endswith("ok")
 
@@ -36,6 +33,7 @@ def test_the_bindings_compile_for_aarch64() -> None:
     compile_with(CROSS_COMPILER, *FLAGS, "-O1", "-fsyntax-only", *(f"-isystem{folder}" for folder in headers), BINDINGS)
 
 
+@pytest.mark.thorough
 def test_two_ranks_on_aarch64(programs: Programs) -> None:
     """Shows that it compiles and computes right there; the emulator's memory order is the host's."""
     need(CROSS_COMPILER, "g++-aarch64-linux-gnu")

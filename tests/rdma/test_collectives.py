@@ -25,9 +25,12 @@ def test_many_collectives_of_random_kind_dtype_and_size(machines: Pair) -> None:
         assert counters["payload_messages"] > 0
 
 
-def test_messages_from_nothing_to_the_largest(machines: Pair) -> None:
-    """Up to 64 MiB in chunks; elements are of four bytes or of two."""
-    sizes = [0, 1, 2, 3, 1023, 2048, 2049, 64 * KIB + 1, 700 * KIB, 16 * MIB]
+@pytest.mark.parametrize(
+    "largest", [700 * KIB, pytest.param(16 * MIB, marks=pytest.mark.thorough)], ids=["2.7 MiB", "64 MiB"]
+)
+def test_messages_from_nothing_to_large_ones(machines: Pair, largest: int) -> None:
+    """The two largest go in chunks; elements are of four bytes."""
+    sizes = [0, 1, 2, 3, 1023, 2048, 2049, 64 * KIB + 1, largest]
     ranks = Ranks(machines, len(sizes), "--largest", "100000", "--elements", *map(str, sizes))
     for outcome in ranks.agree():
         assert outcome.report["operations"] == len(sizes)

@@ -90,7 +90,7 @@ def stop_a_proxy(machines: Pair, ranks: Ranks) -> None:
         pytest.param(pull_end(1), 1, id="rank 1's cables out for 3 s", marks=pytest.mark.thorough),
         pytest.param(lose_one_rail, 1, id="one rail cut for 5 s"),
         pytest.param(take_one_interface_down, 1, id="one interface down for 5 s", marks=pytest.mark.thorough),
-        pytest.param(lose_both_rails, 2, id="both rails cut for 5 s"),
+        pytest.param(lose_both_rails, 2, id="both rails cut for 5 s", marks=pytest.mark.thorough),
         pytest.param(break_a_queue_pair, 1, id="a queue pair in error"),
         pytest.param(stop_a_proxy, 0, id="a proxy stopped for 2 s"),
     ],
@@ -115,7 +115,7 @@ def test_no_message_is_lost_or_wrong(
 
 EVERYTHING, LARGE = 0, 1600
 """Packets of more bytes than this are lost. One with an RDMA write of 4096 bytes has 4166, its acknowledgement 62."""
-SECONDS = 20.0
+SECONDS = 12.0
 A_BUSY_HOST = 2
 """Stalls and failures of the healthy rail that are excused: where the host stops a machine, its peer hears nothing."""
 
@@ -128,7 +128,7 @@ def most_attempts(outcome: Outcome) -> float:
 @pytest.mark.parametrize(
     ("over", "both_ways"),
     [
-        pytest.param(EVERYTHING, True, id="everything"),
+        pytest.param(EVERYTHING, True, id="everything", marks=pytest.mark.thorough),
         pytest.param(LARGE, True, id="large packets"),
         pytest.param(LARGE, False, id="large packets of one rank", marks=pytest.mark.thorough),
     ],
@@ -159,7 +159,13 @@ def test_a_rail_whose_other_end_is_not_found_does_not_end_the_start(machines: Pa
     assert first.output.count("cannot be connected: the RDMA device rxe1 cannot reach the peer") == 1
 
 
-@pytest.mark.parametrize("over", [pytest.param(EVERYTHING, id="everything"), pytest.param(LARGE, id="large packets")])
+@pytest.mark.parametrize(
+    "over",
+    [
+        pytest.param(EVERYTHING, id="everything"),
+        pytest.param(LARGE, id="large packets", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_rail_that_starts_to_lose_data_stalls_one_operation(machines: Pair, over: int) -> None:
     """From then on the healthy rail carries everything, though the other one can be connected at any time."""
     ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
@@ -201,12 +207,3 @@ def test_a_killed_peer_is_noticed_by_its_connection(machines: Pair) -> None:
     outcome = ranks.outcome(0, timeout=60)
     assert outcome.exit_code == 3
     assert "its process has ended" in outcome.error
-
-
-def test_a_killed_machine_is_noticed_by_the_link(machines: Pair) -> None:
-    ranks = Ranks(machines, 10**6, link_timeout_s=5.0, timeout_s=120.0)
-    ranks.reach(BEFORE)
-    machines[1].kill()
-    outcome = ranks.outcome(0, timeout=120)
-    assert outcome.exit_code == 3
-    assert "rank 0 lost its link to rank 1 on machine1: no rail came back within 5.0 s" in outcome.error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from .machines import Pair
 
 PORT = 29710
@@ -29,6 +31,7 @@ def run_both(machines: Pair, operations: int, *attacks: str) -> tuple[dict[str, 
     return json.loads(finished.stdout.splitlines()[-1]), printed.stdout
 
 
+@pytest.mark.thorough
 def test_an_independent_rank_of_pyverbs_takes_part(machines: Pair) -> None:
     report, printed = run_both(machines, 100)
     assert printed == "100 operations were right\n"

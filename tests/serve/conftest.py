@@ -30,7 +30,8 @@ def hosts(logs: Path, pytestconfig: pytest.Config) -> Iterator[Hosts]:
     with two_hosts(logs) as (pair, reason):
         if reason is not None:
             pytestconfig.stash[WITHOUT_NAMESPACES] = reason
-        yield pair
+        with pair[0].fork_server(), pair[1].fork_server():
+            yield pair
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ class OneRank:
 @pytest.fixture(scope="session")
 def one_rank(host: Host, tiny_moe: Path) -> OneRank:
     """The tiny MoE, served by one rank."""
-    with stock_tp1(host, tiny_moe) as server:
+    with stock_tp1(host, tiny_moe, cold=True) as server:
         tokens = prompts.greedy_tokens(server.client)
         pids = [server.leader.pid, *(child.pid for child in server.leader.descendants())]
         return OneRank(tokens, {pid: Path(f"/proc/{pid}/maps").read_text() for pid in pids})

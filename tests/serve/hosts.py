@@ -30,6 +30,7 @@ import psutil
 
 from vllm_spark.processes.managed import POLL_SECONDS, clean_environment
 
+from .forked_process import ForkServer
 from .process import Process, start
 
 PREFIX = "vsp"
@@ -51,12 +52,35 @@ class Host:
     """The bridge's end of this host's cable; None where hosts are only loopback addresses."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
     _given_ports: set[int] = field(default_factory=set, repr=False)
+    _fork_server: ForkServer | None = field(default=None, repr=False)
 
-    def popen(self, argv: Sequence[str], env: Mapping[str, str] | None = None, name: str = "") -> Process:
-        """Starts a program on this host, with `env` on top of a clean environment; its log is in `logs`."""
+    def popen(
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, name: str = "", *, cold: bool = False
+    ) -> Process:
+        """Starts a program on this host, with `env` on top of a clean environment; its log is in `logs`.
+
+        Args:
+            argv: program and arguments.
+            env: variables.
+            name: its name in messages.
+            cold: starts an interpreter of its own, which imports vLLM, where a fork server would do.
+        """
         name = name or Path(argv[0]).name
         log = self.logs / f"host{self.index}-{next(self._numbers):02d}-{name.replace(' ', '-')}.log"
-        return start(f"{name} on host {self.index}", self._here(argv), log, clean_environment() | dict(env or {}))
+        name, environment = f"{name} on host {self.index}", clean_environment() | dict(env or {})
+        if not cold and self._fork_server is not None and self._fork_server.suits(argv, environment):
+            return start(name, argv, log, environment, self._fork_server)
+        return start(name, self._here(argv), log, environment)
+
+    @contextmanager
+    def fork_server(self) -> Iterator[None]:
+        """Meanwhile this host has a process that has imported vLLM, from which `popen` forks what it can."""
+        self._fork_server = ForkServer(self._here([]), self.logs / f"host{self.index}-fork-server.log")
+        try:
+            yield
+        finally:
+            self._fork_server.close()
+            self._fork_server = None
 
     def run(
         self, argv: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 60.0

@@ -8,15 +8,22 @@ from pathlib import Path
 
 from vllm_spark.processes.managed import POLL_SECONDS, Process, ProcessError
 
+from .forked_process import ForkedProcess, ForkServer
+
 __all__ = ["Process", "ProcessError", "assert_all_gone", "end_all", "start", "started"]
 
 started: list[Process] = []
 """Every process that a test module has started, newest last; `end_all` empties it between modules."""
 
 
-def start(name: str, argv: Sequence[str], log: Path, environment: Mapping[str, str]) -> Process:
-    """Starts a program whose output is shown if a test fails while it is known."""
-    process = Process(name, argv, log, environment)
+def start(
+    name: str, argv: Sequence[str], log: Path, environment: Mapping[str, str], server: ForkServer | None = None
+) -> Process:
+    """Starts a program, from a fork server if there is one; its output is shown if a test fails while it is known."""
+    if server is None:
+        process = Process(name, argv, log, environment)
+    else:
+        process = ForkedProcess(server, name, argv, log, environment)
     started.append(process)
     return process
 

@@ -96,13 +96,18 @@ class Server:
 
 @contextmanager
 def stock_tp1(
-    host: Host, model: Path, extra_args: Sequence[str] = (), env: Mapping[str, str] | None = None
+    host: Host,
+    model: Path,
+    extra_args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    *,
+    cold: bool = False,
 ) -> Iterator[Server]:
     """`vllm serve MODEL` on one host, one rank: the reference for every token."""
     port = host.free_port()
     argv = [*_serve(host, model, port), *extra_args]
     with ExitStack() as stack:
-        leader = host.popen(argv, CPU_ENVIRONMENT | dict(env or {}), "vllm serve")
+        leader = host.popen(argv, CPU_ENVIRONMENT | dict(env or {}), "vllm serve", cold=cold)
         stack.callback(leader.terminate)
         server = Server(f"http://{host.address}:{port}", leader)
         server.wait_until_healthy()

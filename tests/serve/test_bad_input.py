@@ -6,21 +6,19 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes.util import find_library
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from vllm_spark.config.settings import SparkConfig, flag_name
 from vllm_spark.processes.local import CPU_ENVIRONMENT
-from vllm_spark.processes.managed import clean_environment, program
+from vllm_spark.processes.managed import program
 
 from .hosts import Host
-from .imported_vllm import LEAVE_SECONDS, RUN_SECONDS, Order, Run
 from .process import Process, assert_all_gone
-
-ROOT = Path(__file__).parents[2]
 
 START_SECONDS = 120.0
 """Bound for what ends while vLLM is still reading its arguments: mostly the time to import it, on a busy machine."""
@@ -95,8 +93,8 @@ class Mistake:
     file: bytes | None = None
     model: str = ""
 
-    def order(self, name: str, host: Host, dense: Path, folder: Path) -> Order:
-        """The command that makes it, on ports of its own, with its files in `folder`."""
+    def make(self, host: Host, dense: Path, folder: Path) -> Process:
+        """Runs the command that makes it to its end, on ports of its own, with its files in `folder`."""
         arguments = list(self.arguments)
         model: Path | str = dense if not self.model else folder / self.model
         if self.model and not Path(self.model).is_absolute():
@@ -112,8 +110,7 @@ class Mistake:
             model = shutil.copytree(dense, folder / "model")
             config = json.loads((model / "config.json").read_text())
             (model / "config.json").write_text(json.dumps(config | dict(self.changes)))
-        environment = clean_environment() | VARIABLES | dict(self.environment)
-        return Order(name, command(host, model, arguments), environment, str(folder / "log"))
+        return serve(host, model, arguments, self.environment)
 
 
 _CONNECTOR = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
@@ -174,31 +171,22 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def attempts(
     host: Host, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, tuple[Run, str]]:
-    """The mistakes of all selected tests: how each ended and what it printed. Half of them beside the other half."""
+) -> dict[str, Process]:
+    """The mistakes of all selected tests, made; two at a time."""
     items = [item for item in request.session.items if item.originalname == test_a_mistake.__name__]  # type: ignore[attr-defined]
     names = [item.callspec.params["name"] for item in items]  # type: ignore[attr-defined]
-    orders = [MISTAKES[name].order(name, host, tiny_dense, tmp_path_factory.mktemp(name)) for name in names]
-    runs: list[Run] = []
-    processes = []
-    for half in (orders[::2], orders[1::2]):
-        file = tmp_path_factory.mktemp("orders") / "orders.jsonl"
-        file.write_text("".join(json.dumps(asdict(order)) + "\n" for order in half))
-        argv = [sys.executable, "-m", "tests.serve.imported_vllm", str(file)]
-        processes.append(host.popen(argv, CPU_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, "vllm, imported once"))
-    for process in processes:
-        process.wait(START_SECONDS + (len(orders) + 1) // 2 * (RUN_SECONDS + LEAVE_SECONDS))
-        lines = [line for line in process.output().splitlines() if line.startswith('{"name"')]
-        runs += [Run(**json.loads(line)) for line in lines]
-    logs = {order.name: Path(order.log) for order in orders}
-    return {run.name: (run, logs[run.name].read_text(errors="replace")) for run in runs}
+    folders = [tmp_path_factory.mktemp(name) for name in names]
+    with ThreadPoolExecutor(max_workers=2) as two:
+        made = [
+            two.submit(MISTAKES[name].make, host, tiny_dense, folder)
+            for name, folder in zip(names, folders, strict=True)
+        ]
+    return {name: process.result() for name, process in zip(names, made, strict=True)}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake(name: str, host: Host, attempts: dict[str, tuple[Run, str]]) -> None:
-    run, output = attempts[name]
-    assert run == Run(name, exit_code=2, left=False), output[-3000:]
-    assert_sentence(output, *(part.replace(ADDRESS, host.address) for part in MISTAKES[name].says))
+def test_a_mistake(name: str, host: Host, attempts: dict[str, Process]) -> None:
+    assert_refused(attempts[name], *(part.replace(ADDRESS, host.address) for part in MISTAKES[name].says))
 
 
 def test_ports_in_use(host: Host, tiny_dense: Path) -> None:
@@ -235,11 +223,12 @@ def test_other_ways_than_the_flag_to_ask_for_a_pair(host: Host, tiny_dense: Path
 
 def test_help(host: Host) -> None:
     """vLLM's own help shows the group, and every setting of the leader in it."""
-    result = host.run([program("vllm"), "serve", "--help=Spark"], CPU_ENVIRONMENT, timeout=START_SECONDS)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "Serve one model on a pair of machines" in result.stdout
+    process = host.popen([program("vllm"), "serve", "--help=Spark"], CPU_ENVIRONMENT)
+    assert process.wait(START_SECONDS) == 0, process.tail()
+    output = process.output()
+    assert "Serve one model on a pair of machines" in output
     sides = {name: field.json_schema_extra["side"] for name, field in SparkConfig.model_fields.items()}  # type: ignore[index,call-overload]
-    shown = {name for name in sides if f"{flag_name(name)} " in result.stdout}
+    shown = {name for name in sides if f"{flag_name(name)} " in output}
     assert shown == {name for name, side in sides.items() if side != "follower"}
 
 

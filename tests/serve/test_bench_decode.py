@@ -12,25 +12,27 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.processes.local import CPU_ENVIRONMENT
-from vllm_spark.processes.managed import clean_environment, program
+from vllm_spark.processes.managed import program
 
-from .process import Process, assert_all_gone, start
+from .hosts import Host
+from .process import Process, assert_all_gone
+
+ROOT = Path(__file__).parents[2]
 
 
-def bench(tmp_path: Path, *arguments: str) -> Process:
+def bench(host: Host, tmp_path: Path, *arguments: str) -> Process:
     argv = [program("vllm-spark"), "bench", "decode", "--device", "cpu", *arguments]
-    environment = clean_environment() | CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}
-    return start("vllm-spark bench decode", argv, tmp_path / "bench.log", environment)
+    return host.popen(argv, CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}, "vllm-spark bench decode")
 
 
 @pytest.mark.parametrize(
     "candidates", [("spark-wire", "stock"), pytest.param(("tp1", "spark", "stock"), marks=pytest.mark.thorough)]
 )
-def test_figures_and_tokens(tmp_path: Path, candidates: Sequence[str]) -> None:
+def test_figures_and_tokens(host: Host, tmp_path: Path, candidates: Sequence[str]) -> None:
     """Every candidate is measured; the pair's tokens are those of vLLM's own, through this project's collectives."""
     file = tmp_path / "figures.json"
     arguments = ["--candidates", ",".join(candidates), "--batches", "1,3", "--steps", "4", "--rounds", "1"]
-    process = bench(tmp_path, *arguments, "--json", str(file))
+    process = bench(host, tmp_path, *arguments, "--json", str(file))
     assert process.wait(400) == 0, process.tail()
     figures = json.loads(file.read_text())
     rows = {(row["candidate"], row["batch"]): row for row in figures["rows"]}
@@ -46,11 +48,11 @@ def test_figures_and_tokens(tmp_path: Path, candidates: Sequence[str]) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
 
 
-def test_the_profiler_runs_where_rank_0_does(tiny_moe: Path, tmp_path: Path) -> None:
+def test_the_profiler_runs_where_rank_0_does(host: Host, tiny_moe: Path) -> None:
     """vLLM's own pair has its ranks in processes of their own. Without a GPU they run no kernels."""
-    environment = clean_environment() | CPU_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = CPU_ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "tests.serve.profiled_pair", str(tiny_moe)]
-    process = start("a profiled pair", argv, tmp_path / "pair.log", environment)
+    process = host.popen(argv, environment, "a profiled pair")
     assert process.wait(200) == 0, process.tail()
     found = json.loads(next(line for line in process.output().splitlines() if line.startswith("{")))
     first, *others = found["during"]
@@ -62,9 +64,9 @@ def test_the_profiler_runs_where_rank_0_does(tiny_moe: Path, tmp_path: Path) -> 
     assert_all_gone(process)
 
 
-def test_an_engine_that_fails_is_explained(tmp_path: Path) -> None:
+def test_an_engine_that_fails_is_explained(host: Host, tmp_path: Path) -> None:
     arguments = ["--candidates", "tp1", "--engine", '{"max_model_len": 10000000}']
-    process = bench(tmp_path, *arguments)
+    process = bench(host, tmp_path, *arguments)
     assert process.wait(120) == 1
     output = process.output()
     assert "10000000" in output, "the cause, out of the engine's log"
@@ -74,8 +76,8 @@ def test_an_engine_that_fails_is_explained(tmp_path: Path) -> None:
     assert_all_gone(process)
 
 
-def test_nothing_outlives_a_killed_benchmark(tmp_path: Path) -> None:
-    process = bench(tmp_path, "--candidates", "spark", "--steps", "3000", "--batches", "1")
+def test_nothing_outlives_a_killed_benchmark(host: Host, tmp_path: Path) -> None:
+    process = bench(host, tmp_path, "--candidates", "spark", "--steps", "3000", "--batches", "1")
     follower = "vllm-spark-bench-*/logs/spark-0-follower.log"
     process.wait_until(
         lambda: any("Ready" in log.read_text() for log in tmp_path.glob(follower)), 120, "a follower that is ready"

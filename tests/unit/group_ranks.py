@@ -1,18 +1,17 @@
 """One rank of a pair of processes that use torch's process groups over an authenticated connection: no vLLM.
 
-python -m tests.unit.group_ranks RANK PORT FUNCTION     the leader (rank 0) listens on 127.0.0.1:PORT
+`report` runs a function in a process of its own; the leader (rank 0) listens on 127.0.0.1 at the port that it is given.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 import torch
@@ -305,7 +304,6 @@ def left_alone(rank: int, port: int) -> dict[str, Any]:
     join(rank, link(rank, port), timeout=1800)
     dist.barrier()
     if rank == 1:
-        sys.stdout.flush()
         os.kill(os.getpid(), 9)
     begun = time.monotonic()
     errors = [_error(dist.barrier), _error(lambda: dist.all_reduce(torch.ones(1)))]
@@ -355,5 +353,6 @@ def _error(call: Callable[[], Any]) -> str:
     return ""
 
 
-if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[3]](int(sys.argv[1]), int(sys.argv[2]))), flush=True)
+def report(answer: Pipe, function: str, rank: int, port: int) -> None:
+    """Sends what a function of this module returns; its error is shown as that of the process."""
+    answer.send(globals()[function](rank, port))

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.thorough import examples
 from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
@@ -422,7 +423,7 @@ def test_an_oversized_greeting_is_refused_before_it_is_stored(listener: Listener
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(10, 30), deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=70_000)), min_size=1, max_size=5))
 def test_frames_arrive_as_they_were_sent(frames: list[tuple[Kind, bytes]]) -> None:
     left, right = connections()

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
 from vllm_spark.processes.local import free_ports
 
-ROOT = Path(__file__).parents[2]
+from . import group_ranks
+
 BOUND = 90.0
 
 
 def run(function: str, killed: bool = False) -> tuple[Any, Any]:
     """What both ranks return; of a rank that kills itself None."""
     (port,) = free_ports(1)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.group_ranks", str(rank), str(port), function],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "vllm_spark.collective"])  # once: it takes seconds
+    ranks = []
+    for rank in range(2):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=group_ranks.report, args=(theirs, function, rank, port), daemon=True)
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
     try:
-        outputs = [rank.communicate(timeout=BOUND) for rank in ranks]
+        answers = [_answer(ours) for _, ours in ranks]
+        for process, _ in ranks:
+            process.join(BOUND)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    answers: list[Any] = []
-    for rank, (out, err) in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0 or (killed and rank is ranks[1]), f"exit code {rank.returncode}\n{err}"
-        answers.append(json.loads(out) if out else None)
+        for process, _ in ranks:
+            process.kill()
+            process.join()
+    for rank, (process, _) in enumerate(ranks):
+        assert process.exitcode == (-signal.SIGKILL if killed and rank == 1 else 0), f"rank {rank}: see its output"
     return answers[0], answers[1]
+
+
+def _answer(ours: Connection) -> Any:
+    assert ours.poll(BOUND), "a rank hangs"
+    try:
+        return ours.recv()
+    except EOFError:  # it has killed itself, or failed
+        return None
 
 
 def test_every_operation_gives_what_gloo_gives() -> None:

@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import vllm_spark._native
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +26,9 @@ print(json.dumps([vllm_spark.__file__, REGION_VERSION, sorted(patch.name for pat
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this source tree, made as pip makes it."""
+@pytest.fixture(scope="module", params=["built before", pytest.param("from source", marks=pytest.mark.thorough)])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this source tree, made as pip makes it; the native module is the one here, or compiled anew."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     copy = ["git", "-C", str(ROOT), "ls-files", "-z"]
@@ -35,11 +38,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    if request.param == "built before":
+        place_what_is_built(source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (made,) = folder.glob("*.whl")
     return made
+
+
+def place_what_is_built(source: Path) -> None:
+    """Puts the native module and the kernels where setuptools looks for what it has built already."""
+    platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    folder = source / "build" / f"lib.{platform}" / "vllm_spark"
+    folder.mkdir(parents=True)
+    for built in (vllm_spark._native.__file__, ROOT / "vllm_spark" / "kernels.fatbin"):
+        if Path(built).exists():
+            shutil.copy(built, folder)  # newer than all sources
 
 
 def test_a_wheel_has_everything(wheel: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import psutil
 
@@ -71,18 +71,23 @@ class Process:
         self.log = log
         try:
             with log.open("wb") as output:
-                self._popen = subprocess.Popen(
-                    self.argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=None if environment is None else dict(environment),
-                    start_new_session=True,
-                    preexec_fn=end_with_parent(os.getpid()) if end_with_starter else None,
-                )
+                self._popen = self._start(output, environment, end_with_starter)
         except OSError as error:
             raise ProcessError(f"{name} could not be started: {argv[0]}: {error.strerror}") from error
         self._seen: set[psutil.Process] = set()
+
+    def _start(
+        self, output: BinaryIO, environment: Mapping[str, str] | None, end_with_starter: bool
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=None if environment is None else dict(environment),
+            start_new_session=True,
+            preexec_fn=end_with_parent(os.getpid()) if end_with_starter else None,
+        )
 
     @property
     def pid(self) -> int:
