@@ -3,7 +3,7 @@
 Latency is measured as by `ib_write_lat`: the machines write in turn, each after the other's write has arrived, and a
 sample is half of the round trip. Bandwidth is measured as by `ib_write_bw`: writes in one direction, posted back to
 back with a bounded number outstanding. Both use queue pairs that are configured as the transport's
-(csrc/transport/verbs/wire_probe.hpp). Over all rails, a ping is split as the transport splits a payload, and
+(csrc/transport/wire_probe.hpp). Over all rails, a ping is split as the transport splits a payload, and
 bandwidth writes alternate between the rails.
 
 The two processes coordinate over a TLS connection (`BenchSession`), on which they exchange queue pair addresses, go
