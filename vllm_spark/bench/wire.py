@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import platform
 import select
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -358,5 +359,5 @@ class BenchSession:
 
 def _connect_command(endpoint: str, secret_file: Path | None) -> str:
     """The command for the other machine, if this one listens at `endpoint`."""
-    secret = f" --secret-file {secret_file}" if secret_file else ""
+    secret = f" --secret-file {shlex.quote(str(secret_file))}" if secret_file else ""
     return f"vllm-spark bench wire --connect {endpoint}{secret}"

@@ -126,8 +126,9 @@ def _make_secret(args: argparse.Namespace) -> int:
     if secret == default:
         print("vllm serve --spark and vllm-spark join read it from there by default.")
     else:
+        quoted = shlex.quote(str(secret))
         print(
-            f"Then give it to both: vllm serve ... --spark-secret-file {secret}, vllm-spark join --secret-file {secret}"
+            f"Then give it to both: vllm serve ... --spark-secret-file {quoted}, vllm-spark join --secret-file {quoted}"
         )
     return 0
 
