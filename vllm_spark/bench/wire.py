@@ -33,11 +33,11 @@ from vllm_spark.collective.link_model import Bandwidth, Latency, RailWire, Wire,
 from vllm_spark.collective.rails import Port, Rail, pair
 from vllm_spark.collective.rendezvous import LinkOffer, Ports, both_ready, swap_offers, swap_ports
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import PeerLostError, RefusedError, SparkError, lower_first, without_stop
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
@@ -273,6 +273,7 @@ class BenchSession:
             tls_context(load_secret(config, address), "leader"),
             config.max_frame_mib * MIB,
             config.secret_file,
+            secret_source=secret_source(config, address),
             suggest_command=_connect_command,
         )
         try:
@@ -290,12 +291,14 @@ class BenchSession:
             SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
         """
         host, port = leader_endpoint(config)
-        caller = Connector(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
+        context = tls_context(load_secret(config, host), "follower")
+        caller = Connector(host, port, context, config.max_frame_mib * MIB, secret_source(config, host))
         end = time.monotonic() + patience
         while (connection := caller.connect(CONTROL)) is None:
             if time.monotonic() > end:
+                problem = f" ({lower_first(without_stop(caller.last_problem))})" if caller.last_problem else ""
                 raise PeerLostError(
-                    f"nothing listened at {caller.endpoint} within {patience:g} s; on that machine run: "
+                    f"nothing answered at {caller.endpoint} within {patience:g} s{problem}; on that machine run: "
                     f"vllm-spark bench wire --listen --address {host}"
                 )
             time.sleep(_RETRY_SECONDS)

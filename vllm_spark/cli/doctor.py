@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
-    machine = run_checks(system, config, leader, thorough=args.peer)
+    thorough = args.peer or leader is not None
+    machine = run_checks(system, config, leader, thorough=thorough)
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if args.json:
         print(to_json(report).decode(), flush=True)
-    elif is_bare(machine) and not args.peer and not given_flags(args):
+    elif is_bare(machine) and not thorough and not given_flags(args):
         show_bare(console)
     else:
         show(report, console)

@@ -15,7 +15,7 @@ from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
 from vllm_spark.records import to_json
@@ -45,7 +45,13 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
     address = leader_address(config)
     context = tls_context(load_secret(config, address), "leader")
     listener = Listener(
-        address, config.port, context, config.max_frame_mib * MIB, config.secret_file, any_versions=True
+        address,
+        config.port,
+        context,
+        config.max_frame_mib * MIB,
+        config.secret_file,
+        secret_source=secret_source(config, address),
+        any_versions=True,
     )
     try:
         hello, connection = listener.wait_for_any_follower(patience)

@@ -28,6 +28,9 @@ CONTROL, RPC, GROUPS = CONNECTIONS = "control", "rpc", "groups"
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to send its HELLO."""
 
+CHECK = "check"
+"""In place of a connection's name in the HELLO of `vllm-spark doctor --leader`: the leader answers, and closes it."""
+
 PROGRESS_INTERVAL = 10.0
 """Seconds between two PROGRESS messages of a follower that has not answered an offer yet."""
 
