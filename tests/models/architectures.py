@@ -20,6 +20,8 @@ SEED = 20
 SCALE = 0.08
 """Standard deviation of the weights: large enough that greedy answers vary, small enough to stay finite."""
 
+TIED_SCALE = 0.01
+
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -54,6 +56,14 @@ DELTA_NET = {
     "linear_conv_kernel_dim": 4,
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
 }
+MAMBA = {
+    "num_hidden_layers": None,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "chunk_size": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,19 @@ class Architecture:
     Attributes:
         model: class of transformers that has the weights; its `config_class` gets `config`.
         config: arguments of the configuration, in addition to `COMMON`; None takes one of those away.
-        arguments: further arguments of `vllm serve`.
+        dtype: of the weights while they are served on a CPU; sums of two float32 are the same on both ways.
+        cpu_limit: what stock vLLM's CPU build prints when it cannot serve this; empty if it can.
+        embedding_scale: standard deviation of the embedding, where it is the output head as well: with `SCALE` the
+            next token would always be the last one.
         text_config: the configuration's text part gets `COMMON` and `config`, and the whole one `outer`.
         outer: arguments of the whole configuration, if it has parts.
     """
 
     model: str
     config: dict[str, Any] = field(default_factory=dict)
-    arguments: tuple[str, ...] = ()
+    dtype: str = "float32"
+    cpu_limit: str = ""
+    embedding_scale: float = SCALE
     text_config: bool = False
     outer: dict[str, Any] = field(default_factory=dict)
 
@@ -80,7 +95,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("Qwen3ForCausalLM", HEADS_OF_32),
     "mistral": Architecture("MistralForCausalLM", HEADS_OF_32 | {"sliding_window": 64}),
     "phi3": Architecture("Phi3ForCausalLM"),
-    "gemma3": Architecture("Gemma3ForCausalLM", HEADS_OF_32 | {"sliding_window": 64, "query_pre_attn_scalar": 32}),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        HEADS_OF_32 | {"sliding_window": 64, "query_pre_attn_scalar": 32},
+        embedding_scale=TIED_SCALE,
+    ),
     "gemma4": Architecture(
         "Gemma4ForCausalLM",
         HEADS_OF_32
@@ -91,6 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "global_head_dim": 32,
             "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         },
+        embedding_scale=TIED_SCALE,
     ),
     "qwen3_moe": Architecture("Qwen3MoeForCausalLM", HEADS_OF_32 | EXPERTS | {"num_experts": 8}),
     "mixtral": Architecture("MixtralForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
@@ -100,7 +120,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "minimax_m2": Architecture(
         "MiniMaxM2ForCausalLM",
-        HEADS_OF_32 | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32},
+        HEADS_OF_32
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32}
+        | {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
     ),
     "gpt_oss": Architecture(
         "GptOssForCausalLM",
@@ -114,30 +136,36 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "deepseek_v2": Architecture(
-        "DeepseekV2ForCausalLM", EXPERTS | LATENT_ATTENTION | {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
+        "DeepseekV2ForCausalLM",
+        EXPERTS | LATENT_ATTENTION | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        dtype="bfloat16",
     ),
     "deepseek_v3": Architecture(
-        "DeepseekV3ForCausalLM", EXPERTS | LATENT_ATTENTION | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1}
+        "DeepseekV3ForCausalLM",
+        EXPERTS
+        | LATENT_ATTENTION
+        | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        dtype="bfloat16",
     ),
     "nemotron_h": Architecture(
+        "NemotronHForCausalLM", HEADS_OF_32 | MAMBA | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}
+    ),
+    "nemotron_h_moe": Architecture(
         "NemotronHForCausalLM",
         HEADS_OF_32
         | EXPERTS
+        | MAMBA
         | {
-            "num_hidden_layers": None,
             "layers_block_type": ["mamba", "moe", "attention", "moe"],
-            "ssm_state_size": 16,
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 32,
-            "n_groups": 2,
-            "chunk_size": 64,
             "n_routed_experts": 8,
             "moe_shared_expert_intermediate_size": 128,
         },
+        cpu_limit="is_act_and_mul=False is supported only for CUDA",
     ),
     "qwen3_next": Architecture(
         "Qwen3NextForCausalLM",
         HEADS_OF_32 | EXPERTS | DELTA_NET | {"num_experts": 8, "shared_expert_intermediate_size": 128},
+        dtype="bfloat16",
     ),
     "kimi_linear": Architecture(
         "KimiLinearForCausalLM",
@@ -151,10 +179,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "linear_num_heads": 8,
             "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
         },
+        cpu_limit="'_lib_fn_wrapper' object has no attribute 'get'",
     ),
     "qwen3_5": Architecture(
         "Qwen3_5ForConditionalGeneration",
         HEADS_OF_32 | DELTA_NET,
+        dtype="bfloat16",
         text_config=True,
         outer={
             "vision_config": {
@@ -192,7 +222,7 @@ def make_checkpoint(folder: Path, name: str) -> Path:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in parameter_name:
-                parameter.normal_(std=SCALE)
+                parameter.normal_(std=architecture.embedding_scale if "embed_tokens" in parameter_name else SCALE)
     model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
