@@ -249,9 +249,8 @@ def test_a_foreign_certificate_is_not_another_secret(
 
 def test_another_secret_names_where_this_one_was_read(listener: Listener, tmp_path: Path) -> None:
     source = secret_source(SparkConfig(secret_file=tmp_path / "secret"), "10.0.0.1", {})
-    connector = Connector(
-        "127.0.0.1", int(listener.endpoint.rpartition(":")[2]), tls_context(OTHER, "follower"), LIMIT, source
-    )
+    connector = caller(listener, OTHER)
+    connector._secret_source = source
     with pytest.raises(ConfigurationError) as caught:
         connector.connect(CONTROL)
     assert f"another secret than the one that this side reads from the file {tmp_path}/secret; give" in str(
