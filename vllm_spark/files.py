@@ -23,7 +23,7 @@ TABLE_FILE = 16 << 20
 """Limit of a file with many (a wire model, a configuration, a table of kernels' parameters), in bytes."""
 
 JOURNAL_FILE = 512 << 20
-"""Limit of a file that grows with use or with the size of a model (the tuner's journal, an index of weights), in bytes."""
+"""Limit of a file that grows with use or with a model (the tuner's journal, an index of weights), in bytes."""
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",

@@ -30,7 +30,7 @@ from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import Role, tls_context
 from vllm_spark.executor.channel.framing import ChannelError, Connection, FrameTooLargeError, Kind
 from vllm_spark.executor.channel.secret import load_secret, make_secret
-from vllm_spark.executor.channel.tls import TlsConnection
+from vllm_spark.executor.channel.tls import HandshakeError, TlsConnection
 from vllm_spark.executor.handshake import server as listening
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, GROUPS, RPC, Hello, Offer, Reason
@@ -232,6 +232,39 @@ def test_a_secret_of_a_container_will_do(tmp_path: Path, owner: int, mode: int) 
     assert done.stdout == "b'one of sixteen bytes'\n", done.stderr
 
 
+SPECIAL_FILES = [
+    pytest.param(lambda path: os.mkfifo(path, 0o600), "it is a named pipe, and must be a regular file", id="pipe"),
+    pytest.param(lambda path: path.symlink_to("/dev/zero"), "it is a device, and must be a regular file", id="device"),
+    pytest.param(lambda path: path.mkdir(), "Is a directory", id="folder"),
+    pytest.param(lambda path: path.write_bytes(b"x" * ((64 << 10) + 1)), "it is longer than 65536 bytes", id="long"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), SPECIAL_FILES)
+def test_only_a_small_regular_file_is_read(tmp_path: Path, make: Callable[[Path], Any], reason: str) -> None:
+    """In a process with little memory: a device could be read until that is gone, and opening a pipe would block."""
+    path = tmp_path / "secret"
+    make(path)
+    load = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); from pathlib import Path; "
+        "from vllm_spark.config.settings import SparkConfig; "
+        "from vllm_spark.executor.channel.secret import load_secret\n"
+        f"try: load_secret(SparkConfig(secret_file=Path({str(path)!r})), '10.0.0.1', {{}})\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == (
+        f"ConfigurationError the secret file {path} cannot be read ({reason}); give another with --spark-secret-file\n"
+    ), done.stderr
+
+
+def test_a_missing_secret_names_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with pytest.raises(ConfigurationError) as caught:
+        load_secret(SparkConfig(), "10.0.0.1", {})
+    assert f"VLLMSPARK_SECRET is not set and there is no {tmp_path}/vllm-spark/secret" in str(caught.value)
+
+
 def test_two_secrets_are_one_too_many(tmp_path: Path) -> None:
     config = SparkConfig(secret_file=tmp_path / "secret")
     with pytest.raises(ConfigurationError, match=r"VLLMSPARK_SECRET is set, and the secret file .*; leave one out"):
@@ -281,8 +314,10 @@ def test_the_same_secret_connects() -> None:
 
 
 def test_another_secret_does_not() -> None:
-    with pytest.raises(ssl.SSLError):
+    with pytest.raises(HandshakeError) as caught:
         connected(right=("follower", OTHER))
+    assert isinstance(caught.value.cause, ssl.SSLError)
+    assert caught.value.is_other_secret
 
 
 def test_nobody_gets_in_without_a_certificate(listener: Listener) -> None:
@@ -304,7 +339,7 @@ def test_old_tls_is_refused(listener: Listener) -> None:
     old = tls_context(SECRET, "follower")
     old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
     plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
-    with pytest.raises(ssl.SSLError):
+    with pytest.raises(HandshakeError, match="PROTOCOL_VERSION"):
         TlsConnection(plain, old, server_side=False, timeout=5)
     assert_usable(listener)
 
@@ -332,6 +367,21 @@ def test_both_sides_say_that_the_secret_is_another(listener: Listener, caplog: p
     with pytest.raises(PeerLostError, match=r"from 127\.0\.0\.1, was rejected: the other side has another secret"):
         accept(listener, timeout=0.1)
     assert "another secret" in caplog.text
+    assert_usable(listener)
+
+
+def test_a_tls_client_of_another_program_has_no_other_secret(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a monitor that asks every port for HTTPS."""
+    stranger = ssl.create_default_context()
+    stranger.check_hostname = False
+    plain = socket.create_connection(("127.0.0.1", port_of(listener)), timeout=10)
+    with pytest.raises(HandshakeError, match="CERTIFICATE_VERIFY_FAILED"):
+        TlsConnection(plain, stranger, server_side=False, timeout=5)
+    wait_for(lambda: "Rejected a connection" in caplog.text, "the leader's line")
+    assert "a TLS client that is not vllm_spark" in caplog.text
+    assert "another secret" not in caplog.text
     assert_usable(listener)
 
 

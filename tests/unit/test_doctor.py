@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
@@ -29,11 +29,17 @@ from vllm_spark.doctor.report import Report, show
 from vllm_spark.doctor.software import PLUGIN
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_WARNINGS
-from vllm_spark.executor.channel.secret import make_secret
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.secret import load_secret, make_secret
+from vllm_spark.executor.handshake.client import Connector
+from vllm_spark.executor.handshake.messages import CONTROL
+from vllm_spark.executor.handshake.server import Listener
 from vllm_spark.records import from_json, to_json
 
 from .folder_rights import no_entry
 from .gb10_tree import GIB_IN_KIB, Tree, gb10
+from .other_programs import foreign_context, program_at
+from .test_channel import wait_for
 
 UP = ("rocep1s0f0", "roceP2p1s0f0")
 ENVIRONMENT = "_VLLMSPARK_TEST_TREE"
@@ -371,11 +377,85 @@ def test_the_port_that_is_set_is_the_one_that_is_opened(tree: Tree) -> None:
         assert "to any port 4711 proto" in findings(tree, config=config)["link.firewall"].remedy
 
 
-def test_a_leaders_port_that_can_be_reached() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert check_reach("127.0.0.1", port).value == f"127.0.0.1:{port} answers"
-    found = check_reach("127.0.0.1", port)
+def port_finding(port: int) -> Finding:
+    found = check_reach("127.0.0.1", SparkConfig(), port)
+    assert_complete(found)
+    return found
+
+
+@pytest.fixture
+def leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Listener]:
+    """A leader that waits, with the secret that the doctor reads for a loopback address."""
+    caplog.set_level("INFO", "vllm_spark")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    made = Listener("127.0.0.1", 0, tls_context(load_secret(SparkConfig(), "127.0.0.1"), "leader"), 1 << 20)
+    yield made
+    made.close()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+
+
+def test_a_leader_at_the_port(leader: Listener, caplog: pytest.LogCaptureFixture) -> None:
+    """It is found, keeps its place free for a follower, and has no warning."""
+    port = int(leader.endpoint.rpartition(":")[2])
+    for _ in range(2):
+        found = port_finding(port)
+        assert found.status == "ok"
+        assert re.fullmatch(rf"a leader on .* \(process {os.getpid()}\) waits at .*, with the same secret", found.value)
+    wait_for(lambda: "vllm-spark doctor on" in caplog.text, "the leader's line")
+    assert warnings_of(caplog) == []
+    assert leader._last_problem == ""
+    context = tls_context(load_secret(SparkConfig(), "127.0.0.1"), "follower")
+    control = Connector("127.0.0.1", port, context, 1 << 20).connect(CONTROL)
+    assert control is not None
+    found = port_finding(port)
+    assert found.status == "note"
+    assert "has a follower already" in found.value
+    control.close()
+    assert warnings_of(caplog) == []
+
+
+def test_a_leader_with_another_secret_or_without_one_here(
+    leader: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(leader.endpoint.rpartition(":")[2])
+    monkeypatch.setenv("VLLMSPARK_SECRET", "short")
+    found = port_finding(port)
+    assert (found.status, found.explanation) == ("unknown", "This machine has no secret to compare.")
+    monkeypatch.setenv("VLLMSPARK_SECRET", "another one, as long")
+    found = port_finding(port)
+    assert found.status == "problem"
+    assert "another secret than the one that this side reads from the variable VLLMSPARK_SECRET" in found.value
+    wait_for(lambda: caplog.text.count("checked this port") == 2, "the leader's lines")
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (b"", "accepts connections, but closes them before they are authenticated"),
+        (None, "accepts connections, but sends nothing within 0.5 s"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "it sent 'SSH-2.0-OpenSSH_9.6'"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it sent 'HTTP/1.1 400 Bad Request'"),
+        ("tls", "its TLS certificate was issued by O=Example Proxies, CN=Interception CA"),
+    ],
+    ids=["closes", "silent", "SSH", "HTTP", "TLS"],
+)
+@pytest.mark.parametrize("secret", ["short", "one that is long enough"])
+def test_another_program_at_the_leaders_port(
+    answer: bytes | str | None, seen: str, secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLMSPARK_SECRET", secret)
+    for module in ("check", "client"):
+        monkeypatch.setattr(f"vllm_spark.executor.handshake.{module}.GREETING_TIMEOUT", 0.5)
+    with program_at(foreign_context(tmp_path) if isinstance(answer, str) else answer) as port:
+        found = port_finding(port)
+        assert found.status == "problem"
+        assert seen in found.value
+        assert found.remedy == f"sudo ss -ltnp 'sport = :{port}'   # there: which program has the port"
+    found = port_finding(port)
     assert (found.status, found.value) == ("ok", f"127.0.0.1:{port} can be reached, nothing listens there now")
 
 

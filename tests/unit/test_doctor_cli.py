@@ -187,6 +187,16 @@ def test_a_machine_with_nothing_is_told_so_and_what_still_works(home: Path) -> N
     assert [found["id"] for found in report["machine"]["findings"]] == ["rdma.devices", "gpu.driver"]
 
 
+def test_a_named_leader_is_checked_with_machine_and_software(home: Path) -> None:
+    """Without an RDMA device too: the secret is what keeps two machines apart most often."""
+    port = free_ports(1)[0]
+    done = spark(home, "doctor", "--leader", f"127.0.0.1:{port}", "--json")
+    found = {finding["id"]: finding for finding in json.loads(done.stdout)["machine"]["findings"]}
+    assert found["link.port"]["value"] == f"127.0.0.1:{port} can be reached, nothing listens there now"
+    assert "software.secret" in found
+    assert {name.partition(".")[0] for name in found} >= {"machine", "software"}
+
+
 def test_the_whole_examination_of_this_machine(home: Path) -> None:
     """Whatever it is: no check stumbles, and the exit code is what the report says."""
     port = str(free_ports(1)[0])

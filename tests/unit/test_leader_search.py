@@ -16,7 +16,8 @@ import pytest
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
-from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.certificates import PROTOCOL, tls_context
+from vllm_spark.executor.channel.secret import secret_source
 from vllm_spark.executor.handshake import leader_search
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import Found, LeaderSearch
@@ -25,6 +26,7 @@ from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 
+from .other_programs import foreign_context, program_at
 from .test_channel import LIMIT, OTHER, SECRET, caller, listener, wait_for
 
 __all__ = ["listener"]
@@ -182,6 +184,79 @@ def test_what_is_not_a_leader_may_become_one(tmp_path: Path, caplog: pytest.LogC
         with pytest.raises(RefusedError, match="the program there does not speak this protocol"):
             speaker.connect(CONTROL)
         server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (b"", r"accepts connections, but closes them before they are authenticated: port forwarding \(docker-proxy"),
+        (None, r"accepts connections, but sends nothing within 0\.3 s: another program has the port, or a leader"),
+    ],
+    ids=["closes", "silent"],
+)
+def test_a_port_without_a_leader_behind_it_is_reported(
+    answer: bytes | None,
+    seen: str,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the leader that gets the port at last is followed. The same reason is logged at growing intervals."""
+    monkeypatch.setattr("vllm_spark.executor.handshake.client.GREETING_TIMEOUT", 0.3)
+    monkeypatch.setattr(leader_search, "_FIRST_LOG", 0.5)
+    monkeypatch.setattr(leader_search, "_RETRY_INTERVAL", 0.05)
+    with program_at(answer) as port:
+        searching = LeaderSearch(
+            SparkConfig(),
+            lambda: Connector("127.0.0.1", port, tls_context(SECRET, "follower"), LIMIT),
+            lambda *given: None,
+            lambda environment: None,
+            once=False,
+        )
+        found = pool.submit(searching._wait_for_leader, searching._make_connector())
+        wait_for(lambda: messages(caplog, f"Waiting for a leader at .*{seen}"), "it says what it sees")
+        (line,) = messages(caplog, seen)
+        assert f"there, `sudo ss -ltnp 'sport = :{port}'` shows which one" in line
+    made = Listener("127.0.0.1", port, tls_context(SECRET, "leader"), LIMIT)
+    try:
+        found.result(20).close()
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("protocol", [None, PROTOCOL], ids=["a server", "a proxy that passes the protocol on"])
+def test_a_foreign_certificate_is_not_another_secret(
+    tmp_path: Path, protocol: str | None, pool: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The follower waits on: the exit code of another secret would keep systemd from starting it again."""
+    context = foreign_context(tmp_path)
+    if protocol is not None:
+        context.set_alpn_protocols([protocol])
+    with program_at(context) as port:
+        connector = Connector("127.0.0.1", port, tls_context(SECRET, "follower"), LIMIT)
+        with pytest.raises(RefusedError, match=r"issued by O=Example Proxies, CN=Interception CA; it is"):
+            connector.connect(CONTROL)
+        searching = LeaderSearch(
+            SparkConfig(), lambda: connector, lambda *given: None, lambda environment: None, once=False
+        )
+        found = pool.submit(searching.find)
+        wait_for(lambda: messages(caplog, "not vllm_spark: its TLS certificate.*Retrying the leader"), "it retries")
+        assert not found.done()
+        searching._once = True
+        with pytest.raises(RefusedError):
+            found.result(10)
+
+
+def test_another_secret_names_where_this_one_was_read(listener: Listener, tmp_path: Path) -> None:
+    source = secret_source(SparkConfig(secret_file=tmp_path / "secret"), "10.0.0.1", {})
+    connector = caller(listener, OTHER)
+    connector._secret_source = source
+    with pytest.raises(ConfigurationError) as caught:
+        connector.connect(CONTROL)
+    assert f"another secret than the one that this side reads from the file {tmp_path}/secret; give" in str(
+        caught.value
+    )
+    assert secret_source(SparkConfig(), "10.0.0.1", {"VLLMSPARK_SECRET": "x"}) == "the variable VLLMSPARK_SECRET"
 
 
 def test_a_follower_that_takes_its_time_says_what_it_does(

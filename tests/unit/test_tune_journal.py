@@ -106,8 +106,9 @@ def test_a_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / FILE).symlink_to("/dev/full")
     journal = Journal(tmp_path, GB10.name, VERSIONS)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).symlink_to("/dev/full")
     with pytest.raises(SparkError, match=r"journal\.jsonl cannot be written \(No space left.*make room"):
         journal.add(marlin())
 

@@ -296,9 +296,10 @@ class BenchSession:
         end = time.monotonic() + patience
         while (connection := caller.connect(CONTROL)) is None:
             if time.monotonic() > end:
+                what = "no bench answered" if caller.last_problem else "nothing listened"
                 problem = f" ({lower_first(without_stop(caller.last_problem))})" if caller.last_problem else ""
                 raise PeerLostError(
-                    f"nothing answered at {caller.endpoint} within {patience:g} s{problem}; on that machine run: "
+                    f"{what} at {caller.endpoint} within {patience:g} s{problem}; on that machine run: "
                     f"vllm-spark bench wire --listen --address {host}"
                 )
             time.sleep(_RETRY_SECONDS)

@@ -112,7 +112,7 @@ class TlsConnection:
 
     @property
     def issuer(self) -> str | None:
-        """The issuer of the server's certificate, verified or not, as `CN=...`; None without, and on the server side."""
+        """The issuer of the server's certificate, verified or not, as `CN=...`; None on the server side."""
         if self._server_side:
             return None
         # Public from Python 3.13 on, and not with the names; `getpeercert` works after a handshake that succeeded.

@@ -22,8 +22,8 @@ from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.records import to_json
 
 Outcome = Literal["nothing listens", "unreachable", "leader", "refusal", "no secret", "other secret", "other program"]
-"""What is at the port. `refusal`: a leader that would refuse a follower now; `no secret`: a vllm_spark, without a secret
-here to compare."""
+"""What is at the port. `refusal`: a leader that would refuse a follower now; `no secret`: vllm_spark, and this machine
+has no secret to compare."""
 
 
 class Answer(NamedTuple):
@@ -64,19 +64,15 @@ def check_leader(host: str, port: int, secret: bytes | None, secret_source: str 
             return _without_secret(tls, endpoint)
         return _ask(connection, endpoint)
     except ChannelError as error:
-        return Answer(
-            "other program",
-            f"{endpoint} has this secret, and did not answer the check: {error}; is it another version?",
-        )
+        sentence = f"{endpoint} has the same secret, and did not answer the check: {error}; it may be another version"
+        return Answer("other program", sentence)
     finally:
         connection.close()
 
 
 def _without_secret(tls: TlsConnection, endpoint: str) -> Answer:
     if tls.is_of_this_project:
-        return Answer(
-            "no secret", f"vllm_spark listens at {endpoint}; without a secret here the two cannot be compared"
-        )
+        return Answer("no secret", f"vllm_spark listens at {endpoint}; this machine has no secret to compare")
     return Answer("other program", f"{endpoint} is not vllm_spark: its TLS certificate was issued by {tls.issuer}")
 
 
@@ -94,5 +90,5 @@ def _ask(connection: Connection, endpoint: str) -> Answer:
     leader = decode_frame(frame, Welcome)
     return Answer(
         "leader",
-        f"a leader on {leader.host} (process {leader.process}) waits at {endpoint}, with the same secret and versions",
+        f"a leader on {leader.host} (process {leader.process}) waits at {endpoint}, with the same secret",
     )

@@ -171,7 +171,7 @@ class LeaderSearch:
             self.announce()
 
     def _wait_for_leader(self, connector: Connector) -> Connection:
-        """Tries to connect until a leader answers; logs at growing intervals that it waits, and sooner why not if new."""
+        """Tries to connect until a leader answers; logs that it waits at growing intervals, sooner for a new reason."""
         next_log = interval = _FIRST_LOG
         last_log, announced = 0.0, ""
         start = time.monotonic()
