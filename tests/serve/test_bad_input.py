@@ -70,6 +70,8 @@ def assert_refused(process: Process, *parts: str, exit_code: int = 2) -> None:
 
 
 ADDRESS = "{address}"
+LONG_FOLDER = "/tmp/" + "/".join(["x" * 62] * 4)[:250]
+"""A path of 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,9 @@ MISTAKES = {
         [_HALVES, "num_key_value_heads is 3"], changes={"num_attention_heads": 6, "num_key_value_heads": 3}
     ),
     "another-machine": Mistake(["192.0.2.1", ADDRESS], ["--spark-address", "192.0.2.1"]),
+    "long-tmpdir": Mistake(
+        ["255 bytes", "set TMPDIR to a shorter one"], environment={"TMPDIR": LONG_FOLDER, "VLLM_RPC_BASE_PATH": ""}
+    ),
     "no-model": Mistake(["there is no folder /nowhere/model"], model="/nowhere/model"),
     "empty-folder": Mistake(["/empty"], model="empty"),
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
