@@ -10,23 +10,24 @@
 #include <tuple>
 #include <utility>
 
-#include "device/runtime.hpp"
-#include "errors.hpp"
-#include "runtime.hpp"
-#include "transport/verbs/wire_probe.hpp"
+#include "cpu/cpu_rank.hpp"
+#include "gpu/gpu_rank.hpp"
+#include "support/errors.hpp"
+#include "transport/wire_probe.hpp"
 
 namespace py = pybind11;
 
 namespace spark {
 namespace {
 
-// For what may wait or call a driver: with the interpreter's lock held no other thread of Python runs, among
-// them those that send heartbeats and carry what heals a link. None of these functions touches a Python
-// object, and no lock of theirs is held when the interpreter's is taken again.
+// For functions that may wait or call a driver: with the interpreter's lock held no other thread of Python
+// runs, such as those that send heartbeats, and announcements by which a link reconnects. None of these
+// functions touches a Python object, and none of their locks is held when the interpreter's is taken again.
 //
-// Not for what takes a few microseconds and waits for nobody, even if it is called often: another thread may
-// take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may take a lock
-// whose other holders only copy words under it and never want the interpreter's (Bulletin's).
+// Not for functions that take a few microseconds and do not wait, even if they are called often: another
+// thread may take the interpreter's lock, and keeps it for its switch interval (5 ms). Such a function may
+// take a lock that other threads hold only to copy words, and without the interpreter's lock
+// (Announcements').
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // The same for the end of an object, which may be the garbage collector's work: closing waits for the GPU and
@@ -91,37 +92,20 @@ void put_link_counters(py::dict& values, const verbs::Link* link) {
   values["link_lost"] = counters.lost.load(std::memory_order_relaxed);
 }
 
-py::dict counters_of(const Runtime& runtime) {
-  const Counters& counters = runtime.counters();
+py::dict counters_of(const Rank& rank) {
+  CollectiveCounters counters = rank.counters();
   py::dict values;
-  values["all_reduces"] = read(counters.all_reduce.operations);
-  values["all_reduce_bytes"] = read(counters.all_reduce.bytes);
-  values["all_gathers"] = read(counters.all_gather.operations);
-  values["all_gather_bytes"] = read(counters.all_gather.bytes);
-  values["packet_messages"] = read(counters.packet_messages);
-  values["payload_messages"] = read(counters.payload_messages);
-  values["chunked_operations"] = read(counters.chunked_operations);
-  values["wait_seconds"] = static_cast<double>(read(counters.wait_ns)) * 1e-9;
-  put_proxy_counters(values, runtime.proxy_counters());
-  put_link_counters(values, runtime.link());
-  values["last_sequence"] = runtime.last_sequence();
-  return values;
-}
-
-py::dict counters_of(const device::DeviceRuntime& runtime) {
-  device::Totals totals = runtime.totals();
-  py::dict values;
-  values["all_reduces"] = totals.all_reduces;
-  values["all_reduce_bytes"] = totals.all_reduce_bytes;
-  values["all_gathers"] = totals.all_gathers;
-  values["all_gather_bytes"] = totals.all_gather_bytes;
-  values["packet_messages"] = totals.packet_messages;
-  values["payload_messages"] = totals.payload_messages;
-  values["chunked_operations"] = totals.chunked_operations;
-  values["wait_seconds"] = 0.0;
-  put_proxy_counters(values, runtime.proxy_counters());
-  put_link_counters(values, runtime.link());
-  values["last_sequence"] = static_cast<uint32_t>(totals.sequence);
+  values["all_reduces"] = counters.all_reduces;
+  values["all_reduce_bytes"] = counters.all_reduce_bytes;
+  values["all_gathers"] = counters.all_gathers;
+  values["all_gather_bytes"] = counters.all_gather_bytes;
+  values["packet_messages"] = counters.packet_messages;
+  values["payload_messages"] = counters.payload_messages;
+  values["chunked_operations"] = counters.chunked_operations;
+  values["wait_seconds"] = counters.wait_seconds;
+  put_proxy_counters(values, rank.proxy_counters());
+  put_link_counters(values, rank.link());
+  values["last_sequence"] = counters.last_sequence;
   return values;
 }
 
@@ -129,9 +113,8 @@ device::Stream stream(uintptr_t handle) {
   return reinterpret_cast<device::Stream>(handle);
 }
 
-template <typename AnyRuntime>
-py::tuple address_of(const AnyRuntime& runtime) {
-  Address address = runtime.address();
+py::tuple address_of(const Rank& rank) {
+  Address address = rank.address();
   return py::make_tuple(address.process, address.descriptor, address.nonce[0], address.nonce[1]);
 }
 
@@ -171,66 +154,63 @@ std::vector<verbs::RailAddress> rail_addresses(const std::vector<RailTuple>& rai
   return addresses;
 }
 
-template <typename AnyRuntime>
-verbs::Link& link_of(const AnyRuntime& runtime) {
-  if (runtime.link() == nullptr) throw UsageError("this runtime has no rails; its peer is on this machine");
-  return *runtime.link();
+verbs::Link& link_of(const Rank& rank) {
+  if (rank.link() == nullptr) throw UsageError("this runtime has no rails; its peer is on this machine");
+  return *rank.link();
 }
 
-// What both runtimes have in common.
-template <typename AnyRuntime>
-void bind_common(py::class_<AnyRuntime, Held<AnyRuntime>>& bound) {
-  bound.def("address", &address_of<AnyRuntime>)
+// The base of both runtimes.
+void bind_rank(py::module_& module) {
+  py::class_<Rank, Held<Rank>>(module, "_Rank")
+      .def("address", &address_of)
       .def(
           "connect",
-          [](AnyRuntime& runtime, pid_t process, int descriptor, uint64_t nonce0, uint64_t nonce1,
+          [](Rank& rank, pid_t process, int descriptor, uint64_t nonce0, uint64_t nonce1,
              const std::string& description) {
-            runtime.connect({process, descriptor, {nonce0, nonce1}}, description);
+            rank.connect({process, descriptor, {nonce0, nonce1}}, description);
           },
           Unlocked())
       .def(
           "open_link",
-          [](AnyRuntime& runtime, const std::vector<RailTuple>& rails, double timeout_s,
-             uint8_t traffic_class, uint8_t service_level) {
+          [](Rank& rank, const std::vector<RailTuple>& rails, double timeout_s, uint8_t traffic_class,
+             uint8_t service_level) {
             std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
             verbs::LinkOptions options;
             options.timeout = nanoseconds(timeout_s);
-            options.marks = {traffic_class, service_level};
+            options.wire_class = {traffic_class, service_level};
             std::string offer;
             {
               py::gil_scoped_release unlocked;
-              offer = runtime.open_link(options, addresses);
+              offer = rank.open_link(options, addresses);
             }
             return py::bytes(offer);
           },
           py::kw_only(), py::arg("rails"), py::arg("timeout_s"), py::arg("traffic_class"),
           py::arg("service_level"))
-      .def("connect_link", &AnyRuntime::connect_link, Unlocked())
-      .def("begin", &AnyRuntime::begin, Unlocked())
+      .def("connect_link", &Rank::connect_link, Unlocked())
+      .def("start", &Rank::start, Unlocked())
       // It may wait 20 ms for the peer's reason (Endpoint::end_waits).
-      .def("abort", &AnyRuntime::abort, Unlocked())
-      .def("close", &AnyRuntime::close, Unlocked())
-      .def("hold_proxy", &AnyRuntime::hold_proxy)
+      .def("abort", &Rank::abort, Unlocked())
+      .def("close", &Rank::close, Unlocked())
+      .def("hold_proxy", &Rank::hold_proxy)
       .def("deliver",
-           [](AnyRuntime& runtime, const std::string& announcement) {
-             link_of(runtime).bulletin().deliver(announcement);
+           [](Rank& rank, const std::string& announcement) {
+             link_of(rank).announcements().deliver(announcement);
            })
-      .def("take_announcement",
-           [](AnyRuntime& runtime) { return py::bytes(link_of(runtime).bulletin().take()); })
+      .def("take_announcement", [](Rank& rank) { return py::bytes(link_of(rank).announcements().take()); })
       .def("silence",
-           [](const AnyRuntime& runtime) {
-             return std::chrono::duration<double>(link_of(runtime).bulletin().silence()).count();
+           [](const Rank& rank) {
+             return std::chrono::duration<double>(link_of(rank).announcements().silence()).count();
            })
-      .def("take_log", [](AnyRuntime& runtime) { return link_of(runtime).bulletin().take_log(); })
-      .def("break_rail", [](AnyRuntime& runtime, uint32_t rail) { link_of(runtime).break_rail(rail); })
-      .def_property_readonly("link_ready",
-                             [](const AnyRuntime& runtime) {
-                               return runtime.link() == nullptr ? -1 : runtime.link()->bulletin().ready();
-                             })
-      .def_property_readonly("path", &AnyRuntime::path)
-      .def("counters", [](const AnyRuntime& runtime) { return counters_of(runtime); })
-      .def_property_readonly("closed", &AnyRuntime::closed)
-      .def_property_readonly("poison", &AnyRuntime::poison);
+      .def("take_log", [](Rank& rank) { return link_of(rank).announcements().take_log(); })
+      .def("break_rail", [](Rank& rank, uint32_t rail) { link_of(rank).break_rail(rail); })
+      .def_property_readonly(
+          "link_ready",
+          [](const Rank& rank) { return rank.link() == nullptr ? -1 : rank.link()->announcements().ready(); })
+      .def_property_readonly("path", &Rank::path)
+      .def("counters", [](const Rank& rank) { return counters_of(rank); })
+      .def_property_readonly("closed", &Rank::closed)
+      .def_property_readonly("poison", &Rank::poison);
 }
 
 // The names and units of Python's settings; the values are checked where a runtime is made of them.
@@ -311,6 +291,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("rdma_ports", &rdma_ports,
              "Every port of every RDMA device: name, port, active, Ethernet, MTU, GIDs.");
 
+  module.def(
+      "region_bytes",
+      [](uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth) {
+        return RegionLayout({slot_bytes, packet_bytes, 2 * depth}).total();
+      },
+      py::kw_only(), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
+      "The size of one rank's region: control, receive slots and send slots.");
+
   module.attr("WORLD_SIZE") = kWorldSize;
   module.attr("MAX_RAILS") = verbs::kMaxRails;
   module.attr("REGION_VERSION") = kRegionVersion;
@@ -318,51 +306,49 @@ PYBIND11_MODULE(_native, module) {
 
   bind_options(module);
 
-  auto runtime = py::class_<Runtime, Held<Runtime>>(module, "Runtime");
-  runtime.def(py::init([](const Options& options) { return make_unlocked<Runtime>(options); }),
+  bind_rank(module);
+  auto runtime = py::class_<CpuRank, Rank, Held<CpuRank>>(module, "Runtime");
+  runtime.def(py::init([](const Options& options) { return make_unlocked<CpuRank>(options); }),
               py::arg("options"));
-  bind_common(runtime);
   runtime
       .def(
           "all_reduce",
-          [](Runtime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype) {
+          [](CpuRank& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype) {
             self.all_reduce(pointer(in), pointer(out), elements, dtype);
           },
           Unlocked())
       .def(
           "all_gather",
-          [](Runtime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes) {
+          [](CpuRank& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes) {
             self.all_gather(pointer(in), pointer(out), outer, inner_bytes);
           },
           Unlocked());
 
-  using device::DeviceRuntime;
-  auto device_runtime = py::class_<DeviceRuntime, Held<DeviceRuntime>>(module, "DeviceRuntime");
+  using device::GpuRank;
+  auto device_runtime = py::class_<GpuRank, Rank, Held<GpuRank>>(module, "DeviceRuntime");
   device_runtime.def(
       py::init([](const Options& options, const device::LaunchShape& shape, const py::bytes& kernels) {
         std::string image = kernels;
-        return make_unlocked<DeviceRuntime>(options, shape, image);
+        return make_unlocked<GpuRank>(options, shape, image);
       }),
       py::arg("options"), py::arg("shape"), py::arg("kernels"));
-  bind_common(device_runtime);
   // A launch takes microseconds, but it waits while the driver's queue of launches is full, as it is when the
   // kernels in front wait for the peer. `check` reads a word that the kernels write, and calls no driver.
   device_runtime
       .def(
           "all_reduce",
-          [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype,
-             uintptr_t handle) {
+          [](GpuRank& self, uintptr_t in, uintptr_t out, uint64_t elements, DType dtype, uintptr_t handle) {
             self.all_reduce(pointer(in), pointer(out), elements, dtype, stream(handle));
           },
           Unlocked())
       .def(
           "all_gather",
-          [](DeviceRuntime& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes,
+          [](GpuRank& self, uintptr_t in, uintptr_t out, uint64_t outer, uint64_t inner_bytes,
              uintptr_t handle) {
             self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
           },
           Unlocked())
-      .def("check", &DeviceRuntime::check);
+      .def("check", &GpuRank::check);
 
   bind_wire_probe(module);
 }

@@ -1,4 +1,4 @@
-// Every kernel of the runtime, by the name under which the host finds it (csrc/device/kernels.cpp).
+// Every kernel of the runtime, by the name under which the host finds it (csrc/gpu/kernels.cpp).
 #include "packets.cuh"
 #include "payload.cuh"
 
@@ -9,18 +9,18 @@ using spark::device::Call;
 using spark::device::Concatenation;
 using spark::device::Float16;
 using spark::device::Float32;
-using spark::device::Rank;
+using spark::device::RankParameters;
 using spark::device::Sum;
 
 }  // namespace
 
-#define SPARK_KERNEL(name, threads, exchange, ...)                                 \
-  extern "C" __global__ void __launch_bounds__(threads, 1)                         \
-      name(const __grid_constant__ Rank rank, const __grid_constant__ Call call) { \
-    spark::device::exchange<__VA_ARGS__>(rank, call);                              \
+#define SPARK_KERNEL(name, threads, exchange, ...)                                           \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                                   \
+      name(const __grid_constant__ RankParameters rank, const __grid_constant__ Call call) { \
+    spark::device::exchange<__VA_ARGS__>(rank, call);                                        \
   }
 
-// Threads that move data, and the side warps (csrc/device/runtime.cpp).
+// Threads that move data, and the side warps (csrc/gpu/launch_plan.cpp).
 SPARK_KERNEL(all_reduce_packets_float32, 576, exchange_packets, Sum<Float32>)
 SPARK_KERNEL(all_reduce_packets_float16, 576, exchange_packets, Sum<Float16>)
 SPARK_KERNEL(all_reduce_packets_bfloat16, 576, exchange_packets, Sum<BFloat16>)

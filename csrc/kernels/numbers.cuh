@@ -1,4 +1,4 @@
-// Sums of pairs, as csrc/reduce.cpp computes them: in float32, rounded to nearest even, one NaN.
+// Sums of pairs, as csrc/cpu/reduce.cpp computes them: in float32, rounded to nearest even, one NaN.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,5 @@
-// A collective whose message goes as flagged packets: one launch; a packet a thread, or a few of very many.
+// A collective whose message is sent as flagged packets: one launch; one packet for each thread, or a few if
+// there are very many.
 #pragma once
 
 #include "output.cuh"
@@ -13,25 +14,26 @@ namespace spark::device {
 template <typename Output>
 class Packets {
  public:
-  __device__ Packets(const Rank& rank, const Call& call, uint32_t first, uint32_t step)
+  __device__ Packets(const RankParameters& rank, const Call& call, uint32_t first, uint32_t step)
       : rank_(rank),
         call_(call),
         first_(first),
         step_(step),
         count_(static_cast<uint32_t>(packet_count(call.bytes))) {}
 
-  // What the first packet carries; asked for before it is known whether the rank is poisoned.
+  // Loads the data of the first packet, before it is known whether the rank is poisoned.
   __device__ void load() {
     if (first_ < count_) own_ = data(first_);
   }
 
   __device__ void send(uint32_t sequence) {
+    Halves* const out = SlotView(rank_, rank_.out).packets(sequence);
     Words<2> own = own_;
     for (uint32_t packet = first_; packet < count_; packet += step_) {
       if (packet != first_) own = data(packet);
-      // Relaxed: data and flag travel in the same 8 bytes. That the slot may be written is known from the
-      // previous kernels, which received what the peer sent after it had read this slot.
-      store_relaxed(place(rank_.out, sequence) + packet,
+      // Relaxed: data and flag travel in the same 8 bytes. The slot may be written: previous kernels
+      // have received what the peer sent after it had read this slot.
+      store_relaxed(out + packet,
                     Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
       if (Output::kKeepsOwn && packet != 0) {
         store_words(call_.out + Output::place(rank_, call_, at(packet), true), left(packet), own);
@@ -40,11 +42,12 @@ class Packets {
   }
 
   __device__ void receive(uint32_t sequence) {
+    const Halves* const in = SlotView(rank_, rank_.in).packets(sequence);
     Words<2> own = own_;
     Wait wait(rank_, sequence, call_.tag);
     for (uint32_t packet = first_; packet < count_; packet += step_) {
       Halves theirs;
-      if (!device::receive(place(rank_.in, sequence) + packet, sequence, wait, theirs)) return;
+      if (!receive_packet(in + packet, sequence, wait, theirs)) return;
       const uint32_t low = half_data(theirs.first), high = half_data(theirs.second);
       if (packet == 0) {
         if (low != call_.tag) give_up(rank_, kMismatch, sequence, call_.tag, low);
@@ -59,8 +62,8 @@ class Packets {
 
   // After `receive`.
   __device__ void clear(uint32_t sequence) const {
-    clear_packets(rank_, rank_.out, sequence, count_, first_, step_);
-    clear_packets(rank_, rank_.in, sequence, 0, first_, step_);
+    SlotView(rank_, rank_.out).clear_packets(sequence, count_, first_, step_);
+    SlotView(rank_, rank_.in).clear_packets(sequence, 0, first_, step_);
   }
 
  private:
@@ -70,42 +73,38 @@ class Packets {
     if (packet == 0) return {call_.tag, static_cast<uint32_t>(call_.bytes)};
     return load_words<2>(call_.in + at(packet), left(packet));
   }
-  __device__ Halves* place(const Lane& lane, uint32_t sequence) const {
-    const uint32_t slot = sequence & (rank_.slots - 1);
-    return reinterpret_cast<Halves*>(lane.packets + slot * size_t{rank_.packet_area});
-  }
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   const Call& call_;
   uint32_t first_, step_, count_;
   Words<2> own_{};
 };
 
-// `in` and `out` are aligned to 8 bytes. Each warp's packets begin on a cache line: two warps that want the
-// same one from host memory would be answered one after the other.
+// `in` and `out` are aligned to 8 bytes. Each warp's packets begin on a cache line: loads of one line of host
+// memory by two warps would be answered one after the other.
 template <typename Output>
-__device__ inline void exchange_packets(const Rank& rank, const Call& call) {
+__device__ inline void exchange_packets(const RankParameters& rank, const Call& call) {
   const uint32_t movers = blockDim.x - kPacketsSideThreads;
   const bool mover = threadIdx.x < movers;
   Packets<Output> packets(rank, call, blockIdx.x * movers + threadIdx.x, gridDim.x * movers);
-  wait_for_kernel_before();
-  // Input and progress are asked for together: neither waits for the other.
+  wait_for_previous_kernel();
+  // Loads of the input and of the progress are issued together: neither waits for the other.
   if (mover) packets.load();
-  const Start start = start_of(rank);
-  if (start.poisoned) return;
-  if (mover) packets.send(start.sequence);
+  const FirstMessage first = first_message(rank);
+  if (first.poisoned) return;
+  if (mover) packets.send(first.sequence);
   let_next_kernel_start();
   if (mover) {
-    packets.receive(start.sequence);
-    if (clears(rank, start.sequence)) {
-      packets.clear(start.sequence);
+    packets.receive(first.sequence);
+    if (SlotView::clears(rank, first.sequence)) {
+      packets.clear(first.sequence);
       if (threadIdx.x == 0) {
-        clear_flags(rank, rank.out, start.sequence, 0);
-        clear_flags(rank, rank.in, start.sequence, 0);
+        SlotView(rank, rank.out).clear_flags(first.sequence, 0);
+        SlotView(rank, rank.in).clear_flags(first.sequence, 0);
       }
     }
   } else {
-    keep_books(rank, call, start.sequence, 1, true);
+    update_progress(rank, call, first.sequence, 1, true);
   }
   advance(rank, 1);
 }

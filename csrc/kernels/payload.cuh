@@ -1,5 +1,5 @@
-// A collective whose messages go as payload, then flag: one launch, many blocks, as many messages as it
-// takes.
+// A collective whose messages are sent as payload, then flag: one launch, many blocks, as many messages as
+// needed.
 #pragma once
 
 #include "output.cuh"
@@ -10,27 +10,26 @@
 
 namespace spark::device {
 
-// One block's share of the exchange: the same piece of every message, each with a flag of its own, so that
-// blocks wait for nobody but the block of the same index on the peer. Pieces of the last message may be
-// empty; their flags travel nevertheless: what a slot may be overwritten by follows from the flags of all
-// blocks.
+// One block's share of the exchange: the same piece of every message, each with a flag of its own, so that a
+// block waits only for the block of the same index on the peer. Pieces of the last message may be empty;
+// their flags are sent nevertheless: a slot may be overwritten once the flags of all blocks have arrived.
 //
-// The block's threads have parts: some send, as many receive, and one looks out for flags. So both directions
-// of the link are busy at the same time, and nobody who waits for the peer keeps the block from sending.
+// The block's threads have roles: some send, as many receive, and one polls flags. So both directions of the
+// link are busy at the same time, and a wait for the peer does not stop the block from sending.
 template <typename Output>
 class Pieces {
  public:
-  // `part` is this thread's number among the `parts` that send, or that receive.
-  __device__ Pieces(const Rank& rank, const Call& call, Relay& relay, uint32_t first, uint32_t part,
-                    uint32_t parts)
+  // `thread` is this thread's number among the `threads` that send, or that receive.
+  __device__ Pieces(const RankParameters& rank, const Call& call, Relay& relay, uint32_t first,
+                    uint32_t thread, uint32_t threads)
       : rank_(rank),
         call_(call),
         relay_(relay),
         first_(first),
         piece_(call.chunk / gridDim.x),
         messages_(static_cast<uint32_t>((call.bytes + call.chunk - 1) / call.chunk)),
-        part_(part),
-        parts_(parts) {}
+        thread_(thread),
+        threads_(threads) {}
 
   __device__ uint32_t messages() const { return messages_; }
 
@@ -46,23 +45,24 @@ class Pieces {
   __device__ void receive() {
     for (uint32_t index = 0; index < messages_; ++index) {
       if (!receive(index)) {
-        if (part_ == 0) relay_.consumed.end();
+        if (thread_ == 0) relay_.consumed.end();
         return;
       }
       const uint32_t sequence = first_ + index;
-      if (clears(rank_, sequence)) {
-        clear_packets(rank_, rank_.in, sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-        if (part_ == 0) clear_flags(rank_, rank_.in, sequence, 0);
+      if (SlotView::clears(rank_, sequence)) {
+        SlotView(rank_, rank_.in)
+            .clear_packets(sequence, 0, blockIdx.x * threads_ + thread_, gridDim.x * threads_);
+        if (thread_ == 0) SlotView(rank_, rank_.in).clear_flags(sequence, 0);
       }
-      if (index + rank_.depth < messages_) {  // somebody will wait for it
-        meet(Part::kReceivers, parts_);
-        if (part_ == 0) relay_.consumed.raise(index + 1);
+      if (index + rank_.depth < messages_) {  // the senders will wait for it
+        barrier(Role::kReceivers, threads_);
+        if (thread_ == 0) relay_.consumed.raise(index + 1);
       }
     }
   }
 
   // By one thread.
-  __device__ void look_out() {
+  __device__ void poll_flags() {
     for (uint32_t index = 0; index < messages_; ++index) {
       const uint32_t sequence = first_ + index;
       const uint64_t* word = &flag(rank_.in, index)->value;
@@ -70,7 +70,7 @@ class Pieces {
       // Acquire: the payload was there before the flag. The relay hands that on to the threads that receive.
       uint64_t value = load_acquire(word);
       while (flag_sequence(value) != sequence) {
-        if (!wait.go_on()) return relay_.arrived.end();
+        if (!wait.step()) return relay_.arrived.end();
         value = load_acquire(word);
       }
       if (flag_tag(value) != call_.tag) {
@@ -85,24 +85,24 @@ class Pieces {
   using Vector = Words<4>;
   static constexpr uint32_t kUnroll = 4;
 
-  // Bytes of message `index` that are this block's: from `begin` in the whole input.
-  __device__ uint64_t begin(uint32_t index) const {
+  // This block's bytes of message `index`: from `offset` in the whole input.
+  __device__ uint64_t offset(uint32_t index) const {
     return static_cast<uint64_t>(index) * call_.chunk + static_cast<uint64_t>(blockIdx.x) * piece_;
   }
   __device__ uint32_t length(uint32_t index) const {
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     return from >= call_.bytes
                ? 0
                : static_cast<uint32_t>(min(static_cast<uint64_t>(piece_), call_.bytes - from));
   }
-  __device__ uint32_t slot(uint32_t index) const { return (first_ + index) & (rank_.slots - 1); }
-  __device__ Flag* flag(const Lane& lane, uint32_t index) const {
-    return reinterpret_cast<Flag*>(lane.flags) + slot(index) * kMaxPieces + blockIdx.x;
+  // This block's flag and piece of message `index`.
+  __device__ Flag* flag(const Slots& slots, uint32_t index) const {
+    return SlotView(rank_, slots).flag(first_ + index, blockIdx.x);
   }
-  __device__ unsigned char* payload(const Lane& lane, uint32_t index) const {
-    return lane.payload + static_cast<size_t>(slot(index)) * rank_.payload_area + blockIdx.x * piece_;
+  __device__ unsigned char* payload(const Slots& slots, uint32_t index) const {
+    return SlotView(rank_, slots).payload(first_ + index) + blockIdx.x * piece_;
   }
-  __device__ uint32_t step() const { return parts_ * sizeof(Vector); }
+  __device__ uint32_t step() const { return threads_ * sizeof(Vector); }
 
   // A thread's vectors of a piece, from byte `base` of it on; those beyond its end stay as they are.
   __device__ void load_own(Vector (&own)[kUnroll], uint64_t from, uint32_t base, uint32_t bytes) const {
@@ -115,9 +115,9 @@ class Pieces {
 
   __device__ void send(uint32_t index) {
     const uint32_t bytes = length(index), sequence = first_ + index;
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     unsigned char* to = payload(rank_.out, index);
-    for (uint32_t base = part_ * sizeof(Vector); base < bytes; base += kUnroll * step()) {
+    for (uint32_t base = thread_ * sizeof(Vector); base < bytes; base += kUnroll * step()) {
       Vector own[kUnroll];
       load_own(own, from, base, bytes);
 #pragma unroll
@@ -132,13 +132,14 @@ class Pieces {
         }
       }
     }
-    if (clears(rank_, sequence)) {
-      clear_packets(rank_, rank_.out, sequence, 0, blockIdx.x * parts_ + part_, gridDim.x * parts_);
-      if (part_ == 0) clear_flags(rank_, rank_.out, sequence, gridDim.x);
+    if (SlotView::clears(rank_, sequence)) {
+      SlotView(rank_, rank_.out)
+          .clear_packets(sequence, 0, blockIdx.x * threads_ + thread_, gridDim.x * threads_);
+      if (thread_ == 0) SlotView(rank_, rank_.out).clear_flags(sequence, gridDim.x);
     }
-    meet(Part::kSenders, parts_);
-    if (part_ == 0) {
-      relay_.sent.raise(index + 1);  // not behind the flag's release, which waits for host memory
+    barrier(Role::kSenders, threads_);
+    if (thread_ == 0) {
+      relay_.sent.raise(index + 1);  // before the flag's release, which waits for host memory
       Flag* staged = flag(rank_.out, index);
       store_relaxed(&staged->offset, blockIdx.x * piece_);
       store_relaxed(&staged->bytes, bytes);
@@ -149,13 +150,13 @@ class Pieces {
     }
   }
 
-  // False: it will not come.
+  // False: it will not arrive.
   __device__ bool receive(uint32_t index) {
     const uint32_t bytes = length(index);
-    const uint64_t from = begin(index);
+    const uint64_t from = offset(index);
     unsigned char* received = payload(rank_.in, index);
     bool arrived = false;
-    uint32_t base = part_ * sizeof(Vector);
+    uint32_t base = thread_ * sizeof(Vector);
     do {
       Vector theirs[kUnroll], own[kUnroll];
       if (!Output::kKeepsOwn) load_own(own, from, base, bytes);  // before the wait, not after it
@@ -194,35 +195,37 @@ class Pieces {
             static_cast<uint32_t>(value.second), static_cast<uint32_t>(value.second >> 32)};
   }
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   const Call& call_;
   Relay& relay_;
-  uint32_t first_, piece_, messages_, part_, parts_;
+  uint32_t first_, piece_, messages_, thread_, threads_;
 };
 
 // `in` and `out` are aligned to 16 bytes; the grid has at most kMaxPieces blocks, all of them resident at
 // once, of as many threads that send as receive, and the side warps.
 template <typename Output>
-__device__ inline void exchange_payload(const Rank& rank, const Call& call) {
+__device__ inline void exchange_payload(const RankParameters& rank, const Call& call) {
   __shared__ Relay relay;
   relay.clear();  // by every thread: they all write the same
   __syncthreads();
-  wait_for_kernel_before();
-  const Start start = start_of(rank);
-  // All of the block or none: another block may poison the rank at this moment, and parts meet at barriers.
-  if (__syncthreads_or(start.poisoned)) return;
-  const uint32_t parts = (blockDim.x - kPayloadSideThreads) / 2;
-  const bool sends = threadIdx.x < parts;
-  Pieces<Output> pieces(rank, call, relay, start.sequence, sends ? threadIdx.x : threadIdx.x - parts, parts);
+  wait_for_previous_kernel();
+  const FirstMessage first = first_message(rank);
+  // All threads of the block or none: another block may poison the rank at this moment, and the roles have
+  // barriers.
+  if (__syncthreads_or(first.poisoned)) return;
+  const uint32_t threads = (blockDim.x - kPayloadSideThreads) / 2;
+  const bool sends = threadIdx.x < threads;
+  Pieces<Output> pieces(rank, call, relay, first.sequence, sends ? threadIdx.x : threadIdx.x - threads,
+                        threads);
   if (!sends) let_next_kernel_start();
   if (sends) {
     pieces.send();
-  } else if (threadIdx.x < 2 * parts) {
+  } else if (threadIdx.x < 2 * threads) {
     pieces.receive();
-  } else if (threadIdx.x == 2 * parts) {
-    pieces.look_out();
-  } else if (threadIdx.x >= 2 * parts + kWarp) {
-    keep_books(rank, call, start.sequence, pieces.messages(), false);
+  } else if (threadIdx.x == 2 * threads) {
+    pieces.poll_flags();
+  } else if (threadIdx.x >= 2 * threads + kWarp) {
+    update_progress(rank, call, first.sequence, pieces.messages(), false);
   }
   advance(rank, pieces.messages());
 }

@@ -1,14 +1,15 @@
-// What the parts of a block tell each other: how many messages have gone, have come, and have been read.
+// Counters in shared memory by which the roles of a block wait for each other: messages sent, arrived, and
+// read.
 #pragma once
 
-#include "rank.hpp"
+#include "parameters.hpp"
 
 namespace spark::device {
 
 // A number that one thread of the block raises and whole warps wait for, in shared memory. Every access is
-// atomic: there is little traffic, and compute-sanitizer's racecheck knows no other order between threads
+// atomic: there is little traffic, and compute-sanitizer's racecheck supports no other order between threads
 // than barriers'.
-class Count {
+class Counter {
  public:
   __device__ void clear() { value_ = ended_ = 0; }  // before a barrier of all
 
@@ -19,7 +20,7 @@ class Count {
   __device__ void end() { exchange_release(&ended_, 1); }
 
   // By a whole warp. False: it ended before it came to `value`. All that wait for the same value get the same
-  // answer, however late they look: they meet at barriers.
+  // answer, however late they load it: they have barriers in common.
   __device__ bool wait_for(uint32_t value) {
     bool there = false;
     if (threadIdx.x % kWarp == 0) {
@@ -58,13 +59,13 @@ class Count {
   uint32_t ended_;
 };
 
-// Waits here end when the thread that looks out for flags has given up, which it does in bounded time. `sent`
-// needs no end: a sender stops early only once the receivers have, and before message j it waits for no more
-// than that they are through with j - depth.
+// Waits here end when the thread that polls flags has given up, which it does in bounded time. `sent`
+// needs no end: a sender stops early only once the receivers have, and before message j it only waits until
+// they have read j - depth.
 struct Relay {
-  Count sent;      // messages, by one that sends, after a barrier of all that do: their input is read
-  Count arrived;   // messages, by the thread that acquired their flags
-  Count consumed;  // messages, by one that receives, after a barrier of all that do
+  Counter sent;      // messages, by one that sends, after a barrier of all that do: their input is read
+  Counter arrived;   // messages, by the thread that acquired their flags
+  Counter consumed;  // messages, by one that receives, after a barrier of all that do
 
   __device__ void clear() {
     sent.clear();
@@ -74,10 +75,10 @@ struct Relay {
 };
 
 // Barriers of whole warps; 0 is the whole block's.
-enum class Part : uint32_t { kSenders = 1, kReceivers = 2 };
+enum class Role : uint32_t { kSenders = 1, kReceivers = 2 };
 
-__device__ inline void meet(Part part, uint32_t threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(static_cast<uint32_t>(part)), "r"(threads) : "memory");
+__device__ inline void barrier(Role role, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(static_cast<uint32_t>(role)), "r"(threads) : "memory");
 }
 
 }  // namespace spark::device

@@ -1,55 +1,55 @@
 // Waiting inside a kernel: bounded by time, ended by an abort.
 #pragma once
 
-#include "rank.hpp"
+#include "parameters.hpp"
+#include "slots.cuh"
 #include "system_scope.cuh"
 
 namespace spark::device {
 
-// Poisons the rank: the first thread that gives up says why, for the host.
-__device__ inline void give_up(const Rank& rank, FailureCode code, uint32_t sequence, uint32_t expected,
-                               uint32_t seen) {
+// Poisons the rank: the first thread that gives up reports the reason to the host.
+__device__ inline void give_up(const RankParameters& rank, FailureCode code, uint32_t sequence,
+                               uint32_t expected, uint32_t seen) {
   if (atomicExch(&rank.progress->poisoned, 1u) != 0) return;
   Failure& failure = rank.report->failure;
   store_relaxed(&failure.sequence, sequence);
   store_relaxed(&failure.expected_tag, expected);
   store_relaxed(&failure.seen_tag, seen);
-  store_release(&failure.code, static_cast<uint32_t>(code));  // whoever sees the code reads the rest
+  // Release: the host acquires the code, then reads the rest.
+  store_release(&failure.code, static_cast<uint32_t>(code));
 }
 
 class Wait {
  public:
-  __device__ Wait(const Rank& rank, uint32_t sequence, uint32_t tag)
+  __device__ Wait(const RankParameters& rank, uint32_t sequence, uint32_t tag)
       : rank_(rank), sequence_(sequence), tag_(tag) {}
 
-  // Called once per look in vain. False: stop waiting, the rank is poisoned.
-  __device__ bool go_on() {
+  // Called after each load that has not found the message. False: stop waiting, the rank is poisoned.
+  __device__ bool step() {
     if (end_ != kNoFailure) {
       give_up(rank_, end_, sequence_, tag_, 0);
       return false;
     }
-    if (++looks_ % kLooks != 0) return true;
+    if (++steps_ % kSteps != 0) return true;
     uint64_t time = now();
     if (deadline_ == 0) deadline_ = time + rank_.timeout_ns;
     if (*const_cast<volatile uint32_t*>(&rank_.progress->poisoned) != 0) return false;  // another thread did
-    // What the peer sent before it aborted can be seen once the abort word has been acquired, and what came
-    // while this thread did not run is there too: so one more look, then give up.
+    // What the peer sent before it aborted is visible once the abort word has been acquired, and so is what
+    // came while this thread did not run: so the message is loaded once more before this thread gives up.
     if (load_acquire(rank_.abort) == kAborted) {
       end_ = kAbortSeen;
     } else if (time > deadline_) {
       end_ = kTimedOut;
     }
-    return !other_operation_came();
+    return !other_operation_arrived();
   }
 
  private:
-  // The peer may have called something of a size that travels by the other protocol.
-  __device__ bool other_operation_came() const {
-    const uint32_t slot = sequence_ & (rank_.slots - 1);
-    const uint64_t flag =
-        load_acquire(&(reinterpret_cast<const Flag*>(rank_.in.flags) + slot * kMaxPieces)->value);
-    const uint64_t header =
-        load_acquire(reinterpret_cast<const uint64_t*>(rank_.in.packets + slot * size_t{rank_.packet_area}));
+  // The peer may have called an operation whose size takes the other protocol.
+  __device__ bool other_operation_arrived() const {
+    const SlotView slots(rank_, rank_.in);
+    const uint64_t flag = load_acquire(&slots.flag(sequence_, 0)->value);
+    const uint64_t header = load_acquire(&slots.packets(sequence_)->first);
     uint32_t seen = tag_;
     if (half_arrived(header, sequence_)) seen = half_data(header);
     if (flag_sequence(flag) == sequence_) seen = flag_tag(flag);
@@ -58,22 +58,22 @@ class Wait {
     return true;
   }
 
-  static constexpr uint32_t kLooks = 256;  // a look takes about a microsecond: the clock is read now and then
+  static constexpr uint32_t kSteps = 256;  // of about a microsecond each, between two reads of the clock
 
-  const Rank& rank_;
+  const RankParameters& rank_;
   uint32_t sequence_, tag_;
-  uint32_t looks_ = 0;
+  uint32_t steps_ = 0;
   uint64_t deadline_ = 0;
   FailureCode end_ = kNoFailure;
 };
 
-// Waits for a packet. One look at a time: a second one at the same place would be answered after the first, a
-// whole round trip to host memory later (benchmarks/NOTES.md, entry 11). False: it gave up.
-__device__ inline bool receive(const Halves* from, uint32_t sequence, Wait& wait, Halves& packet) {
+// Waits for a packet. One load at a time: a second one of the same address is answered a whole round trip to
+// host memory after the first (benchmarks/NOTES.md, entry 11). False: it gave up.
+__device__ inline bool receive_packet(const Halves* from, uint32_t sequence, Wait& wait, Halves& packet) {
   for (;;) {
     packet = load_relaxed(from);
     if (half_arrived(packet.first, sequence) && half_arrived(packet.second, sequence)) return true;
-    if (!wait.go_on()) return false;
+    if (!wait.step()) return false;
   }
 }
 

@@ -32,7 +32,7 @@ void copy_packet_lines(const std::atomic<uint64_t>* from, std::atomic<uint64_t>*
                       _mm_load_si128(source + 3)};
     for (int part = 0; part < 4; ++part) _mm_stream_si128(target + part, line[part]);
   }
-  _mm_sfence();  // streamed stores wait for nobody, not even for a release that follows
+  _mm_sfence();  // streamed stores are not ordered before later stores, not even before a release
 #else
   copy_packets(from, to, 0, lines * kHalvesPerLine);
 #endif

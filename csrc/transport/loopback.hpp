@@ -5,7 +5,7 @@
 #include <chrono>
 #include <deque>
 
-#include "../backoff.hpp"
+#include "../support/backoff.hpp"
 #include "transport.hpp"
 
 namespace spark {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../region.hpp"
+#include "../region/region.hpp"
 
 namespace spark {
 
@@ -22,10 +22,10 @@ class Transport {
   // one: the caller does not sleep then.
   virtual bool progress() = 0;
 
-  // Looks after the connection itself. Called whenever there is time for it, and every 100 ms at least.
-  virtual void attend() {}
+  // Checks and repairs the connection itself. Called whenever there is time, and at least every 100 ms.
+  virtual void maintain() {}
 
-  // Nothing more will be posted: tells the peer so, after all that was posted has arrived. Bounded.
+  // Nothing more will be posted: announces that to the peer, after everything posted has arrived. Bounded.
   virtual void finish() {}
 };
 

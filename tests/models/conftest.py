@@ -22,7 +22,7 @@ __all__ = ["logs", "pytest_runtest_makereport", "pytest_runtest_teardown", "pyte
 @pytest.fixture(scope="module")
 def hosts(logs: Path) -> Iterator[Hosts]:
     """Two hosts, gone after the module: their names are those that the hosts of tests/serve need."""
-    with two_hosts(logs) as (pair, _):
+    with two_hosts(logs) as (pair, _), pair[0].fork_server(), pair[1].fork_server():
         yield pair
 
 

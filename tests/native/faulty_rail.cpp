@@ -100,7 +100,7 @@ int main(int argc, char** argv) {
   options.timeout = kBound;
   spark::Options other = options;
   other.rank = 1;
-  spark::Runtime left(options), right(other);
+  spark::CpuRank left(options), right(other);
   spark::verbs::LinkOptions link;
   link.timeout = std::chrono::nanoseconds(static_cast<int64_t>(link_timeout * 1e9));
   try {
@@ -109,12 +109,12 @@ int main(int argc, char** argv) {
     std::puts(error.what());
     return 3;
   }
-  left.begin();
-  right.begin();
+  left.start();
+  right.start();
   Stalls left_stalls(retry_time), right_stalls = left_stalls;
   Course course(seconds, heal_after);
   std::string errors[2];
-  auto run = [&](spark::Runtime& runtime, int rank, Stalls& stalls) {
+  auto run = [&](spark::CpuRank& runtime, int rank, Stalls& stalls) {
     try {
       run_rank(runtime, rank, [&](int operation) {
         stalls.begin();

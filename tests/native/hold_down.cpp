@@ -1,8 +1,8 @@
-// Prints what csrc/transport/verbs/hold_down.cpp makes of failures at given times, a line each: for how many
+// Prints what csrc/transport/link/hold_down.cpp makes of failures at given times, a line each: for how many
 // milliseconds the rail is held down while another rail works, and while none does.
 //
 //   hold_down EVENT...    open@SECONDS, fail@SECONDS or fail-alone@SECONDS, in their order
-#include "../../csrc/transport/verbs/hold_down.hpp"
+#include "../../csrc/transport/link/hold_down.hpp"
 
 #include <cstdio>
 #include <cstdlib>

@@ -1,7 +1,7 @@
-// Checks what csrc/device/launch_plan.cpp makes of many sizes, launch shapes and regions, as kernels use it
+// Checks what csrc/gpu/launch_plan.cpp makes of many sizes, launch shapes and regions, as kernels use it
 // (csrc/kernels/payload.cuh, packets.cuh). Prints the first case that is wrong and returns 1, or prints how
 // many plans of each protocol it has checked.
-#include "../../csrc/device/launch_plan.hpp"
+#include "../../csrc/gpu/launch_plan.hpp"
 
 #include <algorithm>
 #include <cstdio>
@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/kernels/rank.hpp"
+#include "../../csrc/kernels/parameters.hpp"
 
 namespace {
 

@@ -12,8 +12,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/runtime.hpp"
-#include "../../csrc/transport/verbs/link.hpp"
+#include "../../csrc/cpu/cpu_rank.hpp"
+#include "../../csrc/transport/link/link.hpp"
 
 namespace spark::testing {
 
@@ -26,7 +26,7 @@ constexpr auto kBound = std::chrono::seconds(60);  // for a message, and for a r
 
 // Random all-reduces, each checked. Calls `before(operation)` before each, which says whether to go on.
 template <typename Before>
-void run_rank(spark::Runtime& runtime, int rank, Before before) {
+void run_rank(spark::CpuRank& runtime, int rank, Before before) {
   std::mt19937 chance(5);  // the same on both ranks
   std::mt19937 own_chance(static_cast<unsigned>(rank));
   for (int operation = 0; before(operation); ++operation) {
@@ -48,7 +48,7 @@ void run_rank(spark::Runtime& runtime, int rank, Before before) {
 // Passes on what a rank says of its rails, as the channel between two machines does.
 class Keeper {
  public:
-  Keeper(spark::verbs::Bulletin& from, spark::verbs::Bulletin& to)
+  Keeper(spark::verbs::Announcements& from, spark::verbs::Announcements& to)
       : thread_([this, &from, &to] {
           while (!stopping_.load(std::memory_order_relaxed)) {
             pollfd ready{from.ready(), POLLIN, 0};
@@ -72,7 +72,7 @@ class Keeper {
 // The same both ways.
 struct Keepers {
   Keepers(spark::verbs::Link& left, spark::verbs::Link& right)
-      : one(left.bulletin(), right.bulletin()), two(right.bulletin(), left.bulletin()) {}
+      : one(left.announcements(), right.announcements()), two(right.announcements(), left.announcements()) {}
   Keeper one, two;
 };
 

@@ -8,8 +8,8 @@
 #include <functional>
 #include <map>
 
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/errors.hpp"
+#include "../../csrc/rank/endpoint.hpp"
+#include "../../csrc/support/errors.hpp"
 #include "link_ranks.hpp"
 
 namespace {
@@ -56,10 +56,10 @@ class Pair {
   bool step(spark::Endpoint& rank) {
     spark::Endpoint& other = &rank == &left ? right : left;
     bool awake = rank.link()->progress();
-    rank.link()->attend();
-    std::string announcement = rank.link()->bulletin().take();
-    if (!announcement.empty()) other.link()->bulletin().deliver(announcement);
-    for (const std::string& sentence : rank.link()->bulletin().take_log()) log[&rank] += sentence + "\n";
+    rank.link()->maintain();
+    std::string announcement = rank.link()->announcements().take();
+    if (!announcement.empty()) other.link()->announcements().deliver(announcement);
+    for (const std::string& sentence : rank.link()->announcements().take_log()) log[&rank] += sentence + "\n";
     return awake;
   }
 

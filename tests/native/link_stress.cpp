@@ -13,10 +13,11 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/device/forwarder.hpp"
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/errors.hpp"
-#include "../../csrc/runtime.hpp"
+#include "../../csrc/cpu/cpu_rank.hpp"
+#include "../../csrc/proxy/proxy_thread.hpp"
+#include "../../csrc/proxy/slot_scanner.hpp"
+#include "../../csrc/rank/endpoint.hpp"
+#include "../../csrc/support/errors.hpp"
 #include "link_ranks.hpp"
 
 namespace {
@@ -56,10 +57,10 @@ void run_cpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Options options = options_of(depth), other = options;
   options.stripes = other.stripes = 2;
   other.rank = 1;
-  spark::Runtime left(options), right(other);
+  spark::CpuRank left(options), right(other);
   join(left, right, link_options());
-  left.begin();
-  right.begin();
+  left.start();
+  right.start();
   {
     Keepers keepers(*left.link(), *right.link());
     auto more = [operations](int operation) { return operation < operations; };
@@ -113,7 +114,7 @@ class Preempted : public spark::Transport {
     if (posts() != before) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     return under_way;
   }
-  void attend() override { link_.attend(); }
+  void maintain() override { link_.maintain(); }
   void finish() override { link_.finish(); }
 
  private:
@@ -128,8 +129,9 @@ void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Endpoint left(options), right(other);
   join(left, right, link_options());
   Preempted left_link(*left.link()), right_link(*right.link());
-  spark::device::Forwarder left_proxy(left.mine(), left_link, options.first_sequence - 1);
-  spark::device::Forwarder right_proxy(right.mine(), right_link, options.first_sequence - 1);
+  spark::SlotScanner left_scanner(left.mine(), options.first_sequence - 1);
+  spark::SlotScanner right_scanner(right.mine(), options.first_sequence - 1);
+  spark::ProxyThread left_proxy(left_scanner, left_link), right_proxy(right_scanner, right_link);
   {
     Keepers keepers(*left.link(), *right.link());
     together([&] { run_kernels(left, operations); }, [&] { run_kernels(right, operations); });

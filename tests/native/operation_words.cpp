@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../../csrc/operation.hpp"
+#include "../../csrc/region/operation.hpp"
 
 int main(int count, char** tags) {
   for (int at = 1; at < count; ++at) {

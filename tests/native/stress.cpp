@@ -11,11 +11,12 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/device/forwarder.hpp"
-#include "../../csrc/endpoint.hpp"
-#include "../../csrc/errors.hpp"
-#include "../../csrc/peer_watch.hpp"
-#include "../../csrc/runtime.hpp"
+#include "../../csrc/cpu/cpu_rank.hpp"
+#include "../../csrc/proxy/proxy_thread.hpp"
+#include "../../csrc/proxy/slot_scanner.hpp"
+#include "../../csrc/rank/endpoint.hpp"
+#include "../../csrc/rank/peer_watch.hpp"
+#include "../../csrc/support/errors.hpp"
 
 namespace {
 
@@ -24,7 +25,7 @@ namespace {
   std::exit(1);
 }
 
-void run_rank(spark::Runtime& runtime, int rank, int operations) {
+void run_rank(spark::CpuRank& runtime, int rank, int operations) {
   std::mt19937 chance(5);  // the same on both ranks
   for (int operation = 0; operation < operations; ++operation) {
     size_t count = 1 + chance() % (operation % 20 == 0 ? 20'000 : 600);
@@ -61,7 +62,7 @@ void run_pair(bool proxied, int operations) {
     options.sizes.slot_bytes = other.sizes.slot_bytes = 64 << 10;  // enough for two stripes
     options.stripes = other.stripes = 2;
   }
-  spark::Runtime left(options), right(other);
+  spark::CpuRank left(options), right(other);
   left.connect_in_process(right);
   right.connect_in_process(left);
 
@@ -148,7 +149,7 @@ void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_pac
 }
 
 // The proxy of a GPU rank, with this thread in the kernel's place.
-void run_forwarder(int messages) {
+void run_scanner(int messages) {
   spark::Options options;
   options.sizes = {4096, 512, 4};
   options.depth = 2;
@@ -157,7 +158,8 @@ void run_forwarder(int messages) {
   options.wire = {std::chrono::microseconds(3), 24.0};
   spark::Endpoint left(options), right(options);
   left.connect_in_process(right);
-  spark::device::Forwarder forwarder(left.mine(), left.transport(), options.first_sequence - 1);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  spark::ProxyThread proxy(scanner, left.transport());
   std::mt19937 chance(9);
   for (int message = 0; message < messages; ++message) {
     uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);
@@ -179,7 +181,7 @@ void run_forwarder(int messages) {
 
 // What a failed rail lost goes again from its slot, and may carry along the next message there before the
 // proxy has come to it: then the slot is used again, and the proxy must not wait for what it held.
-void run_forwarder_that_comes_late() {
+void run_scanner_that_comes_late() {
   spark::Options options;
   options.sizes = {4096, 512, 4};
   options.depth = 2;
@@ -187,19 +189,20 @@ void run_forwarder_that_comes_late() {
   options.proxied = true;
   spark::Endpoint left(options), right(options);
   left.connect_in_process(right);
-  spark::device::Forwarder forwarder(left.mine(), left.transport(), options.first_sequence - 1);
-  forwarder.hold(true);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  spark::ProxyThread proxy(scanner, left.transport());
+  proxy.hold(true);
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it may be in the middle of a look
   constexpr uint32_t kRounds = 3;
   uint32_t last = options.first_sequence + kRounds * options.sizes.slots - 1;
   for (uint32_t sequence = options.first_sequence; sequence != last + 1; ++sequence) {
     stage(left.mine(), sequence, 4 + sequence % 4 * 2, true, 1);
   }
-  forwarder.hold(false);
+  proxy.hold(false);
   for (uint32_t sequence = last - options.sizes.slots + 1; sequence != last + 1; ++sequence) {
     expect(right.mine(), sequence, 4 + sequence % 4 * 2, true, 1);
   }
-  if (forwarder.counters().posts != options.sizes.slots) fail("something else was posted too", 0);
+  if (scanner.counters().posts != options.sizes.slots) fail("something else was posted too", 0);
 }
 
 // A peer in another process that ends, and one that outlives the watch.
@@ -231,8 +234,8 @@ int main(int argc, char** argv) {
   int operations = argc > 1 ? std::atoi(argv[1]) : 3000;
   run_pair(false, operations);
   run_pair(true, operations);
-  run_forwarder(operations);
-  run_forwarder_that_comes_late();
+  run_scanner(operations);
+  run_scanner_that_comes_late();
   run_peer_watch();
   std::puts("ok");
 }

@@ -147,7 +147,7 @@ offers = [rank.open_link(rails=rails, timeout_s=60.0, traffic_class=0, service_l
 for rank, offer in zip(ranks, offers[::-1]):
     rank.connect_link(offer, "the other")
 for rank in ranks:
-    rank.begin()
+    rank.start()
 if kind == "short":
     link = ranks[0]
     count_other_threads(lambda: link.deliver(offers[1]), link.take_announcement, link.take_log, link.silence)

@@ -19,8 +19,9 @@ ARCHITECTURES = ["90", "121"]
 PTX_ARCHITECTURES = ["80", "90", "121"]
 """From which code is made: what ships as PTX, for GPUs without code of their own, and what machine code comes from."""
 KERNEL_COUNT = 8
-# Offsets in Rank (csrc/kernels/rank.hpp) of the pointers into memory that the peer, a proxy or the host uses too:
-# both lanes, the abort word and the report. Not among them: 56, this rank's progress, in device memory.
+# Offsets in RankParameters (csrc/kernels/parameters.hpp) of the pointers into memory that the peer, a proxy or the
+# host uses too: the slots of both directions, the abort word and the report. Not among them: 56, this rank's progress,
+# in device memory.
 SHARED_FIELDS = frozenset({0, 8, 16, 24, 32, 40, 48, 64})
 MOST_REGISTERS = {"packets": 64, "payload": 112}  # 576 threads must fit a multiprocessor's 65,536
 

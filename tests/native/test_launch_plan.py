@@ -1,4 +1,4 @@
-"""How a collective on a GPU is cut into messages and blocks (csrc/device/launch_plan.cpp), without a GPU."""
+"""How a collective on a GPU is cut into messages and blocks (csrc/gpu/launch_plan.cpp), without a GPU."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ except _native.CollectiveError as error:
 for rank, offer in zip(ranks, offers[::-1]):
     rank.connect_link(offer, "the other")
 for rank in ranks:
-    rank.begin()
+    rank.start()
 for rank in ranks:
     rank.close()
 """

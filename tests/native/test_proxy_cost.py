@@ -46,7 +46,7 @@ def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, 
     done = subprocess.run(
         [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", "--collect-atstart=no"),
-            "--toggle-collect=spark::Proxy::post(unsigned int)",
+            "--toggle-collect=spark::Doorbell::post(spark::Transport&, unsigned int)",
             *(str(program), kind, str(MESSAGES)),
         ],
         env={"LD_LIBRARY_PATH": str(driver), "PATH": "/usr/bin:/bin"},

@@ -21,7 +21,7 @@ SCRAPES = 16
 LOST = "the follower on .* (closed the connection|broke)"
 
 
-@pytest.fixture(scope="module", params=["flags", "environment"])
+@pytest.fixture(scope="module", params=["flags", pytest.param("environment", marks=pytest.mark.thorough)])
 def several(hosts: Hosts, tiny_moe: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """With `--spark`, and with VLLMSPARK_ENABLE besides: all processes read that one for themselves."""
     enabled = {"VLLMSPARK_ENABLE": "1"} if request.param == "environment" else {}

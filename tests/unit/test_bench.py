@@ -46,7 +46,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*BENCH, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("collective", ["all_reduce", "all_gather"])
+@pytest.mark.parametrize("collective", ["all_reduce", pytest.param("all_gather", marks=pytest.mark.thorough)])
 def test_collective(collective: str, tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "figures.png")]
     done = bench("--collective", collective, "--sizes", "1KiB,64KiB", "--samples", "2", *files)

@@ -85,7 +85,7 @@ def test_one_that_gives_up_says_why(config: SparkConfig, error: BaseException, s
 
 def test_one_that_dies_is_lost(config: SparkConfig) -> None:
     with sessions(config) as (one, other):
-        other._lane.close()
+        other._connection.close()
         with pytest.raises(PeerLostError, match="closed the connection"):
             one.exchange(b"")
 
@@ -95,15 +95,15 @@ def test_a_follower_that_comes_by_is_no_partner(config: SparkConfig) -> None:
     caller = Connector(LOOPBACK, config.port, tls_context(load_secret(config, LOOPBACK), "follower"), MIB)
     with ThreadPoolExecutor() as threads:
         listening = threads.submit(BenchSession.listen, config, PATIENCE)
-        lane = None
+        connection = None
         deadline = time.monotonic() + PATIENCE
-        while lane is None and time.monotonic() < deadline:
-            lane = caller.connect(CONTROL)
-        assert lane is not None
+        while connection is None and time.monotonic() < deadline:
+            connection = caller.connect(CONTROL)
+        assert connection is not None
         with listening.result() as session:
             greeted = threads.submit(session.handshake, BenchHello("one", ""), BenchHello)
-            assert lane.expect(Kind.EXCHANGE, timeout=PATIENCE).kind is Kind.EXCHANGE
-            lane.close()
+            assert connection.expect(Kind.EXCHANGE, timeout=PATIENCE).kind is Kind.EXCHANGE
+            connection.close()
             with pytest.raises(RefusedError, match=r"run vllm-spark bench wire --connect there, and neither .* join"):
                 greeted.result()
 

@@ -781,10 +781,10 @@ def test_silence_counts_once_the_model_runs() -> None:
 def test_the_silence_of_the_start_is_forgiven() -> None:
     """A peer that was allowed to say nothing while it loaded is not lost in the moment in which the model runs."""
     left, right = connections()
-    heartbeat, _, ends = beat(right, timeout=5.0)
-    time.sleep(5.5)
+    heartbeat, _, ends = beat(right, timeout=3.0)
+    time.sleep(3.2)
     heartbeat.model_started()
-    time.sleep(2.0)  # at least one turn of the thread, which takes one a second
+    time.sleep(1.5)  # at least one turn of the thread, which takes one a second
     assert ends == []
     heartbeat.model_started()
     wait_for(lambda: ends, "silence is noticed")

@@ -24,7 +24,7 @@ from vllm_spark.doctor.checks import MachineReport, is_bare, run_checks
 from vllm_spark.doctor.finding import Finding, exit_code, worst
 from vllm_spark.doctor.network import check_reach
 from vllm_spark.doctor.rails import find_rails
-from vllm_spark.doctor.rdma import pinned_bytes, region_bytes
+from vllm_spark.doctor.rdma import pinned_bytes
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, rdma_mtu
 from vllm_spark.doctor.report import Report, show
 from vllm_spark.doctor.software import PLUGIN
@@ -432,20 +432,23 @@ def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib
     _, descriptor, *_ = native.address()
     taken = os.fstat(descriptor).st_size
     native.close()
-    assert region_bytes(slot_kib << 10, packet_kib << 10, depth) == taken
     assert pinned_bytes(SparkConfig(slot_kib=slot_kib, packet_kib=packet_kib, depth=depth), 2) == 2 * taken
+
+
+def _region_bytes(packet_kib: int) -> int:
+    return _native.region_bytes(slot_bytes=1 << 20, packet_bytes=packet_kib << 10, depth=4)
 
 
 def test_packets_of_a_launch_table_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    assert pinned_bytes(SparkConfig(), 1) == region_bytes(1 << 20, 8 << 10, 4)
+    assert pinned_bytes(SparkConfig(), 1) == _region_bytes(8)
     table = tmp_path / "launch.json"
     store_launch_table(LaunchTable(loopback_mode="proxied", packet_kib=64), table)
-    assert pinned_bytes(SparkConfig(launch_table=table), 1) == region_bytes(1 << 20, 64 << 10, 4)
-    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == region_bytes(1 << 20, 16 << 10, 4)
+    assert pinned_bytes(SparkConfig(launch_table=table), 1) == _region_bytes(64)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == _region_bytes(16)
     table.write_text("{")
-    assert pinned_bytes(SparkConfig(launch_table=table), 1) == region_bytes(1 << 20, 8 << 10, 4)
-    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == region_bytes(1 << 20, 16 << 10, 4)
+    assert pinned_bytes(SparkConfig(launch_table=table), 1) == _region_bytes(8)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == _region_bytes(16)
 
 
 def test_who_may_lock_memory(tree: Tree) -> None:
@@ -456,6 +459,15 @@ def test_who_may_lock_memory(tree: Tree) -> None:
     assert findings(tree, config=more)["machine.memlock"].status == "problem"
     tree.write("proc/self/status", "CapEff:\t0000000000004000")
     assert findings(tree, config=more)["machine.memlock"].status == "ok"
+
+
+def test_lockable_memory_without_the_native_module(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_spark._native", None)
+    tree.write("proc/self/limits", "Max locked memory unlimited unlimited bytes")
+    assert findings(tree)["machine.memlock"].status == "ok"
+    tree.write("proc/self/limits", "Max locked memory 8000000 8000000 bytes")
+    found = findings(tree)["machine.memlock"]
+    assert (found.status, found.value) == ("unknown", "8.0 MB")
 
 
 @pytest.mark.parametrize(

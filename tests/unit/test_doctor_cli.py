@@ -81,7 +81,7 @@ def test_a_secret_in_another_place(tmp_path: Path, capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert f"--spark-secret-file {path}" in output
+    assert f"--spark-secret-file '{path}', " in output
     assert f"scp -p '{path}' OTHER:'{path}'" in output
     assert load_secret(SparkConfig(secret_file=path), LINK) == path.read_bytes().strip()
 

@@ -1,4 +1,4 @@
-"""Two machines together: what only both show, and the doctor's visit over a real lane with real TLS."""
+"""Two machines together: what only both show, and the doctor's visit over a real connection with real TLS."""
 
 from __future__ import annotations
 
@@ -223,10 +223,10 @@ def follower(port: int, secret: str = SECRET) -> Connector:
 def called(caller: Connector) -> Connection:
     """Like vllm-spark join: looks until somebody listens, for a minute."""
     end = time.monotonic() + 60
-    while (lane := caller.connect(CONTROL)) is None:
+    while (connection := caller.connect(CONTROL)) is None:
         assert time.monotonic() < end, f"nobody listens at {caller.endpoint}"
         time.sleep(0.05)
-    return lane
+    return connection
 
 
 def visiting(patience: float = 60.0) -> tuple[int, Any]:
@@ -241,11 +241,11 @@ def visiting(patience: float = 60.0) -> tuple[int, Any]:
 def test_a_follower_is_examined_and_let_go() -> None:
     port, outcome = visiting()
     caller = follower(port)
-    lane = called(caller)
-    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    connection = called(caller)
+    question = connection.expect(Kind.CHECK_REQUEST, timeout=30)
     # It would not find the doctor again if it looked for a leader now.
     assert caller.connect(CONTROL) is None
-    send_report(lane, question, SparkConfig(), "127.0.0.1")
+    send_report(connection, question, SparkConfig(), "127.0.0.1")
     machine, address = outcome.result(30)
     assert address == "127.0.0.1"
     assert machine.versions == Versions.of_this_process()
@@ -257,17 +257,17 @@ def test_a_follower_of_another_version_is_examined_too() -> None:
     port, outcome = visiting()
     caller = follower(port)
     caller._versions = dataclasses.replace(caller._versions, vllm="0.0.1")
-    lane = called(caller)
-    send_report(lane, lane.expect(Kind.CHECK_REQUEST, timeout=30), SparkConfig(), "127.0.0.1")
+    connection = called(caller)
+    send_report(connection, connection.expect(Kind.CHECK_REQUEST, timeout=30), SparkConfig(), "127.0.0.1")
     outcome.result(30)
 
 
 def test_a_second_follower_does_not_disturb() -> None:
     port, outcome = visiting()
-    lane = called(follower(port))
-    question = lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    connection = called(follower(port))
+    question = connection.expect(Kind.CHECK_REQUEST, timeout=30)
     assert follower(port).connect(CONTROL) is None
-    send_report(lane, question, SparkConfig(), "127.0.0.1")
+    send_report(connection, question, SparkConfig(), "127.0.0.1")
     outcome.result(30)
 
 
@@ -284,11 +284,11 @@ def test_another_secret_is_named() -> None:
 )
 def test_a_follower_that_does_not_answer(reply: tuple[Kind, bytes] | None) -> None:
     port, outcome = visiting()
-    lane = called(follower(port))
-    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    connection = called(follower(port))
+    connection.expect(Kind.CHECK_REQUEST, timeout=30)
     if reply is not None:
-        lane.send(*reply)
-    lane.close()
+        connection.send(*reply)
+    connection.close()
     with pytest.raises(PeerLostError, match="see the output of its vllm-spark join"):
         outcome.result(30)
 
@@ -297,21 +297,21 @@ def test_findings_are_never_unpickled() -> None:
     import pickle
 
     port, outcome = visiting()
-    lane = called(follower(port))
-    lane.expect(Kind.CHECK_REQUEST, timeout=30)
-    lane.send(Kind.CHECK_REPORT, pickle.dumps({"host": "x"}))
+    connection = called(follower(port))
+    connection.expect(Kind.CHECK_REQUEST, timeout=30)
+    connection.send(Kind.CHECK_REPORT, pickle.dumps({"host": "x"}))
     with pytest.raises(PeerLostError, match="CHECK_REPORT message could not be read"):
         outcome.result(30)
-    lane.close()
+    connection.close()
 
 
 def test_a_question_that_is_none() -> None:
     port, outcome = visiting()
-    lane = called(follower(port))
-    lane.expect(Kind.CHECK_REQUEST, timeout=30)
+    connection = called(follower(port))
+    connection.expect(Kind.CHECK_REQUEST, timeout=30)
     with pytest.raises(PeerLostError, match="CHECK_REQUEST message could not be read"):
-        send_report(lane, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
-    lane.close()
+        send_report(connection, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
+    connection.close()
     assert outcome.exception(30) is not None
     assert to_json(CheckRequest("desk1")) == b'{"host":"desk1"}'
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_vllm_sources import sources  # noqa: F401  (a fixture)
+from tests.unit.test_vllm_sources import RELEASES, sources  # noqa: F401  (a fixture)
 from vllm_spark.kernels.fused_moe.compile import CompileError, compile_row
 from vllm_spark.kernels.fused_moe.shapes import default_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
@@ -34,6 +34,11 @@ def kernels(sources: tuple[str, Path]) -> Path:  # noqa: F811
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "sources",
+    [release if release == "0.32.0" else pytest.param(release, marks=pytest.mark.thorough) for release in RELEASES],
+    indirect=True,
+)
 def test_kernels_of_every_release_compile_for_sm_121(kernels: Path) -> None:
     shared = {}
     for shape in SHAPES:

@@ -44,26 +44,26 @@ def test_malformed_connections_are_counted(caplog: pytest.LogCaptureFixture) -> 
 
 def test_the_first_are_logged_and_the_rest_summed_up(log: LimitedLog, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(10):
-        log.warning("10.0.0.9", "noise", "A line about noise.")
-    log.warning("10.0.0.9", "scan", "A line about a scan.")
+        log.add("10.0.0.9", "noise", "A line about noise.")
+    log.add("10.0.0.9", "scan", "A line about a scan.")
     assert caplog.messages == ["A line about noise."] * 3 + ["A line about a scan."]
     caplog.clear()
     log.summarize()
     assert caplog.messages == ["7 more rejected connections: 7 from 10.0.0.9 (noise)."]
     caplog.clear()
-    log.warning("10.0.0.9", "noise", "A line about noise.")
+    log.add("10.0.0.9", "noise", "A line about noise.")
     assert caplog.messages == []  # it has not stopped
     log.summarize()
     log.summarize()
     caplog.clear()
-    log.warning("10.0.0.9", "noise", "A line about noise.")
+    log.add("10.0.0.9", "noise", "A line about noise.")
     assert caplog.messages == ["A line about noise."]  # it had stopped
 
 
 def test_a_summary_comes_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     log = LimitedLog("things", interval=0.2)
     for _ in range(5):
-        log.warning("a", "b", "one")
+        log.add("a", "b", "one")
     wait_for(lambda: "2 more things: 2 from a (b)." in caplog.messages, "the summary")
     log.close()
     assert "spark-limited-log" not in [thread.name for thread in threading.enumerate()]
@@ -71,7 +71,7 @@ def test_a_summary_comes_by_itself(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_memory_is_bounded(log: LimitedLog, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(10_000):
-        log.warning(f"10.0.{number >> 8}.{number & 255}", "noise", f"A line about {number}.")
+        log.add(f"10.0.{number >> 8}.{number & 255}", "noise", f"A line about {number}.")
     assert len(log._seen) <= 64
     assert len(caplog.messages) < 100
     caplog.clear()

@@ -3,7 +3,7 @@
 Latency is measured as by `ib_write_lat`: the machines write in turn, each after the other's write has arrived, and a
 sample is half of the round trip. Bandwidth is measured as by `ib_write_bw`: writes in one direction, posted back to
 back with a bounded number outstanding. Both use queue pairs that are configured as the transport's
-(csrc/transport/verbs/wire_probe.hpp). Over all rails, a ping is split as the transport splits a payload, and
+(csrc/transport/wire_probe.hpp). Over all rails, a ping is split as the transport splits a payload, and
 bandwidth writes alternate between the rails.
 
 The two processes coordinate over a TLS connection (`BenchSession`), on which they exchange queue pair addresses, go
@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import platform
 import select
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +33,11 @@ from vllm_spark.collective.link_model import Bandwidth, Latency, RailWire, Wire,
 from vllm_spark.collective.rails import Port, Rail, pair
 from vllm_spark.collective.rendezvous import LinkOffer, Ports, both_ready, swap_offers, swap_ports
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import PeerLostError, RefusedError, SparkError, lower_first, without_stop
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
@@ -254,8 +255,8 @@ class BenchSession:
     A context manager: an exception inside is reported to the other machine.
     """
 
-    def __init__(self, lane: Connection, other: str) -> None:
-        self._lane, self._other = lane, other
+    def __init__(self, connection: Connection, other: str) -> None:
+        self._connection, self._other = connection, other
         self._received: list[Frame] = []
 
     @classmethod
@@ -272,14 +273,15 @@ class BenchSession:
             tls_context(load_secret(config, address), "leader"),
             config.max_frame_mib * MIB,
             config.secret_file,
+            secret_source=secret_source(config, address),
             suggest_command=_connect_command,
         )
         try:
-            hello, lane = listener.wait_for_any_follower(patience)
+            hello, connection = listener.wait_for_any_follower(patience)
         finally:
             listener.close()
-        lane.peer = f"the other machine ({hello.host})"
-        return cls(lane, "vllm-spark bench wire --connect")
+        connection.peer = f"the other machine ({hello.host})"
+        return cls(connection, "vllm-spark bench wire --connect")
 
     @classmethod
     def connect(cls, config: SparkConfig, patience: float) -> BenchSession:
@@ -289,17 +291,19 @@ class BenchSession:
             SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
         """
         host, port = leader_endpoint(config)
-        caller = Connector(host, port, tls_context(load_secret(config, host), "follower"), config.max_frame_mib * MIB)
+        context = tls_context(load_secret(config, host), "follower")
+        caller = Connector(host, port, context, config.max_frame_mib * MIB, secret_source(config, host))
         end = time.monotonic() + patience
-        while (lane := caller.connect(CONTROL)) is None:
+        while (connection := caller.connect(CONTROL)) is None:
             if time.monotonic() > end:
+                problem = f" ({lower_first(without_stop(caller.last_problem))})" if caller.last_problem else ""
                 raise PeerLostError(
-                    f"nothing listened at {caller.endpoint} within {patience:g} s; on that machine run: "
+                    f"nothing answered at {caller.endpoint} within {patience:g} s{problem}; on that machine run: "
                     f"vllm-spark bench wire --listen --address {host}"
                 )
             time.sleep(_RETRY_SECONDS)
-        lane.peer = f"the other machine ({caller.endpoint})"
-        return cls(lane, "vllm-spark bench wire --listen")
+        connection.peer = f"the other machine ({caller.endpoint})"
+        return cls(connection, "vllm-spark bench wire --listen")
 
     def handshake(self, mine: _Message, kind: type[_Message]) -> _Message:
         """Sends the first message, and returns the other machine's.
@@ -308,8 +312,8 @@ class BenchSession:
             RefusedError: the other program is not `vllm-spark bench wire`, but for example `vllm-spark join`.
         """
         try:
-            self._lane.send(Kind.EXCHANGE, to_json(mine), timeout=_SEND_SECONDS)
-            return decode_frame(self._lane.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
+            self._connection.send(Kind.EXCHANGE, to_json(mine), timeout=_SEND_SECONDS)
+            return decode_frame(self._connection.expect(Kind.EXCHANGE, timeout=_HELLO_SECONDS), kind)
         except ChannelError as error:
             raise RefusedError(
                 f"{error}; run {self._other} there, and neither vllm-spark join nor vllm serve meanwhile"
@@ -322,7 +326,7 @@ class BenchSession:
             PeerLostError: the other machine is lost, or has failed.
         """
         self.check_peer()  # reads a failure first: its sender closes the connection, so that sending would fail
-        self._lane.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
+        self._connection.send(Kind.EXCHANGE, mine, timeout=_SEND_SECONDS)
         frame = self._received.pop() if self._received else self._receive()
         return frame.payload
 
@@ -333,14 +337,14 @@ class BenchSession:
             PeerLostError: the other machine is lost, or has failed.
         """
         poll = select.poll()
-        poll.register(self._lane, select.POLLIN)
-        if self._lane.pending or poll.poll(0):
+        poll.register(self._connection, select.POLLIN)
+        if self._connection.pending or poll.poll(0):
             self._received.append(self._receive(_SEND_SECONDS))  # the rest of a message that has begun to arrive
 
     def _receive(self, timeout: float = _STEP_SECONDS) -> Frame:
-        frame = self._lane.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
+        frame = self._connection.expect(Kind.EXCHANGE, Kind.FAILURE, timeout=timeout)
         if frame.kind is Kind.FAILURE:
-            raise PeerLostError(f"{self._lane.peer} failed: {decode_frame(frame, Reason).sentence}")
+            raise PeerLostError(f"{self._connection.peer} failed: {decode_frame(frame, Reason).sentence}")
         return frame
 
     def __enter__(self) -> BenchSession:
@@ -352,11 +356,11 @@ class BenchSession:
         if error is not None:
             sentence = "it was stopped there" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(PeerLostError):
-                self._lane.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
-        self._lane.close()
+                self._connection.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
+        self._connection.close()
 
 
 def _connect_command(endpoint: str, secret_file: Path | None) -> str:
     """The command for the other machine, if this one listens at `endpoint`."""
-    secret = f" --secret-file {secret_file}" if secret_file else ""
+    secret = f" --secret-file {shlex.quote(str(secret_file))}" if secret_file else ""
     return f"vllm-spark bench wire --connect {endpoint}{secret}"

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     config = SparkConfig.resolve(flags=given_flags(args))
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
-    machine = run_checks(system, config, leader, thorough=args.peer)
+    thorough = args.peer or leader is not None
+    machine = run_checks(system, config, leader, thorough=thorough)
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     if args.json:
         print(to_json(report).decode(), flush=True)
-    elif is_bare(machine) and not args.peer and not given_flags(args):
+    elif is_bare(machine) and not thorough and not given_flags(args):
         show_bare(console)
     else:
         show(report, console)
@@ -127,8 +128,9 @@ def _make_secret(args: argparse.Namespace) -> int:
     if secret == default:
         print("vllm serve --spark and vllm-spark join read it from there by default.")
     else:
+        quoted = shlex.quote(str(secret))
         print(
-            f"Then give it to both: vllm serve ... --spark-secret-file {secret}, vllm-spark join --secret-file {secret}"
+            f"Then give it to both: vllm serve ... --spark-secret-file {quoted}, vllm-spark join --secret-file {quoted}"
         )
     return 0
 

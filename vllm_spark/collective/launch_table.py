@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from vllm_spark.collective import LaunchShape, UsageError
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import atomic_write_text, configuration_folder
+from vllm_spark.files import SMALL_FILE, atomic_write_text, configuration_folder, read_regular
 from vllm_spark.records import RecordError, from_json, indented_json
 
 
@@ -69,7 +69,7 @@ def load_launch_table(named: Path | None) -> LaunchTable:
         return LaunchTable()
     remedy = "give another with --spark-launch-table, or write one: vllm-spark bench calibrate"
     try:
-        return from_json(path.read_bytes(), LaunchTable)
+        return from_json(read_regular(path, SMALL_FILE), LaunchTable)
     except OSError as error:
         if named is None and isinstance(error, FileNotFoundError | NotADirectoryError):
             return LaunchTable()

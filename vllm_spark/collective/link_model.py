@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import atomic_write_text
+from vllm_spark.files import TABLE_FILE, atomic_write_text, read_regular
 from vllm_spark.records import first_fault
 
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
@@ -149,7 +149,7 @@ def load_wire_model(path: Path) -> WireModel:
         ConfigurationError: the file does not exist, or is not a wire model; the sentence names the field.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, TABLE_FILE)
     except OSError as error:
         raise ConfigurationError(f"the wire model {path} cannot be read ({error.strerror}); {_REMEDY}") from None
     try:

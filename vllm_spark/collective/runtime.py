@@ -166,7 +166,7 @@ class Runtime:
         except CollectiveError as error:
             problem = str(error)
         both_ready(exchange, problem)
-        native.begin()
+        native.start()
         return native
 
     @classmethod

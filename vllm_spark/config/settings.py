@@ -215,9 +215,14 @@ class SparkConfig(BaseModel):
             return None
         host, port = split_endpoint(value)
         try:
-            ipaddress.ip_address(host)
+            address = ipaddress.ip_address(host)
         except ValueError:
             raise ValueError(f"{host!r} is not an IP address; give a numeric address, such as 10.0.0.1") from None
+        if kind := _kind_of_many(address):
+            raise ValueError(
+                f"{host!r} is {kind}, not the address of one machine; give the leader's address on the link, such as "
+                "10.0.0.1"
+            )
         if port is not None and info.field_name == "address":
             raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
         return value
@@ -345,6 +350,16 @@ class SparkConfig(BaseModel):
 def _strength(name: str, flags: Mapping[str, Any], file: Mapping[str, Any]) -> int:
     """The precedence of the source of a setting that was given: 2 for a flag, 1 for the environment, 0 for a file."""
     return 2 if name in flags else 0 if name in file else 1
+
+
+def _kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
+    """What `address` is, if no single machine has it; else None. Broadcast addresses of networks are not detected."""
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_unspecified:
+        return "the wildcard address"
+    if address.is_multicast:
+        return "a multicast address"
+    return "the broadcast address" if str(address) == "255.255.255.255" else None
 
 
 def split_endpoint(value: str) -> tuple[str, int | None]:

@@ -69,8 +69,8 @@ def _findings(
     if interfaces and (active(rails) or not rails):
         yield from guarded("link.shared", lambda: [check_shared(system, interfaces)])
         yield from guarded("link.firewall", lambda: [check_firewall(system, port, interfaces[0])])
-    if peer is not None and not is_loopback(peer) and system.live:
-        yield from guarded("link.port", lambda: [check_reach(peer, port)])
+    if peer is not None and system.live:
+        yield from guarded("link.port", lambda: [check_reach(peer, config, port)])
     if not rails and chip is None and not thorough:
         return
     secret_needed = bool(rails) or any(name and not is_loopback(name) for name in (config.address, peer))

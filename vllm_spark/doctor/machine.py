@@ -33,13 +33,19 @@ def _memlock(system: System, config: SparkConfig, rails: int) -> Finding:
     found = _LIMIT.search(system.text("proc/self/limits") or "")
     if found is None:
         return Finding("machine.memlock", title, "unknown", "", "/proc/self/limits does not contain it.")
-    needed = pinned_bytes(config, rails)
     capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", system.text("proc/self/status") or "", re.MULTILINE)
     exempt = capabilities is not None and int(capabilities[1], 16) & _CAP_IPC_LOCK
     value = "unlimited" if found[1] == "unlimited" else f"{int(found[1]) / MB:.1f} MB"
     if exempt:
         return Finding("machine.memlock", title, "ok", f"{value}, does not apply to this user (CAP_IPC_LOCK)")
-    if found[1] == "unlimited" or int(found[1]) >= needed:
+    if found[1] == "unlimited":
+        return Finding("machine.memlock", title, "ok", value)
+    try:
+        needed = pinned_bytes(config, rails)
+    except ImportError as error:
+        detail = f"The memory that must be locked cannot be computed without the native module ({error})."
+        return Finding("machine.memlock", title, "unknown", value, detail)
+    if int(found[1]) >= needed:
         return Finding("machine.memlock", title, "ok", value)
     return Finding(
         "machine.memlock",

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
 from collections import defaultdict
 from collections.abc import Iterator
 
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.rails import Rail, active, interface_towards
 from vllm_spark.doctor.rdma_mtu import BEST, MTU_COSTS, rdma_mtu
 from vllm_spark.doctor.system import System
+from vllm_spark.errors import ConfigurationError, upper_first
 from vllm_spark.executor.channel.addresses import format_endpoint
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
+from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.handshake.check import check_leader
+from vllm_spark.executor.handshake.client import listener_command
 
 _PCIE_LANES = 4
 """Of each of the port's PCIe functions on a GB10."""
 
-_CONNECT_SECONDS = 5.0
 _COMMANDS = {
     "ufw": "sudo ufw allow in{interface} to any port {port} proto tcp",
     "firewalld": "sudo firewall-cmd --permanent --add-port={port}/tcp && sudo firewall-cmd --reload",
@@ -248,26 +251,53 @@ def opening(system: System, port: int, interface: str | None) -> str:
     return _COMMANDS[_active(system) or "ufw"].format(port=port, interface=f" on {interface}" if interface else "")
 
 
-def check_reach(leader: str, port: int) -> Finding:
-    """Whether the leader's port can be reached from here; a refused connection is enough."""
+def check_reach(leader: str, config: SparkConfig, port: int) -> Finding:
+    """Whether the leader's port can be reached from here, and what listens there; a refused connection is enough.
+
+    Args:
+        leader: its address.
+        config: where this machine's secret is.
+        port: the leader's.
+    """
     title = "The leader's port"
     endpoint = format_endpoint(leader, port)
     try:
-        socket.create_connection((leader, port), timeout=_CONNECT_SECONDS).close()
-    except ConnectionRefusedError:
-        return Finding("link.port", title, "ok", f"{endpoint} can be reached, nothing listens there now")
-    except OSError as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
+        secret = load_secret(config, leader)
+    except ConfigurationError:  # the finding about the secret says why
+        secret = None
+    answer = check_leader(leader, port, secret, secret_source(config, leader))
+    if answer.outcome == "unreachable":
         return Finding(
             "link.port",
             title,
             "problem",
-            f"{endpoint}: {reason}",
+            answer.sentence,
             "A port without a listener refuses a connection at once. There was no reply: a firewall there "
             "drops or rejects connections to this port, the machine is off, or the address is wrong.",
             "\n".join(f"{command}   # there, with {name}" for name, command in _named(port)),
         )
-    return Finding("link.port", title, "ok", f"{endpoint} answers")
+    value, _, remedy = answer.sentence.partition("; ")
+    if answer.outcome in ("nothing listens", "leader"):
+        return Finding("link.port", title, "ok", answer.sentence)
+    if answer.outcome == "refusal":
+        explanation = "The leader would refuse this machine's vllm-spark join now."
+        return Finding(
+            "link.port", title, "problem" if answer.is_final else "note", value, explanation, upper_first(remedy)
+        )
+    if answer.outcome == "no secret":
+        return Finding("link.port", title, "unknown", value, f"{upper_first(remedy)}.")
+    if answer.outcome == "other secret":
+        explanation = "The leader rejects this machine's vllm-spark join, which then ends."
+        return Finding("link.port", title, "problem", value, explanation, upper_first(remedy))
+    return Finding(
+        "link.port",
+        title,
+        "problem",
+        value,
+        "No leader answers at that port, so vllm-spark join would wait there. Another program has the port, something "
+        "forwards it, or the leader hangs.",
+        f"{listener_command(endpoint)}   # there: which program has the port",
+    )
 
 
 def _named(port: int) -> list[tuple[str, str]]:

@@ -13,16 +13,6 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError
 
 LIBRARY = "libibverbs.so.1"
-_LINE, _PAGE = 128, 4096
-_PACKET, _PACKET_DATA = 16, 8
-
-_FLAGS = 64 * _LINE
-"""Bytes of one slot's flags: a cache line for each of its pieces."""
-
-_CONTROL = 2 * _PAGE
-_HEADER = _INBOX = _PAGE
-_OUTBOXES = 8 * _PAGE
-
 _PACKET_BYTES = 8 << 10
 """The runtime's own upper limit of LL packets through a proxy."""
 
@@ -162,36 +152,25 @@ def _loads(library: str) -> bool:
     return True
 
 
-def region_bytes(slot_bytes: int, packet_bytes: int, depth: int) -> int:
-    """Size of one rank's region.
-
-    Args:
-        slot_bytes: of one slot's payload.
-        packet_bytes: the largest message that is sent as LL packets.
-        depth: chunks in flight; there are twice as many slots.
-    """
-    slots = 2 * depth
-    # The packet before the data holds the message's size.
-    packets = _round_up((1 + -(-packet_bytes // _PACKET_DATA)) * _PACKET, _LINE)
-    either_way = slots * _FLAGS + _round_up(slots * packets, _PAGE) + slots * _round_up(slot_bytes, _PAGE)
-    return _HEADER + _CONTROL + _INBOX + _OUTBOXES + 2 * either_way
-
-
 def pinned_bytes(config: SparkConfig, rails: int) -> int:
-    """Bytes that are locked for the NICs with these settings: the whole region, once for each rail."""
-    return rails * region_bytes(config.slot_kib << 10, _packet_bytes(config), config.depth)
+    """Bytes that are locked for the NICs with these settings: the whole region, once for each rail.
+
+    Raises:
+        ImportError: the native module is missing.
+    """
+    from vllm_spark._native import region_bytes
+
+    return rails * region_bytes(
+        slot_bytes=config.slot_kib << 10, packet_bytes=_packet_bytes(config), depth=config.depth
+    )
 
 
 def _packet_bytes(config: SparkConfig) -> int:
     """The largest message that is sent as LL packets over RDMA."""
     found = None if config.packet_kib is None else config.packet_kib << 10
-    # Without the native module, or with an unreadable or invalid table: serving reports that.
-    with suppress(ImportError, OSError, ConfigurationError):
+    # With an unreadable or invalid table: serving reports that.
+    with suppress(OSError, ConfigurationError):
         from vllm_spark.collective.launch_table import load_launch_table
 
         found = load_launch_table(config.launch_table).packet_bytes(config.packet_kib, config.slot_kib, "proxied")
     return min(_PACKET_BYTES, config.slot_kib << 10) if found is None else found
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -15,7 +15,7 @@ from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.executor.handshake.server import Listener
 from vllm_spark.records import to_json
@@ -26,7 +26,7 @@ _CHECK_SECONDS = 120.0
 """Limit for the checks of a machine: external programs may take about 20 s each."""
 
 _SEND_SECONDS = 10.0
-_FAREWELL = "the remote check is complete"
+_END_REASON = "the remote check is complete"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,34 +45,40 @@ def request_report(config: SparkConfig, patience: float) -> tuple[MachineReport,
     address = leader_address(config)
     context = tls_context(load_secret(config, address), "leader")
     listener = Listener(
-        address, config.port, context, config.max_frame_mib * MIB, config.secret_file, any_versions=True
+        address,
+        config.port,
+        context,
+        config.max_frame_mib * MIB,
+        config.secret_file,
+        secret_source=secret_source(config, address),
+        any_versions=True,
     )
     try:
-        hello, lane = listener.wait_for_any_follower(patience)
+        hello, connection = listener.wait_for_any_follower(patience)
     finally:
         # Closed before the request: the follower searches for a leader afterwards, and must not find this listener.
         listener.close()
     try:
-        there = lane.peer_address
+        there = connection.peer_address
         logger.info("The follower on %s (%s) has connected; requesting its report.", hello.host, there)
-        lane.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name())), timeout=_SEND_SECONDS)
-        machine = decode_frame(lane.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
-        lane.send(Kind.LEAVE, to_json(Reason(_FAREWELL)), timeout=_SEND_SECONDS)
+        connection.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name())), timeout=_SEND_SECONDS)
+        machine = decode_frame(connection.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
+        connection.send(Kind.LEAVE, to_json(Reason(_END_REASON)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
             f"{error}; another version of vllm-spark there may not support remote checks: see the output of its "
             "vllm-spark join"
         ) from None
     finally:
-        lane.close()
+        connection.close()
     return machine, there
 
 
-def send_report(lane: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
+def send_report(connection: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
     """The follower's side: checks this machine, sends the report, and waits for the other side to close.
 
     Args:
-        lane: the control lane.
+        connection: the control connection.
         question: the CHECK_REQUEST message.
         config: the follower's settings.
         leader: address of the machine that runs `doctor --peer`.
@@ -83,5 +89,5 @@ def send_report(lane: Connection, question: Frame, config: SparkConfig, leader: 
     host = decode_frame(question, CheckRequest).host
     logger.info("vllm-spark doctor on %s (%s) requests a report of this machine.", host, leader)
     machine = run_checks(System(), config, leader, thorough=True)
-    lane.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
-    lane.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)
+    connection.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
+    connection.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)

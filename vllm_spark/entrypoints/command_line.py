@@ -25,6 +25,7 @@ from vllm_spark.config.settings import (
     typed_flags,
 )
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import TABLE_FILE, read_regular
 
 
 def add_option_group(parser: Any) -> None:
@@ -180,7 +181,7 @@ def _config_file_problem(path: Path) -> str | None:
     import yaml  # not loaded without `--spark`
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_regular(path, TABLE_FILE).decode())
     except (OSError, UnicodeDecodeError) as error:
         return f"--config {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
     except yaml.YAMLError as error:

@@ -32,7 +32,7 @@ from vllm_spark.executor.bootstrap import (
 from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.group_connection import GroupConnection
@@ -112,9 +112,10 @@ class FollowerSession:
         """
         host, port = leader_endpoint(self._config)
         context = tls_context(load_secret(self._config, host), "follower")
+        source = secret_source(self._config, host)
 
         def connect() -> Connector:
-            return Connector(host, port, context, self._config.max_frame_mib * MIB)
+            return Connector(host, port, context, self._config.max_frame_mib * MIB, source)
 
         search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
         search.announce()

@@ -30,7 +30,7 @@ from vllm_spark.executor.channel.addresses import interface_of, is_loopback, lea
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
 from vllm_spark.executor.channel.framing import MIB, ChannelError, FrameTooLargeError, Kind
-from vllm_spark.executor.channel.secret import load_secret
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import sent_variables
 from vllm_spark.executor.group_connection import GroupConnection
@@ -93,7 +93,14 @@ class LeaderSession:
         address = leader_address(config)
         context = tls_context(load_secret(config, address), "leader")
         _warn_if_shared(address)
-        listener = Listener(address, config.port, context, config.max_frame_mib * MIB, config.secret_file)
+        listener = Listener(
+            address,
+            config.port,
+            context,
+            config.max_frame_mib * MIB,
+            config.secret_file,
+            secret_source=secret_source(config, address),
+        )
         try:
             follower = listener.wait_for_follower(offer, config.join_timeout)
         except BaseException:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_spark.files import TABLE_FILE, read_regular
+
 VLLM_DEFAULT = "vllm-default"
 """The rule of entries that leave the choice to vLLM, since nothing better was measured."""
 
@@ -83,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it holds something else, or a key twice.
     """
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        content = json.loads(read_regular(path, TABLE_FILE), object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(content, dict):

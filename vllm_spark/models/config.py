@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import configs_folder
+from vllm_spark.files import TABLE_FILE, configs_folder, read_regular
 from vllm_spark.models.weights import OTHER_QUANTIZATION_FILES, check_quantization_is_in_config, quantization_of
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,7 +37,7 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
             raise ConfigurationError(f"there is no model {model!r} here; {remedy}")
         path = _from_hub(model, "config.json", remedy)
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path, TABLE_FILE))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

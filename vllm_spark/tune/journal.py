@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from vllm_spark import __version__
 from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.files import JOURNAL_FILE, open_regular, read_regular
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
 from vllm_spark.kernels.marlin.table import MarlinParameters
 from vllm_spark.tune.results import Outcome, Shape
@@ -69,7 +70,7 @@ class Journal:
         versions: of the software; lines of other versions are kept and ignored.
 
     Raises:
-        ConfigurationError: the folder cannot be made or written.
+        ConfigurationError: the folder cannot be made, or the journal cannot be written or is not a regular file.
     """
 
     def __init__(self, folder: Path, device: str, versions: Mapping[str, str]):
@@ -77,6 +78,7 @@ class Journal:
         self._device, self._versions = device, dict(versions)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._check_regular()
             with self._path.open("ab+") as file:
                 # A line that was cut off must not swallow the next one.
                 if file.tell():
@@ -139,7 +141,7 @@ class Journal:
     def _lines(self, kind: type[_AnyLine]) -> Iterator[_AnyLine]:
         """The valid lines of one kind of this device and these versions."""
         try:
-            content = self._path.read_bytes()
+            content = read_regular(self._path, JOURNAL_FILE)
         except OSError as error:
             raise ConfigurationError(
                 f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another with --out"
@@ -151,6 +153,18 @@ class Journal:
                 continue
             if (line.device, line.versions) == (self._device, self._versions):
                 yield line
+
+    def _check_regular(self) -> None:
+        """Opening a pipe for writing would wait for a reader, and a device could be read without end."""
+        try:
+            open_regular(self._path).close()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ConfigurationError(
+                f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another folder with "
+                "--out"
+            ) from None
 
     def add(self, outcome: Outcome) -> None:
         """Appends the outcome of a search, and syncs the file.

@@ -1,4 +1,4 @@
-// What libibverbs' binary interface looks like, as far as it is used here (version IBVERBS_1.1, unchanged
+// The binary interface of libibverbs, as far as it is used here (version IBVERBS_1.1, unchanged
 // since 2006), under the names of infiniband/verbs.h. Declared here so that a machine without RDMA's headers
 // builds the same module; where the headers are, tests/native/verbs_abi.cpp compares every member and number
 // with them.

@@ -5,7 +5,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "../../errors.hpp"
+#include "../../support/errors.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -85,7 +85,7 @@ Device::Device(const std::string& name) : name_(name) {
                           ", and this user needs access to /dev/infiniband");
   }
   domain_ = library.alloc_pd(context_);
-  // Events are asked for between two looks at the doorbell: nothing may wait for one.
+  // Events are polled by the proxy's thread, which must not block.
   int flags = fcntl(context_->async_fd, F_GETFL);
   if (domain_ == nullptr || flags < 0 || fcntl(context_->async_fd, F_SETFL, flags | O_NONBLOCK) != 0) {
     std::string why = std::strerror(errno);

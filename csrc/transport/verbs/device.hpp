@@ -39,7 +39,7 @@ constexpr uint32_t mtu_code(uint32_t bytes) {
   return code;
 }
 
-// What an event says of a device or one of its ports.
+// An asynchronous event of a device or one of its ports.
 struct DeviceEvent {
   bool fatal;     // the device, a port or a queue pair does not work any more
   uint32_t port;  // 0: not about a port

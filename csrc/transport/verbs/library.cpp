@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include "../../errors.hpp"
+#include "../../support/errors.hpp"
 
 namespace spark::verbs {
 namespace {

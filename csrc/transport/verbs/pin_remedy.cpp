@@ -8,7 +8,7 @@
 namespace spark::verbs {
 namespace {
 
-// KiB that /proc/meminfo says of `name`, or 0.
+// The KiB of `name` in /proc/meminfo, or 0.
 uint64_t meminfo(const std::string& root, const std::string& name) {
   std::ifstream file(root + "/proc/meminfo");
   std::string word;
@@ -18,7 +18,7 @@ uint64_t meminfo(const std::string& root, const std::string& name) {
   return 0;
 }
 
-// Whether the kernel was built to reserve memory for kexec handover unless it is told not to.
+// Whether the kernel was built to reserve memory for kexec handover unless its command line forbids it.
 bool reserves_by_default(const std::string& root) {
   std::string release, line;
   std::ifstream(root + "/proc/sys/kernel/osrelease") >> release;

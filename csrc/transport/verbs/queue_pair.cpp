@@ -4,18 +4,18 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../../errors.hpp"
+#include "../../support/errors.hpp"
 #include "pin_remedy.hpp"
 
 namespace spark::verbs {
 namespace {
 
-// After 4.096 us * 2^14 = 67 ms without an answer a packet is sent again, six times at most: a lost cable is
-// noticed after half a second to a few (NICs stretch it), and losing one packet in twenty is not taken for
-// one. Not seven times, which soft-RoCE takes for "without end".
+// A packet without an acknowledgement is retransmitted after 4.096 us * 2^14 = 67 ms, at most six times. So a
+// dead cable is detected in 0.5 to a few seconds (NICs use longer times), and a loss of 5 % of the packets is
+// tolerated. Not seven times, which soft-RoCE treats as unlimited.
 constexpr uint8_t kTimeout = 14;
 constexpr uint8_t kRetries = 6;
-constexpr uint8_t kReceiverRetries = 7;  // without end; but writes need no receiver that is ready
+constexpr uint8_t kReceiverRetries = 7;  // unlimited; RDMA writes need no posted receive anyway
 constexpr uint8_t kReceiverTimer = 12;
 constexpr uint8_t kHopLimit = 64;
 
@@ -82,7 +82,7 @@ QueuePair::~QueuePair() {
 }
 
 void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
-                        const WireClass& marks) {
+                        const WireClass& wire_class) {
   abi::ibv_qp_attr receive{};
   receive.qp_state = abi::IBV_QPS_RTR;
   receive.path_mtu = mtu_code(peer.mtu);
@@ -92,11 +92,11 @@ void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t
   receive.min_rnr_timer = kReceiverTimer;
   receive.ah_attr.is_global = 1;
   receive.ah_attr.port_num = port_;
-  receive.ah_attr.sl = marks.service_level;
+  receive.ah_attr.sl = wire_class.service_level;
   receive.ah_attr.grh.dgid = peer.gid;
   receive.ah_attr.grh.sgid_index = static_cast<uint8_t>(source_index);
   receive.ah_attr.grh.hop_limit = kHopLimit;
-  receive.ah_attr.grh.traffic_class = marks.traffic_class;
+  receive.ah_attr.grh.traffic_class = wire_class.traffic_class;
   modify(receive,
          abi::IBV_QP_STATE | abi::IBV_QP_AV | abi::IBV_QP_PATH_MTU | abi::IBV_QP_DEST_QPN |
              abi::IBV_QP_RQ_PSN | abi::IBV_QP_MAX_DEST_RD_ATOMIC | abi::IBV_QP_MIN_RNR_TIMER,

@@ -49,7 +49,7 @@ struct Destination {
   abi::ibv_gid gid;
 };
 
-// How packets are marked on the wire; both as the network's administrator says.
+// Class of the packets on the wire; the network's administrator defines both numbers.
 struct WireClass {
   uint8_t traffic_class = 0;
   uint8_t service_level = 0;
@@ -72,7 +72,7 @@ class QueuePair {
   // Connects to the peer's, sending from GID `source_index` with numbers from `packet_number`. Throws
   // CollectiveError.
   void connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
-               const WireClass& marks);
+               const WireClass& wire_class);
   // Ends all traffic both ways, as an error of the wire does. What was posted completes with an error.
   void end() noexcept;
 

@@ -21,15 +21,25 @@ from cryptography.x509.oid import NameOID
 
 Role = Literal["leader", "follower"]
 
+AUTHORITY_NAME = "vllm-spark authority"
+"""Common name of the issuer of every certificate of this project, with any secret."""
+
+PROTOCOL, DOCTOR_PROTOCOL = "vllm-spark", "vllm-spark-doctor"
+"""ALPN protocols of a follower, and of `vllm-spark doctor --leader`. They tell the leader who connects, also if the
+secrets differ; they prove nothing."""
+
 # Validity must not depend on clocks: a machine whose clock was reset has the date 1970, and the link may have no time
 # server. These are the earliest and the latest date that X.509 can express.
 _VALID_FROM = datetime.datetime(1950, 1, 1)
 _VALID_UNTIL = datetime.datetime(9999, 12, 31, 23, 59, 59)
-_AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "vllm-spark authority")])
+_AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, AUTHORITY_NAME)])
 
 
-def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
-    """A context for `role`'s end of the channel: TLS 1.3, both sides authenticated by the secret."""
+def tls_context(secret: bytes, role: Role, protocol: str = PROTOCOL) -> ssl.SSLContext:
+    """A context for `role`'s end of the channel: TLS 1.3, both sides authenticated by the secret.
+
+    A follower's announces `protocol`; a leader's takes both protocols, and a follower that announces none.
+    """
     authority, certificate, key = _identity(secret, role)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if role == "leader" else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -37,10 +47,24 @@ def tls_context(secret: bytes, role: Role) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=authority.public_bytes(serialization.Encoding.DER))
+    context.set_alpn_protocols([PROTOCOL, DOCTOR_PROTOCOL] if role == "leader" else [protocol])
     # A session ticket would let a peer reconnect without its certificate.
     if role == "leader":
         context.num_tickets = 0
     _load_identity(context, certificate, key)
+    return context
+
+
+def inspecting_context() -> ssl.SSLContext:
+    """A client's context that takes any certificate and has none: to find out what listens at a port.
+
+    Only for `vllm-spark doctor`, which sends nothing over such a connection.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols([DOCTOR_PROTOCOL])
     return context
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from vllm_spark.config.settings import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.channel.addresses import is_loopback
-from vllm_spark.files import configuration_folder, state_folder
+from vllm_spark.files import SMALL_FILE, configuration_folder, open_regular, read_at_most, state_folder
 from vllm_spark.variables import find_variable
 
 
@@ -22,8 +22,8 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     where only this machine's users can connect, a secret of this user's own is made and kept if none is given.
 
     Raises:
-        ConfigurationError: no secret, or one that is unreadable, another user's, readable by others, or too short; or
-            two were given.
+        ConfigurationError: no secret, or one that is unreadable, another user's, readable by others, too short, or not
+            in a regular file of at most 64 KiB; or two were given.
     """
     if given := find_variable(SECRET_VARIABLE, environment):
         if config.secret_file is not None:
@@ -38,11 +38,24 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     default = default_secret_file()
     if default is not None and secret_is_there(default):
         return _read_secret(default)
+    places = f"{SECRET_VARIABLE} is not set" + (
+        f" and there is no {default}" if default is not None else " and this user has no home folder"
+    )
     raise ConfigurationError(
-        f"the link address {link_address} can be reached from other machines, so both sides need the same secret; "
-        f"make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
+        f"the link address {link_address} can be reached from other machines, so both sides need the same secret, and "
+        f"none is here: {places}; make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
         f"or give it with --spark-secret-file FILE or in {SECRET_VARIABLE}"
     )
+
+
+def secret_source(config: SparkConfig, link_address: str, environment: Mapping[str, str] | None = None) -> str:
+    """Where `load_secret` reads the secret with the same arguments, as `the file /home/me/secret`, for sentences."""
+    if given := find_variable(SECRET_VARIABLE, environment):
+        return f"the variable {given.name}"
+    if config.secret_file is not None:
+        return f"the file {config.secret_file}"
+    path = _loopback_secret_file() if is_loopback(link_address) else default_secret_file()
+    return "no file" if path is None else f"the file {path}"
 
 
 def default_secret_file() -> Path | None:
@@ -92,10 +105,10 @@ def make_secret(path: Path) -> None:
 
 def _read_secret(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found = os.fstat(file.fileno())
             mounted_read_only = bool(os.fstatvfs(file.fileno()).f_flag & os.ST_RDONLY)
-            content = file.read().strip()
+            content = read_at_most(file, SMALL_FILE).strip()
     except OSError as error:
         raise ConfigurationError(
             f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
@@ -131,12 +144,17 @@ def _long_enough(secret: bytes, what: str) -> bytes:
     return secret
 
 
+def _loopback_secret_file() -> Path | None:
+    folder = state_folder()
+    return None if folder is None else folder / "loopback.secret"
+
+
 def _own_secret() -> bytes:
     """This user's secret for loopback links, made on first use."""
-    folder = state_folder()
-    if folder is None:
+    path = _loopback_secret_file()
+    if path is None:
         raise ConfigurationError(f"this user has no home folder to keep a secret in; give one in {SECRET_VARIABLE}")
-    path = folder / "loopback.secret"
+    folder = path.parent
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Written to a temporary file and linked: two processes that start together use the file of the first one.

@@ -20,13 +20,44 @@ from typing import cast
 
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import without_stop
+from vllm_spark.executor.channel.certificates import AUTHORITY_NAME, DOCTOR_PROTOCOL, PROTOCOL
 
 # TCP keepalive, for a machine that lost its power: idle time, interval, and number of probes.
 _IDLE_SECONDS, _PROBE_SECONDS, _PROBES = 5, 2, 4
 _DATE_ERRORS = {9: "not valid yet", 10: "no longer valid"}  # by OpenSSL's number of the error
 # A peer's TLS alerts in these cases. For another secret its alert is "unknown CA".
 _DATE_ALERTS = frozenset({"SSLV3_ALERT_BAD_CERTIFICATE", "SSLV3_ALERT_CERTIFICATE_EXPIRED"})
+_AUTHORITY = f"CN={AUTHORITY_NAME}"
+_SHORT_NAMES = {"commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C"}
+_TLS_RECORDS = (b"\x15", b"\x16")  # first byte of a TLS peer's answer: an alert, a handshake message
+_BANNER = 60  # characters of another program's first line that an error quotes
 _READ = 256 << 10  # bytes asked of the socket at once: a decode step's call arrives in one piece
+
+
+class HandshakeError(OSError):
+    """A TLS handshake that failed.
+
+    Attributes:
+        cause: ssl.SSLError if the peer is not authenticated or does not speak TLS; TimeoutError if it sent nothing in
+            time; another OSError if the connection broke.
+        protocol: what a client announced or a server accepted (ALPN); None if nothing.
+        issuer: issuer of the certificate that a server sent, as `CN=...`; None if it sent none, and on the server side.
+        banner: the first line that a server sent, if it is not TLS; else empty.
+    """
+
+    def __init__(self, cause: OSError, protocol: str | None, issuer: str | None, banner: str) -> None:
+        super().__init__(str(cause))
+        self.cause, self.protocol, self.issuer, self.banner = cause, protocol, issuer, banner
+
+    @property
+    def is_of_this_project(self) -> bool:
+        """Whether the peer is vllm_spark, with any secret, as far as an unauthenticated peer can show that."""
+        return _is_of_this_project(self.issuer, self.protocol)
+
+    @property
+    def is_other_secret(self) -> bool:
+        """Whether the peer is vllm_spark and has another secret."""
+        return isinstance(self.cause, ssl.SSLError) and self.is_of_this_project and _is_not_trusted(self.cause)
 
 
 class TlsConnection:
@@ -41,8 +72,8 @@ class TlsConnection:
         timeout: seconds for the handshake.
 
     Raises:
-        ssl.SSLError: the peer is not authenticated, or does not speak TLS.
-        OSError: the connection broke, or the handshake took too long (TimeoutError). The socket is closed then.
+        HandshakeError: the peer is not authenticated or does not speak TLS, the connection broke, or the handshake took
+            too long. The socket is closed then.
     """
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext, *, server_side: bool, timeout: float) -> None:
@@ -53,17 +84,47 @@ class TlsConnection:
             threading.Lock()
         )  # guards OpenSSL's object, which sending and receiving share; never held during a wait
         self._buffer = memoryview(bytearray(_READ))
+        self._first = b""  # what the peer sent first
+        self._server_side = server_side
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.set_keepalive(True)
             plain.settimeout(timeout)
             self._handshake(time.monotonic() + timeout)
             plain.settimeout(None)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 self._flush()  # sends the TLS alert with the reason
             plain.close()
+            if isinstance(error, OSError):
+                raise HandshakeError(error, self.protocol, self.issuer, self._banner()) from error
             raise
+
+    @property
+    def protocol(self) -> str | None:
+        """The ALPN protocol that the client announced and the server accepted; None without."""
+        return self._tls.selected_alpn_protocol()
+
+    @property
+    def is_of_this_project(self) -> bool:
+        """Whether the peer is vllm_spark, with any secret. It may still be any program if nothing is verified."""
+        return _is_of_this_project(self.issuer, self.protocol)
+
+    @property
+    def issuer(self) -> str | None:
+        """The issuer of the server's certificate, verified or not, as `CN=...`; None without, and on the server side."""
+        if self._server_side:
+            return None
+        # Public from Python 3.13 on, and not with the names; `getpeercert` works after a handshake that succeeded.
+        chain = self._tls._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
+        try:
+            names = chain[0].get_info()["issuer"] if chain else None
+        except (ssl.SSLError, ValueError, KeyError):
+            return "an issuer that cannot be read"
+        if names is None:
+            return None
+        parts = [f"{_SHORT_NAMES.get(key, key)}={value}" for name in names for key, value in name]
+        return ", ".join(parts) or "no issuer"
 
     @property
     def peer_name(self) -> str:
@@ -147,9 +208,17 @@ class TlsConnection:
                     self._fill(deadline)
                 except EOFError:
                     raise ConnectionResetError("the peer closed the connection") from None
+                self._first = self._first or bytes(self._buffer[:_BANNER])
             else:
                 self._flush()
                 return
+
+    def _banner(self) -> str:
+        # A server's log must not depend on what strangers send: it sums up rejections by their reason.
+        if self._server_side or not self._first or self._first.startswith(_TLS_RECORDS):
+            return ""
+        line = self._first.splitlines()[0][:_BANNER].decode("ascii", "replace")
+        return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in line)
 
     def _read(self, view: memoryview) -> int:
         # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
@@ -190,28 +259,57 @@ class TlsConnection:
             self._socket.sendall(data)
 
 
-def is_secret_failure(error: ssl.SSLError) -> bool:
-    """Whether a handshake failed because the two sides have different secrets."""
+def explain_failure(error: Exception, secret_source: str = "") -> str:
+    """A sentence for users: why a connection was not established.
+
+    Args:
+        error: what `TlsConnection` or a message of the handshake raised.
+        secret_source: where this side's secret comes from, as `the file /home/me/secret`; empty if not known.
+    """
+    if isinstance(error, HandshakeError):
+        return _explain_handshake(error, secret_source)
+    if isinstance(error, OSError):
+        return f"the connection broke before it was authenticated ({error.strerror or error})"
+    return without_stop(str(error))
+
+
+def _explain_handshake(error: HandshakeError, secret_source: str) -> str:
+    cause = error.cause
+    if not isinstance(cause, ssl.SSLError):
+        return f"the connection broke before it was authenticated ({cause.strerror or cause})"
+    if (problem := _date_problem(cause)) is not None:
+        return problem
+    if error.is_other_secret:
+        own = f" than the one that this side reads from {secret_source}" if secret_source else ""
+        return (
+            f"the other side has another secret{own}; give both machines the same "
+            f"(--spark-secret-file or {SECRET_VARIABLE})"
+        )
+    if error.banner:
+        return f"the program there does not speak this protocol (it sent {error.banner!r})"
+    if error.issuer is not None and not error.is_of_this_project:
+        return (
+            f"the program there is not vllm_spark: its TLS certificate was issued by {error.issuer}; it is another "
+            "server, or a proxy that intercepts TLS"
+        )
+    if _is_not_trusted(cause):  # on the leader
+        return "a TLS client that is not vllm_spark, or another version of it, has no certificate of this secret"
+    reason = (cause.reason or str(cause)).replace("_", " ").lower()
+    return f"the program there does not speak this protocol ({reason})"
+
+
+def _is_of_this_project(issuer: str | None, protocol: str | None) -> bool:
+    """A server's certificate counts, since a proxy that intercepts TLS may pass the protocol on."""
+    return protocol in (PROTOCOL, DOCTOR_PROTOCOL) if issuer is None else issuer == _AUTHORITY
+
+
+def _is_not_trusted(error: ssl.SSLError) -> bool:
+    """Whether one side does not accept the other's certificate, for another reason than its dates."""
     if _date_problem(error) is not None:
         return False
     reason = (error.reason or "").upper()
     rejected = any(part in reason for part in ("UNKNOWN_CA", "DECRYPT_ERROR", "CERTIFICATE"))
     return rejected or isinstance(error, ssl.SSLCertVerificationError)
-
-
-def explain_failure(error: Exception) -> str:
-    """A sentence for users: why a connection was not established. `error` is what `TlsConnection` raised."""
-    if isinstance(error, ssl.SSLError):
-        if (problem := _date_problem(error)) is not None:
-            return problem
-        if is_secret_failure(error):
-            ways = f"--spark-secret-file or {SECRET_VARIABLE}"
-            return f"the other side has another secret; give both machines the same ({ways})"
-        reason = (error.reason or str(error)).replace("_", " ").lower()
-        return f"the program there does not speak this protocol ({reason})"
-    if isinstance(error, OSError):
-        return f"the connection broke before it was authenticated ({error.strerror or error})"
-    return without_stop(str(error))
 
 
 def _date_problem(error: ssl.SSLError) -> str | None:

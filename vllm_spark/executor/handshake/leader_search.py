@@ -171,15 +171,20 @@ class LeaderSearch:
             self.announce()
 
     def _wait_for_leader(self, connector: Connector) -> Connection:
-        """Tries to connect until a leader answers; logs at growing intervals that it waits."""
+        """Tries to connect until a leader answers; logs at growing intervals that it waits, and sooner why not if new."""
         next_log = interval = _FIRST_LOG
+        last_log, announced = 0.0, ""
         start = time.monotonic()
         while True:
             waited = time.monotonic() - start
+            problem = connector.last_problem
+            if problem and without_numbers(problem) != announced:
+                next_log = min(next_log, last_log + _FIRST_LOG)
             if waited >= next_log:
-                self.announce(connector.last_problem)
+                self.announce(problem)
+                announced = without_numbers(problem)
                 interval = min(2 * interval, _LONGEST_LOG)
-                next_log = waited + interval
+                last_log, next_log = waited, waited + interval
             connection = connector.connect(CONTROL)
             if connection is not None:
                 return connection

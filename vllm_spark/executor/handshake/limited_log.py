@@ -1,4 +1,4 @@
-"""Rate-limited warnings: the first few are logged, the others counted."""
+"""Rate-limited log lines: the first few are logged, the others counted."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ class _Count:
 
 
 class LimitedLog:
-    """Logs the first warnings for each peer and reason; one line per interval sums up the rest.
+    """Logs the first lines for each peer and reason; one line per interval sums up the rest.
 
-    The count of a peer whose warnings stop for an interval starts again. At most 64 peers and reasons are counted
+    The count of a peer whose lines stop for an interval starts again. At most 64 peers and reasons are counted
     separately, all others together. May be used from any thread.
 
     Args:
-        what: what the warnings are about, in the plural, for the summary.
-        interval: seconds from the first warning that is not logged to the summary.
+        what: what the lines are about, in the plural, for the summary.
+        interval: seconds from the first line that is not logged to the summary.
+        level: of all lines.
     """
 
-    def __init__(self, what: str, interval: float = 60.0) -> None:
+    def __init__(self, what: str, interval: float = 60.0, level: int = logging.WARNING) -> None:
         self.total = 0
-        self._what, self._interval = what, interval
+        self._what, self._interval, self._level = what, interval, level
         self._lock = threading.Lock()
         self._seen: dict[_Key, _Count] = {}
         self._timer: threading.Timer | None = None
         self._closed = False
 
-    def warning(self, peer: str, reason: str, sentence: str) -> None:
+    def add(self, peer: str, reason: str, sentence: str) -> None:
         """Logs `sentence`, or counts it if there were some from `peer` for this reason already."""
         with self._lock:
             self.total += 1
@@ -63,7 +64,7 @@ class LimitedLog:
                 count.suppressed += 1
             self._start_timer()
         if shown:
-            logger.warning("%s", sentence)
+            logger.log(self._level, "%s", sentence)
 
     def summarize(self) -> None:
         """Logs one line about what was counted since the last one, if there is anything."""
@@ -80,7 +81,7 @@ class LimitedLog:
         parts = [f"{found[key]} from {key.peer} ({key.reason})" for key in named]
         if rest := sum(found.values()) - sum(found[key] for key in named):
             parts.append(f"{rest} from {_OTHERS.peer} ({_OTHERS.reason})")
-        logger.warning("%d more %s: %s.", sum(found.values()), self._what, ", ".join(parts))
+        logger.log(self._level, "%d more %s: %s.", sum(found.values()), self._what, ", ".join(parts))
 
     def close(self) -> None:
         """Logs what is left, and ends the timer; may be called again."""

@@ -8,6 +8,7 @@ machine.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -26,6 +27,9 @@ CONTROL, RPC, GROUPS = CONNECTIONS = "control", "rpc", "groups"
 
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to send its HELLO."""
+
+CHECK = "check"
+"""In place of a connection's name in the HELLO of `vllm-spark doctor --leader`: the leader answers, and closes it."""
 
 PROGRESS_INTERVAL = 10.0
 """Seconds between two PROGRESS messages of a follower that has not answered an offer yet."""
@@ -104,7 +108,8 @@ def decode_frame(frame: Frame, kind: type[Message]) -> Message:
 
 def join_command(endpoint: str, secret_file: Path | None) -> str:
     """The command that starts a follower for the leader at `endpoint`."""
-    return f"vllm-spark join --leader {endpoint}" + (f" --secret-file {secret_file}" if secret_file else "")
+    secret = f" --secret-file {shlex.quote(str(secret_file))}" if secret_file else ""
+    return f"vllm-spark join --leader {endpoint}{secret}"
 
 
 def serve_command(host: str, port: int, config: SparkConfig) -> str:
@@ -115,7 +120,7 @@ def serve_command(host: str, port: int, config: SparkConfig) -> str:
     if port != DEFAULT_PORT:
         command += f" --spark-port {port}"
     if config.secret_file is not None:
-        command += f" --spark-secret-file {config.secret_file}"
+        command += f" --spark-secret-file {shlex.quote(str(config.secret_file))}"
     return command
 
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from vllm_spark.config.settings import split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError, upper_first, without_numbers, without_stop
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name, is_loopback, listen
+from vllm_spark.executor.channel.certificates import DOCTOR_PROTOCOL
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
-from vllm_spark.executor.channel.tls import TlsConnection, explain_failure
+from vllm_spark.executor.channel.tls import HandshakeError, TlsConnection, explain_failure
 from vllm_spark.executor.handshake.limited_log import LimitedLog
 from vllm_spark.executor.handshake.messages import (
+    CHECK,
     CONNECTIONS,
     CONTROL,
     GREETING_TIMEOUT,
@@ -63,7 +65,8 @@ class Listener:
         address, port: where to listen.
         context: TLS context of the leader.
         max_frame: limit of one message once a follower is accepted, in bytes.
-        secret_file: where the secret came from, for the command that is suggested for the other machine.
+        secret_file: the secret file that was given, for the command that is suggested for the other machine.
+        secret_source: where the secret comes from, for errors; see `secret_source`.
         suggest_command: makes that command from the endpoint and the secret file.
         any_versions: accepts followers with other versions too; for checks, not for serving.
 
@@ -79,10 +82,11 @@ class Listener:
         max_frame: int,
         secret_file: Path | None = None,
         *,
+        secret_source: str = "",
         suggest_command: Callable[[str, Path | None], str] = join_command,
         any_versions: bool = False,
     ) -> None:
-        self._context, self._max_frame = context, max_frame
+        self._context, self._max_frame, self._secret_source = context, max_frame, secret_source
         self._last_problem = ""
         self._refusals: dict[str, str] = {}  # by host, without numbers
         self._versions = None if any_versions else Versions.of_this_process()
@@ -95,6 +99,7 @@ class Listener:
             connection: queue.SimpleQueue() for connection in (RPC, GROUPS)
         }
         self._rejected = LimitedLog("rejected connections")
+        self._checks = LimitedLog("checks of this port by vllm-spark doctor", level=logging.INFO)
         self._handshakes = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         self._closed = False
         self._socket = listen(address, port)
@@ -175,6 +180,7 @@ class Listener:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._rejected.close()
+        self._checks.close()
 
     def _make_offer(self, hello: Hello, control: Connection, offer: Offer) -> Follower | None:
         """Offers the model; None if the follower reconnects from another process, with this leader's environment.
@@ -243,26 +249,31 @@ class Listener:
                 threading.Thread(target=self._handshake, args=(connection, address[0]), daemon=True).start()
             except RuntimeError as error:  # out of threads: retry with the next connection
                 reason = without_stop(str(error))
-                self._rejected.warning(address[0], reason, f"Rejected a connection from {address[0]}: {reason}.")
+                self._rejected.add(address[0], reason, f"Rejected a connection from {address[0]}: {reason}.")
                 connection.close()
                 self._handshakes.release()
 
     def _handshake(self, plain: socket.socket, peer: str) -> None:
         connection: Connection | None = None
         hello: Hello | None = None
+        protocol: str | None = None
         try:
             tls = TlsConnection(plain, self._context, server_side=True, timeout=GREETING_TIMEOUT)
+            protocol = tls.protocol
             connection = Connection(tls, peer, _HANDSHAKE_LIMIT)
             if (role := connection.peer_role) != "follower":
                 raise ChannelError(f"it authenticated as {role!r}, not as a follower")
             hello = decode_frame(connection.expect(Kind.HELLO, timeout=GREETING_TIMEOUT), Hello)
+            if hello.connection == CHECK:
+                self._answer_check(hello, connection, peer)
+                return
             if hello.connection not in CONNECTIONS:
                 raise ChannelError(f"its HELLO is for a connection {hello.connection!r}, which does not exist")
             if refusal := self._refusal_of(hello):
                 connection.send(Kind.REFUSAL, to_json(refusal), timeout=GREETING_TIMEOUT)
                 reason = refusal.sentence
                 if self._is_new_reason(hello.host, reason):
-                    self._rejected.warning(
+                    self._rejected.add(
                         peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {reason}."
                     )
                 self._last_problem = f"; the last follower, on {hello.host}, was refused: {reason}"
@@ -276,9 +287,12 @@ class Listener:
             )
         except (OSError, SparkError) as error:
             # Port scanners, other secrets, broken clients: logged, and the server goes on.
-            reason = explain_failure(error)
-            self._rejected.warning(peer, reason, f"Rejected a connection from {peer}: {reason}.")
-            self._last_problem = f"; the last connection, from {peer}, was rejected: {reason}"
+            reason = explain_failure(error, self._secret_source)
+            if DOCTOR_PROTOCOL in (protocol, error.protocol if isinstance(error, HandshakeError) else None):
+                self._checks.add(peer, reason, f"vllm-spark doctor at {peer} checked this port: {reason}.")
+            else:
+                self._rejected.add(peer, reason, f"Rejected a connection from {peer}: {reason}.")
+                self._last_problem = f"; the last connection, from {peer}, was rejected: {reason}"
             if hello is not None:
                 self._release(hello)
             if connection is not None:
@@ -286,6 +300,18 @@ class Listener:
             plain.close()
         finally:
             self._handshakes.release()
+
+    def _answer_check(self, hello: Hello, connection: Connection, peer: str) -> None:
+        """Answers `vllm-spark doctor --leader` as a follower would be answered, and closes the connection."""
+        with self._lock:
+            refusal = self._refusal_of_session(hello)
+        if refusal is not None:
+            connection.send(Kind.REFUSAL, to_json(refusal), timeout=GREETING_TIMEOUT)
+        else:
+            connection.send(Kind.WELCOME, to_json(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
+        connection.close()
+        sentence = f"vllm-spark doctor on {hello.host} checked this port; both machines have the same secret."
+        self._checks.add(peer, "answered", sentence)
 
     def _is_new_reason(self, host: str, sentence: str) -> bool:
         """Whether the follower on `host` is refused for another reason than at its last attempt."""
@@ -296,18 +322,30 @@ class Listener:
 
     def _refusal_of(self, hello: Hello) -> Reason | None:
         """Why `hello` is refused; None if it is accepted, and then no other session is until `_release`."""
-        if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
-            return Reason(difference, final=True)
         with self._lock:
             if hello.connection != CONTROL:
+                if difference := self._difference(hello):
+                    return difference
                 if self._accepted is None or self._accepted.session != hello.session:
                     return Reason("its session is not the accepted one")
                 return None
-            if self._accepted is not None:
-                held = time.monotonic() - self._accepted_at
-                return Reason(
-                    f"this leader has a follower already, on {self._accepted.host} "
-                    f"(process {self._accepted.process}), for {held:.0f} s; stop that one first"
-                )
-            self._accepted, self._accepted_at = hello, time.monotonic()
+            if (refusal := self._refusal_of_session(hello)) is None:
+                self._accepted, self._accepted_at = hello, time.monotonic()
+            return refusal
+
+    def _refusal_of_session(self, hello: Hello) -> Reason | None:
+        """Why a new session with `hello` would be refused now. The caller holds the lock."""
+        if difference := self._difference(hello):
+            return difference
+        if self._accepted is None:
             return None
+        held = time.monotonic() - self._accepted_at
+        return Reason(
+            f"this leader has a follower already, on {self._accepted.host} "
+            f"(process {self._accepted.process}), for {held:.0f} s; stop that one first"
+        )
+
+    def _difference(self, hello: Hello) -> Reason | None:
+        if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
+            return Reason(difference, final=True)
+        return None

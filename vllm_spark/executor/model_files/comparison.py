@@ -11,6 +11,7 @@ from typing import Literal
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.model_files.weights import is_content, weight_files
+from vllm_spark.files import TABLE_FILE, open_regular, read_regular
 
 MIB = 1 << 20
 _WHOLE_UP_TO = 64 * MIB
@@ -149,7 +150,7 @@ def _module_folders(folder: Path, names: list[str]) -> list[str]:
     if _MODULES not in names or not is_content(folder / _MODULES):
         return []
     try:
-        modules = json.loads((folder / _MODULES).read_bytes())
+        modules = json.loads(read_regular(folder / _MODULES, TABLE_FILE))
         paths = [module["path"] for module in modules]
     except (OSError, ValueError, TypeError, KeyError):
         return []  # its digest is compared all the same, and vLLM says what is wrong with it
@@ -172,7 +173,7 @@ def _digest(path: Path) -> str:
     start of a safetensors file lists every tensor; a single flipped byte may go unseen.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             state = os.fstat(file.fileno())
             key = (f"{state.st_dev}:{path}", state.st_ino, state.st_size, state.st_mtime_ns)
             if key not in _digests:

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_spark.files import SMALL_FILE, read_regular
+
 _PREFIX = "models--"
 _SNAPSHOTS = "snapshots"
 _DEFAULT_REVISION = "main"
@@ -61,8 +63,8 @@ def cached_snapshot(repository: str, revision: str | None, cache: str | Path | N
     if os.path.isdir(snapshot := folder / _SNAPSHOTS / name):
         return snapshot
     try:
-        commit = (folder / "refs" / name).read_text().strip()
-    except OSError:
+        commit = read_regular(folder / "refs" / name, SMALL_FILE).decode().strip()
+    except (OSError, UnicodeDecodeError):
         return None
     snapshot = folder / _SNAPSHOTS / commit
     return snapshot if commit and os.path.isdir(snapshot) else None

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
+from vllm_spark.files import JOURNAL_FILE, read_regular
+
 CONSOLIDATED = "consolidated*.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SAFETENSORS = ("*.safetensors",)
@@ -73,7 +75,7 @@ def missing_weights(folder: Path, load_format: str = "hf") -> list[str]:
 def _indexed(index: Path) -> set[str] | None:
     """The files that an index names; None if there is none that can be read."""
     try:
-        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        return {str(name) for name in json.loads(read_regular(index, JOURNAL_FILE))["weight_map"].values()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

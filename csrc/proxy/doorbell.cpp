@@ -1,0 +1,96 @@
+#include "doorbell.hpp"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace spark {
+namespace {
+
+// Maximum of a sleep without a wake: a bound, not a mechanism.
+constexpr timespec kLongestSleep{0, 100'000'000};
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &kLongestSleep, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+void Doorbell::ring(uint32_t sequence) {
+  // Sequentially consistent, as the announcement of a sleep in `sleep_until_rung`: both sides store, then
+  // load the other's word. So either the proxy, which loads the doorbell after its announcement, sees this
+  // store, or the load below sees the announcement; in any weaker order both could miss. The store is also
+  // the release that the proxy acquires before it reads the staged message.
+  region_.doorbell().store(sequence, std::memory_order_seq_cst);
+  if (region_.proxy_asleep().load(std::memory_order_seq_cst) != 0) futex_wake(region_.doorbell());
+}
+
+bool Doorbell::post_staged(Transport& transport) {
+  // Acquire: pairs with the release in `ring`, after the message was staged.
+  uint32_t staged = region_.doorbell().load(std::memory_order_acquire);
+  // A level, not a queue: a rank may ring k+1 before this thread woke for k. Signed distance, since it wraps.
+  uint32_t posts = 0, last = posted_.load(std::memory_order_relaxed);
+  while (static_cast<int32_t>(staged - last) > 0) {
+    post(transport, ++last);
+    posted_.store(last, std::memory_order_release);  // see has_posted
+    ++posts;
+  }
+  if (posts == 0) return false;
+  count(posts);
+  return true;
+}
+
+void Doorbell::post(Transport& transport, uint32_t sequence) {
+  const SendDescriptor& whole = region_.descriptor(sequence);
+  if (whole.stripes == 1) {
+    transport.post(sequence, whole);
+    return;
+  }
+  uint64_t step = stripe_bytes(whole.bytes, whole.stripes);
+  for (uint32_t stripe = 0; stripe < whole.stripes; ++stripe) {
+    uint64_t from = std::min(whole.bytes, stripe * step), to = std::min(whole.bytes, from + step);
+    SendDescriptor part = whole;
+    part.piece = stripe;
+    part.offset = static_cast<uint32_t>(from);
+    part.bytes = to - from;
+    transport.post(sequence, part);
+  }
+}
+
+bool Doorbell::pause(bool busy, bool under_way) {
+  if (busy) {
+    backoff_ = Backoff(times_);
+    idle_since_ = Clock::now();
+    return false;
+  }
+  if (!backoff_.step()) return false;
+  if (!under_way && Clock::now() - idle_since_ > times_.spin + times_.yield) sleep_until_rung();
+  return true;
+}
+
+void Doorbell::wake() {
+  // Relaxed: it only prevents a sleep. What was staged before is ordered by the flag of ProxyThread.
+  stopping_.store(true, std::memory_order_relaxed);
+  futex_wake(region_.doorbell());
+}
+
+void Doorbell::sleep_until_rung() {
+  // Sequentially consistent: see `ring`. The announcement comes before the last load of the doorbell.
+  region_.proxy_asleep().store(1, std::memory_order_seq_cst);
+  uint32_t last = posted_.load(std::memory_order_relaxed);
+  bool rung = region_.doorbell().load(std::memory_order_seq_cst) != last;
+  // Relaxed: if this load misses a stop, and the wake came before the wait, the stop waits for kLongestSleep.
+  if (!rung && !stopping_.load(std::memory_order_relaxed)) {
+    // The kernel compares the word once more: if the doorbell was rung since then, the wait ends at once.
+    futex_wait(region_.doorbell(), last);
+  }
+  region_.proxy_asleep().store(0, std::memory_order_relaxed);
+}
+
+}  // namespace spark

@@ -1,0 +1,44 @@
+// Where a proxy's thread finds the messages that its rank has staged in the send slots.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "../transport/transport.hpp"
+
+namespace spark {
+
+struct ProxyCounters {
+  std::atomic<uint64_t> posts{0};
+  std::atomic<uint64_t> coalesced{0};  // posts beyond the first of one turn
+};
+
+// The proxy's thread calls everything here but `wake` and `counters`.
+class MessageSource {
+ public:
+  virtual ~MessageSource() = default;
+
+  // Posts every message, or piece of one, that is staged and has not been posted. False if there was none.
+  virtual bool post_staged(Transport& transport) = 0;
+
+  // Ends a turn of the thread: waits for more, if `busy` is false. `busy`: something was posted in this turn.
+  // `under_way`: the transport must be called again soon. True if the wait took long enough for the caller to
+  // check the connection too.
+  virtual bool pause(bool busy, bool under_way) = 0;
+
+  // Ends `pause`, also the next one, soon; called once, before the thread ends. From any thread.
+  virtual void wake() {}
+
+  const ProxyCounters& counters() const { return counters_; }
+
+ protected:
+  void count(uint32_t posts) {
+    counters_.posts.fetch_add(posts, std::memory_order_relaxed);
+    counters_.coalesced.fetch_add(posts - 1, std::memory_order_relaxed);
+  }
+
+ private:
+  ProxyCounters counters_;
+};
+
+}  // namespace spark

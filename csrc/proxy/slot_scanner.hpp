@@ -1,0 +1,41 @@
+// The source of a GPU rank's proxy: it polls the send slots for what kernels have staged.
+//
+// Kernels ring no doorbell. For flagged packets that would take a release, which waits until everything
+// before it has arrived in host memory (1.25 us on an H100, benchmarks/NOTES.md). The flags in the slots tell
+// as much.
+#pragma once
+
+#include <cstdint>
+
+#include "../region/region.hpp"
+#include "../support/backoff.hpp"
+#include "message_source.hpp"
+
+namespace spark {
+
+class SlotScanner final : public MessageSource {
+ public:
+  // For the sequence numbers after `last`, in their order, in the slots of `region`.
+  SlotScanner(Region region, uint32_t last) : region_(region), last_(last) {}
+
+  bool post_staged(Transport& transport) override;
+  bool pause(bool busy, bool under_way) override;
+
+ private:
+  bool post_packets(Transport& transport, uint32_t sequence);
+  bool post_pieces(Transport& transport, uint32_t sequence);
+  // Message `sequence` is complete: the next one is scanned for.
+  void finish(uint32_t sequence);
+
+  Region region_;
+  uint32_t last_;               // sequence number of the last complete message
+  size_t staged_halves_ = 0;    // of the next message's packets
+  uint32_t pieces_ = 0;         // of the next message's payload; 0: not known yet
+  uint64_t posted_pieces_ = 0;  // of the next message's payload, one bit each
+
+  Clock::time_point idle_since_{};
+  uint32_t idle_turns_ = 0;
+  bool sleeps_ = false;  // between turns
+};
+
+}  // namespace spark

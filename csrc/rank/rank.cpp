@@ -1,0 +1,44 @@
+#include "rank.hpp"
+
+namespace spark {
+
+Rank::~Rank() {
+  if (endpoint_.owned_by_this_process()) return;
+  // A fork has a copy of this object, but not its thread.
+  static_cast<void>(proxy_.release());
+  static_cast<void>(source_.release());
+}
+
+void Rank::connect(const Address& peer, const std::string& description) {
+  endpoint_.connect(peer, description);
+  prepare();
+  start();
+}
+
+void Rank::connect_in_process(const Rank& peer) {
+  endpoint_.connect_in_process(peer.endpoint_);
+  prepare();
+  start();
+}
+
+void Rank::connect_link(const std::string& peer_offer, const std::string& description) {
+  endpoint_.connect_link(peer_offer, description);
+  prepare();
+}
+
+void Rank::start() {
+  if (endpoint_.options().proxied) {
+    source_ = make_source();
+    proxy_ = std::make_unique<ProxyThread>(*source_, endpoint_.transport());
+  }
+  endpoint_.start();
+}
+
+void Rank::close() {
+  if (!endpoint_.close()) return;
+  wait_until_idle();
+  if (proxy_) proxy_->stop();
+  endpoint_.end_peer_waits("it closed its runtime");
+}
+
+}  // namespace spark
