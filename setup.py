@@ -76,6 +76,10 @@ class BuildNative(build_ext):
 ParallelCompile("VLLMSPARK_BUILD_JOBS", default=os.cpu_count() or 1).install()
 
 setup(
+    # As for a layout with a folder `src`: then setuptools makes an editable installation by a path in a .pth file. Its
+    # other way is an import hook, which Python calls after its own. Python itself takes a folder vllm_spark without
+    # __init__.py, such as a clone beside a user's program, for a namespace package.
+    package_dir={"": "."},
     # Follows the links vllm_spark/patches and vllm_spark/configs to the folders at the top.
     packages=find_packages(include=["vllm_spark", "vllm_spark.*"]),
     package_data={"vllm_spark": ["py.typed", "*.pyi", "kernels.fatbin"], "vllm_spark.configs": ["**/*.json"]},

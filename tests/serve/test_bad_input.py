@@ -83,6 +83,7 @@ class Mistake:
         changes: values in the model's config.json.
         file: what the file given with `--config` holds, in a file of `file_name`; None leaves that file out.
         model: in place of the one that is there; a name alone is a folder with nothing in it.
+        temporary: the length of the path of a folder that is made for TMPDIR; 0 leaves the usual one.
     """
 
     says: Sequence[str]
@@ -92,6 +93,7 @@ class Mistake:
     file_name: str = ""
     file: bytes | None = None
     model: str = ""
+    temporary: int = 0
 
     def make(self, host: Host, dense: Path, folder: Path) -> Process:
         """Runs the command that makes it to its end, on ports of its own, with its files in `folder`."""
@@ -110,7 +112,12 @@ class Mistake:
             model = shutil.copytree(dense, folder / "model")
             config = json.loads((model / "config.json").read_text())
             (model / "config.json").write_text(json.dumps(config | dict(self.changes)))
-        return serve(host, model, arguments, self.environment)
+        environment = dict(self.environment)
+        if self.temporary:
+            place = folder / ("x" * (self.temporary - len(str(folder)) - 1))
+            place.mkdir()
+            environment["TMPDIR"] = str(place)
+        return serve(host, model, arguments, environment)
 
 
 _CONNECTOR = json.dumps({"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
@@ -157,6 +164,7 @@ MISTAKES = {
         [_HALVES, "num_key_value_heads is 3"], changes={"num_attention_heads": 6, "num_key_value_heads": 3}
     ),
     "another-machine": Mistake(["192.0.2.1", ADDRESS], ["--spark-address", "192.0.2.1"]),
+    "long-tmpdir": Mistake(["has a path of 255 bytes", "set TMPDIR to a shorter one"], temporary=255),
     "no-model": Mistake(["there is no folder /nowhere/model"], model="/nowhere/model"),
     "empty-folder": Mistake(["/empty"], model="empty"),
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),

@@ -108,6 +108,14 @@ def test_the_cache_of_prefixes_is_used(pair: Server, answers: dict[str, Any]) ->
     assert pair.metrics(hits)[hits][""] > 0
 
 
+def test_the_log_names_the_path_of_the_collectives_alone(pair: Server) -> None:
+    """vLLM's line that a group falls back to torch.distributed is not true of a pair."""
+    log = pair.leader.output()
+    assert "Group tp:0: collectives use vllm_spark" in log
+    assert "The tensor parallel size is 2, one rank on each machine" in log
+    assert "falling back to torch.distributed" not in log
+
+
 def test_a_collective_that_the_runtime_does_not_take(pair: Server) -> None:
     """It goes through gloo, gives the right sum, and is counted on both ranks and shown."""
     name = "vllm_spark_fallbacks_total"

@@ -35,9 +35,14 @@ def spark(tmp_path: Path, *argv: str, **environment: str) -> Process:
         (["joni"], ["joni", "join"]),
         (["join", "--leader", "spark-1"], ["--leader", "spark-1", "not an IP address"]),
         (["join", "--leader", "10.0.0.1"], ["10.0.0.1", "secret-file"]),
-        (["join", "--port", "0"], ["--port", "greater than or equal to 1"]),
+        (["join", "--port", "0"], ["--port", "port 0 is invalid: must be a whole number from 1 to 65535"]),
         (["join", "--secret-file", "/no/such/file"], ["/no/such/file", "cannot be read"]),
         (["join", "--wait"], ["--wait"]),
+        (["join", "--rails", "mlx5_0,mlx5_0"], ["--rails", "twice"]),
+        (["join", "--rails", ""], ["--rails", "it is empty"]),
+        (["join", "--leader", "10.0.0.1:29650", "--port", "29651"], ["10.0.0.1:29650", "29651", "leave one of them"]),
+        (["bench", "decode", "/no/such"], ["usage: vllm-spark bench decode", "unrecognized arguments: /no/such"]),
+        (["bench", "wire", "--listen", "x"], ["usage: vllm-spark bench wire", "unrecognized arguments: x"]),
     ],
 )
 def test_bad_input(argv: list[str], parts: list[str], tmp_path: Path) -> None:
@@ -52,7 +57,7 @@ def test_bad_input(argv: list[str], parts: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"VLLMSPARK_PORT": "http"}, "VLLMSPARK_PORT http: input should be a valid integer"),
+        ({"VLLMSPARK_PORT": "http"}, "VLLMSPARK_PORT http is invalid: must be a whole number from 1 to 65535"),
         ({"VLLMSPARK_PORT": "tcp://10.96.0.7:29650"}, "or set `enableServiceLinks: false` for the pod"),
         ({"VLLMSPARK_PORT": "4711", "SPARK_PORT": "4712"}, "set VLLMSPARK_PORT, and unset SPARK_PORT"),
     ],

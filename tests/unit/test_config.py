@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,31 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
 @pytest.mark.parametrize(
     ("sources", "parts"),
     [
-        ({"flags": {"port": 0}}, ["--spark-port 0", "greater than or equal to 1"]),
-        ({"environment": {"VLLMSPARK_PORT": "http"}}, ["VLLMSPARK_PORT http", "integer"]),
+        ({"flags": {"port": 0}}, ["--spark-port 0 is invalid: must be a whole number from 1 to 65535"]),
+        (
+            {"environment": {"VLLMSPARK_PORT": "http"}},
+            ["VLLMSPARK_PORT http is invalid: must be a whole number from 1 to 65535"],
+        ),
         (
             {"environment": {"VLLMSPARK_PORT": "tcp://10.96.0.7:29650"}},
             ["VLLMSPARK_PORT tcp://10.96.0.7:29650: it is not a port", "Kubernetes", "enableServiceLinks: false"],
         ),
-        ({"flags": {"heartbeat_timeout": 0.1}}, ["--spark-heartbeat-timeout 0.1", "0.5"]),
+        ({"flags": {"heartbeat_timeout": 0.1}}, ["--spark-heartbeat-timeout 0.1", "a number from 0.5 to 3600"]),
+        ({"flags": {"heartbeat_timeout": "nan"}}, ["--spark-heartbeat-timeout nan", "a number from 0.5 to 3600"]),
+        ({"flags": {"join_timeout": -1}}, ["--spark-join-timeout -1 is invalid", "above 0 and at most 86400"]),
+        ({"flags": {"packet_kib": 1.5}}, ["--spark-packet-kib 1.5 is invalid", "a whole number from 0 to 1024"]),
+        ({"file": {"loopback_latency_us": "x"}}, ["loopback_latency_us x is invalid", "a number from 0 to 1000000"]),
+        ({"flags": {"rails": ""}}, ["--spark-rails : it is empty", "leave it out"]),
+        ({"flags": {"rails": "mlx5_0,mlx5_0"}}, ["--spark-rails mlx5_0,mlx5_0: it has port 1 of mlx5_0 twice"]),
+        ({"environment": {"VLLMSPARK_RAILS": "mlx5_1, mlx5_1:1:3"}}, ["port 1 of mlx5_1 twice", "each port once"]),
+        (
+            {"flags": {"leader": "10.0.0.1:29650", "port": 29651}},
+            ["--spark-leader 10.0.0.1:29650 and --spark-port 29651", "leave one of them out"],
+        ),
+        (
+            {"environment": {"VLLMSPARK_LEADER": "[fe80::1]:29650"}, "flags": {"port": 29651}},
+            ["VLLMSPARK_LEADER [fe80::1]:29650 and --spark-port 29651"],
+        ),
         ({"environment": {"VLLMSPARK_TRANSPORT": "ib"}}, ["VLLMSPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
         ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),
         ({"flags": {"leader": "0.0.0.0"}}, ["'0.0.0.0' is the wildcard address, not the address of one machine"]),
@@ -111,6 +130,10 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ({"file": {"zzz": 1}}, ["'zzz' does not exist", "vllm-spark config"]),
         ({"flags": {"loopback_latency_us": 3.0}}, ["needs the proxy", "--spark-loopback-mode proxied"]),
         ({"flags": {"wire": GOOD["wire"][0]}}, ["needs the proxy", "leave out --spark-wire"]),
+        (
+            {"flags": {"wire": "/no/such/wire"}},
+            ["--spark-loopback-mode proxied", "--spark-wire /no/such/wire does not exist"],
+        ),
         ({"file": {"wire": 5}}, ["wire 5", "path"]),
         ({"file": {"launch_table": "a\0b"}}, ["launch_table a", "NUL"]),
         (
@@ -132,6 +155,46 @@ def test_a_bad_setting_is_explained_in_one_sentence(sources: dict[str, Any], par
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"flags": {"leader": "10.0.0.1:29651", "port": 29651}},
+        {"flags": {"leader": "10.0.0.1:29650"}, "environment": {"VLLMSPARK_PORT": "29651"}},
+        {"flags": {"leader": "10.0.0.1", "port": 29651}},
+    ],
+    ids=["the same", "a flag overrides the environment", "no port in the address"],
+)
+def test_a_leaders_address_may_have_its_port(sources: dict[str, Any]) -> None:
+    config = SparkConfig.resolve(**{"environment": {}, **sources})
+    assert config.leader == sources["flags"]["leader"]
+
+
+@pytest.mark.parametrize("name", SparkConfig.model_fields)
+def test_a_range_is_that_of_the_setting(name: str) -> None:
+    """Each setting that is a number names both ends of its range, in one style of placeholder."""
+    field = SparkConfig.model_fields[name]
+    numbers = [part for part in field.metadata if hasattr(part, "le")]
+    if not numbers:
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        SparkConfig.resolve(flags={name: "nan"}, environment={})
+    most = numbers[0].le
+    assert re.search(rf" nan is invalid: must be a (whole )?number (from|above) \S+ .*\b{most:.0f}$", str(caught.value))
+
+
+def test_placeholders_are_of_one_style() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ["leader", "follower", "both"])
+    names = {action.dest: action.metavar for action in parser._actions if action.dest.startswith("spark_")}
+    assert {names[f"spark_{name}"] for name in names_of("_timeout")} == {"SECONDS"}
+    assert {names[f"spark_{name}"] for name in names_of("_kib")} == {"KIB"}
+    assert all(names.values())
+
+
+def names_of(end: str) -> list[str]:
+    return [name for name in SparkConfig.model_fields if name.endswith(end)]
 
 
 @pytest.mark.parametrize("name", ["secret_file", "launch_table", "wire"])
@@ -181,7 +244,7 @@ def test_a_bad_flag_ends_like_any_other_usage_error(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as caught:
         parser().parse_args(["--spark-port", "70000"])
     assert caught.value.code == 2
-    assert "--spark-port: port 70000: input should be less than or equal to 65535" in capsys.readouterr().err
+    assert "--spark-port: port 70000 is invalid: must be a whole number from 1 to 65535" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from vllm_spark.executor.channel.secret import load_secret, make_secret
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CONTROL
 from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.records import from_json, to_json
 
 from .folder_rights import no_entry
@@ -714,6 +716,18 @@ def shown(report: Report, width: int = 100) -> str:
     stream = StringIO()
     show(report, Console(file=stream, width=width, highlight=False))
     return stream.getvalue()
+
+
+def test_a_check_that_does_not_apply_gives_the_reason() -> None:
+    machine = run_checks_of(Finding("machine.governor", "Processor governor", "not applicable", "", "No clocks here."))
+    assert "Processor governor\n          No clocks here.\n" in shown(Report.of(machine, None, []))
+    peer = dataclasses.replace(machine, host="desk2")
+    assert "No clocks here." in shown(Report.of(machine, peer, []))
+
+
+def run_checks_of(*findings: Finding) -> MachineReport:
+    """The report of a machine with these findings alone."""
+    return MachineReport("desk1", Versions.of_this_process(), [], list(findings))
 
 
 def test_the_worst_counts() -> None:

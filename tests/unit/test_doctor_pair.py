@@ -135,6 +135,19 @@ def test_a_fault_of_the_pair(
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
 
 
+def test_machines_of_one_name_are_told_apart(trees: tuple[Tree, Tree]) -> None:
+    mine, theirs = (run_checks(tree.system, SparkConfig()) for tree in trees)
+    assert mine.host == theirs.host
+    here, there = pair.distinguish_hosts(mine, theirs, "10.0.0.1", "10.0.0.2")
+    assert (here.host, there.host) == (f"{mine.host} (10.0.0.1)", f"{mine.host} (10.0.0.2)")
+    text = shown(Report.of(here, there, []), 200)
+    assert f"{mine.host} (10.0.0.1) (here)" in text
+    assert f"{mine.host} (10.0.0.2) (there)" in text
+    assert pair.distinguish_hosts(mine, theirs, "127.0.0.1", "127.0.0.1") == (mine, theirs)
+    other = dataclasses.replace(theirs, host="desk2")
+    assert pair.distinguish_hosts(mine, other, "10.0.0.1", "10.0.0.2") == (mine, other)
+
+
 def test_nobody_at_a_loopback_address() -> None:
     """The command belongs in another terminal there, and is a line of its own as for another machine."""
     port = free_ports(1)[0]
@@ -233,7 +246,8 @@ def test_a_follower_is_examined_and_let_go() -> None:
     # It would not find the doctor again if it looked for a leader now.
     assert caller.connect(CONTROL) is None
     send_report(connection, question, SparkConfig(), "127.0.0.1")
-    machine = outcome.result(30)
+    machine, address = outcome.result(30)
+    assert address == "127.0.0.1"
     assert machine.versions == Versions.of_this_process()
     assert {"rdma.devices", "software.vllm"} <= {found.id for found in machine.findings}
 

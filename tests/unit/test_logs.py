@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+from pathlib import Path
 
 import pytest
 
-from vllm_spark.backend.logging import use_vllm_logging
+from vllm_spark.backend.logging import use_vllm_logging, without_fallback_notice
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.errors import PeerLostError
@@ -91,3 +92,17 @@ def test_any_other_end_of_an_engine_is_one(log: io.StringIO, engine: str) -> Non
     fail_to_read(EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause."))
     assert "AsyncLLM output_handler failed" in log.getvalue()
     assert "Traceback" in log.getvalue()
+
+
+def test_a_group_that_does_not_fall_back_has_no_notice_of_it(log: io.StringIO) -> None:
+    """vLLM's words, as the installed version has them."""
+    communicator = pytest.importorskip("vllm.distributed.device_communicators.cpu_communicator")
+    notice = "falling back to torch.distributed"
+    assert notice in " ".join(Path(communicator.__file__).read_text().split()).replace('" "', "")
+    theirs = logging.getLogger(communicator.__name__)
+    with without_fallback_notice():
+        theirs.info("CPU SHM communicator disabled for group %s: no name, falling back to torch.distributed.", "tp:0")
+        theirs.info("Another line.")
+    assert log.getvalue() == "Another line.\n"
+    theirs.info("CPU SHM communicator disabled for group %s: no name, falling back to torch.distributed.", "tp:0")
+    assert notice in log.getvalue()

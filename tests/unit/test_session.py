@@ -74,7 +74,7 @@ def test_numbers_of_both_are_walked_over() -> None:
 @pytest.mark.parametrize("name", ["link_timeout", "collective_timeout"])
 def test_a_time_that_no_clock_of_the_runtime_can_measure(name: str) -> None:
     flag = f"--spark-{name.replace('_', '-')}"
-    with pytest.raises(ConfigurationError, match=rf"^{flag} 0\.0005: input should be greater than or equal to 0\.001$"):
+    with pytest.raises(ConfigurationError, match=rf"^{flag} 0\.0005 is invalid: must be a number from 0\.001 to "):
         SparkConfig.resolve(flags={name: 0.0005}, environment={})
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.backend.ipc_folder import PREFIX, VARIABLE, make_socket_folder
+from vllm_spark.backend.ipc_folder import PREFIX, VARIABLE, check_socket_folder, make_socket_folder
+from vllm_spark.errors import ConfigurationError
 
 OWNER = """
 import os, sys
@@ -147,3 +148,22 @@ def test_the_log_says_that_a_path_is_too_long(
     (message,) = caplog.messages
     assert f"and remain after a kill: the path {deep}/" in message
     assert message.endswith("set TMPDIR to a shorter one.")
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", VARIABLE])
+def test_a_folder_that_is_too_long_for_any_socket_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would end with ZeroMQ's traceback: an address holds 107 bytes, of which 37 are the socket's name."""
+    for name, folder in ((VARIABLE, ""), ("TMPDIR", "/tmp")):
+        monkeypatch.setenv(name, folder)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    check_socket_folder()
+    longest = "/tmp/" + "x" * 65
+    monkeypatch.setattr(tempfile, "tempdir", longest if variable == "TMPDIR" else None)
+    if variable == VARIABLE:
+        monkeypatch.setenv(VARIABLE, longest)
+    check_socket_folder()
+    monkeypatch.setattr(tempfile, "tempdir", f"{longest}x" if variable == "TMPDIR" else None)
+    if variable == VARIABLE:
+        monkeypatch.setenv(VARIABLE, f"{longest}x")
+    with pytest.raises(ConfigurationError, match=rf"{longest}x, has a path of 71 bytes.*; set {variable} to a shorter"):
+        check_socket_folder()

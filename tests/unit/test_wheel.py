@@ -26,18 +26,23 @@ print(json.dumps([vllm_spark.__file__, REGION_VERSION, sorted(patch.name for pat
 """
 
 
+def copy_sources(target: Path) -> None:
+    """Copies the files of this source tree."""
+    copy = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(copy, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place, follow_symlinks=False)
+
+
 @pytest.fixture(scope="module", params=["built before", pytest.param("from source", marks=pytest.mark.thorough)])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this source tree, made as pip makes it; the native module is the one here, or compiled anew."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    copy = ["git", "-C", str(ROOT), "ls-files", "-z"]
-    names = subprocess.run(copy, capture_output=True, text=True, check=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).exists():
-            target = source / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    copy_sources(source)
     if request.param == "built before":
         place_what_is_built(source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
@@ -87,3 +92,27 @@ def test_a_wheel_works_outside_the_source_tree(wheel: Path, tmp_path: Path) -> N
     assert Path(where).parent == tmp_path / "vllm_spark"
     assert version >= 2
     assert patches == sorted(path.stem.replace("_", "-") for path in (ROOT / "patches").glob("[a-z]*.py"))
+
+
+def test_a_program_beside_a_clone_finds_the_package(tmp_path: Path) -> None:
+    """The clone is a folder vllm_spark without __init__.py, which Python takes for a namespace package."""
+    clone, environment = tmp_path / "vllm_spark", tmp_path / "environment"
+    copy_sources(clone)
+    # Imports do not depend on the native module, and compiling all of it takes a minute.
+    shutil.rmtree(clone / "csrc")
+    (clone / "csrc" / "kernels").mkdir(parents=True)
+    (clone / "csrc" / "kernels" / "collectives.cu").touch()
+    (clone / "csrc" / "bindings.cpp").write_text("#include <pybind11/pybind11.h>\nPYBIND11_MODULE(_native, m) {}\n")
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    python = str(environment / "bin" / "python")
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(clone)]
+    done = subprocess.run(pip, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    program = tmp_path / "prog.py"
+    program.write_text("import vllm_spark, vllm_spark.patches\nprint(vllm_spark.__version__, vllm_spark.__file__)\n")
+    done = subprocess.run(
+        [python, str(program)], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [vllm_spark.__version__, str(clone / "vllm_spark" / "__init__.py")]

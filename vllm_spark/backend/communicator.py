@@ -5,6 +5,7 @@ A collective that the runtime does not support (dtype, size, group of ranks) use
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
 
+from vllm_spark.backend.logging import without_fallback_notice
 from vllm_spark.backend.process_group import connecting
 from vllm_spark.collective import Runtime, count_fallback, installed
 
@@ -29,7 +31,8 @@ class _Routing:
     rank_in_group: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        with without_fallback_notice() if installed() is not None else contextlib.nullcontext():
+            super().__init__(*args, **kwargs)
         if (runtime := self._runtime) is not None:
             logger.info("Group %s: collectives use vllm_spark, %s.", self.unique_name, runtime.path)
 

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from vllm_spark.errors import ConfigurationError
+
 logger = logging.getLogger("vllm_spark")
 
 VARIABLE = "VLLM_RPC_BASE_PATH"
@@ -27,6 +29,21 @@ _OWNER = "owner"  # a file that the owner keeps locked while it runs
 _GRACE_SECONDS = 60.0  # seconds in which a new folder may lack its owner's file
 _MAX_PATH_BYTES = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
 """Bytes of a folder's path: a socket's address holds 107, and vLLM names each by a UUID."""
+
+
+def check_socket_folder() -> None:
+    """Checks that vLLM's sockets can be created, before anything starts.
+
+    Raises:
+        ConfigurationError: the path of the folder for them is too long.
+    """
+    folder = os.environ.get(VARIABLE) or tempfile.gettempdir()
+    if (length := len(os.fsencode(folder))) > _MAX_PATH_BYTES:
+        name = VARIABLE if os.environ.get(VARIABLE) else "TMPDIR"
+        raise ConfigurationError(
+            f"the folder for vLLM's sockets, {folder}, has a path of {length} bytes, and a socket's allows "
+            f"{_MAX_PATH_BYTES}; set {name} to a shorter one, such as /tmp"
+        )
 
 
 def make_socket_folder() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 from vllm_spark.backend.status import engine_death, engine_ended_cleanly, engine_failure
 from vllm_spark.errors import SparkError
@@ -38,6 +40,29 @@ def use_vllm_logging() -> None:
 
 _CLIENT_LOGGER = "vllm.v1.engine.async_llm"
 """The logger of vLLM's output handler, which logs the end of an engine as a failure even if a server is stopped."""
+
+
+_CPU_COMMUNICATOR_LOGGER = "vllm.distributed.device_communicators.cpu_communicator"
+
+
+@contextlib.contextmanager
+def without_fallback_notice() -> Iterator[None]:
+    """Drops vLLM's line that a group falls back to torch.distributed, if that is logged in the body.
+
+    For groups whose collectives this project runs: the line is not true of them, and reads like a failed start.
+    """
+    logger = logging.getLogger(_CPU_COMMUNICATOR_LOGGER)
+    drop = _DropFallbackNotice()
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+class _DropFallbackNotice(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "falling back to torch.distributed" not in str(record.msg)
 
 
 class _ShortenTraceback(logging.Filter):

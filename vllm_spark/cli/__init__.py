@@ -92,7 +92,10 @@ def _dispatch(words: list[str]) -> int:
     command = _load(name)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.SUMMARY, allow_abbrev=False)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(words[1:]))
+    args, unknown = parser.parse_known_args(words[1:])
+    if unknown:
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return command.run(args)
 
 
 def _load(name: str) -> Command:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
-        from vllm_spark.doctor.pair import compare, peer_missing, port_reached
+        from vllm_spark.doctor.pair import compare, distinguish_hosts, peer_missing, port_reached
         from vllm_spark.doctor.remote import request_report
         from vllm_spark.executor.channel.addresses import format_endpoint, interface_of, is_loopback, leader_address
 
@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
             address = leader_address(config)
             if not is_loopback(address):
                 command = opening(system, config.port, interface_of(address))
-            peer = request_report(config, args.wait)
+            peer, there = request_report(config, args.wait)
         except SparkError as error:
             together = [peer_missing(str(error), command)]
         else:
+            machine, peer = distinguish_hosts(machine, peer, address, there)
             together = [port_reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)

@@ -81,6 +81,7 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         type=positive,
+        metavar="N",
         default=4,
         help="engines that each side decodes with; the sides alternate in running first (default: 4)",
     )

@@ -46,10 +46,17 @@ def _setting(
     description: str,
     *,
     side: Side = "both",
+    metavar: str = "",
     **constraints: Any,
 ) -> Any:
-    """A field of `SparkConfig`; `side` is the machine on which it is set."""
-    return Field(default=default, description=description, json_schema_extra={"side": side}, **constraints)
+    """A field of `SparkConfig`.
+
+    Args:
+        side: the machine on which it is set.
+        metavar: the placeholder of its value in a help text; not for settings with choices.
+    """
+    extra: Any = {"side": side, "metavar": metavar}
+    return Field(default=default, description=description, json_schema_extra=extra, **constraints)
 
 
 class SparkConfig(BaseModel):
@@ -62,14 +69,18 @@ class SparkConfig(BaseModel):
         "IP address of this machine on the link to the other one; the leader listens only there. "
         "Default: the address of the RDMA device's network interface, or 127.0.0.1 on a machine without one.",
         side="leader",
+        metavar="ADDRESS",
     )
     leader: str | None = _setting(
         None,
         "IP address at which the leader listens, optionally with :PORT. "
         "Default: 127.0.0.1 on a machine without RDMA device; with one, it must be given.",
         side="follower",
+        metavar="ADDRESS[:PORT]",
     )
-    port: int = _setting(DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535)
+    port: int = _setting(
+        DEFAULT_PORT, "TCP port at which the leader waits for its follower.", ge=1, le=65535, metavar="PORT"
+    )
     secret_file: Path | None = _setting(
         None,
         "File with the secret that both machines share (at least 16 bytes; this user's or root's, and readable by its "
@@ -78,6 +89,7 @@ class SparkConfig(BaseModel):
         "Needed except on a loopback address. "
         "Default: `vllm-spark/secret` in the folder of this user's configuration, if it is there; "
         "`vllm-spark doctor --make-secret` makes it.",
+        metavar="FILE",
     )
     join_timeout: float = _setting(
         600.0,
@@ -85,6 +97,7 @@ class SparkConfig(BaseModel):
         side="leader",
         gt=0,
         le=86400,
+        metavar="SECONDS",
     )
     heartbeat_timeout: float = _setting(
         5.0,
@@ -92,6 +105,7 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=0.5,
         le=3600,
+        metavar="SECONDS",
     )
     collective_timeout: float = _setting(
         600.0,
@@ -100,9 +114,14 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=_MIN_TIMEOUT,
         le=86400,
+        metavar="SECONDS",
     )
     max_frame_mib: int = _setting(
-        256, "Largest message accepted on the channel between the machines, in MiB.", ge=1, le=4095
+        256,
+        "Largest message accepted on the channel between the machines, in MiB.",
+        ge=1,
+        le=4095,
+        metavar="MIB",
     )
     transport: Literal["auto", "verbs", "loopback"] = _setting(
         "auto",
@@ -114,6 +133,7 @@ class SparkConfig(BaseModel):
         None,
         "Verbs: RDMA ports of this machine to use, separated by commas, each DEVICE, DEVICE:PORT or "
         "DEVICE:PORT:GID_INDEX. Default: every active one that is in one network with one of the other machine.",
+        metavar="DEVICE,...",
     )
     link_timeout: float = _setting(
         30.0,
@@ -121,9 +141,10 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=_MIN_TIMEOUT,
         le=3600,
+        metavar="SECONDS",
     )
-    traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255)
-    service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15)
+    traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255, metavar="N")
+    service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15, metavar="N")
     loopback_mode: Literal["direct", "proxied"] = _setting(
         "direct",
         "Loopback only: `direct` stores into the peer's memory, `proxied` uses the proxy thread that also posts "
@@ -131,7 +152,12 @@ class SparkConfig(BaseModel):
         side="leader",
     )
     loopback_latency_us: float = _setting(
-        0.0, "Loopback, proxied: latency of the modelled wire, in microseconds.", side="leader", ge=0, le=1e6
+        0.0,
+        "Loopback, proxied: latency of the modelled wire, in microseconds.",
+        side="leader",
+        ge=0,
+        le=1e6,
+        metavar="MICROSECONDS",
     )
     loopback_gbytes_per_s: float = _setting(
         0.0,
@@ -139,12 +165,14 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=0,
         le=1e4,
+        metavar="GB/S",
     )
     wire: Path | None = _setting(
         None,
         "Loopback, proxied: file with a wire model (alpha-beta model: latency and bandwidth), written by `vllm-spark "
         "bench wire`. It replaces the two settings above.",
         side="leader",
+        metavar="FILE",
     )
     slot_kib: int = _setting(
         1024,
@@ -152,6 +180,7 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=4,
         le=65536,
+        metavar="KIB",
     )
     packet_kib: int | None = _setting(
         None,
@@ -161,15 +190,22 @@ class SparkConfig(BaseModel):
         side="leader",
         ge=0,
         le=1024,
+        metavar="KIB",
     )
     launch_table: Path | None = _setting(
         None,
         "File with the launch shapes of collectives on this GPU, written by `vllm-spark bench calibrate`. "
         "Default: `vllm-spark/launch.json` in the folder of this user's configuration, if it is there.",
         side="leader",
+        metavar="FILE",
     )
     depth: int = _setting(
-        4, "Window: chunks of a large message that may be in flight at once.", side="leader", ge=1, le=64
+        4,
+        "Window: chunks of a large message that may be in flight at once.",
+        side="leader",
+        ge=1,
+        le=64,
+        metavar="N",
     )
 
     @field_validator("address", "leader")
@@ -204,8 +240,17 @@ class SparkConfig(BaseModel):
     @field_validator("rails")
     @classmethod
     def _are_rails(cls, value: str | None) -> str | None:
-        for rail in value.split(",") if value else ():
-            RailChoice.parse(rail.strip())
+        if value is None:
+            return None
+        if not value.strip():
+            raise ValueError("it is empty; give DEVICE, DEVICE:PORT or DEVICE:PORT:GID_INDEX, or leave it out")
+        ports = set()
+        for rail in value.split(","):
+            choice = RailChoice.parse(rail.strip())
+            port = (choice.device, choice.port or 1)
+            if port in ports:
+                raise ValueError(f"it has port {port[1]} of {port[0]} twice; give each port once")
+            ports.add(port)
         return value
 
     @field_validator("depth")
@@ -239,9 +284,15 @@ class SparkConfig(BaseModel):
         if self.wire is not None and numbers:
             raise ValueError(f"{FLAG}-wire and {flag_name(numbers[0])} contradict each other; leave one out")
         if self.loopback_mode == "direct" and (numbers or self.wire is not None):
+            absent = self.wire is not None and not os.path.exists(self.wire)
             raise ValueError(
                 f"a modelled wire needs the proxy; add {FLAG}-loopback-mode proxied, or leave out {FLAG}-wire, "
                 f"{FLAG}-loopback-latency-us and {FLAG}-loopback-gbytes-per-s"
+                + (
+                    f" (and {FLAG}-wire {self.wire} does not exist; give a file that vllm-spark bench wire wrote)"
+                    if absent
+                    else ""
+                )
             )
         if self.packet_kib is not None and self.packet_kib > self.slot_kib:
             raise ValueError(
@@ -266,8 +317,8 @@ class SparkConfig(BaseModel):
         """Merges the three sources, strongest first: `flags`, `environment` (`VLLMSPARK_*`), `file`.
 
         Raises:
-            ConfigurationError: an unknown name, an invalid value (the sentence names both), or a variable whose old
-                name has another value.
+            ConfigurationError: an unknown name, an invalid value (the sentence names both), two different ports of
+                the leader, or a variable whose old name has another value.
         """
         flags, file = dict(flags or {}), dict(file or {})
         environment = os.environ if environment is None else environment
@@ -282,9 +333,23 @@ class SparkConfig(BaseModel):
         for name, value in flags.items():
             values[name], origin[name] = value, flag_name(name)
         try:
-            return cls.model_validate(values)
+            config = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError(_error_sentence(error, origin)) from None
+        sources = {name: _strength(name, flags, file) for name in values}
+        if config.leader is not None and "port" in values and sources["leader"] <= sources["port"]:
+            at = split_endpoint(config.leader)[1]
+            if at is not None and at != config.port:
+                raise ConfigurationError(
+                    f"{origin['leader'] or 'leader'} {config.leader} and {origin['port'] or 'port'} {config.port} are "
+                    "different ports of the leader; leave one of them out"
+                )
+        return config
+
+
+def _strength(name: str, flags: Mapping[str, Any], file: Mapping[str, Any]) -> int:
+    """The precedence of the source of a setting that was given: 2 for a flag, 1 for the environment, 0 for a file."""
+    return 2 if name in flags else 0 if name in file else 1
 
 
 def _kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
@@ -353,7 +418,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
     wanted = set(sides)
     chosen = set(names or SparkConfig.model_fields)
     for name, field in SparkConfig.model_fields.items():
-        if _side(field) not in wanted or name not in chosen:
+        if _extra(field, "side") not in wanted or name not in chosen:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
@@ -362,7 +427,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
             dest="spark_" + name,
             type=setting_type(name),
             default=argparse.SUPPRESS,
-            metavar=_metavar(name, field) if choices is None else "{" + ",".join(choices) + "}",
+            metavar=_extra(field, "metavar") if choices is None else "{" + ",".join(choices) + "}",
             help=(field.description or "").replace("%", "%%") + default,
         )
 
@@ -398,15 +463,8 @@ def setting_type(name: str) -> Any:
     return convert
 
 
-def _metavar(name: str, field: Any) -> str:
-    """The placeholder of the value in a help text."""
-    if str(field.description).startswith("Seconds"):
-        return "SECONDS"
-    return "FILE" if field.annotation == Path | None else name.upper()
-
-
-def _side(field: Any) -> Any:
-    return typing.cast("dict[str, Any]", field.json_schema_extra)["side"]
+def _extra(field: Any, key: str) -> Any:
+    return typing.cast("dict[str, Any]", field.json_schema_extra)[key]
 
 
 def _choices(annotation: Any) -> tuple[str, ...] | None:
@@ -434,6 +492,27 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists all settings"
 
 
+_RANGE_ERRORS = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
+    *("int_parsing", "int_parsing_size", "int_from_float", "int_type", "float_parsing", "float_type"),
+)
+"""Types of pydantic's errors about a number; its messages name one end of the range alone."""
+
+
+def _range(name: str) -> str:
+    """The values of a setting that is a number: "a whole number from 1 to 65535"."""
+    field = SparkConfig.model_fields[name]
+    limits = {key: getattr(part, key) for part in field.metadata for key in ("ge", "gt", "le") if hasattr(part, key)}
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    kind = "a whole number" if int in kinds else "a number"
+    lowest = f"from {limits['ge']:g} to" if "ge" in limits else f"above {limits['gt']:g} and at most"
+    return f"{kind} {lowest} {_plain_number(limits['le'])}"
+
+
+def _plain_number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
 def _error_sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
     """The first problem as one sentence: its source, the value, and what is wrong."""
     first = error.errors()[0]
@@ -442,6 +521,8 @@ def _error_sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
     if not first["loc"]:
         return message
     name = str(first["loc"][0])
+    if first["type"] in _RANGE_ERRORS and name in SparkConfig.model_fields:
+        return f"{origin.get(name) or name} {first['input']} is invalid: must be {_range(name)}"
     where = origin.get(name, "")
     where = f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
     return f"{where}{message}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
 from collections.abc import Iterator
@@ -47,6 +48,18 @@ def _between(system: System, mine: MachineReport, theirs: MachineReport) -> Iter
     if pairs:
         yield _mtu(mine, theirs, pairs)
         yield _pings(system, pairs)
+
+
+def distinguish_hosts(
+    mine: MachineReport, theirs: MachineReport, my_address: str, their_address: str
+) -> tuple[MachineReport, MachineReport]:
+    """Both reports, with the addresses added to the hosts' names if two machines have the same name."""
+    if mine.host != theirs.host or my_address == their_address:
+        return mine, theirs
+    return (
+        dataclasses.replace(mine, host=f"{mine.host} ({my_address})"),
+        dataclasses.replace(theirs, host=f"{theirs.host} ({their_address})"),
+    )
 
 
 def port_reached(host: str, endpoint: str) -> Finding:

@@ -36,8 +36,8 @@ class CheckRequest:
     host: str
 
 
-def request_report(config: SparkConfig, patience: float) -> MachineReport:
-    """Waits at most `patience` seconds for a follower, and returns its report.
+def request_report(config: SparkConfig, patience: float) -> tuple[MachineReport, str]:
+    """Waits at most `patience` seconds for a follower, and returns its report and its IP address.
 
     Raises:
         SparkError: no follower connected, it did not answer, or a setting is invalid.
@@ -58,8 +58,9 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
     finally:
         # Closed before the request: the follower searches for a leader afterwards, and must not find this listener.
         listener.close()
-    logger.info("The follower on %s has connected; requesting its report.", hello.host)
     try:
+        there = connection.peer_address
+        logger.info("The follower on %s (%s) has connected; requesting its report.", hello.host, there)
         connection.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name())), timeout=_SEND_SECONDS)
         machine = decode_frame(connection.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
         connection.send(Kind.LEAVE, to_json(Reason(_END_REASON)), timeout=_SEND_SECONDS)
@@ -70,7 +71,7 @@ def request_report(config: SparkConfig, patience: float) -> MachineReport:
         ) from None
     finally:
         connection.close()
-    return machine
+    return machine, there
 
 
 def send_report(connection: Connection, question: Frame, config: SparkConfig, leader: str) -> None:
@@ -85,7 +86,8 @@ def send_report(connection: Connection, question: Frame, config: SparkConfig, le
     Raises:
         PeerLostError: the connection is lost.
     """
-    logger.info("vllm-spark doctor on %s requests a report of this machine.", decode_frame(question, CheckRequest).host)
+    host = decode_frame(question, CheckRequest).host
+    logger.info("vllm-spark doctor on %s (%s) requests a report of this machine.", host, leader)
     machine = run_checks(System(), config, leader, thorough=True)
     connection.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
     connection.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)

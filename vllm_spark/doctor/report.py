@@ -109,7 +109,7 @@ def _side_by_side(ids: list[str], machines: list[MachineReport], console: Consol
         printed = set()
         for machine, findings in zip(machines, found, strict=True):
             finding = findings.get(name)
-            if finding is None or not _troubled(finding) or (finding.explanation, finding.remedy) in printed:
+            if finding is None or not _is_explained(finding) or (finding.explanation, finding.remedy) in printed:
                 continue  # printed once, if both machines have the same problem
             printed.add((finding.explanation, finding.remedy))
             _headline(finding, f"{finding.title}, {machine.host}", console)
@@ -124,7 +124,7 @@ def _cell(finding: Finding | None) -> Text:
 
 
 def _explain(finding: Finding, console: Console) -> None:
-    if not _troubled(finding):
+    if not _is_explained(finding):
         return
     if finding.explanation:
         console.print(Text(" " * _INDENT + _wrapped(finding.explanation, console)), soft_wrap=True)
@@ -143,6 +143,11 @@ def _wrapped(words: str, console: Console) -> str:
 
 def _troubled(finding: Finding) -> bool:
     return finding.status not in ("ok", "not applicable")
+
+
+def _is_explained(finding: Finding) -> bool:
+    """Whether explanation and remedy are printed: also why a check without a value does not apply."""
+    return _troubled(finding) or (finding.status == "not applicable" and not finding.value)
 
 
 def _summary(report: Report) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from vllm_spark import __version__
-from vllm_spark.backend.ipc_folder import make_socket_folder
+from vllm_spark.backend.ipc_folder import check_socket_folder, make_socket_folder
 from vllm_spark.backend.logging import log_as, use_vllm_logging
 from vllm_spark.backend.status import engine_death, engine_failure
 from vllm_spark.backend.support import (
@@ -63,7 +63,8 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
         create: creates vLLM's configuration from `engine_args`.
 
     Raises:
-        ConfigurationError: an option that a pair does not support, or an unsupported vLLM.
+        ConfigurationError: an option that a pair does not support, an unsupported vLLM, or a path that is too long
+            for vLLM's sockets.
     """
     check_vllm()
     apply_all("leading")
@@ -75,6 +76,13 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
     if starts_engine:
         log_environment_warnings()
     check_supported(engine_args)
+    check_socket_folder()
+    if starts_engine and engine_args.tensor_parallel_size != WORLD_SIZE:
+        logger.info(
+            "The tensor parallel size is %d, one rank on each machine, in place of %d.",
+            WORLD_SIZE,
+            engine_args.tensor_parallel_size,
+        )
     _make_paths_absolute(engine_args)
 
     from vllm_spark.backend.platform import activate, compute_capability
@@ -202,6 +210,7 @@ def serve(config: SparkConfig, args: Any, original: Callable[[], Any]) -> None:
     if os.environ.get("RANK", str(LEADER_RANK)) != str(LEADER_RANK):
         _run_as_rank_1(config)
     check_supported(args)
+    check_socket_folder()
     check_link(config)
     _check_ports_differ(args, config)
     apply_all("leading")

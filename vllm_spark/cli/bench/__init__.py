@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, module in _KINDS.items():
         kind = kinds.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         module.add_arguments(kind)
+        kind.set_defaults(parser=kind)  # prints its own usage for an unknown argument
 
 
 def run(args: argparse.Namespace) -> int:

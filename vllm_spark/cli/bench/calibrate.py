@@ -35,8 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wire",
         help="wire: through the proxy and the modelled wire, as between two machines; direct: without (default: wire)",
     )
-    parser.add_argument("--samples", type=positive, default=30, help="timings of each size in a round (default: 30)")
-    parser.add_argument("--rounds", type=positive, default=5, help="pairs of ranks for each value (default: 5)")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", default=30, help="timings of each size in a round (default: 30)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", default=5, help="pairs of ranks for each value (default: 5)"
+    )
     add_wire_arguments(parser)
     parser.add_argument(
         "--out",

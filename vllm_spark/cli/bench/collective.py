@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE,...",
         help="2 bytes to 64MiB, even; default: 1KiB, 4KiB, ... 64MiB",
     )
-    parser.add_argument("--samples", type=positive, default=60, help="timings for each figure (default: 60)")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", default=60, help="timings for each figure (default: 60)"
+    )
     add_wire_arguments(parser)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
     parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw medians over sizes (png, svg or pdf)")

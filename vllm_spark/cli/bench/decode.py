@@ -47,9 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches", type=positives, default=(1, 4, 8), metavar="N,...", help="sequences at once (default: 1,4,8)"
     )
-    parser.add_argument("--steps", type=positive, default=200, help="timed steps for each batch (default: 200)")
-    parser.add_argument("--rounds", type=positive, default=1, help="how often all candidates run (default: 1)")
-    parser.add_argument("--prompt-tokens", type=positive, default=64, help="length of each prompt (default: 64)")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", default=200, help="timed steps for each batch (default: 200)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", default=1, help="how often all candidates run (default: 1)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=positive, metavar="N", default=64, help="length of each prompt (default: 64)"
+    )
     parser.add_argument("--compile", action="store_true", help="with torch.compile; default: CUDA graphs alone")
     parser.add_argument(
         "--profile",
@@ -106,18 +112,31 @@ def run(args: argparse.Namespace) -> int:
             args.json.write_text(as_json(report, where()) + "\n")
 
     try:
+        console.print(_announcement(settings), soft_wrap=True)
         with process_group("bench", console, args.keep_logs) as programs, progress:
             task = progress.add_task("")
-            decode.measure(
-                settings,
-                programs,
-                lambda name, number: progress.update(task, description=f"round {number + 1}: {name}"),
-                keep,
-            )
+
+            def show(name: str, number: int) -> None:
+                step = f"round {number + 1}: {name}"
+                progress.update(task, description=step)
+                if not console.is_terminal:  # a terminal shows the progress line
+                    console.print(step)
+
+            decode.measure(settings, programs, show, keep)
     finally:
         if measured:
             console.print(as_table(measured[-1], where()), *profile_tables(measured[-1]))
     return 0
+
+
+def _announcement(settings: Settings) -> str:
+    """What is measured, and about how long that takes."""
+    runs = len(settings.candidates) * settings.rounds
+    return (
+        f"Starting {runs} engine{'' if runs == 1 else 's'} of vLLM one after the other, with the model "
+        f"{settings.model}: {', '.join(settings.candidates)}. Each takes from half a minute (tiny-moe) to several "
+        "minutes (a large model, --compile); the table is printed after the last one."
+    )
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listener.add_argument(
         "--sizes", type=sizes, metavar="SIZE,...", help="for latency; default: 2, 4, ... 64KiB in powers of two"
     )
-    listener.add_argument("--samples", type=positive, help="round trips of each size (default: 10000)")
+    listener.add_argument("--samples", type=positive, metavar="N", help="round trips of each size (default: 10000)")
     listener.add_argument(
         "--bandwidth-sizes", type=sizes, metavar="SIZE,...", help="default: 4KiB, 16KiB, ... 4MiB in powers of four"
     )
     listener.add_argument(
-        "--writes", type=positive, help="writes posted back to back for each bandwidth (default: 1000)"
+        "--writes", type=positive, metavar="N", help="writes posted back to back for each bandwidth (default: 1000)"
     )
-    listener.add_argument("--depth", type=positive, help="outstanding writes on each rail (default: 128)")
+    listener.add_argument("--depth", type=positive, metavar="N", help="outstanding writes on each rail (default: 128)")
     parser.add_argument(
         "--output",
         type=user_path,

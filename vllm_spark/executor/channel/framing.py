@@ -104,6 +104,18 @@ class Connection:
         """The role that the peer authenticated as."""
         return self._tls.peer_name
 
+    @property
+    def peer_address(self) -> str:
+        """The IP address of the peer.
+
+        Raises:
+            ConnectionClosedError: the peer is gone.
+        """
+        try:
+            return self._tls.peer_address
+        except OSError as error:
+            raise ConnectionClosedError(f"{self.peer} cannot be reached any more: {_reason(error)}") from None
+
     def fileno(self) -> int:
         """The socket's descriptor, for poll; -1 once closed."""
         return self._tls.fileno()

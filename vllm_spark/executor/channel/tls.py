@@ -141,6 +141,11 @@ class TlsConnection:
         """True if bytes are buffered here, which a poll of the socket does not show."""
         return self._tls.pending() > 0 or self._incoming.pending > 0
 
+    @property
+    def peer_address(self) -> str:
+        """The IP address of the peer; an OSError if it has closed the connection."""
+        return str(self._socket.getpeername()[0])
+
     def fileno(self) -> int:
         """The socket's descriptor; -1 once closed."""
         return self._socket.fileno()
