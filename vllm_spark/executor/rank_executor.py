@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_spark.collective import Runtime
 from vllm_spark.compat.patching import apply_all
@@ -28,6 +29,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
     """vLLM's executor with one worker in this process, which is rank `rank` of the pair."""
 
     rank: int
+    _worker: WorkerWrapperBase | None = None
 
     def load_worker(self, groups: GroupConnection, runtime: Runtime, *, own_process: bool) -> None:
         """Makes this rank's worker, with its half of the model loaded, as vLLM does for a model on one machine.
@@ -44,9 +46,20 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         apply_all("serving")
         tuning.start(self.vllm_config)
         UniProcExecutor._init_executor(self)
-        # vLLM numbers workers per executor. This one takes its own rank's part of what a call has for each rank.
-        self.driver_worker.global_rank = self.rank
         tuning.log_expert_backends(self.driver_worker)
+
+    @property
+    def driver_worker(self) -> WorkerWrapperBase | None:
+        """The worker; None before the start and after the end."""
+        return self._worker
+
+    @driver_worker.setter
+    def driver_worker(self, worker: WorkerWrapperBase | None) -> None:
+        # vLLM numbers workers per executor, and assigns the worker before it sets it up. This one is its rank's from
+        # then on: extensions ask for it, and the worker takes its own part of what a call has for each rank.
+        if worker is not None:
+            worker.global_rank = self.rank
+        self._worker = worker
 
     def _distributed_args(self) -> tuple[str, int, int]:
         return INIT_METHOD, self.rank, 0
