@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <memory>
+#include <sstream>
 #include <tuple>
 #include <utility>
 
@@ -59,8 +60,22 @@ void* pointer(uintptr_t address) {
   return reinterpret_cast<void*>(address);
 }
 
-std::chrono::nanoseconds nanoseconds(double seconds) {
+constexpr double kLongestSeconds = 1e6;
+
+// `seconds` of the option `name`, from `least` to kLongestSeconds. Checked before the conversion,
+// which is undefined for what a count of nanoseconds cannot hold.
+std::chrono::nanoseconds nanoseconds(const char* name, double seconds, double least) {
+  if (!(seconds >= least && seconds <= kLongestSeconds)) {
+    std::ostringstream text;
+    text << name << " " << seconds << " is invalid: must be " << least << " to " << kLongestSeconds
+         << " seconds";
+    throw UsageError(text.str());
+  }
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
+}
+
+std::chrono::nanoseconds timeout_of(const char* name, double seconds) {
+  return nanoseconds(name, seconds, 1e-9);
 }
 
 uint64_t read(const std::atomic<uint64_t>& counter) {
@@ -176,7 +191,7 @@ void bind_rank(py::module_& module) {
              uint8_t service_level) {
             std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
             verbs::LinkOptions options;
-            options.timeout = nanoseconds(timeout_s);
+            options.timeout = timeout_of("link_timeout_s", timeout_s);
             options.wire_class = {traffic_class, service_level};
             std::string offer;
             {
@@ -224,9 +239,12 @@ void bind_options(py::module_& module) {
              options.sizes = {slot_bytes, packet_bytes, 2 * depth};
              options.depth = depth;
              options.proxied = proxied;
-             options.wire = {nanoseconds(wire_latency_s), wire_bytes_per_s * 1e-9};
+             options.wire = {nanoseconds("the modelled wire's latency of", wire_latency_s, 0),
+                             wire_bytes_per_s * 1e-9};
+             if (!(wire_bytes_per_s >= 0))
+               throw UsageError("the modelled wire's rate is invalid: must be 0 or more");
              options.stripes = stripes;
-             options.timeout = nanoseconds(timeout_s);
+             options.timeout = timeout_of("timeout_s", timeout_s);
              options.first_sequence = first_sequence;
              options.largest_message = largest_message;
              options.clear_interval = clear_interval;
@@ -257,7 +275,7 @@ void bind_wire_probe(py::module_& module) {
       .def(py::init([](const std::vector<RailTuple>& rails, uint64_t largest, double timeout_s,
                        uint8_t traffic_class, uint8_t service_level, const std::function<void()>& attend) {
              verbs::ProbeOptions options{
-                 largest, nanoseconds(timeout_s), {traffic_class, service_level}, attend};
+                 largest, timeout_of("timeout_s", timeout_s), {traffic_class, service_level}, attend};
              return make_unlocked<WireProbe>(options, rail_addresses(rails));
            }),
            py::kw_only(), py::arg("rails"), py::arg("largest"), py::arg("timeout_s"),

@@ -11,7 +11,7 @@ template <typename Number>
 struct Sum {
   static constexpr bool kKeepsOwn = false;  // the result needs both at once
 
-  // RankParameters 0's value first, on both ranks.
+  // Rank 0's value first, on both ranks.
   __device__ static uint32_t combine(const RankParameters& rank, uint32_t own, uint32_t theirs) {
     return rank.index == 0 ? Number::add(own, theirs) : Number::add(theirs, own);
   }

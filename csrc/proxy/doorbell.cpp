@@ -63,15 +63,19 @@ void Doorbell::post(Transport& transport, uint32_t sequence) {
   }
 }
 
-bool Doorbell::pause(bool busy, bool under_way) {
+bool Doorbell::end_turn(bool busy, bool under_way) {
   if (busy) {
     backoff_ = Backoff(times_);
     idle_since_ = Clock::now();
     return false;
   }
   if (!backoff_.step()) return false;
-  if (!under_way && Clock::now() - idle_since_ > times_.spin + times_.yield) sleep_until_rung();
+  may_sleep_ = !under_way && Clock::now() - idle_since_ > times_.spin + times_.yield;
   return true;
+}
+
+void Doorbell::rest() {
+  if (may_sleep_) sleep_until_rung();
 }
 
 void Doorbell::wake() {

@@ -32,7 +32,8 @@ class Doorbell final : public MessageSource {
   // The proxy's thread calls these, and the one that stops it `wake`:
 
   bool post_staged(Transport& transport) override;
-  bool pause(bool busy, bool under_way) override;
+  bool end_turn(bool busy, bool under_way) override;
+  void rest() override;
   void wake() override;
 
  private:
@@ -46,6 +47,7 @@ class Doorbell final : public MessageSource {
   BackoffTimes times_;
   Backoff backoff_;
   Clock::time_point idle_since_ = Clock::now();
+  bool may_sleep_ = false;
   std::atomic<bool> stopping_{false};
 };
 

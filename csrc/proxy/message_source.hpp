@@ -21,12 +21,15 @@ class MessageSource {
   // Posts every message, or piece of one, that is staged and has not been posted. False if there was none.
   virtual bool post_staged(Transport& transport) = 0;
 
-  // Ends a turn of the thread: waits for more, if `busy` is false. `busy`: something was posted in this turn.
-  // `under_way`: the transport must be called again soon. True if the wait took long enough for the caller to
-  // check the connection too.
-  virtual bool pause(bool busy, bool under_way) = 0;
+  // Ends a turn of the thread. `busy`: something was posted in this turn. `under_way`: the transport must be
+  // called again soon. True if there has been nothing to do for so long that the caller has time to check the
+  // connection, and must then call `rest`.
+  virtual bool end_turn(bool busy, bool under_way) = 0;
 
-  // Ends `pause`, also the next one, soon; called once, before the thread ends. From any thread.
+  // Sleeps if `end_turn` found that the thread may.
+  virtual void rest() = 0;
+
+  // Ends `rest`, also the next one, soon; called once, before the thread ends. From any thread.
   virtual void wake() {}
 
   const ProxyCounters& counters() const { return counters_; }

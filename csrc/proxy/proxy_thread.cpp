@@ -23,7 +23,7 @@ void ProxyThread::stop() {
   // Release: the thread acquires it, and its last turn sees everything that the caller knows to be staged.
   stopping_.store(true, std::memory_order_release);
   source_.wake();
-  thread_.join();  // bounded: by one `pause`, kDrainTime and the transport's `finish`
+  thread_.join();  // bounded: by one `rest`, one `maintain`, kDrainTime and the transport's `finish`
 }
 
 void ProxyThread::run() {
@@ -32,8 +32,11 @@ void ProxyThread::run() {
   while (!stopping_.load(std::memory_order_acquire)) {
     bool busy = !held_.load(std::memory_order_relaxed) && source_.post_staged(transport_);
     bool under_way = transport_.progress();
-    bool idle = source_.pause(busy, under_way);
+    bool idle = source_.end_turn(busy, under_way);
     if (++turns % kTurnsPerCheck == 0 || idle) transport_.maintain();
+    // After the check: what `progress` found is announced before the sleep, and a message that ends the sleep
+    // is posted before the next check, which may take long.
+    if (idle) source_.rest();
   }
   // The peer may still wait for what was staged before the end.
   while (source_.post_staged(transport_)) {

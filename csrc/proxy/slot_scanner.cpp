@@ -105,21 +105,22 @@ void SlotScanner::finish(uint32_t sequence) {
   posted_pieces_ = 0;
 }
 
-bool SlotScanner::pause(bool busy, bool under_way) {
+bool SlotScanner::end_turn(bool busy, bool under_way) {
   if (busy || under_way) {
     idle_turns_ = 0;
     sleeps_ = false;
     return false;
   }
-  if (sleeps_) {
-    std::this_thread::sleep_for(kSleep);
-    return true;
-  }
+  if (sleeps_) return true;
   // Not in every turn: reading the clock takes a third as long as a turn, and messages wait for turns.
   if (idle_turns_ == 0) idle_since_ = Clock::now();
   if (++idle_turns_ % kTurnsPerClock == 0) sleeps_ = Clock::now() - idle_since_ > kAwake;
   cpu_relax();
   return false;
+}
+
+void SlotScanner::rest() {
+  std::this_thread::sleep_for(kSleep);
 }
 
 }  // namespace spark

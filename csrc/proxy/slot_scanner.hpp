@@ -19,7 +19,8 @@ class SlotScanner final : public MessageSource {
   SlotScanner(Region region, uint32_t last) : region_(region), last_(last) {}
 
   bool post_staged(Transport& transport) override;
-  bool pause(bool busy, bool under_way) override;
+  bool end_turn(bool busy, bool under_way) override;
+  void rest() override;
 
  private:
   bool post_packets(Transport& transport, uint32_t sequence);

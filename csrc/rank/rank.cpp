@@ -1,5 +1,7 @@
 #include "rank.hpp"
 
+#include "../support/errors.hpp"
+
 namespace spark {
 
 Rank::~Rank() {
@@ -27,6 +29,8 @@ void Rank::connect_link(const std::string& peer_offer, const std::string& descri
 }
 
 void Rank::start() {
+  if (started_) throw UsageError("this runtime has been started already; make another one");
+  started_ = true;
   if (endpoint_.options().proxied) {
     source_ = make_source();
     proxy_ = std::make_unique<ProxyThread>(*source_, endpoint_.transport());

@@ -42,7 +42,7 @@ class Rank {
     return endpoint_.open_link(options, rails);
   }
   void connect_link(const std::string& peer_offer, const std::string& description);
-  // Starts the proxy. From here on collectives are allowed.
+  // Starts the proxy. From here on collectives are allowed. Throws UsageError if it has been called before.
   void start();
 
   // Null if the peer is on this machine.
@@ -83,6 +83,7 @@ class Rank {
   Endpoint endpoint_;
 
  private:
+  bool started_ = false;
   std::unique_ptr<MessageSource> source_;
   std::unique_ptr<ProxyThread> proxy_;
 };

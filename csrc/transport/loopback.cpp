@@ -88,7 +88,7 @@ void LoopbackTransport::copy_all_but_last(uint32_t sequence, const SendDescripto
 void LoopbackTransport::deliver_last(const Write& write) {
   const SendDescriptor& descriptor = write.descriptor;
   if (descriptor.protocol == Protocol::kPackets) {
-    // Release: the header half also tells the peer which of its slots were read (see Runtime::send).
+    // Release: the header half also tells the peer which of its slots were read (see CpuRank::send).
     peer_.recv_packets(write.sequence)[0].store(packet_half(descriptor.tag, write.sequence),
                                                 std::memory_order_release);
   } else {

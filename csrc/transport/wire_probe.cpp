@@ -45,7 +45,7 @@ std::string text(uint64_t number) {
 }  // namespace
 
 // One rail of the probe: memory, and a connection. Every ping ends where the memory does, with a byte that
-// is the ping's number, so that no byte of an earlier one is selected for it. Streams begin where the memory
+// is the ping's number, so that no byte of an earlier one is taken for it. Streams begin where the memory
 // does, and end a page earlier.
 class WireProbe::RailEnd {
  public:

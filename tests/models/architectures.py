@@ -39,9 +39,9 @@ HEADS_OF_32 = {"head_dim": 32}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 LATENT_ATTENTION = {
     "num_key_value_heads": 8,
-    "kv_lora_rank": 64,
+    "kv_lora_rank": 512,
     "q_lora_rank": None,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "n_routed_experts": 8,
@@ -49,8 +49,8 @@ LATENT_ATTENTION = {
     "first_k_dense_replace": 1,
 }
 DELTA_NET = {
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
     "linear_conv_kernel_dim": 4,
@@ -62,7 +62,7 @@ MAMBA = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 32,
     "n_groups": 2,
-    "chunk_size": 64,
+    "chunk_size": 256,
 }
 
 
@@ -123,6 +123,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         HEADS_OF_32
         | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32}
         | {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
+        cpu_limit='assert self.scoring_func == "softmax"',
     ),
     "gpt_oss": Architecture(
         "GptOssForCausalLM",

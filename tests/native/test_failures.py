@@ -127,7 +127,13 @@ def test_impossible_combinations_are_refused(options: dict[str, Any]) -> None:
         ({"slot_bytes": 100}, "slot_bytes 100 is not a positive multiple of 64"),
         ({"slot_bytes": 2 << 30}, "slot_bytes 2147483648 is more than 1073741824"),
         ({"packet_bytes": 1 << 21}, "packet_bytes 2097152 is more than slot_bytes 1048576"),
-        ({"timeout_s": 0.0}, "a time-out of 0.0 s"),
+        ({"timeout_s": 0.0}, "timeout_s 0 is invalid: must be 1e-09 to 1e.06 seconds"),
+        ({"timeout_s": -1.0}, "timeout_s -1 is invalid"),
+        ({"timeout_s": float("inf")}, "timeout_s inf is invalid"),
+        ({"timeout_s": float("nan")}, "timeout_s nan is invalid"),
+        ({"timeout_s": 1e10}, r"timeout_s 1e\+10 is invalid"),
+        ({"loopback_mode": "proxied", "wire_latency_us": -1.0}, "the modelled wire's latency of -1e-06 is invalid"),
+        ({"loopback_mode": "proxied", "wire_gbytes_per_s": -1.0}, "the modelled wire's rate is invalid"),
     ],
 )
 def test_impossible_options_are_refused_by_the_native_runtime(options: dict[str, Any], sentence: str) -> None:
