@@ -51,6 +51,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         self.kernels = target
         sources = [str(path) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".hpp")]
+        sources += [__file__, nvcc]  # the list of architectures, and the compiler
         if not self.force and not newer_group(sources, str(target)):
             print("vllm-spark: the kernels are up to date")
             return
@@ -64,7 +65,9 @@ class BuildNative(build_ext):
         code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
         code += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in PTX_ARCHITECTURES]
         source = ROOT / "csrc" / "kernels" / "collectives.cu"
-        subprocess.run([nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", str(target), str(source)], check=True)
+        partial = target.with_suffix(".partial")  # an interrupted nvcc leaves no file that looks up to date
+        subprocess.run([nvcc, "-std=c++17", "-O3", "-fatbin", *code, "-o", str(partial), str(source)], check=True)
+        partial.replace(target)
 
     def copy_extensions_to_source(self) -> None:
         """For a checkout used in place: the kernels go where the native module goes."""

@@ -163,12 +163,18 @@ def test_a_bad_setting_is_explained_in_one_sentence(sources: dict[str, Any], par
         {"flags": {"leader": "10.0.0.1:29651", "port": 29651}},
         {"flags": {"leader": "10.0.0.1:29650"}, "environment": {"VLLMSPARK_PORT": "29651"}},
         {"flags": {"leader": "10.0.0.1", "port": 29651}},
+        {
+            "file": {"leader": "10.0.0.1:1", "port": 29651},
+            "environment": {"VLLMSPARK_LEADER": "10.0.0.1:29652"},
+        },
     ],
-    ids=["the same", "a flag overrides the environment", "no port in the address"],
+    ids=["the same", "a flag overrides the environment", "no port in the address", "the environment overrides a file"],
 )
 def test_a_leaders_address_may_have_its_port(sources: dict[str, Any]) -> None:
     config = SparkConfig.resolve(**{"environment": {}, **sources})
-    assert config.leader == sources["flags"]["leader"]
+    assert config.leader == sources.get("flags", {}).get(
+        "leader", sources.get("environment", {}).get("VLLMSPARK_LEADER")
+    )
 
 
 @pytest.mark.parametrize("name", SparkConfig.model_fields)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = {"yaml": "pyyaml", "nccl": "nccl4py"}
-"""Modules whose distribution has another name."""
+DISTRIBUTIONS = {"yaml": "pyyaml", "nccl": "nccl4py", "pydantic_core": "pydantic"}
+"""Modules whose distribution has another name, or comes with another one."""
 
 OF_VLLM = {
     *(

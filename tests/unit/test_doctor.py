@@ -426,6 +426,8 @@ def test_a_leader_with_another_secret_or_without_one_here(
     monkeypatch.setenv("VLLMSPARK_SECRET", "short")
     found = port_finding(port)
     assert (found.status, found.explanation) == ("unknown", "This machine has no secret to compare.")
+    wait_for(lambda: "checked this port" in caplog.text, "the leader's line")
+    assert "another secret" not in caplog.text
     monkeypatch.setenv("VLLMSPARK_SECRET", "another one, as long")
     found = port_finding(port)
     assert found.status == "problem"
@@ -439,11 +441,12 @@ def test_a_leader_with_another_secret_or_without_one_here(
     [
         (b"", "accepts connections, but closes them before they are authenticated"),
         (None, "accepts connections, but sends nothing within 0.5 s"),
+        (b"\r\nhello", "it sent 'hello'"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", "it sent 'SSH-2.0-OpenSSH_9.6'"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it sent 'HTTP/1.1 400 Bad Request'"),
         ("tls", "its TLS certificate was issued by O=Example Proxies, CN=Interception CA"),
     ],
-    ids=["closes", "silent", "SSH", "HTTP", "TLS"],
+    ids=["closes", "silent", "text", "SSH", "HTTP", "TLS"],
 )
 @pytest.mark.parametrize("secret", ["short", "one that is long enough"])
 def test_another_program_at_the_leaders_port(

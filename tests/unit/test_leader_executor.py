@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.request import LoRARequest
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters
 from vllm_spark.compat.patching import all_patches
@@ -305,6 +306,13 @@ def test_an_interrupted_wait_for_an_answer_ends_the_pair(executor: Any, monkeypa
     with pytest.raises(SparkError, match=r"^the leader was interrupted in a step \(SystemExit\); make a new engine$"):
         executor.collective_rpc("rank")
     executor.shutdown()
+
+
+def test_a_worker_that_could_not_be_made_is_passed_over(executor: Any) -> None:
+    """Its wrapper has no worker: `shutdown` of vLLM's recurses, and the groups stayed open."""
+    executor.driver_worker = WorkerWrapperBase(rpc_rank=0)
+    executor.shutdown()
+    assert executor.driver_worker is None
 
 
 class Ended(BaseException):

@@ -336,7 +336,7 @@ class SparkConfig(BaseModel):
             config = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigurationError(_error_sentence(error, origin)) from None
-        sources = {name: _strength(name, flags, file) for name in values}
+        sources = {name: 2 if name in flags else 1 if origin[name] else 0 for name in values}  # by precedence
         if config.leader is not None and "port" in values and sources["leader"] <= sources["port"]:
             at = split_endpoint(config.leader)[1]
             if at is not None and at != config.port:
@@ -345,11 +345,6 @@ class SparkConfig(BaseModel):
                     "different ports of the leader; leave one of them out"
                 )
         return config
-
-
-def _strength(name: str, flags: Mapping[str, Any], file: Mapping[str, Any]) -> int:
-    """The precedence of the source of a setting that was given: 2 for a flag, 1 for the environment, 0 for a file."""
-    return 2 if name in flags else 0 if name in file else 1
 
 
 def _kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:

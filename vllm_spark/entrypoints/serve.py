@@ -76,7 +76,8 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
     if starts_engine:
         log_environment_warnings()
     check_supported(engine_args)
-    check_socket_folder()
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":  # else an engine has no sockets
+        check_socket_folder()
     if starts_engine and engine_args.tensor_parallel_size != WORLD_SIZE:
         logger.info(
             "The tensor parallel size is %d, one rank on each machine, in place of %d.",

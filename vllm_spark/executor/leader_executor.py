@@ -20,6 +20,7 @@ import torch
 from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_spark.backend.ipc_folder import remove_socket_folder
 from vllm_spark.backend.logging import use_vllm_logging
@@ -291,11 +292,14 @@ class SparkExecutor(RankExecutor):
                 # Clients and the log have the reason; vLLM's engine would add a traceback.
                 os._exit(EXIT_LOST)
         worker, self.driver_worker = self.driver_worker, None
-        if worker is not None:
-            worker.shutdown()
-        if self._groups_opened:  # a later engine of this process may have opened its own since
-            self._groups_opened = False
-            close_groups()
+        try:
+            # vLLM's wrapper has no attribute `worker` if making one failed, and its `shutdown` would recurse.
+            if worker is not None and not (isinstance(worker, WorkerWrapperBase) and "worker" not in vars(worker)):
+                worker.shutdown()
+        finally:
+            if self._groups_opened:  # a later engine of this process may have opened its own since
+                self._groups_opened = False
+                close_groups()
 
     def _abandon_start(self, error: BaseException | None) -> None:
         """Cleans up after an engine that failed to start, which vLLM does not do.

@@ -57,7 +57,9 @@ class HandshakeError(OSError):
     @property
     def is_other_secret(self) -> bool:
         """Whether the peer is vllm_spark and has another secret."""
-        return isinstance(self.cause, ssl.SSLError) and self.is_of_this_project and _is_not_trusted(self.cause)
+        if not isinstance(self.cause, ssl.SSLError) or "DID_NOT_RETURN" in (self.cause.reason or ""):
+            return False  # the latter: a peer without any secret
+        return self.is_of_this_project and _is_not_trusted(self.cause)
 
 
 class TlsConnection:
@@ -205,10 +207,10 @@ class TlsConnection:
             except ssl.SSLWantReadError:
                 self._flush()
                 try:
-                    self._fill(deadline)
+                    count = self._fill(deadline)
                 except EOFError:
                     raise ConnectionResetError("the peer closed the connection") from None
-                self._first = self._first or bytes(self._buffer[:_BANNER])
+                self._first = self._first or bytes(self._buffer[: min(count, _BANNER)])
             else:
                 self._flush()
                 return
@@ -217,14 +219,14 @@ class TlsConnection:
         # A server's log must not depend on what strangers send: it sums up rejections by their reason.
         if self._server_side or not self._first or self._first.startswith(_TLS_RECORDS):
             return ""
-        line = self._first.splitlines()[0][:_BANNER].decode("ascii", "replace")
+        line = self._first.strip().partition(b"\n")[0].strip().decode("ascii", "replace")
         return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in line)
 
     def _read(self, view: memoryview) -> int:
         # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
         return cast("int", self._tls.read(len(view), view))
 
-    def _fill(self, deadline: float | None, spin: float = 0.0) -> None:
+    def _fill(self, deadline: float | None, spin: float = 0.0) -> int:
         count = self._try_receive(spin) if spin else None
         if count is None:
             self._wait_readable(deadline)
@@ -233,6 +235,7 @@ class TlsConnection:
             raise EOFError
         with self._state:
             self._incoming.write(self._buffer[:count])
+        return count
 
     def _try_receive(self, seconds: float) -> int | None:
         end = time.monotonic() + seconds
