@@ -23,8 +23,8 @@ from vllm_spark.kernels.fused_moe.table import (
     store_fused_moe_table,
 )
 from vllm_spark.kernels.marlin import table as marlin_table
-from vllm_spark.kernels.marlin.calls import MarlinCalls
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinRow, MarlinShape, MarlinTable, store_marlin_table
+from vllm_spark.kernels.marlin.tile_choice import MarlinCalls
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
 
 from .folder_rights import no_entry

@@ -152,7 +152,7 @@ def test_the_next_engine_reads_tables_anew(folders: Folders, engine: Engine, mon
 def test_without_tables_marlins_operator_is_only_called(
     folders: Folders, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_spark.kernels.marlin.calls import MarlinCalls
+    from vllm_spark.kernels.marlin.tile_choice import MarlinCalls
 
     def fail(*given: Any) -> None:
         raise AssertionError("nothing is looked for in a call")

@@ -21,8 +21,8 @@ from vllm_spark.kernels.fused_moe import table as fused_moe
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
 from vllm_spark.kernels.fused_moe.vllm_rows import outdated_rows, refreshed_rows
 from vllm_spark.kernels.marlin import table as marlin
-from vllm_spark.kernels.marlin.calls import MarlinCalls
 from vllm_spark.kernels.marlin.table import MarlinTable, load_marlin_table
+from vllm_spark.kernels.marlin.tile_choice import MarlinCalls
 
 logger = logging.getLogger("vllm_spark")
 

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeParameters
-from vllm_spark.kernels.marlin.calls import describe
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
+from vllm_spark.kernels.marlin.tile_choice import describe
 from vllm_spark.tune.decode_comparison import Comparison, is_kept
 from vllm_spark.tune.results import Outcome, Shape
 

@@ -1,4 +1,4 @@
-"""Overrides of arguments in calls of Marlin's kernel for experts, selected by the shapes of the call."""
+"""Chooses tiles for the calls of Marlin's kernel for experts, by the shapes of each call: overrides of its arguments."""
 
 from __future__ import annotations
 
