@@ -1,4 +1,4 @@
-"""Chooses tiles for the calls of Marlin's kernel for experts, by the shapes of each call: overrides of its arguments."""
+"""Chooses tiles for the calls of Marlin's kernel for experts, by the shapes of each call."""
 
 from __future__ import annotations
 
