@@ -254,10 +254,17 @@ def become(order: Order, descriptors: Sequence[int], imports: Imports) -> NoRetu
     os.environ.update({**order.environment, **imports.set})
     tempfile.tempdir = None  # depends on the environment
     if "PYTHONPATH" not in order.environment:  # this one's has the folder of the tests
-        sys.path[:] = [folder for folder in sys.path if folder != _TESTS]
+        others = [folder for folder in sys.path if folder != _TESTS]
+        sys.path[:] = [*others, _TESTS] if _installed_by_path() else others
     _fork_what_would_import_vllm(Spare(imports))
     _set_title(" ".join(order.argv))
     _end(_run(order.argv))
+
+
+def _installed_by_path() -> bool:
+    """Whether the package is installed editable, by a path that every process of this Python gets at its start."""
+    files = Path(sysconfig.get_path("purelib")).glob("__editable__*.pth")
+    return any(_TESTS in file.read_text(encoding="utf-8").splitlines() for file in files)
 
 
 def _take_descriptors(given: Sequence[int], wanted: Sequence[int]) -> None:
