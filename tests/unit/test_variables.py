@@ -65,7 +65,7 @@ def test_old_variables_have_an_effect_and_one_warning() -> None:
 
 
 def test_an_invalid_value_is_reported_with_the_name_of_its_variable() -> None:
-    with pytest.raises(ConfigurationError, match=r"^SPARK_PORT http: "):
+    with pytest.raises(ConfigurationError, match=r"^SPARK_PORT http is invalid: must be "):
         SparkConfig.resolve(environment={"SPARK_PORT": "http"})
     with pytest.raises(ConfigurationError, match=r"^SPARK_ENABLE=maybe is neither"):
         enabled_by_environment({"SPARK_ENABLE": "maybe"})
