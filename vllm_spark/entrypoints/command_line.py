@@ -25,7 +25,6 @@ from vllm_spark.config.settings import (
     typed_flags,
 )
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.files import TABLE_FILE, read_regular
 
 
 def add_option_group(parser: Any) -> None:
@@ -179,6 +178,8 @@ def _is_set_in_environment() -> bool:
 def _config_file_problem(path: Path) -> str | None:
     """Why the file at `path` is not valid as vLLM's `--config`, in a sentence; None if it is."""
     import yaml  # not loaded without `--spark`
+
+    from vllm_spark.files import TABLE_FILE, read_regular  # not in a process without --spark
 
     try:
         content = yaml.safe_load(read_regular(path, TABLE_FILE).decode())
