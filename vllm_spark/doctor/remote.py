@@ -13,11 +13,9 @@ from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
-from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.channel.framing import Connection, Frame, Kind
 from vllm_spark.executor.handshake.messages import Reason, decode_frame
-from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.executor.handshake.server import listener_at
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -43,16 +41,7 @@ def request_report(config: SparkConfig, patience: float) -> tuple[MachineReport,
         SparkError: no follower connected, it did not answer, or a setting is invalid.
     """
     address = leader_address(config)
-    context = tls_context(load_secret(config, address), "leader")
-    listener = Listener(
-        address,
-        config.port,
-        context,
-        config.max_frame_mib * MIB,
-        config.secret_file,
-        secret_source=secret_source(config, address),
-        any_versions=True,
-    )
+    listener = listener_at(address, config, any_versions=True)
     try:
         hello, connection = listener.wait_for_any_follower(patience)
     finally:

@@ -27,15 +27,13 @@ from vllm_spark.executor.bootstrap import (
     with_wire_model,
 )
 from vllm_spark.executor.channel.addresses import interface_of, is_loopback, leader_address
-from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
-from vllm_spark.executor.channel.framing import MIB, ChannelError, FrameTooLargeError, Kind
-from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.channel.framing import ChannelError, FrameTooLargeError, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import sent_variables
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.messages import Offer, Reason
-from vllm_spark.executor.handshake.server import Follower, Listener
+from vllm_spark.executor.handshake.server import Follower, Listener, listener_at
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
@@ -91,17 +89,9 @@ class LeaderSession:
         """
         status.clear()
         address = leader_address(config)
-        context = tls_context(load_secret(config, address), "leader")
-        _warn_if_shared(address)
-        listener = Listener(
-            address,
-            config.port,
-            context,
-            config.max_frame_mib * MIB,
-            config.secret_file,
-            secret_source=secret_source(config, address),
-        )
+        listener = listener_at(address, config)
         try:
+            _warn_if_shared(address)
             follower = listener.wait_for_follower(offer, config.join_timeout)
         except BaseException:
             listener.close()

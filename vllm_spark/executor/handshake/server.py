@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vllm_spark.config.settings import split_endpoint
+from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError, upper_first, without_numbers, without_stop
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name, is_loopback, listen
-from vllm_spark.executor.channel.certificates import DOCTOR_PROTOCOL
-from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
+from vllm_spark.executor.channel.certificates import DOCTOR_PROTOCOL, tls_context
+from vllm_spark.executor.channel.framing import MIB, ChannelError, Connection, Frame, Kind
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.channel.tls import HandshakeError, TlsConnection, explain_failure
 from vllm_spark.executor.handshake.limited_log import LimitedLog
 from vllm_spark.executor.handshake.messages import (
@@ -349,3 +350,20 @@ class Listener:
         if self._versions and (difference := self._versions.difference(hello.versions, "the leader", "the follower")):
             return Reason(difference, final=True)
         return None
+
+
+def listener_at(address: str, config: SparkConfig, *, any_versions: bool = False) -> Listener:
+    """A listener at this machine's `address`, with the port, secret and limits of the settings.
+
+    Raises:
+        ConfigurationError: there is no valid secret, or the port cannot be listened at.
+    """
+    return Listener(
+        address,
+        config.port,
+        tls_context(load_secret(config, address), "leader"),
+        config.max_frame_mib * MIB,
+        config.secret_file,
+        secret_source=secret_source(config, address),
+        any_versions=any_versions,
+    )
