@@ -43,6 +43,34 @@ def test_settings_are_resolved_once_and_stay_in_the_arguments(monkeypatch: pytes
     assert command_line.request_pair(args) is config
 
 
+def test_a_section_of_the_command_line_requests_a_pair_and_yields_to_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--additional-config '{"spark": {"port": 3333}}'`, with and without `--spark`."""
+    monkeypatch.setenv("VLLMSPARK_DEPTH", "8")
+    section = {"spark": {"port": 3333, "depth": 4, "max_frame_mib": 9}}
+    for given in ({}, {"spark": True}):
+        args = argparse.Namespace(additional_config=dict(section), **given)
+        config = command_line.request_pair(args)
+        assert config is not None
+        assert (config.port, config.depth, config.max_frame_mib) == (3333, 8, 9)
+        assert args.additional_config == {"spark": config}
+    config = command_line.request_pair(argparse.Namespace(spark=True, spark_port=2222, additional_config=section))
+    assert config is not None
+    assert (config.port, config.depth) == (2222, 8)
+
+
+def test_an_invalid_section_of_the_command_line_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for section, sentence in (
+        ({"port": 0}, "port 0 is invalid: must be a whole number from 1 to 65535"),
+        (5, "additional_config['spark'] is 5; give a dictionary"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command_line.run_serve(
+                argparse.Namespace(additional_config={"spark": section}), lambda: pytest.fail("vLLM's command was run")
+            )
+        assert end.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_arguments_without_spark_stay_as_they_are() -> None:
     args = argparse.Namespace(model="a model")
     assert command_line.request_pair(args) is None

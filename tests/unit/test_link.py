@@ -51,6 +51,14 @@ def test_names_are_resolved() -> None:
             resolve_master(name)
 
 
+@pytest.mark.parametrize(
+    ("master", "kind"), [("0.0.0.0", "the wildcard"), ("::", "the wildcard"), ("224.0.0.1", "a multicast")]
+)
+def test_an_address_that_no_single_machine_has(master: str, kind: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"MASTER_ADDR={master} is {kind} address; set it to the IP address"):
+        resolve_master(master)
+
+
 def test_vllm_listens_at_the_links_address_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_HOST_IP", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)

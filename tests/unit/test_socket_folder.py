@@ -128,6 +128,10 @@ def test_a_users_own_folder_stays(start: Callable[..., Owner], folders: Path) ->
     assert list(folders.iterdir()) == [theirs]
 
 
+def test_an_empty_variable_is_as_none(start: Callable[..., Owner], folders: Path) -> None:
+    assert folder_of(start(**{VARIABLE: ""})).parent == folders
+
+
 def test_paths_stay_short_enough_for_sockets(start: Callable[..., Owner], folders: Path) -> None:
     deep = folders / ("x" * 80)
     deep.mkdir()

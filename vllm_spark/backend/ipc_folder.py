@@ -49,10 +49,10 @@ def check_socket_folder() -> None:
 def make_socket_folder() -> None:
     """Creates a folder for the sockets of this process and its children, to be removed at exit.
 
-    Does nothing if the variable is set, or, with a warning, if a socket's path would be too long there. Removes the
-    folders of this user's killed processes.
+    Does nothing if the variable is set and not empty, or, with a warning, if a socket's path would be too long there.
+    Removes the folders of this user's killed processes.
     """
-    if VARIABLE in os.environ:
+    if os.environ.get(VARIABLE):
         return
     parent = Path(tempfile.gettempdir())
     _remove_abandoned(parent)

@@ -14,11 +14,11 @@ _PREFACE = f"""# Settings
 
 Made from `vllm_spark/config/settings.py` by `vllm-spark config`.
 
-A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML, or
-`additional_config={{"spark": {{...}}}}` in `LLM(...)`), the default. `--spark` itself may also be given as
-`{ENABLE_VARIABLE}=1` or, in the YAML file, `spark: true`. `LLM(...)` runs on the pair if `additional_config` has the
-key `"spark"` (`{{}}` for the defaults), or with `{ENABLE_VARIABLE}=1`. The secret may stand in `{SECRET_VARIABLE}`
-instead of a file.
+A setting's value comes from, strongest first: a flag, the environment, a file (vLLM's `--config` YAML),
+`additional_config={{"spark": {{...}}}}` in `LLM(...)` or on the command line, the default. `--spark` itself may also be
+given as `{ENABLE_VARIABLE}=1` or, in the YAML file, `spark: true`. `LLM(...)` runs on the pair if `additional_config`
+has the key `"spark"` (`{{}}` for the defaults), or with `{ENABLE_VARIABLE}=1`. The secret may stand in
+`{SECRET_VARIABLE}` instead of a file.
 
 The leader's settings are sent to the follower. `vllm-spark join` takes the settings of the sides *follower* and
 *both*, with flags without the prefix `spark-`.

@@ -218,7 +218,7 @@ class SparkConfig(BaseModel):
             address = ipaddress.ip_address(host)
         except ValueError:
             raise ValueError(f"{host!r} is not an IP address; give a numeric address, such as 10.0.0.1") from None
-        if kind := _kind_of_many(address):
+        if kind := kind_of_many(address):
             raise ValueError(
                 f"{host!r} is {kind}, not the address of one machine; give the leader's address on the link, such as "
                 "10.0.0.1"
@@ -347,7 +347,7 @@ class SparkConfig(BaseModel):
         return config
 
 
-def _kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
+def kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
     """What `address` is, if no single machine has it; else None. Broadcast addresses of networks are not detected."""
     address = getattr(address, "ipv4_mapped", None) or address
     if address.is_unspecified:

@@ -106,18 +106,25 @@ def request_pair(args: Any) -> SparkConfig | None:
         ConfigurationError: an invalid or contradictory setting.
     """
     additional = getattr(args, "additional_config", None) or {}
-    config = additional.get(SECTION)
-    if not isinstance(config, SparkConfig):
-        config = _settings_of(args)
-        if config is not None:
-            args.additional_config = {**additional, SECTION: config}
+    section = additional.get(SECTION)
+    if isinstance(section, SparkConfig):
+        return section
+    config = _settings_of(args, section)
+    if config is not None:
+        args.additional_config = {**additional, SECTION: config}
     return config
 
 
-def _settings_of(args: Any) -> SparkConfig | None:
-    """The settings of a parsed command line, the environment and vLLM's `--config` file; None without `--spark`."""
+def _settings_of(args: Any, section: Any) -> SparkConfig | None:
+    """The settings of a parsed command line, the environment and vLLM's `--config` file; None without `--spark`.
+
+    Args:
+        args: the parsed command line.
+        section: what `--additional-config` has for `spark`: it requests a pair too; every other way to give a setting
+            has precedence over it.
+    """
     given = given_flags(args)
-    if not (getattr(args, "spark", None) or enabled_by_environment()):
+    if section is None and not (getattr(args, "spark", None) or enabled_by_environment()):
         if given:
             name = next(iter(given)).replace("_", "-")
             raise ConfigurationError(f"{FLAG}-{name} was given without {FLAG}; add {FLAG}, or leave it out")
@@ -127,24 +134,31 @@ def _settings_of(args: Any) -> SparkConfig | None:
     typed = typed_flags(sys.argv) if any(word.startswith("--config") for word in sys.argv) else given.keys()
     return SparkConfig.resolve(
         flags={name: value for name, value in given.items() if name in typed},
-        file={name: value for name, value in given.items() if name not in typed},
+        file={**_checked(section), **{name: value for name, value in given.items() if name not in typed}},
     )
 
 
 def _resolved(section: Any) -> SparkConfig:
     """The settings in `additional_config["spark"]`: resolved already, or a dictionary of the user's program."""
-    if isinstance(section, SparkConfig):
-        return section
+    return section if isinstance(section, SparkConfig) else SparkConfig.resolve(file=_checked(section))
+
+
+def _checked(section: Any) -> dict[str, Any]:
+    """The settings that a user wrote into `additional_config["spark"]`."""
     if not isinstance(section, dict | None):
         raise ConfigurationError(
             f"additional_config['spark'] is {section!r}; give a dictionary of settings, or {{}} for the defaults"
         )
-    return SparkConfig.resolve(file=section)
+    return section or {}
 
 
 def _mentions_spark(args: Any) -> bool:
-    """Whether a parsed command line or the environment has `--spark` or one of its options, valid or not."""
-    return any(name == "spark" or name.startswith("spark_") for name in vars(args)) or _is_set_in_environment()
+    """Whether a parsed command line or the environment requests a pair or has one of its options, valid or not."""
+    return (
+        any(name == "spark" or name.startswith("spark_") for name in vars(args))
+        or SECTION in (getattr(args, "additional_config", None) or {})
+        or _is_set_in_environment()
+    )
 
 
 def check_config_file(parser: Any, argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from vllm_spark.config.settings import SparkConfig, split_endpoint
+from vllm_spark.config.settings import SparkConfig, kind_of_many, split_endpoint
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.channel.rdma_ports import rdma_ports
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
@@ -44,7 +44,7 @@ def resolve_master(master: str) -> list[str]:
     """The IP addresses that a launcher's MASTER_ADDR stands for: an address, or a name to look up.
 
     Raises:
-        ConfigurationError: the name is not known here.
+        ConfigurationError: the name is not known here, or stands for no single machine.
     """
     try:
         found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
@@ -54,9 +54,13 @@ def resolve_master(master: str) -> list[str]:
             f"MASTER_ADDR={master} cannot be resolved here ({reason}); set it to the IP address of the leader's machine"
         ) from None
     # IPv4 first: it is what most links have.
-    return list(
-        dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
-    )
+    addresses = dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
+    for address in addresses:
+        if kind := kind_of_many(ipaddress.ip_address(address)):
+            raise ConfigurationError(
+                f"MASTER_ADDR={master} is {kind}; set it to the IP address of the leader's machine"
+            )
+    return list(addresses)
 
 
 def leader_endpoint(config: SparkConfig) -> tuple[str, int]:

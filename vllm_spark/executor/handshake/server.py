@@ -120,11 +120,11 @@ class Listener:
             try:
                 if (follower := self._make_offer(hello, control, offer)) is not None:
                     return follower
-                logger.info("The follower on %s starts again, with this leader's environment.", hello.host)
+                logger.info("%s starts again, with this leader's environment.", upper_first(control.peer))
             except SparkError as error:
                 self._last_problem = f"; the last follower did not fit: {error}"
                 if self._is_new_reason(hello.host, str(error)):
-                    logger.warning("The follower on %s does not fit: %s. Still waiting.", hello.host, error)
+                    logger.warning("%s does not fit: %s. Still waiting.", upper_first(control.peer), error)
             control.close()
             self._release()
         raise self._no_follower(timeout)
@@ -209,7 +209,7 @@ class Listener:
                 return frame
             if (current := decode_frame(frame, Progress).activity) != activity:
                 activity = current
-                logger.info("The follower on %s is %s.", hello.host, activity)
+                logger.info("%s is %s.", upper_first(control.peer), activity)
 
     def _session_connection(self, name: str, session: str) -> Connection:
         """Another connection of the session; closes late connections of earlier sessions."""
@@ -282,7 +282,7 @@ class Listener:
                 return
             connection.send(Kind.WELCOME, to_json(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
             connection.max_frame = self._max_frame
-            connection.peer = f"the follower on {hello.host}"
+            connection.peer = f"the follower on {hello.host} ({peer})"
             (self._control if hello.connection == CONTROL else self._session_connections[hello.connection]).put(
                 (hello, connection)
             )
