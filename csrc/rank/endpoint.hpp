@@ -27,7 +27,7 @@ struct Options {
   RegionSizes sizes{1 << 20, 8 << 10, 8};
   uint32_t depth = 4;       // chunks in flight; half of `sizes.slots`
   bool proxied = false;     // through a proxy, as always to another machine
-  WireModel wire;           // loopback, proxied
+  FlatWire wire;            // loopback, proxied
   bool copy_lines = false;  // the same: packets go a whole cache line at a time, for a GPU that polls them
   uint32_t stripes = 1;     // pieces into which a CPU's larger messages are cut, for as many rails
   std::chrono::nanoseconds timeout{std::chrono::seconds(600)};

@@ -10,7 +10,7 @@
 
 namespace spark {
 
-struct WireModel {
+struct FlatWire {
   std::chrono::nanoseconds latency{0};
   double bytes_per_ns = 0;  // 0: unlimited
 };
@@ -24,7 +24,7 @@ class LoopbackTransport final : public Transport {
  public:
   // `copy_lines`: packets go a whole cache line at a time and past the caches, as a NIC writes them, for a
   // GPU that polls them; a core that polls them finds them sooner in a cache.
-  LoopbackTransport(Region mine, Region peer, const WireModel& wire, bool copy_lines)
+  LoopbackTransport(Region mine, Region peer, const FlatWire& wire, bool copy_lines)
       : mine_(mine), peer_(peer), wire_(wire), copy_lines_(copy_lines) {}
 
   void post(uint32_t sequence, const SendDescriptor& descriptor) override;
@@ -44,7 +44,7 @@ class LoopbackTransport final : public Transport {
 
   Region mine_;
   Region peer_;
-  WireModel wire_;
+  FlatWire wire_;
   bool copy_lines_;
   Clock::time_point wire_free_{};
   std::deque<Write> under_way_;

@@ -1,11 +1,16 @@
-"""The alpha-beta (Hockney) model of a link between two machines, as `vllm-spark bench wire` measured it.
+"""Models of a link between two machines, as `vllm-spark bench wire` measured it, or as others published it.
 
-Options and files call it a wire model; it is a JSON file. The loopback transport uses the two numbers of `total.fit`:
+Options and files call the result of `bench wire` a wire model; it is a JSON file (`WireModel`). Two models of the
+link's time are made of it. Bytes are those on the wire: the LL protocol sends 16 for each 8 bytes of data, the Simple
+protocol 8 more for the flag.
+
+**Figures** (`WireFigures`) are what csrc/transport/wire_model.hpp computes with: for each rail a curve of one-way
+latencies over the size of a write, linear in between, and a bandwidth; the bandwidth of all rails together; and what
+posting writes costs the processor. Writes share a rail's bandwidth one after the other.
+
+**The alpha-beta (Hockney) model** (`Fit`) is one straight line for the whole link:
 
     time = latency + bytes / bandwidth
-
-where bytes are those on the wire: the LL protocol sends 16 for each 8 bytes of data, the Simple protocol 8 more for the
-flag. Messages share the bandwidth one after the other, and each has the latency.
 
 A real link is not linear: a short message costs more per byte than a long one, because it is stored and forwarded on
 its way, and messages in flight overlap in that. So each number is fitted to the sizes for which it matters:
@@ -22,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,6 +97,85 @@ CABLE = Fit(latency_us=3.2, gbytes_per_s=24.0)
 """The assumed cable between two GB10 without a measurement: 4 KiB one way between two DGX Spark, and 200 Gb/s."""
 
 
+class RailFigures(_Part):
+    """One rail of the figures, in one direction."""
+
+    latency: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=0, le=64 << 20)], Annotated[float, Field(ge=0, le=1e9)]], ...],
+        Field(min_length=1),
+    ]
+    """Bytes of a write, and its one-way latency over an idle rail in microseconds; both ascend. Smaller writes take the
+    first latency, larger ones the last and the rest of their bytes over the bandwidth."""
+    gbytes_per_s: Annotated[float, Field(ge=0, le=1e4)]
+    """Of writes posted back to back; 0: unlimited."""
+
+    @model_validator(mode="after")
+    def _ascends(self) -> RailFigures:
+        for (smaller, before), (larger, after) in pairwise(self.latency):
+            if smaller >= larger:
+                raise ValueError(f"the sizes of the latencies are not in ascending order: {smaller}, {larger}")
+            if before > after:
+                raise ValueError(f"{larger} bytes take {after:g} us, less than {smaller} bytes, which take {before:g}")
+        return self
+
+
+class Posting(_Part):
+    """The processor's time for posting writes, in microseconds."""
+
+    doorbell_us: Annotated[float, Field(ge=0, le=1e3)]
+    """For each chain of writes."""
+    work_request_us: Annotated[float, Field(ge=0, le=1e3)]
+    """And for each write of it."""
+
+
+class WireFigures(_Part):
+    """What the modelled link computes with (csrc/transport/wire_model.hpp)."""
+
+    rails: Annotated[tuple[RailFigures, ...], Field(min_length=1, max_length=4)]
+    gbytes_per_s: Annotated[float, Field(ge=0, le=1e4)] = 0.0
+    """Of all rails together, which each rail has a share of; 0: the sum of the rails'."""
+    posting: Posting = Posting(doorbell_us=0, work_request_us=0)
+
+    @model_validator(mode="after")
+    def _limited(self) -> WireFigures:
+        if self.gbytes_per_s and not all(rail.gbytes_per_s for rail in self.rails):
+            raise ValueError("rails that are limited together need a bandwidth each, and one has 0")
+        return self
+
+    @classmethod
+    def alpha_beta(cls, latency_us: float, gbytes_per_s: float) -> WireFigures:
+        """The alpha-beta model as one rail without costs of posting; 0 GB/s: unlimited."""
+        return cls(rails=(RailFigures(latency=((0, latency_us),), gbytes_per_s=gbytes_per_s),))
+
+
+PUBLISHED_LATENCY = (
+    (2, 1.74),
+    (1 << 10, 2.59),
+    (4 << 10, 3.19),
+    (8 << 10, 3.78),
+    (16 << 10, 4.83),
+    (32 << 10, 6.69),
+    (1 << 20, 82.2),
+)
+"""`ib_write_lat` between two GB10 (DGX Spark and ThinkStation PGX, ConnectX-7, one QSFP56 cable), one way, memory of
+the CPU: bytes and microseconds. Source: the repository flash7777/vllm-marlin-sm12x, early in 2026. From 32 KiB to 1 MiB
+that is 13.4 GB/s, more than a rail's share of the bandwidth below: one rail alone."""
+
+PUBLISHED_POSTING = Posting(doorbell_us=0.24, work_request_us=0.03)
+"""The sum is published there: 0.3 us for posting two chained writes on a GB10. How much of it is the doorbell is
+assumed: a further write of a chain is 64 bytes more of the queue in memory, and the doorbell a store to the device
+between barriers."""
+
+PUBLISHED_FIGURES = WireFigures(
+    rails=(RailFigures(latency=PUBLISHED_LATENCY, gbytes_per_s=11.7),) * 2,
+    gbytes_per_s=24.0,
+    posting=PUBLISHED_POSTING,
+)
+"""The assumed link between two GB10 without a measurement. Bandwidth: `ib_write_bw` over the two PCIe functions of one
+port at the same time, 92.6 and 97.3 Gb/s, which are 11.6 and 12.2 GB/s (NVIDIA's dgx-spark-playbooks,
+connect-two-sparks); 24 GB/s is what the port and its cable have."""
+
+
 class Wire(_Part):
     """The measurements over one rail, or over all of them together."""
 
@@ -127,7 +212,29 @@ class WireModel(_Part):
     versions: dict[str, str]
     rails: Annotated[tuple[RailWire, ...], Field(min_length=1, max_length=4)]
     total: Wire
-    """All rails together: the link that the loopback transport models."""
+    """All rails together."""
+    posting: Posting | None = None
+    """Processor's time for posting writes; None: the published one. `bench wire` does not measure it: it posts from
+    another place than a proxy does. It may be added to the file."""
+
+    def figures(self) -> WireFigures:
+        """The figures of this link: latencies are the medians, and bandwidths the highest medians.
+
+        A median that is less than that of a smaller write, as noise makes it, counts as much as that one.
+        """
+
+        def best(wire: Wire) -> float:
+            return max(point.median for point in wire.bandwidth)
+
+        def curve(rail: Wire) -> tuple[tuple[int, float], ...]:
+            medians = accumulate((point.median for point in rail.latency), max)
+            return tuple(zip((point.bytes for point in rail.latency), medians, strict=True))
+
+        return WireFigures(
+            rails=tuple(RailFigures(latency=curve(rail), gbytes_per_s=best(rail)) for rail in self.rails),
+            gbytes_per_s=best(self.total),
+            posting=self.posting or PUBLISHED_POSTING,
+        )
 
 
 def fit(latency: Sequence[Latency], bandwidth: Sequence[Bandwidth]) -> Fit:
@@ -164,4 +271,4 @@ def store_wire_model(model: WireModel, path: Path) -> None:
     Raises:
         ConfigurationError: it cannot be written.
     """
-    atomic_write_text(path, model.model_dump_json(indent=1) + "\n", "wire model")
+    atomic_write_text(path, model.model_dump_json(indent=1, exclude_none=True) + "\n", "wire model")
