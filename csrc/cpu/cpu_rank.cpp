@@ -296,7 +296,7 @@ const std::byte* CpuRank::receive_payload(const Operation& operation, uint32_t s
     // Also before the next stripe: the peer may have sent another operation, which has fewer of them.
     check_tag(operation, sequence, flag_tag(flag));
   }
-  return mine_.recv_payload(sequence);
+  return endpoint_.received_payload(sequence);
 }
 
 // The same on both ranks, for it depends on the size alone.

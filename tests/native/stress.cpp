@@ -25,6 +25,12 @@ namespace {
   std::exit(1);
 }
 
+// Two rails with the latencies between two GB10 (vllm_spark/collective/link_model.py).
+spark::WireFigures wire() {
+  spark::RailFigures rail{{{2, 1740}, {1024, 2590}, {4096, 3190}, {32768, 6690}}, 11.7};
+  return {{rail, rail}, 24, 240, 30};
+}
+
 void run_rank(spark::CpuRank& runtime, int rank, int operations) {
   std::mt19937 chance(5);  // the same on both ranks
   for (int operation = 0; operation < operations; ++operation) {
@@ -47,7 +53,10 @@ void run_rank(spark::CpuRank& runtime, int rank, int operations) {
   }
 }
 
-void run_pair(bool proxied, int operations) {
+enum class Path { kDirect, kProxied, kModelled };
+
+void run_pair(Path path, int operations) {
+  bool proxied = path != Path::kDirect;
   spark::Options options;
   options.sizes = {4096, 512, 4};
   options.depth = 2;
@@ -58,7 +67,7 @@ void run_pair(bool proxied, int operations) {
   spark::Options other = options;
   other.rank = 1;
   if (proxied) {
-    options.wire = other.wire = {std::chrono::microseconds(3), 24.0};
+    if (path == Path::kModelled) options.wire = other.wire = wire();
     options.sizes.slot_bytes = other.sizes.slot_bytes = 64 << 10;  // enough for two stripes
     options.stripes = other.stripes = 2;
   }
@@ -131,7 +140,9 @@ void expect_piece(spark::Region region, uint32_t sequence, uint32_t piece) {
 }
 
 // Waits for that message on the other side, and checks it.
-void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
+void expect(const spark::Endpoint& receiver, uint32_t sequence, uint32_t words, bool as_packets,
+            uint32_t pieces) {
+  spark::Region region = receiver.mine();
   if (as_packets) {
     const std::atomic<uint64_t>* halves = region.recv_packets(sequence);
     for (uint32_t half = 0; half < 2 * spark::packet_count(words * 4); ++half) {
@@ -142,24 +153,31 @@ void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_pac
     return;
   }
   for (uint32_t piece = 0; piece < pieces; ++piece) expect_piece(region, sequence, piece);
-  const auto* payload = reinterpret_cast<const uint32_t*>(region.recv_payload(sequence));
+  const auto* payload = reinterpret_cast<const uint32_t*>(receiver.received_payload(sequence));
   for (uint32_t word = 0; word < words / pieces * pieces; ++word) {
     if (payload[word] != sequence + word) fail("wrong payload", 0);
   }
 }
 
-// The proxy of a GPU rank, with this thread in the kernel's place.
-void run_scanner(int messages) {
+// The proxy of a GPU rank, with this thread in the kernel's place: the proxy copies by itself, or a modelled
+// link is between.
+void run_scanner(bool modelled, int messages) {
   spark::Options options;
   options.sizes = {4096, 512, 4};
   options.depth = 2;
   options.first_sequence = 0xfffffff0u;  // wraps soon
   options.proxied = true;
-  options.wire = {std::chrono::microseconds(3), 24.0};
-  spark::Endpoint left(options), right(options);
+  if (modelled) options.wire = wire();
+  spark::Options other = options;
+  other.rank = 1;
+  spark::Endpoint left(options), right(other);
   left.connect_in_process(right);
+  right.connect_in_process(left);
   spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  spark::SlotScanner other_scanner(right.mine(), options.first_sequence - 1);
   spark::ProxyThread proxy(scanner, left.transport());
+  // It sends nothing. A rail is used once both ranks have proven it.
+  spark::ProxyThread other_proxy(other_scanner, right.transport());
   std::mt19937 chance(9);
   for (int message = 0; message < messages; ++message) {
     uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);
@@ -167,7 +185,7 @@ void run_scanner(int messages) {
     uint32_t words = as_packets ? 2 * (chance() % 65) : 64 * (1 + chance() % 16);
     uint32_t pieces = 1 + chance() % 64;
     stage(left.mine(), sequence, words, as_packets, pieces);
-    expect(right.mine(), sequence, words, as_packets, pieces);
+    expect(right, sequence, words, as_packets, pieces);
   }
   // One block is back in the slot before another has staged its piece of the first round.
   uint32_t first = options.first_sequence + static_cast<uint32_t>(messages);
@@ -200,7 +218,7 @@ void run_scanner_that_comes_late() {
   }
   proxy.hold(false);
   for (uint32_t sequence = last - options.sizes.slots + 1; sequence != last + 1; ++sequence) {
-    expect(right.mine(), sequence, 4 + sequence % 4 * 2, true, 1);
+    expect(right, sequence, 4 + sequence % 4 * 2, true, 1);
   }
   if (scanner.counters().posts != options.sizes.slots) fail("something else was posted too", 0);
 }
@@ -232,9 +250,9 @@ void run_peer_watch() {
 
 int main(int argc, char** argv) {
   int operations = argc > 1 ? std::atoi(argv[1]) : 3000;
-  run_pair(false, operations);
-  run_pair(true, operations);
-  run_scanner(operations);
+  for (Path path : {Path::kDirect, Path::kProxied, Path::kModelled}) run_pair(path, operations);
+  run_scanner(false, operations);
+  run_scanner(true, operations);
   run_scanner_that_comes_late();
   run_peer_watch();
   std::puts("ok");

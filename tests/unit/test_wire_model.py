@@ -18,6 +18,7 @@ from vllm_spark.collective.link_model import (
     PUBLISHED_FIGURES,
     PUBLISHED_LATENCY,
     PUBLISHED_POSTING,
+    PUBLISHED_RAIL,
     Bandwidth,
     Latency,
     Posting,
@@ -214,6 +215,9 @@ def test_the_published_figures() -> None:
     assert [rail.gbytes_per_s for rail in PUBLISHED_FIGURES.rails] == [11.7, 11.7]
     assert all(rail.latency == PUBLISHED_LATENCY for rail in PUBLISHED_FIGURES.rails)
     assert sum(rail.gbytes_per_s for rail in PUBLISHED_FIGURES.rails) <= PUBLISHED_FIGURES.gbytes_per_s == 24.0
+    (_, before), (_, last) = PUBLISHED_LATENCY[-2:]
+    rest = PUBLISHED_LATENCY[-1][0] - PUBLISHED_LATENCY[-2][0]
+    assert rest / (last - before) / 1e3 == pytest.approx(PUBLISHED_RAIL.gbytes_per_s, rel=0.01), "one rail alone"
     posting = PUBLISHED_FIGURES.posting
     assert posting.doorbell_us + 2 * posting.work_request_us == pytest.approx(0.3)
 

@@ -158,13 +158,16 @@ PUBLISHED_LATENCY = (
     (1 << 20, 82.2),
 )
 """`ib_write_lat` between two GB10 (DGX Spark and ThinkStation PGX, ConnectX-7, one QSFP56 cable), one way, memory of
-the CPU: bytes and microseconds. Source: the repository flash7777/vllm-marlin-sm12x, early in 2026. From 32 KiB to 1 MiB
-that is 13.4 GB/s, more than a rail's share of the bandwidth below: one rail alone."""
+the CPU: bytes and microseconds. Source: the repository flash7777/vllm-marlin-sm12x, early in 2026."""
 
 PUBLISHED_POSTING = Posting(doorbell_us=0.24, work_request_us=0.03)
 """The sum is published there: 0.3 us for posting two chained writes on a GB10. How much of it is the doorbell is
 assumed: a further write of a chain is 64 bytes more of the queue in memory, and the doorbell a store to the device
 between barriers."""
+
+PUBLISHED_RAIL = RailFigures(latency=PUBLISHED_LATENCY, gbytes_per_s=13.4)
+"""One rail while the other is idle, as `ib_write_lat` was measured: from 32 KiB to 1 MiB it takes 75.5 us for the further
+bytes, which are 13.4 GB/s."""
 
 PUBLISHED_FIGURES = WireFigures(
     rails=(RailFigures(latency=PUBLISHED_LATENCY, gbytes_per_s=11.7),) * 2,
@@ -173,7 +176,9 @@ PUBLISHED_FIGURES = WireFigures(
 )
 """The assumed link between two GB10 without a measurement. Bandwidth: `ib_write_bw` over the two PCIe functions of one
 port at the same time, 92.6 and 97.3 Gb/s, which are 11.6 and 12.2 GB/s (NVIDIA's dgx-spark-playbooks,
-connect-two-sparks); 24 GB/s is what the port and its cable have."""
+connect-two-sparks); 24 GB/s is what the port and its cable have. That is less than a rail has alone, and the model knows
+one bandwidth of a rail: that of two busy ones, since a message is sent over both. So a single write of 1 MiB takes the
+82 us of `ib_write_lat`, but what is posted after it waits for the rail until 90 us."""
 
 
 class Wire(_Part):

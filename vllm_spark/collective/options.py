@@ -8,9 +8,12 @@ options with `packet` are about LL, those with `payload` about Simple.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vllm_spark.collective.errors import UsageError
+
+if TYPE_CHECKING:
+    from vllm_spark.collective.link_model import WireFigures
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -65,10 +68,8 @@ class RuntimeOptions:
     transport: Transport = "loopback"
     loopback_mode: Literal["direct", "proxied"] = "direct"
     """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as for RDMA."""
-    wire_latency_us: float = 0.0
-    """Proxied only: latency of the modelled wire in microseconds, 0 or more."""
-    wire_gbytes_per_s: float = 0.0
-    """Proxied only: bandwidth of the modelled wire in GB/s; 0 is unlimited."""
+    wire: WireFigures | None = None
+    """Loopback, proxied: the modelled link; None: messages arrive when the proxy has copied them."""
     rails: tuple[str, ...] = ()
     """Verbs only: ports of this machine to use, each `DEVICE`, `DEVICE:PORT` or `DEVICE:PORT:GID_INDEX`; may differ
     between the ranks. Empty: every active port that is in one network with one of the peer's."""
@@ -96,14 +97,19 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.transport not in ("loopback", "verbs"):
             raise UsageError(f"transport {self.transport!r} does not exist; use 'loopback' or 'verbs'")
-        if self.transport == "verbs" and (self.wire_latency_us or self.wire_gbytes_per_s):
+        if self.transport == "verbs" and self.wire is not None:
             raise UsageError("a modelled wire is for the transport 'loopback'; 'verbs' has a real one")
         if self.loopback_mode not in ("direct", "proxied"):
             raise UsageError(f"loopback_mode {self.loopback_mode!r} does not exist; use 'direct' or 'proxied'")
-        if not self.proxied and (self.wire_latency_us or self.wire_gbytes_per_s):
+        if not self.proxied and self.wire is not None:
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
         if not 1 <= self.largest_message <= 64 * MIB:
             raise UsageError(f"largest_message {self.largest_message} is invalid: must be 1 to {64 * MIB}")
+
+    @property
+    def stripes(self) -> int:
+        """Loopback: the pieces into which a CPU rank cuts a large message, one for each modelled rail."""
+        return 1 if self.wire is None else len(self.wire.rails)
 
     @property
     def proxied(self) -> bool:
@@ -115,4 +121,6 @@ class RuntimeOptions:
         options = asdict(self)
         options |= options.pop("launch")  # also the shape: both ranks must split a message into the same pieces
         del options["rails"]  # they are names on this machine
+        if self.wire is not None:
+            options["wire"] = self.wire.model_dump_json()
         return {name: str(value) for name, value in options.items()}

@@ -6,8 +6,9 @@ namespace spark::verbs {
 
 static_assert(kProofBytes >= mtu_bytes(5), "an announcement fills the largest packet of the largest MTU");
 
-Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const RegionSizes& sizes,
-           const WireClass& wire_class, BackgroundRelease& release)
+Rail::Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device,
+           std::byte* memory, const RegionSizes& sizes, const WireClass& wire_class,
+           BackgroundRelease& release)
     : index_(index),
       address_(address),
       name_("rail " + std::to_string(index) + " (" + address.device + ")"),
@@ -22,7 +23,7 @@ Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const 
       recv_flags_(layout_.recv_flags()),
       wire_class_(wire_class),
       release_(release),
-      device_(std::make_shared<Device>(address.device)),
+      device_(std::move(device)),
       sending_(*device_, memory + layout_.outbox(), layout_.total() - layout_.outbox(), false),
       ring_(Connection::kMessages) {}
 

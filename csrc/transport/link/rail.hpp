@@ -24,10 +24,9 @@ struct Write {
 
 class Rail {
  public:
-  // Opens the device and pins the sending part of `memory`. Throws CollectiveError. `release` must outlive
-  // it.
-  Rail(uint32_t index, const RailAddress& address, std::byte* memory, const RegionSizes& sizes,
-       const WireClass& wire_class, BackgroundRelease& release);
+  // Pins the sending part of `memory`. Throws CollectiveError. `release` must outlive it.
+  Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device, std::byte* memory,
+       const RegionSizes& sizes, const WireClass& wire_class, BackgroundRelease& release);
 
   ~Rail();
   Rail(const Rail&) = delete;

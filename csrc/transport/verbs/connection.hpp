@@ -98,7 +98,6 @@ class Connection {
 
   std::shared_ptr<const Device> device_;  // first: outlives the rest, which may be released late
   RailAddress address_;
-  std::byte* received_;
   MemoryRegion receiving_;
   CompletionQueue completions_;
   QueuePair pair_;
