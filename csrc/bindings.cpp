@@ -266,7 +266,7 @@ void bind_options(py::module_& module) {
              return options;
            }),
            py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
-           py::arg("proxied"), py::arg("wire"), py::arg("stripes"), py::arg("timeout_s"),
+           py::arg("proxied"), py::arg("wire") = py::none(), py::arg("stripes"), py::arg("timeout_s"),
            py::arg("first_sequence"), py::arg("largest_message"),
            py::arg("clear_interval") = Options().clear_interval);
 

@@ -73,7 +73,7 @@ class Options:
         packet_bytes: int,
         depth: int,
         proxied: bool,
-        wire: WireFigures | None,
+        wire: WireFigures | None = ...,
         stripes: int,
         timeout_s: float,
         first_sequence: int,

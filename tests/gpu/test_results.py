@@ -13,13 +13,14 @@ from vllm_spark import _native
 from vllm_spark.bench.gpu_ranks import GpuPair
 from vllm_spark.collective import DeviceRuntime, LaunchShape, RuntimeOptions, UsageError
 from vllm_spark.collective.cuda_runtime import KERNELS
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES
 from vllm_spark.collective.runtime import native_options
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
     pytest.param({}, id="direct"),
     pytest.param({"loopback_mode": "proxied"}, id="proxied"),
-    pytest.param({"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0}, id="modelled wire"),
+    pytest.param({"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES}, id="modelled wire"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 MakePair = Callable[..., GpuPair]

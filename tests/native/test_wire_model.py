@@ -26,7 +26,11 @@ def test_a_ping_pong_over_the_modelled_link_takes_the_published_latency(programs
     of two, of which the flag is what the latency of the payload does not contain.
     """
     program = programs.link("wire_ping.cpp", *CHECKED)
-    numbers = (PUBLISHED_RAIL.gbytes_per_s, PUBLISHED_POSTING.doorbell_us * 1e3, PUBLISHED_POSTING.work_request_us * 1e3)
+    numbers = (
+        PUBLISHED_RAIL.gbytes_per_s,
+        PUBLISHED_POSTING.doorbell_us * 1e3,
+        PUBLISHED_POSTING.work_request_us * 1e3,
+    )
     points = [f"{size}:{us * 1e3}" for size, us in PUBLISHED_LATENCY]
     done = subprocess.run(
         [str(program), *map(str, numbers), *points], capture_output=True, text=True, timeout=120, env=without_preload()

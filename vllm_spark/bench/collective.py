@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.statistics import percentile
-from vllm_spark.collective.link_model import CABLE
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
@@ -51,15 +51,14 @@ class Settings:
         device: `cuda` (one GPU for each rank) or `cpu`.
         sizes: bytes of each rank's input.
         samples: timings for each size, candidate and mode.
-        latency_us, gbytes_per_s: of the modelled wire.
+        wire: the modelled link.
         collective: `all_reduce`, `all_gather`, or `logits_gather`: of [batch, 75968] along the last dimension.
     """
 
     device: str
     sizes: tuple[int, ...] = DEFAULT_SIZES
     samples: int = 60
-    latency_us: float = CABLE.latency_us
-    gbytes_per_s: float = CABLE.gbytes_per_s
+    wire: WireFigures = PUBLISHED_FIGURES
     collective: str = "all_reduce"
 
 
@@ -187,7 +186,7 @@ def _ours(rank: Rank, settings: Settings) -> Iterator[tuple[str, Call]]:
 
     kind = collective.DeviceRuntime if settings.device == "cuda" else collective.Runtime
     proxied = RuntimeOptions(loopback_mode="proxied")
-    wire = replace(proxied, wire_latency_us=settings.latency_us, wire_gbytes_per_s=settings.gbytes_per_s)
+    wire = replace(proxied, wire=settings.wire)
     for name, options in (("direct", RuntimeOptions()), ("proxied", proxied), ("wire", wire)):
         try:
             runtime = kind.connect(rank.index, WORLD_SIZE, rank.exchange, options)

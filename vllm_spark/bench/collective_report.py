@@ -28,8 +28,8 @@ def as_table(report: Report, mode: str) -> Table:
     settings = report.settings
     table = Table(
         title=f"{settings.collective} of bfloat16, {mode}, microseconds for one call",
-        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, {settings.latency_us:g} us and "
-        f"{settings.gbytes_per_s:g} GB/s modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
+        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, {settings.wire.summary} "
+        f"modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
         "GB/s: bytes of a rank's input over the median.",
     )
     for heading in ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}"):
@@ -60,7 +60,7 @@ def as_json(report: Report) -> str:
     content: dict[str, Any] = {
         "machine": report.machine,
         "baseline": report.baseline,
-        "settings": asdict(report.settings),
+        "settings": {**asdict(report.settings), "wire": report.settings.wire.model_dump(mode="json")},
         "copy_gbytes_per_s": report.copy_gbytes_per_s,
         "rows": [{**asdict(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],
     }

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,6 +40,7 @@ from vllm_spark.records import first_fault
 FIT_FROM, FIT_TO = 1 << 10, 64 << 10
 """Sizes in bytes for which the latency is fitted."""
 
+_FIGURES_FORMAT = "vllm-spark wire figures 1"
 _REMEDY = "write one: vllm-spark bench wire --output FILE"
 
 Bytes = Annotated[int, Field(ge=1, le=64 << 20)]
@@ -129,8 +130,9 @@ class Posting(_Part):
 
 
 class WireFigures(_Part):
-    """What the modelled link computes with (csrc/transport/wire_model.hpp)."""
+    """What the modelled link computes with (csrc/transport/wire_model.hpp). Also the content of a file."""
 
+    format: Literal["vllm-spark wire figures 1"] = "vllm-spark wire figures 1"
     rails: Annotated[tuple[RailFigures, ...], Field(min_length=1, max_length=4)]
     gbytes_per_s: Annotated[float, Field(ge=0, le=1e4)] = 0.0
     """Of all rails together, which each rail has a share of; 0: the sum of the rails'."""
@@ -141,6 +143,15 @@ class WireFigures(_Part):
         if self.gbytes_per_s and not all(rail.gbytes_per_s for rail in self.rails):
             raise ValueError("rails that are limited together need a bandwidth each, and one has 0")
         return self
+
+    @property
+    def summary(self) -> str:
+        """The figures in a few words, for the captions of benchmarks: each rail's least latency and bandwidth."""
+        rails = dict.fromkeys(f"{rail.latency[0][1]:g} us and {rail.gbytes_per_s:g} GB/s" for rail in self.rails)
+        words = " or ".join(rails)
+        if len(self.rails) > 1:
+            words = f"{len(self.rails)} rails of {words} each"
+        return f"{words}, {self.gbytes_per_s:g} GB/s together" if self.gbytes_per_s else words
 
     @classmethod
     def alpha_beta(cls, latency_us: float, gbytes_per_s: float) -> WireFigures:
@@ -166,8 +177,8 @@ assumed: a further write of a chain is 64 bytes more of the queue in memory, and
 between barriers."""
 
 PUBLISHED_RAIL = RailFigures(latency=PUBLISHED_LATENCY, gbytes_per_s=13.4)
-"""One rail while the other is idle, as `ib_write_lat` was measured: from 32 KiB to 1 MiB it takes 75.5 us for the further
-bytes, which are 13.4 GB/s."""
+"""One rail while the other is idle, as `ib_write_lat` was measured: from 32 KiB to 1 MiB, further bytes take 75.5 us,
+which is 13.4 GB/s."""
 
 PUBLISHED_FIGURES = WireFigures(
     rails=(RailFigures(latency=PUBLISHED_LATENCY, gbytes_per_s=11.7),) * 2,
@@ -176,9 +187,9 @@ PUBLISHED_FIGURES = WireFigures(
 )
 """The assumed link between two GB10 without a measurement. Bandwidth: `ib_write_bw` over the two PCIe functions of one
 port at the same time, 92.6 and 97.3 Gb/s, which are 11.6 and 12.2 GB/s (NVIDIA's dgx-spark-playbooks,
-connect-two-sparks); 24 GB/s is what the port and its cable have. That is less than a rail has alone, and the model knows
-one bandwidth of a rail: that of two busy ones, since a message is sent over both. So a single write of 1 MiB takes the
-82 us of `ib_write_lat`, but what is posted after it waits for the rail until 90 us."""
+connect-two-sparks); 24 GB/s is what the port and its cable have. That is less than a rail has alone, and the model has
+one bandwidth for a rail: that while both are busy, since large messages go over both. So a single write of 1 MiB takes
+the 82 us of `ib_write_lat`, but what is posted after it waits for the rail until 90 us."""
 
 
 class Wire(_Part):
@@ -260,17 +271,39 @@ def load_wire_model(path: Path) -> WireModel:
     Raises:
         ConfigurationError: the file does not exist, or is not a wire model; the sentence names the field.
     """
+    return _parse(WireModel, _read(path), path)
+
+
+def load_wire_figures(path: Path) -> WireFigures:
+    """Reads and checks the figures of a wire model, or a file of figures alone.
+
+    Raises:
+        ConfigurationError: the file does not exist, or is neither; the sentence names the field.
+    """
+    content = _read(path)
+    if _FIGURES_FORMAT.encode() in content:
+        return _parse(WireFigures, content, path)
+    return _parse(WireModel, content, path).figures()
+
+
+def _read(path: Path) -> bytes:
     try:
-        content = read_regular(path, TABLE_FILE)
+        return read_regular(path, TABLE_FILE)
     except OSError as error:
         raise ConfigurationError(f"the wire model {path} cannot be read ({error.strerror}); {_REMEDY}") from None
+
+
+_File = TypeVar("_File", WireModel, WireFigures)
+
+
+def _parse(kind: type[_File], content: bytes, path: Path) -> _File:
     try:
-        return WireModel.model_validate_json(content)
+        return kind.model_validate_json(content)
     except ValidationError as error:
         raise ConfigurationError(f"the wire model {path} is invalid: {first_fault(error)}; {_REMEDY}") from None
 
 
-def store_wire_model(model: WireModel, path: Path) -> None:
+def store_wire_model(model: WireModel | WireFigures, path: Path) -> None:
     """Writes `model` to `path` atomically.
 
     Raises:

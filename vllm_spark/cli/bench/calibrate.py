@@ -98,8 +98,7 @@ def _options(args: argparse.Namespace) -> RuntimeOptions:
         return RuntimeOptions(
             timeout_s=10.0,
             loopback_mode="proxied",
-            wire_latency_us=wire.latency_us,
-            wire_gbytes_per_s=wire.gbytes_per_s,
+            wire=wire,
         )
     if (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
         raise ConfigurationError(

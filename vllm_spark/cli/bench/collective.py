@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "cpu"
     if device == "cuda":
         check_gpus()
-    settings = Settings(
-        device, args.sizes or defaults, args.samples, wire.latency_us, wire.gbytes_per_s, args.collective
-    )
+    settings = Settings(device, args.sizes or defaults, args.samples, wire, args.collective)
     name = f"2 x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     where = machine(name, f"torch {torch.__version__}", f"vllm_spark {__version__}")
     console = wide_console()
