@@ -266,8 +266,8 @@ def test_abort_from_another_thread() -> None:
     values(aborted_here)
 
 
-def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
-    runtime = connect(rank, exchange, loopback_mode=mode)
+def killed(rank: int, exchange: Pipe, options: dict[str, Any]) -> list[str]:
+    runtime = connect(rank, exchange, **options)
     runtime.all_reduce(SMALL)
     exchange(b"done")  # a rank that is through may still have its own message to be posted by its proxy
     if rank == 1:
@@ -280,9 +280,13 @@ def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
     return [line for line in maps.splitlines() if "vllm-spark-region" in line]
 
 
-@pytest.mark.parametrize("mode", ["direct", "proxied"])
-def test_killed_peer_is_noticed_and_no_memory_is_left(mode: str) -> None:
-    survivor, victim = run_pair(killed, mode)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loopback_mode": "proxied"}, {"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES}],
+    ids=["direct", "proxied", "modelled"],
+)
+def test_killed_peer_is_noticed_and_no_memory_is_left(options: dict[str, Any]) -> None:
+    survivor, victim = run_pair(killed, options)
     assert victim.exit_code == -signal.SIGKILL
     assert survivor.error is None, survivor
     assert survivor.value == [], "the survivor's mappings are gone after close"

@@ -250,7 +250,7 @@ def mixed(rank: int, exchange: Pipe, options: dict[str, Any], operations: int) -
         return {"sequence": counters.last_sequence, "bytes": counters.all_reduce_bytes}
 
 
-@pytest.mark.parametrize("mode", ["direct", "proxied"])
+@pytest.mark.parametrize("mode", ["direct", "proxied", "proxied over two modelled rails"])
 def test_ten_thousand_mixed_operations(mode: str) -> None:
     first, second = values(mixed, MODES[mode], 10_000)
     assert first == second

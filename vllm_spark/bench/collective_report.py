@@ -28,8 +28,8 @@ def as_table(report: Report, mode: str) -> Table:
     settings = report.settings
     table = Table(
         title=f"{settings.collective} of bfloat16, {mode}, microseconds for one call",
-        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, {settings.wire.summary} "
-        f"modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
+        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, the modelled link has "
+        f"{settings.wire.summary}. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
         "GB/s: bytes of a rank's input over the median.",
     )
     for heading in ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}"):
