@@ -26,7 +26,7 @@ _COUNTERS = {
     "reposts": "Messages sent again because a rail failed before they were known to have arrived",
 }
 _GAUGES = {
-    "rails_up": "RDMA rails in use for data now; 0 without RDMA",
+    "rails_up": "RDMA rails in use for data now, or those of a modelled link; 0 without either",
     "rails_held_down": "RDMA rails in hold-down: they failed soon after they came up, and are not used for a while",
 }
 
