@@ -223,6 +223,43 @@ void run_scanner_that_comes_late() {
   if (scanner.counters().posts != options.sizes.slots) fail("something else was posted too", 0);
 }
 
+// A source of a rank that sends nothing. It may sleep only while nothing is on its way.
+class IdleSource final : public spark::MessageSource {
+ public:
+  explicit IdleSource(spark::Transport& transport) : transport_(transport) {}
+  bool post_staged(spark::Transport&) override { return false; }
+  bool end_turn(bool, bool under_way) override { return !under_way; }
+  void rest() override {
+    if (transport_.progress()) fail("the proxy sleeps while a write is on its way", 0);
+    std::this_thread::yield();
+  }
+
+ private:
+  spark::Transport& transport_;
+};
+
+// Over a modelled link the proxy delivers: also what it has posted itself, about its rails, just before it
+// would sleep.
+void run_idle_proxies() {
+  spark::Options options;
+  options.proxied = true;
+  options.wire = {{{{{0, 1e6}}, 0}}};  // 1 ms: longer than what the thread does meanwhile
+  spark::Options other = options;
+  other.rank = 1;
+  spark::Endpoint left(options), right(other);
+  left.connect_in_process(right);
+  right.connect_in_process(left);
+  IdleSource left_source(left.transport()), right_source(right.transport());
+  spark::ProxyThread left_proxy(left_source, left.transport());
+  spark::ProxyThread right_proxy(right_source, right.transport());
+  for (spark::Endpoint* rank : {&left, &right}) {
+    wait_until([&] { return rank->link()->counters().rails_up.load() == 1; });
+    // Then the peer is heard of five times in a second.
+    wait_until([&] { return rank->link()->announcements().silence() > std::chrono::milliseconds(100); });
+    wait_until([&] { return rank->link()->announcements().silence() < std::chrono::milliseconds(100); });
+  }
+}
+
 // A peer in another process that ends, and one that outlives the watch.
 void run_peer_watch() {
   for (bool ends : {true, false}) {
@@ -254,6 +291,7 @@ int main(int argc, char** argv) {
   run_scanner(false, operations);
   run_scanner(true, operations);
   run_scanner_that_comes_late();
+  run_idle_proxies();
   run_peer_watch();
   std::puts("ok");
 }
