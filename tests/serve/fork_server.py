@@ -39,6 +39,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -292,7 +293,8 @@ def _run(argv: Sequence[str]) -> Callable[[], NoReturn]:
         else:
             code = argv.index("-c") + 1
             sys.argv = ["-c", *argv[code + 1 :]]
-            sys.stdout.reconfigure(write_through="-u" in argv[:code])  # type: ignore[union-attr]
+            assert isinstance(sys.stdout, TextIOWrapper), "nothing has replaced it yet"
+            sys.stdout.reconfigure(write_through="-u" in argv[:code])
             sys.modules["__main__"] = ModuleType("__main__")
             exec(argv[code], vars(sys.modules["__main__"]))
     except SystemExit as end:
@@ -353,7 +355,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
         descriptors = [0, 1, 2, *passfds]
         return spare.fork(Order(argv, dict(os.environ), descriptors, own_session=False), descriptors)
 
-    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    class Popen(subprocess.Popen[Any]):
         """Overrides where a program is executed; to wait for it and to signal it is as ever."""
 
         def __init__(self, *args: Any, start_new_session: bool = False, **more: Any) -> None:
@@ -373,7 +375,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
         ) -> None:
             environment = dict(os.environ if env is None else env)
             if not is_forked(args) or not spare.imports.suit(environment):
-                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)  # type: ignore[misc]
                 return
             pipes = rest[3:9]
             standard = [own if given == -1 else given for own, given in enumerate((pipes[0], pipes[3], pipes[5]))]
@@ -384,7 +386,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
             self._child_created = True
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[assignment]
+    multiprocessing.util.spawnv_passfds = spawnv_passfds
     subprocess.Popen = Popen  # type: ignore[misc]
 
 
