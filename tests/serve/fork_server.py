@@ -18,6 +18,7 @@ output and for the exit code, and gets the process id. The server ends when the 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -58,6 +59,22 @@ IMPORTED = (
     "vllm.model_executor.models.qwen3",
 )
 """What servers of the tests import before they do anything else."""
+
+IMPORTED_LATER = (
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+    "torch._dynamo.backends.inductor",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch.export._trace",
+    "sympy.tensor.tensor",
+    "cryptography.x509",
+)
+"""What they import once they load a model and answer the first request, in the versions that have it."""
 
 READ_LATE = re.compile(
     r"_?(VLLM_?)?SPARK_|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
@@ -410,6 +427,9 @@ def main() -> None:
     before = dict(os.environ)
     for name in IMPORTED:
         import_module(name)
+    for name in IMPORTED_LATER:
+        with contextlib.suppress(ModuleNotFoundError):
+            import_module(name)
     plugins = import_module("vllm.plugins")
     assert not plugins.plugins_loaded, "vLLM loads plugins while it is imported"
     assert not any(name.startswith("vllm_spark") for name in sys.modules), "vLLM's import has imported this project"
