@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import MethodType
 
 import torch
 
@@ -27,7 +28,10 @@ class Saboteur:
         if self.rank != 0:
             return {}
         (heartbeat,) = (thread for thread in threading.enumerate() if isinstance(thread, Heartbeat))
-        pair: LeaderSession = heartbeat._report.__self__
+        report = heartbeat._report
+        assert isinstance(report, MethodType)
+        pair = report.__self__
+        assert isinstance(pair, LeaderSession)
         return {"step": pair.token_digest.state()[0]}
 
     def sum_of_integers(self) -> dict[str, list[int]]:

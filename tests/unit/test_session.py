@@ -11,12 +11,12 @@ from typing import Any, get_args
 import pytest
 
 from vllm_spark import _native
-from vllm_spark.collective import Runtime, RuntimeOptions
+from vllm_spark.collective import Runtime, RuntimeOptions, Transport
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures, store_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.bootstrap import Transport, modelled_wire, runtime_options
+from vllm_spark.executor.bootstrap import modelled_wire, runtime_options
 from vllm_spark.ranks import RANKS, WORLD_SIZE
 
 from .wires import wire_file, wire_model
