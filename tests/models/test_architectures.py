@@ -46,7 +46,7 @@ def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path
         with pytest.raises(ProcessError), stock_tp1(host, model, arguments):
             pass
         assert any(architecture.cpu_limit in log.read_text() for log in host.logs.glob("host0-*-vllm-serve.log"))
-        report.record(name, architecture, f"stock vLLM's CPU build cannot serve it: {architecture.cpu_limit}")
+        report.record(name, architecture.model, architecture.dtype, f"{report.STOCK_LIMIT}: {architecture.cpu_limit}")
         return
     with stock_tp1(host, model, arguments) as server:
         expected, again = greedy_tokens(server), greedy_tokens(server)
@@ -57,4 +57,4 @@ def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path
         metrics = server.metrics()
         assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
         assert min(metrics["vllm_spark_all_reduces_total"].values()) > 0
-    report.record(name, architecture, "equal")
+    report.record(name, architecture.model, architecture.dtype, report.EQUAL)
