@@ -26,7 +26,7 @@ from . import prompts, shared_memory
 from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import START_SECONDS, Server, spark_leader, spark_tp2
-from .test_behaviour import DEVELOPMENT, EXTENSION, post
+from .development import DEVELOPMENT, EXTENSION, post
 
 NOTICE_SECONDS = 5.0
 """The promise: so long after a death the other side has ended or waits again, and the client was told."""

@@ -91,9 +91,9 @@ class TokenDigest:
         else:
             what = f"drafted different tokens for step {step} {digests}, so one of them computes wrong drafts"
         raise DriftError(
-            f"the ranks {what}; start vllm serve again (vllm-spark join waits for it), and if it happens again, compare "
-            "both machines with vllm-spark doctor --peer, try without speculation and without code of your own or the "
-            "model's, and report which of them causes it"
+            f"the ranks {what}; start vllm serve again (vllm-spark join waits for it), and if it happens again, "
+            "compare both machines with vllm-spark doctor --peer, try without speculation and without code of your own "
+            "or the model's, and report which of them causes it"
         )
 
 
