@@ -102,6 +102,27 @@ def make_eagle3_head(folder: Path, target: Path, vocabulary: int = tiny.VOCABULA
     return _saved(folder, weights, config)
 
 
+def make_speculators_head(folder: Path, target: Path) -> Path:
+    """The EAGLE3 head in the format of the library speculators, whose configuration names its target."""
+    make_eagle3_head(folder, target)
+    layer = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"name_or_path": str(target), "architectures": ["Qwen3MoeForCausalLM"]},
+        },
+        "draft_vocab_size": tiny.VOCABULARY,
+        "norm_before_residual": False,
+        "eagle_aux_hidden_state_layer_ids": layer.pop("eagle_aux_hidden_state_layer_ids"),
+        "transformer_layer_config": layer,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def make_medusa_heads(folder: Path, target: Path) -> Path:
     """Medusa heads that know which token follows which, one and two tokens later."""
     folder.mkdir()

@@ -1,7 +1,7 @@
 """Every method of speculation under `--spark`: tokens as without it, and drafts and acceptance as stock vLLM's.
 
-The models can be guessed (`speculators`), so that some drafts are accepted and some are not. Stock vLLM is one rank: the
-same tokens come from two, and so the same drafts.
+The models can be guessed (`speculators`), so that some drafts are accepted and some are not. Stock vLLM is one rank:
+both ranks of a pair have the same tokens, and so the same drafts.
 """
 
 from __future__ import annotations
@@ -201,9 +201,17 @@ def test_a_method(hosts: Hosts, host: Host, target: Path, name: str, tmp_path: P
         )
         return
     plain = request.getfixturevalue("plain_tokens")
-    then = assert_different_drafts_are_found if name in ALWAYS else None
-    result = compare(hosts, target, plain, arguments, accepts=method.accepts, then=then)
+    result = compare(hosts, target, plain, arguments, accepts=method.accepts, then=THEN.get(name))
     report.record("qwen3_moe", TARGET_CLASS, "float32", result, speculation=method.row)
+
+
+@pytest.mark.thorough
+def test_a_head_that_names_its_model(hosts: Hosts, target: Path, plain_tokens: list[list[int]], tmp_path: Path) -> None:
+    """`vllm serve HEAD`, with a head in the format of the library speculators."""
+    head = speculators.make_speculators_head(tmp_path / "head", target)
+    result = compare(hosts, head, plain_tokens, [])
+    label = "eagle3 in the format of speculators, 3 tokens"
+    report.record("qwen3_moe", TARGET_CLASS, "float32", result, speculation=label)
 
 
 @pytest.mark.thorough
@@ -251,7 +259,7 @@ def test_with_other_features(hosts: Hosts, target: Path, name: str, scheduling: 
 
 
 def assert_several_answers(client: OpenAI) -> None:
-    """Several answers to one prompt, and seeds: drawn, but so cold that the answer is the greedy one, or drawn twice."""
+    """Several answers to one prompt, and seeds; answers that are drawn so cold are greedy ones."""
     model = client.models.list().data[0].id
     (greedy,) = prompts.greedy_tokens(client, prompts.PROMPTS[4:5], max_tokens=32)
 
@@ -271,6 +279,16 @@ def assert_several_answers(client: OpenAI) -> None:
 
 def assert_different_drafts_are_found(server: Server) -> None:
     """One rank drafts another token once: found with the next step, although that rank's drafts are not even used."""
+    assert_drift_is_found(server, "draft_otherwise_once_on", r"drafted different tokens for step \d+ ")
+
+
+def assert_different_acceptance_is_found(server: Server) -> None:
+    """One rank accepts a draft less than the other."""
+    assert_drift_is_found(server, "accept_less_once_on", r"sampled different tokens at step \d+ ")
+
+
+def assert_drift_is_found(server: Server, fault: str, message: str) -> None:
+    """Calls a method of the worker extension for rank 1 within an answer, and reads how that ends."""
     stream = server.client.completions.create(
         model=server.client.models.list().data[0].id,
         prompt=ASKED[0],
@@ -281,9 +299,13 @@ def assert_different_drafts_are_found(server: Server) -> None:
     )
     iterator = iter(stream)
     next(iterator)
-    call(server, "draft_otherwise_once_on", 1)
+    call(server, fault, 1)
     with pytest.raises(APIError):
         for _ in iterator:
             pass
-    server.leader.wait_for_line(r"the ranks drafted different tokens for step \d+ .* start vllm serve again", 10)
+    server.leader.wait_for_line(rf"the ranks {message}.* start vllm serve again", 10)
     assert server.leader.wait(30) != 0
+
+
+THEN = {"eagle3": assert_different_drafts_are_found, "itself": assert_different_acceptance_is_found}
+"""What else is tried with the pair of a method, as the last thing."""
