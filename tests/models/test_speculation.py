@@ -161,7 +161,8 @@ def compare(
         stock = measured(server)
     assert stock.tokens == plain
     assert stock.drafted > 0
-    with spark_tp2(hosts, model, [*common, *arguments, *EXTENSION], DEVELOPMENT) as server:
+    extension, environment = ((), {}) if then is None else (EXTENSION, DEVELOPMENT)
+    with spark_tp2(hosts, model, [*common, *arguments, *extension], environment) as server:
         pair = measured(server)
         assert_collectives(server)
         if then is not None:

@@ -12,11 +12,15 @@ from vllm_spark.ranks import WORLD_SIZE
 logger = logging.getLogger("vllm_spark")
 
 
+_ON_BOTH_RANKS = ("eagle", "eagle3", "mtp", "dflash", "medusa")
+"""Methods whose drafts use the target's tensor-parallel group, whatever the setting says."""
+
+
 def check_draft_ranks(vllm_config: Any) -> None:
     """Checks on how many ranks the draft is to run.
 
     vLLM refuses a separate draft model on one of several ranks, but only in its workers, once the target is loaded. It
-    ignores the setting for all other drafts, which run on the target's ranks.
+    ignores the setting for drafts of `_ON_BOTH_RANKS`.
 
     Raises:
         ConfigurationError: a separate draft model was requested on one rank.
@@ -31,4 +35,5 @@ def check_draft_ranks(vllm_config: Any) -> None:
             f"{setting} cannot be used with {FLAG}: vLLM runs a draft model on the ranks of its target, half of it on "
             "each; leave it out"
         )
-    logger.info("%s has no effect: vLLM runs drafts of the method %s on both ranks.", setting, speculative.method)
+    if speculative.method in _ON_BOTH_RANKS:
+        logger.info("%s has no effect: vLLM runs drafts of the method %s on both ranks.", setting, speculative.method)
