@@ -104,8 +104,10 @@ def make_eagle3_head(folder: Path, target: Path, vocabulary: int = tiny.VOCABULA
 
 def make_speculators_head(folder: Path, target: Path) -> Path:
     """The EAGLE3 head in the format of the library speculators, whose configuration names its target."""
+    from transformers import LlamaConfig
+
     make_eagle3_head(folder, target)
-    layer = json.loads((folder / "config.json").read_text())
+    head = json.loads((folder / "config.json").read_text())
     config = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
@@ -116,8 +118,8 @@ def make_speculators_head(folder: Path, target: Path) -> Path:
         },
         "draft_vocab_size": tiny.VOCABULARY,
         "norm_before_residual": False,
-        "eagle_aux_hidden_state_layer_ids": layer.pop("eagle_aux_hidden_state_layer_ids"),
-        "transformer_layer_config": layer,
+        "eagle_aux_hidden_state_layer_ids": head.pop("eagle_aux_hidden_state_layer_ids"),
+        "transformer_layer_config": LlamaConfig(**head).to_dict(),
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
