@@ -201,6 +201,7 @@ class MtpModel:
         text_config: whether it belongs to the text part.
         dtype: of the weights while they are served.
         drafted: tokens to draft, by so many runs of these layers.
+        arguments: further ones of `vllm serve`.
     """
 
     model_class: str
@@ -215,6 +216,7 @@ class MtpModel:
     text_config: bool = False
     dtype: str = "float32"
     drafted: int = 1
+    arguments: tuple[str, ...] = ()
 
 
 def _of_architecture(name: str) -> Callable[[Path], Path]:
@@ -247,6 +249,8 @@ _NEXT_LAYER = "model.layers.4"
 _DEEPSEEK_GAINS = tuple(f"{_NEXT_LAYER}.{name}" for name in ("enorm", "hnorm", "shared_head.norm"))
 _QWEN_GAINS = ("mtp.norm", "mtp.pre_fc_norm_hidden", "mtp.pre_fc_norm_embedding")
 _MIMO_LAYER = "model.mtp_layers.0"
+_NO_PREFIX_CACHE = ("--no-enable-prefix-caching",)
+"""With cached prefixes vLLM's CPU build has no kernel for the states of delta nets when it speculates."""
 
 MTP_MODELS = {
     "mimo": MtpModel(
@@ -258,6 +262,7 @@ MTP_MODELS = {
         tuple(f"{_MIMO_LAYER}.{name}" for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")),
         {},
         embedding_first=False,
+        arguments=("--trust-remote-code",),
     ),
     "glm4_moe": MtpModel(
         "Glm4MoeForCausalLM",
@@ -297,6 +302,7 @@ MTP_MODELS = {
         _QWEN_GAINS,
         {"num_nextn_predict_layers": 1},
         gain=0.0,
+        arguments=_NO_PREFIX_CACHE,
         dtype="bfloat16",
     ),
     "qwen3_5": MtpModel(
@@ -308,6 +314,7 @@ MTP_MODELS = {
         _QWEN_GAINS,
         {"mtp_num_hidden_layers": 1},
         gain=0.0,
+        arguments=_NO_PREFIX_CACHE,
         text_config=True,
         dtype="bfloat16",
     ),

@@ -21,7 +21,7 @@ from tests.serve.development import DEVELOPMENT, EXTENSION, call
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
 from tests.serve.questions import QUESTIONS
-from tests.serve.servers import Server, spark_tp2, stock_tp1
+from tests.serve.servers import Server, spark_tp2, stock_tp1, stock_tp2
 
 from . import report, speculators
 from .speculators import MTP_MODELS
@@ -42,7 +42,8 @@ class Method:
         accepts: whether some drafts are accepted.
         package: what it needs installed.
         cpu_limit: what stock vLLM prints when it cannot do it; empty if it can.
-        label: of its row; the method's name and the number of tokens if empty.
+        drafted: tokens in each step.
+        label: of its row, in place of the method's name.
     """
 
     settings: dict[str, Any]
@@ -50,8 +51,8 @@ class Method:
     accepts: bool = True
     package: str = ""
     cpu_limit: str = ""
-    label: str = ""
     drafted: int = DRAFTED
+    label: str = ""
 
     def arguments(self, folder: Path, target: Path) -> list[str]:
         """Arguments of `vllm serve`, with the draft made."""
@@ -63,7 +64,8 @@ class Method:
     @property
     def row(self) -> str:
         """What the table says of it."""
-        return self.label or f"{self.settings['method']}, {self.drafted} tokens"
+        tokens = "1 token" if self.drafted == 1 else f"{self.drafted} tokens"
+        return f"{self.label or self.settings['method']}, {tokens}"
 
 
 def _small_vocabulary(folder: Path, target: Path) -> Path:
@@ -77,17 +79,15 @@ METHODS = {
         # vLLM ignores this number of ranks for a head.
         {"method": "eagle3", "draft_tensor_parallel_size": 1},
         _small_vocabulary,
-        label=f"eagle3 with a vocabulary of {speculators.HEAD_VOCABULARY}, 3 tokens",
+        label=f"eagle3 with a vocabulary of {speculators.HEAD_VOCABULARY}",
     ),
     "local_argmax": Method(
         {"method": "eagle3", "use_local_argmax_reduction": True},
         speculators.make_eagle3_head,
-        label="eagle3 with use_local_argmax_reduction, 3 tokens",
+        label="eagle3 with use_local_argmax_reduction",
     ),
     "draft_model": Method({"method": "draft_model"}, speculators.make_draft_model),
-    "itself": Method(
-        {"method": "draft_model"}, lambda folder, target: target, label="draft_model, the model itself, 3 tokens"
-    ),
+    "itself": Method({"method": "draft_model"}, lambda folder, target: target, label="draft_model, the model itself"),
     "ngram": Method({"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}),
     "suffix": Method({"method": "suffix"}, package="arctic_inference"),
     "medusa": Method({"method": "medusa"}, speculators.make_medusa_heads, drafted=speculators.MEDUSA_HEADS),
@@ -128,20 +128,20 @@ def measured(server: Server) -> Measured:
     return Measured(tokens, *drafts(server))
 
 
-def assert_collectives(server: Server) -> None:
-    """All collectives of both ranks went through the runtime."""
+def collectives(server: Server) -> str:
+    """How many collectives the first rank had; no rank had one that used vLLM's own path."""
     metrics = server.metrics()
     assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
-    for name in ("vllm_spark_all_reduces_total", "vllm_spark_all_gathers_total"):
-        assert min(metrics[name].values()) > 0, name
+    reduces, gathers = (int(metrics[f"vllm_spark_{kind}_total"]["0"]) for kind in ("all_reduces", "all_gathers"))
+    assert min(reduces, gathers) > 0
+    return f"{reduces} all-reduces, {gathers} all-gathers, 0 fallbacks"
 
 
 def compare(
     hosts: Hosts,
     model: Path,
-    plain: list[list[int]],
+    plain: list[list[int]] | None,
     arguments: Sequence[str],
-    common: Sequence[str] = (),
     *,
     accepts: bool = True,
     then: Callable[[Server], None] | None = None,
@@ -151,25 +151,26 @@ def compare(
     Args:
         hosts: of the pair.
         model: its folder.
-        plain: the answers without speculation.
-        arguments: those of the speculation.
-        common: arguments without speculation.
+        plain: the answers without speculation, which both must give. None compares with two ranks of stock vLLM: for
+            bfloat16, in which a step of several tokens has other roundings than a step of one, and one rank than two.
+        arguments: of `vllm serve`.
         accepts: whether some drafts must be accepted.
         then: what else is tried with the pair.
     """
-    with stock_tp1(hosts[0], model, [*common, *arguments]) as server:
+    with stock_tp2(hosts, model, arguments) if plain is None else stock_tp1(hosts[0], model, arguments) as server:
         stock = measured(server)
-    assert stock.tokens == plain
+    assert plain in (None, stock.tokens)
     assert stock.drafted > 0
     extension, environment = ((), {}) if then is None else (EXTENSION, DEVELOPMENT)
-    with spark_tp2(hosts, model, [*common, *arguments, *extension], environment) as server:
+    with spark_tp2(hosts, model, [*arguments, *extension], environment) as server:
         pair = measured(server)
-        assert_collectives(server)
+        counted = collectives(server)
         if then is not None:
             then(server)
     assert pair == stock
     assert (pair.accepted > 0) == accepts
-    return f"{report.EQUAL}: {pair.drafted} drafted, {pair.accepted} accepted"
+    peer = ", as two ranks of stock vLLM" if plain is None else ""
+    return f"{report.EQUAL}: {pair.drafted} drafted, {pair.accepted} accepted{peer}; {counted}"
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +222,12 @@ def test_layers_that_predict_more_than_one_token(hosts: Hosts, host: Host, name:
     architecture = MTP_MODELS[name]
     model = speculators.make_mtp_model(tmp_path / name, name)
     method = Method({"method": "mtp"}, drafted=architecture.drafted)
-    common = ["--dtype", architecture.dtype, *(["--trust-remote-code"] if name == "mimo" else [])]
-    with stock_tp1(host, model, common) as server:
-        plain = measured(server).tokens
-    result = compare(hosts, model, plain, method.arguments(tmp_path, model), common)
+    common = ["--dtype", architecture.dtype, *architecture.arguments]
+    plain = None
+    if architecture.dtype == "float32":
+        with stock_tp1(host, model, common) as server:
+            plain = measured(server).tokens
+    result = compare(hosts, model, plain, [*common, *method.arguments(tmp_path, model)])
     report.record(name, architecture.model_class, architecture.dtype, result, speculation=method.row)
 
 
@@ -254,7 +257,7 @@ def test_with_other_features(hosts: Hosts, target: Path, name: str, scheduling: 
         given = answers(server)
         assert given == expected
         server.leader.wait_until(lambda: drafts(server) == counts, 20, f"draft and accept {counts} tokens")
-        assert_collectives(server)
+        collectives(server)
         assert_several_answers(server.client)
     assert counts[1] > 0
 
