@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletionContentPartImageParam
 
 from tests.serve import prompts
 from tests.serve.hosts import Host, Hosts
@@ -41,10 +42,13 @@ def answers_about_images(server: Server, colours: Sequence[str] = ("red", "white
     """What a model says of pictures of one colour each, greedily."""
     answers = []
     for colour in colours:
-        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture_of(colour)}"}}
+        picture: ChatCompletionContentPartImageParam = {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/png;base64,{picture_of(colour)}"},
+        }
         chat = server.client.chat.completions.create(
             model=server.client.models.list().data[0].id,
-            messages=[{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}],  # type: ignore[list-item]
+            messages=[{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}],
             temperature=0,
             max_tokens=24,
         )

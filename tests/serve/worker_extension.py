@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ class Saboteur:
         if self.rank != 0:
             return {}
         (heartbeat,) = (thread for thread in threading.enumerate() if isinstance(thread, Heartbeat))
-        pair: LeaderSession = heartbeat._report.__self__
+        report = heartbeat._report
+        assert isinstance(report, MethodType)
+        pair = report.__self__
+        assert isinstance(pair, LeaderSession)
         return {"step": pair.token_digest.state()[0]}
 
     def draft_otherwise_once_on(self, rank: int) -> None:
