@@ -1,4 +1,4 @@
-"""Makes the checkpoint of an architecture: random weights from a fixed seed, a tokenizer, and a processor if it sees."""
+"""Makes an architecture's checkpoint: random weights from a fixed seed, a tokenizer, and a processor if it sees."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
@@ -30,7 +31,7 @@ def write_qwen3_vl_processor(folder: Path, patch: int = 16) -> dict[str, int]:
     from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL.values())})
+    special = add_special_tokens(tokenizer)
     pixels = {"size": {"shortest_edge": (2 * patch) ** 2, "longest_edge": (4 * patch) ** 2}, "patch_size": patch}
     Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
@@ -38,4 +39,10 @@ def write_qwen3_vl_processor(folder: Path, patch: int = 16) -> dict[str, int]:
         video_processor=Qwen3VLVideoProcessor(**pixels),
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
+    return special
+
+
+def add_special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Adds the tokens around and for pictures, and returns the keys of a model's configuration with their ids."""
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL.values())})
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in SPECIAL.items()}
