@@ -17,6 +17,7 @@ from typing import Any
 from tests.serve.servers import Server
 from vllm_spark.models.tiny import VOCABULARY
 
+Lengths = Sequence[int]
 PROMPT_LENGTHS = (1, 5, 33, 130)
 ANSWER_TOKENS = 24
 COLOURS = ("red", "white", "navy")
@@ -46,22 +47,23 @@ class Answers:
         return [tokens for tokens, _ in self.values]
 
 
-def prompts() -> list[list[int]]:
-    """Prompts of `PROMPT_LENGTHS` token ids, none of them a special one."""
-    return [[(13 * place + 7 * length) % (VOCABULARY - 64) + 3 for place in range(length)] for length in PROMPT_LENGTHS]
+def prompts(lengths: Lengths) -> list[list[int]]:
+    """Prompts of so many token ids, none of them a special one."""
+    return [[(13 * place + 7 * length) % (VOCABULARY - 64) + 3 for place in range(length)] for length in lengths]
 
 
-def generated(server: Server) -> Answers:
+def generated(server: Server, lengths: Lengths) -> Answers:
     """Greedy answers to `prompts`, one after the other."""
-    values = [_completion(server, prompt) for prompt in prompts()]
+    values = [_completion(server, prompt) for prompt in prompts(lengths)]
+    assert len({token for tokens, _ in values for token in tokens}) > len(values), "the answers are not constant"
     return Answers(values, f"{sum(len(tokens) for tokens, _ in values)} tokens and their probabilities")
 
 
-def generated_together(server: Server) -> list[list[int]]:
+def generated_together(server: Server, lengths: Lengths) -> list[list[int]]:
     """The token ids of greedy answers to `prompts` in one request: the steps have up to four sequences."""
     completion = server.client.completions.create(
         model=_model(server),
-        prompt=prompts(),
+        prompt=prompts(lengths),
         max_tokens=ANSWER_TOKENS,
         temperature=0,
         extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -69,9 +71,9 @@ def generated_together(server: Server) -> list[list[int]]:
     return [list((choice.model_extra or {})["token_ids"]) for choice in completion.choices]
 
 
-def about_pictures(server: Server) -> Answers:
+def about_pictures(server: Server, lengths: Lengths) -> Answers:
     """Greedy answers to `prompts`, and to questions about pictures of one colour each."""
-    text = generated(server)
+    text = generated(server, lengths)
     pictures = [_chat_about(server, colour) for colour in COLOURS]
     assert len({tuple(tokens) for tokens, _ in pictures}) == len(COLOURS), "the picture decides the answer"
     values = text.values + pictures
@@ -79,7 +81,7 @@ def about_pictures(server: Server) -> Answers:
     return Answers(values, counted)
 
 
-def embeddings(server: Server) -> Answers:
+def embeddings(server: Server, lengths: Lengths) -> Answers:
     """Embeddings of `TEXTS`."""
     model = _model(server)
     values = [
@@ -90,7 +92,7 @@ def embeddings(server: Server) -> Answers:
     return Answers(values, f"{len(values)} embeddings of {len(values[0])} numbers")
 
 
-def scores(server: Server) -> Answers:
+def scores(server: Server, lengths: Lengths) -> Answers:
     """What `/score` gives to pairs of `TEXTS`, and the order and scores of `/rerank`."""
     first, *others = TEXTS
     pairs = [_post(server, "/score", {"text_1": first, "text_2": other})["data"][0]["score"] for other in others]
@@ -100,7 +102,7 @@ def scores(server: Server) -> Answers:
     return Answers([pairs, ranked], f"{len(pairs)} scores and a ranking")
 
 
-def rewards(server: Server) -> Answers:
+def rewards(server: Server, lengths: Lengths) -> Answers:
     """What `/pooling` gives to `TEXTS`: a number for each token."""
     values = [_post(server, "/pooling", {"input": text, "task": "token_classify"})["data"][0]["data"] for text in TEXTS]
     assert len({json.dumps(value[-1]) for value in values}) == len(TEXTS), "the text decides the reward"

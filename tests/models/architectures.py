@@ -75,6 +75,9 @@ VISION = {
     "num_position_embeddings": 64,
 }
 WITH_PICTURES = {"vocab_size": VOCABULARY + 64}
+TWO_TOKENS_AT_LEAST = (2, *answers.PROMPT_LENGTHS[1:])
+"""Of prompts for delta nets: a prompt of one token, alone, ends stock vLLM's CPU build."""
+
 STEP = HEADS_OF_32 | EXPERTS | SLIDING | DENSE_FIRST | {"n_routed_experts": 8, "share_expert_dim": 128}
 STEP_VISION = {"width": 64, "layers": 2, "heads": 4, "image_size": 56}
 BERT = {
@@ -108,7 +111,7 @@ class Architecture:
         config: arguments of the configuration, in addition to `COMMON`; None takes one of those away.
         dtype: of the weights while they are served on a CPU.
         arguments: further ones of `vllm serve`, of the pair and of stock vLLM alike.
-        together: whether stock vLLM gives the same tokens to prompts that come together.
+        together: whether stock vLLM's CPU build gives the same tokens to prompts that come together.
         cpu_limit: what stock vLLM's CPU build prints when it cannot serve this; empty if it can.
         embedding_scale: standard deviation of the embedding, where it is the output head as well: with `WEIGHT_SCALE`
             the next token would always be the last one.
@@ -116,6 +119,7 @@ class Architecture:
         vision: whether it has the processor of Qwen3-VL.
         layout: changes what transformers saved into what vLLM reads.
         served: the class that the configuration names for vLLM; empty if it is `model`.
+        prompt_lengths: tokens of the prompts.
         ask: the questions.
     """
 
@@ -130,7 +134,8 @@ class Architecture:
     vision: bool = False
     layout: layouts.Layout | None = None
     served: str = ""
-    ask: Callable[[Server], Answers] = answers.generated
+    prompt_lengths: answers.Lengths = answers.PROMPT_LENGTHS
+    ask: Callable[[Server, answers.Lengths], Answers] = answers.generated
 
     @property
     def model_class(self) -> str:
@@ -173,11 +178,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "glm4_moe_lite": Architecture(  # GLM-4.7-Flash
         "Glm4MoeLiteForCausalLM",
-        EXPERTS
-        | LATENT_ATTENTION
-        | DENSE_FIRST
-        | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1, "first_k_dense_replace": None},
+        EXPERTS | LATENT_ATTENTION | DENSE_FIRST | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1},
         arguments=("--attention-backend", "CPU_MLA"),
+        together=False,
     ),
     "minimax_m2": Architecture(
         "MiniMaxM2ForCausalLM",
@@ -201,6 +204,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DeepseekV2ForCausalLM",
         EXPERTS | LATENT_ATTENTION | {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
         arguments=("--attention-backend", "CPU_MLA"),
+        together=False,
     ),
     "deepseek_v3": Architecture(
         "DeepseekV3ForCausalLM",
@@ -208,6 +212,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         | LATENT_ATTENTION
         | {"q_lora_rank": 64, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         arguments=("--attention-backend", "CPU_MLA"),
+        together=False,
     ),
     "deepseek_v4": Architecture(
         "DeepseekV4ForCausalLM",
@@ -232,12 +237,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         dtype="bfloat16",
         layout=layouts.deepseek_v4,
+        cpu_limit="TypeError: 'function' object is not subscriptable",  # a Triton kernel
     ),
     "step3p5": Architecture(
         "Step3p7ForConditionalGeneration",
         STEP,
         outer={"vision_config": STEP_VISION},
         layout=layouts.step3p5,
+        cpu_limit='assert self.scoring_func == "softmax"',
         served="Step3p5ForCausalLM",
     ),
     "step3p7": Architecture(
@@ -245,6 +252,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         STEP,
         outer={"vision_config": STEP_VISION, "image_token_id": VOCABULARY - 1},
         layout=layouts.step3p7,
+        cpu_limit='assert self.scoring_func == "softmax"',
     ),
     "mimo_v2": Architecture(
         "MiMoV2FlashForCausalLM",
@@ -255,11 +263,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MiMoV2FlashForCausalLM",
         EXPERTS | SLIDING | DENSE_FIRST | {"head_dim": 48, "v_head_dim": 32, "n_routed_experts": 8},
         layout=layouts.mimo_v2_flash,
+        cpu_limit="module 'triton' has no attribute 'next_power_of_2'",
     ),
     "nemotron_h": Architecture(
         "NemotronHForCausalLM",
         HEADS_OF_32 | MAMBA | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
-        together=False,
     ),
     "nemotron_h_moe": Architecture(
         "NemotronHForCausalLM",
@@ -277,6 +285,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3NextForCausalLM",
         HEADS_OF_32 | EXPERTS | DELTA_NET | {"num_experts": 8, "shared_expert_intermediate_size": 128},
         dtype="bfloat16",
+        prompt_lengths=TWO_TOKENS_AT_LEAST,
+        together=False,
     ),
     "kimi_linear": Architecture(
         "KimiLinearForCausalLM",
@@ -296,6 +306,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Qwen3_5ForConditionalGeneration",
         HEADS_OF_32 | DELTA_NET | WITH_PICTURES | mrope(2, 1, 1, partial_rotary_factor=0.25),
         dtype="bfloat16",
+        prompt_lengths=TWO_TOKENS_AT_LEAST,
+        together=False,
         outer={"vision_config": VISION},
         vision=True,
         ask=answers.about_pictures,
@@ -309,6 +321,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         | mrope(2, 1, 1, partial_rotary_factor=0.25)
         | {"intermediate_size": None, "num_experts": 8, "shared_expert_intermediate_size": 128},
         dtype="bfloat16",
+        prompt_lengths=TWO_TOKENS_AT_LEAST,
+        together=False,
         outer={"vision_config": VISION},
         vision=True,
         ask=answers.about_pictures,
@@ -325,6 +339,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_experts": 8,
             "shared_expert_intermediate_size": 128,
             "hc_lowrank": 64,
+            "output_gate_type": "silu",
             "indexer_n_heads": 4,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 128,
@@ -332,7 +347,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "indexer_compress_ratio": 4,
         },
         dtype="bfloat16",
-        outer={"vision_config": VISION},
+        outer={"vision_config": VISION | {"deepstack_visual_indexes": []}},
+        cpu_limit="Qwen4Exp QSA requires FlashAttention",
         vision=True,
         ask=answers.about_pictures,
     ),
@@ -345,8 +361,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3_vl_moe": Architecture(
         "Qwen3VLMoeForConditionalGeneration",
-        HEADS_OF_32 | EXPERTS | WITH_PICTURES | mrope(6, 5, 5) | {"num_experts": 8},
+        HEADS_OF_32 | EXPERTS | WITH_PICTURES | mrope(6, 5, 5) | {"num_experts": 8, "norm_topk_prob": True},
         outer={"vision_config": VISION | {"deepstack_visual_indexes": [0, 1]}},
+        layout=layouts.qwen3_vl_moe,
         vision=True,
         ask=answers.about_pictures,
     ),

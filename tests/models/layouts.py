@@ -122,3 +122,9 @@ def qwen2_reward(config: Config, weights: Weights) -> None:
         weights[f"{name}.weight"] = (torch.randn(shape, generator=generator) * 0.08).to(torch.bfloat16)
         weights[f"{name}.bias"] = torch.zeros(shape[0], dtype=torch.bfloat16)
     config["architectures"] = ["Qwen2ForRewardModel"]
+
+
+def qwen3_vl_moe(config: Config, weights: Weights) -> None:
+    """Qwen3-VL-MoE: the experts' matrices are published as (inputs, outputs)."""
+    for name in [name for name in weights if ".experts." in name]:
+        weights[name] = weights[name].transpose(1, 2).contiguous()

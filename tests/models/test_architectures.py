@@ -15,7 +15,7 @@ from tests.serve.process import ProcessError
 from tests.serve.servers import Server, spark_tp2, stock_tp1, stock_tp2
 
 from . import report
-from .answers import PROMPT_LENGTHS, Answers, generated_together
+from .answers import Answers, generated_together
 from .architectures import ARCHITECTURES, Architecture
 from .random_weights import make_checkpoint
 
@@ -38,21 +38,25 @@ def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path
         with stock_tp2(hosts, model, arguments) as server:
             expected = answers_that_repeat(server, architecture)
         with spark_tp2(hosts, model, arguments) as server:
-            assert answers_that_repeat(server, architecture) == expected
+            assert architecture.ask(server, architecture.prompt_lengths) == expected
+            assert_same_tokens_together(server, architecture, expected)
             result = f"{report.EQUAL}: {expected.counted}; {collectives(server)}, 0 fallbacks"
     report.record(name, architecture.model_class, architecture.dtype, result)
 
 
 def answers_that_repeat(server: Server, architecture: Architecture) -> Answers:
-    """The answers of a server, which it gives twice, and the same tokens when the prompts come together."""
-    given = architecture.ask(server)
-    assert architecture.ask(server) == given, "the server repeats itself"
-    if architecture.generates:
-        text = given.tokens[: len(PROMPT_LENGTHS)]
-        assert len({token for answer in text for token in answer}) > len(text), "the answers are not constant"
-        if architecture.together:
-            assert generated_together(server) == text
+    """The answers of a server, which gives them twice, and gives the same tokens to prompts that come together."""
+    given = architecture.ask(server, architecture.prompt_lengths)
+    assert architecture.ask(server, architecture.prompt_lengths) == given, "the server repeats itself"
+    assert_same_tokens_together(server, architecture, given)
     return given
+
+
+def assert_same_tokens_together(server: Server, architecture: Architecture, alone: Answers) -> None:
+    """All prompts in one request have the tokens of one after the other, if the architecture can."""
+    if architecture.generates and architecture.together:
+        lengths = architecture.prompt_lengths
+        assert generated_together(server, lengths) == alone.tokens[: len(lengths)]
 
 
 def assert_stock_ends_with(message: str, host: Host, model: Path, arguments: list[str]) -> None:
