@@ -61,9 +61,13 @@ IMPORTED = (
 READ_LATE = re.compile(
     r"_?(VLLM_?)?SPARK_|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
     r"|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$|FAILING_|DYING_|PYTEST_|TMPDIR$"
-    r"|VLLM_ENABLE_V1_MULTIPROCESSING$|VLLM_WORKER_MULTIPROC_METHOD$"
+    r"|VLLM_ENABLE_V1_MULTIPROCESSING$|VLLM_WORKER_MULTIPROC_METHOD$|VLLM_RPC_BASE_PATH$"
+    # Those that vLLM's platform for CPUs sets before it starts its engine. LD_PRELOAD names the libgomp that torch has
+    # loaded by then, NUMEXPR_MAX_THREADS is for a library that is not installed.
+    r"|LD_PRELOAD$|LOCAL_WORLD_SIZE$|NUMEXPR_MAX_THREADS$|TORCHINDUCTOR_CPP_DYNAMIC_THREADS$"
+    r"|VLLM_SSM_CONV_STATE_LAYOUT$|VLLM_DISABLE_SHARED_EXPERTS_STREAM$"
 )
-"""Matches variables that neither vLLM nor what it imports reads while it is imported."""
+"""Matches variables that neither vLLM nor what it imports reads while it is imported, or that `_apply` applies."""
 
 SPARE_TITLE = "spare process of tests.serve.fork_server"
 MESSAGE_BYTES = 1 << 20
@@ -256,9 +260,17 @@ def become(order: Order, descriptors: Sequence[int], imports: Imports) -> NoRetu
     if "PYTHONPATH" not in order.environment:  # this one's has the folder of the tests
         others = [folder for folder in sys.path if folder != _TESTS]
         sys.path[:] = [*others, _TESTS] if _installed_by_path() else others
+    _apply(os.environ)
     _fork_what_would_import_vllm(Spare(imports))
     _set_title(" ".join(order.argv))
     _end(_run(order.argv))
+
+
+def _apply(environment: Mapping[str, str]) -> None:
+    """Sets what torch has read from variables at its import, where they may be others now."""
+    inductor = sys.modules.get("torch._inductor.config")
+    if inductor is not None:
+        inductor.cpp.dynamic_threads = environment.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "0") == "1"
 
 
 def _installed_by_path() -> bool:

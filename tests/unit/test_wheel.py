@@ -37,7 +37,10 @@ def copy_sources(target: Path) -> None:
             shutil.copy2(ROOT / name, place, follow_symlinks=False)
 
 
-@pytest.fixture(scope="module", params=["built before", pytest.param("from source", marks=pytest.mark.thorough)])
+FROM_SOURCE = [pytest.param(way, marks=pytest.mark.thorough) for way in ("from source", "from an sdist")]
+
+
+@pytest.fixture(scope="module", params=["built before", *FROM_SOURCE])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this source tree, made as pip makes it; the native module is the one here, or compiled anew."""
     folder = tmp_path_factory.mktemp("wheel")
@@ -45,11 +48,21 @@ def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     copy_sources(source)
     if request.param == "built before":
         place_what_is_built(source)
+    if request.param == "from an sdist":
+        source = make_sdist(source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (made,) = folder.glob("*.whl")
     return made
+
+
+def make_sdist(source: Path) -> Path:
+    """The archive of sources that would be uploaded."""
+    backend = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", backend], cwd=source, capture_output=True, timeout=120, check=True)
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    return archive
 
 
 def place_what_is_built(source: Path) -> None:
@@ -92,6 +105,24 @@ def test_a_wheel_works_outside_the_source_tree(wheel: Path, tmp_path: Path) -> N
     assert Path(where).parent == tmp_path / "vllm_spark"
     assert version >= 2
     assert patches == sorted(path.stem.replace("_", "-") for path in (ROOT / "patches").glob("[a-z]*.py"))
+
+
+def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+
+    def files() -> set[Path]:
+        return {path for path in environment.rglob("*") if "__pycache__" not in path.parts}
+
+    def pip(*arguments: str) -> None:
+        command = [str(environment / "bin" / "python"), "-m", "pip", "--quiet", *arguments]
+        subprocess.run(command, check=True, timeout=120, capture_output=True)
+
+    before = files()
+    pip("install", "--no-deps", str(wheel))
+    assert (environment / "bin" / "vllm-spark") in files() - before
+    pip("uninstall", "--yes", "vllm-spark")
+    assert files() == before
 
 
 def test_a_program_beside_a_clone_finds_the_package(tmp_path: Path) -> None:
