@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from vllm_spark.models import tiny
 from vllm_spark.models.tiny import make_tiny_model
 
+from . import vision_files
+
 OWN_CONFIGURATION = '''
 from transformers import Qwen3MoeConfig
 
@@ -83,9 +85,7 @@ def make_vision_model(folder: Path) -> Path:
 
     make_tiny_model(folder, "dense")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
+    special = vision_files.add_special_tokens(tokenizer)
     for leftover in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / leftover).unlink()
     torch.manual_seed(11)
@@ -110,23 +110,15 @@ def make_vision_model(folder: Path) -> Path:
             "mlp_ratio": 2,
             "initializer_range": tiny.WEIGHT_SCALE,
         },
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        image_token_id=image,
-        video_token_id=video,
+        **special,
     )
     Qwen2VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
     pixels = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}
-    template = (
-        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
-        "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}assistant: "
-    )
     Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**pixels),
-        chat_template=template,
+        chat_template=vision_files.TEMPLATE,
     ).save_pretrained(folder)
     return folder
 

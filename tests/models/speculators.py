@@ -21,7 +21,8 @@ from vllm_spark.models import tiny
 from vllm_spark.models.tiny import make_tiny_model, make_tokenizer
 
 from . import checkpoints
-from .architectures import COMMON, SCALE, SEED, make_checkpoint
+from .architectures import ARCHITECTURES, COMMON
+from .random_weights import SEED, WEIGHT_SCALE, make_checkpoint
 
 CALM = 0.005
 """Factor of the weights with which a layer adds to its input."""
@@ -220,7 +221,7 @@ class MtpModel:
 
 
 def _of_architecture(name: str) -> Callable[[Path], Path]:
-    return lambda folder: make_checkpoint(folder, name)
+    return lambda folder: make_checkpoint(folder, ARCHITECTURES[name])
 
 
 def _make_ernie(folder: Path) -> None:
@@ -240,7 +241,7 @@ def _make_ernie(folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name:
-                parameter.normal_(std=SCALE)
+                parameter.normal_(std=WEIGHT_SCALE)
     model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
 

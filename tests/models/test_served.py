@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from tests.serve.hosts import Host, Hosts
 from tests.serve.servers import Server, spark_tp2, stock_tp1
 
 from . import checkpoints
+from .answers import COLOURS, picture_of
 
 ASKED = prompts.PROMPTS[:4]
 
@@ -38,7 +37,7 @@ def test_images(hosts: Hosts, host: Host, tmp_path: Path) -> None:
         assert set(server.metrics()["vllm_spark_fallbacks_total"].values()) == {0}
 
 
-def answers_about_images(server: Server, colours: Sequence[str] = ("red", "white", "navy")) -> list[str]:
+def answers_about_images(server: Server, colours: Sequence[str] = COLOURS) -> list[str]:
     """What a model says of pictures of one colour each, greedily."""
     answers = []
     for colour in colours:
@@ -54,12 +53,3 @@ def answers_about_images(server: Server, colours: Sequence[str] = ("red", "white
         )
         answers.append(str(chat.choices[0].message.content))
     return answers
-
-
-def picture_of(colour: str) -> str:
-    """A PNG of 42 x 42 pixels, in base64."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (42, 42), colour).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -18,6 +18,15 @@ def test_the_page_is_made_of_the_rows() -> None:
     assert report.PAGE.read_text(encoding="utf-8") == report.render(report.read_rows([report.ROWS]))
 
 
+def test_every_architecture_has_a_row_of_the_cpu_build() -> None:
+    from tests.models.architectures import ARCHITECTURES
+
+    rows = [row for row in report.read_rows([report.ROWS]) if row.where == report.CPU]
+    recorded = {(row.architecture, row.model_class, row.format) for row in rows if row.speculation == "-"}
+    expected = {(name, each.model_class, each.dtype) for name, each in ARCHITECTURES.items()}
+    assert expected <= recorded
+
+
 def test_a_row_is_recorded_with_the_version_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.jsonl"
     monkeypatch.setenv(report.VARIABLE, str(file))
