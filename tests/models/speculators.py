@@ -22,7 +22,7 @@ from vllm_spark.models.tiny import make_tiny_model, make_tokenizer
 
 from . import checkpoints
 from .architectures import ARCHITECTURES, COMMON
-from .random_weights import SEED, WEIGHT_SCALE, make_checkpoint
+from .random_weights import SEED, make_checkpoint
 
 CALM = 0.005
 """Factor of the weights with which a layer adds to its input."""
@@ -241,7 +241,7 @@ def _make_ernie(folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name:
-                parameter.normal_(std=WEIGHT_SCALE)
+                parameter.normal_(std=tiny.WEIGHT_SCALE)
     model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(folder)
 
