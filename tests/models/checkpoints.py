@@ -18,6 +18,7 @@ from vllm_spark.models import tiny
 from vllm_spark.models.tiny import make_tiny_model
 
 from . import vision_files
+from .environment import unchanged_environment
 
 OWN_CONFIGURATION = '''
 from transformers import Qwen3MoeConfig
@@ -129,6 +130,7 @@ def make_model_with_own_configuration(folder: Path, model: Path) -> Path:
     return folder
 
 
+@unchanged_environment()
 def make_vision_model(folder: Path) -> Path:
     """A Qwen2-VL of two layers, whose vision tower has two as well."""
     from transformers import (

@@ -36,27 +36,20 @@ def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path
         result = f"{report.STOCK_LIMIT}: `{architecture.cpu_limit}`"
     else:
         with stock_tp2(hosts, model, arguments) as server:
-            expected = answers_that_repeat(server, architecture)
+            expected = answers_of(server, architecture)
         with spark_tp2(hosts, model, arguments) as server:
-            assert architecture.ask(server, architecture.prompt_lengths) == expected
-            assert_same_tokens_together(server, architecture, expected)
+            assert answers_of(server, architecture) == expected
             result = f"{report.EQUAL}: {expected.counted}; {collectives(server)}, 0 fallbacks"
     report.record(name, architecture.model_class, architecture.dtype, result)
 
 
-def answers_that_repeat(server: Server, architecture: Architecture) -> Answers:
-    """The answers of a server, which gives them twice, and gives the same tokens to prompts that come together."""
-    given = architecture.ask(server, architecture.prompt_lengths)
-    assert architecture.ask(server, architecture.prompt_lengths) == given, "the server repeats itself"
-    assert_same_tokens_together(server, architecture, given)
-    return given
-
-
-def assert_same_tokens_together(server: Server, architecture: Architecture, alone: Answers) -> None:
-    """All prompts in one request have the tokens of one after the other, if the architecture can."""
+def answers_of(server: Server, architecture: Architecture) -> Answers:
+    """The answers to prompts that come one by one; those that come together have the same tokens, if stock's have."""
+    lengths = architecture.prompt_lengths
+    given = architecture.ask(server, lengths)
     if architecture.generates and architecture.together:
-        lengths = architecture.prompt_lengths
-        assert generated_together(server, lengths) == alone.tokens[: len(lengths)]
+        assert generated_together(server, lengths) == given.tokens[: len(lengths)]
+    return given
 
 
 def assert_stock_ends_with(message: str, host: Host, model: Path, arguments: list[str]) -> None:
