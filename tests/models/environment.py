@@ -1,7 +1,7 @@
 """Keeps the environment of the tests' process as it was.
 
-torch and cv2, which transformers imports, set variables there. Processes that are started later would have them, too, and
-no fork server suits those: each would import vLLM itself, which takes a core ten seconds.
+torch and cv2, which transformers imports, set variables there. Processes that are started later would have them, and no
+fork server would suit those: each would import vLLM itself, which takes a core ten seconds.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve.counters import settled
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
 from tests.serve.servers import Server, spark_tp2, stock_tp1, stock_tp2
@@ -63,7 +64,7 @@ def assert_stock_ends_with(message: str, host: Host, model: Path, arguments: lis
 
 def collectives(server: Server) -> str:
     """How many collectives the first rank had; no rank had one that used vLLM's own path."""
-    metrics = server.metrics()
+    metrics = settled(server)
     assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
     reduces, gathers = (int(metrics[f"vllm_spark_{kind}_total"]["0"]) for kind in ("all_reduces", "all_gathers"))
     assert reduces > 0
