@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from openai import OpenAIError
 
 from tests.serve.counters import settled
 from tests.serve.hosts import Host, Hosts
@@ -30,10 +31,9 @@ ALWAYS = frozenset({"llama"})
 def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = make_checkpoint(tmp_path / name, architecture)
-    # A repeated prompt would skip what is cached, and its steps would have other sizes and roundings.
-    arguments = ["--dtype", architecture.dtype, "--no-enable-prefix-caching", *architecture.arguments]
+    arguments = architecture.serve_arguments
     if architecture.cpu_limit:
-        assert_stock_ends_with(architecture.cpu_limit, host, model, arguments)
+        assert_stock_ends_with(architecture.cpu_limit, host, model, architecture)
         result = f"{report.STOCK_LIMIT}: `{architecture.cpu_limit}`"
     else:
         with stock_tp2(hosts, model, arguments) as server:
@@ -53,11 +53,14 @@ def answers_of(server: Server, architecture: Architecture) -> Answers:
     return given
 
 
-def assert_stock_ends_with(message: str, host: Host, model: Path, arguments: list[str]) -> None:
-    """Stock vLLM does not start, and prints this."""
+def assert_stock_ends_with(message: str, host: Host, model: Path, architecture: Architecture) -> None:
+    """Stock vLLM does not start, or its engine ends at the first prompt, and it prints this."""
     before = set(host.logs.iterdir())
-    with pytest.raises(ProcessError), stock_tp1(host, model, arguments):
-        pass
+    with (
+        pytest.raises((ProcessError, OpenAIError)),
+        stock_tp1(host, model, architecture.serve_arguments) as server,
+    ):
+        architecture.ask(server, architecture.prompt_lengths)
     (log,) = set(host.logs.iterdir()) - before
     assert message in log.read_text()
 
