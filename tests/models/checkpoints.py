@@ -1,8 +1,4 @@
-"""Tiny checkpoints beside those of `vllm_spark.models.tiny`: drafts, a vision-language model, a model with own code.
-
-Each has random weights from a fixed seed, so that a draft's guesses are hardly ever right: steps reject them, and what
-is answered must be as without them.
-"""
+"""Tiny checkpoints beside those of `vllm_spark.models.tiny`, with random weights from a fixed seed."""
 
 from __future__ import annotations
 
@@ -17,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from vllm_spark.models import tiny
 from vllm_spark.models.tiny import make_tiny_model
 
+from . import vision_files
+from .environment import unchanged_environment
+
 OWN_CONFIGURATION = '''
 from transformers import Qwen3MoeConfig
 
@@ -25,59 +24,6 @@ class OwnConfig(Qwen3MoeConfig):
 
     model_type = "own_moe"
 '''
-
-
-def make_eagle3_head(folder: Path, target: Path) -> Path:
-    """An EAGLE3 head for a model of `make_tiny_model`: one Llama layer, over three of the target's hidden states."""
-    folder.mkdir()
-    hidden, heads, width = tiny.HIDDEN, tiny.HEADS, tiny.INTERMEDIATE
-    generator = torch.Generator().manual_seed(3)
-    shapes = {
-        "fc.weight": (hidden, 3 * hidden),
-        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
-        "midlayer.self_attn.k_proj.weight": (hidden // 2, 2 * hidden),
-        "midlayer.self_attn.v_proj.weight": (hidden // 2, 2 * hidden),
-        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
-        "midlayer.mlp.gate_proj.weight": (width, hidden),
-        "midlayer.mlp.up_proj.weight": (width, hidden),
-        "midlayer.mlp.down_proj.weight": (hidden, width),
-        "lm_head.weight": (tiny.VOCABULARY, hidden),
-    }
-    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
-    weights = {name: torch.randn(shape, generator=generator) * tiny.WEIGHT_SCALE for name, shape in shapes.items()}
-    weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
-    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
-    weights["embed_tokens.weight"] = embedding.float()
-    _save(
-        folder,
-        weights,
-        {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            "vocab_size": tiny.VOCABULARY,
-            "draft_vocab_size": tiny.VOCABULARY,
-            "hidden_size": hidden,
-            "intermediate_size": width,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "head_dim": hidden // heads,
-            "max_position_embeddings": tiny.CONTEXT,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            # vLLM's own choice names one layer twice in a model of four.
-            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-        },
-    )
-    return folder
-
-
-def make_draft_model(folder: Path, target: Path) -> Path:
-    """A Qwen3 with the tokenizer of `target`, and other weights."""
-    make_tiny_model(folder, "dense", seed=7)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(target / name, folder / name)
-    return folder
 
 
 def make_model_with_mtp(folder: Path) -> Path:
@@ -127,6 +73,7 @@ def make_model_with_own_configuration(folder: Path, model: Path) -> Path:
     return folder
 
 
+@unchanged_environment()
 def make_vision_model(folder: Path) -> Path:
     """A Qwen2-VL of two layers, whose vision tower has two as well."""
     from transformers import (
@@ -140,9 +87,7 @@ def make_vision_model(folder: Path) -> Path:
 
     make_tiny_model(folder, "dense")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in special)
+    special = vision_files.add_special_tokens(tokenizer)
     for leftover in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / leftover).unlink()
     torch.manual_seed(11)
@@ -167,23 +112,15 @@ def make_vision_model(folder: Path) -> Path:
             "mlp_ratio": 2,
             "initializer_range": tiny.WEIGHT_SCALE,
         },
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        image_token_id=image,
-        video_token_id=video,
+        **special,
     )
     Qwen2VLForConditionalGeneration(config).to(torch.float32).save_pretrained(folder)
     pixels = {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}
-    template = (
-        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
-        "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}assistant: "
-    )
     Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**pixels),
-        chat_template=template,
+        chat_template=vision_files.TEMPLATE,
     ).save_pretrained(folder)
     return folder
 

@@ -168,6 +168,14 @@ MISTAKES = {
     "no-model": Mistake(["there is no folder /nowhere/model"], model="/nowhere/model"),
     "empty-folder": Mistake(["/empty"], model="empty"),
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
+    "no-draft": Mistake(
+        ["there is no folder /nowhere/draft"],
+        ["--speculative-config", json.dumps({"model": "/nowhere/draft", "num_speculative_tokens": 1})],
+    ),
+    "no-mtp": Mistake(
+        ["--speculative-config is invalid", "'mtp'"],
+        ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1})],
+    ),
     "absent-file": Mistake(["cannot be read", "No such file"], file_name="absent.yaml"),
     "broken-file": Mistake(["is not valid YAML", "line"], file_name="broken.yaml", file=b"spark: [a"),
     "list-in-file": Mistake(["has no options"], file_name="list.yaml", file=b"- spark"),
