@@ -203,6 +203,7 @@ class MtpModel:
         dtype: of the weights while they are served.
         drafted: tokens to draft, by so many runs of these layers.
         arguments: further ones of `vllm serve`.
+        several_tokens: whether stock vLLM's CPU build ends at a prompt of one token.
     """
 
     model_class: str
@@ -218,6 +219,7 @@ class MtpModel:
     dtype: str = "float32"
     drafted: int = 1
     arguments: tuple[str, ...] = ()
+    several_tokens: bool = False
 
 
 def _of_architecture(name: str) -> Callable[[Path], Path]:
@@ -318,6 +320,7 @@ MTP_MODELS = {
         arguments=_NO_PREFIX_CACHE,
         text_config=True,
         dtype="bfloat16",
+        several_tokens=True,
     ),
 }
 
