@@ -14,6 +14,7 @@ from vllm_spark.models import tiny
 from vllm_spark.models.tiny import make_tiny_model
 
 from . import vision_files
+from .environment import unchanged_environment
 
 OWN_CONFIGURATION = '''
 from transformers import Qwen3MoeConfig
@@ -72,6 +73,7 @@ def make_model_with_own_configuration(folder: Path, model: Path) -> Path:
     return folder
 
 
+@unchanged_environment()
 def make_vision_model(folder: Path) -> Path:
     """A Qwen2-VL of two layers, whose vision tower has two as well."""
     from transformers import (

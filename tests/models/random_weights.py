@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from vllm_spark.models.tiny import WEIGHT_SCALE, make_tokenizer
 
 from .architectures import COMMON, Architecture
+from .environment import unchanged_environment
 from .vision_files import write_qwen3_vl_processor
 
 SEED = 20
 WEIGHTS = "model.safetensors"
 
 
+@unchanged_environment()
 def make_checkpoint(folder: Path, architecture: Architecture) -> Path:
     """Writes a tiny model in bfloat16 into the new folder, and returns that."""
     folder.mkdir(parents=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from openai import OpenAIError
 
+from tests.serve.counters import settled
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
 from tests.serve.servers import Server, spark_tp2, stock_tp1, stock_tp2
@@ -29,48 +31,43 @@ ALWAYS = frozenset({"llama"})
 def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = make_checkpoint(tmp_path / name, architecture)
-    # A repeated prompt would skip what is cached, and its steps would have other sizes and roundings.
-    arguments = ["--dtype", architecture.dtype, "--no-enable-prefix-caching", *architecture.arguments]
+    arguments = architecture.serve_arguments
     if architecture.cpu_limit:
-        assert_stock_ends_with(architecture.cpu_limit, host, model, arguments)
+        assert_stock_ends_with(architecture.cpu_limit, host, model, architecture)
         result = f"{report.STOCK_LIMIT}: `{architecture.cpu_limit}`"
     else:
         with stock_tp2(hosts, model, arguments) as server:
-            expected = answers_that_repeat(server, architecture)
+            expected = answers_of(server, architecture)
         with spark_tp2(hosts, model, arguments) as server:
-            assert architecture.ask(server, architecture.prompt_lengths) == expected
-            assert_same_tokens_together(server, architecture, expected)
+            assert answers_of(server, architecture) == expected
             result = f"{report.EQUAL}: {expected.counted}; {collectives(server)}, 0 fallbacks"
     report.record(name, architecture.model_class, architecture.dtype, result)
 
 
-def answers_that_repeat(server: Server, architecture: Architecture) -> Answers:
-    """The answers of a server, which gives them twice, and gives the same tokens to prompts that come together."""
-    given = architecture.ask(server, architecture.prompt_lengths)
-    assert architecture.ask(server, architecture.prompt_lengths) == given, "the server repeats itself"
-    assert_same_tokens_together(server, architecture, given)
+def answers_of(server: Server, architecture: Architecture) -> Answers:
+    """The answers to prompts that come one by one; those that come together have the same tokens, if stock's have."""
+    lengths = architecture.prompt_lengths
+    given = architecture.ask(server, lengths)
+    if architecture.generates and architecture.together:
+        assert generated_together(server, lengths) == given.tokens[: len(lengths)]
     return given
 
 
-def assert_same_tokens_together(server: Server, architecture: Architecture, alone: Answers) -> None:
-    """All prompts in one request have the tokens of one after the other, if the architecture can."""
-    if architecture.generates and architecture.together:
-        lengths = architecture.prompt_lengths
-        assert generated_together(server, lengths) == alone.tokens[: len(lengths)]
-
-
-def assert_stock_ends_with(message: str, host: Host, model: Path, arguments: list[str]) -> None:
-    """Stock vLLM does not start, and prints this."""
+def assert_stock_ends_with(message: str, host: Host, model: Path, architecture: Architecture) -> None:
+    """Stock vLLM does not start, or its engine ends at the first prompt, and it prints this."""
     before = set(host.logs.iterdir())
-    with pytest.raises(ProcessError), stock_tp1(host, model, arguments):
-        pass
+    with (
+        pytest.raises((ProcessError, OpenAIError)),
+        stock_tp1(host, model, architecture.serve_arguments) as server,
+    ):
+        architecture.ask(server, architecture.prompt_lengths)
     (log,) = set(host.logs.iterdir()) - before
     assert message in log.read_text()
 
 
 def collectives(server: Server) -> str:
     """How many collectives the first rank had; no rank had one that used vLLM's own path."""
-    metrics = server.metrics()
+    metrics = settled(server)
     assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
     reduces, gathers = (int(metrics[f"vllm_spark_{kind}_total"]["0"]) for kind in ("all_reduces", "all_gathers"))
     assert reduces > 0

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from . import prompts
+from .counters import settled
 from .hosts import Host, Hosts
 from .process import assert_all_gone
 from .servers import Server, spark_tp2, stock_tp1, stock_tp2
 
 LAYERS = 4
 ALL_REDUCES_PER_FORWARD = 1 + 2 * LAYERS  # the embedding; after attention and after the experts of each layer
-SETTLE_SECONDS = 30.0
-QUIET_SECONDS = 2.5
-
-
-def settled(server: Server) -> dict[str, dict[str, float]]:
-    """The counters of an idle pair: the same steps on both ranks, and no change for longer than a heartbeat.
-
-    Each rank's counters are published with its own heartbeat, once a second: equal ones alone may be equally old.
-    """
-    seen: list[tuple[float, dict[str, dict[str, float]]]] = []
-
-    def look() -> dict[str, dict[str, float]] | None:
-        now, values = time.monotonic(), server.metrics()
-        if seen and values["vllm_spark_steps_total"] != seen[-1][1]["vllm_spark_steps_total"]:
-            seen.clear()
-        seen.append((now, values))
-        steps = values["vllm_spark_steps_total"]
-        return values if steps["0"] == steps["1"] and now - seen[0][0] > QUIET_SECONDS else None
-
-    return server.leader.wait_until(look, SETTLE_SECONDS, "settled its counters")
 
 
 @pytest.mark.parametrize("concurrency", [1, 16])
