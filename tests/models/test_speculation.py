@@ -17,6 +17,7 @@ import pytest
 from openai import APIError, OpenAI
 
 from tests.serve import prompts
+from tests.serve.counters import settled
 from tests.serve.development import DEVELOPMENT, EXTENSION, call
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
@@ -130,7 +131,7 @@ def measured(server: Server, asked: Sequence[str] = ASKED) -> Measured:
 
 def collectives(server: Server) -> str:
     """How many collectives the first rank had; no rank had one that used vLLM's own path."""
-    metrics = server.metrics()
+    metrics = settled(server)
     assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
     reduces, gathers = (int(metrics[f"vllm_spark_{kind}_total"]["0"]) for kind in ("all_reduces", "all_gathers"))
     assert min(reduces, gathers) > 0
