@@ -71,7 +71,6 @@ lint: $(STAMPS)/project ## Check format, style and types, all of them; changes n
 	check $(BIN)/ruff check $(PYTHON_FILES); \
 	check $(BIN)/ruff format --check $(PYTHON_FILES); \
 	check $(BIN)/mypy --strict; \
-	check $(BIN)/mypy --strict tools/install_vllm_cpu.py; \
 	$(if $(CPP_FILES),check $(BIN)/clang-format --dry-run --Werror $(CPP_FILES);) \
 	exit $$failed
 

@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_spark.bench.statistics import Samples, machine, ratios, summary
 
 SIZES = (4 << 10, 64 << 10, 1 << 20)  # bytes
 PAUSES = (0.0, 20e-6, 200e-6, 5e-3)  # seconds of quiet before a single all-reduce
-CANDIDATES = ("direct", "proxied", "gloo")
+Candidate = Literal["direct", "proxied", "gloo"]
+CANDIDATES: tuple[Candidate, ...] = ("direct", "proxied", "gloo")
 WARM_UP = 50
 
 
-def run_rank(rank: int, candidate: str, port: int, calls: int, exchange: Connection, results: Connection) -> None:
+def run_rank(rank: int, candidate: Candidate, port: int, calls: int, exchange: Connection, results: Connection) -> None:
     """One rank's process: measures every size, then every pause; rank 0 reports microseconds."""
     import torch
 
@@ -56,7 +57,7 @@ def _timed(all_reduce: Callable[[Any], Any], tensor: Any) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def _ours(rank: int, mode: str, exchange: Connection) -> Callable[[Any], Any]:
+def _ours(rank: int, mode: Literal["direct", "proxied"], exchange: Connection) -> Callable[[Any], Any]:
     from vllm_spark.collective import Runtime, RuntimeOptions
 
     def swap(mine: bytes) -> bytes:
@@ -70,10 +71,11 @@ def _gloo(rank: int, port: int) -> Callable[[Any], Any]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    return dist.all_reduce
+    all_reduce: Callable[[Any], Any] = dist.all_reduce
+    return all_reduce
 
 
-def run_pair(candidate: str, calls: int) -> dict[str, Samples]:
+def run_pair(candidate: Candidate, calls: int) -> dict[str, Samples]:
     """Runs both ranks of one candidate and returns rank 0's samples."""
     context = multiprocessing.get_context("spawn")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -104,7 +106,7 @@ def main() -> None:
     from rich.progress import track
     from rich.table import Table
 
-    rounds: dict[str, list[dict[str, Samples]]] = {name: [] for name in CANDIDATES}
+    rounds: dict[Candidate, list[dict[str, Samples]]] = {name: [] for name in CANDIDATES}
     for name in track(list(CANDIDATES) * args.rounds, "measuring", transient=True):
         rounds[name].append(run_pair(name, args.calls))
     where = machine(f"torch {torch.__version__}")

@@ -37,7 +37,7 @@ def hub_of(repositories: Mapping[str, Path], address: str = "127.0.0.1") -> Iter
     """Serves each folder as the repository of that name until the context is left."""
     server = ThreadingHTTPServer((address, 0), BaseHTTPRequestHandler)
     hub = Hub(f"http://{address}:{server.server_address[1]}")
-    server.RequestHandlerClass = partial(_Handler, dict(repositories), hub)  # type: ignore[assignment]
+    server.RequestHandlerClass = partial(_Handler, dict(repositories), hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair
-from vllm_spark.collective import RuntimeOptions
+from vllm_spark.collective import LoopbackMode, RuntimeOptions
 
 KIB = 1 << 10
+MODES: tuple[LoopbackMode, ...] = ("direct", "proxied")
 TIMEOUT = 100.0  # seconds: under a tool a kernel takes long
 SIZES = (5, 2048, 40_001, 200_000)  # elements: one packet, a decode step's, several messages with a broken end
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,13 +50,15 @@ def main() -> int:
     # Before CUDA starts: see GpuPair. With kernels loaded at their first use 2 of 7 runs under racecheck hung.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     wrong = 0
-    for mode in ({}, {"loopback_mode": "proxied"}):
+    for mode in MODES:
         for packet_bytes in (None, 0):
-            options = RuntimeOptions(timeout_s=TIMEOUT, depth=2, slot_bytes=64 * KIB, packet_bytes=packet_bytes, **mode)
+            options = RuntimeOptions(
+                loopback_mode=mode, timeout_s=TIMEOUT, depth=2, slot_bytes=64 * KIB, packet_bytes=packet_bytes
+            )
             pair = GpuPair((options, options))
-            found = pair.run(lambda rank, pair=pair: wrong_results(pair, rank))
+            found = pair.run(partial(wrong_results, pair))
             pair.close()
-            print(f"{mode or 'direct'}, packets up to {packet_bytes}: {found} wrong results", flush=True)
+            print(f"{mode}, packets up to {packet_bytes}: {found} wrong results", flush=True)
             wrong += sum(found)
     return int(wrong > 0)
 

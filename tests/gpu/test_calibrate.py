@@ -18,6 +18,7 @@ def test_calibrate(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["bench", "calibrate", *arguments]) == 0
     table = load_launch_table(file)
     assert table.gpu == torch.cuda.get_device_name()
+    assert table.packet_kib is not None
     assert table.packet_kib >= 2, "packets are made for small messages"
     printed = capsys.readouterr().out
     for parameter in ("packet_threads", "dependent_launch", "payload_blocks", "payload_bytes_per_block", "way"):

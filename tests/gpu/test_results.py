@@ -22,6 +22,11 @@ MODES = [
     pytest.param({"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0}, id="modelled wire"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transposed": lambda x: x.t(),
+    "columns": lambda x: x[:, 3:],
+    "misaligned": lambda x: x.view(-1)[1:],
+}
 MakePair = Callable[..., GpuPair]
 
 
@@ -41,6 +46,13 @@ def expected_sum(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> t
 def all_reduced(pair: GpuPair, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
     def body(rank: int) -> torch.Tensor:
         return pair.runtimes[rank].all_reduce(values(rank, shape, dtype, seed).cuda())
+
+    return [result.cpu() for result in pair.run(body)]
+
+
+def all_gathered(pair: GpuPair, shape: tuple[int, ...], dtype: torch.dtype, dim: int) -> list[torch.Tensor]:
+    def body(rank: int) -> torch.Tensor:
+        return pair.runtimes[rank].all_gather(values(rank, shape, dtype).cuda(), dim)
 
     return [result.cpu() for result in pair.run(body)]
 
@@ -102,10 +114,8 @@ def test_all_gather(make_pair: MakePair, mode: dict[str, Any], shape: tuple[int,
     pair = make_pair(**mode)
     for dtype in (torch.bfloat16, torch.int64, torch.uint8):
         expected = torch.cat([values(rank, shape, dtype) for rank in (0, 1)], dim)
-        for result in pair.run(
-            lambda rank, t=dtype: pair.runtimes[rank].all_gather(values(rank, shape, t).cuda(), dim)
-        ):
-            assert torch.equal(result.cpu(), expected)
+        for result in all_gathered(pair, shape, dtype, dim):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -142,13 +152,15 @@ def test_output_that_overlaps_its_input(make_pair: MakePair) -> None:
         assert torch.equal(result, expected_sum((100,), torch.bfloat16))
 
 
-def test_inputs_that_are_strided_or_misaligned(make_pair: MakePair) -> None:
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_inputs_that_are_strided_or_misaligned(
+    make_pair: MakePair, cut: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     pair = make_pair()
-    for cut in (lambda x: x.t(), lambda x: x[:, 3:], lambda x: x.view(-1)[1:]):
-        whole = [values(rank, (64, 96), torch.float16) for rank in (0, 1)]
-        expected = (cut(whole[0]).float() + cut(whole[1]).float()).half()
-        for result in pair.run(lambda rank, c=cut, w=whole: pair.runtimes[rank].all_reduce(c(w[rank].cuda()))):
-            assert torch.equal(result.cpu(), expected)
+    whole = [values(rank, (64, 96), torch.float16) for rank in (0, 1)]
+    expected = (cut(whole[0]).float() + cut(whole[1]).float()).half()
+    for result in pair.run(lambda rank: pair.runtimes[rank].all_reduce(cut(whole[rank].cuda()))):
+        assert torch.equal(result.cpu(), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -129,7 +129,7 @@ def _chat_about(server: Server, colour: str) -> tuple[list[int], list[float]]:
     picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture_of(colour)}"}}
     chat = server.client.chat.completions.create(
         model=_model(server),
-        messages=[{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}],  # type: ignore[list-item]
+        messages=[{"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]}],  # type: ignore[list-item, misc]
         temperature=0,
         max_tokens=ANSWER_TOKENS,
         logprobs=True,

@@ -1,8 +1,4 @@
-"""Tiny checkpoints beside those of `vllm_spark.models.tiny`: drafts, a vision-language model, a model with own code.
-
-Each has random weights from a fixed seed, so that a draft's guesses are hardly ever right: steps reject them, and what
-is answered must be as without them.
-"""
+"""Tiny checkpoints beside those of `vllm_spark.models.tiny`, with random weights from a fixed seed."""
 
 from __future__ import annotations
 
@@ -28,59 +24,6 @@ class OwnConfig(Qwen3MoeConfig):
 
     model_type = "own_moe"
 '''
-
-
-def make_eagle3_head(folder: Path, target: Path) -> Path:
-    """An EAGLE3 head for a model of `make_tiny_model`: one Llama layer, over three of the target's hidden states."""
-    folder.mkdir()
-    hidden, heads, width = tiny.HIDDEN, tiny.HEADS, tiny.INTERMEDIATE
-    generator = torch.Generator().manual_seed(3)
-    shapes = {
-        "fc.weight": (hidden, 3 * hidden),
-        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
-        "midlayer.self_attn.k_proj.weight": (hidden // 2, 2 * hidden),
-        "midlayer.self_attn.v_proj.weight": (hidden // 2, 2 * hidden),
-        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
-        "midlayer.mlp.gate_proj.weight": (width, hidden),
-        "midlayer.mlp.up_proj.weight": (width, hidden),
-        "midlayer.mlp.down_proj.weight": (hidden, width),
-        "lm_head.weight": (tiny.VOCABULARY, hidden),
-    }
-    norms = ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm")
-    weights = {name: torch.randn(shape, generator=generator) * tiny.WEIGHT_SCALE for name, shape in shapes.items()}
-    weights |= {f"{name}.weight": torch.ones(hidden) for name in norms}
-    embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
-    weights["embed_tokens.weight"] = embedding.float()
-    _save(
-        folder,
-        weights,
-        {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            "vocab_size": tiny.VOCABULARY,
-            "draft_vocab_size": tiny.VOCABULARY,
-            "hidden_size": hidden,
-            "intermediate_size": width,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads // 2,
-            "head_dim": hidden // heads,
-            "max_position_embeddings": tiny.CONTEXT,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
-            # vLLM's own choice names one layer twice in a model of four.
-            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
-        },
-    )
-    return folder
-
-
-def make_draft_model(folder: Path, target: Path) -> Path:
-    """A Qwen3 with the tokenizer of `target`, and other weights."""
-    make_tiny_model(folder, "dense", seed=7)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(target / name, folder / name)
-    return folder
 
 
 def make_model_with_mtp(folder: Path) -> Path:

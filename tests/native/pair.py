@@ -45,7 +45,7 @@ class Pipe:
 Body = Callable[..., Any]
 
 
-def connect(rank: int, exchange: Pipe, **options: Any) -> Runtime:
+def connect(rank: int, exchange: Callable[[bytes], bytes], **options: Any) -> Runtime:
     """A connected runtime with a time-out of 30 s, if not said otherwise."""
     return Runtime.connect(
         rank, 2, exchange, RuntimeOptions(**{"timeout_s": 30.0, **options}), description=f"test rank {rank}"

@@ -385,14 +385,14 @@ def wrong_memory(rank: int, exchange: Pipe) -> None:
         message["nonce"][0] = hex(int(message["nonce"][0], 16) ^ 1)
         return json.dumps(message).encode()
 
-    connect(rank, tamper)  # type: ignore[arg-type]
+    connect(rank, tamper)
 
 
 def other_machine(rank: int, exchange: Pipe) -> None:
     def tamper(mine: bytes) -> bytes:
         return exchange(mine).replace(b'"boot":"', b'"boot":"another-')
 
-    connect(rank, tamper)  # type: ignore[arg-type]
+    connect(rank, tamper)
 
 
 def test_memory_that_is_not_the_peers_is_refused() -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +49,15 @@ class Course:
         return 2 * (2 + math.log2(self.report["seconds"] + 1))
 
 
-def run(programs: Programs, *arguments: object, flags: tuple[str, ...] = CHECKED, **faults: str) -> Course:
-    done = start(programs, *arguments, flags=flags, **{"FAULTY_DEVICE": "memory1", **faults})
+def run(programs: Programs, *arguments: object, faults: Mapping[str, str], flags: tuple[str, ...] = CHECKED) -> Course:
+    done = start(programs, *arguments, faults={"FAULTY_DEVICE": "memory1", **faults}, flags=flags)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     print(done.stdout, done.stderr)
     return Course(json.loads(done.stdout), done.stderr)
 
 
 def start(
-    programs: Programs, *arguments: object, flags: tuple[str, ...] = CHECKED, **faults: str
+    programs: Programs, *arguments: object, faults: Mapping[str, str], flags: tuple[str, ...] = CHECKED
 ) -> subprocess.CompletedProcess[str]:
     program = programs.link("faulty_rail.cpp", *flags)
     return subprocess.run(
@@ -89,7 +90,7 @@ A_BUSY_MACHINE = 2
     ],
 )
 def test_a_rail_that_connects_and_loses_data_is_never_used(fault: str, programs: Programs) -> None:
-    course = run(programs, SECONDS, **FAULTS[fault])
+    course = run(programs, SECONDS, faults=FAULTS[fault])
     assert course.report["errors"] == ["", ""]
     for rank in course.ranks:
         assert rank["posts"][FAULTY] == 0, "no data before a full-size message was acknowledged, at both ends"
@@ -106,7 +107,7 @@ def test_a_rail_that_connects_and_loses_data_is_never_used(fault: str, programs:
 
 def test_a_rail_that_fails_soon_after_it_came_up_is_held_down(programs: Programs) -> None:
     """It passes the proof, takes messages and loses one: each time, but ever more seldom."""
-    course = run(programs, SECONDS, **FAILS_SOON)
+    course = run(programs, SECONDS, faults=FAILS_SOON)
     assert course.report["errors"] == ["", ""]
     for rank in course.ranks:
         assert 0 < rank["posts"][FAULTY] <= 50 * course.most_connections
@@ -119,7 +120,7 @@ def test_a_rail_that_fails_soon_after_it_came_up_is_held_down(programs: Programs
 
 
 def test_a_rail_that_heals_is_used_again(programs: Programs) -> None:
-    course = run(programs, 12.0, 2.5, LOSE_OVER="-1")
+    course = run(programs, 12.0, 2.5, faults={"LOSE_OVER": "-1"})
     assert course.report["errors"] == ["", ""]
     for rank in course.ranks:
         assert rank["rails_up"] == 2
@@ -131,7 +132,7 @@ def test_a_rail_that_heals_is_used_again(programs: Programs) -> None:
 
 @pytest.mark.parametrize("fault", ["carries nothing", "drops large packets"])
 def test_a_link_of_which_no_rail_carries_data_is_given_up_by_name(fault: str, programs: Programs) -> None:
-    course = run(programs, SECONDS, 1000, 3, FAULTY_DEVICE="both", **FAULTS[fault])
+    course = run(programs, SECONDS, 1000, 3, faults={"FAULTY_DEVICE": "both", **FAULTS[fault]})
     peers = ("rank 1 on right", "rank 0 on left")
     for error in course.report["errors"]:
         rank = 0 if "rank 0 has no link" in error else 1  # the other one, if it was first and told this one
@@ -143,7 +144,7 @@ def test_a_link_of_which_no_rail_carries_data_is_given_up_by_name(fault: str, pr
 
 
 def test_of_four_lost_rails_each_is_named_and_the_remedy_too(programs: Programs) -> None:
-    course = run(programs, SECONDS, 1000, 3, 4, FAULTY_DEVICE="both", LOSE_OVER="-1")
+    course = run(programs, SECONDS, 1000, 3, 4, faults={"FAULTY_DEVICE": "both", "LOSE_OVER": "-1"})
     for error in course.report["errors"]:
         for rail in range(4):
             assert re.search(rf"rail {rail} \(memory{rail % 2}\): {PROBLEM}", error), error
@@ -154,7 +155,7 @@ REFUSAL = "cannot be connected: the RDMA device memory1 cannot reach the peer (C
 
 
 def test_a_rail_that_cannot_be_connected_does_not_end_the_start(programs: Programs) -> None:
-    course = run(programs, SECONDS, REFUSE_CONNECT="memory1")
+    course = run(programs, SECONDS, faults={"REFUSE_CONNECT": "memory1"})
     assert course.report["errors"] == ["", ""]
     for rank in course.ranks:
         assert (rank["posts"][FAULTY], rank["rails_up"], rank["reposts"]) == (0, 1, 0)
@@ -167,7 +168,7 @@ def test_a_rail_that_cannot_be_connected_does_not_end_the_start(programs: Progra
 
 
 def test_a_rail_that_can_be_connected_again_is_used(programs: Programs) -> None:
-    course = run(programs, 8.0, 2.0, REFUSE_CONNECT="memory1")
+    course = run(programs, 8.0, 2.0, faults={"REFUSE_CONNECT": "memory1"})
     assert course.report["errors"] == ["", ""]
     for rank in course.ranks:
         assert rank["rails_up"] == 2
@@ -176,7 +177,7 @@ def test_a_rail_that_can_be_connected_again_is_used(programs: Programs) -> None:
 
 
 def test_a_start_without_any_rail_ends_in_a_sentence(programs: Programs) -> None:
-    done = start(programs, SECONDS, REFUSE_CONNECT="both")
+    done = start(programs, SECONDS, faults={"REFUSE_CONNECT": "both"})
     assert done.returncode == 3, (done.returncode, done.stderr)
     device = "the RDMA device memory{0} cannot reach the peer (Connection timed out)"
     assert done.stdout.startswith("rank 0 has no link to rank 1 on right: no rail can be connected (rail 0 (memory0): ")
@@ -192,6 +193,6 @@ def test_a_start_without_any_rail_ends_in_a_sentence(programs: Programs) -> None
 )
 def test_a_faulty_rail_under_thread_sanitizer(fault: dict[str, str], programs: Programs) -> None:
     """All others of this file run under the address and undefined-behaviour sanitizers."""
-    course = run(programs, 4.0, flags=SANITIZERS["thread"], **fault)
+    course = run(programs, 4.0, faults=fault, flags=SANITIZERS["thread"])
     assert course.report["errors"] == ["", ""]
     assert course.report["connections"]["memory1"] <= course.most_connections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,6 +110,7 @@ def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
     )
     native = _native.Runtime(options)
     process, descriptor, *nonce = native.address()
+    theirs: tuple[int, int, int, int]
     theirs = struct.unpack("<QQQQ", exchange(struct.pack("<QQQQ", process, descriptor, *nonce)))
     native.connect(*theirs, "the other")
     exchange(b"connected")
@@ -164,10 +166,18 @@ def test_all_gather_along_any_dimension(mode: str) -> None:
     values(gathers, MODES[mode])
 
 
+VIEWS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda t: t.t(),
+    lambda t: t[::2, 1::3],
+    lambda t: t[3:4].expand(5, 20),
+    lambda t: t[1:, 1:],
+)
+
+
 def odd_tensors(rank: int, exchange: Pipe) -> None:
     with connect(rank, exchange) as runtime:
         base = [torch.arange(400.0).reshape(20, 20) * (number + 1) for number in range(2)]
-        for view in (lambda t: t.t(), lambda t: t[::2, 1::3], lambda t: t[3:4].expand(5, 20), lambda t: t[1:, 1:]):
+        for view in VIEWS:
             both = [view(tensor) for tensor in base]
             assert torch.equal(runtime.all_reduce(both[rank]), both[0] + both[1])
             assert torch.equal(runtime.all_gather(both[rank], 0), torch.cat(both, 0))

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from ipaddress import ip_address
+from typing import Any
 
 from pyverbs_peer import Device, Identity, QueuePair, Region
 
@@ -51,7 +52,7 @@ def wait_until_written(region: Region) -> None:
 
 def meet(own: str, other: str) -> socket.socket:
     """A TCP connection to the other end."""
-    if ip_address(own) < ip_address(other):
+    if int(ip_address(own)) < int(ip_address(other)):
         with socket.create_server((own, EXCHANGE_PORT)) as listener:
             listener.settimeout(BOUND)
             channel, _ = listener.accept()
@@ -69,7 +70,7 @@ def meet(own: str, other: str) -> socket.socket:
     return channel
 
 
-def swap(channel: socket.socket, mine: object) -> dict[str, object]:
+def swap(channel: socket.socket, mine: object) -> Any:
     """Sends a value and returns the other end's."""
     channel.sendall(json.dumps(mine).encode() + b"\n")
     received = b""

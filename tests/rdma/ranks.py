@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from .machines import Command, Pair
 
@@ -13,12 +13,25 @@ BOUND = 300.0
 PORT = 29700
 
 
+class Report(TypedDict, total=False):
+    """The JSON object that a rank prints last; `error` only if there was one, the rest always."""
+
+    rank: int
+    error: str
+    operations: int
+    digest: str
+    seconds: float
+    longest: float
+    stalls: int
+    counters: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank reported: the JSON object on its last line."""
+    """What a rank reported: empty if it was ended before it printed its report."""
 
     exit_code: int
-    report: dict[str, Any]
+    report: Report
     output: str
 
     @property

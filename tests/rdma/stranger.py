@@ -15,8 +15,10 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import IPv6Address
+from typing import TypedDict
 
 from pyverbs_peer import Device, Identity, PeerError, QueuePair, Region
 
@@ -28,6 +30,33 @@ STATE_HEAD, REASON, MAX_RAILS = struct.Struct("<QII"), 2048, 4
 OFFERED, READY, PROVEN = 1, 2, 4
 PAGE, PIECES, FLAG = 4096, 64, 128
 ALL_REDUCE, FLOAT32 = 1, 1
+
+
+class Address(TypedDict):
+    """An address of a port, as the exchange has it."""
+
+    gid: str
+    network: str
+
+
+class Port(TypedDict):
+    """An RDMA port, as the exchange has it."""
+
+    device: str
+    number: int
+    mtu: int
+    addresses: list[Address]
+
+
+class Message(TypedDict, total=False):
+    """What is read and written here of the messages of the exchange; each has some of these fields."""
+
+    rank: int
+    description: str
+    agreement: dict[str, str]
+    ports: list[Port]
+    offer: str
+    problem: str
 
 
 def checksum(data: bytes) -> int:
@@ -65,10 +94,11 @@ class Channel:
             if kind == wanted:
                 return payload
 
-    def exchange(self) -> dict[str, object]:
-        return json.loads(self.receive(EXCHANGE))
+    def exchange(self) -> Message:
+        message: Message = json.loads(self.receive(EXCHANGE))
+        return message
 
-    def answer(self, message: dict[str, object]) -> None:
+    def answer(self, message: Message) -> None:
         self.send(EXCHANGE, json.dumps(message).encode())
 
     def _read(self, length: int) -> bytes:
@@ -117,8 +147,11 @@ class Stranger:
         channel.answer({**terms, "rank": 1, "description": "a stranger"})
         self.layout = Layout(self._agreement)
         ports = channel.exchange()["ports"]
-        address = {"gid": base64.b64encode(self._gid()).decode(), "network": ports[0]["addresses"][0]["network"]}
-        port = {"device": device.name, "number": 1, "mtu": 4096, "addresses": [address]}
+        address: Address = {
+            "gid": base64.b64encode(self._gid()).decode(),
+            "network": ports[0]["addresses"][0]["network"],
+        }
+        port: Port = {"device": device.name, "number": 1, "mtu": 4096, "addresses": [address]}
         channel.answer({"ports": [port], "problem": ""})
         # What is received at the start, what is sent behind it.
         self._region = Region(device, 2 * self.layout.total)
@@ -214,7 +247,7 @@ class Stranger:
         self._pair.write(self._region, len(data), offset=at, remote_offset=place)
         self._pair.wait(BOUND)
 
-    def _wait(self, arrived) -> None:
+    def _wait(self, arrived: Callable[[], bool]) -> None:
         deadline = time.monotonic() + BOUND
         while not arrived():
             if time.monotonic() > deadline:

@@ -18,6 +18,7 @@ output and for the exit code, and gets the process id. The server ends when the 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -39,6 +40,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -57,6 +59,22 @@ IMPORTED = (
     "vllm.model_executor.models.qwen3",
 )
 """What servers of the tests import before they do anything else."""
+
+IMPORTED_LATER = (
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.scheduler",
+    "torch._dynamo.backends.inductor",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch.export._trace",
+    "sympy.tensor.tensor",
+    "cryptography.x509",
+)
+"""What they import once they load a model and answer the first request, in the versions that have it."""
 
 READ_LATE = re.compile(
     r"_?(VLLM_?)?SPARK_|VLLM_PLUGINS$|VLLM_SERVER_DEV_MODE$|VLLM_HOST_IP$|GLOO_SOCKET_IFNAME$"
@@ -304,7 +322,8 @@ def _run(argv: Sequence[str]) -> Callable[[], NoReturn]:
         else:
             code = argv.index("-c") + 1
             sys.argv = ["-c", *argv[code + 1 :]]
-            sys.stdout.reconfigure(write_through="-u" in argv[:code])  # type: ignore[union-attr]
+            assert isinstance(sys.stdout, TextIOWrapper), "nothing has replaced it yet"
+            sys.stdout.reconfigure(write_through="-u" in argv[:code])
             sys.modules["__main__"] = ModuleType("__main__")
             exec(argv[code], vars(sys.modules["__main__"]))
     except SystemExit as end:
@@ -365,7 +384,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
         descriptors = [0, 1, 2, *passfds]
         return spare.fork(Order(argv, dict(os.environ), descriptors, own_session=False), descriptors)
 
-    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    class Popen(subprocess.Popen[Any]):
         """Overrides where a program is executed; to wait for it and to signal it is as ever."""
 
         def __init__(self, *args: Any, start_new_session: bool = False, **more: Any) -> None:
@@ -385,7 +404,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
         ) -> None:
             environment = dict(os.environ if env is None else env)
             if not is_forked(args) or not spare.imports.suit(environment):
-                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+                super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)  # type: ignore[misc]
                 return
             pipes = rest[3:9]
             standard = [own if given == -1 else given for own, given in enumerate((pipes[0], pipes[3], pipes[5]))]
@@ -396,7 +415,7 @@ def _fork_what_would_import_vllm(spare: Spare) -> None:
             self._child_created = True
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    multiprocessing.util.spawnv_passfds = spawnv_passfds  # type: ignore[assignment]
+    multiprocessing.util.spawnv_passfds = spawnv_passfds
     subprocess.Popen = Popen  # type: ignore[misc]
 
 
@@ -408,6 +427,9 @@ def main() -> None:
     before = dict(os.environ)
     for name in IMPORTED:
         import_module(name)
+    for name in IMPORTED_LATER:
+        with contextlib.suppress(ModuleNotFoundError):
+            import_module(name)
     plugins = import_module("vllm.plugins")
     assert not plugins.plugins_loaded, "vLLM loads plugins while it is imported"
     assert not any(name.startswith("vllm_spark") for name in sys.modules), "vLLM's import has imported this project"

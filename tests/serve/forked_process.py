@@ -85,10 +85,11 @@ class ForkServer:
 
 
 class Forked:
-    """A forked process, with the methods of `subprocess.Popen` that `Process` calls."""
+    """A forked process: a `Child` of a `Process`."""
 
     def __init__(self, argv: Sequence[str], pid: int, exit_code: int) -> None:
-        self.args, self.pid, self.returncode = argv, pid, None
+        self.args, self.pid = argv, pid
+        self.returncode: int | None = None
         self._exit_code = os.fdopen(exit_code, "rb", buffering=0)
 
     def poll(self) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from openai import OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from .prompts import PROMPTS
 
@@ -37,14 +38,17 @@ def _tokens(completion: Any) -> list[list[int]]:
 
 
 def _chat(client: OpenAI, model: str) -> Any:
-    messages = [{"role": "user", "content": "Which desk holds rank 1?"}]
-    reply = client.chat.completions.create(model=model, messages=messages, max_tokens=24, temperature=0)  # type: ignore[call-overload]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Which desk holds rank 1?"}]
+    reply = client.chat.completions.create(model=model, messages=messages, max_tokens=24, temperature=0)
     return reply.choices[0].message.content, reply.choices[0].finish_reason
 
 
 def _chat_stream(client: OpenAI, model: str) -> Any:
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name the wire."}]
-    stream = client.chat.completions.create(  # type: ignore[call-overload]
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Name the wire."},
+    ]
+    stream = client.chat.completions.create(
         model=model,
         messages=messages,
         max_tokens=24,

@@ -23,7 +23,7 @@ def left_since(before: set[str]) -> list[str]:
     new = {name: inode for name in listing() - before if (inode := _inode(name))}
     if not new:
         return []
-    mapped = set()
+    mapped: set[str] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             # By inode: a semaphore is mapped before it gets its name.

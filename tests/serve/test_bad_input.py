@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_spark.config.settings import SparkConfig, flag_name
+from vllm_spark.config.settings import SparkConfig, flag_name, side_of
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import program
 
@@ -168,6 +168,14 @@ MISTAKES = {
     "no-model": Mistake(["there is no folder /nowhere/model"], model="/nowhere/model"),
     "empty-folder": Mistake(["/empty"], model="empty"),
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
+    "no-draft": Mistake(
+        ["there is no folder /nowhere/draft"],
+        ["--speculative-config", json.dumps({"model": "/nowhere/draft", "num_speculative_tokens": 1})],
+    ),
+    "no-mtp": Mistake(
+        ["--speculative-config is invalid", "'mtp'"],
+        ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": 1})],
+    ),
     "absent-file": Mistake(["cannot be read", "No such file"], file_name="absent.yaml"),
     "broken-file": Mistake(["is not valid YAML", "line"], file_name="broken.yaml", file=b"spark: [a"),
     "list-in-file": Mistake(["has no options"], file_name="list.yaml", file=b"- spark"),
@@ -181,8 +189,8 @@ def attempts(
     host: Host, tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[str, Process]:
     """The mistakes of all selected tests, made; two at a time."""
-    items = [item for item in request.session.items if item.originalname == test_a_mistake.__name__]  # type: ignore[attr-defined]
-    names = [item.callspec.params["name"] for item in items]  # type: ignore[attr-defined]
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = [str(item.callspec.params["name"]) for item in functions if item.originalname == test_a_mistake.__name__]
     folders = [tmp_path_factory.mktemp(name) for name in names]
     with ThreadPoolExecutor(max_workers=2) as two:
         made = [
@@ -235,9 +243,8 @@ def test_help(host: Host) -> None:
     assert process.wait(START_SECONDS) == 0, process.tail()
     output = process.output()
     assert "Serve one model on a pair of machines" in output
-    sides = {name: field.json_schema_extra["side"] for name, field in SparkConfig.model_fields.items()}  # type: ignore[index,call-overload]
-    shown = {name for name in sides if f"{flag_name(name)} " in output}
-    assert shown == {name for name, side in sides.items() if side != "follower"}
+    shown = {name for name in SparkConfig.model_fields if f"{flag_name(name)} " in output}
+    assert shown == {name for name in SparkConfig.model_fields if side_of(name) != "follower"}
 
 
 def test_a_flag_beats_the_environment_beats_the_file(host: Host, tiny_dense: Path, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import json
 import random
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,14 +15,13 @@ import pytest
 from openai import APIError
 
 from . import prompts
+from .development import DEVELOPMENT, EXTENSION, call, post
 from .hosts import Hosts
 from .questions import QUESTIONS, ask_all
 from .servers import Server, spark_tp2, stock_tp2
 
 # Small batches of tokens: a prompt of 900 is prefilled in four chunks.
 ARGUMENTS = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--enable-prefix-caching")
-EXTENSION = ("--worker-extension-cls", "tests.serve.worker_extension.Saboteur")
-DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 MIXED_REQUESTS = 200
 # What the two ranks are started with: a variable that vLLM reads while it is imported, one that only the follower has.
 LEADERS = {"VLLM_USE_LAYERNAME": "0"}
@@ -283,23 +280,3 @@ def assert_beginning_of_a_person(text: str) -> None:
     assert len(person["name"]) <= 8
     assert isinstance(person["age"], int)
     assert person["age"] <= 99
-
-
-def call(server: Server, method: str, *args: Any) -> list[Any]:
-    """Runs a method of the worker extension on both ranks and returns both results, in rank order."""
-    body = json.dumps({"method": method, "args": args}).encode()
-    request = urllib.request.Request(f"{server.url}/collective_rpc", body, {"Content-Type": "application/json"})
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
-        results: list[Any] = json.loads(response.read())["results"]
-    return results
-
-
-def post(server: Server, path: str, body: Any = None) -> int:
-    """Posts JSON to one of vLLM's own endpoints and returns the status."""
-    data = b"" if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"}, method="POST")
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code

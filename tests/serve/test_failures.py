@@ -23,10 +23,10 @@ from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import program
 
 from . import prompts, shared_memory
+from .development import DEVELOPMENT, EXTENSION, post
 from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import START_SECONDS, Server, spark_leader, spark_tp2
-from .test_behaviour import DEVELOPMENT, EXTENSION, post
 
 NOTICE_SECONDS = 5.0
 """The promise: so long after a death the other side has ended or waits again, and the client was told."""

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import MethodType
+from typing import Any
 
 import torch
 
@@ -19,6 +21,7 @@ class Saboteur:
     """Mixed into the worker by `--worker-extension-cls`; called through `/collective_rpc`."""
 
     rank: int
+    model_runner: Any
 
     def draw_once_on(self, rank: int) -> dict[str, int]:
         """One draw too many from the global generator of one rank; rank 0 says after how many steps."""
@@ -27,8 +30,44 @@ class Saboteur:
         if self.rank != 0:
             return {}
         (heartbeat,) = (thread for thread in threading.enumerate() if isinstance(thread, Heartbeat))
-        pair: LeaderSession = heartbeat._report.__self__
+        report = heartbeat._report
+        assert isinstance(report, MethodType)
+        pair = report.__self__
+        assert isinstance(pair, LeaderSession)
         return {"step": pair.token_digest.state()[0]}
+
+    def draft_otherwise_once_on(self, rank: int) -> None:
+        """The next drafts of one rank end with another token than the drafter's."""
+        drafter = self.model_runner.drafter
+        propose = drafter.propose
+
+        def propose_otherwise(*args: object, **kwargs: object) -> object:
+            drafts = propose(*args, **kwargs)
+            if isinstance(drafts, torch.Tensor):
+                drafts[:, -1] ^= 1
+            elif found := [each for each in drafts if each]:
+                found[0][-1] ^= 1
+            else:
+                return drafts  # nothing drafted yet
+            del drafter.propose
+            return drafts
+
+        if self.rank == rank:
+            drafter.propose = propose_otherwise
+
+    def accept_less_once_on(self, rank: int) -> None:
+        """The next time that a step accepts drafts, one rank rejects the last of them."""
+
+        def reject_one(module: object, args: object, output: Any) -> None:
+            tokens = output.sampled_token_ids  # -1 where a draft was rejected
+            accepted = (tokens != -1).sum(dim=1)
+            row = int(accepted.argmax())
+            if accepted[row] > 1:
+                tokens[row, accepted[row] - 1] = -1
+                handle.remove()
+
+        if self.rank == rank:
+            handle = self.model_runner.rejection_sampler.register_forward_hook(reject_one)
 
     def sum_of_integers(self) -> dict[str, list[int]]:
         """An all-reduce of the model's group that the runtime does not take, and the count of such before and after."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vllm_spark.kernels import lookup, runtime
-from vllm_spark.kernels.marlin.table import FOLDER, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
+from vllm_spark.kernels.marlin.table import FOLDER, Kernel, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
 from vllm_spark.kernels.marlin.table import store_marlin_table as store
 from vllm_spark.models.regroup import repeat_scales
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 ROWS = (1, 2, 4, 8)
 # Qwen3-30B-A3B, groups of 128, whole and halved: an expert's gate and up, and its down.
-SHARDS = {
+SHARDS: dict[str, tuple[Kernel, int, int]] = {
     "w13-tp1": ("moe_w13", 1536, 2048),
     "w2-tp1": ("moe_w2", 2048, 768),
     "w13-tp2": ("moe_w13", 768, 2048),
@@ -36,8 +36,9 @@ SHARDS = {
 
 def shard(name: str) -> MarlinShape:
     kernel, size_n, size_k = SHARDS[name]
-    sizes = {"experts": 128, "top_k": 8, "size_n": size_n, "size_k": size_k, "group_size": 128}
-    return MarlinShape(kernel=kernel, **sizes, quant_type="uint4b8")  # type: ignore[arg-type]
+    return MarlinShape(
+        kernel=kernel, experts=128, top_k=8, size_n=size_n, size_k=size_k, group_size=128, quant_type="uint4b8"
+    )
 
 
 def assert_within_rounding(mine: torch.Tensor, theirs: torch.Tensor, *, weighted: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, vllm_row
 from vllm_spark.kernels.marlin.table import MarlinShape
-from vllm_spark.tune.results import MARLIN_DEFAULT, Outcome
+from vllm_spark.tune.results import MARLIN_DEFAULT, Outcome, Shape
 
 pytest.importorskip("vllm")
 
@@ -212,7 +212,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, device: Any) -> None:
     from vllm_spark.tune.tuner import tune
 
     versions = {"vllm": "any"}
-    shapes = [MARLIN["moe_w13"], BF16]
+    shapes: list[Shape] = [MARLIN["moe_w13"], BF16]
     seen: list[Outcome] = []
 
     def stop_at_the_third(outcome: Outcome) -> None:

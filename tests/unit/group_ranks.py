@@ -134,7 +134,7 @@ def results(rank: int, group: Any, kind: torch.dtype) -> Iterator[torch.Tensor]:
     objects: list[Any] = [None, None]
     dist.all_gather_object(objects, {"rank": rank, "text": "x" * (100 + rank)}, group=group)
     yield torch.tensor([one["rank"] * 1000 + len(one["text"]) for one in objects])
-    told = [rank, "root"] if rank == 1 else [None, None]
+    told: list[Any] = [rank, "root"] if rank == 1 else [None, None]
     dist.broadcast_object_list(told, src=1, group=group)
     yield torch.tensor([told[0], len(told[1])])
     dist.barrier(group=group)

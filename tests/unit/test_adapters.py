@@ -113,7 +113,12 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
     ranks.follower.place_step(output)
     assert ranks.compared == 1
     reads: list[Path] = []
-    monkeypatch.setattr(comparison, "_digest", lambda path: reads.append(path) or "")
+
+    def digest(path: Path) -> str:
+        reads.append(path)
+        return ""
+
+    monkeypatch.setattr(comparison, "_digest", digest)
     ranks.loaded = {1}
     for _ in range(3):
         output = step(request(adapter))

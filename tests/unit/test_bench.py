@@ -374,9 +374,9 @@ def test_kernels_of_a_step() -> None:
     assert profile.busy == 32
     report = decode.Report(decode.Settings("cuda", "m", ("spark",)), profiles={"spark": profile})
     report.rows.append(decode.Row("spark", 1, 0.1, 0.1, 0.1, [0.1], [], []))
-    console = Console(file=io.StringIO(), width=100)
-    console.print(*decode_report.profile_tables(report))
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    file = io.StringIO()
+    Console(file=file, width=100).print(*decode_report.profile_tables(report))
+    shown = file.getvalue()
     assert "32 us of a step of 100" in shown
     assert re.search(r"f +│ +4 │ +12 │ +3.0", shown)
 

@@ -769,7 +769,9 @@ def test_a_heartbeat_leaves_nothing_open() -> None:
     """A user's own process may make one pair after another."""
     left, right = connections()
     (first, _, _), (second, _, ends) = beat(left), beat(right)
-    never_started = Heartbeat(left, 1.0, str, object, str, str, str, lambda: 0.0)
+    never_started = Heartbeat(
+        left, 1.0, lambda: None, object, lambda _: None, lambda _: None, lambda _: None, lambda: 0.0
+    )
     first.stop(Reason("done"))
     wait_for(lambda: ends, "the LEAVE frame")
     second.join(20)

@@ -30,6 +30,11 @@ from .wires import wire_file
 ROOT = Path(__file__).parents[2]
 WIRES = tempfile.TemporaryDirectory(prefix="vllm-spark-wires-")  # gone when the tests end
 
+
+def wire(latency_us: float) -> Path:
+    return wire_file(Path(WIRES.name) / f"{latency_us}.json", latency_us, 24.0)
+
+
 # Three different good values of every setting: for the file, the environment and the flag.
 GOOD: dict[str, tuple[Any, Any, Any]] = {
     "address": ("10.0.0.1", "10.0.0.2", "10.0.0.3"),
@@ -48,7 +53,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "loopback_mode": ("direct", "proxied", "direct"),
     "loopback_latency_us": (1.0, 2.0, 3.0),
     "loopback_gbytes_per_s": (1.0, 2.0, 3.0),
-    "wire": tuple(wire_file(Path(WIRES.name) / f"{latency}.json", latency, 24.0) for latency in (1.0, 2.0, 3.0)),
+    "wire": (wire(1.0), wire(2.0), wire(3.0)),
     "slot_kib": (64, 128, 256),
     "packet_kib": (1, 2, 4),
     "launch_table": (Path("/a"), Path("/b"), Path("/c")),

@@ -41,7 +41,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert spec is not None
     assert spec.origin is not None
     installed = Path(spec.origin).parent
-    anchors = [each.anchor for each in (*all_patches(), *HOOKS)]
+    anchors = [patch.anchor for patch in all_patches()] + [hook.anchor for hook in HOOKS]
     for module in {"vllm", *(anchor.module for anchor in anchors)}:
         parts = Path(*module.split(".")[1:])
         file = installed / parts.with_suffix(".py") if parts.name else installed / "__init__.py"

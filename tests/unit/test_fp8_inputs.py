@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,21 @@ from vllm_spark.processes.managed import clean_environment
 REASON = "corrupts output on a GB10 (compute capability 12.1, vLLM issue 49546); leave it unset"
 
 
+def gpu_of(capability: tuple[int, int] | None) -> Callable[[], tuple[int, int] | None]:
+    return lambda: capability
+
+
 def test_a_gb10_and_fp8_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("fp8", "FP8"):
         monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", value)
         with pytest.raises(ConfigurationError) as refused:
-            check_marlin_inputs(lambda: (12, 1))
+            check_marlin_inputs(gpu_of((12, 1)))
         assert str(refused.value) == f"VLLM_MARLIN_INPUT_DTYPE is {value}, which {REASON}"
         assert refused.value.exit_code == EXIT_USAGE
         for other in ((12, 0), (8, 9), (9, 0), None):
-            check_marlin_inputs(lambda other=other: other)  # type: ignore[misc]
+            check_marlin_inputs(gpu_of(other))
     monkeypatch.setenv("VLLM_MARLIN_INPUT_DTYPE", "int8")
-    check_marlin_inputs(lambda: (12, 1))
+    check_marlin_inputs(gpu_of((12, 1)))
     monkeypatch.delenv("VLLM_MARLIN_INPUT_DTYPE")
 
     def asked() -> tuple[int, int]:

@@ -82,9 +82,8 @@ def store_marlin(folder: Path, rows: dict[int, dict[str, Any]], device: str = GB
         "group_size": 128,
         "quant_type": "uint4b8",
     }
-    entries = {
-        tokens: MarlinRow(**({"block_size_m": 8, "provenance": TUNED} | entry)) for tokens, entry in rows.items()
-    }
+    common: dict[str, Any] = {"block_size_m": 8, "provenance": TUNED}
+    entries = {tokens: MarlinRow(**(common | entry)) for tokens, entry in rows.items()}
     table = MarlinTable(device=device, shape=MarlinShape(**(default | shape)), rows=entries)
     return store_marlin_table(table, folder / "marlin")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -61,9 +62,9 @@ def test_rows_of_an_expert_in_a_tile(rows: int, block: int) -> None:
         ({"block_size_m": 24}, "block_size_m is 24"),
     ],
 )
-def test_shapes_that_no_tile_takes(change: dict[str, object], words: str) -> None:
+def test_shapes_that_no_tile_takes(change: dict[str, Any], words: str) -> None:
     assert shape_fault(w13(1)) is None
-    fault = shape_fault(dataclasses.replace(w13(1), **change))  # type: ignore[arg-type]
+    fault = shape_fault(dataclasses.replace(w13(1), **change))
     assert fault is not None
     assert words in fault
 

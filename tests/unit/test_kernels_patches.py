@@ -17,8 +17,7 @@ from vllm_spark.compat import patching
 from vllm_spark.compat.patching import Patch, all_patches
 from vllm_spark.kernels import lookup, runtime
 from vllm_spark.kernels.devices import GB10
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeShape
-from vllm_spark.kernels.fused_moe.table import provenance_path
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape, provenance_path
 
 from .test_kernels_lookup import CHANGES, MOE, W13, Folders, call, folders, store_marlin, store_moe
 

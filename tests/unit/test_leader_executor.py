@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -327,7 +328,7 @@ def test_the_follower_is_told_why_an_engine_does_not_start(executor: Any, monkey
 
     session, _ = held_by(executor)
     executor._in_engine_process = True
-    monkeypatch.setattr(leader_executor.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(leader_executor, "_end_process_soon", lambda *given: None)
     session._heartbeat.start()
     with pytest.raises(Ended):

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.handshake.limited_log import LimitedLog
 from vllm_spark.executor.handshake.server import Listener
 
-from .test_channel import LIMIT, SECRET, assert_usable, port_of, tls_context, wait_for
+from .test_channel import LIMIT, SECRET, assert_usable, port_of, wait_for
 
 MANY = 400
 

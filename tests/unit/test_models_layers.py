@@ -38,7 +38,7 @@ def sizes(layer: Layer) -> tuple[int, ...]:
     return layer.experts, layer.top_k, layer.hidden, layer.intermediate, layer.count
 
 
-EXPECTED = {
+EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
     # name: on one rank, on each of two
     "qwen3-30b-a3b-int4": {
         "self_attn.qkv_proj": ((5120, 2048, 48), (2560, 2048, 48)),

@@ -45,7 +45,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def of_leader(place: Path, name: str = "", kind: Kind = "model") -> LoadedFiles:
-    origin = "path" if not name else "hub"
+    origin: Origin = "path" if not name else "hub"
     identity = ModelIdentity.of(place, kind=kind)
     hub = hub_place_of(place)
     return LoadedFiles(kind, name or str(place), str(place), kind, identity, origin, hub, single_file=place.is_file())
@@ -307,7 +307,12 @@ def test_layers_after_the_model_count(model: Path) -> None:
 def test_files_that_did_not_change_are_read_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     read = os.pread
-    monkeypatch.setattr(os, "pread", lambda *given: reads.append(1) or read(*given))
+
+    def counted(descriptor: int, length: int, offset: int) -> bytes:
+        reads.append(length)
+        return read(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
     before = ModelIdentity.of(model)
     assert reads
     reads.clear()

@@ -86,7 +86,7 @@ def test_arguments_that_cannot_be_sent_are_told_with_their_call() -> None:
     ("part", "named"),
     [
         (threading.Lock(), r"VllmConfig\.model_config\.hf_overrides is of the type _thread\.lock"),
-        ({"a": [1, (n for n in ())]}, r"VllmConfig\.model_config\.hf_overrides\.a\.1 is of the type generator"),
+        ({"a": [1, (n for n in "")]}, r"VllmConfig\.model_config\.hf_overrides\.a\.1 is of the type generator"),
     ],
 )
 def test_the_part_of_a_configuration_that_cannot_be_sent_is_named(part: Any, named: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from vllm_spark import _native
@@ -52,7 +54,7 @@ def test_a_port_is_named_once(choices: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("looks_through", [False, True], ids=["older Python", "newer Python"])
 def test_a_mapped_ipv4_address_is_of_its_network(looks_through: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one of 169.254/16, whatever `is_link_local` says of it: both machines must find the same rails."""
-    native = ipaddress.IPv6Address.is_link_local.fget  # type: ignore[attr-defined]
+    native = vars(ipaddress.IPv6Address)["is_link_local"].fget
 
     def is_link_local(address: ipaddress.IPv6Address) -> bool:
         mapped = address.ipv4_mapped
@@ -65,8 +67,8 @@ def test_a_mapped_ipv4_address_is_of_its_network(looks_through: bool, monkeypatc
         _native, "rdma_ports", lambda: [("mlx5_0", 1, True, True, 4096, [(1, local, 7), (3, mapped, 7)])]
     )
     entry = SimpleNamespace(address="169.254.1.2", netmask="255.255.0.0")
-    monkeypatch.setattr(rails.socket, "if_indextoname", lambda index: "enp1s0f0np0")
-    monkeypatch.setattr(rails.psutil, "net_if_addrs", lambda: {"enp1s0f0np0": [entry]})
+    monkeypatch.setattr(socket, "if_indextoname", lambda index: "enp1s0f0np0")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"enp1s0f0np0": [entry]})
     (port,) = local_ports()
     assert [address.network for address in port.addresses] == ["169.254.0.0/16", rails.LINK_LOCAL]
 

@@ -77,11 +77,17 @@ def load(kind: type[RankExecutor], config: VllmConfig, groups: GroupConnection, 
     return executor
 
 
+def worker_of(executor: RankExecutor) -> Any:
+    """Its worker, in vLLM's wrapper."""
+    assert executor.driver_worker is not None
+    return executor.driver_worker
+
+
 @BOTH
 def test_a_worker_has_its_rank_and_its_part_of_a_call(
     kind: type[RankExecutor], vllm_config: VllmConfig, groups: GroupConnection, runtime: Any
 ) -> None:
-    wrapper = load(kind, vllm_config, groups, runtime).driver_worker
+    wrapper = worker_of(load(kind, vllm_config, groups, runtime))
     arguments = wrapper.worker.arguments
     assert (arguments["rank"], arguments["local_rank"]) == (kind.rank, 0)
     assert arguments["distributed_init_method"] == INIT_METHOD
@@ -109,4 +115,4 @@ def test_the_follower_makes_its_executor_of_a_configuration(
     vllm_config: VllmConfig, groups: GroupConnection, runtime: Any
 ) -> None:
     executor = FollowerExecutor(vllm_config, groups, runtime)
-    assert executor.driver_worker.worker.calls == ["init_device", "load_model"]
+    assert worker_of(executor).worker.calls == ["init_device", "load_model"]

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.backend.support import EXECUTOR, check_configuration, disable_fused_collectives, user_errors_from_vllm
+from vllm_spark.backend.speculation import check_draft_ranks
+from vllm_spark.backend.support import (
+    EXECUTOR,
+    check_configuration,
+    check_divisible,
+    disable_fused_collectives,
+    user_errors_from_vllm,
+)
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.models.tiny import make_tiny_model
 
@@ -53,6 +60,87 @@ def test_a_package_that_vllm_lacks() -> None:
     assert str(caught.value) == (
         "vLLM needs a package that it cannot import here (No module named 'runai_model_streamer'); install it into the "
         "environment of vLLM on both machines"
+    )
+
+
+def test_a_list_of_all_architectures_is_left_out() -> None:
+    with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm("model"):
+        raise ValueError(
+            "Model architectures ['A'] are not supported for now. Supported architectures: dict_keys(['B'])"
+        )
+    assert str(caught.value) == ("Model architectures ['A'] are not supported (VLLM_LOGGING_LEVEL=DEBUG shows where)")
+
+
+def create_speculative_config(error: Exception) -> None:
+    """Raises `error`, from a function with the name of vLLM's."""
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            ValueError("Total number of attention heads (5) must be divisible by tensor parallel size (2)."),
+            "the draft model /nowhere/draft cannot be split into two equal halves (Total number of attention heads (5) "
+            "must be divisible by tensor parallel size (2)); use another one, or serve without --spark",
+        ),
+        (
+            ValueError("Invalid repository ID or local directory specified: '/nowhere/draft'"),
+            "there is no folder /nowhere/draft; give a model's folder, or its name on the hub",
+        ),
+        (
+            NotImplementedError("Unsupported speculative method: 'mtp'"),
+            "--speculative-config is invalid: Unsupported speculative method: 'mtp' (VLLM_LOGGING_LEVEL=DEBUG shows "
+            "where)",
+        ),
+    ],
+)
+def test_errors_about_speculation_name_the_draft(error: Exception, sentence: str) -> None:
+    arguments = SimpleNamespace(speculative_config={"model": "/nowhere/draft"})
+    with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm("model", arguments):
+        create_speculative_config(error)
+    assert str(caught.value) == sentence
+
+
+def test_an_error_in_vllm_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError), user_errors_from_vllm("model"):
+        raise KeyError("a bug")
+
+
+def halves(**sizes: int) -> SimpleNamespace:
+    """The part of a model's configuration that is split."""
+    return SimpleNamespace(hf_text_config=SimpleNamespace(**sizes), model="/models/draft")
+
+
+def with_draft(draft: SimpleNamespace, **speculation: Any) -> SimpleNamespace:
+    """A configuration with speculation, whose target can be split."""
+    return SimpleNamespace(
+        model_config=halves(num_attention_heads=4),
+        parallel_config=SimpleNamespace(enable_expert_parallel=False),
+        speculative_config=SimpleNamespace(draft_model_config=draft, **speculation),
+    )
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 5}, {"num_key_value_heads": 3}, {"intermediate_size": 511}])
+def test_a_draft_that_cannot_be_split(sizes: dict[str, int]) -> None:
+    check_divisible(with_draft(halves(num_attention_heads=4, num_key_value_heads=1, intermediate_size=512)))
+    ((name, size),) = sizes.items()
+    with pytest.raises(ConfigurationError) as caught:
+        check_divisible(with_draft(halves(**sizes)))
+    assert str(caught.value) == (
+        f"the draft model /models/draft cannot be split into two equal halves ({name} is {size}); use another one, or "
+        "serve without --spark"
+    )
+
+
+def test_a_draft_model_on_one_rank() -> None:
+    for method, ranks in (("draft_model", 2), ("ngram", None), ("eagle3", 1)):
+        check_draft_ranks(with_draft(halves(), method=method, draft_tensor_parallel_size=ranks))
+    with pytest.raises(ConfigurationError) as caught:
+        check_draft_ranks(with_draft(halves(), method="draft_model", draft_tensor_parallel_size=1))
+    assert str(caught.value) == (
+        "draft_tensor_parallel_size 1 of --speculative-config cannot be used with --spark: vLLM runs a draft model on "
+        "the ranks of its target, half of it on each; leave it out"
     )
 
 

@@ -11,11 +11,11 @@ from typing import Any, get_args
 import pytest
 
 from vllm_spark import _native
-from vllm_spark.collective import Runtime, RuntimeOptions
+from vllm_spark.collective import Runtime, RuntimeOptions, Transport
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.bootstrap import Transport, runtime_options, with_wire_model
+from vllm_spark.executor.bootstrap import runtime_options, with_wire_model
 from vllm_spark.ranks import RANKS, WORLD_SIZE
 
 from .wires import wire_file

@@ -12,8 +12,8 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from vllm_spark.config.attachment import SECTION, add_to_compile_key, attach_settings, settings_of
-from vllm_spark.config.settings import SparkConfig
+from vllm_spark.config.attachment import add_to_compile_key, attach_settings, settings_of
+from vllm_spark.config.settings import SECTION, SparkConfig
 from vllm_spark.models.tiny import make_tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

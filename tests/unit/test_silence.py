@@ -68,31 +68,36 @@ def test_a_rank_looks_when_the_limit_is_over_and_not_at_its_next_heartbeat() -> 
     limit, beats_per_limit = 2.0, 5
     late = []
     for _ in range(5):
-        left, right = connections()
-        sent: list[float] = []
-        ends: list[tuple[float, SparkError]] = []
-        heartbeat = Heartbeat(
-            right,
-            limit,
-            report=lambda sent=sent: sent.append(time.monotonic()),
-            peer_report=object,
-            on_report=lambda _: None,
-            on_end=lambda error, ends=ends: ends.append((time.monotonic(), error)),
-            on_link=lambda _: None,
-            tolerance=lambda: 0.0,
-        )
-        heartbeat.start()
-        heartbeat.model_started()
-        wait_for(lambda sent=sent: sent, "this side's beat")
-        time.sleep(limit / beats_per_limit / 4)  # so that the limit ends long before one of its beats
-        last = time.monotonic()
-        left.send(Kind.HEARTBEAT, b"null")
-        wait_for(lambda ends=ends: ends, "the end")
-        at, error = ends[0]
-        left.close()
-        assert isinstance(error, PeerLostError)
-        assert at - last > limit - 0.01, "not before the limit"
-        late.append(at - last - limit)
+        late.append(lateness(limit, beats_per_limit))
         if late[-1] < limit / beats_per_limit / 4:
             return
     pytest.fail(f"noticed {', '.join(f'{seconds:.2f}' for seconds in late)} s after the limit of {limit} s")
+
+
+def lateness(limit: float, beats_per_limit: int) -> float:
+    """Seconds after the limit until a rank whose peer is silent counts it as dead."""
+    left, right = connections()
+    sent: list[float] = []
+    ends: list[tuple[float, SparkError]] = []
+    heartbeat = Heartbeat(
+        right,
+        limit,
+        report=lambda: sent.append(time.monotonic()),
+        peer_report=object,
+        on_report=lambda _: None,
+        on_end=lambda error: ends.append((time.monotonic(), error)),
+        on_link=lambda _: None,
+        tolerance=lambda: 0.0,
+    )
+    heartbeat.start()
+    heartbeat.model_started()
+    wait_for(lambda: sent, "this side's beat")
+    time.sleep(limit / beats_per_limit / 4)  # so that the limit ends long before one of its beats
+    last = time.monotonic()
+    left.send(Kind.HEARTBEAT, b"null")
+    wait_for(lambda: ends, "the end")
+    at, error = ends[0]
+    left.close()
+    assert isinstance(error, PeerLostError)
+    assert at - last > limit - 0.01, "not before the limit"
+    return at - last - limit

@@ -54,6 +54,32 @@ def test_any_difference_is_found_at_that_very_step(history: list[Step], data: st
         break
 
 
+def drafts(tokens: Step) -> Any:
+    return SimpleNamespace(req_ids=[f"r{i}" for i in range(len(tokens))], draft_token_ids=tokens)
+
+
+def test_drafts_are_compared_together_with_the_step_that_verifies_them() -> None:
+    mine, theirs = TokenDigest(), TokenDigest()
+    for rank, drafted in ((mine, 3), (theirs, 4)):
+        rank.update(output([[1]]))
+        rank.update(drafts([[2, drafted]]))
+    mine.compare(*theirs.state())
+    assert mine.state()[0] == 1, "drafts are not a step"
+    for rank in (mine, theirs):
+        rank.update(output([[2]]))
+    with pytest.raises(DriftError, match=r"^the ranks drafted different tokens for step 2 \(digest .*start vllm serve"):
+        mine.compare(*theirs.state())
+
+
+def test_accepted_drafts_are_sampled_tokens() -> None:
+    mine, theirs = TokenDigest(), TokenDigest()
+    for rank, accepted in ((mine, [[5, 6]]), (theirs, [[5]])):
+        rank.update(drafts([[5, 6]]))
+        rank.update(output(accepted))
+    with pytest.raises(DriftError, match=r"^the ranks sampled different tokens at step 1 "):
+        mine.compare(*theirs.state())
+
+
 def test_the_peers_digest_may_come_first() -> None:
     theirs = TokenDigest()
     theirs.update(output([[1]]))

@@ -26,6 +26,7 @@ from vllm_spark.tune.results import (
     MARLIN_DEFAULT,
     MarlinOutcome,
     Outcome,
+    Shape,
     tunable_rows,
 )
 from vllm_spark.tune.tables import NewFusedMoeTable, new_tables, store_tables
@@ -85,8 +86,8 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_tables_are_found_where_serving_looks(user_folder: Path) -> None:
-    outcomes = [marlin(1), marlin(8, 1.0, MARLIN_DEFAULT), fused(1), fused(8, 1.0, None)]
-    models = {W13: ["a TP=2"], BF16: ["b TP=2", "c TP=1"]}
+    outcomes: list[Outcome] = [marlin(1), marlin(8, 1.0, MARLIN_DEFAULT), fused(1), fused(8, 1.0, None)]
+    models: dict[Shape, list[str]] = {W13: ["a TP=2"], BF16: ["b TP=2", "c TP=1"]}
     paths = store_tables(new_tables(outcomes, models, GB10, VERSIONS), user_folder)
     assert [path.parent.name for path in paths] == ["marlin", "fused_moe"]
     found = lookup.find_marlin_table(GB10.name, W13)

@@ -52,29 +52,36 @@ def test_a_compiler_that_takes_too_long_is_ended() -> None:
         trials.usable(BF16.table, [ROW])
 
 
-@needs_compiler
-def test_kernels_of_4_bits_are_compiled_for_their_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def constants(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Those of every kernel that is compiled in a test."""
     seen: list[dict[str, Any]] = []
     of_vllm = compile._constants
-    monkeypatch.setattr(compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
+
+    def kept(*given: Any) -> dict[str, Any]:
+        seen.append(of_vllm(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(compile, "_constants", kept)
     compile._compile.cache_clear()
+    return seen
+
+
+@needs_compiler
+def test_kernels_of_4_bits_are_compiled_for_their_own_groups(constants: list[dict[str, Any]]) -> None:
     for int4 in (Int4(32), Int4(64, zero_points=True)):
         compiled = compile.compile_row(INT4.table, ROW.row(), (12, 1), int4=int4)
         assert compiled.registers > 0
-        assert {(each["group_size"], each["has_zp"]) for each in seen} == {(int4.group_size, int4.zero_points)}
-        seen.clear()
+        assert {(each["group_size"], each["has_zp"]) for each in constants} == {(int4.group_size, int4.zero_points)}
+        constants.clear()
 
 
 @needs_compiler
-def test_both_kernels_of_a_decode_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    of_vllm = compile._constants
-    monkeypatch.setattr(compile, "_constants", lambda *given: seen.append(of_vllm(*given)) or seen[-1])
-    compile._compile.cache_clear()
+def test_both_kernels_of_a_decode_step_are_compiled(constants: list[dict[str, Any]]) -> None:
     for shape, unsorted in ((BF16, {True, False}), (INT4, {False})):
         compile.compile_row(shape.table, ROW.row(), (12, 1))
-        assert {each["naive_block_assignment"] for each in seen} == unsorted
-        seen.clear()
+        assert {each["naive_block_assignment"] for each in constants} == unsorted
+        constants.clear()
 
 
 @pytest.fixture

@@ -137,7 +137,8 @@ def test_one_module_defines_the_prefix() -> None:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         }
         for node in ast.walk(tree):
-            text = node.value if isinstance(node, ast.Constant) and id(node) not in documentation else None
-            if isinstance(text, str) and "SPARK_" in text:
-                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text}")
+            if not isinstance(node, ast.Constant) or id(node) in documentation:
+                continue
+            if isinstance(node.value, str) and "SPARK_" in node.value:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.value}")
     assert {line.partition(":")[0] for line in found} == {"vllm_spark/variables.py"}, found

@@ -58,7 +58,7 @@ class SparkCollector:
             yield gauge
         digest = GaugeMetricFamily(
             "vllm_spark_token_digest",
-            "Rolling digest of every sampled token (48 of its bits); the same on both ranks after the same steps",
+            "Rolling digest of all sampled and drafted tokens (48 of its bits); both ranks have the same after a step",
             labels=["rank"],
         )
         for record in records:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,18 +132,25 @@ def check_configuration(vllm_config: Any) -> None:
 
 
 def check_divisible(vllm_config: Any) -> None:
-    """Raises ConfigurationError if the model cannot be split into two equal halves."""
-    model = vllm_config.model_config.hf_text_config
+    """Raises ConfigurationError if the model, or the draft model, cannot be split into two equal halves."""
+    experts = vllm_config.parallel_config.enable_expert_parallel
+    _check_halves(vllm_config.model_config.hf_text_config, experts, "this model")
+    draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    if draft is not None and draft is not vllm_config.model_config:
+        _check_halves(draft.hf_text_config, experts, f"the draft model {draft.model}")
+
+
+def _check_halves(model: Any, experts: bool, name: str) -> None:
     dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
-    if vllm_config.parallel_config.enable_expert_parallel:
+    if experts:
         dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]
     for dimension in dimensions:
         size = getattr(model, dimension, None)
         if isinstance(size, int) and size % WORLD_SIZE:
-            raise ConfigurationError(_indivisible(f"{dimension} is {size}"))
+            raise ConfigurationError(_indivisible(f"{dimension} is {size}", name))
     heads = getattr(model, "num_key_value_heads", None)
     if isinstance(heads, int) and heads > 1 and heads % WORLD_SIZE:  # a single one is replicated
-        raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}"))
+        raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}", name))
 
 
 def check_marlin_inputs(capability: Callable[[], tuple[int, int] | None]) -> None:
@@ -160,12 +168,18 @@ def check_marlin_inputs(capability: Callable[[], tuple[int, int] | None]) -> Non
 
 
 @contextlib.contextmanager
-def user_errors_from_vllm(model: Any) -> Iterator[None]:
+def user_errors_from_vllm(model: Any, engine_args: Any = None) -> Iterator[None]:
     """Turns vLLM's exceptions for invalid arguments into a ConfigurationError.
 
+    Args:
+        model: vLLM's argument `--model`.
+        engine_args: its engine arguments, if they exist, in which it puts all settings of speculation together.
+
     Raises:
-        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (no such model) or an
-            ImportError (an optional package of vLLM's, such as one that reads object storage).
+        ConfigurationError: in place of a ValueError (pydantic's included), an OSError (no such model), an error of
+            huggingface_hub (a file that it cannot get, or invalid values in config.json), a NotImplementedError (a
+            method of speculation that does not fit the model) or an ImportError (an optional package of vLLM's, such as
+            one that reads object storage).
     """
     try:
         yield
@@ -177,14 +191,47 @@ def user_errors_from_vllm(model: Any) -> Iterator[None]:
             f"vLLM needs a package that it cannot import here ({_first_line_of(error).rstrip('.')}); install it into "
             "the environment of vLLM on both machines"
         ) from error
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        from_hub = type(error).__module__.startswith("huggingface_hub")
+        if not isinstance(error, ValueError | OSError | NotImplementedError) and not from_hub:
+            raise
         logger.debug("vLLM's error:", exc_info=error)
-        message = _first_line_of(error)
-        if "divisible" in message:
-            raise ConfigurationError(_indivisible(message)) from error
-        if isinstance(error, OSError) or type(error).__module__.startswith("huggingface_hub"):
-            raise ConfigurationError(_model_not_found(str(model), message)) from error
-        raise ConfigurationError(f"{message} (VLLM_LOGGING_LEVEL=DEBUG shows where)") from error
+        in_speculation = _is_about_speculation(error)
+        speculative = getattr(engine_args, "speculative_config", None) if in_speculation else None
+        draft = speculative.get("model") if isinstance(speculative, dict) else None
+        raise ConfigurationError(_sentence(error, str(model), draft, in_speculation, from_hub)) from error
+
+
+def _sentence(error: Exception, model: str, draft: str | None, in_speculation: bool, from_hub: bool) -> str:
+    """The sentence for an error of vLLM's.
+
+    Args:
+        error: of vLLM's.
+        model: the name of the served model.
+        draft: the name of the draft model, if the error is about speculation with one.
+        in_speculation: whether the error is about speculation.
+        from_hub: whether it is an error of huggingface_hub.
+    """
+    message = _first_line_of(error)
+    if "divisible" in message:
+        return _indivisible(message, "this model" if draft is None else f"the draft model {draft}")
+    if isinstance(error, OSError) or from_hub or (draft is not None and _NOT_FOUND in message):
+        return _model_not_found(model if draft is None else draft, message, "model" if draft is None else "draft model")
+    if in_speculation:
+        message = f"--speculative-config is invalid: {message}"
+    return f"{message} (VLLM_LOGGING_LEVEL=DEBUG shows where)"
+
+
+_NOT_FOUND = "Invalid repository ID or local directory"
+"""vLLM's words for a model that is neither on this machine nor on the hub."""
+
+_CREATES_SPECULATION = "create_speculative_config"
+"""vLLM's function that makes the configuration of speculation, the draft model's included."""
+
+
+def _is_about_speculation(error: Exception) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code.co_name == _CREATES_SPECULATION for frame, _ in frames)
 
 
 _ADAPTER_REFUSAL = re.compile(r"the adapter .*? cannot be loaded on both machines: .*", re.DOTALL)
@@ -201,29 +248,36 @@ def adapter_refusal_in(text: str) -> str | None:
     return None if found is None else found.group().rstrip(".")
 
 
-def _indivisible(what: str) -> str:
-    return f"this model cannot be split into two equal halves ({without_stop(what)}); serve it without {FLAG}"
+def _indivisible(what: str, name: str) -> str:
+    remedy = "serve it" if name == "this model" else "use another one, or serve"
+    return f"{name} cannot be split into two equal halves ({without_stop(what)}); {remedy} without {FLAG}"
 
 
 def _first_line_of(error: Exception) -> str:
-    """The first line of an error's message, without pydantic's lines around it."""
+    """What is specific in an error's message, as one line.
+
+    Left out are pydantic's lines around it, the heading of huggingface_hub's errors, and vLLM's list of all
+    architectures.
+    """
     if callable(errors := getattr(error, "errors", None)):
         first = errors()[0]
         text, field = str(first["msg"]).removeprefix("Value error, "), first["loc"]
         text = f"{'.'.join(map(str, field))}: {text}" if field else text
     else:
         text = str(error) or type(error).__name__
-    return without_stop(text.strip().splitlines()[0])
+    lines = text.strip().splitlines()
+    line = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return without_stop(line.partition(" Supported architectures:")[0])
 
 
-def _model_not_found(model: str, message: str) -> str:
-    sentence = f"the model {model} cannot be loaded ({message})"
+def _model_not_found(model: str, message: str, what: str) -> str:
+    sentence = f"the {what} {model} cannot be loaded ({message})"
     if not model.startswith(("/", ".", "~")) and model.count("/") <= 1:
         return sentence  # a name on the hub, or a folder here
     try:
         mode = os.stat(model).st_mode
     except PermissionError as error:
-        return f"the model {model} cannot be read ({error.strerror}); let the user that serves it read it"
+        return f"the {what} {model} cannot be read ({error.strerror}); let the user that serves it read it"
     except (OSError, ValueError):
         return f"there is no folder {model}; give a model's folder, or its name on the hub"
     if stat.S_ISDIR(mode):

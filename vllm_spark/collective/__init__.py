@@ -22,7 +22,7 @@ from vllm_spark.collective.errors import (
     UsageError,
 )
 from vllm_spark.collective.link_thread import Announce
-from vllm_spark.collective.options import LaunchShape, RuntimeOptions, Transport
+from vllm_spark.collective.options import LaunchShape, LoopbackMode, RuntimeOptions, Transport
 from vllm_spark.collective.rails import Port, local_ports
 from vllm_spark.collective.rendezvous import machine_identity
 from vllm_spark.collective.runtime import Counters, Runtime
@@ -37,6 +37,7 @@ __all__ = [
     "Counters",
     "DeviceRuntime",
     "LaunchShape",
+    "LoopbackMode",
     "MismatchError",
     "PoisonedError",
     "Port",

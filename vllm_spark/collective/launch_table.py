@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from vllm_spark.collective import LaunchShape, UsageError
+from vllm_spark.collective import LaunchShape, LoopbackMode, UsageError
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import SMALL_FILE, atomic_write_text, configuration_folder, read_regular
 from vllm_spark.records import RecordError, from_json, indented_json
@@ -31,11 +31,11 @@ class LaunchTable:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     gpu: str = ""
-    loopback_mode: Literal["direct", "proxied"] = "direct"
+    loopback_mode: LoopbackMode = "direct"
     packet_kib: Annotated[int, Field(ge=0, le=1024)] | None = None
     shape: LaunchShape = dataclasses.field(default_factory=LaunchShape)
 
-    def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: Literal["direct", "proxied"]) -> int | None:
+    def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: LoopbackMode) -> int | None:
         """The largest message that uses the LL protocol: the user's choice, else the table's for that path.
 
         None is the runtime's default.

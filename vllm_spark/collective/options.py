@@ -19,6 +19,10 @@ Transport = Literal["loopback", "verbs"]
 """The transport of data: `loopback` is shared memory between two processes of one machine, `verbs` RDMA."""
 
 
+LoopbackMode = Literal["direct", "proxied"]
+"""`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as for RDMA."""
+
+
 @dataclass(frozen=True)
 class LaunchShape:
     """Threads and blocks of a collective's kernel. The defaults are the best of an H100 (benchmarks/NOTES.md).
@@ -63,8 +67,7 @@ class RuntimeOptions:
     """
 
     transport: Transport = "loopback"
-    loopback_mode: Literal["direct", "proxied"] = "direct"
-    """`direct`: the caller stores into the peer's memory; `proxied`: a proxy thread does, as for RDMA."""
+    loopback_mode: LoopbackMode = "direct"
     wire_latency_us: float = 0.0
     """Proxied only: latency of the modelled wire in microseconds, 0 or more."""
     wire_gbytes_per_s: float = 0.0

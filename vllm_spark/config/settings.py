@@ -413,7 +413,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
     wanted = set(sides)
     chosen = set(names or SparkConfig.model_fields)
     for name, field in SparkConfig.model_fields.items():
-        if _extra(field, "side") not in wanted or name not in chosen:
+        if side_of(name) not in wanted or name not in chosen:
             continue
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
@@ -443,6 +443,12 @@ def typed_flags(argv: Sequence[str]) -> set[str]:
             meant = [name for name in SparkConfig.model_fields if flag_name(name).startswith(flag)]
             names.update(name for name in meant if len(meant) == 1 or flag == flag_name(name))
     return names
+
+
+def side_of(name: str) -> Side:
+    """The machine on which a setting is set."""
+    side: Side = _extra(SparkConfig.model_fields[name], "side")
+    return side
 
 
 def setting_type(name: str) -> Any:

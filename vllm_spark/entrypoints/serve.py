@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from vllm_spark import __version__
 from vllm_spark.backend.ipc_folder import check_socket_folder, make_socket_folder
 from vllm_spark.backend.logging import log_as, use_vllm_logging
+from vllm_spark.backend.speculation import check_draft_ranks
 from vllm_spark.backend.status import engine_death, engine_failure
 from vllm_spark.backend.support import (
     EXECUTOR,
@@ -97,13 +98,14 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
         "disable_custom_all_reduce": True,  # works only between GPUs of one machine
         "additional_config": {**(engine_args.additional_config or {}), SECTION: {"version": __version__}},
     }
-    with user_errors_from_vllm(engine_args.model), _temporarily_set(engine_args, pairs):
+    with user_errors_from_vllm(engine_args.model, engine_args), _temporarily_set(engine_args, pairs):
         disable_fused_collectives(engine_args)
         vllm_config = create()
     # Ray's fields are for its own executor; the other machine may not have Ray installed.
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
     check_configuration(vllm_config)
     check_divisible(vllm_config)
+    check_draft_ranks(vllm_config)
     apply_regrouping(vllm_config, WORLD_SIZE)
     if starts_engine:
         check_link(config)  # before its engine listens on the port

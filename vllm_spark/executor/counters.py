@@ -17,7 +17,7 @@ def local_counters(rank: int, token_digest: tuple[int, bytes]) -> RankCounters:
 
     Args:
         rank: this process's.
-        token_digest: steps so far, and the digest of what they sampled.
+        token_digest: steps so far, and the digest of what they sampled and drafted.
     """
     counters = RankCounters(rank, steps=token_digest[0], digest=token_digest[1].hex(), fallbacks=fallbacks())
     if runtime := installed():

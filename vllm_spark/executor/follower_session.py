@@ -7,6 +7,7 @@ collective end with the process.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import os
@@ -220,6 +221,9 @@ class FollowerSession:
         output = run_method(self._worker, method, call.args, call.kwargs)
         if output is None and call.method == EXECUTE_THEN_SAMPLE:
             output = run_method(self._worker, SAMPLE, (None,), {})
+        if hasattr(output, "draft_token_ids"):
+            # vLLM's own list of the batch's requests, which the next step changes.
+            output = dataclasses.replace(output, req_ids=list(output.req_ids))
         self._outputs.put(output)
 
     def _read_outputs(self) -> None:

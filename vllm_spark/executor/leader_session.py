@@ -221,11 +221,11 @@ class LeaderSession:
         return self._failed.is_set()
 
     def record_step(self, output: Any) -> None:
-        """Adds the tokens that a step sampled to this rank's digest.
+        """Adds the tokens that a step sampled or drafted to this rank's digest.
 
         Raises:
             CollectiveError: a kernel of the step failed, so that its tokens are invalid.
-            DriftError: the follower sampled other tokens.
+            DriftError: the follower sampled or drafted other tokens.
         """
         self.runtime.check()
         self.token_digest.update(output)

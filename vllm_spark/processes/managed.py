@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 import psutil
 
@@ -41,6 +41,17 @@ class ProcessError(SparkError):
     def __init__(self, message: str, process: Process | None = None) -> None:
         super().__init__(message)
         self.process = process
+
+
+class Child(Protocol):
+    """The part of `subprocess.Popen` that `Process` needs."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 class Process:
@@ -76,9 +87,7 @@ class Process:
             raise ProcessError(f"{name} could not be started: {argv[0]}: {error.strerror}") from error
         self._seen: set[psutil.Process] = set()
 
-    def _start(
-        self, output: BinaryIO, environment: Mapping[str, str] | None, end_with_starter: bool
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, output: BinaryIO, environment: Mapping[str, str] | None, end_with_starter: bool) -> Child:
         return subprocess.Popen(
             self.argv,
             stdin=subprocess.DEVNULL,
