@@ -22,6 +22,7 @@ from vllm_spark.models.tiny import make_tiny_model, make_tokenizer
 
 from . import checkpoints
 from .architectures import ARCHITECTURES, COMMON
+from .environment import unchanged_environment
 from .random_weights import SEED, make_checkpoint
 
 CALM = 0.005
@@ -103,6 +104,7 @@ def make_eagle3_head(folder: Path, target: Path, vocabulary: int = tiny.VOCABULA
     return _saved(folder, weights, config)
 
 
+@unchanged_environment()
 def make_speculators_head(folder: Path, target: Path) -> Path:
     """The EAGLE3 head in the format of the library speculators, whose configuration names its target."""
     from transformers import LlamaConfig
@@ -226,6 +228,7 @@ def _of_architecture(name: str) -> Callable[[Path], Path]:
     return lambda folder: make_checkpoint(folder, ARCHITECTURES[name])
 
 
+@unchanged_environment()
 def _make_ernie(folder: Path) -> None:
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
