@@ -75,7 +75,7 @@ def about_pictures(server: Server, lengths: Lengths) -> Answers:
     """Greedy answers to `prompts`, and to questions about pictures of one colour each."""
     text = generated(server, lengths)
     pictures = [_chat_about(server, colour) for colour in COLOURS]
-    assert len({tuple(tokens) for tokens, _ in pictures}) == len(COLOURS), "the picture decides the answer"
+    assert len({json.dumps(answer) for answer in pictures}) == len(COLOURS), "each picture has its own probabilities"
     values = text.values + pictures
     counted = f"{sum(len(tokens) for tokens, _ in values)} tokens and their probabilities, {len(COLOURS)} pictures"
     return Answers(values, counted)

@@ -154,6 +154,16 @@ class Architecture:
         return self.ask in (answers.generated, answers.about_pictures)
 
 
+DELTA_NET_WITH_PICTURES: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "prompt_lengths": TWO_TOKENS_AT_LEAST,
+    "together": False,
+    "outer": {"vision_config": VISION},
+    "vision": True,
+    "ask": answers.about_pictures,
+}
+"""How an `Architecture` with delta nets and a vision tower is made and asked."""
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM"),
     "qwen3": Architecture("Qwen3ForCausalLM", HEADS_OF_32),
@@ -311,12 +321,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_5": Architecture(
         "Qwen3_5ForConditionalGeneration",
         HEADS_OF_32 | DELTA_NET | WITH_PICTURES | mrope(2, 1, 1, partial_rotary_factor=0.25),
-        dtype="bfloat16",
-        prompt_lengths=TWO_TOKENS_AT_LEAST,
-        together=False,
-        outer={"vision_config": VISION},
-        vision=True,
-        ask=answers.about_pictures,
+        **DELTA_NET_WITH_PICTURES,
     ),
     "qwen3_5_moe": Architecture(  # Qwen3.5 and Qwen3.6
         "Qwen3_5MoeForConditionalGeneration",
@@ -326,12 +331,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         | WITH_PICTURES
         | mrope(2, 1, 1, partial_rotary_factor=0.25)
         | {"intermediate_size": None, "num_experts": 8, "shared_expert_intermediate_size": 128},
-        dtype="bfloat16",
-        prompt_lengths=TWO_TOKENS_AT_LEAST,
-        together=False,
-        outer={"vision_config": VISION},
-        vision=True,
-        ask=answers.about_pictures,
+        **DELTA_NET_WITH_PICTURES,
     ),
     "qwen4_exp": Architecture(  # Qwen3.8
         "Qwen4ExpForConditionalGeneration",

@@ -37,8 +37,9 @@ HEAD = f"""# Models
 when they passed ([testing.md](testing.md#models-and-what-they-are-compared-with)). Each row is a tiny random checkpoint
 of an architecture, served by stock vLLM and by a pair. The results:
 
-- **{EQUAL}**: all greedy tokens (or embeddings, scores and rewards) of the pair are those of stock vLLM on one rank, or
-  on two where the row says so, and every collective went through this project's runtime;
+- **{EQUAL}**: all greedy tokens and the logarithms of their probabilities (or embeddings, scores and rewards) of the
+  pair are those of stock vLLM on two ranks, to the last bit, unless the row names another reference; and every
+  collective went through this project's runtime;
 - **{STOCK_LIMIT}**: stock vLLM cannot serve it there without this project either, with the message that is named;
 - **{LIMIT}**: stock vLLM serves it on two ranks, `--spark` does not.
 

@@ -22,6 +22,7 @@ from vllm_spark.models.tiny import make_tiny_model, make_tokenizer
 
 from . import checkpoints
 from .architectures import ARCHITECTURES, COMMON
+from .environment import unchanged_environment
 from .random_weights import SEED, make_checkpoint
 
 CALM = 0.005
@@ -103,6 +104,7 @@ def make_eagle3_head(folder: Path, target: Path, vocabulary: int = tiny.VOCABULA
     return _saved(folder, weights, config)
 
 
+@unchanged_environment()
 def make_speculators_head(folder: Path, target: Path) -> Path:
     """The EAGLE3 head in the format of the library speculators, whose configuration names its target."""
     from transformers import LlamaConfig
@@ -203,6 +205,7 @@ class MtpModel:
         dtype: of the weights while they are served.
         drafted: tokens to draft, by so many runs of these layers.
         arguments: further ones of `vllm serve`.
+        several_tokens: whether stock vLLM's CPU build ends at a prompt of one token.
     """
 
     model_class: str
@@ -218,12 +221,14 @@ class MtpModel:
     dtype: str = "float32"
     drafted: int = 1
     arguments: tuple[str, ...] = ()
+    several_tokens: bool = False
 
 
 def _of_architecture(name: str) -> Callable[[Path], Path]:
     return lambda folder: make_checkpoint(folder, ARCHITECTURES[name])
 
 
+@unchanged_environment()
 def _make_ernie(folder: Path) -> None:
     from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
@@ -318,6 +323,7 @@ MTP_MODELS = {
         arguments=_NO_PREFIX_CACHE,
         text_config=True,
         dtype="bfloat16",
+        several_tokens=True,
     ),
 }
 

@@ -17,6 +17,7 @@ import pytest
 from openai import APIError, OpenAI
 
 from tests.serve import prompts
+from tests.serve.counters import settled
 from tests.serve.development import DEVELOPMENT, EXTENSION, call
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
@@ -119,18 +120,18 @@ def drafts(server: Server) -> tuple[int, int]:
     return drafted, accepted
 
 
-def measured(server: Server) -> Measured:
-    """The answers to `ASKED`, one after the other, of a server that has answered nothing else."""
-    tokens = prompts.greedy_tokens(server.client, ASKED, max_tokens=ANSWER_TOKENS, concurrency=1)
+def measured(server: Server, asked: Sequence[str] = ASKED) -> Measured:
+    """The answers to prompts, one after the other, of a server that has answered nothing else."""
+    tokens = prompts.greedy_tokens(server.client, asked, max_tokens=ANSWER_TOKENS, concurrency=1)
     name = "vllm:generation_tokens_total"
-    expected = ANSWER_TOKENS * len(ASKED)
+    expected = ANSWER_TOKENS * len(asked)
     server.leader.wait_until(lambda: server.metrics(name)[name][""] == expected, 20, f"count {expected} tokens")
     return Measured(tokens, *drafts(server))
 
 
 def collectives(server: Server) -> str:
     """How many collectives the first rank had; no rank had one that used vLLM's own path."""
-    metrics = server.metrics()
+    metrics = settled(server)
     assert set(metrics["vllm_spark_fallbacks_total"].values()) == {0}
     reduces, gathers = (int(metrics[f"vllm_spark_{kind}_total"]["0"]) for kind in ("all_reduces", "all_gathers"))
     assert min(reduces, gathers) > 0
@@ -143,6 +144,7 @@ def compare(
     plain: list[list[int]] | None,
     arguments: Sequence[str],
     *,
+    asked: Sequence[str] = ASKED,
     accepts: bool = True,
     then: Callable[[Server], None] | None = None,
 ) -> str:
@@ -154,16 +156,17 @@ def compare(
         plain: the answers without speculation, which both must give. None compares with two ranks of stock vLLM: for
             bfloat16, in which a step of several tokens has other roundings than a step of one, and one rank than two.
         arguments: of `vllm serve`.
+        asked: the prompts.
         accepts: whether some drafts must be accepted.
         then: what else is tried with the pair.
     """
     with stock_tp2(hosts, model, arguments) if plain is None else stock_tp1(hosts[0], model, arguments) as server:
-        stock = measured(server)
+        stock = measured(server, asked)
     assert plain in (None, stock.tokens)
     assert stock.drafted > 0
     extension, environment = ((), {}) if then is None else (EXTENSION, DEVELOPMENT)
     with spark_tp2(hosts, model, [*arguments, *extension], environment) as server:
-        pair = measured(server)
+        pair = measured(server, asked)
         counted = collectives(server)
         if then is not None:
             then(server)
@@ -227,7 +230,8 @@ def test_layers_that_predict_more_than_one_token(hosts: Hosts, host: Host, name:
     if architecture.dtype == "float32":
         with stock_tp1(host, model, common) as server:
             plain = measured(server).tokens
-    result = compare(hosts, model, plain, [*common, *method.arguments(tmp_path, model)])
+    asked = ASKED[1:] if architecture.several_tokens else ASKED  # the first one is a single token
+    result = compare(hosts, model, plain, [*common, *method.arguments(tmp_path, model)], asked=asked)
     report.record(name, architecture.model_class, architecture.dtype, result, speculation=method.row)
 
 

@@ -65,10 +65,8 @@ def test_a_package_that_vllm_lacks() -> None:
 
 def test_a_list_of_all_architectures_is_left_out() -> None:
     with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm("model"):
-        raise ValueError(
-            "Model architectures ['A'] are not supported for now. Supported architectures: dict_keys(['B'])"
-        )
-    assert str(caught.value) == ("Model architectures ['A'] are not supported (VLLM_LOGGING_LEVEL=DEBUG shows where)")
+        raise ValueError("Model architectures ['A'] are not supported. Supported architectures: dict_keys(['B'])")
+    assert str(caught.value) == "Model architectures ['A'] are not supported (VLLM_LOGGING_LEVEL=DEBUG shows where)"
 
 
 def create_speculative_config(error: Exception) -> None:

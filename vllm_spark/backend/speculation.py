@@ -11,7 +11,6 @@ from vllm_spark.ranks import WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
 
-
 _ON_BOTH_RANKS = ("eagle", "eagle3", "mtp", "dflash", "medusa")
 """Methods whose drafts use the target's tensor-parallel group, whatever the setting says."""
 

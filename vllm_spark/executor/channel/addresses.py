@@ -57,9 +57,8 @@ def resolve_master(master: str) -> list[str]:
     addresses = dict.fromkeys(str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET))
     for address in addresses:
         if kind := kind_of_many(ipaddress.ip_address(address)):
-            raise ConfigurationError(
-                f"MASTER_ADDR={master} is {kind}; set it to the IP address of the leader's machine"
-            )
+            what = f"is {kind}" if address == master else f"stands for {address}, {kind}"
+            raise ConfigurationError(f"MASTER_ADDR={master} {what}; set it to the IP address of the leader's machine")
     return list(addresses)
 
 
