@@ -235,7 +235,7 @@ void CpuRank::send(const Operation& operation, const std::byte* data, size_t byt
   if (doorbell_) {
     mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload,
                                   tag,
-                                  bytes,
+                                  as_packets ? packet_count(bytes) * sizeof(Packet) : bytes,
                                   0,
                                   0,
                                   as_packets ? 1 : stripes_of(bytes)};

@@ -110,7 +110,8 @@ void GpuRank::prepare() {
 }
 
 std::unique_ptr<MessageSource> GpuRank::make_source() {
-  return std::make_unique<SlotScanner>(endpoint_.mine(), endpoint_.options().first_sequence - 1);
+  return std::make_unique<SlotScanner>(endpoint_.mine(), endpoint_.options().first_sequence - 1,
+                                       endpoint_.options().stripes);
 }
 
 Slots GpuRank::receive_slots(unsigned char* base) const {

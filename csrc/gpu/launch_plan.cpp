@@ -16,7 +16,7 @@ uint64_t divide_up(uint64_t value, uint64_t by) {
 }
 
 LaunchPlan plan_packets(uint64_t bytes, const LaunchShape& shape) {
-  uint64_t packets = packet_count(bytes);
+  uint64_t packets = wide_packet_count(bytes);
   uint64_t blocks = std::min<uint64_t>(divide_up(packets, shape.packet_threads), kMaxPieces);
   // Threads of very many packets have several each.
   uint64_t movers = round_up(std::min<uint64_t>(divide_up(packets, blocks), shape.packet_threads), kWarp);

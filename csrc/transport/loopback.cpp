@@ -20,10 +20,14 @@ void LoopbackTransport::post(uint32_t sequence, const SendDescriptor& descriptor
                     peer_.recv_flag(sequence, descriptor.piece), payload_flag(sequence, descriptor.tag));
     return;
   }
-  copy_all_but_first(mine_.send_packets(sequence), peer_.recv_packets(sequence),
-                     2 * packet_count(descriptor.bytes), copy_lines_);
-  // Release: the header half also tells the peer which of its slots were read (see CpuRank::send).
-  peer_.recv_packets(sequence)[0].store(packet_half(descriptor.tag, sequence), std::memory_order_release);
+  const size_t first = descriptor.offset / sizeof(uint64_t);
+  const std::atomic<uint64_t>* from = mine_.send_packets(sequence) + first;
+  std::atomic<uint64_t>* to = peer_.recv_packets(sequence) + first;
+  copy_all_but_first(from, to, descriptor.bytes / sizeof(uint64_t), copy_lines_);
+  for (size_t word = 0; word < kFirstWords; ++word) {
+    // Release: the header also tells the peer which of its slots were read (see CpuRank::send).
+    to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_release);
+  }
 }
 
 }  // namespace spark

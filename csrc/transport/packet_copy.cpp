@@ -13,13 +13,14 @@ namespace {
 
 void copy_words(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t begin, size_t end) {
   for (size_t word = begin; word < end; ++word) {
-    to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_relaxed);
+    // Release: the halves of a wide packet become visible in their order.
+    to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_release);
   }
 }
 
 // Copies `lines` whole lines. Stored a word at a time, a line that a GPU polls is taken from this core and
-// fetched back between its words (benchmarks/NOTES.md, entry 12). Each half is whole all the same, as aligned
-// 8 bytes of a vector are on every x86-64.
+// fetched back between its words (benchmarks/NOTES.md, entry 12). Each packet is whole, as aligned 16 bytes
+// of a vector are on every x86-64 with AVX.
 void copy_lines(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t lines) {
 #if defined(SPARK_STREAMS_LINES)
   auto* source = reinterpret_cast<const __m128i*>(from);
@@ -40,8 +41,8 @@ void copy_lines(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, si
 void copy_all_but_first(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t words,
                         bool whole_lines) {
   size_t lines = words / kHalvesPerLine;
-  if (!whole_lines || lines < 2) return copy_words(from, to, 1, words);
-  copy_words(from, to, 1, kHalvesPerLine);
+  if (!whole_lines || lines < 2) return copy_words(from, to, kFirstWords, words);
+  copy_words(from, to, kFirstWords, kHalvesPerLine);
   copy_lines(from + kHalvesPerLine, to + kHalvesPerLine, lines - 1);
   copy_words(from, to, lines * kHalvesPerLine, words);
 }

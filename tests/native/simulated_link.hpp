@@ -107,6 +107,7 @@ class Pair {
           left_.link.post(staged + 1,
                           {Protocol::kPayload, kTag, bytes, piece, static_cast<uint32_t>(piece * bytes), 1});
         }
+        left_.link.flush();
       }
       for (; arrived != staged && pieces_arrived(arrived + 1, pieces); ++arrived) {
       }
@@ -131,7 +132,9 @@ class Pair {
         halves[half].store(packet_half(half == 0 ? kTag : 0, sequence_));
       }
     }
+    if (protocol == Protocol::kPackets) bytes = packet_count(bytes) * sizeof(Packet);
     from.link.post(sequence_, {protocol, kTag, bytes});
+    from.link.flush();
     while (!arrived(received, protocol)) wait(from);
   }
   // Until what that rank has posted and is due next has been delivered.

@@ -17,6 +17,7 @@
 #include "../../csrc/rank/endpoint.hpp"
 #include "../../csrc/rank/peer_watch.hpp"
 #include "../../csrc/support/errors.hpp"
+#include "wide_message.hpp"
 
 namespace {
 
@@ -111,13 +112,7 @@ void stage_piece(spark::Region region, uint32_t sequence, uint32_t step, uint32_
 
 void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
   if (as_packets) {
-    std::atomic<uint64_t>* halves = region.send_packets(sequence);
-    // The header first: the proxy must not take it for the whole message.
-    halves[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
-    halves[1].store(spark::packet_half(words * 4, sequence), std::memory_order_relaxed);
-    for (uint32_t half = 2 * static_cast<uint32_t>(spark::packet_count(words * 4)); half-- > 2;) {
-      halves[half].store(spark::packet_half(sequence + half - 2, sequence), std::memory_order_relaxed);
-    }
+    spark::testing::WideMessage{7, words, sequence}.stage(region.send_packets(sequence), sequence);
     return;
   }
   uint32_t step = words / pieces;
@@ -144,12 +139,13 @@ void expect(const spark::Endpoint& receiver, uint32_t sequence, uint32_t words, 
             uint32_t pieces) {
   spark::Region region = receiver.mine();
   if (as_packets) {
-    const std::atomic<uint64_t>* halves = region.recv_packets(sequence);
-    for (uint32_t half = 0; half < 2 * spark::packet_count(words * 4); ++half) {
-      wait_until([&] { return spark::half_arrived(halves[half].load(std::memory_order_acquire), sequence); });
-      uint32_t wanted = half == 0 ? 7 : half == 1 ? words * 4 : sequence + half - 2;
-      if (spark::half_data(halves[half].load(std::memory_order_relaxed)) != wanted) fail("wrong packet", 0);
-    }
+    auto start = spark::Clock::now();
+    auto wait = [&] {
+      if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("a staged message did not come", 0);
+      std::this_thread::yield();
+    };
+    spark::testing::WideMessage message{7, words, sequence};
+    if (!message.arrives(region.recv_packets(sequence), sequence, wait)) fail("wrong packet", 0);
     return;
   }
   for (uint32_t piece = 0; piece < pieces; ++piece) expect_piece(region, sequence, piece);
@@ -163,7 +159,7 @@ void expect(const spark::Endpoint& receiver, uint32_t sequence, uint32_t words, 
 // link is between.
 void run_scanner(bool modelled, int messages) {
   spark::Options options;
-  options.sizes = {4096, 512, 4};
+  options.sizes = {4096, 4096, 4};
   options.depth = 2;
   options.first_sequence = 0xfffffff0u;  // wraps soon
   options.proxied = true;
@@ -173,8 +169,8 @@ void run_scanner(bool modelled, int messages) {
   spark::Endpoint left(options), right(other);
   left.connect_in_process(right);
   right.connect_in_process(left);
-  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
-  spark::SlotScanner other_scanner(right.mine(), options.first_sequence - 1);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1, 2);
+  spark::SlotScanner other_scanner(right.mine(), options.first_sequence - 1, 2);
   spark::ProxyThread proxy(scanner, left.transport());
   // It sends nothing. A rail is used once both ranks have proven it.
   spark::ProxyThread other_proxy(other_scanner, right.transport());
@@ -182,7 +178,8 @@ void run_scanner(bool modelled, int messages) {
   for (int message = 0; message < messages; ++message) {
     uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);
     bool as_packets = chance() % 2 == 0;
-    uint32_t words = as_packets ? 2 * (chance() % 65) : 64 * (1 + chance() % 16);
+    // Packets in one part, or in two.
+    uint32_t words = as_packets ? (chance() % 2 == 0 ? 0 : 800) + chance() % 130 : 64 * (1 + chance() % 16);
     uint32_t pieces = 1 + chance() % 64;
     stage(left.mine(), sequence, words, as_packets, pieces);
     expect(right, sequence, words, as_packets, pieces);
@@ -207,7 +204,7 @@ void run_scanner_that_comes_late() {
   options.proxied = true;
   spark::Endpoint left(options), right(options);
   left.connect_in_process(right);
-  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1, 1);
   spark::ProxyThread proxy(scanner, left.transport());
   proxy.hold(true);
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it may be in the middle of a look

@@ -1,13 +1,13 @@
 """The options of a runtime (`RuntimeOptions`) and of its kernels (`LaunchShape`); the same on both ranks.
 
-A message uses one of two protocols, by its size, with NCCL's names: **LL** (low latency), where every 8 bytes are 4 of
-data and a 4-byte flag, and **Simple**, where the flag follows the payload. docs/protocol.md describes both. Names of
+A message uses one of two protocols, by its size, with NCCL's names: **LL** (low latency), where every few bytes have a
+flag, and **Simple**, where the flag follows the payload. docs/protocol.md describes both. Names of
 options with `packet` are about LL, those with `payload` about Simple.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vllm_spark.collective.errors import UsageError
@@ -34,8 +34,8 @@ class LaunchShape:
     """
 
     packet_threads: int = 288
-    """LL: maximum of threads in a block, a multiple of 32 up to 544; each sends a packet with 8 bytes of data, or
-    several if the message needs more than 64 such blocks. 4 KiB and its header are 513 packets."""
+    """LL: maximum of threads in a block, a multiple of 32 up to 544; each sends a packet with 12 bytes of data, or
+    several if the message needs more than 64 such blocks. 4 KiB and its header are 343 packets."""
     payload_threads: int = 256
     """Simple: maximum of sending threads in a block, a multiple of 32 up to 256; as many receive."""
     payload_blocks: int = 32
@@ -59,6 +59,11 @@ class LaunchShape:
             value = getattr(self, name)
             if not lowest <= value <= highest or value % step:
                 raise UsageError(f"{name} {value} is invalid: must be {lowest} to {highest} in steps of {step}")
+
+
+PROXIED_SHAPE = LaunchShape(payload_blocks=8, payload_bytes_per_block=8 * KIB)
+"""The default with a proxy, which posts every piece by itself: fewer and larger ones than without (benchmarks/NOTES.md,
+entry 17)."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ class RuntimeOptions:
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
-    launch: LaunchShape = field(default_factory=LaunchShape)
-    """For collectives on CUDA tensors."""
+    launch: LaunchShape | None = None
+    """For collectives on CUDA tensors; None: the runtime's default."""
 
     def __post_init__(self) -> None:
         if self.transport not in ("loopback", "verbs"):
@@ -122,7 +127,7 @@ class RuntimeOptions:
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
         options = asdict(self)
-        options |= options.pop("launch")  # also the shape: both ranks must split a message into the same pieces
+        options |= options.pop("launch") or {}  # also the shape: both ranks must cut a message into the same pieces
         del options["rails"]  # they are names on this machine
         if self.wire is not None:
             options["wire"] = self.wire.model_dump_json()

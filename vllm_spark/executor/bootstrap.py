@@ -171,6 +171,7 @@ def runtime_options(
         rails: the ports of this machine to use; None for all that reach the peer.
         wire: the modelled link of the transport `loopback`, if there is one.
     """
+    path = "proxied" if transport == "verbs" else config.loopback_mode
     return collective.RuntimeOptions(
         transport=transport,
         loopback_mode=config.loopback_mode,
@@ -180,12 +181,10 @@ def runtime_options(
         traffic_class=config.traffic_class,
         service_level=config.service_level,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=launch.packet_bytes(
-            config.packet_kib, config.slot_kib, "proxied" if transport == "verbs" else config.loopback_mode
-        ),
+        packet_bytes=launch.packet_bytes(config.packet_kib, config.slot_kib, path),
         depth=config.depth,
         timeout_s=config.collective_timeout,
-        launch=launch.shape,
+        launch=launch.shape_on(path),
     )
 
 

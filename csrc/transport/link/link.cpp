@@ -94,6 +94,7 @@ void Link::announce() {
   for (auto& rail : keeper_.rails()) {
     if (!rail->up() || !rail->has_room()) continue;
     int error = rail->post_announcement(outbox);
+    if (error == 0) error = rail->flush();
     if (error != 0) keeper_.fail_to_post(*rail, error);
   }
 }
@@ -101,15 +102,15 @@ void Link::announce() {
 void Link::finish() {
   Clock::time_point end = Clock::now() + kFinishTime;
   // The peer may still wait for what was posted, and must not receive the announcement of the end before.
-  flush(end);
+  drain(end);
   announce_stop(rank_name_ + " stopped: it closed its runtime");
   next_check_ = {};
   read_announcements();
   announcements_.request();
-  flush(end);
+  drain(end);
 }
 
-void Link::flush(Clock::time_point end) {
+void Link::drain(Clock::time_point end) {
   announce();
   while (!stopped_ && messages_under_way() && Clock::now() < end) {
     progress();

@@ -27,6 +27,7 @@ class ModelledLink final : public Transport {
   void post(uint32_t sequence, const SendDescriptor& descriptor) override {
     link_.post(sequence, descriptor);
   }
+  void flush() override { link_.flush(); }
   bool progress() override;
   void maintain() override { link_.maintain(); }
   void finish() override { link_.finish(); }

@@ -50,7 +50,8 @@ struct QueuePair : ibv_qp {
   struct Write {
     Time due;
     std::atomic<uint64_t>* target;  // null: a payload, which its reader takes from the sender's slot
-    uint64_t first_word;
+    uint64_t first[kFirstWords];
+    size_t words;  // of `first`: one if it is a flag
     uint64_t request;
     bool signaled;
   };
@@ -245,13 +246,17 @@ int Nic::post(QueuePair& pair, ibv_send_wr* first, ibv_send_wr** failed) {
     Time due = model_.write(pair.rail, now, source.length, request == first);
     bool signaled = (request->send_flags & IBV_SEND_SIGNALED) != 0;
     if (payload) {
-      pair.on_their_way.push_back({due, nullptr, 0, request->wr_id, signaled});
+      pair.on_their_way.push_back({due, nullptr, {}, 0, request->wr_id, signaled});
       continue;
     }
     const auto* from = words(reinterpret_cast<const std::byte*>(source.addr));
     std::atomic<uint64_t>* to = words(peer_memory_ + offset);
-    copy_all_but_first(from, to, source.length / sizeof(uint64_t), copy_lines_);
-    pair.on_their_way.push_back({due, to, from->load(std::memory_order_relaxed), request->wr_id, signaled});
+    size_t words = source.length / sizeof(uint64_t);
+    if (words > kFirstWords) copy_all_but_first(from, to, words, copy_lines_);
+    QueuePair::Write write{due, to, {}, std::min(words, kFirstWords), request->wr_id, signaled};
+    for (size_t word = 0; word < write.words; ++word)
+      write.first[word] = from[word].load(std::memory_order_relaxed);
+    pair.on_their_way.push_back(write);
   }
   // This thread is busy for as long as posting takes; the NIC is not.
   for (Time end = now + model_.posting_time(writes); clock_.now() < end; clock_.busy(end)) deliver();
@@ -270,9 +275,10 @@ bool Nic::deliver(QueuePair& pair, Time now) {
   for (; !pair.on_their_way.empty() && pair.on_their_way.front().due <= now; pair.on_their_way.pop_front()) {
     const QueuePair::Write& write = pair.on_their_way.front();
     // Release: who acquires a flag must see the payload before it, which this thread has acquired with the
-    // staged message, and the peer's proxy the rest of an announcement. The header of packets also tells the
-    // peer which of its slots were read (see CpuRank::send).
-    if (write.target != nullptr) write.target->store(write.first_word, std::memory_order_release);
+    // staged message. The header of packets also tells the peer which of its slots were read (see
+    // CpuRank::send), and the flag of a wide packet is in its second word. An announcement has a checksum.
+    for (size_t word = 0; word < write.words; ++word)
+      write.target[word].store(write.first[word], std::memory_order_release);
     // The acknowledgement takes as long as the smallest write.
     if (write.signaled)
       pair.completions().completions.push_back({write.due + back, write.request, IBV_WC_SUCCESS});

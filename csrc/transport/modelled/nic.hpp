@@ -4,8 +4,8 @@
 //
 // What a NIC would copy costs the posting thread nothing: a payload is not copied, its reader takes it from
 // the sender's slot (Endpoint::received_payload). Everything else is small, and is copied when it is posted,
-// except for its first 8 bytes, which are stored when the write is due: a flag, the header of packets, the
-// version of an announcement. So a message arrives when the last word does that its receiver waits for.
+// except for its first 16 bytes, which are stored when the write is due: a flag, the first of some packets,
+// the version of an announcement. So a message arrives when the last word does that its receiver waits for.
 #pragma once
 
 #include <chrono>

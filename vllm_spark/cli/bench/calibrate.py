@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     console = wide_console()
     best = _calibrated(args, torch.cuda.get_device_name(), _options(args), console)
     store_launch_table(best, out)
-    if shares_one_gpu():
+    if shares_one_gpu() and best.shape is not None:
         console.print(
             f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since its "
             "best value for a GPU per rank cannot be measured here.",
