@@ -24,6 +24,7 @@ def over_both_rails(rank: int, exchange: Pipe) -> None:
     with connect(rank, exchange, **MODELLED) as runtime:
         for _ in range(50):
             reduce_once(runtime)
+        exchange(b"received")  # so all of this rank's messages have been posted
         counters = runtime.counters()
         assert (counters.rails_up, counters.rail_states) == (2, ("open", "open"))
         assert all(posts > 0 for posts in counters.rail_posts[:2]), counters.rail_posts

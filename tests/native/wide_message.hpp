@@ -30,17 +30,17 @@ struct WideMessage {
   bool arrives(const std::atomic<uint64_t>* halves, uint32_t sequence, Wait wait) const {
     for (size_t packet = 0; packet < packets(); ++packet) {
       uint64_t flag = halves[2 * packet + 1].load(std::memory_order_acquire);
-      for (; packet_flag(flag) != sequence; flag = halves[2 * packet + 1].load(std::memory_order_acquire)) wait();
-      if (flag != second(packet, sequence) || halves[2 * packet].load(std::memory_order_relaxed) != first(packet))
+      for (; packet_flag(flag) != sequence; flag = halves[2 * packet + 1].load(std::memory_order_acquire))
+        wait();
+      if (flag != second(packet, sequence) ||
+          halves[2 * packet].load(std::memory_order_relaxed) != first(packet))
         return false;
     }
     return true;
   }
 
  private:
-  uint32_t word(size_t at) const {
-    return at < words ? seed + static_cast<uint32_t>(at) : 0;
-  }
+  uint32_t word(size_t at) const { return at < words ? seed + static_cast<uint32_t>(at) : 0; }
   uint64_t first(size_t packet) const {
     if (packet == 0) return static_cast<uint64_t>(words * sizeof(uint32_t)) << 32 | tag;
     size_t at = 3 * (packet - 1);

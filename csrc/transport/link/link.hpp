@@ -69,6 +69,7 @@ class Link final : public Transport {
 
   bool stopped_ = false;  // the peer has stopped, or is given up
   Clock::time_point next_check_{};
+  uint32_t turns_ = 0;
 };
 
 }  // namespace spark::verbs

@@ -51,7 +51,9 @@ struct QueuePair : ibv_qp {
     Time due;
     std::atomic<uint64_t>* target;  // null: a payload, which its reader takes from the sender's slot
     uint64_t first[kFirstWords];
-    size_t words;  // of `first`: one if it is a flag
+    size_t words;                       // of `first`: one if it is a flag
+    const std::atomic<uint64_t>* rest;  // what follows them, and is still to be copied; else null
+    size_t all_words;
     uint64_t request;
     bool signaled;
   };
@@ -62,6 +64,13 @@ struct QueuePair : ibv_qp {
   Nic* nic;
   size_t rail;
   std::deque<Write> on_their_way;
+  size_t to_copy = 0;  // writes on their way whose rest is to be copied
+
+  void copy(Write& write, bool whole_lines) {
+    copy_all_but_first(write.rest, write.target, write.all_words, whole_lines);
+    write.rest = nullptr;
+    --to_copy;
+  }
 };
 
 Time SteadyNicClock::now() {
@@ -80,7 +89,7 @@ struct Functions {
 
   static int poll_cq(ibv_cq* queue, int entries, ibv_wc* found) {
     auto& [nic, completions] = *reinterpret_cast<CompletionQueue*>(queue);
-    nic->deliver();
+    nic->deliver_due();
     if (completions.empty()) return 0;
     Time now = nic->clock_.now();
     int count = 0;
@@ -154,6 +163,7 @@ struct Functions {
     auto& completions = pair.completions().completions;
     bool unfinished = !pair.on_their_way.empty();
     pair.on_their_way.clear();
+    pair.to_copy = 0;
     for (; !completions.empty() && completions.back().ready > now; completions.pop_back()) unfinished = true;
     if (unfinished) pair.fail_request(now);
     return 0;
@@ -246,34 +256,56 @@ int Nic::post(QueuePair& pair, ibv_send_wr* first, ibv_send_wr** failed) {
     Time due = model_.write(pair.rail, now, source.length, request == first);
     bool signaled = (request->send_flags & IBV_SEND_SIGNALED) != 0;
     if (payload) {
-      pair.on_their_way.push_back({due, nullptr, {}, 0, request->wr_id, signaled});
+      pair.on_their_way.push_back({due, nullptr, {}, 0, nullptr, 0, request->wr_id, signaled});
       continue;
     }
     const auto* from = words(reinterpret_cast<const std::byte*>(source.addr));
     std::atomic<uint64_t>* to = words(peer_memory_ + offset);
     size_t words = source.length / sizeof(uint64_t);
-    if (words > kFirstWords) copy_all_but_first(from, to, words, copy_lines_);
-    QueuePair::Write write{due, to, {}, std::min(words, kFirstWords), request->wr_id, signaled};
+    QueuePair::Write write{due,
+                           to,
+                           {},
+                           std::min(words, kFirstWords),
+                           words > kFirstWords ? from : nullptr,
+                           words,
+                           request->wr_id,
+                           signaled};
     for (size_t word = 0; word < write.words; ++word)
       write.first[word] = from[word].load(std::memory_order_relaxed);
+    if (write.rest != nullptr) ++pair.to_copy;
     pair.on_their_way.push_back(write);
   }
   // This thread is busy for as long as posting takes; the NIC is not.
-  for (Time end = now + model_.posting_time(writes); clock_.now() < end; clock_.busy(end)) deliver();
+  for (Time end = now + model_.posting_time(writes); clock_.now() < end; clock_.busy(end)) deliver_due();
   return 0;
 }
 
 bool Nic::deliver() {
-  Time now = clock_.now();
-  bool more = false;
-  for (QueuePair* pair : pairs_) more |= pair != nullptr && deliver(*pair, now);
+  bool more = deliver_due();
+  // One at a time: another may be due meanwhile.
+  for (QueuePair* pair : pairs_) {
+    if (pair == nullptr || pair->to_copy == 0) continue;
+    for (QueuePair::Write& write : pair->on_their_way) {
+      if (write.rest == nullptr) continue;
+      pair->copy(write, copy_lines_);
+      return true;
+    }
+  }
   return more;
 }
 
-bool Nic::deliver(QueuePair& pair, Time now) {
+bool Nic::deliver_due() {
+  Time now = clock_.now();
+  bool more = false;
+  for (QueuePair* pair : pairs_) more |= pair != nullptr && deliver_due(*pair, now);
+  return more;
+}
+
+bool Nic::deliver_due(QueuePair& pair, Time now) {
   Time back(static_cast<int64_t>(model_.latency(pair.rail, 0)));
   for (; !pair.on_their_way.empty() && pair.on_their_way.front().due <= now; pair.on_their_way.pop_front()) {
-    const QueuePair::Write& write = pair.on_their_way.front();
+    QueuePair::Write& write = pair.on_their_way.front();
+    if (write.rest != nullptr) pair.copy(write, copy_lines_);
     // Release: who acquires a flag must see the payload before it, which this thread has acquired with the
     // staged message. The header of packets also tells the peer which of its slots were read (see
     // CpuRank::send), and the flag of a wide packet is in its second word. An announcement has a checksum.

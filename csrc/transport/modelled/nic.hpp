@@ -3,9 +3,10 @@
 // When a write is delivered is computed by WireModel; the store into the peer's memory is a CPU's.
 //
 // What a NIC would copy costs the posting thread nothing: a payload is not copied, its reader takes it from
-// the sender's slot (Endpoint::received_payload). Everything else is small, and is copied when it is posted,
-// except for its first 16 bytes, which are stored when the write is due: a flag, the first of some packets,
-// the version of an announcement. So a message arrives when the last word does that its receiver waits for.
+// the sender's slot (Endpoint::received_payload). Everything else is small. Its first 16 bytes are stored
+// when the write is due: a flag, the first of some packets, the version of an announcement. So a message
+// arrives when the last word does that its receiver waits for. The rest is copied before, once the posting
+// thread has nothing to post.
 #pragma once
 
 #include <chrono>
@@ -56,7 +57,7 @@ class Nic {
   // Opens the device of one of `rails`. Throws CollectiveError.
   std::shared_ptr<const verbs::Device> open(const verbs::RailAddress& rail);
 
-  // Delivers what is due. Returns true while something is on its way.
+  // Delivers what is due, and copies some of what is on its way. Returns true while something is.
   bool deliver();
   // When the next write is due, if one is on its way: for simulated clocks.
   std::optional<WireModel::Time> next_due() const;
@@ -65,7 +66,8 @@ class Nic {
   friend struct Functions;  // of libibverbs
 
   int post(QueuePair& pair, verbs::abi::ibv_send_wr* first, verbs::abi::ibv_send_wr** failed);
-  bool deliver(QueuePair& pair, WireModel::Time now);
+  bool deliver_due();
+  bool deliver_due(QueuePair& pair, WireModel::Time now);
 
   WireModel model_;
   std::byte* memory_;
