@@ -248,3 +248,16 @@ RAIL = {"latency": [[2, 1.7], [4096, 3.2]], "gbytes_per_s": 11.7}
 def test_figures_of_no_link(content: dict[str, Any], part: str) -> None:
     with pytest.raises(ValidationError, match=part):
         WireFigures.model_validate(content)
+
+
+def test_the_floor_of_the_link() -> None:
+    """Small sizes: half of them over each rail. Large ones: the bandwidth of both."""
+    floor = PUBLISHED_FIGURES.floor_us
+    assert floor(2) == 1.74
+    assert floor(8 << 10) == pytest.approx(3.19)
+    assert floor(64 << 10) == pytest.approx(6.69)
+    assert floor(32 << 20) == pytest.approx(1.74 + (32 << 20) / 23.4e3)
+    limited = PUBLISHED_FIGURES.model_copy(update={"gbytes_per_s": 11.7})
+    assert limited.floor_us(32 << 20) == pytest.approx(1.74 + (32 << 20) / 11.7e3)
+    assert WireFigures.alpha_beta(3.0, 10.0).floor_us(10_000) == pytest.approx(4.0)
+    assert WireFigures.alpha_beta(3.0, 0.0).floor_us(1 << 20) == 3.0

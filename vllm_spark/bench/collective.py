@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 KIB, MIB = 1 << 10, 1 << 20
-DEFAULT_SIZES = tuple(1 << power for power in range(10, 27, 2))
+DEFAULT_SIZES = (
+    *(size * KIB for size in (1, 4, 8, 10, 16, 32, 60, 64, 128, 480)),
+    *(size * MIB for size in (1, 2, 4, 8, 32)),
+)
+"""10 KiB is one token of a model 5120 wide, 60 KiB a verified step of speculation, 480 KiB eight streams, 32 MiB a
+prefill chunk of 8192 tokens at width 2048."""
 LOGITS = 75_968
 """Columns of a rank's half of the logits: Qwen3's vocabulary over two ranks."""
 LOGITS_SIZES = tuple(batch * LOGITS * 2 for batch in (1, 8))

@@ -110,6 +110,17 @@ class RailFigures(_Part):
     gbytes_per_s: Annotated[float, Field(ge=0, le=1e4)]
     """Of writes posted back to back; 0: unlimited."""
 
+    def latency_us(self, size: float) -> float:
+        """One-way latency in microseconds of one write of `size` bytes over the idle rail."""
+        before = self.latency[0]
+        if size <= before[0]:
+            return before[1]
+        for point in self.latency[1:]:
+            if size < point[0]:
+                return before[1] + (size - before[0]) / (point[0] - before[0]) * (point[1] - before[1])
+            before = point
+        return before[1] + ((size - before[0]) / self.gbytes_per_s / 1e3 if self.gbytes_per_s else 0.0)
+
     @model_validator(mode="after")
     def _ascends(self) -> RailFigures:
         for (smaller, before), (larger, after) in pairwise(self.latency):
@@ -152,6 +163,23 @@ class WireFigures(_Part):
         if len(self.rails) > 1:
             words = f"{len(self.rails)} rails of {words} each"
         return f"{words}, {self.gbytes_per_s:g} GB/s together" if self.gbytes_per_s else words
+
+    def floor_us(self, size: int) -> float:
+        """Least time in microseconds of `size` bytes over the link alone: what no collective is below.
+
+        Each rail takes a share in proportion to its bandwidth, and the slowest one counts. A share takes at least as
+        long as one write of it over an idle rail, and as the least latency and its bytes over the rail's bandwidth
+        while all are busy, as one collective after the other keeps them.
+        """
+        total = sum(rail.gbytes_per_s for rail in self.rails)
+
+        def time(rail: RailFigures) -> float:
+            share = size * (rail.gbytes_per_s / total if total else 1 / len(self.rails))
+            busy = rail.gbytes_per_s * min(1.0, self.gbytes_per_s / total if self.gbytes_per_s else 1.0)
+            least = rail.latency[0][1]
+            return max(rail.latency_us(share), least + share / busy / 1e3 if busy else least)
+
+        return max(time(rail) for rail in self.rails)
 
     @classmethod
     def alpha_beta(cls, latency_us: float, gbytes_per_s: float) -> WireFigures:
