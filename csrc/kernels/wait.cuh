@@ -49,12 +49,11 @@ class Wait {
   __device__ bool other_operation_arrived() const {
     const SlotView slots(rank_, rank_.in);
     const uint64_t flag = load_acquire(&slots.flag(sequence_, 0)->value);
-    const Halves* header = slots.packets(sequence_);
+    // In one access, as it was written. Of two, the second has been seen to find the tag of before on an H200
+    // although the first had found the flag: many threads look at this line of host memory at once.
+    const Halves header = load_relaxed_whole(slots.packets(sequence_));
     uint32_t seen = tag_;
-    // The flag first: the tag was there before it, or with it.
-    if (packet_flag(load_acquire(&header->second)) == sequence_) {
-      seen = static_cast<uint32_t>(load_acquire(&header->first));
-    }
+    if (packet_flag(header.second) == sequence_) seen = static_cast<uint32_t>(header.first);
     if (flag_sequence(flag) == sequence_) seen = flag_tag(flag);
     if (seen == tag_) return false;
     give_up(rank_, kMismatch, sequence_, tag_, seen);

@@ -11,8 +11,8 @@ struct alignas(kWords % 2 == 0 ? 4 * kWords : 4) Words {
   uint32_t word[kWords];
 };
 
-// A tensor's last, incomplete words. Not inlined: it happens once in a message at most, and its code would lie
-// between the instructions of all others.
+// A tensor's last, incomplete words. Not inlined: it happens once in a message at most, and its code would
+// lie between the instructions of all others.
 template <int kWords>
 __device__ __noinline__ Words<kWords> load_last_words(const unsigned char* from, uint32_t left) {
   Words<kWords> value{};

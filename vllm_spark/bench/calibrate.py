@@ -14,10 +14,11 @@ their number stays unchanged.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -114,11 +115,21 @@ def calibrate(
     by_packets, by_payload = _medians(ways, limits, rounds, launches)
     on_trial(Trial("way", "packets", by_packets))
     on_trial(Trial("way", "payload", by_payload))
-    faster = takewhile(lambda size: by_packets[size] <= by_payload[size], limits)
     shape = payload.launch or shape
     if shared:
         shape = replace(shape, payload_blocks=first_shape.payload_blocks)
-    return LaunchTable(gpu, options.loopback_mode, max(faster, default=0) // KIB, shape)
+    return LaunchTable(gpu, options.loopback_mode, best_limit(by_packets, by_payload) // KIB, shape)
+
+
+def best_limit(by_packets: dict[int, float], by_payload: dict[int, float]) -> int:
+    """The limit in bytes up to which packets are faster, from the times of both at the same ascending sizes.
+
+    The one with the smallest product of times, 0 for no packets at all. So one size at which noise has turned the order
+    does not decide.
+    """
+    ratios = [math.log(by_packets[size] / by_payload[size]) for size in by_packets]
+    totals = dict(zip((0, *by_packets), accumulate(ratios, initial=0.0), strict=True))
+    return min(totals, key=lambda limit: totals[limit])
 
 
 def shares_one_gpu() -> bool:
