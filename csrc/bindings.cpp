@@ -96,9 +96,14 @@ void put_link_counters(py::dict& values, const verbs::Link* link) {
   values["rail_recoveries"] = read(counters.rail_recoveries);
   values["rail_proof_failures"] = read(counters.rail_proof_failures);
   values["reposts"] = read(counters.reposts);
-  py::list posts;
-  for (const auto& rail : counters.posts) posts.append(read(rail));
-  values["rail_posts"] = py::tuple(posts);
+  auto by_rail = [](const std::atomic<uint64_t>(&counters)[verbs::kMaxRails]) {
+    py::list values;
+    for (const auto& rail : counters) values.append(read(rail));
+    return py::tuple(values);
+  };
+  values["rail_posts"] = by_rail(counters.posts);
+  values["rail_bytes"] = by_rail(counters.bytes);
+  values["rail_doorbells"] = by_rail(counters.doorbells);
   py::list states;
   for (size_t rail = 0; link != nullptr && rail < link->rails(); ++rail) {
     states.append(verbs::kRailConditions[static_cast<uint32_t>(

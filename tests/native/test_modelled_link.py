@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Callable
 
+import pytest
 import torch
 
 from vllm_spark.collective import Runtime
@@ -32,8 +35,27 @@ def over_both_rails(rank: int, exchange: Pipe) -> None:
         exchange(b"done")
 
 
-def test_messages_take_both_rails() -> None:
-    for outcome in run_pair(over_both_rails):
+def a_thousand_messages(rank: int, exchange: Pipe) -> None:
+    """Of one chunk each, or of some: without a pattern that suits the number of rails."""
+    sizes = random.Random(7).choices((5, 700, 1024, 1025, 5000, 20_000, 70_001), k=1000)
+    with connect(rank, exchange, **MODELLED) as runtime:
+        while runtime.counters().rails_up < 2:
+            time.sleep(0.001)
+        exchange(b"both rails are open")
+        for size in sizes:
+            runtime.all_reduce(LARGE[:1].expand(size))
+        exchange(b"received")
+        counters = runtime.counters()
+        carried = counters.rail_bytes[:2]
+        assert min(carried) > 0.45 * sum(carried), counters
+        assert min(counters.rail_posts[:2]) > 0.2 * sum(counters.rail_posts), counters
+        assert 0 < sum(counters.rail_doorbells) <= sum(counters.rail_posts), counters
+        exchange(b"done")
+
+
+@pytest.mark.parametrize("body", [over_both_rails, a_thousand_messages])
+def test_messages_take_both_rails(body: Callable[[int, Pipe], None]) -> None:
+    for outcome in run_pair(body):
         assert outcome.error is None, outcome
 
 

@@ -49,7 +49,7 @@ class Counters:
     proxy_posts: int
     proxy_coalesced: int
     rails_up: int
-    """Rails in use for data now; this and the seven below are for verbs and for a modelled link."""
+    """Rails in use for data now; this and the nine below are for verbs and for a modelled link."""
     rail_failures: int
     """Failures of a rail that was in use for data."""
     rail_recoveries: int
@@ -59,7 +59,11 @@ class Counters:
     reposts: int
     """Messages sent again because a rail failed before they were known to have arrived."""
     rail_posts: tuple[int, ...]
-    """Messages sent over each rail, or pieces of one."""
+    """Messages sent over each rail, or parts of one."""
+    rail_bytes: tuple[int, ...]
+    """Their bytes: of payloads, or of packets with their flags."""
+    rail_doorbells: tuple[int, ...]
+    """How often the proxy rang each rail's doorbell: once for all that it had found staged in one look."""
     rail_states: tuple[str, ...]
     """The state of each rail: `open` (in use for data), `unproven`, `held down` (hold-down) or `down`."""
     link_lost: bool

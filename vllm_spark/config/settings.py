@@ -185,8 +185,8 @@ class SparkConfig(BaseModel):
     packet_kib: int | None = _setting(
         None,
         "Messages up to this size, in KiB, use the LL protocol (a flag in every packet); larger ones the Simple "
-        "protocol (payload, then flag). Default: the launch table's, else 128 between GPUs of one machine and 8 "
-        "otherwise.",
+        "protocol (payload, then flag). Default: the launch table's, else 8 between CPUs, 128 between GPUs of one "
+        "machine without a proxy, and 16 between other GPUs.",
         side="leader",
         ge=0,
         le=1024,

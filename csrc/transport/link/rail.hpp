@@ -69,6 +69,8 @@ class Rail {
   int post(const Write& write, bool signal);
   // The same for the announcement in outbox `outbox`, to the peer's inbox.
   int post_announcement(uint32_t outbox);
+  // Whether there is something to flush.
+  bool chained() const { return chained_ > 0; }
   // Posts the chain, with one doorbell. Zero, or the error's number.
   int flush() {
     if (chained_ == 0) return 0;

@@ -50,6 +50,7 @@ bool Retransmission::post_to(Rail& rail, const Write& write, bool signal) {
     if (!rail.open() || !rail.has_room()) return false;
   }
   counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
+  counters_.bytes[rail.index()].fetch_add(write.descriptor.bytes, std::memory_order_relaxed);
   bytes_ahead(rail) += write.descriptor.bytes + sizeof(Flag::value);
   int error = rail.post(write, signal);
   if (error != 0) keeper_.fail_to_post(rail, error);  // which calls `requeue` with this message
@@ -85,6 +86,8 @@ void Retransmission::post_queued() {
 
 void Retransmission::flush() {
   for (auto& rail : keeper_.rails()) {
+    if (!rail->chained()) continue;
+    counters_.doorbells[rail->index()].fetch_add(1, std::memory_order_relaxed);
     int error = rail->flush();
     if (error != 0) keeper_.fail_to_post(*rail, error);  // which calls `requeue` with what it posted
   }
