@@ -7,7 +7,8 @@ were drafted and accepted, collectives of one step, and whether the greedy token
 and the EAGLE3 head are random (`--load-format dummy`), so a head's guesses are hardly ever accepted: a step costs what
 it costs with a trained one. Its tokens must be those of vLLM's own pair with the same method, to the last bit of their
 probabilities. In bfloat16 a step of several tokens has other roundings than a step of one, so with random weights they
-may differ from those without speculation, in both pairs alike; the table then has how many are equal.
+may differ from those without speculation, in both pairs alike; the table then has how many are equal. With
+`--norm-epsilon 1` the layers of the model add little to the embedding, and hardly any token is decided by a rounding.
 
 Needs two GPUs (vLLM's own pair over host memory with NCCL, as between two machines). With `--one-gpu`, both ranks of
 this project's pair share one, beside one rank of stock vLLM; with `--device cpu` no GPU is needed. Both test the
@@ -283,6 +284,7 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help="none, eagle3:N, ngram:N")
     parser.add_argument("--tokens", type=int, default=256, help="length of each answer")
     parser.add_argument("--serve-argument", action="append", default=[], help="a further argument of vllm serve")
+    parser.add_argument("--norm-epsilon", type=float, help="rms_norm_eps of the model; 1: its layers add little")
     parser.add_argument("--at-once", type=int, default=1, help="servers that load together; asked one by one")
     parser.add_argument("--start-seconds", type=float, default=START_SECONDS, help="for a server to become healthy")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -295,6 +297,9 @@ def main() -> int:
     with process_group("served-speculation", console, args.keep_logs) as group:
         model = make_model(group.folder / "model", MODELS[args.device])
         config = json.loads((model / "config.json").read_text())
+        if args.norm_epsilon is not None:
+            config["rms_norm_eps"] = args.norm_epsilon
+            (model / "config.json").write_text(json.dumps(config))
         head = make_head(group.folder / "head", config)
         place = Place(args.device, group.logs, args.one_gpu)
         more = {"VLLM_DISABLE_PYNCCL": "1"} if args.one_gpu else {}  # NCCL does not take two ranks on one GPU

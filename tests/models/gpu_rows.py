@@ -126,7 +126,7 @@ OTHER_ARGUMENTS = {
     "deepseek_v3": TRITON_MLA,
     "glm4_moe_lite": TRITON_MLA,
     "kimi_linear": TRITON_MLA,
-    "deepseek_v4": (),
+    "deepseek_v4": ("--kv-cache-dtype", "fp8"),
     "qwen3_next": (*TRITON, *DELTA_NETS),
     "qwen3_5": (*TRITON, *DELTA_NETS, *PICTURES),
     "qwen3_5_moe": (*TRITON, *DELTA_NETS, *PICTURES),

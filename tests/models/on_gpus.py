@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -100,10 +101,10 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     os.environ[report.VARIABLE] = str(args.folder / "rows.jsonl")
     with (
-        tempfile.TemporaryDirectory(prefix="vllm-spark-rows-") as name,
+        tempfile.TemporaryDirectory(prefix="vllm-spark-rows-") as temporary,
         (args.folder / "results.jsonl").open("a") as out,
     ):
-        folder = Path(name)
+        folder = Path(temporary)
         place = Place(args.device, folder / "logs")
         place.logs.mkdir()
         models = Models(folder)
@@ -150,10 +151,7 @@ def run_row(
         model, arguments = models.make(name, row, place.device)
     except Exception as error:  # an architecture that this transformers does not have, say
         result.outcome = FAILED
-        result.errors["model"] = [
-            f"{type(error).__name__}: {error}",
-            *traceback.format_exc().splitlines()[-TAIL_LINES:],
-        ]
+        result.errors["model"] = _traceback(error)
         return result
     arguments += ["--max-model-len", str(MAX_MODEL_LENGTH), *(SMALL_ON_A_GPU if place.device == "cuda" else ())]
     limit = min(deadline, time.monotonic() + row_seconds)
@@ -164,7 +162,7 @@ def run_row(
             _run_compared(result, row, place, model, arguments, limit)
     except Exception as error:
         result.outcome, result.result = FAILED, ""
-        result.errors["row"] = [f"{type(error).__name__}: {error}", *traceback.format_exc().splitlines()[-TAIL_LINES:]]
+        result.errors["row"] = _traceback(error)
     shutil.rmtree(model.parent, ignore_errors=True)
     result.seconds = round(time.monotonic() - began, 1)
     return result
@@ -190,9 +188,10 @@ def _run_compared(
                 result.repeats[kind] = row.served.ask(server, lengths) == answers[kind]
                 if kind == PAIR:
                     counted = _collectives(server)
-    message = _message(result, STOCK)
-    if STOCK not in answers:
-        result.outcome, result.result = FAILED, f"{report.STOCK_LIMIT}: `{message}`"
+    if time.monotonic() > limit and len(answers) < len(servers):
+        result.outcome = FAILED  # it was ended here: that says nothing of it
+    elif STOCK not in answers:
+        result.outcome, result.result = FAILED, f"{report.STOCK_LIMIT}: `{_message(result, STOCK)}`"
     elif PAIR not in answers:
         result.outcome, result.result = FAILED, f"{report.LIMIT}: `{_message(result, PAIR)}`"
     elif answers[STOCK] != answers[PAIR] or not counted.endswith(" 0 fallbacks"):
@@ -218,7 +217,7 @@ def _run_sampled(
         drawn = draw_tokens(server, steps, limit - RESERVED_SECONDS)
         counted = _collectives(server)
     if drawn is None:
-        result.outcome, result.result = FAILED, f"{report.LIMIT}: `{_message(result, PAIR)}`"
+        result.outcome = FAILED
     elif not drawn.same_tokens or drawn.steps < steps or not counted.endswith(" 0 fallbacks"):
         result.outcome = OTHER
         result.errors["answers"] = [f"{drawn}, {counted}"]
@@ -246,13 +245,18 @@ def _running(
 def _noting_errors(result: Result, kind: str, started: Started) -> Iterator[None]:
     try:
         yield
-    except (SparkError, OpenAIError, OSError, AssertionError) as error:
+    except (SparkError, OpenAIError, OSError) as error:
         lines = [f"{type(error).__name__}: {error}"]
         for process in started.processes:
             lines += [f"== {process.name}", *_own_errors(process.output()), "..."]
             lines += process.tail(TAIL_LINES).splitlines()
         result.errors[kind] = [line[:400] for line in lines]
         started.kill()
+
+
+def _traceback(error: Exception) -> list[str]:
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return [f"{type(error).__name__}: {error}", *lines[-TAIL_LINES:]]
 
 
 def _as_server(started: Started) -> Server:
@@ -319,12 +323,9 @@ def summarize(results: Sequence[Result]) -> int:
     bad = [
         result.row for result in results if result.outcome != EQUAL and not result.result.startswith(report.STOCK_LIMIT)
     ]
-    counts = {
-        outcome: sum(result.outcome == outcome for result in results) for outcome in (EQUAL, OTHER, FAILED, NOT_RUN)
-    }
-    print(
-        ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + f"; to look at: {', '.join(bad) or '-'}"
-    )
+    counts = Counter(result.outcome for result in results)
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    print(f"to look at: {', '.join(bad) or '-'}")
     return min(len(bad), 99)
 
 

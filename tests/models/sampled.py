@@ -16,7 +16,7 @@ from tests.serve.servers import Server
 
 SAMPLED_STEPS = 10_000
 STREAMS = 8
-ANSWER_TOKENS = 800
+ANSWER_TOKENS = 400
 TEMPERATURES = (0.3, 0.7, 1.0)
 DRIFT = "different tokens"
 """In the message of the ranks' check."""
