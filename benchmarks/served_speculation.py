@@ -301,7 +301,7 @@ def main() -> int:
             config["rms_norm_eps"] = args.norm_epsilon
             (model / "config.json").write_text(json.dumps(config))
         head = make_head(group.folder / "head", config)
-        place = Place(args.device, group.logs, args.one_gpu)
+        place = Place(args.device, group.logs, group.folder / "caches", args.one_gpu)
         more = {"VLLM_DISABLE_PYNCCL": "1"} if args.one_gpu else {}  # NCCL does not take two ranks on one GPU
         for first in range(0, len(wanted), args.at_once):
             with ExitStack() as stack:

@@ -47,12 +47,14 @@ class Place:
 
     Attributes:
         device: `cuda` or `cpu`.
-        one_gpu: both ranks of this project's pair use the first GPU.
         logs: folder of the processes' output.
+        caches: folder of what vLLM compiles, a folder for each server: those that start together must not share one.
+        one_gpu: both ranks of this project's pair use the first GPU.
     """
 
     device: str
     logs: Path
+    caches: Path
     one_gpu: bool = False
 
 
@@ -134,7 +136,8 @@ def start_server(
     """
     port, spark_port = _free_port(), _free_port()
     cuda = place.device == "cuda"
-    common = clean_environment() | (GPU_ENVIRONMENT if cuda else CPU_ENVIRONMENT) | dict(environment or {})
+    common = clean_environment() | (GPU_ENVIRONMENT if cuda else CPU_ENVIRONMENT)
+    common |= {"VLLM_CACHE_ROOT": str(place.caches / name)} | dict(environment or {})
     server = Started(name, f"http://{LOOPBACK}:{port}")
 
     def start(what: str, argv: Sequence[str], more: Mapping[str, str]) -> None:

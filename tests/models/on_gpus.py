@@ -105,7 +105,7 @@ def main() -> int:
         (args.folder / "results.jsonl").open("a") as out,
     ):
         folder = Path(temporary)
-        place = Place(args.device, folder / "logs")
+        place = Place(args.device, folder / "logs", folder / "caches")
         place.logs.mkdir()
         models = Models(folder)
         results = []
