@@ -192,7 +192,7 @@ def _fp4(values: torch.Tensor) -> torch.Tensor:
     """Two FP4 (E2M1) values in a byte, the first one in the lower half."""
     levels = torch.tensor(FP4_VALUES)
     bounds = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(values.abs(), bounds) + 8 * (values < 0)
+    codes = torch.bucketize(values.abs().contiguous(), bounds) + 8 * (values < 0)
     return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
 
 
