@@ -17,6 +17,7 @@ VENV ?= .venv-$(basename $(VLLM))
 endif
 PYTHON ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -37,17 +38,18 @@ help: ## Show this list
 	@echo "  make ... VLLM=0.28.0          with another version of vLLM, in .venv-0.28"
 	@echo "  make ... PYTHON=python3.12    with this interpreter (when the environment is made)"
 	@echo "  make test PYTEST_ARGS='-k x'  with further arguments of pytest"
+	@echo "  make test WORKERS=0           with all tests in one process, as --pdb needs; else in two"
 	@echo "  make demo DEMO_ARGS=--json    with further arguments of vllm-spark demo"
 
 demo: $(STAMPS)/project ## Show the product on this machine: two ranks, a tiny model
 	@$(BIN)/vllm-spark demo $(DEMO_ARGS)
 
-test: $(STAMPS)/project ## Run all tests but the thorough; what was skipped, and why, stands at the end
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+test: $(STAMPS)/project ## Run all tests but the thorough, in two processes; the end says what was skipped, and why
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS) tests
 
 test-thorough: $(STAMPS)/project ## Run all tests, the thorough too, which takes hours; as root, fetches what they need
 	@$(BIN)/python -m tests.rdma.machines prepare
-	@VLLMSPARK_THOROUGH=1 VLLMSPARK_RDMA_SERVE=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests
+	@VLLMSPARK_THOROUGH=1 VLLMSPARK_RDMA_SERVE=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS) tests
 
 test-unit: $(STAMPS)/project ## Run the tests that start no server
 	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests/unit

@@ -19,14 +19,14 @@ from tests.serve.hosts import Host, Hosts, two_hosts
 __all__ = ["logs", "pytest_runtest_makereport", "pytest_runtest_teardown", "pytest_sessionfinish", "tiny_moe"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def hosts(logs: Path) -> Iterator[Hosts]:
-    """Two hosts, gone after the module: their names are those that the hosts of tests/serve need."""
+    """Two hosts, gone after this folder's tests: their names are those that the hosts of tests/serve need."""
     with two_hosts(logs) as (pair, _), pair[0].fork_server(), pair[1].fork_server():
         yield pair
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def host(hosts: Hosts) -> Host:
     """The first host, where one is enough."""
     return hosts[0]

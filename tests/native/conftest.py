@@ -1,8 +1,10 @@
-"""What was compiled is kept for all native tests of a session."""
+"""What was compiled is kept for all native tests of a run."""
 
 from __future__ import annotations
 
 import pytest
+
+from tests.workers import shared_folder
 
 from .programs import Programs, need
 
@@ -11,4 +13,6 @@ from .programs import Programs, need
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     """Skips the test where there is no g++."""
     need("g++", "g++")
-    return Programs(tmp_path_factory.mktemp("programs"))
+    folder = shared_folder(tmp_path_factory) / "programs"
+    folder.mkdir(exist_ok=True)
+    return Programs(folder)

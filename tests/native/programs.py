@@ -1,12 +1,18 @@
-"""Programs of the native code for tests: each source is compiled once for each set of flags, some at a time."""
+"""Programs of the native code for tests: each source is compiled once for each set of flags, some at a time.
+
+That holds for the workers of a test run together: what one is compiling, another one waits for.
+"""
 
 from __future__ import annotations
 
-import itertools
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,12 +55,10 @@ def compile_with(*command: str | Path) -> None:
 
 
 class Programs:
-    """What was compiled in this test session, in `folder`."""
+    """What was compiled in this test run, in `folder`, which exists."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._numbers = itertools.count()  # names of files, also for threads at once
-        self._compiled: dict[tuple[str | Path, ...], Path] = {}
 
     def link(self, main: str, *flags: str, compiler: str = "g++") -> Path:
         """The program of `main`, a source beside this file, and `RUNTIME`."""
@@ -74,16 +78,27 @@ class Programs:
 
     def _library(self, source: str, name: str) -> Path:
         folder = self._folder / Path(source).stem
-        library = folder / name
-        if not library.exists():
-            folder.mkdir()
-            compile_with("g++", *FLAGS, "-O2", "-shared", "-fPIC", HERE / source, "-o", library)
+        folder.mkdir(exist_ok=True)
+        self._make(folder / name, "g++", *FLAGS, "-O2", "-shared", "-fPIC", HERE / source)
         return folder
 
     def _once(self, *command: str | Path) -> Path:
         """What `command` makes; it is run if this is the first time that it is asked for."""
-        if command not in self._compiled:
-            target = self._folder / str(next(self._numbers))
-            compile_with(*command, "-o", target)
-            self._compiled[command] = target
-        return self._compiled[command]
+        name = hashlib.sha256("\0".join(map(str, command)).encode()).hexdigest()[:32]
+        return self._make(self._folder / name, *command)
+
+    def _make(self, target: Path, *command: str | Path) -> Path:
+        with _locked(target.with_name(f"{target.name}.lock")):
+            if not target.exists():
+                unfinished = target.with_name(f"{target.name}.unfinished")
+                compile_with(*command, "-o", unfinished)
+                unfinished.rename(target)
+        return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other workers and threads from making the same thing; the kernel unlocks it if this process ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -6,11 +6,12 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from tests import notices
+
 from .machines import CannotRun, Command, Pair, boot, booted, heal
 
 LINES_SHOWN = 40
 COMMANDS_SHOWN = 10
-WITHOUT_MACHINES = pytest.StashKey[str]()
 MACHINES = pytest.StashKey[Pair]()
 
 
@@ -22,7 +23,11 @@ def booted_machines(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pyte
             pytestconfig.stash[MACHINES] = pair
             yield pair
     except CannotRun as reason:
-        pytestconfig.stash[WITHOUT_MACHINES] = str(reason)
+        notices.add(
+            pytestconfig,
+            "NO MACHINES WITH RDMA",
+            f"{reason}. Everything that runs in the two machines of tests/rdma was skipped.",
+        )
         pytest.skip(str(reason))
 
 
@@ -48,14 +53,6 @@ def pytest_runtest_makereport(
         for machine in pair:
             report.sections.append((f"console of {machine.name}", _tail(machine.console)))
     return report
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says loudly if there were no machines."""
-    reason = config.stash.get(WITHOUT_MACHINES, None)
-    if reason is not None:
-        terminalreporter.section("NO MACHINES WITH RDMA", yellow=True)
-        terminalreporter.line(f"{reason}. Everything that runs in the two machines of tests/rdma was skipped.")
 
 
 def _state(command: Command) -> str:

@@ -53,7 +53,8 @@ class Ranks:
                 [
                     *("python", *words, str(rank), "--host", machines[0].rails[0].address, "--port", str(PORT)),
                     *("--operations", str(operations), "--options", json.dumps(options), *arguments),
-                ]
+                ],
+                fork=True,
             )
             for rank, machine in enumerate(machines)
         ]

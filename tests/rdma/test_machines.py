@@ -60,6 +60,17 @@ def test_a_command_gives_its_output_and_exit_code(machines: Pair) -> None:
         machines[0].run(["/no/such/program"], timeout=BOUND)
 
 
+def test_a_module_that_is_forked_runs_as_a_new_process_does(machines: Pair) -> None:
+    one = machines[0]
+    for arguments, code in ((["2026", "2"], 0), (["no-year"], 2)):
+        words = ["python", "-m", "calendar", *arguments]
+        new, forked = (one.start(words, fork=fork).wait(BOUND) for fork in (False, True))
+        assert new.exit_code == code
+        assert forked == new
+    with pytest.raises(MachineError, match=r"(?s)could not be started: .*No module named 'no_such_module'"):
+        one.start(["python", "-m", "no_such_module"], fork=True)
+
+
 def test_long_output_arrives_whole(machines: Pair) -> None:
     script = "for n in range(100_000): print(n, 'straße')"
     output = machines[0].run(["python", "-c", script], timeout=BOUND).stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import notices
 from vllm_spark.models.tiny import make_tiny_model
 
 from . import process, prompts
@@ -15,7 +16,6 @@ from .hosts import Host, Hosts, two_hosts
 from .servers import Server, spark_tp2, stock_tp1
 
 LINES_SHOWN = 40
-WITHOUT_NAMESPACES = pytest.StashKey[str]()
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,11 @@ def hosts(logs: Path, pytestconfig: pytest.Config) -> Iterator[Hosts]:
     """Two hosts: network namespaces, or 127.0.0.1 and 127.0.0.2 where those cannot be made."""
     with two_hosts(logs) as (pair, reason):
         if reason is not None:
-            pytestconfig.stash[WITHOUT_NAMESPACES] = reason
+            notices.add(
+                pytestconfig,
+                "TWO HOSTS WITHOUT NETWORK NAMESPACES",
+                f"{reason}: the two hosts were 127.0.0.1 and 127.0.0.2, and tests that pull cables were skipped.",
+            )
         with pair[0].fork_server(), pair[1].fork_server():
             yield pair
 
@@ -122,13 +126,3 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_sessionfinish() -> None:
     """The same for a session that ended early."""
     process.end_all()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says loudly if the two hosts were not two."""
-    reason = config.stash.get(WITHOUT_NAMESPACES, None)
-    if reason is not None:
-        terminalreporter.section("TWO HOSTS WITHOUT NETWORK NAMESPACES", yellow=True)
-        terminalreporter.line(
-            f"{reason}: the two hosts were 127.0.0.1 and 127.0.0.2, and tests that pull cables were skipped."
-        )

@@ -84,6 +84,8 @@ READ_LATE = re.compile(
     # loaded by then, NUMEXPR_MAX_THREADS is for a library that is not installed.
     r"|LD_PRELOAD$|LOCAL_WORLD_SIZE$|NUMEXPR_MAX_THREADS$|TORCHINDUCTOR_CPP_DYNAMIC_THREADS$"
     r"|VLLM_SSM_CONV_STATE_LAYOUT$|VLLM_DISABLE_SHARED_EXPERTS_STREAM$"
+    # Of what is imported only vLLM's statistics of usage read it, which are off.
+    r"|XDG_CONFIG_HOME$"
 )
 """Matches variables that neither vLLM nor what it imports reads while it is imported, or that `_apply` applies."""
 

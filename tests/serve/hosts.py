@@ -3,8 +3,9 @@
     root namespace      bridge 10.77.N.254 --+-- veth -- eth0 10.77.N.1  (host 0)
     (tests, clients)                         +-- veth -- eth0 10.77.N.2  (host 1)
 
-Clients connect from the root namespace. Names carry the process id of the test session, so that sessions do
-not meet and the next one can delete what a killed one has left.
+Clients connect from the root namespace. Each host has a /dev/shm of its own: a folder in that of the root namespace.
+Names carry the process id of the test session, so that sessions do not meet and the next one can delete what a killed
+one has left.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from .process import Process, start
 
 PREFIX = "vsp"
 LEFTOVER = re.compile(rf"{PREFIX}(\d+)(h\d|r\d|b)")
+SHARED_MEMORY = Path("/dev/shm")
+WITH_OWN_SHARED_MEMORY = f'mount --bind "$0" {SHARED_MEMORY} && exec "$@"'
+"""A shell command for `ip netns exec`, which gives every program a mount namespace of its own."""
 CARRIER_SECONDS = 10.0
 FREE_PORT = "import socket, sys; s = socket.socket(); s.bind((sys.argv[1], 0)); print(s.getsockname()[1])"
 
@@ -50,6 +54,10 @@ class Host:
     namespace: str | None = None
     outside: str | None = None
     """The bridge's end of this host's cable; None where hosts are only loopback addresses."""
+    shared_memory: Path = SHARED_MEMORY
+    """What programs of this host see as /dev/shm; where hosts are only loopback addresses, they share the machine's."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of every program that `popen` starts, if it is not started with others."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
     _given_ports: set[int] = field(default_factory=set, repr=False)
     _fork_server: ForkServer | None = field(default=None, repr=False)
@@ -57,7 +65,7 @@ class Host:
     def popen(
         self, argv: Sequence[str], env: Mapping[str, str] | None = None, name: str = "", *, cold: bool = False
     ) -> Process:
-        """Starts a program on this host, with `env` on top of a clean environment; its log is in `logs`.
+        """Starts a program on this host, with `env` on top of a clean one and `environment`; its log is in `logs`.
 
         Args:
             argv: program and arguments.
@@ -67,7 +75,7 @@ class Host:
         """
         name = name or Path(argv[0]).name
         log = self.logs / f"host{self.index}-{next(self._numbers):02d}-{name.replace(' ', '-')}.log"
-        name, environment = f"{name} on host {self.index}", clean_environment() | dict(env or {})
+        name, environment = f"{name} on host {self.index}", clean_environment() | self.environment | dict(env or {})
         if not cold and self._fork_server is not None and self._fork_server.suits(argv, environment):
             return start(name, argv, log, environment, self._fork_server)
         return start(name, self._here(argv), log, environment)
@@ -152,7 +160,10 @@ class Host:
             time.sleep(POLL_SECONDS)
 
     def _here(self, argv: Sequence[str]) -> list[str]:
-        return list(argv) if self.namespace is None else ["ip", "netns", "exec", self.namespace, *argv]
+        if self.namespace is None:
+            return list(argv)
+        mounted = ["sh", "-c", WITH_OWN_SHARED_MEMORY, str(self.shared_memory)]
+        return ["ip", "netns", "exec", self.namespace, *mounted, *argv]
 
 
 Hosts = tuple[Host, Host]
@@ -212,15 +223,19 @@ def _make_namespaces(logs: Path, stack: ExitStack) -> Hosts:
 def _add_host(index: int, tag: str, network: str, logs: Path, stack: ExitStack) -> Host:
     namespace, outside = f"{tag}h{index}", f"{tag}r{index}"
     address = f"{network}.{index + 1}"
+    shared_memory = SHARED_MEMORY / namespace
+    shared_memory.mkdir()
+    stack.callback(shutil.rmtree, shared_memory)
     _ip("netns", "add", namespace)
     stack.callback(_delete_namespace, namespace)
+    _ip("netns", "exec", namespace, "sh", "-c", WITH_OWN_SHARED_MEMORY, str(shared_memory), "true")
     _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", namespace)
     stack.callback(_ip, "link", "delete", outside)  # with the namespace it would go too, but some time later
     _ip("link", "set", outside, "master", f"{tag}b", "up")
     _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
     for interface in ("lo", "eth0"):
         _ip("-n", namespace, "link", "set", interface, "up")
-    return Host(index, address, "eth0", logs, namespace, outside)
+    return Host(index, address, "eth0", logs, namespace, outside, shared_memory)
 
 
 def _operational_state(namespace: str, interface: str) -> str:
@@ -244,6 +259,9 @@ def _delete_leftovers() -> None:
     for name in [entry["ifname"] for entry in json.loads(_ip("-j", "link", "show", "type", "bridge") or "[]")]:
         if _orphaned(name):
             _ip("link", "delete", name)
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
+        if _orphaned(folder.name):
+            shutil.rmtree(folder)
 
 
 def _orphaned(name: str) -> bool:

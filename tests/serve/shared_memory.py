@@ -1,34 +1,43 @@
-"""Shared memory that outlives its owners: files in /dev/shm, and mappings of the ranks' regions, which are nameless."""
+"""Shared memory that outlives its owners: files in /dev/shm, and mappings of the ranks' regions, which are nameless.
+
+Each host has a /dev/shm of its own, so what other programs of this machine do there is not seen. Where hosts are only
+loopback addresses, they share the machine's.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from vllm_spark.processes.managed import POLL_SECONDS, Process
 
-SHARED = Path("/dev/shm")
+from .hosts import Host
+
 REGION = "vllm-spark-region"
 """What a rank's memory is called in /proc/PID/maps: it is a memfd, with no name in any folder."""
 
-
-def listing() -> set[str]:
-    """Everything in /dev/shm."""
-    return {path.name for path in SHARED.iterdir()}
+Listing = set[Path]
 
 
-def left_since(before: set[str]) -> list[str]:
-    """What is new in /dev/shm and mapped by no living process: other programs of this machine use the folder too."""
-    new = {name: inode for name in listing() - before if (inode := _inode(name))}
+def listing(*hosts: Host) -> Listing:
+    """Everything in the hosts' /dev/shm."""
+    return {path for host in hosts for path in host.shared_memory.iterdir()}
+
+
+def left_since(before: Listing, *hosts: Host) -> list[str]:
+    """What is new in the hosts' /dev/shm and mapped by no living process."""
+    new = {path: inode for path in listing(*hosts) - before if (inode := _inode(path))}
     if not new:
         return []
     mapped: set[str] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            # By inode: a semaphore is mapped before it gets its name.
-            mapped.update(line.split()[4] for line in _maps(int(entry.name)).splitlines() if f" {SHARED}/" in line)
-    return sorted(name for name, inode in new.items() if inode not in mapped)
+            # By device and inode: a semaphore is mapped before it gets its name.
+            mapped.update(" ".join(line.split()[3:5]) for line in _maps(int(entry.name)).splitlines())
+    return sorted(str(path) for path, inode in new.items() if inode not in mapped)
 
 
 def holders(*processes: Process) -> list[int]:
@@ -37,17 +46,26 @@ def holders(*processes: Process) -> list[int]:
     return sorted(pid for pid in pids if REGION in _maps(pid) or any(REGION in name for name in _open_files(pid)))
 
 
-def assert_as_before(before: set[str], *survivors: Process, timeout: float = 10.0) -> None:
-    """Fails the test if, `timeout` seconds from now, something is left in /dev/shm, or a survivor holds a region."""
+def assert_as_before(before: Listing, *survivors: Process, hosts: Sequence[Host], timeout: float = 10.0) -> None:
+    """Fails the test if, `timeout` seconds from now, more is left in /dev/shm, or a survivor holds a region.
+
+    Args:
+        before: what `listing(*hosts)` returned before the test.
+        survivors: processes that go on, and those that they started.
+        hosts: where to look.
+        timeout: seconds.
+    """
     deadline = time.monotonic() + timeout
-    while (left := (left_since(before), holders(*survivors))) != ([], []) and time.monotonic() < deadline:
+    while (left := (left_since(before, *hosts), holders(*survivors))) != ([], []) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     assert left == ([], []), f"left in /dev/shm: {left[0]}; held by processes {left[1]}"
 
 
-def _inode(name: str) -> str:
+def _inode(path: Path) -> str:
+    """Device and inode, as /proc/PID/maps has them; empty for a file that is gone."""
     with suppress(FileNotFoundError):
-        return str((SHARED / name).stat().st_ino)
+        found = path.stat()
+        return f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x} {found.st_ino}"
     return ""
 
 

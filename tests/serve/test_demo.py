@@ -6,19 +6,20 @@ import json
 import subprocess
 from pathlib import Path
 
-from vllm_spark.processes.managed import Process, clean_environment, program
+from vllm_spark.processes.managed import clean_environment, program
 
 from . import shared_memory
+from .hosts import Host
 from .process import assert_all_gone
 
 
-def test_the_outcome_for_programs(tmp_path: Path) -> None:
+def test_the_outcome_for_programs(host: Host, tmp_path: Path) -> None:
     """`--json`: one object on standard output, all else on standard error, and nothing is left."""
-    shared_before = shared_memory.listing()
-    answer, log = tmp_path / "answer.json", tmp_path / "demo.log"
+    shared_before = shared_memory.listing(host)
+    answer = tmp_path / "answer.json"
     # A shell, to have standard output apart from the log.
     command = ["/bin/sh", "-c", 'exec "$0" demo --json --max-tokens 8 > "$1"', program("vllm-spark"), str(answer)]
-    demo = Process("vllm-spark demo", command, log, clean_environment() | {"TMPDIR": str(tmp_path)})
+    demo = host.popen(command, {"TMPDIR": str(tmp_path)}, "vllm-spark demo")
     try:
         assert demo.wait(500) == 0, demo.tail()
     finally:
@@ -34,7 +35,7 @@ def test_the_outcome_for_programs(tmp_path: Path) -> None:
     assert outcome["seconds"] > 0
     assert_all_gone(demo)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
-    shared_memory.assert_as_before(shared_before)
+    shared_memory.assert_as_before(shared_before, hosts=[host])
 
 
 def test_bad_input(tmp_path: Path) -> None:

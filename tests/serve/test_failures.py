@@ -106,23 +106,33 @@ def follower(hosts: Hosts) -> Iterator[Follower]:
     joined.process.terminate()
 
 
-def abandoned_socket_folders() -> list[Path]:
-    """Those of dead leaders; those of living ones may belong to another run of these tests."""
-    left = []
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError), (folder / "owner").open() as owner:  # gone, locked, or another user's
+@pytest.fixture(scope="module", autouse=True)
+def temporary(hosts: Hosts) -> Iterator[Path]:
+    """A temporary folder for the processes of these tests alone, with a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="vsp") as name:
+        for host in hosts:
+            host.environment["TMPDIR"] = name
+        yield Path(name)
+        for host in hosts:
+            del host.environment["TMPDIR"]
+
+
+def abandoned_socket_folders(temporary: Path) -> set[Path]:
+    """Those of dead leaders: nobody has locked them."""
+    left = set()
+    for folder in temporary.glob(f"{PREFIX}*"):
+        with suppress(OSError), (folder / "owner").open() as owner:  # gone, or locked
             fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            left.append(folder)
+            left.add(folder)
     return left
 
 
 @pytest.fixture(autouse=True)
-def no_sockets_left() -> Iterator[None]:
+def no_sockets_left(temporary: Path) -> Iterator[None]:
     """Whichever process died, vLLM's sockets are gone with the leader of a test."""
-    before = abandoned_socket_folders()
     yield
     deadline = time.monotonic() + 10
-    while (left := set(abandoned_socket_folders()) - set(before)) and time.monotonic() < deadline:
+    while (left := abandoned_socket_folders(temporary)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == set()
 
@@ -190,7 +200,7 @@ def engine_of(server: Server) -> psutil.Process:
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 @pytest.mark.parametrize("victim", ["API server", "engine"])
 def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim: str, busy: bool) -> None:
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server) if busy else None
         waits, engine = follower.waits(), engine_of(server)
@@ -205,7 +215,7 @@ def test_killed_leader(hosts: Hosts, follower: Follower, tiny_moe: Path, victim:
             assert f"vllm serve --spark: {said}" in server.leader.output()
             assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader, timeout=20)
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 def test_next_leader_works_with_the_same_follower(
@@ -226,7 +236,7 @@ def test_next_leader_works_with_the_same_follower(
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy: bool) -> None:
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server) if busy else None
         clock = kill9(follower.session().pid)
@@ -239,13 +249,13 @@ def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy:
         clock.note("the leader has ended")
         assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 @pytest.mark.parametrize("moment", [pytest.param("joined", marks=pytest.mark.thorough), "loaded"])
 def test_killed_follower_during_the_start(hosts: Hosts, follower: Follower, tiny_moe: Path, moment: str) -> None:
     """As soon as the pair is formed, and when the follower has loaded its half of the model."""
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with spark_leader(hosts, tiny_moe, follower.port, env=follower.environment, wait=False) as server:
         if moment == "joined":
             server.leader.wait_for_line(JOINED, START_SECONDS)
@@ -263,11 +273,11 @@ def test_killed_follower_during_the_start(hosts: Hosts, follower: Follower, tiny
         assert re.search("the follower on .* (closed the connection|broke).* start it again if it ended", sentence)
         assert "Traceback" not in server.leader.output()
         assert_all_gone(server.leader)
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 def test_killed_api_server_during_the_start(hosts: Hosts, follower: Follower, tiny_moe: Path) -> None:
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with spark_leader(hosts, tiny_moe, follower.port, env=follower.environment, wait=False) as server:
         server.leader.wait_for_line(JOINED, START_SECONDS)
         assert SERVES not in server.leader.output(), "it is still starting"
@@ -275,13 +285,13 @@ def test_killed_api_server_during_the_start(hosts: Hosts, follower: Follower, ti
         clock = kill9(server.leader.pid)
         follower.wait_until_it_waits_again(waits, clock)
         assert_all_gone(server.leader, timeout=20)
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 @pytest.mark.parametrize("side", ["leader", "follower"])
 def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str, busy: bool) -> None:
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with leader(hosts, follower, tiny_moe) as server:
         prompts.greedy_tokens(server.client, prompts.PROMPTS[:1], max_tokens=4)  # from now on the short time-out counts
         stream = Stream(server) if busy else None
@@ -305,11 +315,11 @@ def test_frozen_peer(hosts: Hosts, follower: Follower, tiny_moe: Path, side: str
         assert_all_gone(server.leader, timeout=20)
         if stream is not None and side == "leader":
             stream.assert_told(Clock())  # only now: until then its server was frozen
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     joined = Follower(hosts)
     with leader(hosts, joined, tiny_moe) as server:
         stream = Stream(server)
@@ -320,7 +330,7 @@ def test_killed_join_leaves_nothing(hosts: Hosts, tiny_moe: Path) -> None:
         assert_all_gone(joined.process)
         assert server.leader.wait(30) != 0
         assert_all_gone(server.leader)
-    shared_memory.assert_as_before(before)
+    shared_memory.assert_as_before(before, hosts=hosts)
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,15 @@ class Anchor:
 
         Indentation, blank lines and line breaks do not count.
         """
-        text = _text_of(source, self.qualified_name, self.scope)
-        if text is None:
-            return None
-        return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
+        return _fingerprint(self, source)
+
+
+@functools.lru_cache(maxsize=512)  # each patch is checked several times in a process, and parsing takes milliseconds
+def _fingerprint(anchor: Anchor, source: str) -> str | None:
+    text = _text_of(source, anchor.qualified_name, anchor.scope)
+    if text is None:
+        return None
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:12]
 
 
 When = Literal["start", "engine", "leading", "serving", "tuning"]

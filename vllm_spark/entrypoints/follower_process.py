@@ -48,12 +48,20 @@ def main() -> int:
 
 
 def _stop_on_signal(session: FollowerSession) -> None:
-    """Waits for SIGTERM in a thread, because the main thread may be in a collective."""
-    awaited = {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # before any other thread exists: they inherit it
+    """Has a thread wait for SIGTERM, because the main thread may be in a collective.
+
+    The thread reads what Python's handler in C writes, in whichever thread it runs. `sigwait` would need the signal
+    blocked in all threads, and multiprocessing's resource tracker, once started, leaves it unblocked in the main one.
+    """
+    received, wake = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     def wait() -> None:
-        session.stop(signal.Signals(signal.sigwait(awaited)))
+        while os.read(received, 1)[0] != signal.SIGTERM:  # another signal that Python handles
+            pass
+        session.stop(signal.SIGTERM)
 
     threading.Thread(target=wait, name="spark-stop", daemon=True).start()
 

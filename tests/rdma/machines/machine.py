@@ -153,10 +153,13 @@ class Machine:
             raise CommandFailed(f"{command} ended with exit code {finished.exit_code}{self.last_words(command)}")
         return finished
 
-    def start(self, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = REPOSITORY) -> Command:
+    def start(
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path = REPOSITORY, *, fork: bool = False
+    ) -> Command:
         """Starts a program, with `env` on top of a plain environment; `MACHINE` there is this machine's index.
 
-        "python" as its first word is the interpreter that runs the tests.
+        "python" as its first word is the interpreter that runs the tests. With `fork` the words must be "python", "-m"
+        and a module, whose imports are then made once for all such commands of a boot.
 
         Raises:
             MachineError: it could not be started, or the machine ended.
@@ -165,7 +168,8 @@ class Machine:
         command = Command(self, next(self._numbers), tuple(words), self._boots)
         self._commands[command.id] = command
         environment = {"MACHINE": str(self.index), **(env or {})}
-        self.ask({"do": "start", "id": command.id, "argv": words, "env": environment, "cwd": str(cwd)})
+        request = {"do": "start", "id": command.id, "argv": words, "env": environment, "cwd": str(cwd)}
+        self.ask({**request, "fork": True} if fork else request)
         self.wait_until(
             lambda: command.pid is not None or command.failure is not None, ANSWER_SECONDS, f"{command} has not started"
         )
