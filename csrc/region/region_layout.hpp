@@ -137,6 +137,7 @@ class RegionLayout {
     return round_up(packet_count(sizes_.packet_bytes) * sizeof(Packet), kLine);
   }
   SPARK_HOST_DEVICE constexpr size_t payload_area() const { return round_up(sizes_.slot_bytes, kPage); }
+  SPARK_HOST_DEVICE constexpr uint32_t slots() const { return sizes_.slots; }
   // Their number is a power of two, so that their order is kept when sequence numbers wrap.
   SPARK_HOST_DEVICE constexpr uint32_t slot(uint32_t sequence) const { return sequence & (sizes_.slots - 1); }
 

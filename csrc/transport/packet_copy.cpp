@@ -12,15 +12,18 @@ namespace spark {
 namespace {
 
 void copy_words(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t begin, size_t end) {
-  for (size_t word = begin; word < end; ++word) {
-    // Release: the halves of a wide packet become visible in their order.
-    to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_release);
+  for (size_t word = begin; word < end; word += 2) {
+    // Acquire and release: of a wide packet, the flag in the second half is loaded before the data of the
+    // first half and stored after it.
+    uint64_t second = from[word + 1].load(std::memory_order_acquire);
+    to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_relaxed);
+    to[word + 1].store(second, std::memory_order_release);
   }
 }
 
 // Copies `lines` whole lines. Stored a word at a time, a line that a GPU polls is taken from this core and
-// fetched back between its words (benchmarks/NOTES.md, entry 12). Each packet is whole, as aligned 16 bytes
-// of a vector are on every x86-64 with AVX.
+// fetched back between its words (benchmarks/NOTES.md, entry 12). Each packet is whole:
+// x86-64 with AVX promises it of loads of aligned 16 bytes; of streamed stores it is assumed, as of PCIe.
 void copy_lines(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, size_t lines) {
 #if defined(SPARK_STREAMS_LINES)
   auto* source = reinterpret_cast<const __m128i*>(from);

@@ -8,9 +8,10 @@
 namespace spark {
 
 // Copies the 8-byte words [kFirstWords, words) and leaves those before, the first packet, which the caller
-// stores when all are to be seen, in ascending order. Relaxed: each packet carries its own flag, and the
-// reader trusts no other order but that of a packet's halves: the flag of a wide one is in the second, which
-// is stored later, or both at once.
+// stores when all are to be seen, in ascending order. Each packet carries its own flag, and the reader trusts
+// no other order but that of a packet's halves: the flag of a wide one is in the second, which is loaded
+// first and stored last, or both at once. So data that is older than its flag is not delivered, also where a
+// kernel fills the slot meanwhile.
 //
 // `whole_lines`: a whole cache line at a time and past the caches, as a NIC writes them, for a GPU that polls
 // them; a core that polls them finds them sooner in a cache. The slots begin on a line.

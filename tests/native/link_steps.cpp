@@ -180,11 +180,39 @@ void reason() {
   check(pair.right.mine().abort_reason() == "rank 0 stopped: " + text, pair.right.mine().abort_reason());
 }
 
+// More pieces are posted than a rail's chain holds, and the device refuses the chain: each of them arrives.
+void chain() {
+  constexpr uint32_t kMessages = 2, kPieces = 60;  // 240 requests, of which a chain holds 128
+  Pair pair(link_options(), link_options());
+  auto& left = pair.left;
+  pair.step_until(nullptr, "both rails open", [&] { return pair.all_open(); });
+  left.link()->break_rail(1);
+  pair.step_until(&left, "rail 1 fails", [&] { return left.link()->counters().rail_failures == 1; });
+  library<void(uint64_t)>("unreliable_refuse_chain")(100);
+  for (uint32_t sequence = 1; sequence <= kMessages; ++sequence) {
+    for (uint32_t piece = 0; piece < kPieces; ++piece)
+      left.link()->post(sequence, {spark::Protocol::kPayload, 7, 64, piece, 64 * piece});
+  }
+  left.link()->flush();
+  check(left.link()->counters().rail_failures == 2, "rail 0 fails with the refused chain");
+  auto arrived = [&] {
+    for (uint32_t sequence = 1; sequence <= kMessages; ++sequence) {
+      for (uint32_t piece = 0; piece < kPieces; ++piece) {
+        uint64_t flag = pair.right.mine().recv_flag(sequence, piece).load();
+        if (spark::flag_sequence(flag) != sequence) return false;
+      }
+    }
+    return true;
+  };
+  pair.step_until(nullptr, "all pieces arrive", arrived, 20s);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::map<std::string, void (*)()> scenarios{
-      {"proof", proof}, {"late", late}, {"offered", offered}, {"reasons", reasons}, {"reason", reason}};
+  const std::map<std::string, void (*)()> scenarios{{"proof", proof},     {"late", late},
+                                                    {"offered", offered}, {"reasons", reasons},
+                                                    {"reason", reason},   {"chain", chain}};
   auto scenario = scenarios.find(argc > 1 ? argv[1] : "");
   if (scenario == scenarios.end()) return 2;
   scenario->second();

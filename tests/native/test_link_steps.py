@@ -14,6 +14,7 @@ SCENARIOS = {
     "offered": "a rail that has been offered is connected when its other end is there, held down or not",
     "reasons": "what a rank has found of a rail itself is what it says of it",
     "reason": "the sentence with which a rank stops reaches the peer whole",
+    "chain": "every piece of a chain that the device refuses arrives",
 }
 
 

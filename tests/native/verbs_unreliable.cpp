@@ -105,6 +105,7 @@ std::map<std::string, uint64_t>& connections = *new std::map<std::string, uint64
 std::string& refusing = *new std::string;  // which rails cannot be connected
 int refusing_from = 0;                     // and of which ranks: of domains from this number on
 uint64_t posted = 0, next_break = 0, breaks = 0, late = 0, refused = 0, refused_posts = 0, early = 0;
+uint64_t refuse_from = 0;  // requests of the next chain that is refused; 0: none
 
 int64_t number_from(const char* variable, int64_t absent) {
   const char* text = std::getenv(variable);
@@ -202,12 +203,24 @@ bool arrive(const End& end, const Write& write) {
   auto* to = reinterpret_cast<volatile unsigned char*>(write.target);
   if (__tsan_acquire != nullptr) __tsan_acquire(write.posting);
   const volatile unsigned char* from = write.copied.empty() ? write.source : write.copied.data();
+  // A NIC reads 16 aligned bytes at once. Here the second half is read first: if the flag of a wide packet is
+  // new, its data is, too.
+  unsigned char packet[2 * kWord];
   for (uint32_t at = 0; at < write.bytes; ++at) {
+    uint32_t in_packet = at % sizeof packet;
+    if (in_packet == 0) {
+      uint32_t bytes = std::min<uint32_t>(sizeof packet, write.bytes - at);
+      for (uint32_t half = 2; half-- > 0;) {
+        for (uint32_t byte = half * kWord; byte < std::min(bytes, (half + 1) * kWord); ++byte)
+          packet[byte] = from[at + byte];
+        std::atomic_thread_fence(std::memory_order_acquire);
+      }
+    }
     if (at % kWord == 0) {
       std::atomic_thread_fence(std::memory_order_release);
       if (__tsan_release != nullptr) __tsan_release(reinterpret_cast<void*>(write.target + at));
     }
-    to[at] = from[at];
+    to[at] = packet[in_packet];
   }
   return true;
 }
@@ -268,6 +281,14 @@ int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
 int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr** failed) {
   Lock lock;
   End& end = *ends.at(pair->qp_num);
+  size_t requests = 0;
+  for (abi::ibv_send_wr* one = request; one != nullptr; one = one->next) ++requests;
+  if (refuse_from != 0 && requests >= refuse_from) {
+    refuse_from = 0;
+    ++refused_posts;
+    *failed = request;
+    return ENOMEM;
+  }
   for (; request != nullptr; request = request->next) {
     // What was posted before stays under way: the connection itself is whole.
     if (faults().refusal_interval != 0 && chance() % faults().refusal_interval == 0) {
@@ -315,6 +336,12 @@ void unreliable_report(uint64_t* broken, uint64_t* not_posted, uint64_t* arrived
   *arrived_late = late;
   *refused_writes = refused;
   *too_early = early;
+}
+
+// For the test: refuses the next chain of at least so many requests, whole.
+void unreliable_refuse_chain(uint64_t at_least) {
+  Lock lock;
+  refuse_from = at_least;
 }
 
 // For the test: connections made over a device so far.

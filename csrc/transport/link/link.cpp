@@ -53,11 +53,9 @@ void Link::post(uint32_t sequence, const SendDescriptor& descriptor) {
 }
 
 bool Link::progress() {
-  // Not in every turn: messages wait for turns, and nothing waits for a completion but a rail's proof.
-  bool poll_all = ++turns_ % kTurnsPerPoll == 0;
-  for (auto& rail : keeper_.rails()) {
-    if (rail->up() && rail->queued() > 0 && (poll_all || !rail->open())) keeper_.poll(*rail);
-  }
+  // Not in every turn: messages wait for turns. What waits for a completion is a rail's proof, and messages
+  // that it reports as lost; `maintain` polls too, for a proxy whose turns are long, since it sleeps.
+  poll(++turns_ % kTurnsPerPoll == 0);
   if (!retransmission_.empty()) retransmission_.post_queued();
   if (stopped_) return false;
   if (!retransmission_.empty()) return true;
@@ -67,10 +65,17 @@ bool Link::progress() {
          std::any_of(keeper_.rails().begin(), keeper_.rails().end(), [](auto& rail) { return rail->up(); });
 }
 
+void Link::poll(bool all) {
+  for (auto& rail : keeper_.rails()) {
+    if (rail->up() && rail->queued() > 0 && (all || !rail->open())) keeper_.poll(*rail);
+  }
+}
+
 void Link::maintain() {
   Clock::time_point now = Clock::now();
   if (now < next_check_) return;
   next_check_ = now + kCheckInterval;
+  poll(true);
   read_announcements();
   if (!stopped_) {
     if (std::optional<std::string> loss = keeper_.maintain(now)) {
@@ -97,8 +102,8 @@ void Link::announce() {
   uint32_t outbox = announcements_.publish(state, counters_.no_open_rail());
   for (auto& rail : keeper_.rails()) {
     if (!rail->up() || !rail->has_room()) continue;
-    int error = rail->post_announcement(outbox);
-    if (error == 0) error = rail->flush();
+    rail->post_announcement(outbox);  // its chain is empty: whoever posts also flushes
+    int error = rail->flush();
     if (error != 0) keeper_.fail_to_post(*rail, error);
   }
 }

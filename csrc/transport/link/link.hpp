@@ -53,6 +53,8 @@ class Link final : public Transport {
 
  private:
   // The proxy's thread alone calls these.
+  // Takes completions, of all rails or of those that are not open yet.
+  void poll(bool all);
   void read_announcements();
   void announce();
   void stop(const std::string& reason);

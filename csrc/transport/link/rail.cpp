@@ -81,15 +81,14 @@ WriteRequest& Rail::chain(size_t from, size_t to, size_t bytes) {
   return write;
 }
 
-int Rail::post(const Write& write, bool signal) {
-  if (int error = make_room()) return error;
+void Rail::post(const Write& write, bool signal) {
   const SendDescriptor& descriptor = write.descriptor;
   size_t slot = layout_.slot(write.sequence);
   if (descriptor.protocol == Protocol::kPackets) {
     size_t offset = slot * packet_area_ + descriptor.offset;
     number({write, false}, chain(send_packets_ + offset, recv_packets_ + offset, descriptor.bytes), 0,
            signal);
-    return 0;
+    return;
   }
   if (descriptor.bytes != 0) {
     size_t offset = slot * payload_area_ + descriptor.offset;
@@ -102,13 +101,10 @@ int Rail::post(const Write& write, bool signal) {
   WriteRequest& last = chain(0, flag, sizeof value);
   last.entry.addr = reinterpret_cast<uintptr_t>(&value);  // posted inline: the key does not matter
   number({write, false}, last, abi::IBV_SEND_INLINE, signal);
-  return 0;
 }
 
-int Rail::post_announcement(uint32_t outbox) {
-  if (int error = make_room()) return error;
+void Rail::post_announcement(uint32_t outbox) {
   number({{}, true}, chain(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes), 0, true);
-  return 0;
 }
 
 void Rail::number(const Posted& posted, WriteRequest& last, uint32_t flags, bool signal) {

@@ -64,13 +64,14 @@ class Rail {
   uint64_t queued() const { return connection_ ? connection_->queued() : 0; }
   // True if another message fits the queue.
   bool has_room() const { return queued() < Connection::kMessages; }
-  // Appends a message to the chain that the next `flush` posts, which it may call; a completion is requested
-  // now and then, and if `signal`. Zero, or the error's number. Of a rail that is up, as the next two.
-  int post(const Write& write, bool signal);
+  // Appends a message to the chain that the next `flush` posts, which must not be full; a completion is
+  // requested now and then, and if `signal`. Of a rail that is up, as the next two.
+  void post(const Write& write, bool signal);
   // The same for the announcement in outbox `outbox`, to the peer's inbox.
-  int post_announcement(uint32_t outbox);
-  // Whether there is something to flush.
+  void post_announcement(uint32_t outbox);
+  // Whether there is something to flush, and whether another message needs a flush first.
   bool chained() const { return chained_ > 0; }
+  bool chain_is_full() const { return chained_ + 2 > kChain; }
   // Posts the chain, with one doorbell. Zero, or the error's number.
   int flush() {
     if (chained_ == 0) return 0;
@@ -99,8 +100,6 @@ class Rail {
   void end_connection();
   // Appends a request to the chain, in which there is room.
   WriteRequest& chain(size_t from, size_t to, size_t bytes);
-  // Makes room for a message in the chain. Zero, or the error's number.
-  int make_room() { return chained_ + 2 > kChain ? flush() : 0; }
   // Ends a message with the request `last`.
   void number(const Posted& posted, WriteRequest& last, uint32_t flags, bool signal);
 

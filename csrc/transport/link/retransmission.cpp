@@ -27,7 +27,8 @@ uint32_t& Retransmission::newest(const Write& write) {
 
 Rail* Retransmission::choose() {
   // Until a retransmitted message has arrived, all messages follow it on the same rail: on another one, the
-  // next message of the same slot could arrive first, and be overwritten.
+  // next message of the same slot could arrive first, and be overwritten. So do those after the next one,
+  // which the retransmission may have carried, until that has arrived too (`post_to`).
   if (pinned_ != nullptr) {
     if (pinned_->completed() < pinned_until_) return pinned_;
     pinned_ = nullptr;
@@ -49,11 +50,12 @@ bool Retransmission::post_to(Rail& rail, const Write& write, bool signal) {
     keeper_.poll(rail);
     if (!rail.open() || !rail.has_room()) return false;
   }
+  if (rail.chain_is_full() && !flush(rail)) return false;
   counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
   counters_.bytes[rail.index()].fetch_add(write.descriptor.bytes, std::memory_order_relaxed);
   bytes_ahead(rail) += write.descriptor.bytes + sizeof(Flag::value);
-  int error = rail.post(write, signal);
-  if (error != 0) keeper_.fail_to_post(rail, error);  // which calls `requeue` with this message
+  rail.post(write, signal);
+  if (pinned_ == &rail && write.sequence - pinned_sequence_ <= layout_.slots()) pinned_until_ = rail.posted();
   return true;
 }
 
@@ -74,6 +76,7 @@ void Retransmission::post_queued() {
     if (retransmitting_) {
       pinned_ = rail;
       pinned_until_ = rail->posted() + 1;
+      pinned_sequence_ = write.sequence;
     }
     if (!post_to(*rail, write, queue_.empty())) {
       queue_.push_front(write);
@@ -86,11 +89,16 @@ void Retransmission::post_queued() {
 
 void Retransmission::flush() {
   for (auto& rail : keeper_.rails()) {
-    if (!rail->chained()) continue;
-    counters_.doorbells[rail->index()].fetch_add(1, std::memory_order_relaxed);
-    int error = rail->flush();
-    if (error != 0) keeper_.fail_to_post(*rail, error);  // which calls `requeue` with what it posted
+    flush(*rail);
   }
+}
+
+bool Retransmission::flush(Rail& rail) {
+  if (!rail.chained()) return true;
+  counters_.doorbells[rail.index()].fetch_add(1, std::memory_order_relaxed);
+  int error = rail.flush();
+  if (error != 0) keeper_.fail_to_post(rail, error);  // which calls `requeue` with what the chain had
+  return error == 0;
 }
 
 size_t Retransmission::requeue(const Rail& rail, const std::vector<Write>& lost) {

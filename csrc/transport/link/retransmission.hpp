@@ -33,8 +33,10 @@ class Retransmission final : public LostMessages {
   // unacknowledged: acknowledgements are requested for some messages only, and the rail that has just had one
   // would take all messages until its next one.
   Rail* choose();
-  // False if the rail has no room, and the message must wait.
+  // False if the rail has no room or fails, and the message must wait.
   bool post_to(Rail& rail, const Write& write, bool signal);
+  // Posts a rail's chain. False if the rail has failed, which queues what it had posted.
+  bool flush(Rail& rail);
   // The last sequence number posted with the slot of `write`, and for payload with its piece too. The parts
   // of a message's packets have one: that its slot is used again means that all of them have arrived.
   uint32_t& newest(const Write& write);
@@ -49,9 +51,12 @@ class Retransmission final : public LostMessages {
   std::deque<Write> queue_;
   bool retransmitting_ = false;
   std::vector<uint32_t> newest_packets_, newest_pieces_;  // by slot, and by slot and piece
-  // All messages are posted to this rail until its message of number `pinned_until_` has arrived.
+  // All messages are posted to this rail until its message of number `pinned_until_` has arrived: that of
+  // sequence number `pinned_sequence_`, the last one that was sent again, or a later one that it may have
+  // carried along.
   Rail* pinned_ = nullptr;
   uint64_t pinned_until_ = 0;
+  uint32_t pinned_sequence_ = 0;
   std::vector<uint64_t> bytes_ahead_;  // by rail: given to it, beyond the one that was given the fewest
   uint32_t last_posted_ = 0;
 };

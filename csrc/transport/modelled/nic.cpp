@@ -270,8 +270,9 @@ int Nic::post(QueuePair& pair, ibv_send_wr* first, ibv_send_wr** failed) {
                            words,
                            request->wr_id,
                            signaled};
-    for (size_t word = 0; word < write.words; ++word)
-      write.first[word] = from[word].load(std::memory_order_relaxed);
+    // The flag of a wide packet, in the second word, is loaded before its data: see packet_copy.hpp.
+    for (size_t word = write.words; word-- > 0;)
+      write.first[word] = from[word].load(std::memory_order_acquire);
     if (write.rest != nullptr) ++pair.to_copy;
     pair.on_their_way.push_back(write);
   }
