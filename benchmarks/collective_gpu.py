@@ -16,12 +16,13 @@ import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair, graph_times
 from vllm_spark.collective import RuntimeOptions
+from vllm_spark.collective.link_model import WireFigures
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES: dict[str, dict[str, Any]] = {
     "direct": {},
     "proxied": {"loopback_mode": "proxied"},
-    "proxied, 3.2 us": {"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0},
+    "proxied, 3.2 us": {"loopback_mode": "proxied", "wire": WireFigures.alpha_beta(3.2, 24.0)},
 }
 
 

@@ -5,7 +5,10 @@
 Every candidate is a real server (`vllm serve`), asked over HTTP. For each method: time of a decode step, tokens that
 were drafted and accepted, collectives of one step, and whether the greedy tokens are those without speculation. Weights
 and the EAGLE3 head are random (`--load-format dummy`), so a head's guesses are hardly ever accepted: a step costs what
-it costs with a trained one, and its tokens must be the same.
+it costs with a trained one. Its tokens must be those of vLLM's own pair with the same method, to the last bit of their
+probabilities. In bfloat16 a step of several tokens has other roundings than a step of one, so with random weights they
+may differ from those without speculation, in both pairs alike; the table then has how many are equal. With
+`--norm-epsilon 1` the layers of the model add little to the embedding, and hardly any token is decided by a rounding.
 
 Needs two GPUs (vLLM's own pair over host memory with NCCL, as between two machines). With `--one-gpu`, both ranks of
 this project's pair share one, beside one rank of stock vLLM; with `--device cpu` no GPU is needed. Both test the
@@ -16,58 +19,58 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openai import DefaultHttpxClient, OpenAI
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import SparkError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.tiny import make_tiny_model
-from vllm_spark.processes.child import python_module
-from vllm_spark.processes.group import ProcessGroup, process_group
-from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK, free_ports
-from vllm_spark.processes.managed import Process, answers, clean_environment
+from vllm_spark.processes.group import process_group
 
-START_SECONDS = 300.0
+from .servers import SERVERS, START_SECONDS, Place, Started, start_server
+
 MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
 METHODS = ("none", "eagle3:1", "eagle3:3")
-SERVERS = ("spark", "spark-wire", "stock", "one-rank")
-"""This project's pair, direct and over the modelled wire; vLLM's own pair; one rank of stock vLLM."""
 ONE_GPU_SHARE = "0.42"
+SEVERAL_ON_A_GPU = ("--gpu-memory-utilization", "0.14", "--kv-cache-memory-bytes", str(2 << 30))
+"""So that up to six ranks of 9 GiB of weights start on one GPU at once: no rank measures what the others leave it."""
 PROMPTS = 4
 SHOWN_EVERY = 1.0
 """Seconds in which a rank shows its counters at least once."""
 REST_SECONDS = 30.0
+ERROR_LINES = 25
+"""Of a failed process's output, that are kept with its row."""
 
 
 @dataclass
 class Row:
-    """One server with one method; counts are those of the timed requests."""
+    """One server with one method; counts are those of the timed requests. All are 0 if it failed."""
 
     server: str
     method: str
-    start_seconds: float
-    step_ms: float
+    start_seconds: float = 0.0
+    step_ms: float = 0.0
     """Time of all requests, one at a time, divided by their decode steps; the prefill of 64 tokens is in it."""
-    tokens_per_s: float
-    drafted: int
-    accepted: int
-    collectives_per_step: float | None
-    fallbacks: int | None
-    tokens: list[list[int]]
+    tokens_per_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    collectives_per_step: float | None = None
+    fallbacks: int | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
+    error: str = ""
+    """Why it has no figures, with the last lines of its processes' output."""
 
 
 def make_head(folder: Path, target: Mapping[str, Any]) -> Path:
@@ -125,62 +128,21 @@ def speculation(method: str, head: Path, device: str) -> list[str]:
     return ["--speculative-config", json.dumps(settings)]
 
 
-@contextmanager
-def served(
-    group: ProcessGroup, kind: str, model: Path, method: str, head: Path, args: argparse.Namespace
-) -> Iterator[tuple[str, float]]:
-    """Starts a server of `kind`, one of `SERVERS`; yields its URL and the seconds of its start."""
-    port, spark_port = free_ports(2)
-    cuda = args.device == "cuda"
-    argv = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--load-format", "dummy"),
-        *("--host", LOOPBACK, "--port", str(port)),
-        *("--max-model-len", "2048", "--max-num-seqs", "8", "--no-enable-prefix-caching", "--seed", "0"),
+def serve_arguments(method: str, head: Path, args: argparse.Namespace) -> list[str]:
+    """The arguments of `vllm serve` that all servers have."""
+    return [
+        *("--load-format", "dummy", "--seed", "0", "--no-enable-prefix-caching"),
+        *("--max-model-len", "2048", "--max-num-seqs", "8"),
         *speculation(method, head, args.device),
-        *(("--attention-backend", "TRITON_ATTN") if cuda else ("--enforce-eager", "--dtype", "float32")),
+        *(
+            ("--attention-backend", "TRITON_ATTN")
+            if args.device == "cuda"
+            else ("--enforce-eager", "--dtype", "float32")
+        ),
         *(("--gpu-memory-utilization", ONE_GPU_SHARE) if args.one_gpu else ()),
+        *(SEVERAL_ON_A_GPU if args.device == "cuda" and args.at_once > 1 else ()),
         *args.serve_argument,
     ]
-    common = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    common |= {} if cuda else CPU_ENVIRONMENT
-    common |= {"VLLM_DISABLE_PYNCCL": "1"} if args.one_gpu else {}  # NCCL does not take two ranks on one GPU
-    name = f"{kind}-{method.replace(':', '-')}"
-    with ExitStack() as stack:
-        processes: list[Process] = []
-
-        def start(what: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-            log = f"{name}-{len(processes)}.log"
-            everything = clean_environment() | common | dict(environment)
-            processes.append(stack.enter_context(group.started(f"{name}: {what}", command, log, everything)))
-
-        since = time.monotonic()
-        second = "0" if args.one_gpu else "1"
-        if kind == "one-rank":
-            start("vllm serve", argv, {"CUDA_VISIBLE_DEVICES": "0"})
-        elif kind == "stock":
-            alone = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0", "NCCL_P2P_DISABLE": "1"}
-            pair = ["--tensor-parallel-size", "2", "--disable-custom-all-reduce"]
-            start("vllm serve", [*argv, *pair], alone if cuda else {})
-        else:
-            secret = {SECRET_VARIABLE: os.urandom(16).hex()}
-            join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(spark_port))
-            wire = ["--spark-loopback-mode", "proxied"] if kind == "spark-wire" else []
-            spark = ["--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)]
-            start("vllm-spark join", join, secret | {"CUDA_VISIBLE_DEVICES": second})
-            start(
-                "vllm serve --spark",
-                [*argv, *spark, "--spark-transport", "loopback", *wire],
-                secret | {"CUDA_VISIBLE_DEVICES": "0"},
-            )
-
-        def healthy() -> bool:
-            for process in processes:
-                if process.exit_code is not None:
-                    raise SparkError(f"{process.name} ended with exit code {process.exit_code} while starting")
-            return answers(f"http://{LOOPBACK}:{port}/health")
-
-        processes[-1].wait_until(healthy, START_SECONDS, "become healthy")
-        yield f"http://{LOOPBACK}:{port}", time.monotonic() - since
 
 
 def counters(url: str) -> dict[str, float]:
@@ -223,7 +185,7 @@ def measure(url: str, server: str, method: str, start_seconds: float, vocabulary
     )
     model = client.models.list().data[0].id
 
-    def ask(number: int) -> list[int]:
+    def ask(number: int, **options: Any) -> Any:
         prompt = [(31 * number + 7 * position + 11) % vocabulary for position in range(64)]
         completion = client.completions.create(
             model=model,
@@ -231,15 +193,19 @@ def measure(url: str, server: str, method: str, start_seconds: float, vocabulary
             max_tokens=length,
             temperature=0,
             extra_body={"return_token_ids": True, "ignore_eos": True},
+            **options,
         )
-        return list((completion.choices[0].model_extra or {})["token_ids"])
+        return completion.choices[0]
 
-    warm = [ask(number) for number in range(PROMPTS)]
+    def tokens_of(choice: Any) -> list[int]:
+        return list((choice.model_extra or {})["token_ids"])
+
+    warm = [ask(number, logprobs=1) for number in range(PROMPTS)]
     before = counters_at_rest(url)
     since = time.perf_counter()
-    tokens = [ask(number) for number in range(PROMPTS)]
+    tokens = [tokens_of(ask(number)) for number in range(PROMPTS)]
     seconds = time.perf_counter() - since
-    if tokens != warm:
+    if tokens != [tokens_of(choice) for choice in warm]:
         raise SparkError(f"{server}, {method}: the same prompts gave other tokens the second time")
     after = counters_at_rest(url)
     new = {name: value - before.get(name, 0) for name, value in after.items()}
@@ -256,27 +222,61 @@ def measure(url: str, server: str, method: str, start_seconds: float, vocabulary
         sum(collectives) / steps if server.startswith("spark") else None,
         round(after.get("vllm_spark_fallbacks_total", 0)) if server.startswith("spark") else None,
         tokens,
+        [list(choice.logprobs.token_logprobs) for choice in warm],
     )
 
 
+def same_length(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens at the beginning of each answer are the same."""
+    return [
+        next((place for place, (one, other) in enumerate(zip(mine, theirs, strict=True)) if one != other), len(mine))
+        for mine, theirs in zip(tokens, others, strict=True)
+    ]
+
+
+def compared(row: Row, rows: Sequence[Row]) -> tuple[str, str]:
+    """The row's tokens beside its server's without speculation, and tokens and probabilities beside stock's pair's."""
+    by_key = {(other.server, other.method): other for other in rows if not other.error}
+    plain, stock = by_key.get((row.server, METHODS[0])), by_key.get(("stock", row.method))
+    without = "" if plain is None else "equal" if row.tokens == plain.tokens else str(_lengths(row, plain))
+    beside = ""
+    if stock is not None:
+        beside = "equal" if row.tokens == stock.tokens else str(_lengths(row, stock))
+        beside += "" if row.logprobs == stock.logprobs else ", other probabilities"
+        beside += "" if row.accepted == stock.accepted else ", other acceptance"
+    return without, beside
+
+
+def _lengths(row: Row, other: Row) -> list[int]:
+    return same_length(row.tokens, other.tokens)
+
+
 def show(rows: Sequence[Row], console: Console) -> None:
-    """A table; tokens are compared with the first row's."""
-    table = Table("server", "method", "start, s", "step, ms", "tokens/s", "drafted", "accepted", "collectives a step")
-    table.add_column("fallbacks")
-    table.add_column("tokens")
+    """A table; a list in it has the number of equal tokens at the beginning of each answer."""
+    table = Table("server", "method", "start, s", "step, ms", "tokens/s", "drafted, accepted", "collectives a step")
+    for title in ("fallbacks", "without speculation", "beside stock"):
+        table.add_column(title)
     for row in rows:
+        if row.error:
+            table.add_row(row.server, row.method, *["-"] * 6, "failed")
+            continue
         count = "" if row.collectives_per_step is None else f"{row.collectives_per_step:.1f}"
-        equal = "equal" if row.tokens == rows[0].tokens else "OTHER"
         table.add_row(
             *(row.server, row.method, f"{row.start_seconds:.0f}", f"{row.step_ms:.2f}", f"{row.tokens_per_s:.0f}"),
-            *(str(row.drafted), str(row.accepted), count, str(row.fallbacks), equal),
+            *(f"{row.drafted}, {row.accepted}", count, str(row.fallbacks), *compared(row, rows)),
         )
     console.print(table)
-    console.print(f"different tokens in the first row's answers: {[len(set(answer)) for answer in rows[0].tokens]}")
+    console.print(f"different tokens in the answers: {[[len(set(answer)) for answer in row.tokens] for row in rows]}")
+
+
+def failed(server: str, method: str, started: Started | None, error: Exception) -> Row:
+    """The row of a server that could not be measured."""
+    tails = [] if started is None else [process.tail(ERROR_LINES) for process in started.processes]
+    return Row(server, method, error="\n".join([f"{type(error).__name__}: {error}", *tails]))
 
 
 def main() -> int:
-    """Runs all candidates; returns 1 if tokens or counts are not as they must be."""
+    """Runs all candidates; returns 1 if one failed, or if its tokens or counts are not as they must be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(MODELS), default="cuda")
     parser.add_argument("--one-gpu", action="store_true", help="both ranks on one GPU: a test of function")
@@ -284,23 +284,62 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS), help="none, eagle3:N, ngram:N")
     parser.add_argument("--tokens", type=int, default=256, help="length of each answer")
     parser.add_argument("--serve-argument", action="append", default=[], help="a further argument of vllm serve")
+    parser.add_argument("--norm-epsilon", type=float, help="rms_norm_eps of the model; 1: its layers add little")
+    parser.add_argument("--at-once", type=int, default=1, help="servers that load together; asked one by one")
+    parser.add_argument("--start-seconds", type=float, default=START_SECONDS, help="for a server to become healthy")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--keep-logs", type=Path)
     args = parser.parse_args()
-    console = Console(width=140)
+    console = Console(width=180)
     rows: list[Row] = []
+    servers = (args.servers or ("spark,one-rank" if args.one_gpu else "spark,stock")).split(",")
+    wanted = [(server, method) for method in args.methods.split(",") for server in servers]
     with process_group("served-speculation", console, args.keep_logs) as group:
         model = make_model(group.folder / "model", MODELS[args.device])
         config = json.loads((model / "config.json").read_text())
+        if args.norm_epsilon is not None:
+            config["rms_norm_eps"] = args.norm_epsilon
+            (model / "config.json").write_text(json.dumps(config))
         head = make_head(group.folder / "head", config)
-        for method in args.methods.split(","):
-            for server in (args.servers or ("spark,one-rank" if args.one_gpu else "spark,stock")).split(","):
-                with served(group, server, model, method, head, args) as (url, start_seconds):
-                    rows.append(measure(url, server, method, start_seconds, config["vocab_size"], args.tokens))
-                show(rows, console)
-                if args.json is not None:
-                    args.json.write_text(json.dumps([asdict(row) for row in rows]))
-    return 0 if all(row.tokens == rows[0].tokens and not row.fallbacks for row in rows) else 1
+        place = Place(args.device, group.logs, group.folder / "caches", args.one_gpu)
+        more = {"VLLM_DISABLE_PYNCCL": "1"} if args.one_gpu else {}  # NCCL does not take two ranks on one GPU
+        for first in range(0, len(wanted), args.at_once):
+            with ExitStack() as stack:
+                together: list[tuple[str, str, Started]] = []
+                for server, method in wanted[first : first + args.at_once]:
+                    name = f"{server}-{method.replace(':', '-')}"
+                    arguments = serve_arguments(method, head, args)
+                    started = start_server(server, name, model, arguments, place, environment=more)
+                    stack.callback(started.stop)
+                    together.append((server, method, started))
+                deadline = time.monotonic() + args.start_seconds
+                failures: dict[str, Exception] = {}
+                for _, _, started in together:  # nothing is measured while another one loads
+                    try:
+                        started.wait_until_healthy(max(0.0, deadline - time.monotonic()))
+                        console.print(f"{started.name}: healthy after {started.ready_seconds:.0f} s")
+                    except SparkError as error:
+                        failures[started.name] = error
+                        started.kill()
+                for server, method, started in together:
+                    try:
+                        if started.name in failures:
+                            raise failures[started.name]
+                        seconds, vocabulary = started.ready_seconds, config["vocab_size"]
+                        rows.append(measure(started.url, server, method, seconds, vocabulary, args.tokens))
+                    except (SparkError, OpenAIError, OSError) as error:
+                        rows.append(failed(server, method, started, error))
+                        console.print(rows[-1].error, markup=False)
+                    show(rows, console)
+                    if args.json is not None:
+                        args.json.write_text(json.dumps([asdict(row) for row in rows]))
+    return 0 if all(as_it_must_be(row, rows) for row in rows) else 1
+
+
+def as_it_must_be(row: Row, rows: Sequence[Row]) -> bool:
+    """It was measured, nothing fell back, and its answers are stock's or, without stock's pair, those of `none`."""
+    without, beside = compared(row, rows)
+    return not row.error and not row.fallbacks and (beside or without) in ("", "equal")
 
 
 if __name__ == "__main__":

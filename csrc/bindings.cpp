@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <tuple>
 #include <utility>
@@ -95,9 +96,14 @@ void put_link_counters(py::dict& values, const verbs::Link* link) {
   values["rail_recoveries"] = read(counters.rail_recoveries);
   values["rail_proof_failures"] = read(counters.rail_proof_failures);
   values["reposts"] = read(counters.reposts);
-  py::list posts;
-  for (const auto& rail : counters.posts) posts.append(read(rail));
-  values["rail_posts"] = py::tuple(posts);
+  auto by_rail = [](const std::atomic<uint64_t>(&counters)[verbs::kMaxRails]) {
+    py::list values;
+    for (const auto& rail : counters) values.append(read(rail));
+    return py::tuple(values);
+  };
+  values["rail_posts"] = by_rail(counters.posts);
+  values["rail_bytes"] = by_rail(counters.bytes);
+  values["rail_doorbells"] = by_rail(counters.doorbells);
   py::list states;
   for (size_t rail = 0; link != nullptr && rail < link->rails(); ++rail) {
     states.append(verbs::kRailConditions[static_cast<uint32_t>(
@@ -228,21 +234,35 @@ void bind_rank(py::module_& module) {
       .def_property_readonly("poison", &Rank::poison);
 }
 
+using LatencyTuple = std::pair<uint64_t, double>;                       // bytes, microseconds
+using RailFiguresTuple = std::pair<std::vector<LatencyTuple>, double>;  // and GB/s
+
 // The names and units of Python's settings; the values are checked where a runtime is made of them.
 void bind_options(py::module_& module) {
+  py::class_<WireFigures>(module, "WireFigures")
+      .def(py::init([](const std::vector<RailFiguresTuple>& rails, double gbytes_per_s, double doorbell_us,
+                       double work_request_us) {
+             WireFigures figures{{}, gbytes_per_s, doorbell_us * 1e3, work_request_us * 1e3};
+             for (const auto& [latency, rate] : rails) {
+               RailFigures rail{{}, rate};  // 1 GB/s is a byte in a nanosecond
+               for (const auto& [bytes, us] : latency) rail.latency.push_back({bytes, us * 1e3});
+               figures.rails.push_back(std::move(rail));
+             }
+             return figures;
+           }),
+           py::kw_only(), py::arg("rails"), py::arg("gbytes_per_s"), py::arg("doorbell_us"),
+           py::arg("work_request_us"));
+
   py::class_<Options>(module, "Options")
       .def(py::init([](int rank, uint64_t slot_bytes, uint64_t packet_bytes, uint32_t depth, bool proxied,
-                       double wire_latency_s, double wire_bytes_per_s, uint32_t stripes, double timeout_s,
+                       const std::optional<WireFigures>& wire, uint32_t stripes, double timeout_s,
                        uint32_t first_sequence, uint64_t largest_message, uint32_t clear_interval) {
              Options options;
              options.rank = rank;
              options.sizes = {slot_bytes, packet_bytes, 2 * depth};
              options.depth = depth;
              options.proxied = proxied;
-             options.wire = {nanoseconds("the modelled wire's latency of", wire_latency_s, 0),
-                             wire_bytes_per_s * 1e-9};
-             if (!(wire_bytes_per_s >= 0))
-               throw UsageError("the modelled wire's rate is invalid: must be 0 or more");
+             if (wire) options.wire = *wire;
              options.stripes = stripes;
              options.timeout = timeout_of("timeout_s", timeout_s);
              options.first_sequence = first_sequence;
@@ -251,8 +271,8 @@ void bind_options(py::module_& module) {
              return options;
            }),
            py::kw_only(), py::arg("rank"), py::arg("slot_bytes"), py::arg("packet_bytes"), py::arg("depth"),
-           py::arg("proxied"), py::arg("wire_latency_s"), py::arg("wire_bytes_per_s"), py::arg("stripes"),
-           py::arg("timeout_s"), py::arg("first_sequence"), py::arg("largest_message"),
+           py::arg("proxied"), py::arg("wire") = py::none(), py::arg("stripes"), py::arg("timeout_s"),
+           py::arg("first_sequence"), py::arg("largest_message"),
            py::arg("clear_interval") = Options().clear_interval);
 
   using device::LaunchShape;

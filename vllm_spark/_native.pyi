@@ -54,6 +54,16 @@ class _Rank:
     @property
     def poison(self) -> str: ...
 
+class WireFigures:
+    def __init__(
+        self,
+        *,
+        rails: list[tuple[list[tuple[int, float]], float]],
+        gbytes_per_s: float,
+        doorbell_us: float,
+        work_request_us: float,
+    ) -> None: ...
+
 class Options:
     def __init__(
         self,
@@ -63,8 +73,7 @@ class Options:
         packet_bytes: int,
         depth: int,
         proxied: bool,
-        wire_latency_s: float,
-        wire_bytes_per_s: float,
+        wire: WireFigures | None = ...,
         stripes: int,
         timeout_s: float,
         first_sequence: int,

@@ -235,7 +235,7 @@ void CpuRank::send(const Operation& operation, const std::byte* data, size_t byt
   if (doorbell_) {
     mine_.descriptor(sequence) = {as_packets ? Protocol::kPackets : Protocol::kPayload,
                                   tag,
-                                  bytes,
+                                  as_packets ? packet_count(bytes) * sizeof(Packet) : bytes,
                                   0,
                                   0,
                                   as_packets ? 1 : stripes_of(bytes)};
@@ -296,7 +296,7 @@ const std::byte* CpuRank::receive_payload(const Operation& operation, uint32_t s
     // Also before the next stripe: the peer may have sent another operation, which has fewer of them.
     check_tag(operation, sequence, flag_tag(flag));
   }
-  return mine_.recv_payload(sequence);
+  return endpoint_.received_payload(sequence);
 }
 
 // The same on both ranks, for it depends on the size alone.

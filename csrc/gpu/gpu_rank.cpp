@@ -88,6 +88,9 @@ void GpuRank::prepare() {
   if (endpoint_.peer_memory() != nullptr) {
     gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
     if (!options.proxied) parameters_.out = receive_slots(gpu_->theirs->on_device());
+    if (endpoint_.reads_send_slots()) {
+      parameters_.in.payload = send_slots(gpu_->theirs->on_device()).payload;
+    }
     peer_watch_ = std::make_unique<PeerWatch>(endpoint_.peer(), [this] {
       // Whatever it sent before it ended has arrived: kernels load once more after they see the abort word.
       endpoint_.end_waits(endpoint_.peer().name() + ": " + kProcessEnded);
@@ -107,7 +110,8 @@ void GpuRank::prepare() {
 }
 
 std::unique_ptr<MessageSource> GpuRank::make_source() {
-  return std::make_unique<SlotScanner>(endpoint_.mine(), endpoint_.options().first_sequence - 1);
+  return std::make_unique<SlotScanner>(endpoint_.mine(), endpoint_.options().first_sequence - 1,
+                                       endpoint_.options().stripes);
 }
 
 Slots GpuRank::receive_slots(unsigned char* base) const {

@@ -19,7 +19,7 @@ class Packets {
         call_(call),
         first_(first),
         step_(step),
-        count_(static_cast<uint32_t>(packet_count(call.bytes))) {}
+        count_(static_cast<uint32_t>(wide_packet_count(call.bytes))) {}
 
   // Loads the data of the first packet, before it is known whether the rank is poisoned.
   __device__ void load() {
@@ -28,35 +28,36 @@ class Packets {
 
   __device__ void send(uint32_t sequence) {
     Halves* const out = SlotView(rank_, rank_.out).packets(sequence);
-    Words<2> own = own_;
+    Data own = own_;
     for (uint32_t packet = first_; packet < count_; packet += step_) {
       if (packet != first_) own = data(packet);
-      // Relaxed: data and flag travel in the same 8 bytes. The slot may be written: previous kernels
-      // have received what the peer sent after it had read this slot.
-      store_relaxed(out + packet,
-                    Halves{packet_half(own.word[0], sequence), packet_half(own.word[1], sequence)});
-      if (Output::kKeepsOwn && packet != 0) {
-        store_words(call_.out + Output::place(rank_, call_, at(packet), true), left(packet), own);
-      }
+      // Relaxed: data and flag are one access. The slot may be written: previous kernels have received what
+      // the peer sent after it had read this slot.
+      store_relaxed_whole(out + packet, {static_cast<uint64_t>(own.word[1]) << 32 | own.word[0],
+                                         static_cast<uint64_t>(sequence) << 32 | own.word[2]});
+      if (Output::kKeepsOwn && packet != 0) store(packet, own, true);
     }
   }
 
   __device__ void receive(uint32_t sequence) {
     const Halves* const in = SlotView(rank_, rank_.in).packets(sequence);
-    Words<2> own = own_;
+    Data own = own_;
     Wait wait(rank_, sequence, call_.tag);
     for (uint32_t packet = first_; packet < count_; packet += step_) {
-      Halves theirs;
-      if (!receive_packet(in + packet, sequence, wait, theirs)) return;
-      const uint32_t low = half_data(theirs.first), high = half_data(theirs.second);
+      Halves halves;
+      if (!receive_packet(in + packet, sequence, wait, halves)) return;
+      Data theirs{{static_cast<uint32_t>(halves.first), static_cast<uint32_t>(halves.first >> 32),
+                   static_cast<uint32_t>(halves.second)}};
       if (packet == 0) {
-        if (low != call_.tag) give_up(rank_, kMismatch, sequence, call_.tag, low);
+        if (theirs.word[0] != call_.tag) give_up(rank_, kMismatch, sequence, call_.tag, theirs.word[0]);
         continue;
       }
       if (!Output::kKeepsOwn && packet != first_) own = data(packet);
-      const Words<2> result{Output::combine(rank_, own.word[0], low),
-                            Output::combine(rank_, own.word[1], high)};
-      store_words(call_.out + Output::place(rank_, call_, at(packet), false), left(packet), result);
+#pragma unroll
+      for (int word = 0; word < 3; ++word) {
+        theirs.word[word] = Output::combine(rank_, own.word[word], theirs.word[word]);
+      }
+      store(packet, theirs, false);
     }
   }
 
@@ -67,17 +68,36 @@ class Packets {
   }
 
  private:
-  __device__ uint64_t at(uint32_t packet) const { return static_cast<uint64_t>(packet - 1) * kPacketData; }
-  __device__ uint64_t left(uint32_t packet) const { return call_.bytes - at(packet); }
-  __device__ Words<2> data(uint32_t packet) const {
-    if (packet == 0) return {call_.tag, static_cast<uint32_t>(call_.bytes)};
-    return load_words<2>(call_.in + at(packet), left(packet));
+  using Data = Words<3>;
+  static_assert(sizeof(Data) == kWidePacketData);
+
+  __device__ uint64_t at(uint32_t packet) const {
+    return static_cast<uint64_t>(packet - 1) * kWidePacketData;
+  }
+  __device__ Data data(uint32_t packet) const {
+    if (packet == 0) return {call_.tag, static_cast<uint32_t>(call_.bytes), 0};
+    return load_words<3>(call_.in + at(packet), call_.bytes - at(packet));
+  }
+  // A packet's words may belong to two rows of a gather, which are multiples of 16 bytes.
+  __device__ void store(uint32_t packet, const Data& value, bool own) const {
+    const uint64_t from = at(packet);
+    if constexpr (!Output::kKeepsOwn) {
+      store_words(call_.out + from, call_.bytes - from, value);
+    } else {
+#pragma unroll
+      for (uint32_t word = 0; word < 3; ++word) {
+        const uint64_t byte = from + 4 * word;
+        if (byte >= call_.bytes) return;
+        store_words(call_.out + Output::place(rank_, call_, byte, own), call_.bytes - byte,
+                    Words<1>{value.word[word]});
+      }
+    }
   }
 
   const RankParameters& rank_;
   const Call& call_;
   uint32_t first_, step_, count_;
-  Words<2> own_{};
+  Data own_{};
 };
 
 // `in` and `out` are aligned to 8 bytes. Each warp's packets begin on a cache line: loads of one line of host

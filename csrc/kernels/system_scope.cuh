@@ -29,6 +29,25 @@ __device__ inline void store_relaxed(Halves* to, Halves value) {
                : "memory");
 }
 
+// The same as one access, whose 16 bytes are whole: two halves and a flag that belong together.
+__device__ inline Halves load_relaxed_whole(const Halves* from) {
+  Halves value;
+  asm volatile(
+      "{\n\t.reg .b128 whole;\n\tld.relaxed.sys.global.b128 whole, [%2];\n\tmov.b128 {%0, %1}, whole;\n\t}"
+      : "=l"(value.first), "=l"(value.second)
+      : "l"(from)
+      : "memory");
+  return value;
+}
+
+__device__ inline void store_relaxed_whole(Halves* to, Halves value) {
+  asm volatile(
+      "{\n\t.reg .b128 whole;\n\tmov.b128 whole, {%1, %2};\n\tst.relaxed.sys.global.b128 [%0], whole;\n\t}" ::
+          "l"(to),
+      "l"(value.first), "l"(value.second)
+      : "memory");
+}
+
 __device__ inline uint64_t load_acquire(const uint64_t* from) {
   uint64_t value;
   asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");

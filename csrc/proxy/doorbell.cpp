@@ -38,10 +38,11 @@ bool Doorbell::post_staged(Transport& transport) {
   uint32_t posts = 0, last = posted_.load(std::memory_order_relaxed);
   while (static_cast<int32_t>(staged - last) > 0) {
     post(transport, ++last);
-    posted_.store(last, std::memory_order_release);  // see has_posted
     ++posts;
   }
   if (posts == 0) return false;
+  transport.flush();
+  posted_.store(last, std::memory_order_release);  // see has_posted
   count(posts);
   return true;
 }

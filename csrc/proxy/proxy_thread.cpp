@@ -35,8 +35,9 @@ void ProxyThread::run() {
     bool idle = source_.end_turn(busy, under_way);
     if (++turns % kTurnsPerCheck == 0 || idle) transport_.maintain();
     // After the check: what `progress` found is announced before the sleep, and a message that ends the sleep
-    // is posted before the next check, which may take long.
-    if (idle) source_.rest();
+    // is posted before the next check, which may take long. Not while something is under way that the check
+    // has posted: a transport may need this thread to deliver it.
+    if (idle && !transport_.progress()) source_.rest();
   }
   // The peer may still wait for what was staged before the end.
   while (source_.post_staged(transport_)) {

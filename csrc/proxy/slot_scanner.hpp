@@ -15,8 +15,10 @@ namespace spark {
 
 class SlotScanner final : public MessageSource {
  public:
-  // For the sequence numbers after `last`, in their order, in the slots of `region`.
-  SlotScanner(Region region, uint32_t last) : region_(region), last_(last) {}
+  // For the sequence numbers after `last`, in their order, in the slots of `region`. A message's packets are
+  // posted in so many `parts`, if there are enough: the first while the rest is still being scanned, and over
+  // as many rails.
+  SlotScanner(Region region, uint32_t last, uint32_t parts) : region_(region), last_(last), parts_(parts) {}
 
   bool post_staged(Transport& transport) override;
   bool end_turn(bool busy, bool under_way) override;
@@ -30,7 +32,9 @@ class SlotScanner final : public MessageSource {
 
   Region region_;
   uint32_t last_;               // sequence number of the last complete message
-  size_t staged_halves_ = 0;    // of the next message's packets
+  uint32_t parts_;              // of a message's packets
+  size_t staged_packets_ = 0;   // of the next message
+  size_t posted_packets_ = 0;   // the same, a whole number of parts
   uint32_t pieces_ = 0;         // of the next message's payload; 0: not known yet
   uint64_t posted_pieces_ = 0;  // of the next message's payload, one bit each
 

@@ -3,6 +3,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <thread>
 #include <utility>
@@ -56,6 +57,13 @@ Options checked(const Options& options) {
     refuse("stripes " + std::to_string(options.stripes) + " are not possible; a proxy takes 1 to " +
            std::to_string(kMaxPieces) + ", and without one there is 1");
   }
+  if (options.wire.rails.size() > verbs::kMaxRails) {
+    refuse(std::to_string(options.wire.rails.size()) + " modelled rails are not possible; a link has up to " +
+           std::to_string(verbs::kMaxRails));
+  }
+  if (!options.wire.rails.empty() && !options.proxied) {
+    refuse("a modelled link needs the proxy; without one, messages take no link");
+  }
   return options;
 }
 
@@ -80,11 +88,22 @@ Endpoint::Endpoint(const Options& options)
     region.clear_recv(options_.first_sequence + slot);
     region.clear_send(options_.first_sequence + slot);
   }
+  if (options_.wire.rails.empty()) return;
+  // A message may wait for as long as a collective may: these rails do not fail by themselves.
+  modelled_ = std::make_unique<modelled::ModelledLink>(options_.wire, memory_.data(), options_.sizes,
+                                                       options_.rank, options_.timeout, options_.copy_lines);
+  std::string offer = modelled_->offer();
+  static_assert(sizeof(verbs::LinkState) <= sizeof header.offer);
+  header.offer_bytes = static_cast<uint32_t>(offer.size());
+  std::memcpy(header.offer, offer.data(), offer.size());
 }
 
 Endpoint::~Endpoint() {
   // A fork has a copy of this object, and shares the descriptors through which queue pairs would be ended.
-  if (!owned_by_this_process()) static_cast<void>(link_.release());
+  if (!owned_by_this_process()) {
+    static_cast<void>(link_.release());
+    static_cast<void>(modelled_.release());
+  }
   delete poison_.load(std::memory_order_relaxed);
 }
 
@@ -132,8 +151,16 @@ void Endpoint::connect_link(const std::string& peer_offer, const std::string& de
 void Endpoint::publish_peer(std::byte* base, const Region& region, Peer peer) {
   theirs_base_ = base;
   theirs_ = std::make_unique<Region>(region);
-  loopback_ = std::make_unique<LoopbackTransport>(mine(), region, options_.wire, options_.copy_lines);
-  transport_ = loopback_.get();
+  if (modelled_) {
+    const RegionHeader& header = region.header();
+    size_t bytes = std::min<size_t>(header.offer_bytes, sizeof header.offer);
+    modelled_->connect(base, std::string(header.offer, bytes), peer.name(),
+                       [this](const std::string& reason) { end_waits(reason); });
+    transport_ = modelled_.get();
+  } else {
+    loopback_ = std::make_unique<LoopbackTransport>(mine(), region, options_.copy_lines);
+    transport_ = loopback_.get();
+  }
   publish_peer(std::move(peer));
 }
 

@@ -16,6 +16,7 @@
 #include "../support/shared_memory.hpp"
 #include "../transport/link/link.hpp"
 #include "../transport/loopback.hpp"
+#include "../transport/modelled/modelled_link.hpp"
 #include "peer.hpp"
 
 namespace spark {
@@ -27,7 +28,7 @@ struct Options {
   RegionSizes sizes{1 << 20, 8 << 10, 8};
   uint32_t depth = 4;       // chunks in flight; half of `sizes.slots`
   bool proxied = false;     // through a proxy, as always to another machine
-  WireModel wire;           // loopback, proxied
+  WireFigures wire;         // loopback, proxied: the modelled link; without rails there is none
   bool copy_lines = false;  // the same: packets go a whole cache line at a time, for a GPU that polls them
   uint32_t stripes = 1;     // pieces into which a CPU's larger messages are cut, for as many rails
   std::chrono::nanoseconds timeout{std::chrono::seconds(600)};
@@ -68,12 +69,20 @@ class Endpoint {
   const Options& options() const { return options_; }
   const RegionLayout& layout() const { return layout_; }
   Region mine() const { return Region(memory_.data(), options_.sizes); }
+  // Where the payload of the peer's message `sequence` is once its flags have arrived: in this rank's receive
+  // slot, or, over a modelled link, which copies none, in the peer's send slot. The peer writes there again
+  // only after it has received a message that this rank sent later, as for a receive slot.
+  std::byte* received_payload(uint32_t sequence) const {
+    return modelled_ ? theirs_->send_payload(sequence) : mine().recv_payload(sequence);
+  }
+  // True if payloads are read from the peer's send slots.
+  bool reads_send_slots() const { return modelled_ != nullptr; }
   // Null if the peer is on another machine.
   const Region* theirs() const { return theirs_.get(); }
   // How the proxy's messages get to the peer, once connected.
   Transport& transport() const { return *transport_; }
-  // Null if the peer is on this machine.
-  verbs::Link* link() const { return link_.get(); }
+  // Null if the peer is on this machine and there is no modelled link to it.
+  verbs::Link* link() const { return modelled_ ? &modelled_->link() : link_.get(); }
   // What messages take, in words: "over loopback, direct".
   std::string path() const;
   const Peer& peer() const { return peer_; }
@@ -131,6 +140,7 @@ class Endpoint {
   std::byte* theirs_base_ = nullptr;
   std::unique_ptr<Region> theirs_;
   std::unique_ptr<LoopbackTransport> loopback_;
+  std::unique_ptr<modelled::ModelledLink> modelled_;
   std::unique_ptr<verbs::Link> link_;
   Transport* transport_ = nullptr;
   std::atomic<bool> connected_{false};  // the peer's waits can be ended

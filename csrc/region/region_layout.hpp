@@ -19,7 +19,7 @@
 namespace spark {
 
 constexpr uint32_t kRegionMagic = 0x4b505356;  // "VSPK"
-constexpr uint32_t kRegionVersion = 5;
+constexpr uint32_t kRegionVersion = 7;
 constexpr uint32_t kMaxSlots = 128;
 // Pieces that one slot's payload may be sent in, each with a flag of its own: a kernel's blocks do not wait
 // for each other, and a CPU's proxy cuts a large payload over its rails.
@@ -49,6 +49,9 @@ struct RegionHeader {
   uint32_t version;
   uint64_t nonce[2];
   RegionSizes sizes;
+  // With a modelled link: what the peer must know to connect to its rails (link/link_state.hpp).
+  uint32_t offer_bytes;
+  char offer[3072];
 };
 
 enum class Protocol : uint32_t { kPackets = 1, kPayload = 2 };
@@ -58,15 +61,15 @@ enum class Protocol : uint32_t { kPackets = 1, kPayload = 2 };
 struct SendDescriptor {
   Protocol protocol;
   uint32_t tag;
-  uint64_t bytes;
+  uint64_t bytes;  // of the payload, or of the packets with their flags
   // Payload only: which piece of the slot this is. A CPU stages a slot in one piece.
   uint32_t piece = 0;
-  uint32_t offset = 0;  // bytes from the slot's start
-  // Into how many pieces a CPU's proxy cuts that one, so that they can go over several rails.
+  uint32_t offset = 0;  // bytes from the start of the slot's payload or packets
+  // Payload only: into how many pieces a CPU's proxy cuts that one, so that they can go over several rails.
   uint32_t stripes = 1;
 };
 
-// Bytes of each of `stripes` pieces of a payload but the last, which has the rest: whole cache lines.
+// Bytes of each of `stripes` parts of a message but the last, which has the rest: whole cache lines.
 SPARK_HOST_DEVICE constexpr uint64_t stripe_bytes(uint64_t bytes, uint32_t stripes) {
   return (bytes + stripes * kLine - 1) / (stripes * kLine) * kLine;
 }
@@ -104,7 +107,10 @@ class RegionLayout {
  public:
   SPARK_HOST_DEVICE explicit constexpr RegionLayout(const RegionSizes& sizes) : sizes_(sizes) {}
 
-  SPARK_HOST_DEVICE constexpr size_t control() const { return kPage; }
+  SPARK_HOST_DEVICE constexpr size_t control() const {
+    static_assert(sizeof(RegionHeader) <= kPage, "the header has a page");
+    return kPage;
+  }
   // From here to `outbox` the peer writes.
   SPARK_HOST_DEVICE constexpr size_t inbox() const { return control() + round_up(sizeof(Control), kPage); }
   SPARK_HOST_DEVICE constexpr size_t recv_flags() const { return inbox() + kPage; }

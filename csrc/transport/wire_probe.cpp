@@ -125,7 +125,8 @@ class WireProbe::RailEnd {
 
   void post(size_t at, uint64_t bytes, uint32_t flags, bool signal) {
     write_.set(resources_->sent.start() + at, bytes, remote_base_ + at);
-    int error = resources_->connection.post(write_.request, write_.request, flags, signal);
+    resources_->connection.number(write_.request, flags, signal);
+    int error = resources_->connection.post(write_.request);
     if (error != 0) {
       throw CollectiveError(name_ + " takes no message of " + text(bytes) + " bytes (" +
                             std::strerror(error) + "); vllm-spark doctor says what is wrong with the device");

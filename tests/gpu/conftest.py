@@ -47,7 +47,7 @@ def make_pair() -> Iterator[Callable[..., Any]]:
 
     pairs: list[GpuPair] = []
 
-    def make(launch: tuple[LaunchShape, LaunchShape] = (LaunchShape(), LaunchShape()), **options: Any) -> GpuPair:
+    def make(launch: tuple[LaunchShape | None, LaunchShape | None] = (None, None), **options: Any) -> GpuPair:
         first, second = (RuntimeOptions(**{"timeout_s": 5.0, **options, "launch": shape}) for shape in launch)
         pairs.append(GpuPair((first, second)))
         return pairs[-1]

@@ -1,4 +1,4 @@
-"""Runs every kernel a few times, direct and proxied, eager and replayed: a short program for compute-sanitizer.
+"""Runs every kernel a few times over each path, eager and replayed: a short program for compute-sanitizer.
 
     compute-sanitizer --tool racecheck python -m tests.gpu.every_kernel
 
@@ -15,9 +15,14 @@ import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair
 from vllm_spark.collective import LoopbackMode, RuntimeOptions
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
 
 KIB = 1 << 10
-MODES: tuple[LoopbackMode, ...] = ("direct", "proxied")
+PATHS: tuple[tuple[LoopbackMode, WireFigures | None], ...] = (
+    ("direct", None),
+    ("proxied", None),
+    ("proxied", PUBLISHED_FIGURES),
+)
 TIMEOUT = 100.0  # seconds: under a tool a kernel takes long
 SIZES = (5, 2048, 40_001, 200_000)  # elements: one packet, a decode step's, several messages with a broken end
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,15 +55,21 @@ def main() -> int:
     # Before CUDA starts: see GpuPair. With kernels loaded at their first use 2 of 7 runs under racecheck hung.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     wrong = 0
-    for mode in MODES:
+    for mode, wire in PATHS:
         for packet_bytes in (None, 0):
             options = RuntimeOptions(
-                loopback_mode=mode, timeout_s=TIMEOUT, depth=2, slot_bytes=64 * KIB, packet_bytes=packet_bytes
+                loopback_mode=mode,
+                wire=wire,
+                timeout_s=TIMEOUT,
+                depth=2,
+                slot_bytes=64 * KIB,
+                packet_bytes=packet_bytes,
             )
             pair = GpuPair((options, options))
             found = pair.run(partial(wrong_results, pair))
             pair.close()
-            print(f"{mode}, packets up to {packet_bytes}: {found} wrong results", flush=True)
+            path = mode if wire is None else f"{mode} over {wire.summary}"
+            print(f"{path}, packets up to {packet_bytes}: {found} wrong results", flush=True)
             wrong += sum(found)
     return int(wrong > 0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,13 +13,14 @@ from vllm_spark import _native
 from vllm_spark.bench.gpu_ranks import GpuPair
 from vllm_spark.collective import DeviceRuntime, LaunchShape, RuntimeOptions, UsageError
 from vllm_spark.collective.cuda_runtime import KERNELS
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES
 from vllm_spark.collective.runtime import native_options
 
 KIB, MIB = 1 << 10, 1 << 20
 MODES = [
     pytest.param({}, id="direct"),
     pytest.param({"loopback_mode": "proxied"}, id="proxied"),
-    pytest.param({"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0}, id="modelled wire"),
+    pytest.param({"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES}, id="modelled wire"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -211,10 +212,10 @@ def test_sequence_numbers_wrap_around(make_pair: MakePair) -> None:
 def test_more_blocks_than_run_at_once(make_pair: MakePair) -> None:
     """Of too many as many as the GPU has multiprocessors; past that check, the native runtime refuses."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    options = RuntimeOptions(packet_bytes=0)
-    fitting = DeviceRuntime._limited_to_device(replace(options, launch=replace(options.launch, payload_blocks=64)))
-    assert fitting.launch.payload_blocks == min(64, multiprocessors)
-    shape = _native.LaunchShape(**{**asdict(options.launch), "payload_blocks": 100_000})
+    options = RuntimeOptions(packet_bytes=0, launch=LaunchShape(payload_blocks=64))
+    fitting = DeviceRuntime._limited_to_device(options)
+    assert fitting.launch == LaunchShape(payload_blocks=min(64, multiprocessors))
+    shape = _native.LaunchShape(**{**asdict(LaunchShape()), "payload_blocks": 100_000})
     with pytest.raises(UsageError, match=r"payload_blocks 100000 is too many for this GPU, which runs \d+ blocks"):
         _native.DeviceRuntime(native_options(0, options, 1), shape, KERNELS.read_bytes())
 

@@ -76,7 +76,7 @@ void check_payload(const Case& tried, const LaunchPlan& plan) {
 // Threads take packets by turns, so they all are taken: none of the grid is without any, beyond a warp's
 // rest.
 void check_packets(const Case& tried, const LaunchPlan& plan) {
-  const uint64_t packets = spark::packet_count(tried.bytes);
+  const uint64_t packets = spark::wide_packet_count(tried.bytes);
   expect(plan.blocks >= 1 && plan.blocks <= spark::kMaxPieces, "number of blocks", tried, plan);
   const uint32_t sides = spark::device::kPacketsSideThreads;
   expect(plan.threads > sides, "number of threads", tried, plan);

@@ -19,6 +19,7 @@
 #include "../../csrc/rank/endpoint.hpp"
 #include "../../csrc/support/errors.hpp"
 #include "link_ranks.hpp"
+#include "wide_message.hpp"
 
 namespace {
 
@@ -36,7 +37,7 @@ struct Totals {
 
 spark::Options options_of(uint32_t depth) {
   spark::Options options;
-  options.sizes = {64 << 10, 512, 2 * depth};
+  options.sizes = {64 << 10, 4096, 2 * depth};
   options.depth = depth;
   options.proxied = true;
   options.timeout = kBound;
@@ -79,24 +80,16 @@ void run_kernels(spark::Endpoint& endpoint, int operations) {
   spark::Region region = endpoint.mine();
   for (int operation = 0; operation < operations; ++operation) {
     uint32_t sequence = endpoint.options().first_sequence + static_cast<uint32_t>(operation);
-    uint32_t words = 2 * (chance() % 5);
+    uint32_t words = 3 * (chance() % 2 == 0 ? chance() % 5 : 300 + chance() % 5);  // in one part, or in two
     if (own_chance() % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(own_chance() % 300));
-    auto word = [&](uint32_t half) { return half == 0 ? 7 : half == 1 ? words * 4 : 31 * sequence + half; };
-    std::atomic<uint64_t>* out = region.send_packets(sequence);
-    for (uint32_t half = 0; half < words + 2; ++half) {
-      // Release, in place of the order between kernels.
-      out[half].store(spark::packet_half(word(half), sequence), std::memory_order_release);
-    }
-    const std::atomic<uint64_t>* in = region.recv_packets(sequence);
+    WideMessage message{7, words, 31 * sequence};
+    message.stage(region.send_packets(sequence), sequence);
     auto start = spark::Clock::now();
-    for (uint32_t half = 0; half < words + 2; ++half) {
-      uint64_t value = in[half].load(std::memory_order_acquire);
-      for (; !spark::half_arrived(value, sequence); value = in[half].load(std::memory_order_acquire)) {
-        if (spark::Clock::now() - start > kBound) fail("a message did not come", operation);
-        std::this_thread::yield();
-      }
-      if (spark::half_data(value) != word(half)) fail("wrong packet", operation);
-    }
+    auto waits = [&] {
+      if (spark::Clock::now() - start > kBound) fail("a message did not come", operation);
+      std::this_thread::yield();
+    };
+    if (!message.arrives(region.recv_packets(sequence), sequence, waits)) fail("wrong packet", operation);
   }
 }
 
@@ -108,6 +101,7 @@ class Preempted : public spark::Transport {
   void post(uint32_t sequence, const spark::SendDescriptor& descriptor) override {
     link_.post(sequence, descriptor);
   }
+  void flush() override { link_.flush(); }
   bool progress() override {
     uint64_t before = posts();
     bool under_way = link_.progress();
@@ -129,8 +123,8 @@ void run_gpu_pair(uint32_t depth, int operations, Totals& totals) {
   spark::Endpoint left(options), right(other);
   join(left, right, link_options());
   Preempted left_link(*left.link()), right_link(*right.link());
-  spark::SlotScanner left_scanner(left.mine(), options.first_sequence - 1);
-  spark::SlotScanner right_scanner(right.mine(), options.first_sequence - 1);
+  spark::SlotScanner left_scanner(left.mine(), options.first_sequence - 1, 2);
+  spark::SlotScanner right_scanner(right.mine(), options.first_sequence - 1, 2);
   spark::ProxyThread left_proxy(left_scanner, left_link), right_proxy(right_scanner, right_link);
   {
     Keepers keepers(*left.link(), *right.link());

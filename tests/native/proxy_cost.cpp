@@ -1,5 +1,5 @@
 // Rings a proxy with two rails for messages of one kind, over tests/native/verbs_in_memory.cpp. Run under
-// callgrind: what is counted is Doorbell::post.
+// callgrind: what is counted is Doorbell::post_staged, in which all of them are posted.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
   spark::ProxyThread peer(peer_doorbell, right.transport());  // proves its end of the rails
   for (uint32_t sequence = 1; sequence <= messages; ++sequence) {
     left.mine().descriptor(sequence) = {packets ? spark::Protocol::kPackets : spark::Protocol::kPayload, 7,
-                                        packets ? 64u : 4096u};
+                                        packets ? 144u : 4096u};
     left.mine().send_packets(sequence)[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
     doorbell.ring(sequence);
     auto arrived = [&] {

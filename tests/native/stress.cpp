@@ -17,12 +17,19 @@
 #include "../../csrc/rank/endpoint.hpp"
 #include "../../csrc/rank/peer_watch.hpp"
 #include "../../csrc/support/errors.hpp"
+#include "wide_message.hpp"
 
 namespace {
 
 [[noreturn]] void fail(const char* what, int operation) {
   std::fprintf(stderr, "operation %d: %s\n", operation, what);
   std::exit(1);
+}
+
+// Two rails with the latencies between two GB10 (vllm_spark/collective/link_model.py).
+spark::WireFigures wire() {
+  spark::RailFigures rail{{{2, 1740}, {1024, 2590}, {4096, 3190}, {32768, 6690}}, 11.7};
+  return {{rail, rail}, 24, 240, 30};
 }
 
 void run_rank(spark::CpuRank& runtime, int rank, int operations) {
@@ -47,7 +54,10 @@ void run_rank(spark::CpuRank& runtime, int rank, int operations) {
   }
 }
 
-void run_pair(bool proxied, int operations) {
+enum class Path { kDirect, kProxied, kModelled };
+
+void run_pair(Path path, int operations) {
+  bool proxied = path != Path::kDirect;
   spark::Options options;
   options.sizes = {4096, 512, 4};
   options.depth = 2;
@@ -58,7 +68,7 @@ void run_pair(bool proxied, int operations) {
   spark::Options other = options;
   other.rank = 1;
   if (proxied) {
-    options.wire = other.wire = {std::chrono::microseconds(3), 24.0};
+    if (path == Path::kModelled) options.wire = other.wire = wire();
     options.sizes.slot_bytes = other.sizes.slot_bytes = 64 << 10;  // enough for two stripes
     options.stripes = other.stripes = 2;
   }
@@ -102,13 +112,7 @@ void stage_piece(spark::Region region, uint32_t sequence, uint32_t step, uint32_
 
 void stage(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
   if (as_packets) {
-    std::atomic<uint64_t>* halves = region.send_packets(sequence);
-    // The header first: the proxy must not take it for the whole message.
-    halves[0].store(spark::packet_half(7, sequence), std::memory_order_relaxed);
-    halves[1].store(spark::packet_half(words * 4, sequence), std::memory_order_relaxed);
-    for (uint32_t half = 2 * static_cast<uint32_t>(spark::packet_count(words * 4)); half-- > 2;) {
-      halves[half].store(spark::packet_half(sequence + half - 2, sequence), std::memory_order_relaxed);
-    }
+    spark::testing::WideMessage{7, words, sequence}.stage(region.send_packets(sequence), sequence);
     return;
   }
   uint32_t step = words / pieces;
@@ -131,43 +135,54 @@ void expect_piece(spark::Region region, uint32_t sequence, uint32_t piece) {
 }
 
 // Waits for that message on the other side, and checks it.
-void expect(spark::Region region, uint32_t sequence, uint32_t words, bool as_packets, uint32_t pieces) {
+void expect(const spark::Endpoint& receiver, uint32_t sequence, uint32_t words, bool as_packets,
+            uint32_t pieces) {
+  spark::Region region = receiver.mine();
   if (as_packets) {
-    const std::atomic<uint64_t>* halves = region.recv_packets(sequence);
-    for (uint32_t half = 0; half < 2 * spark::packet_count(words * 4); ++half) {
-      wait_until([&] { return spark::half_arrived(halves[half].load(std::memory_order_acquire), sequence); });
-      uint32_t wanted = half == 0 ? 7 : half == 1 ? words * 4 : sequence + half - 2;
-      if (spark::half_data(halves[half].load(std::memory_order_relaxed)) != wanted) fail("wrong packet", 0);
-    }
+    auto start = spark::Clock::now();
+    auto wait = [&] {
+      if (spark::Clock::now() - start > std::chrono::seconds(60)) fail("a staged message did not come", 0);
+      std::this_thread::yield();
+    };
+    spark::testing::WideMessage message{7, words, sequence};
+    if (!message.arrives(region.recv_packets(sequence), sequence, wait)) fail("wrong packet", 0);
     return;
   }
   for (uint32_t piece = 0; piece < pieces; ++piece) expect_piece(region, sequence, piece);
-  const auto* payload = reinterpret_cast<const uint32_t*>(region.recv_payload(sequence));
+  const auto* payload = reinterpret_cast<const uint32_t*>(receiver.received_payload(sequence));
   for (uint32_t word = 0; word < words / pieces * pieces; ++word) {
     if (payload[word] != sequence + word) fail("wrong payload", 0);
   }
 }
 
-// The proxy of a GPU rank, with this thread in the kernel's place.
-void run_scanner(int messages) {
+// The proxy of a GPU rank, with this thread in the kernel's place: the proxy copies by itself, or a modelled
+// link is between.
+void run_scanner(bool modelled, int messages) {
   spark::Options options;
-  options.sizes = {4096, 512, 4};
+  options.sizes = {4096, 4096, 4};
   options.depth = 2;
   options.first_sequence = 0xfffffff0u;  // wraps soon
   options.proxied = true;
-  options.wire = {std::chrono::microseconds(3), 24.0};
-  spark::Endpoint left(options), right(options);
+  if (modelled) options.wire = wire();
+  spark::Options other = options;
+  other.rank = 1;
+  spark::Endpoint left(options), right(other);
   left.connect_in_process(right);
-  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  right.connect_in_process(left);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1, 2);
+  spark::SlotScanner other_scanner(right.mine(), options.first_sequence - 1, 2);
   spark::ProxyThread proxy(scanner, left.transport());
+  // It sends nothing. A rail is used once both ranks have proven it.
+  spark::ProxyThread other_proxy(other_scanner, right.transport());
   std::mt19937 chance(9);
   for (int message = 0; message < messages; ++message) {
     uint32_t sequence = options.first_sequence + static_cast<uint32_t>(message);
     bool as_packets = chance() % 2 == 0;
-    uint32_t words = as_packets ? 2 * (chance() % 65) : 64 * (1 + chance() % 16);
+    // Packets in one part, or in two.
+    uint32_t words = as_packets ? (chance() % 2 == 0 ? 0 : 800) + chance() % 130 : 64 * (1 + chance() % 16);
     uint32_t pieces = 1 + chance() % 64;
     stage(left.mine(), sequence, words, as_packets, pieces);
-    expect(right.mine(), sequence, words, as_packets, pieces);
+    expect(right, sequence, words, as_packets, pieces);
   }
   // One block is back in the slot before another has staged its piece of the first round.
   uint32_t first = options.first_sequence + static_cast<uint32_t>(messages);
@@ -189,7 +204,7 @@ void run_scanner_that_comes_late() {
   options.proxied = true;
   spark::Endpoint left(options), right(options);
   left.connect_in_process(right);
-  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1);
+  spark::SlotScanner scanner(left.mine(), options.first_sequence - 1, 1);
   spark::ProxyThread proxy(scanner, left.transport());
   proxy.hold(true);
   std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it may be in the middle of a look
@@ -200,9 +215,46 @@ void run_scanner_that_comes_late() {
   }
   proxy.hold(false);
   for (uint32_t sequence = last - options.sizes.slots + 1; sequence != last + 1; ++sequence) {
-    expect(right.mine(), sequence, 4 + sequence % 4 * 2, true, 1);
+    expect(right, sequence, 4 + sequence % 4 * 2, true, 1);
   }
   if (scanner.counters().posts != options.sizes.slots) fail("something else was posted too", 0);
+}
+
+// A source of a rank that sends nothing. It may sleep only while nothing is on its way.
+class IdleSource final : public spark::MessageSource {
+ public:
+  explicit IdleSource(spark::Transport& transport) : transport_(transport) {}
+  bool post_staged(spark::Transport&) override { return false; }
+  bool end_turn(bool, bool under_way) override { return !under_way; }
+  void rest() override {
+    if (transport_.progress()) fail("the proxy sleeps while a write is on its way", 0);
+    std::this_thread::yield();
+  }
+
+ private:
+  spark::Transport& transport_;
+};
+
+// Over a modelled link the proxy delivers: also what it has posted itself, about its rails, just before it
+// would sleep.
+void run_idle_proxies() {
+  spark::Options options;
+  options.proxied = true;
+  options.wire = {{{{{0, 1e6}}, 0}}};  // 1 ms: longer than what the thread does meanwhile
+  spark::Options other = options;
+  other.rank = 1;
+  spark::Endpoint left(options), right(other);
+  left.connect_in_process(right);
+  right.connect_in_process(left);
+  IdleSource left_source(left.transport()), right_source(right.transport());
+  spark::ProxyThread left_proxy(left_source, left.transport());
+  spark::ProxyThread right_proxy(right_source, right.transport());
+  for (spark::Endpoint* rank : {&left, &right}) {
+    wait_until([&] { return rank->link()->counters().rails_up.load() == 1; });
+    // Then the peer is heard of five times in a second.
+    wait_until([&] { return rank->link()->announcements().silence() > std::chrono::milliseconds(100); });
+    wait_until([&] { return rank->link()->announcements().silence() < std::chrono::milliseconds(100); });
+  }
 }
 
 // A peer in another process that ends, and one that outlives the watch.
@@ -232,10 +284,11 @@ void run_peer_watch() {
 
 int main(int argc, char** argv) {
   int operations = argc > 1 ? std::atoi(argv[1]) : 3000;
-  run_pair(false, operations);
-  run_pair(true, operations);
-  run_scanner(operations);
+  for (Path path : {Path::kDirect, Path::kProxied, Path::kModelled}) run_pair(path, operations);
+  run_scanner(false, operations);
+  run_scanner(true, operations);
   run_scanner_that_comes_late();
+  run_idle_proxies();
   run_peer_watch();
   std::puts("ok");
 }

@@ -26,6 +26,7 @@ from vllm_spark.collective import (
     RuntimeOptions,
     UsageError,
 )
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
 
 from .pair import Pipe, connect, run_pair, values
 
@@ -64,7 +65,7 @@ def test_ranks_that_call_different_collectives(calls: Any) -> None:
 
 def differing_terms(rank: int, exchange: Pipe, changed: dict[str, Any]) -> None:
     options = changed if rank == 1 else {}
-    if "loopback_mode" in options or "wire_latency_us" in options:
+    if "loopback_mode" in options or "wire" in options:
         options = {"loopback_mode": "proxied", **options}
     connect(rank, exchange, **options)
 
@@ -107,7 +108,7 @@ def test_callers_terms_and_ranks_must_agree() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"wire_latency_us": 1.0},
+        {"wire": PUBLISHED_FIGURES},
         {"loopback_mode": "magic"},
         {"transport": "pigeon"},
         {"largest_message": 65 << 20},
@@ -132,8 +133,6 @@ def test_impossible_combinations_are_refused(options: dict[str, Any]) -> None:
         ({"timeout_s": float("inf")}, "timeout_s inf is invalid"),
         ({"timeout_s": float("nan")}, "timeout_s nan is invalid"),
         ({"timeout_s": 1e10}, r"timeout_s 1e\+10 is invalid"),
-        ({"loopback_mode": "proxied", "wire_latency_us": -1.0}, "the modelled wire's latency of -1e-06 is invalid"),
-        ({"loopback_mode": "proxied", "wire_gbytes_per_s": -1.0}, "the modelled wire's rate is invalid"),
     ],
 )
 def test_impossible_options_are_refused_by_the_native_runtime(options: dict[str, Any], sentence: str) -> None:
@@ -267,8 +266,8 @@ def test_abort_from_another_thread() -> None:
     values(aborted_here)
 
 
-def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
-    runtime = connect(rank, exchange, loopback_mode=mode)
+def killed(rank: int, exchange: Pipe, options: dict[str, Any]) -> list[str]:
+    runtime = connect(rank, exchange, **options)
     runtime.all_reduce(SMALL)
     exchange(b"done")  # a rank that is through may still have its own message to be posted by its proxy
     if rank == 1:
@@ -281,9 +280,13 @@ def killed(rank: int, exchange: Pipe, mode: str) -> list[str]:
     return [line for line in maps.splitlines() if "vllm-spark-region" in line]
 
 
-@pytest.mark.parametrize("mode", ["direct", "proxied"])
-def test_killed_peer_is_noticed_and_no_memory_is_left(mode: str) -> None:
-    survivor, victim = run_pair(killed, mode)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loopback_mode": "proxied"}, {"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES}],
+    ids=["direct", "proxied", "modelled"],
+)
+def test_killed_peer_is_noticed_and_no_memory_is_left(options: dict[str, Any]) -> None:
+    survivor, victim = run_pair(killed, options)
     assert victim.exit_code == -signal.SIGKILL
     assert survivor.error is None, survivor
     assert survivor.value == [], "the survivor's mappings are gone after close"
@@ -299,7 +302,7 @@ def last_words(rank: int, exchange: Pipe, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"loopback_mode": "proxied", "wire_latency_us": 20_000.0}], ids=["direct", "wire"]
+    "options", [{}, {"loopback_mode": "proxied", "wire": WireFigures.alpha_beta(20_000.0, 0.0)}], ids=["direct", "wire"]
 )
 def test_closing_does_not_take_back_what_was_sent(options: dict[str, Any]) -> None:
     values(last_words, options)

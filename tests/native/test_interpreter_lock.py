@@ -26,7 +26,7 @@ import ctypes, json, sys, threading, time
 from vllm_spark import _native
 
 BOUND = 60.0
-SHARED = dict(slot_bytes=1 << 16, packet_bytes=1 << 12, depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1,
+SHARED = dict(slot_bytes=1 << 16, packet_bytes=1 << 12, depth=2, stripes=1,
     first_sequence=1, largest_message=1 << 26)
 
 def count_other_threads(*calls):

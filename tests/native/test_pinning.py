@@ -19,7 +19,7 @@ from vllm_spark import _native
 
 def make(rank):
     options = _native.Options(rank=rank, proxied=True, timeout_s=30.0, slot_bytes=1 << 16, packet_bytes=1 << 12,
-        depth=2, wire_latency_s=0.0, wire_bytes_per_s=0.0, stripes=1, first_sequence=1, largest_message=1 << 26)
+        depth=2, stripes=1, first_sequence=1, largest_message=1 << 26)
     shape = _native.LaunchShape(packet_threads=288, payload_threads=256, payload_blocks=32,
         payload_bytes_per_block=4096, payload_message_bytes=1 << 17, dependent_launch=True)
     return _native.DeviceRuntime(options, shape, b"image")

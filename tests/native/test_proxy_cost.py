@@ -47,6 +47,7 @@ def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, 
         [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", "--collect-atstart=no"),
             "--toggle-collect=spark::Doorbell::post(spark::Transport&, unsigned int)",
+            "--toggle-collect=spark::verbs::Retransmission::flush()",
             *(str(program), kind, str(MESSAGES)),
         ],
         env={"LD_LIBRARY_PATH": str(driver), "PATH": "/usr/bin:/bin"},

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_spark.collective import UsageError
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
 
 from .pair import Pipe, connect, values
 
@@ -18,7 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODES: dict[str, dict[str, Any]] = {
     "direct": {},
     "proxied": {"loopback_mode": "proxied"},
-    "proxied over a wire": {"loopback_mode": "proxied", "wire_latency_us": 3.2, "wire_gbytes_per_s": 24.0},
+    "proxied over one modelled rail": {"loopback_mode": "proxied", "wire": WireFigures.alpha_beta(3.2, 24.0)},
+    "proxied over two modelled rails": {"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES},
 }
 SLOT, PACKETS = 4096, 512  # small, so that small tensors are chunked
 
@@ -101,8 +103,6 @@ def leftovers(rank: int, exchange: Pipe, interval: int, proxied: bool) -> int:
         depth=2,
         proxied=proxied,
         stripes=1,
-        wire_latency_s=0.0,
-        wire_bytes_per_s=0.0,
         timeout_s=30.0,
         first_sequence=1_000_000,
         largest_message=1 << 20,
@@ -260,7 +260,7 @@ def mixed(rank: int, exchange: Pipe, options: dict[str, Any], operations: int) -
         return {"sequence": counters.last_sequence, "bytes": counters.all_reduce_bytes}
 
 
-@pytest.mark.parametrize("mode", ["direct", "proxied"])
+@pytest.mark.parametrize("mode", ["direct", "proxied", "proxied over two modelled rails"])
 def test_ten_thousand_mixed_operations(mode: str) -> None:
     first, second = values(mixed, MODES[mode], 10_000)
     assert first == second

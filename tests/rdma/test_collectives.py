@@ -20,7 +20,8 @@ def test_many_collectives_of_random_kind_dtype_and_size(machines: Pair) -> None:
         counters = outcome.counters
         # A rail may fail without a fault: where the host stops a machine for half a second, its peer hears no answer.
         assert counters["rails_up"] >= 1
-        assert min(counters["rail_posts"][:2]) > OPERATIONS / 4, "both rails carry their share"
+        if counters["rail_failures"] == 0:
+            assert min(counters["rail_bytes"][:2]) > 0.45 * sum(counters["rail_bytes"]), "both rails carry their share"
         assert counters["packet_messages"] > 0
         assert counters["payload_messages"] > 0
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, store_wire_model
+
 from . import prompts
 from .counters import settled
 from .hosts import Host, Hosts
@@ -72,10 +74,16 @@ def test_compiled_model(hosts: Hosts, tiny_moe: Path, reference_tokens: list[lis
 
 
 @pytest.mark.thorough
-def test_proxied_over_a_modelled_wire(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
-    wire = ["--spark-loopback-mode", "proxied", "--spark-loopback-latency-us", "3.2"]
-    with spark_tp2(hosts, tiny_moe, [*wire, "--spark-loopback-gbytes-per-s", "24"]) as server:
-        posts = settled(server)["vllm_spark_proxy_posts_total"]
+def test_proxied_over_a_modelled_link(
+    hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], tmp_path: Path
+) -> None:
+    """The leader's file, which the follower does not have."""
+    wire = tmp_path / "wire.json"
+    store_wire_model(PUBLISHED_FIGURES, wire)
+    with spark_tp2(hosts, tiny_moe, ["--spark-loopback-mode", "proxied", "--spark-wire", str(wire)]) as server:
+        before = settled(server)
+        posts = before["vllm_spark_proxy_posts_total"]
+        assert before["vllm_spark_rails_up"] == {"0": 2, "1": 2}
         assert prompts.greedy_tokens(server.client, concurrency=16) == reference_tokens
         assert_every_collective_goes_through_the_runtime(server)
         now = server.metrics()["vllm_spark_proxy_posts_total"]

@@ -504,8 +504,6 @@ def test_memory_that_is_locked_is_what_a_runtime_takes(slot_kib: int, packet_kib
         depth=depth,
         proxied=False,
         stripes=1,
-        wire_latency_s=0.0,
-        wire_bytes_per_s=0.0,
         timeout_s=1.0,
         first_sequence=1,
         largest_message=1 << 20,

@@ -13,12 +13,13 @@ import pytest
 from vllm_spark import _native
 from vllm_spark.collective import Runtime, RuntimeOptions, Transport
 from vllm_spark.collective.launch_table import LaunchTable
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures, store_wire_model
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.executor.bootstrap import runtime_options, with_wire_model
+from vllm_spark.executor.bootstrap import modelled_wire, runtime_options
 from vllm_spark.ranks import RANKS, WORLD_SIZE
 
-from .wires import wire_file
+from .wires import wire_file, wire_model
 
 CONTEXT: dict[str, dict[str, Any]] = {
     "loopback_latency_us": {"loopback_mode": "proxied"},
@@ -49,7 +50,7 @@ def test_whatever_settings_take_the_runtime_takes(name: str, value: Any) -> None
     config = SparkConfig.resolve(flags={**CONTEXT.get(name, {}), name: value}, environment={})
     for transport in get_args(Transport):
         if (transport, config.loopback_mode) != ("verbs", "proxied"):
-            options = runtime_options(config, LaunchTable(), transport, config.rails)
+            options = runtime_options(config, LaunchTable(), transport, config.rails, modelled_wire(config))
             Runtime._make_native(0, replace(options, packet_bytes=options.packet_bytes or 0), stripes=1)
 
 
@@ -68,7 +69,7 @@ def test_numbers_of_both_are_walked_over() -> None:
     assert numbers | {"loopback_latency_us", "loopback_gbytes_per_s", "transport", "loopback_mode"} <= walked
     known = {field.name for field in fields(RuntimeOptions)}
     both = known & SparkConfig.model_fields.keys()
-    assert both - walked == {"rails"}, "names, not numbers"
+    assert both - walked == {"rails", "wire"}, "names and a file, not numbers"
 
 
 @pytest.mark.parametrize("name", ["link_timeout", "collective_timeout"])
@@ -82,18 +83,26 @@ def test_a_pair_is_as_large_as_the_runtime() -> None:
     assert (WORLD_SIZE, tuple(range(WORLD_SIZE))) == (_native.WORLD_SIZE, RANKS)
 
 
-def test_a_wire_model_sets_latency_and_bandwidth(tmp_path: Path) -> None:
+def test_a_file_sets_the_modelled_link(tmp_path: Path) -> None:
     path = wire_file(tmp_path / "wire.json", 1.5, 20.25)
     config = SparkConfig.resolve(flags={"wire": path, "loopback_mode": "proxied"}, environment={})
-    read = with_wire_model(config)
-    assert (read.loopback_latency_us, read.loopback_gbytes_per_s) == (1.5, 20.25)
-    assert with_wire_model(read) == read, "as it is sent to the follower, which does not have the file"
-    options = runtime_options(read, LaunchTable(), "loopback", None)
-    assert (options.wire_latency_us, options.wire_gbytes_per_s) == (1.5, 20.25)
+    wire = modelled_wire(config)
+    assert wire == wire_model(1.5, 20.25).figures()
+    assert runtime_options(config, LaunchTable(), "loopback", None, wire).wire == wire
+    assert runtime_options(config, LaunchTable(), "verbs", None, wire).wire is None
+    store_wire_model(PUBLISHED_FIGURES, path)
+    assert modelled_wire(config) == PUBLISHED_FIGURES, "a file of figures alone"
+
+
+def test_two_numbers_set_a_modelled_link_of_one_rail() -> None:
+    numbers = {"loopback_latency_us": 1.5, "loopback_gbytes_per_s": 20.25}
+    config = SparkConfig.resolve(flags={**numbers, "loopback_mode": "proxied"}, environment={})
+    assert modelled_wire(config) == WireFigures.alpha_beta(1.5, 20.25)
+    assert modelled_wire(SparkConfig.resolve(flags={"loopback_mode": "proxied"}, environment={})) is None
 
 
 @pytest.mark.parametrize("file", ["/no/such/wire", "~no-such-user/wire"])
 def test_a_wire_model_that_is_not_there(file: str) -> None:
     config = SparkConfig.resolve(flags={"wire": file, "loopback_mode": "proxied"}, environment={})
     with pytest.raises(ConfigurationError, match=f"the wire model {file} cannot be read .*bench wire"):
-        with_wire_model(config)
+        modelled_wire(config)

@@ -25,8 +25,14 @@ _COUNTERS = {
     "rail_proof_failures": "Times that an RDMA rail was connected but carried no full-size message",
     "reposts": "Messages sent again because a rail failed before they were known to have arrived",
 }
+_RAIL_COUNTERS = {
+    "rail_posts": "Messages sent over an RDMA rail, or parts of one",
+    "rail_bytes": "Bytes of these messages: of payloads, or of packets with their flags",
+    "rail_doorbells": "Times that the proxy rang a rail's doorbell, once for all that it had found staged in one look",
+}
+"""By rank and rail."""
 _GAUGES = {
-    "rails_up": "RDMA rails in use for data now; 0 without RDMA",
+    "rails_up": "RDMA rails in use for data now, or those of a modelled link; 0 without either",
     "rails_held_down": "RDMA rails in hold-down: they failed soon after they came up, and are not used for a while",
 }
 
@@ -50,6 +56,12 @@ class SparkCollector:
             family = CounterMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])
             for record in records:
                 family.add_metric([str(record.rank)], getattr(record, field))
+            yield family
+        for field, description in _RAIL_COUNTERS.items():
+            family = CounterMetricFamily(f"vllm_spark_{field}", description, labels=["rank", "rail"])
+            for record in records:
+                for rail, value in enumerate(getattr(record, field)):
+                    family.add_metric([str(record.rank), str(rail)], value)
             yield family
         for field, description in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm_spark_{field}", description, labels=["rank"])

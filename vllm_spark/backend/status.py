@@ -72,6 +72,9 @@ class RankCounters:
     rail_proof_failures: int = 0
     rails_held_down: int = 0
     reposts: int = 0
+    rail_posts: tuple[int, ...] = ()
+    rail_bytes: tuple[int, ...] = ()
+    rail_doorbells: tuple[int, ...] = ()
 
 
 class EngineStatus:

@@ -14,16 +14,18 @@ their number stays unchanged.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from vllm_spark.bench.gpu_ranks import GpuPair, graph_times
 from vllm_spark.collective import RuntimeOptions
+from vllm_spark.collective.cuda_runtime import default_shape
 from vllm_spark.collective.launch_table import LaunchTable
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -38,7 +40,7 @@ PACKET_CHOICES: dict[str, tuple[Any, ...]] = {
     "dependent_launch": (True, False),
 }
 PAYLOAD_CHOICES: dict[str, tuple[Any, ...]] = {
-    "payload_blocks": (32, 8, 16, 48, 64),
+    "payload_blocks": (32, 4, 8, 16, 48, 64),
     "payload_bytes_per_block": (4096, 1024, 2048, 8192, 16384),
     "payload_message_bytes": (128 * KIB, 64 * KIB, 256 * KIB, 512 * KIB, MIB),
     "payload_threads": (256, 128),
@@ -82,7 +84,9 @@ def calibrate(
     """
 
     def best_of(parameter: str, choices: Sequence[Any], sizes: Sequence[int], start: RuntimeOptions) -> RuntimeOptions:
-        tried = [replace(start, launch=replace(start.launch, **{parameter: value})) for value in choices]
+        shape = start.launch or default_shape(start)
+        choices = sorted(choices, key=lambda value: value != getattr(shape, parameter))  # first what it replaces
+        tried = [replace(start, launch=replace(shape, **{parameter: value})) for value in choices]
         best, fastest = start, float("inf")
         for value, candidate, medians in zip(choices, tried, _medians(tried, sizes, rounds, launches), strict=True):
             trial = Trial(parameter, value, medians)
@@ -93,10 +97,12 @@ def calibrate(
 
     most_blocks = _most_blocks()
     shared = shares_one_gpu()
-    packets = replace(options, packet_bytes=max(PACKET_SIZES))
+    first_shape = options.launch or default_shape(options)
+    packets = replace(options, packet_bytes=max(PACKET_SIZES), launch=first_shape)
     for parameter, choices in PACKET_CHOICES.items():
         packets = best_of(parameter, choices, PACKET_SIZES, packets)
-    shape = replace(packets.launch, payload_blocks=min(packets.launch.payload_blocks, most_blocks))
+    shape = packets.launch or first_shape
+    shape = replace(shape, payload_blocks=min(shape.payload_blocks, most_blocks))
     payload = replace(packets, packet_bytes=0, launch=shape)
     for parameter, choices in PAYLOAD_CHOICES.items():
         if parameter == "payload_blocks":
@@ -109,9 +115,21 @@ def calibrate(
     by_packets, by_payload = _medians(ways, limits, rounds, launches)
     on_trial(Trial("way", "packets", by_packets))
     on_trial(Trial("way", "payload", by_payload))
-    faster = takewhile(lambda size: by_packets[size] <= by_payload[size], limits)
-    shape = replace(payload.launch, payload_blocks=options.launch.payload_blocks) if shared else payload.launch
-    return LaunchTable(gpu, options.loopback_mode, max(faster, default=0) // KIB, shape)
+    shape = payload.launch or shape
+    if shared:
+        shape = replace(shape, payload_blocks=first_shape.payload_blocks)
+    return LaunchTable(gpu, options.loopback_mode, best_limit(by_packets, by_payload) // KIB, shape)
+
+
+def best_limit(by_packets: dict[int, float], by_payload: dict[int, float]) -> int:
+    """The limit in bytes up to which packets are faster, from the times of both at the same ascending sizes.
+
+    The one with the smallest product of times, 0 for no packets at all. So one size at which noise has turned the order
+    does not decide.
+    """
+    ratios = [math.log(by_packets[size] / by_payload[size]) for size in by_packets]
+    totals = dict(zip((0, *by_packets), accumulate(ratios, initial=0.0), strict=True))
+    return min(totals, key=lambda limit: totals[limit])
 
 
 def shares_one_gpu() -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.statistics import percentile
-from vllm_spark.collective.link_model import CABLE
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
 from vllm_spark.collective.options import RuntimeOptions
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 KIB, MIB = 1 << 10, 1 << 20
-DEFAULT_SIZES = tuple(1 << power for power in range(10, 27, 2))
+DEFAULT_SIZES = (
+    *(size * KIB for size in (1, 4, 8, 10, 16, 32, 60, 64, 128, 480)),
+    *(size * MIB for size in (1, 2, 4, 8, 32)),
+)
+"""10 KiB is one token of a model 5120 wide, 60 KiB a verified step of speculation, 480 KiB eight streams, 32 MiB a
+prefill chunk of 8192 tokens at width 2048."""
 LOGITS = 75_968
 """Columns of a rank's half of the logits: Qwen3's vocabulary over two ranks."""
 LOGITS_SIZES = tuple(batch * LOGITS * 2 for batch in (1, 8))
@@ -51,15 +56,14 @@ class Settings:
         device: `cuda` (one GPU for each rank) or `cpu`.
         sizes: bytes of each rank's input.
         samples: timings for each size, candidate and mode.
-        latency_us, gbytes_per_s: of the modelled wire.
+        wire: the modelled link.
         collective: `all_reduce`, `all_gather`, or `logits_gather`: of [batch, 75968] along the last dimension.
     """
 
     device: str
     sizes: tuple[int, ...] = DEFAULT_SIZES
     samples: int = 60
-    latency_us: float = CABLE.latency_us
-    gbytes_per_s: float = CABLE.gbytes_per_s
+    wire: WireFigures = PUBLISHED_FIGURES
     collective: str = "all_reduce"
 
 
@@ -187,7 +191,7 @@ def _ours(rank: Rank, settings: Settings) -> Iterator[tuple[str, Call]]:
 
     kind = collective.DeviceRuntime if settings.device == "cuda" else collective.Runtime
     proxied = RuntimeOptions(loopback_mode="proxied")
-    wire = replace(proxied, wire_latency_us=settings.latency_us, wire_gbytes_per_s=settings.gbytes_per_s)
+    wire = replace(proxied, wire=settings.wire)
     for name, options in (("direct", RuntimeOptions()), ("proxied", proxied), ("wire", wire)):
         try:
             runtime = kind.connect(rank.index, WORLD_SIZE, rank.exchange, options)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_spark.bench.collective import Report, shape_of
+from vllm_spark.bench.published import SOURCES, published_text
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.records import indented_json
 
@@ -22,17 +23,25 @@ def format_size(size: int) -> str:
     return f"{size // unit} {name}"
 
 
-def as_table(report: Report, mode: str) -> Table:
-    """One mode's figures, and their ratio to the last candidate's, which is the baseline over host memory."""
+def as_table(report: Report, mode: str, peers: bool = False) -> Table:
+    """One mode's figures, and their ratio to the last candidate's, which is the baseline over host memory.
+
+    Args:
+        report: what was measured.
+        mode: `eager` or `graph`.
+        peers: adds a column of what others published for pairs of GB10.
+    """
     baseline = report.rows[-1].candidate
     settings = report.settings
     table = Table(
         title=f"{settings.collective} of bfloat16, {mode}, microseconds for one call",
-        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, {settings.latency_us:g} us and "
-        f"{settings.gbytes_per_s:g} GB/s modelled. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
-        "GB/s: bytes of a rank's input over the median.",
+        caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, the modelled link has "
+        f"{settings.wire.summary}. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
+        "GB/s: bytes of a rank's input over the median. Floor: the modelled link's own time."
+        + ("".join(f" {name}: {source}." for name, source in SOURCES.items()) if peers else ""),
     )
-    for heading in ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}"):
+    headings = ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}", "floor")
+    for heading in (*headings, *(["published"] if peers else [])):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size in settings.sizes:
         first = format_size(size)
@@ -45,7 +54,11 @@ def as_table(report: Report, mode: str) -> Table:
             share = f"{row.gbytes_per_s / report.copy_gbytes_per_s:.0%}"
             ratio = "" if reference is None else f"{row.median / reference:.2f}"
             times = [_time(row.minimum), _time(row.median), _time(row.p99)]
-            table.add_row(first, row.candidate, *times, f"{row.gbytes_per_s:.2f}", share, ratio)
+            of_wire = (
+                [_time(settings.wire.floor_us(size)), published_text(size)] if row.candidate == "wire" else ["", ""]
+            )
+            columns = of_wire if peers else of_wire[:1]
+            table.add_row(first, row.candidate, *times, f"{row.gbytes_per_s:.2f}", share, ratio, *columns)
             first = ""
         table.add_section()
     return table
@@ -60,8 +73,9 @@ def as_json(report: Report) -> str:
     content: dict[str, Any] = {
         "machine": report.machine,
         "baseline": report.baseline,
-        "settings": asdict(report.settings),
+        "settings": {**asdict(report.settings), "wire": report.settings.wire.model_dump(mode="json")},
         "copy_gbytes_per_s": report.copy_gbytes_per_s,
+        "floor_us": {str(size): report.settings.wire.floor_us(size) for size in report.settings.sizes},
         "rows": [{**asdict(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],
     }
     return indented_json(content)

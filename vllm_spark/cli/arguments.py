@@ -8,11 +8,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
-from vllm_spark.collective.link_model import CABLE, load_wire_model
+from vllm_spark.collective.link_model import CABLE, PUBLISHED_FIGURES, WireFigures, load_wire_figures
 from vllm_spark.config.settings import setting_type
 from vllm_spark.errors import ConfigurationError
 
@@ -95,37 +95,33 @@ def wide_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
-class ModelledWire(NamedTuple):
-    """The link that the loopback transport models: latency + bytes / bandwidth; 0 GB/s: unlimited."""
-
-    latency_us: float = CABLE.latency_us
-    gbytes_per_s: float = CABLE.gbytes_per_s
-
-
 def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the modelled wire, with the cable between two GB10 as default."""
+    """Adds the options of the modelled link, with the published figures of two GB10 as default."""
     parser.add_argument(
         "--latency-us",
         type=setting_type("loopback_latency_us"),
         metavar="MICROSECONDS",
-        help=f"of the modelled wire (default: {CABLE.latency_us:g})",
+        help="a modelled link of one rail, with this latency for every size "
+        f"(default: the curve of two GB10; with --gbytes-per-s: {CABLE.latency_us:g})",
     )
     parser.add_argument(
         "--gbytes-per-s",
         type=setting_type("loopback_gbytes_per_s"),
         metavar="GB/S",
-        help=f"of the modelled wire (default: {CABLE.gbytes_per_s:g}; 0: unlimited)",
+        help="the same, with this bandwidth; 0: unlimited "
+        f"(default: two rails of {PUBLISHED_FIGURES.rails[0].gbytes_per_s:g}; with --latency-us: "
+        f"{CABLE.gbytes_per_s:g})",
     )
     parser.add_argument(
         "--wire",
         type=user_path,
         metavar="FILE",
-        help="take both from the wire model in this file, which vllm-spark bench wire wrote",
+        help="take rails, latencies and bandwidths from the wire model in this file, which vllm-spark bench wire wrote",
     )
 
 
-def modelled_wire(args: argparse.Namespace) -> ModelledWire:
-    """The wire that `add_wire_arguments`' options describe.
+def modelled_wire(args: argparse.Namespace) -> WireFigures:
+    """The link that `add_wire_arguments`' options describe.
 
     Raises:
         ConfigurationError: the file is not a wire model, or contradicts the other options.
@@ -133,9 +129,12 @@ def modelled_wire(args: argparse.Namespace) -> ModelledWire:
     numbers = {"latency_us": args.latency_us, "gbytes_per_s": args.gbytes_per_s}
     given = {name: value for name, value in numbers.items() if value is not None}
     if args.wire is None:
-        return ModelledWire(**given)
+        if not given:
+            return PUBLISHED_FIGURES
+        return WireFigures.alpha_beta(
+            given.get("latency_us", CABLE.latency_us), given.get("gbytes_per_s", CABLE.gbytes_per_s)
+        )
     if given:
         flag = "--" + next(iter(given)).replace("_", "-")
         raise ConfigurationError(f"--wire {args.wire} and {flag} contradict each other; leave one out")
-    fit = load_wire_model(args.wire).total.fit
-    return ModelledWire(fit.latency_us, fit.gbytes_per_s)
+    return load_wire_figures(args.wire)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import UsageError
-from vllm_spark.collective.options import KIB, RuntimeOptions
+from vllm_spark.collective.options import KIB, PROXIED_SHAPE, LaunchShape, RuntimeOptions
 from vllm_spark.collective.runtime import Runtime, native_options
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ KERNELS = Path(_native.__file__).with_name("kernels.fatbin")
 """The compiled kernels; absent from a build without nvcc."""
 
 _ALIGNMENT = 16  # bytes: a kernel's vector
+
+
+def default_shape(options: RuntimeOptions) -> LaunchShape:
+    """The launch shape for a GPU on which none was measured, by the path of these options."""
+    return PROXIED_SHAPE if options.proxied else LaunchShape()
 
 
 class DeviceRuntime(Runtime):
@@ -43,7 +48,7 @@ class DeviceRuntime(Runtime):
                 "install the CUDA toolkit, then reinstall vllm_spark"
             ) from None
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
-        shape = _native.LaunchShape(**asdict(options.launch))
+        shape = _native.LaunchShape(**asdict(options.launch or default_shape(options)))
         return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels)
 
     @classmethod
@@ -51,14 +56,14 @@ class DeviceRuntime(Runtime):
         """With at most one block per multiprocessor: all blocks must run at once, and one occupies a multiprocessor."""
         import torch
 
+        shape = options.launch or default_shape(options)
         multiprocessors = torch.cuda.get_device_properties().multi_processor_count
-        blocks = min(options.launch.payload_blocks, multiprocessors)
-        return replace(options, launch=replace(options.launch, payload_blocks=blocks))
+        return replace(options, launch=replace(shape, payload_blocks=min(shape.payload_blocks, multiprocessors)))
 
     @classmethod
     def _default_packet_bytes(cls, options: RuntimeOptions) -> int:
-        """Measured on two GPUs (benchmarks/NOTES.md, entries 11, 13): LL doubles the bytes, and a proxy reads them."""
-        return 128 * KIB if not options.proxied else 8 * KIB
+        """Measured on two GPUs (benchmarks/NOTES.md, entries 11, 17): LL sends a third more, which a proxy reads."""
+        return 128 * KIB if not options.proxied else 16 * KIB
 
     def check(self) -> None:
         """Raises the error of a failed kernel, if there is one; results since then are invalid.

@@ -23,9 +23,9 @@ class LaunchTable:
 
     Attributes:
         gpu: name of the GPU that it was measured on; empty for the defaults.
-        loopback_mode: the path on which it was measured; with a proxy the LL protocol pays off less.
-        packet_kib: messages up to this size, in KiB, use the LL protocol on that path.
-        shape: threads and blocks.
+        loopback_mode: the path on which it was measured; it applies to that one.
+        packet_kib: messages up to this size, in KiB, use the LL protocol.
+        shape: threads and blocks; None: the runtime's default.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -33,7 +33,11 @@ class LaunchTable:
     gpu: str = ""
     loopback_mode: LoopbackMode = "direct"
     packet_kib: Annotated[int, Field(ge=0, le=1024)] | None = None
-    shape: LaunchShape = dataclasses.field(default_factory=LaunchShape)
+    shape: LaunchShape | None = None
+
+    def shape_on(self, mode: LoopbackMode) -> LaunchShape | None:
+        """The shape for that path: `proxied` also for RDMA. None is the runtime's default."""
+        return self.shape if self.loopback_mode == mode else None
 
     def packet_bytes(self, chosen_kib: int | None, slot_kib: int, mode: LoopbackMode) -> int | None:
         """The largest message that uses the LL protocol: the user's choice, else the table's for that path.

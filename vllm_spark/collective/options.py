@@ -1,16 +1,19 @@
 """The options of a runtime (`RuntimeOptions`) and of its kernels (`LaunchShape`); the same on both ranks.
 
-A message uses one of two protocols, by its size, with NCCL's names: **LL** (low latency), where every 8 bytes are 4 of
-data and a 4-byte flag, and **Simple**, where the flag follows the payload. docs/protocol.md describes both. Names of
+A message uses one of two protocols, by its size, with NCCL's names: **LL** (low latency), where every few bytes have a
+flag, and **Simple**, where the flag follows the payload. docs/protocol.md describes both. Names of
 options with `packet` are about LL, those with `payload` about Simple.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
 from vllm_spark.collective.errors import UsageError
+
+if TYPE_CHECKING:
+    from vllm_spark.collective.link_model import WireFigures
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -31,8 +34,8 @@ class LaunchShape:
     """
 
     packet_threads: int = 288
-    """LL: maximum of threads in a block, a multiple of 32 up to 544; each sends a packet with 8 bytes of data, or
-    several if the message needs more than 64 such blocks. 4 KiB and its header are 513 packets."""
+    """LL: maximum of threads in a block, a multiple of 32 up to 544; each sends a packet with 12 bytes of data, or
+    several if the message needs more than 64 such blocks. 4 KiB and its header are 343 packets."""
     payload_threads: int = 256
     """Simple: maximum of sending threads in a block, a multiple of 32 up to 256; as many receive."""
     payload_blocks: int = 32
@@ -58,6 +61,11 @@ class LaunchShape:
                 raise UsageError(f"{name} {value} is invalid: must be {lowest} to {highest} in steps of {step}")
 
 
+PROXIED_SHAPE = LaunchShape(payload_blocks=8, payload_bytes_per_block=8 * KIB)
+"""The default with a proxy, which posts every piece by itself: fewer and larger ones than without (benchmarks/NOTES.md,
+entry 17)."""
+
+
 @dataclass(frozen=True)
 class RuntimeOptions:
     """Options of a runtime.
@@ -68,10 +76,8 @@ class RuntimeOptions:
 
     transport: Transport = "loopback"
     loopback_mode: LoopbackMode = "direct"
-    wire_latency_us: float = 0.0
-    """Proxied only: latency of the modelled wire in microseconds, 0 or more."""
-    wire_gbytes_per_s: float = 0.0
-    """Proxied only: bandwidth of the modelled wire in GB/s; 0 is unlimited."""
+    wire: WireFigures | None = None
+    """Loopback, proxied: the modelled link; None: messages arrive when the proxy has copied them."""
     rails: tuple[str, ...] = ()
     """Verbs only: ports of this machine to use, each `DEVICE`, `DEVICE:PORT` or `DEVICE:PORT:GID_INDEX`; may differ
     between the ranks. Empty: every active port that is in one network with one of the peer's."""
@@ -93,20 +99,25 @@ class RuntimeOptions:
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
-    launch: LaunchShape = field(default_factory=LaunchShape)
-    """For collectives on CUDA tensors."""
+    launch: LaunchShape | None = None
+    """For collectives on CUDA tensors; None: the runtime's default."""
 
     def __post_init__(self) -> None:
         if self.transport not in ("loopback", "verbs"):
             raise UsageError(f"transport {self.transport!r} does not exist; use 'loopback' or 'verbs'")
-        if self.transport == "verbs" and (self.wire_latency_us or self.wire_gbytes_per_s):
+        if self.transport == "verbs" and self.wire is not None:
             raise UsageError("a modelled wire is for the transport 'loopback'; 'verbs' has a real one")
         if self.loopback_mode not in ("direct", "proxied"):
             raise UsageError(f"loopback_mode {self.loopback_mode!r} does not exist; use 'direct' or 'proxied'")
-        if not self.proxied and (self.wire_latency_us or self.wire_gbytes_per_s):
+        if not self.proxied and self.wire is not None:
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
         if not 1 <= self.largest_message <= 64 * MIB:
             raise UsageError(f"largest_message {self.largest_message} is invalid: must be 1 to {64 * MIB}")
+
+    @property
+    def stripes(self) -> int:
+        """Loopback: the pieces into which a CPU rank cuts a large message, one for each modelled rail."""
+        return 1 if self.wire is None else len(self.wire.rails)
 
     @property
     def proxied(self) -> bool:
@@ -116,6 +127,8 @@ class RuntimeOptions:
     def agreement(self) -> dict[str, str]:
         """Every option as text, for comparison with the peer's."""
         options = asdict(self)
-        options |= options.pop("launch")  # also the shape: both ranks must split a message into the same pieces
+        options |= options.pop("launch") or {}  # also the shape: both ranks must cut a message into the same pieces
         del options["rails"]  # they are names on this machine
+        if self.wire is not None:
+            options["wire"] = self.wire.model_dump_json()
         return {name: str(value) for name, value in options.items()}

@@ -31,6 +31,8 @@ from vllm_spark.ranks import WORLD_SIZE
 if TYPE_CHECKING:
     import torch
 
+    from vllm_spark.collective.link_model import WireFigures
+
 
 @dataclass(frozen=True)
 class Counters:
@@ -47,7 +49,7 @@ class Counters:
     proxy_posts: int
     proxy_coalesced: int
     rails_up: int
-    """Rails in use for data now; this and the seven below are for verbs."""
+    """Rails in use for data now; this and the nine below are for verbs and for a modelled link."""
     rail_failures: int
     """Failures of a rail that was in use for data."""
     rail_recoveries: int
@@ -57,7 +59,11 @@ class Counters:
     reposts: int
     """Messages sent again because a rail failed before they were known to have arrived."""
     rail_posts: tuple[int, ...]
-    """Messages sent over each rail, or pieces of one."""
+    """Messages sent over each rail, or parts of one."""
+    rail_bytes: tuple[int, ...]
+    """Their bytes: of payloads, or of packets with their flags."""
+    rail_doorbells: tuple[int, ...]
+    """How often the proxy rang each rail's doorbell: once for all that it had found staged in one look."""
     rail_states: tuple[str, ...]
     """The state of each rail: `open` (in use for data), `unproven`, `held down` (hold-down) or `down`."""
     link_lost: bool
@@ -128,7 +134,7 @@ class Runtime:
     @classmethod
     def _connect_memory(cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str) -> Any:
         """The native runtime, connected to a peer on this machine."""
-        native = cls._make_native(rank, options, stripes=1)
+        native = cls._make_native(rank, options, options.stripes)
         process, descriptor, *nonce = native.address()
         address = Address(machine_identity(), process, descriptor, (hex(nonce[0]), hex(nonce[1])))
         theirs = swap_addresses(exchange, address)
@@ -346,11 +352,19 @@ def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.
         depth=options.depth,
         proxied=options.proxied,
         stripes=stripes,
-        wire_latency_s=options.wire_latency_us * 1e-6,
-        wire_bytes_per_s=options.wire_gbytes_per_s * 1e9,
+        wire=None if options.wire is None else _native_wire(options.wire),
         timeout_s=options.timeout_s,
         first_sequence=options.first_sequence,
         largest_message=options.largest_message,
+    )
+
+
+def _native_wire(wire: WireFigures) -> _native.WireFigures:
+    return _native.WireFigures(
+        rails=[(list(rail.latency), rail.gbytes_per_s) for rail in wire.rails],
+        gbytes_per_s=wire.gbytes_per_s,
+        doorbell_us=wire.posting.doorbell_us,
+        work_request_us=wire.posting.work_request_us,
     )
 
 

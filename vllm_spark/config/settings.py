@@ -153,7 +153,7 @@ class SparkConfig(BaseModel):
     )
     loopback_latency_us: float = _setting(
         0.0,
-        "Loopback, proxied: latency of the modelled wire, in microseconds.",
+        "Loopback, proxied: latency of the modelled wire, of one rail and the same for every size, in microseconds.",
         side="leader",
         ge=0,
         le=1e6,
@@ -169,8 +169,8 @@ class SparkConfig(BaseModel):
     )
     wire: Path | None = _setting(
         None,
-        "Loopback, proxied: file with a wire model (alpha-beta model: latency and bandwidth), written by `vllm-spark "
-        "bench wire`. It replaces the two settings above.",
+        "Loopback, proxied: file with a wire model (rails, each with latencies over the size of a write and a "
+        "bandwidth), written by `vllm-spark bench wire`. It replaces the two settings above.",
         side="leader",
         metavar="FILE",
     )
@@ -185,8 +185,8 @@ class SparkConfig(BaseModel):
     packet_kib: int | None = _setting(
         None,
         "Messages up to this size, in KiB, use the LL protocol (a flag in every packet); larger ones the Simple "
-        "protocol (payload, then flag). Default: the launch table's, else 128 between GPUs of one machine and 8 "
-        "otherwise.",
+        "protocol (payload, then flag). Default: the launch table's, else 8 between CPUs, 128 between GPUs of one "
+        "machine without a proxy, and 16 between other GPUs.",
         side="leader",
         ge=0,
         le=1024,

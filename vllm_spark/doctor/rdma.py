@@ -13,7 +13,7 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError
 
 LIBRARY = "libibverbs.so.1"
-_PACKET_BYTES = 8 << 10
+_PACKET_BYTES = 16 << 10
 """The runtime's own upper limit of LL packets through a proxy."""
 
 

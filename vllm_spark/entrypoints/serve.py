@@ -163,7 +163,7 @@ def check_link(config: SparkConfig) -> None:
         ConfigurationError: no usable address, port, secret, launch table or RDMA port.
     """
     from vllm_spark.collective.launch_table import load_launch_table
-    from vllm_spark.executor.bootstrap import with_wire_model
+    from vllm_spark.executor.bootstrap import modelled_wire
     from vllm_spark.executor.channel.addresses import check_free, check_ports, leader_address
     from vllm_spark.executor.channel.secret import load_secret
 
@@ -171,7 +171,7 @@ def check_link(config: SparkConfig) -> None:
     address = leader_address(config)
     load_secret(config, address)
     load_launch_table(config.launch_table)
-    with_wire_model(config)
+    modelled_wire(config)
     check_free(address, config.port)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_spark import __version__, collective
 from vllm_spark.collective import Transport
 from vllm_spark.collective.launch_table import LaunchTable
-from vllm_spark.collective.link_model import load_wire_model
+from vllm_spark.collective.link_model import WireFigures, load_wire_figures
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel.addresses import host_name, interface_of, split_rails
@@ -36,6 +36,8 @@ class Assignment:
     config: SparkConfig
     launch: LaunchTable
     environment: dict[str, str]
+    wire: WireFigures | None = None
+    """The modelled link: only the leader has the file."""
 
 
 def use_link_interface(local_address: str | None) -> LinkInterface:
@@ -96,6 +98,7 @@ def connect_runtime(
     connection: Connection,
     announce: collective.Announce,
     rails: str | None,
+    wire: WireFigures | None,
 ) -> collective.Runtime:
     """Joins both ranks' collective runtimes, for the device that vLLM uses, and makes this one the process's.
 
@@ -105,6 +108,7 @@ def connect_runtime(
         connection: the rpc connection, for the rendezvous.
         announce: sends the runtime's announcements about its rails, at any later time.
         rails: the ports of this machine to use; None for all that reach the peer.
+        wire: the leader's modelled link, on both ranks.
 
     Raises:
         SparkError: the two sides do not agree, or cannot reach each other's memory.
@@ -117,7 +121,7 @@ def connect_runtime(
             rank,
             WORLD_SIZE,
             exchange,
-            runtime_options(config, launch, transport, rails),
+            runtime_options(config, launch, transport, rails, wire),
             agreement={"package": __version__},
             description=f"{host_name()} (process {os.getpid()})",
             announce=announce,
@@ -143,21 +147,20 @@ def _for_this_device(launch: LaunchTable) -> tuple[type[collective.Runtime], Lau
     return collective.DeviceRuntime, launch
 
 
-def with_wire_model(config: SparkConfig) -> SparkConfig:
-    """`config` with latency and bandwidth from the wire model that it names: only the leader has the file.
+def modelled_wire(config: SparkConfig) -> WireFigures | None:
+    """The modelled link that the settings describe; None without one. On the leader, which alone has the file.
 
     Raises:
         ConfigurationError: the file cannot be read, or is not a wire model.
     """
-    if config.wire is None:
-        return config
-    fit = load_wire_model(config.wire).total.fit
-    numbers = {"loopback_latency_us": fit.latency_us, "loopback_gbytes_per_s": fit.gbytes_per_s}
-    return config.model_copy(update={**numbers, "wire": None})
+    if config.wire is not None:
+        return load_wire_figures(config.wire)
+    latency_us, gbytes_per_s = config.loopback_latency_us, config.loopback_gbytes_per_s
+    return WireFigures.alpha_beta(latency_us, gbytes_per_s) if latency_us or gbytes_per_s else None
 
 
 def runtime_options(
-    config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None
+    config: SparkConfig, launch: LaunchTable, transport: Transport, rails: str | None, wire: WireFigures | None = None
 ) -> collective.RuntimeOptions:
     """The runtime's options for these settings; every value that `SparkConfig` accepts is valid there.
 
@@ -166,24 +169,22 @@ def runtime_options(
         launch: how kernels are launched on this device.
         transport: the transport to use, never `auto`.
         rails: the ports of this machine to use; None for all that reach the peer.
+        wire: the modelled link of the transport `loopback`, if there is one.
     """
-    modelled = transport == "loopback"
+    path = "proxied" if transport == "verbs" else config.loopback_mode
     return collective.RuntimeOptions(
         transport=transport,
         loopback_mode=config.loopback_mode,
-        wire_latency_us=config.loopback_latency_us if modelled else 0.0,
-        wire_gbytes_per_s=config.loopback_gbytes_per_s if modelled else 0.0,
+        wire=wire if transport == "loopback" else None,
         rails=split_rails(rails),
         link_timeout_s=config.link_timeout,
         traffic_class=config.traffic_class,
         service_level=config.service_level,
         slot_bytes=config.slot_kib << 10,
-        packet_bytes=launch.packet_bytes(
-            config.packet_kib, config.slot_kib, "proxied" if transport == "verbs" else config.loopback_mode
-        ),
+        packet_bytes=launch.packet_bytes(config.packet_kib, config.slot_kib, path),
         depth=config.depth,
         timeout_s=config.collective_timeout,
-        launch=launch.shape,
+        launch=launch.shape_on(path),
     )
 
 

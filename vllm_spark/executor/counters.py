@@ -24,5 +24,9 @@ def local_counters(rank: int, token_digest: tuple[int, bytes]) -> RankCounters:
         runs = runtime.counters()
         for name in _RUNTIME_COUNTERS:
             setattr(counters, name, getattr(runs, name))
+        rails = slice(len(runs.rail_states))
+        counters.rail_posts = runs.rail_posts[rails]
+        counters.rail_bytes = runs.rail_bytes[rails]
+        counters.rail_doorbells = runs.rail_doorbells[rails]
         counters.rails_held_down = runs.rail_states.count("held down")
     return counters

@@ -155,7 +155,13 @@ class FollowerSession:
         assert self._heartbeat is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
-            FOLLOWER_RANK, assignment.config, assignment.launch, rpc, self._heartbeat.announce, self._config.rails
+            FOLLOWER_RANK,
+            assignment.config,
+            assignment.launch,
+            rpc,
+            self._heartbeat.announce,
+            self._config.rails,
+            assignment.wire,
         )
         place_files(assignment.vllm_config, self._own_files)
         self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)

@@ -23,8 +23,8 @@ from vllm_spark.executor.bootstrap import (
     LinkInterface,
     connect_runtime,
     link_tolerance,
+    modelled_wire,
     use_link_interface,
-    with_wire_model,
 )
 from vllm_spark.executor.channel.addresses import interface_of, is_loopback, leader_address
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
@@ -291,12 +291,12 @@ class LeaderSession:
             self._interface.restore()
 
     def _start_work(self, config: SparkConfig, address: str, vllm_config: Any) -> None:
-        launch, config = load_launch_table(config.launch_table), with_wire_model(config)
-        assignment = Assignment(vllm_config, config, launch, sent_variables(os.environ))
+        launch, wire = load_launch_table(config.launch_table), modelled_wire(config)
+        assignment = Assignment(vllm_config, config, launch, sent_variables(os.environ), wire)
         self._follower.rpc.send(Kind.ASSIGNMENT, dumps_by_value(assignment), timeout=_ASSIGNMENT_TIMEOUT)
         self._interface = use_link_interface(address)
         self._runtime = connect_runtime(
-            LEADER_RANK, config, launch, self._follower.rpc, self._heartbeat.announce, config.rails
+            LEADER_RANK, config, launch, self._follower.rpc, self._heartbeat.announce, config.rails, wire
         )
 
     def _send(

@@ -3,6 +3,7 @@
 #include <sys/eventfd.h>
 
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../../support/errors.hpp"
@@ -16,6 +17,17 @@ namespace {
 constexpr auto kRepeatInterval = std::chrono::milliseconds(200);
 // The same out of band, while no rail works.
 constexpr auto kOutOfBandInterval = std::chrono::seconds(1);
+
+// Relaxed: each word is whole, and the checksum tells whether they belong together.
+LinkState copy_words(const std::byte* inbox) {
+  static_assert(sizeof(LinkState) % sizeof(uint64_t) == 0);
+  uint64_t words[sizeof(LinkState) / sizeof(uint64_t)];
+  const auto* shared = reinterpret_cast<const std::atomic<uint64_t>*>(inbox);
+  for (size_t at = 0; at < std::size(words); ++at) words[at] = shared[at].load(std::memory_order_relaxed);
+  LinkState state;
+  std::memcpy(&state, words, sizeof state);
+  return state;
+}
 
 // False if `bytes` are not a whole announcement.
 bool decode(const std::string& bytes, LinkState& state) {
@@ -43,8 +55,7 @@ void Announcements::read() {
   // detects that.
   uint64_t version = reinterpret_cast<const std::atomic<uint64_t>*>(inbox)->load(std::memory_order_acquire);
   if (version > peer_.version) {
-    LinkState state;
-    std::memcpy(&state, inbox, sizeof state);
+    LinkState state = copy_words(inbox);
     if (state.whole()) accept(state);
   }
   // Relaxed: a hint. What it is about is read under the lock under which this was set.

@@ -10,6 +10,8 @@ namespace spark::verbs {
 namespace {
 
 constexpr auto kCheckInterval = std::chrono::milliseconds(1);
+// Turns of the proxy's thread between two looks for completions.
+constexpr uint32_t kTurnsPerPoll = 64;
 // Maximum time for the last messages and the last announcement: a rail may fail under them, and that takes a
 // few seconds to detect.
 constexpr auto kFinishTime = std::chrono::seconds(5);
@@ -51,8 +53,10 @@ void Link::post(uint32_t sequence, const SendDescriptor& descriptor) {
 }
 
 bool Link::progress() {
+  // Not in every turn: messages wait for turns, and nothing waits for a completion but a rail's proof.
+  bool poll_all = ++turns_ % kTurnsPerPoll == 0;
   for (auto& rail : keeper_.rails()) {
-    if (rail->up() && rail->queued() > 0) keeper_.poll(*rail);
+    if (rail->up() && rail->queued() > 0 && (poll_all || !rail->open())) keeper_.poll(*rail);
   }
   if (!retransmission_.empty()) retransmission_.post_queued();
   if (stopped_) return false;
@@ -94,6 +98,7 @@ void Link::announce() {
   for (auto& rail : keeper_.rails()) {
     if (!rail->up() || !rail->has_room()) continue;
     int error = rail->post_announcement(outbox);
+    if (error == 0) error = rail->flush();
     if (error != 0) keeper_.fail_to_post(*rail, error);
   }
 }
@@ -101,15 +106,15 @@ void Link::announce() {
 void Link::finish() {
   Clock::time_point end = Clock::now() + kFinishTime;
   // The peer may still wait for what was posted, and must not receive the announcement of the end before.
-  flush(end);
+  drain(end);
   announce_stop(rank_name_ + " stopped: it closed its runtime");
   next_check_ = {};
   read_announcements();
   announcements_.request();
-  flush(end);
+  drain(end);
 }
 
-void Link::flush(Clock::time_point end) {
+void Link::drain(Clock::time_point end) {
   announce();
   while (!stopped_ && messages_under_way() && Clock::now() < end) {
     progress();

@@ -33,6 +33,7 @@ class Link final : public Transport {
                std::function<void(const std::string&)> stop);
 
   void post(uint32_t sequence, const SendDescriptor& descriptor) override;
+  void flush() override { retransmission_.flush(); }
   bool progress() override;
   void maintain() override;
   void finish() override;
@@ -56,7 +57,7 @@ class Link final : public Transport {
   void announce();
   void stop(const std::string& reason);
   // Waits, at most until `end`, until every message posted has arrived, and an announcement after it.
-  void flush(Clock::time_point end);
+  void drain(Clock::time_point end);
   bool messages_under_way() const;
 
   std::string rank_name_, path_;
@@ -68,6 +69,7 @@ class Link final : public Transport {
 
   bool stopped_ = false;  // the peer has stopped, or is given up
   Clock::time_point next_check_{};
+  uint32_t turns_ = 0;
 };
 
 }  // namespace spark::verbs

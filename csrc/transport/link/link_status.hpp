@@ -23,7 +23,10 @@ struct LinkCounters {
   std::atomic<uint64_t> rail_recoveries{0};
   std::atomic<uint64_t> rail_proof_failures{0};  // connections that failed before data was sent over them
   std::atomic<uint64_t> reposts{0};
+  // By rail: messages or parts of one, their bytes, and chains of them that were posted with one doorbell.
   std::atomic<uint64_t> posts[kMaxRails] = {};
+  std::atomic<uint64_t> bytes[kMaxRails] = {};
+  std::atomic<uint64_t> doorbells[kMaxRails] = {};
   std::atomic<RailCondition> conditions[kMaxRails] = {};
   std::atomic<bool> lost{false};  // no rail is open now
 

@@ -6,8 +6,9 @@ namespace spark::verbs {
 
 static_assert(kProofBytes >= mtu_bytes(5), "an announcement fills the largest packet of the largest MTU");
 
-Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const RegionSizes& sizes,
-           const WireClass& wire_class, BackgroundRelease& release)
+Rail::Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device,
+           std::byte* memory, const RegionSizes& sizes, const WireClass& wire_class,
+           BackgroundRelease& release)
     : index_(index),
       address_(address),
       name_("rail " + std::to_string(index) + " (" + address.device + ")"),
@@ -22,7 +23,7 @@ Rail::Rail(uint32_t index, const RailAddress& address, std::byte* memory, const 
       recv_flags_(layout_.recv_flags()),
       wire_class_(wire_class),
       release_(release),
-      device_(std::make_shared<Device>(address.device)),
+      device_(std::move(device)),
       sending_(*device_, memory + layout_.outbox(), layout_.total() - layout_.outbox(), false),
       ring_(Connection::kMessages) {}
 
@@ -51,8 +52,7 @@ void Rail::offer() {
 void Rail::connect(const RailState& peer) {
   connection_->connect(peer.connection, wire_class_);
   remote_base_ = peer.connection.address - layout_.inbox();
-  data_.prepare(sending_.local_key(), peer.connection.remote_key);
-  flag_.prepare(0, peer.connection.remote_key);  // posted inline: without a key
+  for (WriteRequest& write : chain_) write.prepare(sending_.local_key(), peer.connection.remote_key);
   phase_ = Phase::kReady;
 }
 
@@ -65,45 +65,56 @@ std::vector<Write> Rail::fail(uint32_t epoch) {
     }
   }
   end_connection();
+  chained_ = 0;
   epoch_ = epoch;
   phase_ = Phase::kDown;
   open_ = false;
   return lost;
 }
 
-void Rail::set_data(size_t from, size_t to, size_t bytes) {
-  data_.set(memory_ + from, bytes, remote_base_ + to);
+WriteRequest& Rail::chain(size_t from, size_t to, size_t bytes) {
+  WriteRequest& write = chain_[chained_];
+  if (chained_ > 0) chain_[chained_ - 1].request.next = &write.request;
+  ++chained_;
+  write.set(memory_ + from, bytes, remote_base_ + to);
+  write.request.send_flags = 0;
+  return write;
 }
 
 int Rail::post(const Write& write, bool signal) {
+  if (int error = make_room()) return error;
   const SendDescriptor& descriptor = write.descriptor;
   size_t slot = layout_.slot(write.sequence);
   if (descriptor.protocol == Protocol::kPackets) {
-    size_t offset = slot * packet_area_;
-    set_data(send_packets_ + offset, recv_packets_ + offset, packet_count(descriptor.bytes) * sizeof(Packet));
-    return submit({write, false}, data_, data_, 0, signal);
+    size_t offset = slot * packet_area_ + descriptor.offset;
+    number({write, false}, chain(send_packets_ + offset, recv_packets_ + offset, descriptor.bytes), 0,
+           signal);
+    return 0;
+  }
+  if (descriptor.bytes != 0) {
+    size_t offset = slot * payload_area_ + descriptor.offset;
+    chain(send_payload_ + offset, recv_payload_ + offset, descriptor.bytes);
   }
   // On one reliable connection writes take effect in their order: the flag comes after the payload.
-  flag_value_ = payload_flag(write.sequence, descriptor.tag);
-  flag_.set(&flag_value_, sizeof flag_value_,
-            remote_base_ + recv_flags_ + slot * RegionLayout::flag_area() + descriptor.piece * sizeof(Flag));
-  if (descriptor.bytes == 0) return submit({write, false}, flag_, flag_, abi::IBV_SEND_INLINE, signal);
-  size_t offset = slot * payload_area_ + descriptor.offset;
-  set_data(send_payload_ + offset, recv_payload_ + offset, descriptor.bytes);
-  data_.request.send_flags = 0;
-  data_.request.next = &flag_.request;
-  return submit({write, false}, data_, flag_, abi::IBV_SEND_INLINE, signal);
+  uint64_t& value = flag_values_[chained_];
+  value = payload_flag(write.sequence, descriptor.tag);
+  size_t flag = recv_flags_ + slot * RegionLayout::flag_area() + descriptor.piece * sizeof(Flag);
+  WriteRequest& last = chain(0, flag, sizeof value);
+  last.entry.addr = reinterpret_cast<uintptr_t>(&value);  // posted inline: the key does not matter
+  number({write, false}, last, abi::IBV_SEND_INLINE, signal);
+  return 0;
 }
 
 int Rail::post_announcement(uint32_t outbox) {
-  set_data(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes);
-  return submit({{}, true}, data_, data_, 0, true);
+  if (int error = make_room()) return error;
+  number({{}, true}, chain(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes), 0, true);
+  return 0;
 }
 
-int Rail::submit(const Posted& posted, WriteRequest& first, WriteRequest& last, uint32_t flags, bool signal) {
+void Rail::number(const Posted& posted, WriteRequest& last, uint32_t flags, bool signal) {
   // Kept even if posting fails: then the connection has failed, and this message is sent again over another.
   ring_[(connection_->posted() + 1) % Connection::kMessages] = posted;
-  return connection_->post(first.request, last.request, flags, signal);
+  connection_->number(last.request, flags, signal);
 }
 
 std::optional<std::string> Rail::poll() {

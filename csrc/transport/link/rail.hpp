@@ -3,6 +3,7 @@
 // Driven by the proxy's thread alone.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -24,10 +25,9 @@ struct Write {
 
 class Rail {
  public:
-  // Opens the device and pins the sending part of `memory`. Throws CollectiveError. `release` must outlive
-  // it.
-  Rail(uint32_t index, const RailAddress& address, std::byte* memory, const RegionSizes& sizes,
-       const WireClass& wire_class, BackgroundRelease& release);
+  // Pins the sending part of `memory`. Throws CollectiveError. `release` must outlive it.
+  Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device, std::byte* memory,
+       const RegionSizes& sizes, const WireClass& wire_class, BackgroundRelease& release);
 
   ~Rail();
   Rail(const Rail&) = delete;
@@ -64,17 +64,26 @@ class Rail {
   uint64_t queued() const { return connection_ ? connection_->queued() : 0; }
   // True if another message fits the queue.
   bool has_room() const { return queued() < Connection::kMessages; }
-  // Posts a message; a completion is requested now and then, and if `signal`. Zero, or the error's number. Of
-  // a rail that is up, as the next three.
+  // Appends a message to the chain that the next `flush` posts, which it may call; a completion is requested
+  // now and then, and if `signal`. Zero, or the error's number. Of a rail that is up, as the next two.
   int post(const Write& write, bool signal);
-  // Posts the announcement in outbox `outbox`, to the peer's inbox.
+  // The same for the announcement in outbox `outbox`, to the peer's inbox.
   int post_announcement(uint32_t outbox);
+  // Whether there is something to flush.
+  bool chained() const { return chained_ > 0; }
+  // Posts the chain, with one doorbell. Zero, or the error's number.
+  int flush() {
+    if (chained_ == 0) return 0;
+    chain_[chained_ - 1].request.next = nullptr;
+    chained_ = 0;
+    return connection_->post(chain_[0].request);
+  }
   // Counts completions; the first one, which is an announcement's, proves the connection. Not empty: why the
   // connection has failed.
   std::optional<std::string> poll();
 
-  // Numbers, within the present connection, of the last message posted and of the last one known to have
-  // arrived.
+  // Numbers, within the present connection, of the last message posted, or in the chain, and of the last one
+  // known to have arrived.
   uint64_t posted() const { return connection_->posted(); }
   uint64_t completed() const { return connection_->completed(); }
 
@@ -84,9 +93,16 @@ class Rail {
     bool announcement;
   };
 
+  // Requests of one chain: for a turn of the proxy, in which all pieces of a message may have been staged.
+  static constexpr size_t kChain = 2 * kMaxPieces;
+
   void end_connection();
-  void set_data(size_t from, size_t to, size_t bytes);
-  int submit(const Posted& posted, WriteRequest& first, WriteRequest& last, uint32_t flags, bool signal);
+  // Appends a request to the chain, in which there is room.
+  WriteRequest& chain(size_t from, size_t to, size_t bytes);
+  // Makes room for a message in the chain. Zero, or the error's number.
+  int make_room() { return chained_ + 2 > kChain ? flush() : 0; }
+  // Ends a message with the request `last`.
+  void number(const Posted& posted, WriteRequest& last, uint32_t flags, bool signal);
 
   uint32_t index_;
   RailAddress address_;
@@ -105,8 +121,9 @@ class Rail {
   uint32_t epoch_ = 1;
   uint64_t remote_base_ = 0;  // address of the peer's region, of which only the receiving part may be written
 
-  WriteRequest data_, flag_;
-  uint64_t flag_value_ = 0;
+  std::array<WriteRequest, kChain> chain_;
+  std::array<uint64_t, kChain> flag_values_{};  // of the requests that send one
+  size_t chained_ = 0;
 
   std::vector<Posted> ring_;  // by a message's number, modulo the size
 };

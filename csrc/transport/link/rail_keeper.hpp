@@ -5,6 +5,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +19,10 @@
 namespace spark::verbs {
 
 struct LinkOptions {
+  // Opens the device of a rail. Throws CollectiveError.
+  std::function<std::shared_ptr<const Device>(const RailAddress&)> open_device = [](const RailAddress& rail) {
+    return std::make_shared<const Device>(rail.device);
+  };
   std::chrono::nanoseconds timeout{std::chrono::seconds(30)};  // without an open rail, before both ranks stop
   WireClass wire_class;
   HoldDownTimes hold_down;  // of rails that fail soon after they came up

@@ -7,7 +7,8 @@ Retransmission::Retransmission(RailKeeper& keeper, LinkCounters& counters, const
       counters_(counters),
       layout_(sizes),
       newest_packets_(sizes.slots),
-      newest_pieces_(sizes.slots * kMaxPieces) {}
+      newest_pieces_(sizes.slots * kMaxPieces),
+      bytes_ahead_(kMaxRails) {}
 
 void Retransmission::post(const Write& write) {
   newest(write) = last_posted_ = write.sequence;
@@ -33,7 +34,12 @@ Rail* Retransmission::choose() {
   }
   Rail* best = nullptr;
   for (auto& rail : keeper_.rails()) {
-    if (rail->open() && (best == nullptr || rail->queued() < best->queued())) best = rail.get();
+    if (rail->open() && (best == nullptr || bytes_ahead(*rail) < bytes_ahead(*best))) best = rail.get();
+  }
+  if (best == nullptr || bytes_ahead(*best) == 0) return best;
+  uint64_t least = bytes_ahead(*best);
+  for (auto& rail : keeper_.rails()) {
+    if (rail->open()) bytes_ahead(*rail) -= least;
   }
   return best;
 }
@@ -44,6 +50,8 @@ bool Retransmission::post_to(Rail& rail, const Write& write, bool signal) {
     if (!rail.open() || !rail.has_room()) return false;
   }
   counters_.posts[rail.index()].fetch_add(1, std::memory_order_relaxed);
+  counters_.bytes[rail.index()].fetch_add(write.descriptor.bytes, std::memory_order_relaxed);
+  bytes_ahead(rail) += write.descriptor.bytes + sizeof(Flag::value);
   int error = rail.post(write, signal);
   if (error != 0) keeper_.fail_to_post(rail, error);  // which calls `requeue` with this message
   return true;
@@ -54,14 +62,14 @@ void Retransmission::post_queued() {
     // Packets that the NIC of a failed connection still sends must not arrive after the retransmission. Once
     // the peer has ended its end of that connection, they cannot. Checked before each message: the one before
     // may have found that another rail has failed.
-    if (retransmitting_ && !keeper_.peer_has_ended_failed_connections()) return;
+    if (retransmitting_ && !keeper_.peer_has_ended_failed_connections()) return flush();
     Write write = queue_.front();
     if (newest(write) != write.sequence) {  // its slot has been used again: it had arrived
       queue_.pop_front();
       continue;
     }
     Rail* rail = choose();
-    if (rail == nullptr) return;
+    if (rail == nullptr) return flush();
     queue_.pop_front();  // first: a rail that fails puts it back
     if (retransmitting_) {
       pinned_ = rail;
@@ -69,10 +77,20 @@ void Retransmission::post_queued() {
     }
     if (!post_to(*rail, write, queue_.empty())) {
       queue_.push_front(write);
-      return;
+      return flush();
     }
   }
   retransmitting_ = false;
+  flush();
+}
+
+void Retransmission::flush() {
+  for (auto& rail : keeper_.rails()) {
+    if (!rail->chained()) continue;
+    counters_.doorbells[rail->index()].fetch_add(1, std::memory_order_relaxed);
+    int error = rail->flush();
+    if (error != 0) keeper_.fail_to_post(*rail, error);  // which calls `requeue` with what it posted
+  }
 }
 
 size_t Retransmission::requeue(const Rail& rail, const std::vector<Write>& lost) {

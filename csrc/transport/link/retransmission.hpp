@@ -17,9 +17,10 @@ class Retransmission final : public LostMessages {
   // `keeper` and `counters` must outlive it.
   Retransmission(RailKeeper& keeper, LinkCounters& counters, const RegionSizes& sizes);
 
-  // Posts a staged message, or queues it if it must wait.
+  // Posts a staged message, or queues it if it must wait. `flush` hands it to its rail's device.
   void post(const Write& write);
-  // Posts queued messages, as far as rails take them.
+  void flush();
+  // Posts queued messages, as far as rails take them, and flushes them.
   void post_queued();
   bool empty() const { return queue_.empty(); }
 
@@ -27,12 +28,17 @@ class Retransmission final : public LostMessages {
   uint32_t last_posted() const override { return last_posted_; }
 
  private:
-  // The rail for the next message; null if there is none.
+  // The rail for the next message; null if there is none. The open rail that was given the fewest bytes, so
+  // that none is ahead of another by more than the largest message. Not the one that has the fewest messages
+  // unacknowledged: acknowledgements are requested for some messages only, and the rail that has just had one
+  // would take all messages until its next one.
   Rail* choose();
   // False if the rail has no room, and the message must wait.
   bool post_to(Rail& rail, const Write& write, bool signal);
-  // The last sequence number posted with the slot, and piece, of `write`.
+  // The last sequence number posted with the slot of `write`, and for payload with its piece too. The parts
+  // of a message's packets have one: that its slot is used again means that all of them have arrived.
   uint32_t& newest(const Write& write);
+  uint64_t& bytes_ahead(const Rail& rail) { return bytes_ahead_[rail.index()]; }
 
   RailKeeper& keeper_;
   LinkCounters& counters_;
@@ -46,6 +52,7 @@ class Retransmission final : public LostMessages {
   // All messages are posted to this rail until its message of number `pinned_until_` has arrived.
   Rail* pinned_ = nullptr;
   uint64_t pinned_until_ = 0;
+  std::vector<uint64_t> bytes_ahead_;  // by rail: given to it, beyond the one that was given the fewest
   uint32_t last_posted_ = 0;
 };
 

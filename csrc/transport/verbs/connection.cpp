@@ -16,7 +16,6 @@ Connection::Connection(std::shared_ptr<const Device> device, const RailAddress& 
                        size_t bytes)
     : device_(std::move(device)),
       address_(address),
-      received_(received),
       receiving_(*device_, received, bytes, true),
       completions_(*device_, static_cast<int>(QueuePair::kSendRequests)),
       pair_(*device_, completions_, address.port),
@@ -24,11 +23,7 @@ Connection::Connection(std::shared_ptr<const Device> device, const RailAddress& 
       packet_number_(static_cast<uint32_t>(std::random_device{}()) % kPacketNumbers) {}
 
 ConnectionInfo Connection::info() const {
-  return {pair_.number(),
-          packet_number_,
-          receiving_.remote_key(),
-          address_.mtu,
-          reinterpret_cast<uintptr_t>(received_),
+  return {pair_.number(), packet_number_, receiving_.remote_key(), address_.mtu, receiving_.remote_address(),
           address_.gid};
 }
 

@@ -72,20 +72,20 @@ class Connection {
   void end() noexcept { pair_.end(); }
   bool owns(const void* queue_pair) const { return pair_.is(queue_pair); }
 
-  // Posts the chain of one or two requests from `first` to `last`, which counts as one message; `flags` are
-  // those of the last one. A completion is requested for every 16th message, and if `signal`. Zero, or the
-  // error's number.
-  int post(abi::ibv_send_wr& first, abi::ibv_send_wr& last, uint32_t flags, bool signal) {
+  // Makes `last` the last request of the next message, with these flags. A completion is requested for every
+  // 16th message, and if `signal`.
+  void number(abi::ibv_send_wr& last, uint32_t flags, bool signal) {
     ++posted_;
     last.wr_id = posted_;
-    last.next = nullptr;
     last.send_flags = signal || posted_ % kSignalEvery == 0 ? flags | abi::IBV_SEND_SIGNALED : flags;
-    return pair_.post(&first);
   }
+  // Posts the chain of requests that begins with `first`, whose messages have their numbers. Zero, or the
+  // error's number.
+  int post(abi::ibv_send_wr& first) { return pair_.post(&first); }
   // Counts completions. Not empty: why the connection has failed.
   std::optional<std::string> poll();
 
-  // Numbers, from 1, of the last message posted and of the last one known to have arrived.
+  // Numbers, from 1, of the last message posted, or about to be, and of the last one known to have arrived.
   uint64_t posted() const { return posted_; }
   uint64_t completed() const { return completed_; }
   // Messages that may not have arrived yet.
@@ -98,7 +98,6 @@ class Connection {
 
   std::shared_ptr<const Device> device_;  // first: outlives the rest, which may be released late
   RailAddress address_;
-  std::byte* received_;
   MemoryRegion receiving_;
   CompletionQueue completions_;
   QueuePair pair_;

@@ -11,9 +11,9 @@ namespace spark::verbs {
 namespace {
 
 // libibverbs fills the form of its first version, which is a part of this one.
-abi::ibv_port_attr query_port(abi::ibv_context* context, uint8_t port, bool& exists) {
+abi::ibv_port_attr query_port(const Library& library, abi::ibv_context* context, uint8_t port, bool& exists) {
   abi::ibv_port_attr attributes{};
-  exists = Library::get().query_port(context, port, &attributes) == 0;
+  exists = library.query_port(context, port, &attributes) == 0;
   return attributes;
 }
 
@@ -36,11 +36,11 @@ class DeviceList {
 
 constexpr uint8_t kMostPorts = 4;
 
-std::vector<GidInfo> list_gids(abi::ibv_context* context, uint8_t port, int count) {
+std::vector<GidInfo> list_gids(const Library& library, abi::ibv_context* context, uint8_t port, int count) {
   std::vector<GidInfo> gids;
   for (int index = 0; index < count; ++index) {
     abi::ibv_gid_entry entry{};
-    if (Library::get().query_gid(context, port, static_cast<uint32_t>(index), &entry, 0, sizeof entry) != 0) {
+    if (library.query_gid(context, port, static_cast<uint32_t>(index), &entry, 0, sizeof entry) != 0) {
       continue;  // an empty place of the table
     }
     if (entry.gid_type != abi::IBV_GID_TYPE_ROCE_V2) continue;
@@ -59,31 +59,39 @@ std::vector<PortInfo> list_ports() {
     if (context == nullptr) continue;  // another user's, or going away
     for (uint8_t port = 1; port <= kMostPorts; ++port) {
       bool exists = false;
-      abi::ibv_port_attr attributes = query_port(context, port, exists);
+      abi::ibv_port_attr attributes = query_port(library, context, port, exists);
       if (!exists) break;
       ports.push_back({library.get_device_name(device), port, attributes.state == abi::IBV_PORT_ACTIVE,
                        attributes.link_layer == abi::IBV_LINK_LAYER_ETHERNET,
-                       mtu_bytes(attributes.active_mtu), list_gids(context, port, attributes.gid_tbl_len)});
+                       mtu_bytes(attributes.active_mtu),
+                       list_gids(library, context, port, attributes.gid_tbl_len)});
     }
     library.close_device(context);
   }
   return ports;
 }
 
-Device::Device(const std::string& name) : name_(name) {
+namespace {
+
+abi::ibv_context* open_device(const std::string& name) {
   const Library& library = Library::get();
   std::string known;
   for (abi::ibv_device* device : DeviceList()) {
     const char* found = library.get_device_name(device);
     known += (known.empty() ? "" : ", ") + std::string(found);
-    if (name == found) context_ = library.open_device(device);
-    if (context_ != nullptr) break;
+    if (name != found) continue;
+    if (abi::ibv_context* context = library.open_device(device)) return context;
   }
-  if (context_ == nullptr) {
-    throw CollectiveError("the RDMA device " + name + " cannot be opened; this machine has " +
-                          (known.empty() ? "none" : known) +
-                          ", and this user needs access to /dev/infiniband");
-  }
+  throw CollectiveError("the RDMA device " + name + " cannot be opened; this machine has " +
+                        (known.empty() ? "none" : known) + ", and this user needs access to /dev/infiniband");
+}
+
+}  // namespace
+
+Device::Device(const std::string& name) : Device(name, Library::get(), open_device(name)) {}
+
+Device::Device(const std::string& name, const Library& library, abi::ibv_context* opened)
+    : name_(name), library_(library), context_(opened) {
   domain_ = library.alloc_pd(context_);
   // Events are polled by the proxy's thread, which must not block.
   int flags = fcntl(context_->async_fd, F_GETFL);
@@ -96,20 +104,20 @@ Device::Device(const std::string& name) : name_(name) {
 }
 
 Device::~Device() {
-  Library::get().dealloc_pd(domain_);
-  Library::get().close_device(context_);
+  library_.dealloc_pd(domain_);
+  library_.close_device(context_);
 }
 
 bool Device::port_active(uint8_t port) const {
   bool exists = false;
-  abi::ibv_port_attr attributes = query_port(context_, port, exists);
+  abi::ibv_port_attr attributes = query_port(library_, context_, port, exists);
   return exists && attributes.state == abi::IBV_PORT_ACTIVE;
 }
 
 uint32_t Device::gid_index(uint8_t port, const abi::ibv_gid& gid) const {
   bool exists = false;
-  int count = query_port(context_, port, exists).gid_tbl_len;
-  for (const GidInfo& info : list_gids(context_, port, exists ? count : 0)) {
+  int count = query_port(library_, context_, port, exists).gid_tbl_len;
+  for (const GidInfo& info : list_gids(library_, context_, port, exists ? count : 0)) {
     if (std::memcmp(info.gid.raw, gid.raw, sizeof gid.raw) == 0) return info.index;
   }
   throw CollectiveError("port " + std::to_string(port) + " of the RDMA device " + name_ +
@@ -117,10 +125,9 @@ uint32_t Device::gid_index(uint8_t port, const abi::ibv_gid& gid) const {
 }
 
 bool Device::next_event(DeviceEvent& event) const {
-  const Library& library = Library::get();
   abi::ibv_async_event raw{};
-  if (library.get_async_event(context_, &raw) != 0) return false;
-  event = {false, 0, nullptr, library.event_text(raw.event_type)};
+  if (library_.get_async_event(context_, &raw) != 0) return false;
+  event = {false, 0, nullptr, library_.event_text(raw.event_type)};
   switch (raw.event_type) {
     case abi::IBV_EVENT_PORT_ERR:
       event.fatal = true;
@@ -140,7 +147,7 @@ bool Device::next_event(DeviceEvent& event) const {
     default:
       break;
   }
-  library.ack_async_event(&raw);
+  library_.ack_async_event(&raw);
   return true;
 }
 

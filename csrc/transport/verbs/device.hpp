@@ -49,13 +49,17 @@ struct DeviceEvent {
 
 class Device {
  public:
-  // Throws CollectiveError if there is none of that name, or it cannot be opened.
+  // Throws CollectiveError if libibverbs knows none of that name, or it cannot be opened.
   explicit Device(const std::string& name);
+  // A device of `library` that has been opened; it is closed with this object, also if this throws
+  // CollectiveError. `library` must outlive it.
+  Device(const std::string& name, const Library& library, abi::ibv_context* opened);
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
   const std::string& name() const { return name_; }
+  const Library& library() const { return library_; }
   abi::ibv_context* context() const { return context_; }
   abi::ibv_pd* domain() const { return domain_; }
 
@@ -69,7 +73,8 @@ class Device {
 
  private:
   std::string name_;
-  abi::ibv_context* context_ = nullptr;
+  const Library& library_;
+  abi::ibv_context* context_;
   abi::ibv_pd* domain_ = nullptr;
 };
 

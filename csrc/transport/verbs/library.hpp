@@ -1,4 +1,6 @@
-// libibverbs, opened when it is first needed: the module links to none of it, and works where there is none.
+// The functions of libibverbs that are used here. libibverbs itself is opened when it is first needed: the
+// module links to none of it, and works where there is none. A model of a device has the same functions
+// (csrc/transport/modelled/nic.hpp).
 #pragma once
 
 #include <string>
@@ -7,9 +9,8 @@
 
 namespace spark::verbs {
 
-class Library {
- public:
-  // The one of this process. Throws CollectiveError with the remedy where it cannot be opened.
+struct Library {
+  // libibverbs. Throws CollectiveError with the remedy where it cannot be opened.
   static const Library& get();
 
   abi::ibv_device** (*get_device_list)(int* count);
@@ -34,10 +35,6 @@ class Library {
   int (*fork_init)();
   const char* (*status_text)(uint32_t status);
   const char* (*event_text)(uint32_t type);
-
- private:
-  Library();
-  void* handle_;
 };
 
 }  // namespace spark::verbs

@@ -26,10 +26,11 @@ constexpr uint8_t kHopLimit = 64;
 
 }  // namespace
 
-MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes, bool remote) {
+MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes, bool remote)
+    : library_(device.library()) {
   // The NIC may write only what the peer shall; of the rest it reads.
   int access = remote ? abi::IBV_ACCESS_LOCAL_WRITE | abi::IBV_ACCESS_REMOTE_WRITE : 0;
-  region_ = Library::get().reg_mr(device.domain(), memory, bytes, access);
+  region_ = library_.reg_mr(device.domain(), memory, bytes, access);
   if (region_ != nullptr) return;
   int error = errno;
   if (error == ENOMEM || error == EPERM) {
@@ -40,28 +41,30 @@ MemoryRegion::MemoryRegion(const Device& device, std::byte* memory, size_t bytes
 }
 
 MemoryRegion::~MemoryRegion() {
-  Library::get().dereg_mr(region_);
+  library_.dereg_mr(region_);
 }
 
 CompletionQueue::CompletionQueue(const Device& device, int entries)
-    : queue_(Library::get().create_cq(device.context(), entries, nullptr, nullptr, 0)),
+    : library_(device.library()),
+      queue_(library_.create_cq(device.context(), entries, nullptr, nullptr, 0)),
       poll_(reinterpret_cast<abi::PollCq>(device.context()->ops[abi::kPollCq])) {
   if (queue_ == nullptr) fail(device.name(), "make a completion queue", errno);
 }
 
 CompletionQueue::~CompletionQueue() {
-  Library::get().destroy_cq(queue_);
+  library_.destroy_cq(queue_);
 }
 
 QueuePair::QueuePair(const Device& device, const CompletionQueue& completions, uint8_t port)
     : device_(device.name()),
+      library_(device.library()),
       port_(port),
       post_(reinterpret_cast<abi::PostSend>(device.context()->ops[abi::kPostSend])) {
   abi::ibv_qp_init_attr setup{};
   setup.send_cq = setup.recv_cq = completions.get();
   setup.cap = {kSendRequests, 1, 1, 1, kInlineBytes};
   setup.qp_type = abi::IBV_QPT_RC;
-  pair_ = Library::get().create_qp(device.domain(), &setup);
+  pair_ = library_.create_qp(device.domain(), &setup);
   if (pair_ == nullptr) fail(device_, "make a queue pair", errno);
   abi::ibv_qp_attr attributes{};
   attributes.qp_state = abi::IBV_QPS_INIT;
@@ -72,13 +75,13 @@ QueuePair::QueuePair(const Device& device, const CompletionQueue& completions, u
            abi::IBV_QP_STATE | abi::IBV_QP_PKEY_INDEX | abi::IBV_QP_PORT | abi::IBV_QP_ACCESS_FLAGS,
            "initialise a queue pair");
   } catch (...) {
-    Library::get().destroy_qp(pair_);
+    library_.destroy_qp(pair_);
     throw;
   }
 }
 
 QueuePair::~QueuePair() {
-  Library::get().destroy_qp(pair_);
+  library_.destroy_qp(pair_);
 }
 
 void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
@@ -121,18 +124,18 @@ std::string QueuePair::failure_text(const abi::ibv_wc& completion) const {
   char numbers[128];
   std::snprintf(numbers, sizeof numbers, " (status %u, vendor error 0x%x, queue pair %u to %u, GID index %u)",
                 completion.status, completion.vendor_err, pair_->qp_num, peer_number_, source_index_);
-  return Library::get().status_text(completion.status) + std::string(numbers);
+  return library_.status_text(completion.status) + std::string(numbers);
 }
 
 void QueuePair::end() noexcept {
   abi::ibv_qp_attr attributes{};
   attributes.qp_state = abi::IBV_QPS_ERR;
   // It fails only where the device is gone, and the traffic with it.
-  Library::get().modify_qp(pair_, &attributes, abi::IBV_QP_STATE);
+  library_.modify_qp(pair_, &attributes, abi::IBV_QP_STATE);
 }
 
 void QueuePair::modify(abi::ibv_qp_attr& attributes, int mask, const char* what) {
-  int error = Library::get().modify_qp(pair_, &attributes, mask);
+  int error = library_.modify_qp(pair_, &attributes, mask);
   if (error != 0) fail(device_, what, error);
 }
 

@@ -20,8 +20,11 @@ class MemoryRegion {
 
   uint32_t local_key() const { return region_->lkey; }
   uint32_t remote_key() const { return region_->rkey; }
+  // Where it begins for the peer.
+  uint64_t remote_address() const { return reinterpret_cast<uintptr_t>(region_->addr); }
 
  private:
+  const Library& library_;
   abi::ibv_mr* region_;
 };
 
@@ -37,6 +40,7 @@ class CompletionQueue {
   int poll(abi::ibv_wc* completions, int entries) const { return poll_(queue_, entries, completions); }
 
  private:
+  const Library& library_;
   abi::ibv_cq* queue_;
   abi::PollCq poll_;
 };
@@ -89,6 +93,7 @@ class QueuePair {
   void modify(abi::ibv_qp_attr& attributes, int mask, const char* what);
 
   std::string device_;
+  const Library& library_;
   uint8_t port_;
   abi::ibv_qp* pair_;
   abi::PostSend post_;

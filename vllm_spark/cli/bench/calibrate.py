@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     console = wide_console()
     best = _calibrated(args, torch.cuda.get_device_name(), _options(args), console)
     store_launch_table(best, out)
-    if shares_one_gpu():
+    if shares_one_gpu() and best.shape is not None:
         console.print(
             f"Both ranks shared this machine's only GPU: payload_blocks stays {best.shape.payload_blocks}, since its "
             "best value for a GPU per rank cannot be measured here.",
@@ -98,8 +98,7 @@ def _options(args: argparse.Namespace) -> RuntimeOptions:
         return RuntimeOptions(
             timeout_s=10.0,
             loopback_mode="proxied",
-            wire_latency_us=wire.latency_us,
-            wire_gbytes_per_s=wire.gbytes_per_s,
+            wire=wire,
         )
     if (args.wire, args.latency_us, args.gbytes_per_s) != (None, None, None):
         raise ConfigurationError(

@@ -37,12 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=sizes,
         default=None,
         metavar="SIZE,...",
-        help="2 bytes to 64MiB, even; default: 1KiB, 4KiB, ... 64MiB",
+        help="2 bytes to 64MiB, even; default: sizes of decoding and prefill from 1KiB to 32MiB",
     )
     parser.add_argument(
         "--samples", type=positive, metavar="N", default=60, help="timings for each figure (default: 60)"
     )
     add_wire_arguments(parser)
+    parser.add_argument(
+        "--peers", action="store_true", help="show what other projects published for pairs of GB10 in a column"
+    )
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
     parser.add_argument("--plot", type=user_path, metavar="FILE", help="draw medians over sizes (png, svg or pdf)")
 
@@ -74,9 +77,7 @@ def run(args: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() > 1 else "cpu"
     if device == "cuda":
         check_gpus()
-    settings = Settings(
-        device, args.sizes or defaults, args.samples, wire.latency_us, wire.gbytes_per_s, args.collective
-    )
+    settings = Settings(device, args.sizes or defaults, args.samples, wire, args.collective)
     name = f"2 x {torch.cuda.get_device_name()}" if device == "cuda" else "CPU"
     where = machine(name, f"torch {torch.__version__}", f"vllm_spark {__version__}")
     console = wide_console()
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         task = progress.add_task("measuring", total=rows_to_come(settings))
         report = measure(settings, where, lambda row: progress.advance(task))
     for mode in dict.fromkeys(row.mode for row in report.rows):
-        console.print(as_table(report, mode))
+        console.print(as_table(report, mode, args.peers))
     if args.json is not None:
         args.json.write_text(as_json(report) + "\n")
     if args.plot is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_spark.bench.decode import Report, Row, candidates_for
-from vllm_spark.bench.decode_engine import TokenLogprob
+from vllm_spark.bench.decode.engine import TokenLogprob
+from vllm_spark.bench.decode.measurement import Report, Row, candidates_for
 from vllm_spark.records import indented_json
 
 _KERNELS_SHOWN = 16
@@ -23,7 +23,7 @@ def as_table(report: Report, machine: str) -> Table:
     how = "torch.compile" if settings.compile else "no torch.compile"
     caption = [f"{machine}. {settings.steps} steps, {settings.rounds} rounds. Ratios: tokens per second."]
     if "spark-wire" in settings.candidates:
-        caption.append(f"The modelled wire: {settings.latency_us:g} us, {settings.gbytes_per_s:g} GB/s.")
+        caption.append(f"The modelled link: {settings.wire.summary}.")
     if "tp1" in settings.candidates and len(settings.candidates) > 1:
         caption.append("The random weights of one rank differ from those of two.")
     if settings.one_gpu:
@@ -117,7 +117,7 @@ def as_json(report: Report, machine: str) -> str:
     """Everything, with times in milliseconds."""
     content: dict[str, Any] = {
         "machine": machine,
-        "settings": asdict(report.settings),
+        "settings": {**asdict(report.settings), "wire": report.settings.wire.model_dump(mode="json")},
         "missing": report.missing,
         "failed_ends": report.failed_ends,
         "fallbacks": report.fallbacks,

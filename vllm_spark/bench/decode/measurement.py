@@ -1,7 +1,7 @@
 """Times decode steps of vLLM with one rank, this project's pair, and vLLM's own pair, in the same run.
 
 Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
-is a real engine in a separate process (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+is a real engine in a separate process (vllm_spark/bench/decode/engine.py), and the pair has a real follower.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import psutil
 
-from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
+from vllm_spark.bench.decode.engine import PROFILED, Job, Result, TokenLogprob
 from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.statistics import percentile
-from vllm_spark.collective.link_model import CABLE
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures, store_wire_model
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import ConfigurationError, SparkError
 from vllm_spark.files import atomic_write_text, configs_folder
@@ -83,7 +83,7 @@ class Settings:
         prompt_tokens: length of each prompt.
         compile: torch.compile in the engine, which is vLLM's default; else only CUDA graphs (eager on a CPU).
         one_gpu: both ranks share the first GPU: a test of function, not of speed.
-        latency_us, gbytes_per_s: of the modelled wire.
+        wire: the modelled link.
         engine: further arguments of `vllm.LLM`, which take precedence.
         environment: variables of every candidate's processes.
         timeout: seconds for one candidate.
@@ -99,8 +99,7 @@ class Settings:
     prompt_tokens: int = 64
     compile: bool = False
     one_gpu: bool = False
-    latency_us: float = CABLE.latency_us
-    gbytes_per_s: float = CABLE.gbytes_per_s
+    wire: WireFigures = PUBLISHED_FIGURES
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 900.0
@@ -165,13 +164,14 @@ class Report:
         return statistics.median(other / own for own, other in zip(mine.medians, theirs.medians, strict=False))
 
 
-def candidates_for(device: Device, latency_us: float = 0.0, gbytes_per_s: float = 0.0) -> dict[str, Candidate]:
-    """Every candidate by name; ratios refer to the last one, which uses the path between two machines."""
-    wire = {
-        "loopback_mode": "proxied",
-        "loopback_latency_us": latency_us,
-        "loopback_gbytes_per_s": gbytes_per_s,
-    }
+def candidates_for(device: Device, wire_file: Path | None = None) -> dict[str, Candidate]:
+    """Every candidate by name; ratios refer to the last one, which uses the path between two machines.
+
+    Args:
+        device: of all candidates.
+        wire_file: with the modelled link; None where only the names count.
+    """
+    wire = {"loopback_mode": "proxied", "wire": None if wire_file is None else str(wire_file)}
     ours = {
         "tp1": Candidate("one rank", 1),
         "spark": Candidate("vllm_spark, direct", 2, spark={}),
@@ -247,7 +247,9 @@ def measure(
         SparkError: a candidate failed; its programs' logs are in `programs.logs`.
     """
     model = _model_folder(settings, programs.folder)
-    candidates = candidates_for(settings.device, settings.latency_us, settings.gbytes_per_s)
+    wire_file = programs.folder / "wire.json"
+    store_wire_model(settings.wire, wire_file)
+    candidates = candidates_for(settings.device, wire_file)
     results: dict[str, list[Result]] = {name: [] for name in settings.candidates}
     for number in range(settings.rounds):
         for name in settings.candidates[:: -1 if number % 2 else 1]:
@@ -329,7 +331,7 @@ def _run(
         process = stack.enter_context(
             programs.started(
                 f"{name}: the engine",
-                python_module("vllm_spark.bench.decode_engine", str(job), str(result)),
+                python_module("vllm_spark.bench.decode.engine", str(job), str(result)),
                 f"{name}-{number}.log",
                 _environment(settings, candidate, 0) | secret,
             )
