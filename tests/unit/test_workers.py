@@ -98,12 +98,12 @@ import pathlib, time, pytest
 
 @pytest.fixture
 def resource():
-    pathlib.Path("begun").touch()
     yield
     time.sleep(1)
     pathlib.Path("released").touch()
 
-def test_it(resource):
+def test_it(resource):  # interrupted only now: pytest tears down what has been set up
+    pathlib.Path("begun").touch()
     time.sleep(1000)
 """
 
