@@ -16,11 +16,13 @@ GRACE_SECONDS = 5.0
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def shutdown(self: Any, timeout: float | None = None) -> None:
         from vllm_spark.backend.status import record_stop_request
+        from vllm_spark.backend.unfinished_requests import end_requests
 
         record_stop_request()
         # None is vLLM's default of five seconds. Zero kills at once, often before the engine has ended its requests;
         # then their clients wait until they time out, and the server waits for the clients.
         original(self, timeout=timeout if timeout is None else max(timeout, GRACE_SECONDS))
+        end_requests(self.processes)
 
     return shutdown
 
