@@ -20,10 +20,13 @@ import psutil
 import pytest
 from rich.console import Console
 
-from vllm_spark.bench import decode, decode_engine, decode_report, kernel_profile
+from vllm_spark.bench import kernel_profile
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
 from vllm_spark.bench.collective_report import as_table, format_size
+from vllm_spark.bench.decode import engine as decode_engine
+from vllm_spark.bench.decode import measurement as decode
+from vllm_spark.bench.decode import report as decode_report
 from vllm_spark.bench.kernel_profile import KernelTime, short_name, summary
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.wire import Plan
@@ -78,7 +81,7 @@ def test_gathering_logits(tmp_path: Path) -> None:
 
 
 def test_ratios_are_to_the_baseline_over_host_memory_in_the_same_mode() -> None:
-    medians = {("direct", "eager"): 10.0, ("direct", "graph"): 3.0, ("nccl", "graph"): 4.0}
+    medians = {("direct", "eager"): 10.0, ("direct", "graph"): 3.0, ("wire", "graph"): 6.0, ("nccl", "graph"): 4.0}
     medians |= {("nccl, host memory", "eager"): 20.0, ("nccl, host memory", "graph"): 12.0}
     rows = [Row(name, mode, 4096, 1.0, median, 99.0) for (name, mode), median in medians.items()]
     report = Report(Settings("cuda", (4096,)), "a machine", rows, "a library 1.2", copy_gbytes_per_s=4.096)
@@ -88,10 +91,23 @@ def test_ratios_are_to_the_baseline_over_host_memory_in_the_same_mode() -> None:
     assert "nccl, host memory: a library 1.2" in shown
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert cells == [
-        ["4 KiB", "direct", "1.0", "3.0", "99.0", "1.37", "33%", "0.25"],
-        ["", "nccl", "1.0", "4.0", "99.0", "1.02", "25%", "0.33"],
-        ["", "nccl, host memory", "1.0", "12.0", "99.0", "0.34", "8%", "1.00"],
+        ["4 KiB", "direct", "1.0", "3.0", "99.0", "1.37", "33%", "0.25", ""],
+        ["", "wire", "1.0", "6.0", "99.0", "0.68", "17%", "0.50", "2.8"],
+        ["", "nccl", "1.0", "4.0", "99.0", "1.02", "25%", "0.33", ""],
+        ["", "nccl, host memory", "1.0", "12.0", "99.0", "0.34", "8%", "1.00", ""],
     ]
+
+
+def test_published_figures_stand_beside_the_modelled_wire() -> None:
+    rows = [Row(name, "graph", 8192, 1.0, 9.0, 10.0) for name in ("wire", "gloo")]
+    report = Report(Settings("cpu", (8192,)), "a machine", rows, "a library 1.2", copy_gbytes_per_s=10)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_table(report, "graph", peers=True))
+    shown = console.export_text()
+    wire, gloo = (line for line in shown.splitlines() if line.startswith("│"))
+    assert "3.2 │ 9.1 sparknet, 9.55 libsircl" in wire
+    assert "sparknet" not in gloo
+    assert " ".join(shown.split()).count("two DGX Spark") == 2, "the caption says where and when"
 
 
 def check_baseline(rank: Rank) -> None:
@@ -384,7 +400,7 @@ def test_kernels_of_a_step() -> None:
 ENGINE_THAT_FAILS_LATE = """#!{python}
 import sys, time
 from pathlib import Path
-from vllm_spark.bench.decode_engine import Result
+from vllm_spark.bench.decode.engine import Result
 from vllm_spark.files import atomic_write_text
 from vllm_spark.records import to_json
 result = Result("0.32.0", 1.0, {{1: [2.0] * 3}}, {{1: [[1]]}}, {{1: [[(1, 0.0)]]}}, None)

@@ -23,7 +23,8 @@ from vllm_spark.errors import PeerLostError
 status = EngineStatus.from_environment()
 status.write(RankCounters(0, steps=5, digest="0123456789abcdef", all_reduces=45))
 status.write(RankCounters(1, steps=5, digest="0123456789abcdef", all_reduces=45, rails_up=2, reposts=3,
-                          rail_proof_failures=4, rails_held_down=1))
+                          rail_proof_failures=4, rails_held_down=1, rail_posts=(10, 11), rail_bytes=(100, 110),
+                          rail_doorbells=(5, 6)))
 status.fail(PeerLostError("the follower left"))
 """
 
@@ -43,11 +44,14 @@ def test_another_process_writes_what_this_one_reads(status: EngineStatus) -> Non
     assert str(failure) == "the follower left"
     assert failure is not None
     assert failure.exit_code == PeerLostError.exit_code
-    samples = {
-        (sample.name, sample.labels.get("rank")): sample.value
-        for family in SparkCollector(status).collect()
-        for sample in family.samples
+    collected = [sample for family in SparkCollector(status).collect() for sample in family.samples]
+    samples = {(sample.name, sample.labels.get("rank")): sample.value for sample in collected}
+    by_rail = {
+        tuple(sample.labels.values()): sample.value for sample in collected if sample.name.endswith("posts_total")
     }
+    assert (by_rail["1", "0"], by_rail["1", "1"]) == (10, 11)
+    assert samples["vllm_spark_rail_bytes_total", "1"] == 110, "the last rail's"
+    assert samples["vllm_spark_rail_doorbells_total", "1"] == 6
     assert samples["vllm_spark_all_reduces_total", "1"] == 45
     assert samples["vllm_spark_token_digest", "0"] == 0x0123456789AB
     assert (samples["vllm_spark_rails_up", "0"], samples["vllm_spark_rails_up", "1"]) == (0, 2)

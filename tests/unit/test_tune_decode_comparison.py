@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.bench import decode
+from vllm_spark.bench.decode import measurement as decode
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Dense, Layer, model_layers

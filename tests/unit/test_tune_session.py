@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vllm_spark.bench import decode
-from vllm_spark.bench.decode_engine import Result
+from vllm_spark.bench.decode import measurement as decode
+from vllm_spark.bench.decode.engine import Result
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.marlin.table import load_marlin_table

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.bench import decode
+from vllm_spark.bench.decode import measurement as decode
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import atomic_write_text
 from vllm_spark.models.regroup import regrouped_config

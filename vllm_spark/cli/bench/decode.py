@@ -21,7 +21,7 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
-    from vllm_spark.bench.decode import Settings
+    from vllm_spark.bench.decode.measurement import Settings
 
 SUMMARY = "a decode step of vLLM with random weights: one rank, this project's pair, vLLM's own pair"
 
@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
         import vllm  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(f"the benchmark needs vLLM and torch here ({error}); install vLLM") from None
-    from vllm_spark.bench import decode
-    from vllm_spark.bench.decode_report import as_json, as_table, profile_tables
+    from vllm_spark.bench.decode import measurement as decode
+    from vllm_spark.bench.decode.report import as_json, as_table, profile_tables
     from vllm_spark.bench.statistics import machine
     from vllm_spark.processes.group import process_group
 
@@ -147,7 +147,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """
     import torch
 
-    from vllm_spark.bench import decode
+    from vllm_spark.bench.decode import measurement as decode
 
     wire = modelled_wire(args)
     device = args.device

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_spark.bench.decode import Report, Row, candidates_for
-from vllm_spark.bench.decode_engine import TokenLogprob
+from vllm_spark.bench.decode.engine import TokenLogprob
+from vllm_spark.bench.decode.measurement import Report, Row, candidates_for
 from vllm_spark.records import indented_json
 
 _KERNELS_SHOWN = 16

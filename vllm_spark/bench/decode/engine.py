@@ -1,6 +1,6 @@
 """Runs one engine with random weights, and times each of its decode steps.
 
-    python -m vllm_spark.bench.decode_engine JOB RESULT
+    python -m vllm_spark.bench.decode.engine JOB RESULT
 
 Each candidate of `vllm-spark bench decode` runs in its own process: an engine frees its GPU only when its process
 exits, and NCCL reads its settings once per process. The engine core runs in this process as well: in another one,

@@ -1,7 +1,7 @@
 """Times decode steps of vLLM with one rank, this project's pair, and vLLM's own pair, in the same run.
 
 Weights are random, since the time of a step does not depend on their values; the shapes are the model's. Each candidate
-is a real engine in a separate process (vllm_spark/bench/decode_engine.py), and the pair has a real follower.
+is a real engine in a separate process (vllm_spark/bench/decode/engine.py), and the pair has a real follower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import psutil
 
-from vllm_spark.bench.decode_engine import PROFILED, Job, Result, TokenLogprob
+from vllm_spark.bench.decode.engine import PROFILED, Job, Result, TokenLogprob
 from vllm_spark.bench.kernel_profile import KernelProfile
 from vllm_spark.bench.statistics import percentile
 from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures, store_wire_model
@@ -331,7 +331,7 @@ def _run(
         process = stack.enter_context(
             programs.started(
                 f"{name}: the engine",
-                python_module("vllm_spark.bench.decode_engine", str(job), str(result)),
+                python_module("vllm_spark.bench.decode.engine", str(job), str(result)),
                 f"{name}-{number}.log",
                 _environment(settings, candidate, 0) | secret,
             )
