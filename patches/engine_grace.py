@@ -1,4 +1,7 @@
-"""Gives an engine of a pair time to end its requests and its session when the server is stopped."""
+"""Gives an engine of a pair time to end its requests and its session when the server is stopped.
+
+Records first that the engine is told to end: vLLM kills it if it has not ended after that time, which is no crash.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,14 @@ GRACE_SECONDS = 5.0
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def shutdown(self: Any, timeout: float | None = None) -> None:
+        from vllm_spark.backend.status import record_stop_request
+        from vllm_spark.backend.unfinished_requests import end_requests
+
+        record_stop_request()
         # None is vLLM's default of five seconds. Zero kills at once, often before the engine has ended its requests;
         # then their clients wait until they time out, and the server waits for the clients.
         original(self, timeout=timeout if timeout is None else max(timeout, GRACE_SECONDS))
+        end_requests(self.processes)
 
     return shutdown
 

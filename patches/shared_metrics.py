@@ -1,4 +1,7 @@
-"""Shows both ranks' counters on `/metrics` of a server that has several API server processes."""
+"""Shows both ranks' counters on `/metrics` of a server that has several API server processes.
+
+Also gets the server's application, whose requests `engine-grace` ends.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from vllm_spark.compat.patching import Anchor, Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def attach_router(app: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_spark.backend.metrics import serve_shared_metrics
+        from vllm_spark.backend.unfinished_requests import watch_requests
 
         serve_shared_metrics(app)
+        watch_requests(app)
         return original(app, *args, **kwargs)
 
     return attach_router

@@ -63,6 +63,14 @@ class PeerLeftError(PeerLostError):
     """The peer ended the session in order."""
 
 
+class OtherSecretError(PeerLostError):
+    """No peer connected, and the last one that tried has another secret; `peer` is its IP address."""
+
+    def __init__(self, message: str, peer: str) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
 class StoppedError(SparkError):
     """A signal ended the command; the exit code is that of a shell for the signal."""
 

@@ -180,6 +180,9 @@ MISTAKES = {
     "broken-file": Mistake(["is not valid YAML", "line"], file_name="broken.yaml", file=b"spark: [a"),
     "list-in-file": Mistake(["has no options"], file_name="list.yaml", file=b"- spark"),
     "binary-file": Mistake(["cannot be read", "not text"], file_name="binary.yaml", file=b"\xff\xfe\x00"),
+    "switch-in-file": Mistake(
+        ["has 'maybe' for spark, which is neither true nor false"], file_name="maybe.yaml", file=b"spark: maybe"
+    ),
     "flag-misspelt-in-file": Mistake(["--spark-prot"], file_name="misspelt.yaml", file=b"spark-prot: 12"),
 }
 

@@ -110,7 +110,9 @@ def test_another_secret_ends_the_follower_and_is_named_by_the_doctor(hosts: Host
     other = {"VLLMSPARK_SECRET": "another one, also long"}
     process = doctor(hosts, follower.port, "--wait", str(ANSWER_SECONDS / 4), secret=other)
     assert process.exit_code == EXIT_PROBLEM
-    assert "another secret" in " ".join(process.output().split())
+    assert "PROBLEM The other machine: has another secret" in process.output()
+    assert "> set VLLMSPARK_SECRET to the same value on both machines" in process.output()
+    assert "ufw allow" not in process.output(), "its connection arrived"
     assert follower.process.wait(ANSWER_SECONDS) == 2
 
 

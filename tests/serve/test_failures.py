@@ -234,6 +234,34 @@ def test_next_leader_works_with_the_same_follower(
     assert "The leader is lost" not in follower.process.output()[before:], "a leader that is stopped sends the reason"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
+def test_a_stop_is_an_orderly_end_although_the_engine_hangs(
+    hosts: Hosts, follower: Follower, tiny_moe: Path, number: signal.Signals
+) -> None:
+    """vLLM kills an engine that has not ended some seconds after the request; that is no failure of the engine."""
+    before = shared_memory.listing()
+    with leader(hosts, follower, tiny_moe) as server:
+        stream = Stream(server)
+        waits, engine = follower.waits(), engine_of(server)
+        engine.suspend()
+        os.kill(server.leader.pid, number)
+        clock = Clock(STOP_SECONDS)
+        try:
+            assert server.leader.wait(30) == 0, "as stock vLLM, and as README promises"
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                engine.kill()
+        output = server.leader.output()
+        assert f"force killing remaining process EngineCore pid {engine.pid}" in output, "the engine did hang"
+        assert "killed or crashed" not in output
+        assert "Traceback" not in output
+        stream.assert_over(clock)
+        assert stream.error is None or "the server was stopped" in str(stream.error)
+        follower.wait_until_it_waits_again(waits, clock)
+        assert_all_gone(server.leader, timeout=20)
+    shared_memory.assert_as_before(before, follower.process)
+
+
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
 def test_killed_follower(hosts: Hosts, follower: Follower, tiny_moe: Path, busy: bool) -> None:
     before = shared_memory.listing(*hosts)

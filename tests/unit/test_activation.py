@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,33 @@ def test_flags_of_rank_1_beat_its_environment(monkeypatch: pytest.MonkeyPatch) -
     assert end.value.code == 5
     ((config, once),) = followed
     assert (config.leader, config.port, config.max_frame_mib, once) == ("127.0.0.5", 2222, 7, True)
+
+
+@pytest.mark.parametrize("value", ["maybe", '"false"', '"true"', "1", "[yes]"])
+def test_spark_in_a_config_file_is_true_or_false(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """vLLM makes `--spark VALUE` of it, and argparse would take VALUE for the model or drop it."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"max-model-len: 512\nspark: {value}\n")
+    for words in (["--config", str(path)], [f"--config={path}"], ["--spark", "--config", str(path)]):
+        monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", *words])
+        with pytest.raises(SystemExit) as end:
+            command_line.add_option_group(argparse.ArgumentParser())
+        assert end.value.code == 2
+        sentence = capsys.readouterr().err
+        assert "for spark, which is neither true nor false; write `spark: true`" in sentence
+        assert str(path) in sentence
+
+
+@pytest.mark.parametrize("content", ["spark: true", "spark: false", "port: 8001", "- a list", "spark: [a"])
+def test_without_spark_other_problems_of_a_config_file_are_vllms(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content)
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "model", "--config", str(path)])
+    command_line.add_option_group(argparse.ArgumentParser())
 
 
 def test_settings_are_resolved_once_and_stay_in_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,14 @@ from hypothesis import strategies as st
 from tests.thorough import examples
 from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import ConfigurationError, PeerLeftError, PeerLostError, RefusedError, SparkError
+from vllm_spark.errors import (
+    ConfigurationError,
+    OtherSecretError,
+    PeerLeftError,
+    PeerLostError,
+    RefusedError,
+    SparkError,
+)
 from vllm_spark.executor.channel import certificates
 from vllm_spark.executor.channel.certificates import Role, tls_context
 from vllm_spark.executor.channel.framing import ChannelError, Connection, FrameTooLargeError, Kind
@@ -364,8 +371,11 @@ def test_both_sides_say_that_the_secret_is_another(listener: Listener, caplog: p
     with pytest.raises(ConfigurationError, match="the other side has another secret"):
         caller(listener, OTHER).connect(CONTROL)
     wait_for(lambda: "Rejected a connection" in caplog.text, "the leader's line")
-    with pytest.raises(PeerLostError, match=r"from 127\.0\.0\.1, was rejected: the other side has another secret"):
+    with pytest.raises(
+        OtherSecretError, match=r"from 127\.0\.0\.1, was rejected: the other side has another secret"
+    ) as lost:
         accept(listener, timeout=0.1)
+    assert lost.value.peer == "127.0.0.1"
     assert "another secret" in caplog.text
     assert_usable(listener)
 

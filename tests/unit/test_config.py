@@ -109,7 +109,7 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ({"flags": {"join_timeout": -1}}, ["--spark-join-timeout -1 is invalid", "above 0 and at most 86400"]),
         ({"flags": {"packet_kib": 1.5}}, ["--spark-packet-kib 1.5 is invalid", "a whole number from 0 to 1024"]),
         ({"file": {"loopback_latency_us": "x"}}, ["loopback_latency_us x is invalid", "a number from 0 to 1000000"]),
-        ({"flags": {"rails": ""}}, ["--spark-rails : it is empty", "leave it out"]),
+        ({"flags": {"rails": ""}}, ["--spark-rails '': it is empty", "leave it out"]),
         ({"flags": {"rails": "mlx5_0,mlx5_0"}}, ["--spark-rails mlx5_0,mlx5_0: it has port 1 of mlx5_0 twice"]),
         ({"environment": {"VLLMSPARK_RAILS": "mlx5_1, mlx5_1:1:3"}}, ["port 1 of mlx5_1 twice", "each port once"]),
         (
@@ -122,6 +122,7 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ),
         ({"environment": {"VLLMSPARK_TRANSPORT": "ib"}}, ["VLLMSPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
         ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),
+        ({"flags": {"leader": ""}}, ["--spark-leader '': it is empty", "or leave it out"]),
         ({"flags": {"leader": "0.0.0.0"}}, ["'0.0.0.0' is the wildcard address, not the address of one machine"]),
         ({"flags": {"leader": "[::]:29650"}}, ["'::' is the wildcard address"]),
         ({"flags": {"leader": "::ffff:0.0.0.0"}}, ["'::ffff:0.0.0.0' is the wildcard address"]),
@@ -131,8 +132,8 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
         ({"flags": {"address": "10.0.0.1:5"}}, ["has a port", "--spark-port"]),
         ({"flags": {"leader": "10.0.0.1:99999"}}, ["99999", "1 to 65535"]),
         ({"flags": {"depth": 3}}, ["--spark-depth 3", "power of two"]),
-        ({"file": {"adress": "x"}}, ["'adress' does not exist", "did you mean 'address'"]),
-        ({"file": {"zzz": 1}}, ["'zzz' does not exist", "vllm-spark config"]),
+        ({"file": {"adress": "x"}}, ["additional_config has 'adress'", "the most similar one is 'address'"]),
+        ({"file": {"zzz": 1}}, ["has 'zzz', and there is no such setting", "vllm-spark config"]),
         ({"flags": {"loopback_latency_us": 3.0}}, ["needs the proxy", "--spark-loopback-mode proxied"]),
         ({"flags": {"wire": GOOD["wire"][0]}}, ["needs the proxy", "leave out --spark-wire"]),
         (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.backend.metrics import SparkCollector
-from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters
+from vllm_spark.backend.status import STATUS_VARIABLE, EngineStatus, RankCounters, record_stop_request
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.collective import Runtime, RuntimeOptions, install
 from vllm_spark.errors import PeerLostError
@@ -129,6 +129,43 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus)
     status.clear()
     status.mark_ended(clean=True)
     assert status.death() is None
+
+
+def test_an_engine_that_is_told_to_end_does_not_fail_afterwards(status: EngineStatus) -> None:
+    """vLLM kills an engine that takes too long to end, and a session that breaks meanwhile is no failure either."""
+    say = (
+        "from vllm_spark.backend.status import EngineStatus; status = EngineStatus.from_environment(); "
+        "status.mark_started()"
+    )
+    engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
+    assert engine.stdout is not None
+    engine.stdout.readline()
+    assert not status.ended_on_request()
+    record_stop_request()
+    assert status.ended_on_request()
+    status.fail(PeerLostError("the follower left"))
+    engine.kill()
+    engine.communicate(timeout=60)
+    assert status.death() is None
+    status.clear()
+    assert not status.stop_requested(), "it was another engine"
+
+
+def test_a_request_to_end_after_a_failure_changes_nothing(status: EngineStatus) -> None:
+    """vLLM also ends an engine that has failed, or what is left of one that was killed."""
+    status.mark_started()
+    status.fail(PeerLostError("the follower left"))
+    record_stop_request()
+    assert str(status.death()) == "the follower left"
+    status.clear()
+    start = "from vllm_spark.backend.status import EngineStatus; EngineStatus.from_environment().mark_started()"
+    dead = subprocess.Popen([sys.executable, "-c", start])
+    dead.wait(60)
+    record_stop_request()
+    assert f"the engine (process {dead.pid}) was killed or crashed" in str(status.death())
+    status.mark_ended(clean=False)
+    record_stop_request()
+    assert not status.ended_on_request()
 
 
 def test_a_torn_record_is_not_believed(status: EngineStatus) -> None:

@@ -14,9 +14,10 @@ import pytest
 from vllm_spark.cli import main
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.checks import is_bare, run_checks
+from vllm_spark.doctor.pair import other_secret
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError
-from vllm_spark.executor.channel.secret import load_secret, make_secret
+from vllm_spark.executor.channel.secret import load_secret, make_secret, same_secret_command
 from vllm_spark.processes.local import free_ports
 from vllm_spark.processes.managed import Process, clean_environment, program
 
@@ -220,3 +221,53 @@ def test_examining_imports_neither_vllm_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--wait", "5"], "--wait 5 is the time that --peer waits; add --peer, or leave it out"),
+        (["--peer", "--leader", LINK], f"--leader {LINK} is an option of the second machine"),
+        (["--make-secret", "--wait", "5"], "--wait does not go with --make-secret"),
+        (["--make-secret", "--port", "5"], "--port does not go with --make-secret"),
+        (["--make-secret", "--json"], "--json does not go with --make-secret"),
+    ],
+)
+def test_no_option_is_ignored(words: list[str], sentence: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *words]) == EXIT_USAGE
+    assert sentence in capsys.readouterr().err
+    assert not home.exists()
+
+
+def test_messages_name_the_flags_of_the_command_that_was_typed(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`vllm-spark join` has `--port`, which `vllm serve` has as `--spark-port`."""
+    assert main(["join", "--leader", f"{LINK}:29650", "--port", "29651"]) == EXIT_USAGE
+    assert f"--leader {LINK}:29650 and --port 29651 are different ports" in capsys.readouterr().err
+    absent = str(tmp_path / "absent")
+    assert main(["join", "--leader", LINK, "--secret-file", absent]) == EXIT_USAGE
+    assert "give another with --secret-file" in capsys.readouterr().err
+    assert main(["join", "--leader", LINK]) == EXIT_USAGE
+    assert "or give it with --secret-file FILE" in capsys.readouterr().err
+    assert main(["join", "--leader", ""]) == EXIT_USAGE
+    assert "leader '': it is empty; give a numeric address" in capsys.readouterr().err
+
+
+def test_another_secret_is_copied_to_the_follower(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = SparkConfig(secret_file=tmp_path / "a b" / "secret")
+    to_peer = same_secret_command(config, "10.0.0.2")
+    assert to_peer == f"ssh 10.0.0.2 mkdir -p -m 700 'a b' && scp -p '{tmp_path}/a b/secret' 10.0.0.2:'a b/secret'"
+    assert same_secret_command(SparkConfig(), LINK, to_host=False) == (
+        f"mkdir -p -m 700 {home}/vllm-spark && scp -p {LINK}:config/vllm-spark/secret {home}/vllm-spark/secret"
+    )
+    sentence = "no follower connected within 60 s; the other side has another secret; on the other machine run: join it"
+    finding = other_secret(sentence, to_peer)
+    assert finding.remedy.splitlines() == [
+        f"{to_peer}   # here",
+        "join it   # on the other machine, once both have the same secret: it ended",
+    ]
+    assert finding.explanation == "No follower connected within 60 s; the other side has another secret."
+    monkeypatch.setenv("VLLMSPARK_SECRET", "one that is long enough")
+    assert same_secret_command(SparkConfig(), LINK) == "set VLLMSPARK_SECRET to the same value on both machines"

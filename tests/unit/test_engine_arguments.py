@@ -18,7 +18,7 @@ PROGRAM = """
 import json, os, socket, sys
 from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import EngineArgs
-from vllm_spark.backend.status import EngineStatus, RankCounters, engine_ended_cleanly, engine_failure
+from vllm_spark.backend.status import EngineStatus, RankCounters, engine_ended_on_request, engine_failure
 from vllm_spark.errors import ConfigurationError, PeerLostError
 from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.config.attachment import settings_of
@@ -58,17 +58,17 @@ first.write(RankCounters(0, steps=5))
 found["steps of the first"] = steps()
 first.fail(PeerLostError("the follower left"))
 first.mark_ended(clean=True)
-found["of the first"] = [str(engine_failure()), engine_ended_cleanly()]
+found["of the first"] = [str(engine_failure()), engine_ended_on_request()]
 with socket.create_server(("127.0.0.1", port)):  # by now its engine listens there
     args._api_process_count, args._api_process_rank = 2, 1
     create("another API server")
 found["its board is the engine's"] = os.environ[ANNOUNCED] == announced and steps() == 5
 args._api_process_count, args._api_process_rank = 1, 0
 create("second")
-found["of the second"] = [engine_failure(), engine_ended_cleanly(), steps()]
+found["of the second"] = [engine_failure(), engine_ended_on_request(), steps()]
 first.mark_ended(clean=True)  # late, as it is when Python collects it
 first.write(RankCounters(0, steps=6))
-found["of the second, later"] = [engine_failure(), engine_ended_cleanly(), steps()]
+found["of the second, later"] = [engine_failure(), engine_ended_on_request(), steps()]
 del first
 found["boards"] = sum("vllm-spark-counters" in os.readlink(f"/proc/self/fd/{name}")
                       for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}"))

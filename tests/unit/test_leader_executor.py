@@ -198,7 +198,7 @@ def test_a_stop_is_told_from_an_error_of_vllm(
 
     with nullcontext() if error is None else pytest.raises(type(error)):
         run_engine()
-    assert status.ended_cleanly() is in_order
+    assert status.ended_on_request() is in_order
     assert status.death() is None
 
 

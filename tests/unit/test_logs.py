@@ -81,6 +81,18 @@ def test_the_end_of_an_engine_that_was_stopped_is_no_failure(log: io.StringIO) -
     assert "RuntimeError: a bug" in log.getvalue()
 
 
+def test_requests_of_a_stopped_server_end_with_that_reason(log: io.StringIO) -> None:
+    status = EngineStatus.create()
+    status.mark_started()
+    status.mark_stop_requested()
+    try:
+        raise EngineDeadError("EngineCore encountered an issue.")
+    except EngineDeadError:
+        logging.getLogger("vllm.entrypoints.openai.completion.serving").exception("Error in a stream.")
+    assert "Error in a stream. the server was stopped." in log.getvalue()
+    assert "Traceback" not in log.getvalue()
+
+
 @pytest.mark.parametrize("engine", ["at work", "failed", "started again"])
 def test_any_other_end_of_an_engine_is_one(log: io.StringIO, engine: str) -> None:
     status = EngineStatus.create()

@@ -73,6 +73,28 @@ def test_it_goes_with_its_owner(start: Callable[..., Owner], folders: Path) -> N
     assert list(folders.iterdir()) == []
 
 
+def test_it_goes_before_the_server_exits(start: Callable[..., Owner], folders: Path) -> None:
+    """A second signal during the exit, or a supervisor that is out of patience, ends the process at once."""
+    code = (
+        "import os, signal\n"
+        "from vllm_spark.backend.ipc_folder import make_socket_folder\n"
+        "from vllm_spark.entrypoints.serve import exit_with_sentence\n"
+        "from vllm_spark.errors import SparkError\n"
+        "try:\n"
+        "    with exit_with_sentence(None):\n"
+        "        make_socket_folder()\n"
+        "        print(os.environ['VLLM_RPC_BASE_PATH'], flush=True)\n"
+        "        raise SparkError('the engine was killed')\n"
+        "except SystemExit:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    owner = start(code)
+    assert owner.stdout is not None
+    assert owner.stdout.readline().strip().startswith(f"{folders}/{PREFIX}")
+    assert owner.wait(60) == -signal.SIGKILL
+    assert list(folders.iterdir()) == []
+
+
 def test_the_next_one_removes_what_a_killed_owner_left(start: Callable[..., Owner], folders: Path) -> None:
     killed, alive = start(), start()
     left, kept = folder_of(killed), folder_of(alive)

@@ -15,8 +15,8 @@ READERS = {
     "launch table": "from vllm_spark.collective.launch_table import load_launch_table as read",
     "wire model": "from vllm_spark.collective.link_model import load_wire_model as read",
     "FusedMoE table": "from vllm_spark.kernels.fused_moe.table import load_fused_moe_table as read",
-    "--config": "from vllm_spark.entrypoints.command_line import _config_file_problem as problem\n"
-    "def read(path): raise ValueError(problem(path))",
+    "--config": "from vllm_spark.entrypoints.command_line import _read_config_file\n"
+    "def read(path): raise ValueError(_read_config_file(path)[1])",
     "journal": "from vllm_spark.tune.journal import Journal\n"
     "def read(path): path.rename(path.parent / 'journal.jsonl'); Journal(path.parent, 'device', {})",
     "weights": "from vllm_spark.executor.model_files.comparison import _digest as read",

@@ -25,6 +25,7 @@ VARIABLE = "VLLM_RPC_BASE_PATH"
 """The variable with the folder of vLLM's sockets; a user's value is kept."""
 
 PREFIX = "vllm-spark-sockets-"
+_own: list[tuple[int, Path]] = []  # the folder that this process created, with the process's id
 _OWNER = "owner"  # a file that the owner keeps locked while it runs
 _GRACE_SECONDS = 60.0  # seconds in which a new folder may lack its owner's file
 _MAX_PATH_BYTES = 107 - len("/01234567-89ab-cdef-0123-456789abcdef")
@@ -59,7 +60,18 @@ def make_socket_folder() -> None:
     folder = _make_owned(parent)
     if folder is not None:
         os.environ[VARIABLE] = str(folder)
-        atexit.register(_remove_own, os.getpid(), folder)
+        _own.append((os.getpid(), folder))
+        atexit.register(remove_own_socket_folder)
+
+
+def remove_own_socket_folder() -> None:
+    """Removes the folder that this process created, if any; may be called again.
+
+    Does nothing in a process that the owner forked.
+    """
+    for owner, folder in _own:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_socket_folder() -> None:
@@ -117,9 +129,3 @@ def _remove_abandoned(parent: Path) -> None:
                 os.close(descriptor)
             elif time.time() - found.st_mtime > _GRACE_SECONDS:
                 folder.rmdir()  # empty: its owner ended before it locked it
-
-
-def _remove_own(owner: int, folder: Path) -> None:
-    """Removes the folder at the owner's exit, not at that of a process that it forked."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from vllm_spark.backend.status import engine_death, engine_ended_cleanly, engine_failure
+from vllm_spark.backend.status import SERVER_STOPPED, engine_death, engine_ended_on_request, engine_failure
 from vllm_spark.errors import SparkError
 
 _ENGINE_DEAD = "EngineDeadError"
@@ -74,7 +74,7 @@ class _ShortenTraceback(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, BaseException) and not logging.getLogger("vllm").isEnabledFor(logging.DEBUG):
-            if record.name == _CLIENT_LOGGER and type(error).__name__ == _ENGINE_DEAD and engine_ended_cleanly():
+            if record.name == _CLIENT_LOGGER and type(error).__name__ == _ENGINE_DEAD and engine_ended_on_request():
                 return False
             sentence = _explanation(error)
             if sentence is not None:
@@ -88,5 +88,7 @@ def _explanation(error: BaseException) -> str | None:
     if isinstance(error, SparkError):
         return str(error)
     # vLLM raises this once its engine is dead; any other error may be about a request alone.
+    if type(error).__name__ == _ENGINE_DEAD and engine_ended_on_request():
+        return SERVER_STOPPED
     failure = engine_death() if type(error).__name__ == _ENGINE_DEAD else engine_failure()
     return None if failure is None else str(failure)

@@ -1,7 +1,8 @@
 """The status of an engine (both ranks' counters, whether it runs, why it failed), for the process that started it.
 
 `EngineStatus` is anonymous shared memory that the API server creates before the engine starts; it disappears with its
-processes, however they end. `engine_failure`, `engine_death` and `engine_ended_cleanly` read the one of this process.
+processes, however they end. `engine_failure`, `engine_death`, `engine_stop_requested` and
+`engine_ended_on_request` read the one of this process.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from vllm_spark.records import RecordError, from_json, to_json
 STATUS_VARIABLE = ANNOUNCED
 """Holds the memory's path `/proc/PID/fd/NUMBER`, and its inode, because PID and NUMBER may have been reused."""
 
+SERVER_STOPPED = "the server was stopped"
+"""Why a request ends whose engine ended because it was told to."""
+
 _MEMORY_NAME = "vllm-spark-counters"
-_FAILURE, _RUN = len(RANKS), len(RANKS) + 1
-_SLOTS = len(RANKS) + 2
+_FAILURE, _RUN, _STOP = len(RANKS), len(RANKS) + 1, len(RANKS) + 2
+_SLOTS = len(RANKS) + 3
 _SLOT = 4096
 # Length and checksum of a record: they do not match while it is half written, in whatever order the stores become
 # visible.
@@ -47,6 +51,11 @@ class _Run:
     process: int
     ended: bool = False
     clean: bool = False
+
+
+@dataclasses.dataclass
+class _Stop:
+    process: int
 
 
 @dataclasses.dataclass
@@ -78,7 +87,7 @@ class RankCounters:
 
 
 class EngineStatus:
-    """The records of one engine: one per rank, and two for its state. One process writes, others read, without locks.
+    """The records of one engine: one per rank, and three for its state. Each has one writer, and is read without locks.
 
     Args:
         descriptor: of the memory; the caller closes it. None for an object that stores nothing.
@@ -146,10 +155,25 @@ class EngineStatus:
         """Records that the engine ends by itself: `clean` if it was asked to, else by an error of vLLM's."""
         self._put(_RUN, _Run(os.getpid(), ended=True, clean=clean))
 
-    def ended_cleanly(self) -> bool:
-        """Whether the engine ended because it was asked to."""
+    def mark_stop_requested(self) -> None:
+        """Records that the running engine is told to end; however it ends, that is no failure of it from now on.
+
+        Does nothing if it does not run: the reason why it ended stays.
+        """
         record = self._run_record()
-        return record is not None and record.clean
+        if record is None or record.ended or self.failure() is not None or _has_ended(record.process):
+            return
+        self._put(_STOP, _Stop(record.process))
+
+    def stop_requested(self) -> bool:
+        """Whether the engine was told to end while it ran."""
+        payload, record = self._get(_STOP), self._run_record()
+        return payload is not None and record is not None and from_json(payload, _Stop).process == record.process
+
+    def ended_on_request(self) -> bool:
+        """Whether the engine ended, or is going to, because it was told to."""
+        record = self._run_record()
+        return self.stop_requested() or (record is not None and record.clean)
 
     def failure(self) -> SparkError | None:
         """The recorded reason of a failure, with its exit code; None without one."""
@@ -162,7 +186,12 @@ class EngineStatus:
         return error
 
     def death(self) -> SparkError | None:
-        """Why the engine ended: the recorded reason, or a kill or crash; None if it runs or ended by itself."""
+        """Why the engine ended: the recorded reason, or a kill or crash.
+
+        None if it runs, ended by itself, or was told to end before (vLLM then kills it if it takes too long).
+        """
+        if self.stop_requested():
+            return None
         if failure := self.failure():
             return failure
         record = self._run_record()
@@ -238,8 +267,21 @@ def engine_death() -> SparkError | None:
     return None
 
 
-def engine_ended_cleanly() -> bool:
-    """Whether the engine that this process started ended because it was asked to."""
+def record_stop_request() -> None:
+    """Records that the engine that this process started is told to end, if it runs."""
     with contextlib.suppress(OSError, RecordError):
-        return EngineStatus.from_environment().ended_cleanly()
+        EngineStatus.from_environment().mark_stop_requested()
+
+
+def engine_stop_requested() -> bool:
+    """Whether the engine that this process started was told to end while it ran."""
+    with contextlib.suppress(OSError, RecordError):
+        return EngineStatus.from_environment().stop_requested()
+    return False
+
+
+def engine_ended_on_request() -> bool:
+    """Whether the engine that this process started ended, or is going to, because it was told to."""
+    with contextlib.suppress(OSError, RecordError):
+        return EngineStatus.from_environment().ended_on_request()
     return False

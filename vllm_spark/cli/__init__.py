@@ -92,10 +92,13 @@ def _dispatch(words: list[str]) -> int:
     command = _load(name)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.SUMMARY, allow_abbrev=False)
     command.add_arguments(parser)
-    args, unknown = parser.parse_known_args(words[1:])
-    if unknown:
-        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
-    return command.run(args)
+    from vllm_spark.config.settings import flags_named
+
+    with flags_named("--"):  # the settings' flags as this command has them
+        args, unknown = parser.parse_known_args(words[1:])
+        if unknown:
+            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return command.run(args)
 
 
 def _load(name: str) -> Command:

@@ -102,7 +102,7 @@ def add_wire_arguments(parser: argparse.ArgumentParser) -> None:
         type=setting_type("loopback_latency_us"),
         metavar="MICROSECONDS",
         help="a modelled link of one rail, with this latency for every size "
-        f"(default: the curve of two GB10; with --gbytes-per-s: {CABLE.latency_us:g})",
+        f"(default: the curve that others published for two GB10; with --gbytes-per-s: {CABLE.latency_us:g})",
     )
     parser.add_argument(
         "--gbytes-per-s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm_spark.config.settings import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, flag_name, side_of
+from vllm_spark.config.settings import ENABLE_VARIABLE, SECRET_VARIABLE, SparkConfig, serve_flag, side_of
 from vllm_spark.variables import variable_name
 
 SUMMARY = "print the reference of all settings"
@@ -45,6 +45,6 @@ def reference() -> str:
 def _row(name: str) -> str:
     field = SparkConfig.model_fields[name]
     side = side_of(name)
-    flag = f"`--{name.replace('_', '-')}` (join)" if side == "follower" else f"`{flag_name(name)}`"
+    flag = f"`--{name.replace('_', '-')}` (join)" if side == "follower" else f"`{serve_flag(name)}`"
     default = "" if field.default is None else f"`{field.default}`"
     return f"| {flag} | `{variable_name(name)}` | {side} | {default} | {field.description} |\n"

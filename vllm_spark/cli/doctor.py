@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-from pathlib import Path
 
 from rich.console import Console
 
 from vllm_spark.cli.arguments import up_to, user_path
-from vllm_spark.config.settings import SparkConfig, add_flags, environment_warnings, given_flags, split_endpoint
-from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, SparkError
+from vllm_spark.config.settings import (
+    SparkConfig,
+    add_flags,
+    environment_warnings,
+    flag_name,
+    given_flags,
+    split_endpoint,
+)
+from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, OtherSecretError, SparkError
 
 SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and print how to fix problems"
 
@@ -19,6 +24,7 @@ SETTINGS = ("address", "leader", "port", "secret_file")
 """The settings of serve and join that this command has as options."""
 
 _DEFAULT_PLACE = object()
+_WAIT_SECONDS = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait",
         type=up_to(86400),
-        default=60.0,
         metavar="SECONDS",
-        help="how long --peer waits (default: %(default)g)",
+        help=f"how long --peer waits (default: {_WAIT_SECONDS:g})",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object to standard output, and nothing else"
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SparkError: a bad setting; or no secret could be made.
     """
+    _check_options(args)
     if args.make_secret is not None:
         return _make_secret(args)
     from vllm_spark.backend.logging import log_as
@@ -84,16 +90,19 @@ def run(args: argparse.Namespace) -> int:
     peer, together = None, []
     if args.peer:
         from vllm_spark.doctor.network import opening
-        from vllm_spark.doctor.pair import compare, distinguish_hosts, peer_missing, port_reached
+        from vllm_spark.doctor.pair import compare, distinguish_hosts, other_secret, peer_missing, port_reached
         from vllm_spark.doctor.remote import request_report
         from vllm_spark.executor.channel.addresses import format_endpoint, interface_of, is_loopback, leader_address
+        from vllm_spark.executor.channel.secret import same_secret_command
 
         command = ""
         try:
             address = leader_address(config)
             if not is_loopback(address):
                 command = opening(system, config.port, interface_of(address))
-            peer, there = request_report(config, args.wait)
+            peer, there = request_report(config, _WAIT_SECONDS if args.wait is None else args.wait)
+        except OtherSecretError as error:
+            together = [other_secret(str(error), same_secret_command(config, error.peer))]
         except SparkError as error:
             together = [peer_missing(str(error), command)]
         else:
@@ -110,21 +119,31 @@ def run(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _make_secret(args: argparse.Namespace) -> int:
-    from vllm_spark.executor.channel.secret import default_secret_file, make_secret
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ConfigurationError for an option that would have no effect."""
+    given = given_flags(args)
+    if args.make_secret is not None:
+        useless = [*(["--json"] if args.json else []), *(["--wait"] if args.wait is not None else [])]
+        if useless := [*useless, *map(flag_name, given)]:
+            raise ConfigurationError(f"{useless[0]} does not go with --make-secret; leave one out")
+    elif args.wait is not None and not args.peer:
+        raise ConfigurationError(f"--wait {args.wait:g} is the time that --peer waits; add --peer, or leave it out")
+    if args.peer and "leader" in given:
+        raise ConfigurationError(
+            f"--leader {given['leader']} is an option of the second machine, and --peer one of the first; leave one out"
+        )
 
-    if args.json:
-        raise ConfigurationError("--json does not go with --make-secret; leave one out")
+
+def _make_secret(args: argparse.Namespace) -> int:
+    from vllm_spark.executor.channel.secret import copy_command, default_secret_file, make_secret
+
     default = default_secret_file()
     secret = default if args.make_secret is _DEFAULT_PLACE else args.make_secret.absolute()
     if secret is None:
         raise ConfigurationError("this user has no home folder for the secret; give a file: --make-secret PATH")
     make_secret(secret)
     print(f"Created the secret {secret}, readable by this user only. Copy it to the other machine (here called OTHER):")
-    there = _as_seen_there(secret)
-    folder = os.path.dirname(there)
-    first = f"ssh OTHER mkdir -p -m 700 {shlex.quote(folder)} && " if folder else ""
-    print(f"    {first}scp -p {shlex.quote(str(secret))} OTHER:{shlex.quote(there)}")
+    print(f"    {copy_command(secret, 'OTHER')}")
     if secret == default:
         print("vllm serve --spark and vllm-spark join read it from there by default.")
     else:
@@ -133,11 +152,3 @@ def _make_secret(args: argparse.Namespace) -> int:
             f"Then give it to both: vllm serve ... --spark-secret-file {quoted}, vllm-spark join --secret-file {quoted}"
         )
     return 0
-
-
-def _as_seen_there(path: Path) -> str:
-    """The path relative to the home folder, where ssh and scp start."""
-    try:
-        return str(path.relative_to(Path.home()))
-    except (RuntimeError, ValueError):
-        return str(path)

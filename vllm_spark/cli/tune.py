@@ -76,7 +76,11 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a decode step, up to 8; larger steps use vLLM's defaults (default: 1 to 8)",
     )
     parser.add_argument(
-        "--out", type=user_path, metavar="FOLDER", help="default: the folder that `vllm serve --spark` reads"
+        *("--output", "--out"),
+        dest="out",
+        type=user_path,
+        metavar="FOLDER",
+        help="default: the folder that `vllm serve --spark` reads",
     )
     parser.add_argument(
         "--rounds",

@@ -11,12 +11,13 @@ A setting's value comes from, strongest first: a flag, the environment, a file (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import ipaddress
 import logging
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,6 +218,8 @@ class SparkConfig(BaseModel):
         try:
             address = ipaddress.ip_address(host)
         except ValueError:
+            if not value.strip():
+                raise ValueError("it is empty; give a numeric address, such as 10.0.0.1, or leave it out") from None
             raise ValueError(f"{host!r} is not an IP address; give a numeric address, such as 10.0.0.1") from None
         if kind := kind_of_many(address):
             raise ValueError(
@@ -224,7 +227,7 @@ class SparkConfig(BaseModel):
                 "10.0.0.1"
             )
         if port is not None and info.field_name == "address":
-            raise ValueError(f"{value!r} has a port; give the port with {FLAG}-port")
+            raise ValueError(f"{value!r} has a port; give the port with {flag_name('port')}")
         return value
 
     @field_validator("port", mode="before")
@@ -324,7 +327,10 @@ class SparkConfig(BaseModel):
         environment = os.environ if environment is None else environment
         for name in file:
             if name not in cls.model_fields:
-                raise ConfigurationError(f"the setting {name!r} does not exist{_suggestion(name, cls.model_fields)}")
+                raise ConfigurationError(
+                    f"{SECTION!r} in vLLM's additional_config has {name!r}, and there is no such setting"
+                    f"{_suggestion(name, cls.model_fields)}"
+                )
         values: dict[str, Any] = dict(file)
         origin = dict.fromkeys(file, "")
         for name in cls.model_fields:
@@ -372,8 +378,27 @@ def split_endpoint(value: str) -> tuple[str, int | None]:
     return host, int(port)
 
 
+_prefix = FLAG + "-"  # of the flags in messages; the same in all threads of a process
+
+
+@contextlib.contextmanager
+def flags_named(prefix: str) -> Iterator[None]:
+    """Messages that are made in the body name flags with `prefix`: that of the command that the user typed."""
+    global _prefix
+    before, _prefix = _prefix, prefix
+    try:
+        yield
+    finally:
+        _prefix = before
+
+
 def flag_name(field: str) -> str:
-    """`heartbeat_timeout` -> `--spark-heartbeat-timeout`."""
+    """The flag of a setting in a message: `--spark-heartbeat-timeout`, or `--port` within `flags_named("--")`."""
+    return _prefix + field.replace("_", "-")
+
+
+def serve_flag(field: str) -> str:
+    """The flag of a setting of `vllm serve`: `heartbeat_timeout` -> `--spark-heartbeat-timeout`."""
     return f"{FLAG}-{field.replace('_', '-')}"
 
 
@@ -418,7 +443,7 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
         default = "" if field.default is None else f" (default: {field.default})"
         choices = _choices(field.annotation)
         group.add_argument(
-            *dict.fromkeys((prefix + name.replace("_", "-"), flag_name(name))),
+            *dict.fromkeys((prefix + name.replace("_", "-"), serve_flag(name))),
             dest="spark_" + name,
             type=setting_type(name),
             default=argparse.SUPPRESS,
@@ -440,8 +465,8 @@ def typed_flags(argv: Sequence[str]) -> set[str]:
         flag = word.partition("=")[0].replace("_", "-")
         if flag.startswith(FLAG + "-"):
             # argparse accepts an unambiguous abbreviation.
-            meant = [name for name in SparkConfig.model_fields if flag_name(name).startswith(flag)]
-            names.update(name for name in meant if len(meant) == 1 or flag == flag_name(name))
+            meant = [name for name in SparkConfig.model_fields if serve_flag(name).startswith(flag)]
+            names.update(name for name in meant if len(meant) == 1 or flag == serve_flag(name))
     return names
 
 
@@ -490,7 +515,7 @@ def _expand_home(path: Path | str) -> Path:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else "; `vllm-spark config` lists all settings"
+    return f"; the most similar one is {near[0]!r}" if near else "; `vllm-spark config` lists all settings"
 
 
 _RANGE_ERRORS = (
@@ -525,5 +550,6 @@ def _error_sentence(error: ValidationError, origin: Mapping[str, str]) -> str:
     if first["type"] in _RANGE_ERRORS and name in SparkConfig.model_fields:
         return f"{origin.get(name) or name} {first['input']} is invalid: must be {_range(name)}"
     where = origin.get(name, "")
-    where = f"{where} {first['input']}: " if where else (f"{name} {first['input']}: " if name in origin else "")
+    value = first["input"] if str(first["input"]).strip() else repr(first["input"])
+    where = f"{where} {value}: " if where else (f"{name} {value}: " if name in origin else "")
     return f"{where}{message}"

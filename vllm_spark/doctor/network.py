@@ -14,7 +14,7 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError, upper_first
 from vllm_spark.executor.channel.addresses import format_endpoint
 from vllm_spark.executor.channel.exposure import EXPOSED, shared_network
-from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.channel.secret import load_secret, same_secret_command, secret_source
 from vllm_spark.executor.handshake.check import check_leader
 from vllm_spark.executor.handshake.client import listener_command
 
@@ -288,7 +288,8 @@ def check_reach(leader: str, config: SparkConfig, port: int) -> Finding:
         return Finding("link.port", title, "unknown", value, f"{upper_first(remedy)}.")
     if answer.outcome == "other secret":
         explanation = "The leader rejects this machine's vllm-spark join, which then ends."
-        return Finding("link.port", title, "problem", value, explanation, upper_first(remedy))
+        copying = same_secret_command(config, leader, to_host=False)
+        return Finding("link.port", title, "problem", value, explanation, f"{copying}   # here")
     return Finding(
         "link.port",
         title,

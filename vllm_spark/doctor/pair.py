@@ -92,6 +92,25 @@ def peer_missing(sentence: str, opening: str = "") -> Finding:
     )
 
 
+def other_secret(sentence: str, copying: str) -> Finding:
+    """The finding that the other machine has connected with another secret.
+
+    Args:
+        sentence: the reason; its last part is the command that starts the follower, and where.
+        copying: the command that gives both machines the same secret.
+    """
+    problem, _, join = sentence.rpartition("; ")
+    where, _, command = join.partition(" run: ")
+    return Finding(
+        "pair.peer",
+        "The other machine",
+        "problem",
+        "has another secret",
+        f"{upper_first(problem)}.",
+        f"{copying}   # here\n{command}   # {where}, once both have the same secret: it ended",
+    )
+
+
 def rail_pairs(mine: list[Rail], theirs: list[Rail]) -> list[RailPair]:
     """The rails between the two machines, paired as the transport pairs them."""
     # Imported here: all other findings do not need the native module.

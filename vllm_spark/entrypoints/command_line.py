@@ -29,8 +29,7 @@ from vllm_spark.errors import ConfigurationError
 
 def add_option_group(parser: Any) -> None:
     """Adds `--spark` and its options to one of vLLM's parsers, in the group of `--help=Spark`."""
-    if _is_requested_before_parsing(parser):
-        check_config_file(parser, sys.argv)
+    check_config_file(parser, sys.argv, requested=_is_requested_before_parsing(parser))
     group = parser.add_argument_group(
         title="Spark", description="Serve one model on a pair of machines (the other one runs: vllm-spark join)."
     )
@@ -161,17 +160,40 @@ def _mentions_spark(args: Any) -> bool:
     )
 
 
-def check_config_file(parser: Any, argv: Sequence[str]) -> None:
-    """Exits with a usage error if a `--config` file is given that cannot be read.
+def check_config_file(parser: Any, argv: Sequence[str], *, requested: bool) -> None:
+    """Exits with a usage error if a `--config` file is given that cannot be read, or in which `spark` is no boolean.
 
-    vLLM reads the file while it parses the command line, and would end with a traceback.
+    vLLM reads the file while it parses the command line, and would end with a traceback. It passes `spark: maybe` on as
+    `--spark maybe`, which starts a pair.
+
+    Args:
+        parser: the parser, for its error.
+        argv: the command line.
+        requested: whether the command line or the environment requests a pair; else the file is only searched for
+            `spark`, and vLLM reports its other problems.
     """
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name == "--config":
-            problem = _config_file_problem(Path(value if equals else following))
+            content, problem = _read_config_file(Path(value if equals else following))
+            if problem is None:
+                problem = _switch_problem(value if equals else following, content)
+            elif not requested:
+                problem = None
             if problem:
                 parser.error(problem)
+
+
+def _switch_problem(path: str, content: dict[Any, Any]) -> str | None:
+    """Why the value of `spark` in the file at `path` is not valid, in a sentence; None if it is, or is absent."""
+    name = FLAG.removeprefix("--")
+    value = content.get(name, False)
+    if isinstance(value, bool):
+        return None
+    return (
+        f"--config {path} has {value!r} for {name}, which is neither true nor false; write `{name}: true` to serve on "
+        "a pair, or leave it out"
+    )
 
 
 def _is_requested_before_parsing(parser: Any) -> bool:
@@ -189,8 +211,8 @@ def _is_set_in_environment() -> bool:
         return True
 
 
-def _config_file_problem(path: Path) -> str | None:
-    """Why the file at `path` is not valid as vLLM's `--config`, in a sentence; None if it is."""
+def _read_config_file(path: Path) -> tuple[dict[Any, Any], str | None]:
+    """The options in vLLM's `--config` file at `path`, and why it is not valid, in a sentence; None if it is."""
     import yaml  # not loaded without `--spark`
 
     from vllm_spark.files import TABLE_FILE, read_regular  # not in a process without --spark
@@ -198,13 +220,13 @@ def _config_file_problem(path: Path) -> str | None:
     try:
         content = yaml.safe_load(read_regular(path, TABLE_FILE).decode())
     except (OSError, UnicodeDecodeError) as error:
-        return f"--config {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
+        return {}, f"--config {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         problem = getattr(error, "problem", None) or "it does not parse"
-        return f"--config {path} is not valid YAML, see its line {line}: {problem}"
+        return {}, f"--config {path} is not valid YAML, see its line {line}: {problem}"
     if path.suffix not in (".yaml", ".yml"):
-        return f"--config {path} must be named *.yaml or *.yml"
+        return {}, f"--config {path} must be named *.yaml or *.yml"
     if not isinstance(content, dict):
-        return f"--config {path} has no options; write one on each line, as `{FLAG.removeprefix('--')}: true`"
-    return None
+        return {}, f"--config {path} has no options; write one on each line, as `{FLAG.removeprefix('--')}: true`"
+    return content, None

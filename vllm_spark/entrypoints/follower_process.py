@@ -12,9 +12,16 @@ import sys
 import threading
 
 from vllm_spark.backend.logging import log_as
-from vllm_spark.config.settings import SparkConfig
+from vllm_spark.config.settings import SparkConfig, flags_named
 from vllm_spark.doctor.remote import send_report
-from vllm_spark.entrypoints.join import ADOPTED_VARIABLE, CONFIG_VARIABLE, EXIT_RESTART, ONCE_VARIABLE, RESULT_VARIABLE
+from vllm_spark.entrypoints.join import (
+    ADOPTED_VARIABLE,
+    CONFIG_VARIABLE,
+    EXIT_RESTART,
+    ONCE_VARIABLE,
+    PREFIX_VARIABLE,
+    RESULT_VARIABLE,
+)
 from vllm_spark.errors import RefusedError, SparkError, VersionsError
 from vllm_spark.executor.environment import Environment, RestartError
 from vllm_spark.executor.follower_session import FollowerSession
@@ -34,7 +41,8 @@ def main() -> int:
     session = FollowerSession(config, send_report, once=once, adopted=environment)
     _stop_on_signal(session)
     try:
-        session.run()
+        with flags_named(os.environ.pop(PREFIX_VARIABLE)):
+            session.run()
     except SparkError as error:
         logger.error("%s.", error)
         retryable = isinstance(error, RefusedError) and not isinstance(error, VersionsError)

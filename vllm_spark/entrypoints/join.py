@@ -12,7 +12,7 @@ import time
 from types import FrameType
 
 from vllm_spark.compat.check import check_vllm
-from vllm_spark.config.settings import SparkConfig
+from vllm_spark.config.settings import SparkConfig, flag_name
 from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, SparkError
 from vllm_spark.executor.channel.addresses import leader_endpoint
 from vllm_spark.executor.channel.secret import load_secret
@@ -22,6 +22,9 @@ from vllm_spark.records import from_json, to_json
 from vllm_spark.variables import internal_name
 
 logger = logging.getLogger("vllm_spark")
+
+PREFIX_VARIABLE = internal_name("flag_prefix")
+"""Holds the prefix of the flags of the command that was typed, for messages of a session's process."""
 
 CONFIG_VARIABLE = internal_name("follower_config")
 """Holds the settings for a session's process, as JSON."""
@@ -164,6 +167,7 @@ class _Supervisor:
     def _environment(self, result: int) -> dict[str, str]:
         own = {CONFIG_VARIABLE: self._config.model_dump_json(), RESULT_VARIABLE: str(result)}
         own[ONCE_VARIABLE] = "1" if self._once else ""
+        own[PREFIX_VARIABLE] = flag_name("")
         if self._leader is None:
             return {**os.environ, **own}
         return {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from vllm_spark import __version__
-from vllm_spark.backend.ipc_folder import check_socket_folder, make_socket_folder
+from vllm_spark.backend.ipc_folder import check_socket_folder, make_socket_folder, remove_own_socket_folder
 from vllm_spark.backend.logging import log_as, use_vllm_logging
 from vllm_spark.backend.speculation import check_draft_ranks
 from vllm_spark.backend.status import engine_death, engine_failure
@@ -263,6 +263,9 @@ def exit_with_sentence(args: Any) -> Iterator[None]:
         if failure is None:
             raise
         _exit_with(failure)
+    finally:
+        # Not only at exit: a second signal may end the process before, now that vLLM's handlers are gone.
+        remove_own_socket_folder()
 
 
 def _run_as_rank_1(config: SparkConfig) -> NoReturn:

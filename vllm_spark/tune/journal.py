@@ -87,7 +87,7 @@ class Journal:
                         file.write(b"\n")
         except OSError as error:
             raise ConfigurationError(
-                f"the folder {folder} cannot be written ({error.strerror}); give another with --out"
+                f"the folder {folder} cannot be written ({error.strerror}); give another with --output"
             ) from None
 
     @contextmanager
@@ -144,7 +144,7 @@ class Journal:
             content = read_regular(self._path, JOURNAL_FILE)
         except OSError as error:
             raise ConfigurationError(
-                f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another with --out"
+                f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another with --output"
             ) from None
         for text in content.splitlines():
             try:
@@ -163,7 +163,7 @@ class Journal:
         except OSError as error:
             raise ConfigurationError(
                 f"the journal {self._path} cannot be read ({error.strerror}); remove it, or give another folder with "
-                "--out"
+                "--output"
             ) from None
 
     def add(self, outcome: Outcome) -> None:
@@ -204,7 +204,7 @@ class Journal:
         except OSError as error:
             raise SparkError(
                 f"the journal {self._path} cannot be written ({error.strerror}); make room there, or give "
-                "another folder with --out"
+                "another folder with --output"
             ) from None
 
 

@@ -92,8 +92,8 @@ def prepare(options: TuningOptions) -> tuple[Plan, Path]:
     plan = make_plan(options.model, options.tp, options.kernels, options.rows)
     folder = options.out or user_folder()
     if folder is None:
-        raise ConfigurationError("this user has no home folder for the tables; give a folder with --out")
-    _check_folder(folder, "--out")
+        raise ConfigurationError("this user has no home folder for the tables; give a folder with --output")
+    _check_folder(folder, "--output")
     if options.plot is not None:
         from vllm_spark.bench.collective_report import check_plot
 

@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_wire_arguments(parser)
     parser.add_argument(
-        "--out",
+        *("--output", "--out"),
+        dest="output",
         type=user_path,
         metavar="FILE",
         help="file of the table; default: the file that `vllm serve --spark` reads",
@@ -67,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.bench.calibrate import shares_one_gpu
     from vllm_spark.collective.launch_table import default_path, store_launch_table
 
-    out = args.out or default_path()
+    out = args.output or default_path()
     if out is None:
-        raise ConfigurationError("this user has no home folder for the table; give a file with --out")
-    if args.out is not None:
-        check_writable(args.out)
+        raise ConfigurationError("this user has no home folder for the table; give a file with --output")
+    if args.output is not None:
+        check_writable(args.output)
     console = wide_console()
     best = _calibrated(args, torch.cuda.get_device_name(), _options(args), console)
     store_launch_table(best, out)

@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     listener.add_argument("--depth", type=positive, metavar="N", help="outstanding writes on each rail (default: 128)")
     parser.add_argument(
-        "--output",
+        *("--output", "--out"),
+        dest="output",
         type=user_path,
         metavar="FILE",
         help="write the wire model there, for --spark-wire and for --wire of the other benchmarks",

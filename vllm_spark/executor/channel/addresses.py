@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from vllm_spark.config.settings import SparkConfig, kind_of_many, split_endpoint
+from vllm_spark.config.settings import SparkConfig, flag_name, kind_of_many, split_endpoint
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.channel.rdma_ports import rdma_ports
 from vllm_spark.ranks import LEADER_RANK, WORLD_SIZE
@@ -31,13 +31,13 @@ def leader_address(config: SparkConfig) -> str:
     if config.address is not None:
         if interface_of(config.address) is None:
             raise ConfigurationError(
-                f"--spark-address {config.address} is not an address of this machine, which has "
+                f"{flag_name('address')} {config.address} is not an address of this machine, which has "
                 f"{', '.join(sorted(_own_addresses()))}"
             )
         return config.address
     if address := _launchers_address():
         return address
-    return _only(_rdma_addresses(), "--spark-address") or LOOPBACK
+    return _only(_rdma_addresses(), flag_name("address")) or LOOPBACK
 
 
 def resolve_master(master: str) -> list[str]:
@@ -74,7 +74,7 @@ def leader_endpoint(config: SparkConfig) -> tuple[str, int]:
     if addresses := _rdma_addresses():
         raise ConfigurationError(
             f"this machine has the link address {addresses[0]}, but the leader's is not known; "
-            f"give it with --leader ADDRESS or {variable_name('leader')}"
+            f"give it with {flag_name('leader')} ADDRESS or {variable_name('leader')}"
         )
     return LOOPBACK, config.port
 
@@ -115,7 +115,7 @@ def check_ports(config: SparkConfig) -> None:
         return
     from vllm_spark.collective import CollectiveError, local_ports
 
-    flag = f"--spark-rails {config.rails}" if config.rails else "--spark-transport verbs"
+    flag = f"{flag_name('rails')} {config.rails}" if config.rails else "--spark-transport verbs"
     try:
         ports = local_ports(split_rails(config.rails))
     except CollectiveError as error:
@@ -178,7 +178,8 @@ def _launchers_address() -> str | None:
     if not mine:
         raise ConfigurationError(
             f"MASTER_ADDR={master} is not an address of this machine, which is RANK 0 and has "
-            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with --spark-address"
+            f"{', '.join(sorted(_own_addresses()))}; set MASTER_ADDR to one of them, or give one with "
+            f"{flag_name('address')}"
         )
     # Many machines resolve their own name to 127.0.1.1, and other machines resolve it to another address.
     return min(mine, key=is_loopback)
@@ -202,10 +203,11 @@ def _explained(address: str, port: int) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = (
-            "end what listens there (a leader or a doctor that runs already?), or choose another port with --spark-port"
+            "end what listens there (a leader or a doctor that runs already?), or choose another port with "
+            f"{flag_name('port')}"
         )
         if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL):
-            remedy = "give this machine's address on the link with --spark-address"
+            remedy = f"give this machine's address on the link with {flag_name('address')}"
         raise ConfigurationError(
             f"cannot listen on {format_endpoint(address, port)} ({error.strerror}); {remedy}"
         ) from None

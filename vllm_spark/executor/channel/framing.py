@@ -15,6 +15,7 @@ import struct
 import time
 from typing import NamedTuple
 
+from vllm_spark.config.settings import flag_name
 from vllm_spark.errors import PeerLostError, SparkError, without_stop
 from vllm_spark.executor.channel.tls import TlsConnection
 
@@ -141,7 +142,7 @@ class Connection:
         if len(payload) > self.max_frame:
             raise FrameTooLargeError(
                 f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
-                "raise --spark-max-frame-mib on both machines"
+                f"raise {flag_name('max_frame_mib')} on both machines"
             )
         try:
             # One write for header and payload: one system call, one wake-up of the receiver.
@@ -188,7 +189,7 @@ class Connection:
         if length > self.max_frame:
             raise ChannelError(
                 f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self.max_frame}; "
-                "raise --spark-max-frame-mib on this machine"
+                f"raise {flag_name('max_frame_mib')} on this machine"
             )
         return Frame(kind, self._read(length, deadline))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_spark.config.settings import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig
+from vllm_spark.config.settings import MINIMUM_SECRET_BYTES, SECRET_VARIABLE, SparkConfig, flag_name
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.executor.channel.addresses import is_loopback
 from vllm_spark.files import SMALL_FILE, configuration_folder, open_regular, read_at_most, state_folder
@@ -44,7 +45,7 @@ def load_secret(config: SparkConfig, link_address: str, environment: Mapping[str
     raise ConfigurationError(
         f"the link address {link_address} can be reached from other machines, so both sides need the same secret, and "
         f"none is here: {places}; make one with `vllm-spark doctor --make-secret` and copy it to the other machine, "
-        f"or give it with --spark-secret-file FILE or in {SECRET_VARIABLE}"
+        f"or give it with {flag_name('secret_file')} FILE or in {SECRET_VARIABLE}"
     )
 
 
@@ -103,6 +104,33 @@ def make_secret(path: Path) -> None:
         raise ConfigurationError(f"no secret can be written to {path} ({error.strerror})") from None
 
 
+def copy_command(path: Path, host: str, *, to_host: bool = True) -> str:
+    """The command that copies the secret at `path` to the same place on `host`, or from there.
+
+    A path below the home folder is relative to it there, where ssh and scp start.
+    """
+    try:
+        there = str(path.relative_to(Path.home()))
+    except (RuntimeError, ValueError):
+        there = str(path)
+    here, place = shlex.quote(str(path)), f"{f'[{host}]' if ':' in host else host}:{shlex.quote(there)}"
+    folder = os.path.dirname(there if to_host else path)
+    make = f"mkdir -p -m 700 {shlex.quote(folder)} && " if folder else ""
+    if to_host:
+        return f"{f'ssh {host} {make}' if make else ''}scp -p {here} {place}"
+    return f"{make}scp -p {place} {here}"
+
+
+def same_secret_command(config: SparkConfig, host: str, *, to_host: bool = True) -> str:
+    """What gives this machine and `host` the same secret: a command, or for a variable a sentence."""
+    if given := find_variable(SECRET_VARIABLE):
+        return f"set {given.name} to the same value on both machines"
+    path = config.secret_file or default_secret_file()
+    if path is None:
+        return f"set {SECRET_VARIABLE} to the same value on both machines"
+    return copy_command(path.absolute(), host, to_host=to_host)
+
+
 def _read_secret(path: Path) -> bytes:
     try:
         with open_regular(path) as file:
@@ -111,7 +139,7 @@ def _read_secret(path: Path) -> bytes:
             content = read_at_most(file, SMALL_FILE).strip()
     except OSError as error:
         raise ConfigurationError(
-            f"the secret file {path} cannot be read ({error.strerror}); give another with --spark-secret-file"
+            f"the secret file {path} cannot be read ({error.strerror}); give another with {flag_name('secret_file')}"
         ) from None
     if not mounted_read_only:
         _check_rights(path, found)

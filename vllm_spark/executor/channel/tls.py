@@ -18,7 +18,7 @@ import threading
 import time
 from typing import cast
 
-from vllm_spark.config.settings import SECRET_VARIABLE
+from vllm_spark.config.settings import SECRET_VARIABLE, flag_name
 from vllm_spark.errors import without_stop
 from vllm_spark.executor.channel.certificates import AUTHORITY_NAME, DOCTOR_PROTOCOL, PROTOCOL
 
@@ -286,7 +286,7 @@ def _explain_handshake(error: HandshakeError, secret_source: str) -> str:
         own = f" than the one that this side reads from {secret_source}" if secret_source else ""
         return (
             f"the other side has another secret{own}; give both machines the same "
-            f"(--spark-secret-file or {SECRET_VARIABLE})"
+            f"({flag_name('secret_file')} or {SECRET_VARIABLE})"
         )
     if error.banner:
         return f"the program there does not speak this protocol (it sent {error.banner!r})"

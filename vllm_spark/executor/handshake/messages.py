@@ -8,6 +8,7 @@ machine.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -108,7 +109,8 @@ def decode_frame(frame: Frame, kind: type[Message]) -> Message:
 
 def join_command(endpoint: str, secret_file: Path | None) -> str:
     """The command that starts a follower for the leader at `endpoint`."""
-    secret = f" --secret-file {shlex.quote(str(secret_file))}" if secret_file else ""
+    # A relative path may be another file in the folder where the command is typed.
+    secret = f" --secret-file {shlex.quote(os.path.abspath(secret_file))}" if secret_file else ""
     return f"vllm-spark join --leader {endpoint}{secret}"
 
 
@@ -120,7 +122,7 @@ def serve_command(host: str, port: int, config: SparkConfig) -> str:
     if port != DEFAULT_PORT:
         command += f" --spark-port {port}"
     if config.secret_file is not None:
-        command += f" --spark-secret-file {shlex.quote(str(config.secret_file))}"
+        command += f" --spark-secret-file {shlex.quote(os.path.abspath(config.secret_file))}"
     return command
 
 

@@ -15,7 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_spark.config.settings import SparkConfig, split_endpoint
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError, upper_first, without_numbers, without_stop
+from vllm_spark.errors import (
+    OtherSecretError,
+    PeerLostError,
+    RefusedError,
+    SparkError,
+    upper_first,
+    without_numbers,
+    without_stop,
+)
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name, is_loopback, listen
 from vllm_spark.executor.channel.certificates import DOCTOR_PROTOCOL, tls_context
 from vllm_spark.executor.channel.framing import MIB, ChannelError, Connection, Frame, Kind
@@ -89,6 +97,7 @@ class Listener:
     ) -> None:
         self._context, self._max_frame, self._secret_source = context, max_frame, secret_source
         self._last_problem = ""
+        self._other_secret: str | None = None  # the address of the last peer, if it has another secret
         self._refusals: dict[str, str] = {}  # by host, without numbers
         self._versions = None if any_versions else Versions.of_this_process()
         self._lock = threading.Lock()
@@ -151,10 +160,11 @@ class Listener:
                 yield self._control.get(timeout=min(1.0, timeout - waited))
 
     def _no_follower(self, timeout: float) -> PeerLostError:
-        return PeerLostError(
+        sentence = (
             f"no follower connected to {self.endpoint} within {timeout:g} s{self._last_problem}{self._firewall_hint()}"
             f"; {where_to_run(self.endpoint)} run: {self._join_command}"
         )
+        return OtherSecretError(sentence, self._other_secret) if self._other_secret else PeerLostError(sentence)
 
     def _firewall_hint(self) -> str:
         """A hint at the firewall, if no connection arrived at all."""
@@ -278,6 +288,7 @@ class Listener:
                         peer, "refused", f"Refused a follower on {hello.host} (process {hello.process}): {reason}."
                     )
                 self._last_problem = f"; the last follower, on {hello.host}, was refused: {reason}"
+                self._other_secret = None
                 connection.close()
                 return
             connection.send(Kind.WELCOME, to_json(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
@@ -294,6 +305,7 @@ class Listener:
             else:
                 self._rejected.add(peer, reason, f"Rejected a connection from {peer}: {reason}.")
                 self._last_problem = f"; the last connection, from {peer}, was rejected: {reason}"
+                self._other_secret = peer if isinstance(error, HandshakeError) and error.is_other_secret else None
             if hello is not None:
                 self._release(hello)
             if connection is not None:
