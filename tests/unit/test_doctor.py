@@ -324,7 +324,7 @@ def no_gpu(tree: Tree) -> None:
         (firewalld, "link.firewall", "note", ["firewalld is active", "--add-port=29650/tcp"]),
         (narrow_lanes, "link.pcie", "warning", ["roceP2p1s0f0 x2", "fwupdmgr"]),
         (no_device_file, "rdma.access", "problem", ["/dev/infiniband/uverbs2", "--device /dev/infiniband"]),
-        (small_memlock, "machine.memlock", "problem", ["8.4 MB", "34 MB", "memlock unlimited"]),
+        (small_memlock, "machine.memlock", "problem", ["8.4 MB", "35 MB", "memlock unlimited"]),
         (handover_memory, "machine.handover", "warning", ["9.3 GiB", "0.1 GiB", "kho=off", "ENOMEM"]),
         (handover_memory_in_use, "machine.handover", "warning", ["by default", "kho=off"]),
         (handover_asked_for, "machine.handover", "warning", ["kho=on", "kho=off"]),
@@ -522,14 +522,14 @@ def _region_bytes(packet_kib: int) -> int:
 
 def test_packets_of_a_launch_table_take_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    assert pinned_bytes(SparkConfig(), 1) == _region_bytes(8)
+    assert pinned_bytes(SparkConfig(), 1) == _region_bytes(16)
     table = tmp_path / "launch.json"
     store_launch_table(LaunchTable(loopback_mode="proxied", packet_kib=64), table)
     assert pinned_bytes(SparkConfig(launch_table=table), 1) == _region_bytes(64)
-    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == _region_bytes(16)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=4), 1) == _region_bytes(4)
     table.write_text("{")
-    assert pinned_bytes(SparkConfig(launch_table=table), 1) == _region_bytes(8)
-    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=16), 1) == _region_bytes(16)
+    assert pinned_bytes(SparkConfig(launch_table=table), 1) == _region_bytes(16)
+    assert pinned_bytes(SparkConfig(launch_table=table, packet_kib=4), 1) == _region_bytes(4)
 
 
 def test_who_may_lock_memory(tree: Tree) -> None:
