@@ -259,7 +259,7 @@ def test_a_stop_is_an_orderly_end_although_the_engine_hangs(
         assert stream.error is None or "the server was stopped" in str(stream.error)
         follower.wait_until_it_waits_again(waits, clock)
         assert_all_gone(server.leader, timeout=20)
-    shared_memory.assert_as_before(before, follower.process)
+    shared_memory.assert_as_before(before, follower.process, hosts=hosts)
 
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
