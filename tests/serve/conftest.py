@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,14 @@ def namespaces(hosts: Hosts) -> Hosts:
     if hosts[0].namespace is None:
         pytest.skip("needs network namespaces: run as root with iproute2 installed")
     return hosts
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A temporary folder for processes that make sockets in theirs: pytest's own paths are too long for one, with the
+    names of the worker and of the test."""
+    with tempfile.TemporaryDirectory(prefix="vsp") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

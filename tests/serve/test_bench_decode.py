@@ -20,19 +20,19 @@ from .process import Process, assert_all_gone
 ROOT = Path(__file__).parents[2]
 
 
-def bench(host: Host, tmp_path: Path, *arguments: str) -> Process:
+def bench(host: Host, short_folder: Path, *arguments: str) -> Process:
     argv = [program("vllm-spark"), "bench", "decode", "--device", "cpu", *arguments]
-    return host.popen(argv, CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}, "vllm-spark bench decode")
+    return host.popen(argv, CPU_ENVIRONMENT | {"TMPDIR": str(short_folder)}, "vllm-spark bench decode")
 
 
 @pytest.mark.parametrize(
     "candidates", [("spark-wire", "stock"), pytest.param(("tp1", "spark", "stock"), marks=pytest.mark.thorough)]
 )
-def test_figures_and_tokens(host: Host, tmp_path: Path, candidates: Sequence[str]) -> None:
+def test_figures_and_tokens(host: Host, short_folder: Path, candidates: Sequence[str]) -> None:
     """Every candidate is measured; the pair's tokens are those of vLLM's own, through this project's collectives."""
-    file = tmp_path / "figures.json"
+    file = short_folder / "figures.json"
     arguments = ["--candidates", ",".join(candidates), "--batches", "1,3", "--steps", "4", "--rounds", "1"]
-    process = bench(host, tmp_path, *arguments, "--json", str(file))
+    process = bench(host, short_folder, *arguments, "--json", str(file))
     assert process.wait(400) == 0, process.tail()
     figures = json.loads(file.read_text())
     rows = {(row["candidate"], row["batch"]): row for row in figures["rows"]}
@@ -45,7 +45,7 @@ def test_figures_and_tokens(host: Host, tmp_path: Path, candidates: Sequence[str
         assert rows[pair, batch]["tokens"] == rows["stock", batch]["tokens"]
     assert figures["fallbacks"] == {pair: 0}
     assert_all_gone(process)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
+    assert [path.name for path in short_folder.iterdir() if path.name.startswith("vllm-spark-")] == []
 
 
 def test_the_profiler_runs_where_rank_0_does(host: Host, tiny_moe: Path) -> None:
@@ -64,23 +64,23 @@ def test_the_profiler_runs_where_rank_0_does(host: Host, tiny_moe: Path) -> None
     assert_all_gone(process)
 
 
-def test_an_engine_that_fails_is_explained(host: Host, tmp_path: Path) -> None:
+def test_an_engine_that_fails_is_explained(host: Host, short_folder: Path) -> None:
     arguments = ["--candidates", "tp1", "--engine", '{"max_model_len": 10000000}']
-    process = bench(host, tmp_path, *arguments)
+    process = bench(host, short_folder, *arguments)
     assert process.wait(120) == 1
     output = process.output()
     assert "10000000" in output, "the cause, out of the engine's log"
     assert output.strip().splitlines()[-1].startswith("vllm-spark: tp1: the engine ended with exit code 1")
-    (logs,) = tmp_path.glob("vllm-spark-bench-logs-*")
+    (logs,) = short_folder.glob("vllm-spark-bench-logs-*")
     assert "10000000" in next(logs.rglob("tp1-0.log")).read_text()
     assert_all_gone(process)
 
 
-def test_nothing_outlives_a_killed_benchmark(host: Host, tmp_path: Path) -> None:
-    process = bench(host, tmp_path, "--candidates", "spark", "--steps", "3000", "--batches", "1")
+def test_nothing_outlives_a_killed_benchmark(host: Host, short_folder: Path) -> None:
+    process = bench(host, short_folder, "--candidates", "spark", "--steps", "3000", "--batches", "1")
     follower = "vllm-spark-bench-*/logs/spark-0-follower.log"
     process.wait_until(
-        lambda: any("Ready" in log.read_text() for log in tmp_path.glob(follower)), 120, "a follower that is ready"
+        lambda: any("Ready" in log.read_text() for log in short_folder.glob(follower)), 120, "a follower that is ready"
     )
     assert len(process.descendants()) >= 3, "the engine's process and the follower's two"
     os.kill(process.pid, signal.SIGKILL)

@@ -13,13 +13,13 @@ from .hosts import Host
 from .process import assert_all_gone
 
 
-def test_the_outcome_for_programs(host: Host, tmp_path: Path) -> None:
+def test_the_outcome_for_programs(host: Host, short_folder: Path) -> None:
     """`--json`: one object on standard output, all else on standard error, and nothing is left."""
     shared_before = shared_memory.listing(host)
-    answer = tmp_path / "answer.json"
+    answer = short_folder / "answer.json"
     # A shell, to have standard output apart from the log.
     command = ["/bin/sh", "-c", 'exec "$0" demo --json --max-tokens 8 > "$1"', program("vllm-spark"), str(answer)]
-    demo = host.popen(command, {"TMPDIR": str(tmp_path)}, "vllm-spark demo")
+    demo = host.popen(command, {"TMPDIR": str(short_folder)}, "vllm-spark demo")
     try:
         assert demo.wait(500) == 0, demo.tail()
     finally:
@@ -34,11 +34,11 @@ def test_the_outcome_for_programs(host: Host, tmp_path: Path) -> None:
     assert outcome["all_reduces"] >= 9 * outcome["tokens"], "nine in each forward of the tiny model"
     assert outcome["seconds"] > 0
     assert_all_gone(demo)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("vllm-spark-")] == []
+    assert [path.name for path in short_folder.iterdir() if path.name.startswith("vllm-spark-")] == []
     shared_memory.assert_as_before(shared_before, hosts=[host])
 
 
-def test_bad_input(tmp_path: Path) -> None:
+def test_bad_input(short_folder: Path) -> None:
     result = subprocess.run(
         [program("vllm-spark"), "demo", "--json", "--max-tokens", "0"],
         env=clean_environment(),

@@ -34,7 +34,8 @@ def end_requests(processes: Iterable[Any]) -> None:
     """
     killed = any(process.exitcode in (None, -signal.SIGKILL) for process in processes)  # None: just killed
     for app in list(_apps):
-        client = getattr(app.state, "engine_client", None)
+        # vLLM deletes the state when an application ends: then no request is left.
+        client = getattr(getattr(app, "state", None), "engine_client", None)
         handler = getattr(client, "output_handler", None)  # a task of the server's event loop; None before a request
         if handler is None:
             continue
