@@ -104,7 +104,7 @@ def assert_untouched(serving: Serving, reference_tokens: list[list[int]]) -> Non
 def test_strangers_at_a_serving_pair(hosts: Hosts, serving: Serving, reference_tokens: list[list[int]]) -> None:
     assert_told(join(hosts, serving.port, {"VLLMSPARK_SECRET": "another one, also long"}), 2, "has another secret")
     nothing = {"XDG_CONFIG_HOME": "/nowhere"}
-    assert_told(join(hosts, serving.port, nothing), 2, "VLLMSPARK_SECRET", "--spark-secret-file")
+    assert_told(join(hosts, serving.port, nothing), 2, "VLLMSPARK_SECRET", "--secret-file FILE")
     assert_told(join(hosts, serving.port), 3, "has a follower already")
     assert_untouched(serving, reference_tokens)
 
