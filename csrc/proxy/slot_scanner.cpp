@@ -14,7 +14,7 @@ constexpr uint32_t kTurnsPerClock = 256;
 constexpr size_t kPrefetchHalves = 16 * kHalvesPerLine;
 constexpr size_t kPacketsPerLine = kHalvesPerLine / 2;
 // Packets of a message that is posted in parts, 4 KiB of them: less takes one rail no longer than the second
-// doorbell takes (docs/decisions.md).
+// doorbell takes.
 constexpr size_t kFewestToPart = 256;
 // No slot holds a message further ahead than this: a cleared slot holds the number half the circle ahead of
 // its message, and is cleared again before a quarter of the circle has passed.

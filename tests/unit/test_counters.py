@@ -109,7 +109,8 @@ def test_a_reason_is_taken_back(status: EngineStatus) -> None:
     EngineStatus(None).clear()
 
 
-def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus) -> None:
+def started_engine() -> subprocess.Popen[bytes]:
+    """A process that has recorded its start as the engine, and runs until it is ended."""
     say = (
         "from vllm_spark.backend.status import EngineStatus; status = EngineStatus.from_environment(); "
         "status.mark_started()"
@@ -117,6 +118,11 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus)
     engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
     assert engine.stdout is not None
     engine.stdout.readline()
+    return engine
+
+
+def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus) -> None:
+    engine = started_engine()
     assert status.death() is None, "it still runs"
     engine.kill()
     os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)
@@ -133,13 +139,7 @@ def test_an_engine_that_was_killed_is_known_by_its_silence(status: EngineStatus)
 
 def test_an_engine_that_is_told_to_end_does_not_fail_afterwards(status: EngineStatus) -> None:
     """vLLM kills an engine that takes too long to end, and a session that breaks meanwhile is no failure either."""
-    say = (
-        "from vllm_spark.backend.status import EngineStatus; status = EngineStatus.from_environment(); "
-        "status.mark_started()"
-    )
-    engine = subprocess.Popen([sys.executable, "-c", f"{say}; print(flush=True); input()"], stdin=-1, stdout=-1)
-    assert engine.stdout is not None
-    engine.stdout.readline()
+    engine = started_engine()
     assert not status.ended_on_request()
     record_stop_request()
     assert status.ended_on_request()

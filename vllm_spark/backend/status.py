@@ -1,7 +1,7 @@
 """The status of an engine (both ranks' counters, whether it runs, why it failed), for the process that started it.
 
 `EngineStatus` is anonymous shared memory that the API server creates before the engine starts; it disappears with its
-processes, however they end. `engine_failure`, `engine_death`, `engine_stop_requested` and
+processes, however they end. `engine_failure`, `engine_death` and
 `engine_ended_on_request` read the one of this process.
 """
 
@@ -271,13 +271,6 @@ def record_stop_request() -> None:
     """Records that the engine that this process started is told to end, if it runs."""
     with contextlib.suppress(OSError, RecordError):
         EngineStatus.from_environment().mark_stop_requested()
-
-
-def engine_stop_requested() -> bool:
-    """Whether the engine that this process started was told to end while it ran."""
-    with contextlib.suppress(OSError, RecordError):
-        return EngineStatus.from_environment().stop_requested()
-    return False
 
 
 def engine_ended_on_request() -> bool:
