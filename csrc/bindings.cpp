@@ -193,12 +193,13 @@ void bind_rank(py::module_& module) {
           Unlocked())
       .def(
           "open_link",
-          [](Rank& rank, const std::vector<RailTuple>& rails, double timeout_s, uint8_t traffic_class,
-             uint8_t service_level) {
+          [](Rank& rank, const std::vector<RailTuple>& rails, double timeout_s, double rail_timeout_s,
+             uint8_t traffic_class, uint8_t service_level) {
             std::vector<verbs::RailAddress> addresses = rail_addresses(rails);
             verbs::LinkOptions options;
             options.timeout = timeout_of("link_timeout_s", timeout_s);
-            options.wire_class = {traffic_class, service_level};
+            options.path_options = {traffic_class, service_level,
+                                    timeout_of("rail_timeout_s", rail_timeout_s)};
             std::string offer;
             {
               py::gil_scoped_release unlocked;
@@ -206,8 +207,8 @@ void bind_rank(py::module_& module) {
             }
             return py::bytes(offer);
           },
-          py::kw_only(), py::arg("rails"), py::arg("timeout_s"), py::arg("traffic_class"),
-          py::arg("service_level"))
+          py::kw_only(), py::arg("rails"), py::arg("timeout_s"), py::arg("rail_timeout_s"),
+          py::arg("traffic_class"), py::arg("service_level"))
       .def("connect_link", &Rank::connect_link, Unlocked())
       .def("start", &Rank::start, Unlocked())
       // It may wait 20 ms for the peer's reason (Endpoint::end_waits).
@@ -293,13 +294,17 @@ void bind_wire_probe(py::module_& module) {
   probe.attr("MAX_DEPTH") = WireProbe::kMaxDepth;
   probe
       .def(py::init([](const std::vector<RailTuple>& rails, uint64_t largest, double timeout_s,
-                       uint8_t traffic_class, uint8_t service_level, const std::function<void()>& attend) {
+                       double rail_timeout_s, uint8_t traffic_class, uint8_t service_level,
+                       const std::function<void()>& attend) {
              verbs::ProbeOptions options{
-                 largest, timeout_of("timeout_s", timeout_s), {traffic_class, service_level}, attend};
+                 largest,
+                 timeout_of("timeout_s", timeout_s),
+                 {traffic_class, service_level, timeout_of("rail_timeout_s", rail_timeout_s)},
+                 attend};
              return make_unlocked<WireProbe>(options, rail_addresses(rails));
            }),
            py::kw_only(), py::arg("rails"), py::arg("largest"), py::arg("timeout_s"),
-           py::arg("traffic_class"), py::arg("service_level"), py::arg("attend"))
+           py::arg("rail_timeout_s"), py::arg("traffic_class"), py::arg("service_level"), py::arg("attend"))
       .def("offer", [](const WireProbe& self) { return py::bytes(self.offer()); })
       .def("connect", &WireProbe::connect, Unlocked())
       .def("ping", &WireProbe::ping, Unlocked())

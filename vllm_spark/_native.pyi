@@ -33,6 +33,7 @@ class _Rank:
         *,
         rails: list[tuple[str, int, bytes, int]],
         timeout_s: float,
+        rail_timeout_s: float,
         traffic_class: int,
         service_level: int,
     ) -> bytes: ...
@@ -112,6 +113,7 @@ class WireProbe:
         rails: list[tuple[str, int, bytes, int]],
         largest: int,
         timeout_s: float,
+        rail_timeout_s: float,
         traffic_class: int,
         service_level: int,
         attend: Callable[[], None],

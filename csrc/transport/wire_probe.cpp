@@ -57,8 +57,8 @@ class WireProbe::RailEnd {
   const std::string& name() const { return name_; }
   ConnectionInfo info() const { return resources_->connection.info(); }
 
-  void connect(const ConnectionInfo& peer, const WireClass& wire_class) {
-    resources_->connection.connect(peer, wire_class);
+  void connect(const ConnectionInfo& peer, const PathOptions& path_options) {
+    resources_->connection.connect(peer, path_options);
     remote_base_ = peer.address;
     write_.prepare(resources_->sending.local_key(), peer.remote_key);
   }
@@ -199,7 +199,7 @@ void WireProbe::connect(const std::string& peer_offer, const std::string& peer_n
   for (size_t index = 0; index < rails_.size(); ++index) {
     ConnectionInfo peer;
     std::memcpy(&peer, peer_offer.data() + index * sizeof peer, sizeof peer);
-    rails_[index]->connect(peer, options_.wire_class);
+    rails_[index]->connect(peer, options_.path_options);
   }
 }
 

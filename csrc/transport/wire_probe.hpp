@@ -21,7 +21,7 @@ namespace spark::verbs {
 struct ProbeOptions {
   uint64_t largest;                  // bytes of the largest message
   std::chrono::nanoseconds timeout;  // longest wait for one message, or for room for another
-  WireClass wire_class;
+  PathOptions path_options;
   // Called ten times a second while something is measured; an exception of it ends the measurement.
   std::function<void()> attend;
 };

@@ -143,7 +143,8 @@ def make(rank):
 ports = _native.rdma_ports()
 ranks = [make(0), make(1)]
 rails = [(ports[0][0], 1, ports[0][5][0][1], 4096)]
-offers = [rank.open_link(rails=rails, timeout_s=60.0, traffic_class=0, service_level=0) for rank in ranks]
+path = {"rails": rails, "rail_timeout_s": 0.5, "traffic_class": 0, "service_level": 0}
+offers = [rank.open_link(**path, timeout_s=60.0) for rank in ranks]
 for rank, offer in zip(ranks, offers[::-1]):
     rank.connect_link(offer, "the other")
 for rank in ranks:

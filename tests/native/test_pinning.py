@@ -27,7 +27,8 @@ def make(rank):
 rails = [(device, port, gids[0][1], mtu) for device, port, _, _, mtu, gids in _native.rdma_ports()]
 ranks = [make(0), make(1)]
 try:
-    offers = [rank.open_link(rails=rails, timeout_s=5.0, traffic_class=0, service_level=0) for rank in ranks]
+    path = {"rails": rails, "rail_timeout_s": 0.5, "traffic_class": 0, "service_level": 0}
+    offers = [rank.open_link(**path, timeout_s=5.0) for rank in ranks]
 except _native.CollectiveError as error:
     sys.exit(str(error))
 for rank, offer in zip(ranks, offers[::-1]):

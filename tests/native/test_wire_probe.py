@@ -15,7 +15,7 @@ from .programs import Programs
 BOUND = 300
 
 PROGRAM = """
-import json, sys, threading
+import ctypes, json, sys, threading
 from vllm_spark import _native
 
 LARGEST, RAILS, COUNT = 1 << 20, 2, 200
@@ -26,11 +26,12 @@ def attend():
     if len(attended) == 3:
         raise KeyError("enough")
 
-def make(end, timeout=60.0, attend=lambda: None):
+def make(end, timeout=60.0, rail_timeout=0.5, attend=lambda: None):
     device, port, active, ethernet, mtu, gids = _native.rdma_ports()[end]
     rails = [(device, port, gids[0][1], mtu)] * RAILS
     return _native.WireProbe(
-        rails=rails, largest=LARGEST, timeout_s=timeout, traffic_class=0, service_level=0, attend=attend
+        rails=rails, largest=LARGEST, timeout_s=timeout, rail_timeout_s=rail_timeout, traffic_class=0, service_level=0,
+        attend=attend,
     )
 
 def pair(**options):
@@ -80,6 +81,11 @@ impatient, silent = pair(timeout=0.5)
 report["alone"] = failure(impatient.ping, [1], 8, 1)
 attentive, silent = pair(attend=attend)
 report["attended"] = failure(attentive.answer, [0], 8, 1)
+timeout = ctypes.c_int.in_dll(ctypes.CDLL("libibverbs.so.1"), "transmission_timeout")
+report["timeouts"] = {}
+for seconds in (0.001, 0.46, 0.5, 0.93, 0.94, 4, 8, 1e6):
+    pair(rail_timeout=seconds)
+    report["timeouts"][str(seconds)] = timeout.value
 print(json.dumps(report))
 """
 
@@ -116,6 +122,15 @@ def test_every_wait_is_bounded_and_looks_after_the_rest(report: dict[str, Any]) 
     assert kind == "CollectiveTimeoutError"
     assert sentence.startswith("rail 1 (memory0) to other: no message of 8 bytes came within 0.5 s; ")
     assert report["attended"] == ["KeyError", "'enough'"], "what is raised meanwhile ends a wait"
+
+
+def test_a_nic_has_transmitted_seven_times_within_the_rails_timeout(report: dict[str, Any]) -> None:
+    """4.096 us times two to the power of what it is given lie between two transmissions (InfiniBand, 9.7.6.1.3)."""
+    for seconds, code in report["timeouts"].items():
+        assert 0 < code < 32, "0 is unlimited, and there are five bits"
+        assert 7 * 4.096e-6 * 2**code <= float(seconds)
+        assert code == 31 or 7 * 4.096e-6 * 2 ** (code + 1) > float(seconds)
+    assert report["timeouts"]["0.5"] == 14
 
 
 def test_what_is_impossible(report: dict[str, Any]) -> None:

@@ -74,7 +74,10 @@ abi::ibv_qp* ibv_create_qp(abi::ibv_pd*, abi::ibv_qp_init_attr* setup) {
   pair->qp_num = next_number++;
   return pair;
 }
-int ibv_modify_qp(abi::ibv_qp*, abi::ibv_qp_attr*, int) {
+// The time between two transmissions of a packet that the last queue pair was given, for tests.
+int transmission_timeout = 0;
+int ibv_modify_qp(abi::ibv_qp*, abi::ibv_qp_attr* attributes, int mask) {
+  if ((mask & abi::IBV_QP_TIMEOUT) != 0) transmission_timeout = attributes->timeout;
   return 0;
 }
 int ibv_destroy_qp(abi::ibv_qp* pair) {

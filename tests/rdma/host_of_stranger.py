@@ -19,7 +19,9 @@ from vllm_spark.collective import Runtime, RuntimeOptions
 def main(host: str, port: int, rounds: list[int]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     peer = meet(0, host, port, 120)
-    options = RuntimeOptions(transport="verbs", rails=("rxe0",), slot_bytes=1 << 16, timeout_s=120.0)
+    options = RuntimeOptions(
+        transport="verbs", rails=("rxe0",), slot_bytes=1 << 16, timeout_s=120.0, rail_timeout_s=4.0
+    )
     runtime = Runtime.connect(0, 2, peer.exchange, options, announce=peer.announce)
     peer.watch(runtime)
     done = 0

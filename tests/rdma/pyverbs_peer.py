@@ -34,9 +34,12 @@ from pyverbs.wr import SGE, SendWR
 PORT = 1
 QUEUE_DEPTH = 64
 MAX_GIDS = 1024
-RETRY_TIMEOUT = 14
-"""4.096 microseconds times 2 to the power of this: 67 ms until something unanswered is sent again."""
-RETRIES = 7
+RETRY_TIMEOUT = 17
+"""4.096 microseconds times 2 to the power of this: 0.54 s until something unanswered is sent again.
+
+A busy host stops an emulated machine for nearly as long."""
+RETRIES = 6
+"""7 would be without end for soft-RoCE."""
 
 
 class PeerError(Exception):

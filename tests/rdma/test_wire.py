@@ -25,6 +25,7 @@ SIZES, BANDWIDTH_SIZES = (2, 64, 4096, 65536), (4096, 65536)
 QUICK = [
     *("--sizes", "64KiB,2,64,4KiB", "--samples", "60"),
     *("--bandwidth-sizes", "4KiB,64KiB", "--writes", "60", "--depth", "8"),
+    *("--rail-timeout", "4"),  # a busy host stops an emulated machine for longer than the default
 ]
 
 

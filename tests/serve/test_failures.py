@@ -239,7 +239,7 @@ def test_a_stop_is_an_orderly_end_although_the_engine_hangs(
     hosts: Hosts, follower: Follower, tiny_moe: Path, number: signal.Signals
 ) -> None:
     """vLLM kills an engine that has not ended some seconds after the request; that is no failure of the engine."""
-    before = shared_memory.listing()
+    before = shared_memory.listing(*hosts)
     with leader(hosts, follower, tiny_moe) as server:
         stream = Stream(server)
         waits, engine = follower.waits(), engine_of(server)

@@ -48,6 +48,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "transport": ("auto", "verbs", "loopback"),
     "rails": ("mlx5_0", "mlx5_0:1", "mlx5_0:1:3,mlx5_1"),
     "link_timeout": (1.0, 2.0, 3.0),
+    "rail_timeout": (1.0, 2.0, 3.0),
     "traffic_class": (1, 2, 3),
     "service_level": (1, 2, 3),
     "loopback_mode": ("direct", "proxied", "direct"),

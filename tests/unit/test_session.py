@@ -64,6 +64,7 @@ def test_numbers_of_both_are_walked_over() -> None:
         "slot_kib",
         "packet_kib",
         "link_timeout",
+        "rail_timeout",
         "collective_timeout",
     }
     assert numbers | {"loopback_latency_us", "loopback_gbytes_per_s", "transport", "loopback_mode"} <= walked
@@ -72,7 +73,7 @@ def test_numbers_of_both_are_walked_over() -> None:
     assert both - walked == {"rails", "wire"}, "names and a file, not numbers"
 
 
-@pytest.mark.parametrize("name", ["link_timeout", "collective_timeout"])
+@pytest.mark.parametrize("name", ["link_timeout", "rail_timeout", "collective_timeout"])
 def test_a_time_that_no_clock_of_the_runtime_can_measure(name: str) -> None:
     flag = f"--spark-{name.replace('_', '-')}"
     with pytest.raises(ConfigurationError, match=rf"^{flag} 0\.0005 is invalid: must be a number from 0\.001 to "):

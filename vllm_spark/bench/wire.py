@@ -56,7 +56,7 @@ _STEP_SECONDS = 1800.0
 
 _RETRY_SECONDS = 0.5
 
-_RAIL_SECONDS = 30.0
+_PROGRESS_SECONDS = 60.0
 """Time without progress after which a rail has failed: longer than it takes to detect an unplugged cable."""
 
 _STREAMS = 5
@@ -73,6 +73,7 @@ class Plan:
         bandwidth_sizes: bytes of the messages whose bandwidth is measured, ascending.
         writes: number of writes that are posted back to back, five times.
         depth: maximum number of outstanding writes on each rail.
+        rail_timeout: seconds without an acknowledgement after which a rail fails.
         traffic_class, service_level: of the packets.
     """
 
@@ -81,6 +82,7 @@ class Plan:
     bandwidth_sizes: tuple[int, ...] = BANDWIDTH_SIZES
     writes: int = 1000
     depth: int = 128
+    rail_timeout: float = 0.5
     traffic_class: int = 0
     service_level: int = 0
 
@@ -173,7 +175,8 @@ def _connect(session: BenchSession, plan: Plan, rails: list[Rail], peer: str) ->
         probe = _native.WireProbe(
             rails=[*rails],
             largest=max(*plan.sizes, *plan.bandwidth_sizes),
-            timeout_s=_RAIL_SECONDS,
+            timeout_s=_PROGRESS_SECONDS,
+            rail_timeout_s=plan.rail_timeout,
             traffic_class=plan.traffic_class,
             service_level=plan.service_level,
             attend=session.check_peer,

@@ -83,6 +83,9 @@ class RuntimeOptions:
     between the ranks. Empty: every active port that is in one network with one of the peer's."""
     link_timeout_s: float = 30.0
     """Verbs only: seconds without any working rail after which both ranks stop, more than 0."""
+    rail_timeout_s: float = 0.5
+    """Verbs only: seconds without an acknowledgement after which a rail fails, more than 0; NICs use the next lower of
+    0.47 s times a power of two, and may take up to four times as long."""
     traffic_class: int = 0
     """Verbs only: traffic class of the packets, 0 to 255."""
     service_level: int = 0

@@ -159,6 +159,7 @@ class Runtime:
                 native.open_link(
                     rails=[tuple(rail) for rail in rails],
                     timeout_s=options.link_timeout_s,
+                    rail_timeout_s=options.rail_timeout_s,
                     traffic_class=options.traffic_class,
                     service_level=options.service_level,
                 )

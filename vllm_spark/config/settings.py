@@ -144,6 +144,15 @@ class SparkConfig(BaseModel):
         le=3600,
         metavar="SECONDS",
     )
+    rail_timeout: float = _setting(
+        0.5,
+        "Verbs: seconds for which a NIC retransmits what is not acknowledged, before its rail fails and the others "
+        "carry on. NICs use the next lower of 0.47 s times a power of two, and may take up to four times as long.",
+        side="leader",
+        ge=_MIN_TIMEOUT,
+        le=8,
+        metavar="SECONDS",
+    )
     traffic_class: int = _setting(0, "Verbs: traffic class of the packets.", side="leader", ge=0, le=255, metavar="N")
     service_level: int = _setting(0, "Verbs: service level of the packets.", side="leader", ge=0, le=15, metavar="N")
     loopback_mode: Literal["direct", "proxied"] = _setting(

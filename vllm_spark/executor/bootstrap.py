@@ -178,6 +178,7 @@ def runtime_options(
         wire=wire if transport == "loopback" else None,
         rails=split_rails(rails),
         link_timeout_s=config.link_timeout,
+        rail_timeout_s=config.rail_timeout,
         traffic_class=config.traffic_class,
         service_level=config.service_level,
         slot_bytes=config.slot_kib << 10,

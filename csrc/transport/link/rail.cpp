@@ -7,7 +7,7 @@ namespace spark::verbs {
 static_assert(kProofBytes >= mtu_bytes(5), "an announcement fills the largest packet of the largest MTU");
 
 Rail::Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device,
-           std::byte* memory, const RegionSizes& sizes, const WireClass& wire_class,
+           std::byte* memory, const RegionSizes& sizes, const PathOptions& path_options,
            BackgroundRelease& release)
     : index_(index),
       address_(address),
@@ -21,7 +21,7 @@ Rail::Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Dev
       send_payload_(layout_.send_payload()),
       recv_payload_(layout_.recv_payload()),
       recv_flags_(layout_.recv_flags()),
-      wire_class_(wire_class),
+      path_options_(path_options),
       release_(release),
       device_(std::move(device)),
       sending_(*device_, memory + layout_.outbox(), layout_.total() - layout_.outbox(), false),
@@ -50,7 +50,7 @@ void Rail::offer() {
 }
 
 void Rail::connect(const RailState& peer) {
-  connection_->connect(peer.connection, wire_class_);
+  connection_->connect(peer.connection, path_options_);
   remote_base_ = peer.connection.address - layout_.inbox();
   for (WriteRequest& write : chain_) write.prepare(sending_.local_key(), peer.connection.remote_key);
   phase_ = Phase::kReady;

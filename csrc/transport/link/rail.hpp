@@ -27,7 +27,7 @@ class Rail {
  public:
   // Pins the sending part of `memory`. Throws CollectiveError. `release` must outlive it.
   Rail(uint32_t index, const RailAddress& address, std::shared_ptr<const Device> device, std::byte* memory,
-       const RegionSizes& sizes, const WireClass& wire_class, BackgroundRelease& release);
+       const RegionSizes& sizes, const PathOptions& path_options, BackgroundRelease& release);
 
   ~Rail();
   Rail(const Rail&) = delete;
@@ -110,7 +110,7 @@ class Rail {
   RegionLayout layout_;
   // Copies of what `layout_` would compute for each message.
   size_t packet_area_, payload_area_, send_packets_, recv_packets_, send_payload_, recv_payload_, recv_flags_;
-  WireClass wire_class_;
+  PathOptions path_options_;
   BackgroundRelease& release_;
   std::shared_ptr<const Device> device_;
   MemoryRegion sending_;

@@ -40,7 +40,7 @@ RailKeeper::RailKeeper(const LinkOptions& options, std::byte* memory, const Regi
   }
   for (uint32_t index = 0; index < rails.size(); ++index) {
     rails_.push_back(std::make_unique<Rail>(index, rails[index], options.open_device(rails[index]), memory,
-                                            sizes, options.wire_class, release_));
+                                            sizes, options.path_options, release_));
   }
   counters_.lost.store(true, std::memory_order_relaxed);  // until a rail is proven
 }

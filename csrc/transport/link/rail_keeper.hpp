@@ -24,7 +24,7 @@ struct LinkOptions {
     return std::make_shared<const Device>(rail.device);
   };
   std::chrono::nanoseconds timeout{std::chrono::seconds(30)};  // without an open rail, before both ranks stop
-  WireClass wire_class;
+  PathOptions path_options;
   HoldDownTimes hold_down;  // of rails that fail soon after they came up
 };
 

@@ -27,10 +27,10 @@ ConnectionInfo Connection::info() const {
           address_.gid};
 }
 
-void Connection::connect(const ConnectionInfo& peer, const WireClass& wire_class) {
+void Connection::connect(const ConnectionInfo& peer, const PathOptions& path_options) {
   uint32_t source_index = device_->gid_index(address_.port, address_.gid);
   pair_.connect({peer.queue_pair, peer.packet_number, std::min(address_.mtu, peer.mtu), peer.gid},
-                source_index, packet_number_, wire_class);
+                source_index, packet_number_, path_options);
 }
 
 std::optional<std::string> Connection::poll() {

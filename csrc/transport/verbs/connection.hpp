@@ -67,7 +67,7 @@ class Connection {
 
   ConnectionInfo info() const;
   // Connects to the peer's end, after which writes may be posted. Throws CollectiveError.
-  void connect(const ConnectionInfo& peer, const WireClass& wire_class);
+  void connect(const ConnectionInfo& peer, const PathOptions& path_options);
   // Ends all traffic both ways: nothing of it reaches this machine's memory any more.
   void end() noexcept { pair_.end(); }
   bool owns(const void* queue_pair) const { return pair_.is(queue_pair); }

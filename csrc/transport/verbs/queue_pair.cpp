@@ -10,14 +10,21 @@
 namespace spark::verbs {
 namespace {
 
-// A packet without an acknowledgement is retransmitted after 4.096 us * 2^14 = 67 ms, at most six times. So a
-// dead cable is detected in 0.5 to a few seconds (NICs use longer times), and a loss of 5 % of the packets is
-// tolerated. Not seven times, which soft-RoCE treats as unlimited.
-constexpr uint8_t kTimeout = 14;
+// How often a packet without an acknowledgement is retransmitted. With six a loss of 5 % of the packets is
+// tolerated. Not seven, which soft-RoCE treats as unlimited.
 constexpr uint8_t kRetries = 6;
+constexpr int kMaxTimeout = 31;          // five bits
 constexpr uint8_t kReceiverRetries = 7;  // unlimited; RDMA writes need no posted receive anyway
 constexpr uint8_t kReceiverTimer = 12;
 constexpr uint8_t kHopLimit = 64;
+
+// The longest time between two transmissions of a packet, 4.096 us * 2^code, with which all of them end
+// within `rail_timeout`.
+uint8_t timeout_code(std::chrono::nanoseconds rail_timeout) {
+  int code = 1;  // 0 is unlimited
+  while (code < kMaxTimeout && (kRetries + 1) * (int64_t{4096} << (code + 1)) <= rail_timeout.count()) ++code;
+  return static_cast<uint8_t>(code);
+}
 
 [[noreturn]] void fail(const std::string& device, const std::string& what, int error) {
   throw CollectiveError("the RDMA device " + device + " cannot " + what + " (" + std::strerror(error) +
@@ -85,7 +92,7 @@ QueuePair::~QueuePair() {
 }
 
 void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
-                        const WireClass& wire_class) {
+                        const PathOptions& path_options) {
   abi::ibv_qp_attr receive{};
   receive.qp_state = abi::IBV_QPS_RTR;
   receive.path_mtu = mtu_code(peer.mtu);
@@ -95,18 +102,18 @@ void QueuePair::connect(const Destination& peer, uint32_t source_index, uint32_t
   receive.min_rnr_timer = kReceiverTimer;
   receive.ah_attr.is_global = 1;
   receive.ah_attr.port_num = port_;
-  receive.ah_attr.sl = wire_class.service_level;
+  receive.ah_attr.sl = path_options.service_level;
   receive.ah_attr.grh.dgid = peer.gid;
   receive.ah_attr.grh.sgid_index = static_cast<uint8_t>(source_index);
   receive.ah_attr.grh.hop_limit = kHopLimit;
-  receive.ah_attr.grh.traffic_class = wire_class.traffic_class;
+  receive.ah_attr.grh.traffic_class = path_options.traffic_class;
   modify(receive,
          abi::IBV_QP_STATE | abi::IBV_QP_AV | abi::IBV_QP_PATH_MTU | abi::IBV_QP_DEST_QPN |
              abi::IBV_QP_RQ_PSN | abi::IBV_QP_MAX_DEST_RD_ATOMIC | abi::IBV_QP_MIN_RNR_TIMER,
          "reach the peer");
   abi::ibv_qp_attr send{};
   send.qp_state = abi::IBV_QPS_RTS;
-  send.timeout = kTimeout;
+  send.timeout = timeout_code(path_options.rail_timeout);
   send.retry_cnt = kRetries;
   send.rnr_retry = kReceiverRetries;
   send.sq_psn = packet_number;

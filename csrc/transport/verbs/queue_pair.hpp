@@ -2,6 +2,7 @@
 // pair.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 
@@ -53,10 +54,14 @@ struct Destination {
   abi::ibv_gid gid;
 };
 
-// Class of the packets on the wire; the network's administrator defines both numbers.
-struct WireClass {
+// How packets travel.
+struct PathOptions {
+  // Class of the packets on the wire; the network's administrator defines both numbers.
   uint8_t traffic_class = 0;
   uint8_t service_level = 0;
+  // A queue pair fails when one of its packets was retransmitted for so long and was not acknowledged. NICs
+  // know powers of two, of which the next lower one is used, and may take up to four times as long.
+  std::chrono::nanoseconds rail_timeout{std::chrono::milliseconds(500)};
 };
 
 class QueuePair {
@@ -76,7 +81,7 @@ class QueuePair {
   // Connects to the peer's, sending from GID `source_index` with numbers from `packet_number`. Throws
   // CollectiveError.
   void connect(const Destination& peer, uint32_t source_index, uint32_t packet_number,
-               const WireClass& wire_class);
+               const PathOptions& path_options);
   // Ends all traffic both ways, as an error of the wire does. What was posted completes with an error.
   void end() noexcept;
 

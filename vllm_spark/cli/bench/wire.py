@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 SUMMARY = "latency and bandwidth of RDMA writes between two machines, and a wire model of them"
 
-SETTINGS = ("address", "port", "secret_file", "rails", "traffic_class", "service_level")
+SETTINGS = ("address", "port", "secret_file", "rails", "rail_timeout", "traffic_class", "service_level")
 """The settings of serve and join that this command has as options."""
 
 _LISTENERS = ("sizes", "samples", "bandwidth_sizes", "writes", "depth")
 _MOST = 1_000_000
-_LISTENERS_SETTINGS = ("address", "traffic_class", "service_level")
+_PLAN_SETTINGS = ("rail_timeout", "traffic_class", "service_level")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,7 @@ def _of_the_plan(args: argparse.Namespace) -> dict[str, Any]:
 
     given: dict[str, Any] = {name: getattr(args, name) for name in _LISTENERS if getattr(args, name) is not None}
     flags = given_flags(args)
-    if args.connect and (theirs := [*given, *(name for name in _LISTENERS_SETTINGS if name in flags)]):
+    if args.connect and (theirs := [*given, *(name for name in ("address", *_PLAN_SETTINGS) if name in flags)]):
         raise ConfigurationError(
             f"--{theirs[0].replace('_', '-')} is an option of the machine with --listen, which determines what is "
             "measured; leave it out here"
@@ -147,7 +147,7 @@ def _of_the_plan(args: argparse.Namespace) -> dict[str, Any]:
 def _plan(given: dict[str, Any], config: SparkConfig) -> Plan:
     from vllm_spark.bench.wire import Plan
 
-    return Plan(**given, traffic_class=config.traffic_class, service_level=config.service_level)
+    return Plan(**given, **{name: getattr(config, name) for name in _PLAN_SETTINGS})
 
 
 def _show(args: argparse.Namespace, plan: Plan, model: WireModel) -> None:
