@@ -118,7 +118,7 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
         reads.append(path)
         return ""
 
-    monkeypatch.setattr(comparison, "_digest", digest)
+    monkeypatch.setattr(comparison, "file_digest", digest)
     ranks.loaded = {1}
     for _ in range(3):
         output = step(request(adapter))

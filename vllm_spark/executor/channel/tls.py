@@ -154,8 +154,13 @@ class TlsConnection:
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
+        self.send_parts(timeout, data)
+
+    def send_parts(self, timeout: float | None, *parts: bytes | memoryview) -> None:
+        """Sends all of `parts`, without putting them together before. Raises as `send`."""
         with self._state:
-            self._tls.write(data)
+            for part in parts:
+                self._tls.write(part)
         if timeout is None:
             self._flush()
             return
