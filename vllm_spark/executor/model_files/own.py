@@ -88,6 +88,14 @@ def copied_place(wanted: LoadedFiles) -> Path | None:
     return folder / "models" / f"{base or wanted.kind}-{content_key(wanted)[:16]}" / (single_name(wanted) or "")
 
 
+def _copied_places(wanted: LoadedFiles) -> Iterator[Path]:
+    """Where the same content was copied to, under this name or another one."""
+    folder = data_folder()
+    if folder is not None:
+        for place in sorted((folder / "models").glob(f"*-{content_key(wanted)[:16]}")):
+            yield place / (single_name(wanted) or "")
+
+
 def single_name(wanted: LoadedFiles) -> str | None:
     """The file's name if a single file is wanted; None if it is a folder."""
     if wanted.kind != "file" and not wanted.single_file:
@@ -124,8 +132,7 @@ def _all_candidates(wanted: LoadedFiles, mapping: Mapping[str, Path]) -> Iterato
         yield from cached_in_modelscope(wanted.name)
     if wanted.origin != "object storage":
         yield Path(wanted.place)
-        if (copied := copied_place(wanted)) is not None:
-            yield copied
+        yield from _copied_places(wanted)
     if hub is None and wanted.kind == "model" and wanted.origin == "path":
         yield from (place for place in _everything_cached() if _configuration_fits(place, wanted))
 
