@@ -6,9 +6,13 @@ import dataclasses
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,6 +31,8 @@ from vllm_spark.executor.model_files.hub_cache import hub_place_of
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import copied_place
 from vllm_spark.executor.model_sync import staging
+from vllm_spark.executor.model_sync.fetch import fetch_from_leader
+from vllm_spark.executor.model_sync.manifest import CopiedFile
 from vllm_spark.executor.model_sync.sender import ModelSender
 
 from .test_channel import LIMIT, SECRET, wait_for
@@ -58,12 +64,6 @@ def bob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
     monkeypatch.setattr(staging, "RANGE_BYTES", MIB)
     return home
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor() as made:
-        yield made
 
 
 @pytest.fixture
@@ -106,9 +106,7 @@ class Leader:
         sends: `--spark-model-sync`.
     """
 
-    def __init__(
-        self, place: Path, pool: ThreadPoolExecutor, name: str = AT_ALICES, *, sends: bool = True, timeout: float = 60.0
-    ) -> None:
+    def __init__(self, place: Path, name: str = AT_ALICES, *, sends: bool = True, timeout: float = 60.0) -> None:
         hub = hub_place_of(place)
         origin = "path" if hub is None else "hub"
         here = LoadedFiles("model", name, str(place), "model", ModelIdentity.of(place), origin, hub)  # type: ignore[arg-type]
@@ -120,9 +118,15 @@ class Leader:
         self.listener = Listener("127.0.0.1", 0, tls_context(SECRET, "leader"), LIMIT, serve_copy=serve)
         self.port = int(self.listener.endpoint.rpartition(":")[2])
         offer = Offer(name, [self.wanted], 5.0, sends_files=sends)
-        self.accepted: Future[Follower] = pool.submit(
-            self.listener.wait_for_follower, offer, timeout, self.sender.changed
-        )
+        self.accepted: Future[Follower] = Future()
+
+        def wait() -> None:
+            try:
+                self.accepted.set_result(self.listener.wait_for_follower(offer, timeout, self.sender.changed))
+            except Exception as error:
+                self.accepted.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()  # a follower that refuses leaves it waiting
 
     def close(self) -> None:
         self.listener.close()
@@ -170,11 +174,9 @@ def assert_no_leftovers(home: Path) -> None:
     assert [path for path in home.rglob("*") if "vllm-spark-copy" in path.name] == []
 
 
-def test_a_model_in_a_folder(
-    model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_in_a_folder(model: Path, bob: Path, leaders: list[Leader], caplog: pytest.LogCaptureFixture) -> None:
     """It goes to a folder that its content names; the next time it is found there."""
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     place = place_of(follow(leader))
     assert place.parent == bob / "data/vllm-spark/models"
     assert place == copied_place(leader.wanted)
@@ -183,25 +185,23 @@ def test_a_model_in_a_folder(
     assert messages(caplog, r"^Copying the model /alice/tiny to this machine: 3\.1 MB in 7 files\.$")
     sent = leader.sender.sent
     assert sent == sum(len(content) for content in contents(place).values())
-    leaders.append(again := Leader(model, pool))
+    leaders.append(again := Leader(model))
     assert place_of(follow(again)) == place
     assert again.sender.sent == 0
 
 
-def test_off_refuses_with_the_command(model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader]) -> None:
-    leaders.append(leader := Leader(model, pool, sends=False))
+def test_off_refuses_with_the_command(model: Path, bob: Path, leaders: list[Leader]) -> None:
+    leaders.append(leader := Leader(model, sends=False))
     with pytest.raises(RefusedError, match=rf"there is no model in {AT_ALICES} on .*; copy the leader's there"):
         follow(leader)
     assert leader.sender.sent == 0
     assert contents(bob) == {}
 
 
-def test_a_model_of_the_hub(
-    model: Path, bob: Path, tmp_path: Path, pool: ThreadPoolExecutor, leaders: list[Leader]
-) -> None:
+def test_a_model_of_the_hub(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
     """Blobs, links and branch are as a download leaves them."""
     snapshot = as_hub(model, tmp_path / "alice/hub")
-    leaders.append(leader := Leader(snapshot, pool, "somebody/tiny"))
+    leaders.append(leader := Leader(snapshot, "somebody/tiny"))
     place = place_of(follow(leader))
     assert place == bob / f"hub/models--somebody--tiny/snapshots/{COMMIT}"
     assert_same(place, model)
@@ -211,20 +211,18 @@ def test_a_model_of_the_hub(
     assert (place.parents[1] / "refs/main").read_text() == COMMIT
 
 
-def test_two_versions_side_by_side(
-    model: Path, bob: Path, tmp_path: Path, pool: ThreadPoolExecutor, leaders: list[Leader]
-) -> None:
+def test_two_versions_side_by_side(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
     """Of a repository, where files of the same content are not sent again; and of a folder."""
     other = COMMIT[::-1]
     first = as_hub(model, tmp_path / "alice/hub")
-    leaders.append(leader := Leader(first, pool, "somebody/tiny"))
+    leaders.append(leader := Leader(first, "somebody/tiny"))
     before = place_of(follow(leader))
     (model / "model-2.safetensors").write_bytes(b"new" * 100)
     second = cache_model(model, tmp_path / "alice/hub", "somebody/tiny", other)
     big = second / "model-1.safetensors"
     big.unlink()
     big.symlink_to(os.readlink(first / "model-1.safetensors"))
-    leaders.append(leader := Leader(second, pool, "somebody/tiny"))
+    leaders.append(leader := Leader(second, "somebody/tiny"))
     after = place_of(follow(leader))
     assert leader.sender.sent < MIB
     assert (before.name, after.name) == (COMMIT, other)
@@ -232,10 +230,10 @@ def test_two_versions_side_by_side(
     assert (before / "model-2.safetensors").read_bytes() == b"a" * 100
     assert (before.parents[1] / "refs/main").read_text() == COMMIT
 
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     one = place_of(follow(leader))
     (model / "model-2.safetensors").write_bytes(b"newer")
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     two = place_of(follow(leader))
     assert one != two
     assert (one / "model-2.safetensors").read_bytes() == b"new" * 100
@@ -243,27 +241,26 @@ def test_two_versions_side_by_side(
 
 
 def test_a_commit_that_is_here_in_part_is_completed(
-    model: Path, bob: Path, tmp_path: Path, pool: ThreadPoolExecutor, leaders: list[Leader]
+    model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]
 ) -> None:
     """As vLLM leaves it that has read a model's configuration alone."""
     snapshot = as_hub(model, tmp_path / "alice/hub")
     mine = bob / f"hub/models--somebody--tiny/snapshots/{COMMIT}"
     mine.mkdir(parents=True)
     shutil.copy(model / "config.json", mine)
-    state = (mine / "config.json").stat()
-    leaders.append(leader := Leader(snapshot, pool, "somebody/tiny"))
+    before = (mine / "config.json").stat()
+    leaders.append(leader := Leader(snapshot, "somebody/tiny"))
     assert place_of(follow(leader)) == mine
     assert_same(mine, model)
-    assert (mine / "config.json").stat() == state
+    after = (mine / "config.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_damaged_commit_is_not_replaced(
-    model: Path, bob: Path, tmp_path: Path, pool: ThreadPoolExecutor, leaders: list[Leader]
-) -> None:
+def test_a_damaged_commit_is_not_replaced(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
     snapshot = as_hub(model, tmp_path / "alice/hub")
     mine = as_hub(model, bob / "hub")
     (mine / "model-2.safetensors").resolve().write_bytes(b"b" * 100)
-    leaders.append(leader := Leader(snapshot, pool, "somebody/tiny"))
+    leaders.append(leader := Leader(snapshot, "somebody/tiny"))
     place = place_of(follow(leader))
     assert place.parent == bob / "data/vllm-spark/models"
     assert_same(place, model)
@@ -271,12 +268,10 @@ def test_a_damaged_commit_is_not_replaced(
 
 
 @pytest.mark.parametrize("by", ["path", "repository"])
-def test_a_mapped_folder(
-    model: Path, bob: Path, tmp_path: Path, pool: ThreadPoolExecutor, leaders: list[Leader], by: str
-) -> None:
+def test_a_mapped_folder(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader], by: str) -> None:
     place = model if by == "path" else as_hub(model, tmp_path / "alice/hub")
     name = AT_ALICES if by == "path" else "somebody/tiny"
-    leaders.append(leader := Leader(place, pool, name))
+    leaders.append(leader := Leader(place, name))
     mine = bob / "disk" / "mine"
     mapping = f"other=/x,{name}={mine}"
     with pytest.raises(RefusedError, match=rf"cannot be made, because there is no {mine.parent} on"):
@@ -287,19 +282,19 @@ def test_a_mapped_folder(
     assert_no_leftovers(bob)
 
 
-def test_a_mapped_folder_that_is_there(model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader]) -> None:
+def test_a_mapped_folder_that_is_there(model: Path, bob: Path, leaders: list[Leader]) -> None:
     """It is completed; a small file that nobody compares may be its owner's. Another version is not touched."""
     mine = bob / "mine"
     mine.mkdir()
     shutil.copy(model / "model-1.safetensors", mine)
     (mine / "generation_config.json").write_text('{"of": "bob"}')
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     assert place_of(follow(leader, f"{AT_ALICES}={mine}")) == mine
     assert leader.sender.sent < MIB
     assert contents(mine)["generation_config.json"] == b'{"of": "bob"}'
     (mine / "model-2.safetensors").write_bytes(b"b" * 100)
     before = contents(mine)
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     sentence = rf"{mine}/model-2.safetensors on .* has other content .*, and is not replaced; move {mine} away"
     with pytest.raises(RefusedError, match=sentence):
         follow(leader, f"{AT_ALICES}={mine}")
@@ -307,10 +302,10 @@ def test_a_mapped_folder_that_is_there(model: Path, bob: Path, pool: ThreadPoolE
 
 
 def test_a_file_that_changes_while_it_is_copied(
-    model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
+    model: Path, bob: Path, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both sides get the sentence; the leader ends, and with the new content only what is new is copied."""
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     changed = model / "model-2.safetensors"
     send = ModelSender._send_range
 
@@ -326,7 +321,7 @@ def test_a_file_that_changes_while_it_is_copied(
     monkeypatch.undo()
     bob_again(bob, monkeypatch)
     assert not any(path.name == "config.json" for path in bob.rglob("*"))
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     assert_same(place_of(follow(leader)), model)
     assert_no_leftovers(bob)
 
@@ -342,13 +337,13 @@ def bob_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_arrived_before_is_not_copied_again_and_is_looked_at(
-    model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
+    model: Path, bob: Path, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first attempt ends after two ranges; a byte of one of them is damaged before the second attempt."""
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     record, recorded = staging.Staging.record, []
 
-    def limited(self: staging.Staging, file: staging.CopiedFile, offset: int, checksum: str) -> None:
+    def limited(self: staging.Staging, file: CopiedFile, offset: int, checksum: str) -> None:
         record(self, file, offset, checksum)
         if file.name == "model-1.safetensors":
             recorded.append(self.data(file))
@@ -361,52 +356,51 @@ def test_what_arrived_before_is_not_copied_again_and_is_looked_at(
             follow(leader)
     before = leader.sender.sent
     data = recorded[0]
-    with data.open("r+b") as file:
-        file.seek(MIB + 5)
-        file.write(b"X")
-    with data.with_suffix(".ranges").open("ab") as file:
-        file.write(b"2097152 0123")  # a process was killed in this line
+    with data.open("r+b") as content:
+        content.seek(MIB + 5)
+        content.write(b"X")
+    with data.with_suffix(".ranges").open("ab") as ranges:
+        ranges.write(b"2097152 0123")  # a process was killed in this line
     assert_same(place_of(follow(leader)), model)
     assert leader.sender.sent - before < 3 * MIB  # the damaged range and the last ones, and not the first
     assert leader.sender.sent - before > 2 * MIB
 
 
-def test_a_disk_without_room(
-    model: Path, bob: Path, pool: ThreadPoolExecutor, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room(model: Path, bob: Path, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first byte."""
     from vllm_spark.executor.model_sync import receiver
 
     monkeypatch.setattr(receiver, "free_bytes", lambda place: 5 * MIB)
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     with pytest.raises(RefusedError, match=r"the model /alice/tiny needs 19\.9 MB more on .*, and 5\.2 MB are free at"):
         follow(leader)
     assert leader.sender.sent == 0
 
 
 def test_a_leader_that_waits_is_told_of_the_copy(
-    model: Path, pool: ThreadPoolExecutor, leaders: list[Leader], caplog: pytest.LogCaptureFixture
+    model: Path, leaders: list[Leader], caplog: pytest.LogCaptureFixture
 ) -> None:
-    leaders.append(leader := Leader(model, pool))
+    leaders.append(leader := Leader(model))
     follow(leader)
     wait_for(lambda: messages(caplog, r"The follower on .* is copying the model /alice/tiny"), "the leader logs it")
 
 
 def test_the_time_of_a_copy_does_not_count_as_waiting(
-    model: Path, pool: ThreadPoolExecutor, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
+    model: Path, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A follower that fails after hours of copying may connect again."""
-    leaders.append(leader := Leader(model, pool, timeout=4.0))
-    copy = leader_search.fetch_from_leader
-    slow = [5.0]
+    """A follower that fails after an hour of copying may connect again."""
+    from vllm_spark.executor.handshake import server
 
-    def slowly(*given: object) -> Path:
-        import time
+    passed = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], sleep=time.sleep)
+    monkeypatch.setattr(server, "time", clock)
+    leaders.append(leader := Leader(model))
 
-        if slow:
-            time.sleep(slow.pop())
+    def slowly(*given: Any) -> Path:
+        if passed[0] == 0.0:
+            passed[0] = 3600.0
             raise RefusedError("the disk is full")
-        return copy(*given)  # type: ignore[arg-type]
+        return fetch_from_leader(*given)
 
     monkeypatch.setattr(leader_search, "fetch_from_leader", slowly)
     follow(leader, once=False)

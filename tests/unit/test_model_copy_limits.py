@@ -177,7 +177,7 @@ def copy(wanted: LoadedFiles, manifest: Manifest, place: FolderPlace, ends: tupl
         pool.submit(sender.serve, ends[0])
         try:
             streams = lambda count, lock: [ThreadStream(ends[1])]  # noqa: E731
-            return copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type,return-value]
+            return copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type]
         finally:
             sender.close()
 
@@ -224,7 +224,7 @@ def test_a_sender_that_sends_something_else(
         pool.submit(send)
         streams = lambda count, lock: [ThreadStream(far)]  # noqa: E731
         with pytest.raises((RefusedError, PeerLostError), match=sentence):
-            copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type,return-value]
+            copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type]
     assert not (tmp_path / "bob").exists()
     assert all(path.stat().st_size <= 7000 for path in place.staging.glob("*.data"))
 

@@ -150,8 +150,8 @@ class Listener:
                     logger.warning("%s does not fit: %s. Still waiting.", upper_first(control.peer), error)
             control.close()
             self._release()
-            if (error := changed()) is not None:
-                raise error
+            if (change := changed()) is not None:
+                raise change
         raise self._no_follower(timeout)
 
     def wait_for_any_follower(self, timeout: float) -> tuple[Hello, Connection]:

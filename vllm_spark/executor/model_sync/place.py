@@ -72,14 +72,15 @@ class FolderPlace(Place):
     Args:
         folder: it may be there, with some of the files.
         wanted: what goes there.
+        name: of the staging folder; the folder's own by default.
     """
 
-    def __init__(self, folder: Path, wanted: LoadedFiles) -> None:
+    def __init__(self, folder: Path, wanted: LoadedFiles, name: str | None = None) -> None:
         self._folder, self._wanted = folder, wanted
         self.result = folder / (single_name(wanted) or "")
         # A folder that is there may be a file system of its own.
         self._exists = os.path.isdir(folder)
-        self.staging = folder / _STAGING if self._exists else folder.parent / f"{_STAGING}-{folder.name}"
+        self.staging = folder / _STAGING if self._exists else folder.parent / f"{_STAGING}-{name or folder.name}"
 
     def find(self, file: CopiedFile) -> Path | None:
         """As `Place.find`. A small file that is not compared may differ."""
@@ -200,7 +201,9 @@ def choose_place(
             f"the user on {host_name()} has no home folder for the {wanted.what}; give a folder for it: "
             f"vllm-spark join --model-path {wanted.name}=FOLDER"
         )
-    return FolderPlace(copied if single_name(wanted) is None else copied.parent, wanted)
+    folder = copied if single_name(wanted) is None else copied.parent
+    # Without the digest: if the other machine's files change meanwhile, those that stay the same are not copied again.
+    return FolderPlace(folder, wanted, folder.name.rpartition("-")[0])
 
 
 def free_bytes(place: Place) -> int:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError, without_stop
 from vllm_spark.executor.channel.addresses import host_name
@@ -44,8 +44,8 @@ _STREAM_MODULE = "vllm_spark.executor.model_sync.stream"
 class Stream(ABC):
     """A running loop of `stream.run`: `send` gives it a job, and its events are lines at `events`."""
 
-    events: BinaryIO
-    _jobs: BinaryIO
+    events: IO[bytes]
+    _jobs: IO[bytes]
 
     def send(self, job: Job) -> None:
         """Gives it a job. Raises BrokenPipeError if it has ended."""

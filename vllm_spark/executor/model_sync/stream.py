@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import IO, Literal
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
@@ -80,7 +80,7 @@ class Event:
     failure: Literal["", "refused", "full", "file", "lost"] = ""
 
 
-def run(connect: Callable[[], Connection], jobs: BinaryIO, events: BinaryIO) -> None:
+def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -> None:
     """Does jobs until there are none; a failure is an event, after which it ends.
 
     Args:
