@@ -2,7 +2,7 @@
 
     python -m benchmarks.model_sync [--gigabytes 4] [--files 40] [--rounds 3] [--json FILE]     # as root
 
-Leader and follower are in two network namespaces with a cable between them, source and copy in memory (/dev/shm). In
+Leader and follower are in two network namespaces with a cable between them, source and copy in memory (tmpfs). In
 each round the candidates take turns:
 
 - *ours*: the follower's search for a leader until the model is in place and compared, on as many streams as cores;
@@ -11,7 +11,7 @@ each round the candidates take turns:
 - *TLS ceiling*: on the loopback address, for each core one process that sends zeros from memory over TLS 1.3 and one
   that receives and drops them (`ssl.SSLSocket`, buffers of 1 MiB), as many bytes in all.
 
-The first figure of ours includes the start of its processes. rsync's does too.
+Ours includes the connections, the start of a process for each stream, and the comparison of all files.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rich.table import Table
 from tests.serve.hosts import Hosts, two_hosts
 from vllm_spark.bench.statistics import machine
 from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.processes.managed import ProcessError
 
 MIB = 1 << 20
 SECRET = b"benchmark secret, 32 bytes long.."
@@ -68,7 +69,7 @@ def make_model(folder: Path, gigabytes: float, files: int) -> int:
 
 
 def ours(hosts: Hosts, model: Path, home: Path) -> float:
-    """Seconds from the start of the follower until it has the model."""
+    """Seconds from when a follower that runs looks for its leader until it has the model."""
     first, second = hosts
     port = str(first.free_port())
     secret = {"VLLMSPARK_SECRET": secrets.token_hex(16), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -79,10 +80,9 @@ def ours(hosts: Hosts, model: Path, home: Path) -> float:
         leader.wait_for_line("^offers: ", BOUND)
         own = {"HOME": str(home), "XDG_DATA_HOME": str(home), "HF_HUB_OFFLINE": "1"}
         arguments = ["follower", "--leader", first.address, "--port", port]
-        start = time.perf_counter()
         follower = second.popen([*program, *arguments], secret | own, "follower", cold=True)
         place = Path(follower.wait_for_line("^place: (.*)$", BOUND)[1])
-        seconds = time.perf_counter() - start
+        seconds = float(follower.wait_for_line(r"^seconds: ([\d.]+)$", BOUND)[1])
         follower.wait(BOUND)
         assert sum(file.stat().st_size for file in place.iterdir()) == sum(f.stat().st_size for f in model.iterdir())
         return seconds
@@ -91,7 +91,7 @@ def ours(hosts: Hosts, model: Path, home: Path) -> float:
 
 
 @contextmanager
-def sshd(hosts: Hosts, folder: Path) -> Iterator[list[str]]:
+def sshd(program: str, hosts: Hosts, folder: Path) -> Iterator[list[str]]:
     """sshd in the follower's namespace; yields the ssh command to reach it."""
     address = hosts[1].address
     for name in ("host_key", "key"):
@@ -99,9 +99,12 @@ def sshd(hosts: Hosts, folder: Path) -> Iterator[list[str]]:
         subprocess.run(command, check=True, timeout=60)
     (folder / "config").write_text(SSHD_CONFIG.format(address=address, folder=folder))
     Path("/run/sshd").mkdir(exist_ok=True)
-    daemon = hosts[1].popen(["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "config")], {}, "sshd", cold=True)
+    daemon = hosts[1].popen([program, "-D", "-e", "-f", str(folder / "config")], {}, "sshd", cold=True)
     try:
-        daemon.wait_for_line("Server listening", 30)
+        try:
+            daemon.wait_for_line("Server listening", 30)
+        except ProcessError:
+            sys.exit(f"sshd did not start: {daemon.output()}")
         no_check = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
         yield ["ssh", "-p", "2222", "-i", str(folder / "key"), *no_check]
     finally:
@@ -111,7 +114,8 @@ def sshd(hosts: Hosts, folder: Path) -> Iterator[list[str]]:
 def rsync(hosts: Hosts, model: Path, target: Path, ssh: list[str]) -> float:
     """Seconds of one rsync."""
     assert hosts[0].namespace is not None
-    command = ["rsync", "-a", "--whole-file", "--inplace", "-e", " ".join(ssh), f"{model}/"]
+    program = str(shutil.which("rsync"))
+    command = [program, "-a", "--whole-file", "--inplace", "-e", " ".join(ssh), "--rsync-path", program, f"{model}/"]
     start = time.perf_counter()
     done = hosts[0].run([*command, f"root@{hosts[1].address}:{target}/"], dict(os.environ), BOUND)
     seconds = time.perf_counter() - start
@@ -164,7 +168,10 @@ def run(gigabytes: float, files: int, rounds: int) -> dict[str, Any]:
     streams = min(len(os.sched_getaffinity(0)), 8)
     load = os.getloadavg()[0]
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="model-sync-", dir="/dev/shm")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="model-sync-")))
+        # Not /dev/shm, of which each host has its own.
+        subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True, timeout=30)
+        stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True, timeout=30)
         hosts, reason = stack.enter_context(two_hosts(folder))
         if reason is not None:
             sys.exit(reason)
@@ -173,8 +180,9 @@ def run(gigabytes: float, files: int, rounds: int) -> dict[str, Any]:
             "ours": lambda: ours(hosts, folder / "model", target),
             "TLS ceiling": lambda: ceiling(size, streams),
         }
-        if shutil.which("rsync") and Path("/usr/sbin/sshd").exists():
-            ssh = stack.enter_context(sshd(hosts, folder))
+        daemon = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+        if shutil.which("rsync") and daemon is not None:
+            ssh = stack.enter_context(sshd(daemon, hosts, folder))
             candidates["rsync -e ssh"] = lambda: rsync(hosts, folder / "model", target, ssh)
             fast = [*ssh, "-c", "aes128-gcm@openssh.com"]
             candidates["rsync -e 'ssh -c aes128-gcm'"] = lambda: rsync(hosts, folder / "model", target, fast)

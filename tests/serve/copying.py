@@ -1,7 +1,7 @@
 """Leader and follower as far as they copy a model, without vLLM: programs for tests and for benchmarks/model_sync.py.
 
     python -m tests.serve.copying leader --address A --port P FOLDER      # offers FOLDER, until it is stopped
-    python -m tests.serve.copying follower --leader A --port P            # copies it; prints `place: FOLDER`
+    python -m tests.serve.copying follower --leader A --port P            # copies it; prints `seconds: N` and `place: FOLDER`
 
 Both read the secret from VLLMSPARK_SECRET. The follower's settings are those of `vllm-spark join`.
 """
@@ -12,6 +12,7 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,10 +62,13 @@ def follow(config: SparkConfig) -> None:
     def connect() -> Connector:
         return make_connector(config, str(config.leader), config.port)
 
-    found = LeaderSearch(config, connect, lambda *given: None, lambda environment: None, once=True).find()
+    search = LeaderSearch(config, connect, lambda *given: None, lambda environment: None, once=True)
+    start = time.perf_counter()
+    found = search.find()
+    seconds = time.perf_counter() - start
     connections = [found.connector.connect(name) for name in (RPC, GROUPS)]
     (place,) = set(found.own.values())
-    print(f"place: {place}", flush=True)
+    print(f"seconds: {seconds:.3f}\nplace: {place}", flush=True)
     assert all(connections)
 
 

@@ -147,7 +147,7 @@ def load_adapter(server: Server, name: str, path: Path | str) -> httpx.Response:
 def test_each_serves_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:
     assert tokens_of(pair.server, MODEL) == stock[MODEL]
     assert "does not fit" not in pair.server.leader.output()
-    assert re.search(r"Copied the model spark/tiny: 1\d\.\d MB in", pair.follower.output())
+    assert re.search(r"Copied the model spark/tiny: 6\.\d MB in", pair.follower.output())
     assert re.search(r"The follower on .* is copying the model spark/tiny", pair.server.leader.output())
 
 
@@ -261,3 +261,24 @@ def test_an_adapter_of_a_request(namespaces: Hosts, users: Users, stock: dict[st
         assert leader.wait(60) == 0
         assert follower.wait(30) == 0
     assert_all_gone(leader, follower)
+
+
+@pytest.mark.thorough
+def test_a_leader_gets_a_model_that_only_its_follower_has(
+    namespaces: Hosts, users: Users, tmp_path: Path, stock: dict[str, list[list[int]]]
+) -> None:
+    """Before its vLLM looks for the name; then it starts as if it had always had the model."""
+    port = str(namespaces[0].free_port())
+    new = users._replace(alice=tmp_path)
+    with join(namespaces, users, port) as follower, serve(namespaces, new, port) as server:
+        server.leader.wait_for_line("The model spark/tiny is not complete on this machine; asking", STEP_SECONDS)
+        follower.wait_for_line("asks for the model spark/tiny, which is in .* here", STEP_SECONDS)
+        server.wait_until_healthy()
+        assert tokens_of(server, MODEL) == stock[MODEL]
+        place = f"hf/hub/models--spark--tiny/snapshots/{COMMIT}"
+        names = {"config.json", "model.safetensors", "tokenizer.json"}
+        copied = contents(tmp_path / place)
+        assert names <= copied.keys()
+        original = contents(users.bob / place)
+        assert copied.items() <= original.items()
+    assert_all_gone(server.leader, follower)

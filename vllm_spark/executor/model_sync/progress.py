@@ -53,7 +53,9 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 20 s`, or `12 s`."""
+    """`1 h 02 min`, `3 min 20 s`, `12 s`, or `0.8 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

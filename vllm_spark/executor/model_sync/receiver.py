@@ -168,7 +168,8 @@ def copy_files(
         PeerLostError: the connection was lost; the same.
     """
     place = place or choose_place(wanted, manifest, mapping)
-    name = f"{wanted.what} {wanted.name}"
+    # Where the other side is offline, vLLM has put a path in place of the hub's name.
+    name = f"{wanted.what} {wanted.name if wanted.hub is None else wanted.hub.repository}"
     try:
         with Staging(place.staging) as staging:
             missing = [file for file in manifest.files if place.find(file) is None]
