@@ -19,7 +19,7 @@ from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
-_PIECE = 1 * MIB
+_PIECE = MIB // 4  # fits into a core's cache: it is read, encrypted and sent from there
 _SEND_TIMEOUT = 60.0  # seconds for the other machine to take a piece: it may wait for its disk
 _REQUEST_TIMEOUT = 600.0  # seconds between two requests: its disk may have much to write
 _MOST_CONNECTIONS = 16

@@ -27,7 +27,7 @@ SILENCE_TIMEOUT = 60.0
 """Seconds of silence after which a copy connection counts as lost."""
 
 _REQUEST_TIMEOUT = 10.0
-_PIECE = 1 * MIB
+_PIECE = MIB // 4  # as the sender sends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _fetch(
         checksum.update(buffer[:count])
         _write(descriptor, buffer[:count], at)
         at, unreported = at + count, unreported + count
-        if unreported >= 8 * _PIECE or at == end:
+        if unreported >= 8 * MIB or at == end:
             written(unreported)
             unreported = 0
     last = connection.receive(timeout=SILENCE_TIMEOUT)
