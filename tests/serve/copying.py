@@ -1,7 +1,7 @@
 """Leader and follower as far as they copy a model, without vLLM: programs for tests and for benchmarks/model_sync.py.
 
     python -m tests.serve.copying leader --address A --port P FOLDER      # offers FOLDER, until it is stopped
-    python -m tests.serve.copying follower --leader A --port P            # copies it; prints `seconds: N` and `place: FOLDER`
+    python -m tests.serve.copying follower --leader A --port P            # copies it; prints `seconds:` and `place:`
 
 Both read the secret from VLLMSPARK_SECRET. The follower's settings are those of `vllm-spark join`.
 """

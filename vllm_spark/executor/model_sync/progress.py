@@ -18,6 +18,7 @@ logger = logging.getLogger("vllm_spark")
 
 _STDERR = 2
 _WINDOW = 10.0  # seconds over which the rate is measured
+_WIDE = 120  # columns
 _FIRST_LINE, _LINE_INTERVAL = 5.0, 15.0  # seconds to the first line of the log, and between two of them
 
 
@@ -106,10 +107,11 @@ class CopyDisplay:
         if self._bar is None:
             # vLLM puts a prefix before each line that its processes write to `sys.stderr`.
             self._stream = os.fdopen(os.dup(_STDERR), "w", encoding="utf-8")
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[state]}"))
-            self._bar = Progress(
-                *columns, console=Console(file=self._stream), redirect_stdout=False, redirect_stderr=False, expand=True
-            )
+            console = Console(file=self._stream)
+            state_columns = (BarColumn(bar_width=None), TextColumn("{task.fields[state]}"))
+            # A narrow terminal has no room for the title, which a line of the log before has too.
+            columns = (TextColumn("{task.description}"), *state_columns) if console.width >= _WIDE else state_columns
+            self._bar = Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, expand=True)
             self._bar.add_task(f"{self._title}: {state.what}", total=state.total, state="")
             self._bar.start()
         (task,) = self._bar.task_ids
