@@ -20,6 +20,28 @@ constexpr size_t kFewestToPart = 256;
 // its message, and is cleared again before a quarter of the circle has passed.
 constexpr uint32_t kFarthestAhead = 1u << 29;
 
+// The first packet from `from` on, up to `end`, that does not have the flag `sequence`; if it is not in the
+// last line, the first one of its line.
+size_t scan_packets(const std::atomic<uint64_t>* halves, size_t from, size_t end, uint32_t sequence) {
+  const uint64_t expected = uint64_t{sequence} << 32;
+  // The flag is the upper part of a packet's second half.
+  auto differs = [&](const std::atomic<uint64_t>* packet) {
+    return packet[1].load(std::memory_order_relaxed) ^ expected;
+  };
+  // A cache line at a time, so that there is one branch for each and the core prefetches the next ones: what
+  // the GPU wrote is in none of its caches.
+  for (; from + kPacketsPerLine <= end; from += kPacketsPerLine) {
+    const std::atomic<uint64_t>* line = halves + 2 * from;
+    __builtin_prefetch(line + kPrefetchHalves);
+    uint64_t different = 0;
+#pragma GCC unroll 8
+    for (size_t packet = 0; packet < kPacketsPerLine; ++packet) different |= differs(line + 2 * packet);
+    if (different >> 32 != 0) return from;
+  }
+  while (from < end && differs(halves + 2 * from) >> 32 == 0) ++from;
+  return from;
+}
+
 }  // namespace
 
 // Flags are loaded relaxed, many of them, and then one fence orders them all before what follows: on aarch64,
@@ -58,21 +80,9 @@ bool SlotScanner::post_packets(Transport& transport, uint32_t sequence) {
     part = stripe_bytes(count * sizeof(WidePacket), parts_) / sizeof(WidePacket);
   uint32_t posts = 0;
   while (posted_packets_ < count) {
-    size_t end = std::min(count, posted_packets_ + part), staged = staged_packets_;
-    // A cache line at a time, so that there is one branch for each and the core prefetches the next ones:
-    // what the GPU wrote is in none of its caches.
-    for (; staged + kPacketsPerLine <= end; staged += kPacketsPerLine) {
-      __builtin_prefetch(halves + 2 * staged + kPrefetchHalves);
-      uint32_t different = 0;
-      for (size_t packet = staged; packet < staged + kPacketsPerLine; ++packet)
-        different |= flag(packet) ^ sequence;
-      if (different != 0) break;
-    }
-    if (staged + kPacketsPerLine > end) {
-      while (staged < end && flag(staged) == sequence) ++staged;
-    }
-    staged_packets_ = staged;
-    if (staged < end) break;
+    size_t end = std::min(count, posted_packets_ + part);
+    staged_packets_ = scan_packets(halves, staged_packets_, end, sequence);
+    if (staged_packets_ < end) break;
     // Acquire: what the previous kernels read from receive slots was read before these packets were stored,
     // and the transport's writes that follow tell the peer so.
     acquire_packets(posted_packets_, end);
