@@ -219,6 +219,7 @@ def serve(config: SparkConfig, args: Any, original: Callable[[], Any]) -> None:
     check_socket_folder()
     check_link(config)
     _check_ports_differ(args, config)
+    use_vllm_logging()
     fetch_missing(config, args)
     apply_all("leading")
     # With several API servers the process that starts them keeps its own handlers. They create vLLM's engine arguments
