@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from vllm_spark.tune.plan import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
+    from vllm_spark.tune.coverage import Use
     from vllm_spark.tune.timing import HangError
 
 SUMMARY = "find the fastest parameters of a model's experts on this GPU, and check tables of them"
@@ -188,7 +189,11 @@ def _check(args: argparse.Namespace) -> int:
     from vllm_spark.kernels.lookup import shipped_folder, user_folder
 
     folders = list(args.check)
+    uses: list[Use] = []
     if not folders:
+        from vllm_spark.tune.coverage import uses as uses_of_known_models
+
+        uses = uses_of_known_models()
         own = user_folder()
         folders = [shipped_folder(), *([own] if own is not None and _may_be_there(own) else [])]
     if not args.json:
@@ -196,9 +201,10 @@ def _check(args: argparse.Namespace) -> int:
         with console.status(f"checking tables in {', '.join(map(str, folders))}"):
             report = check_tables(folders, compile_kernels=not args.no_compile)
         _show(report, folders)
+        _show_uses(uses)
     else:
         report = check_tables(folders, compile_kernels=not args.no_compile)
-        print(_to_json(report), flush=True)
+        print(_to_json(report, uses), flush=True)
     if not report.tables:
         return EXIT_USAGE
     return 1 if report.failed else 0
@@ -226,6 +232,7 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
             table.add_row(f"[{colour}]{kind}[/]", escape(path.name), ", ".join(map(str, rows)), escape(sentence))
         console.print(table)
         console.print()
+    _show_contents(console, report)
     for sentence in report.unchecked:
         console.print(f"[yellow]NOT CHECKED[/]: {escape(sentence)}", soft_wrap=True)
     if report.compiler is not None:
@@ -240,6 +247,52 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
     console.print(f"{count} in {escape(places)}: {verdict}.", soft_wrap=True)
 
 
+def _show_contents(console: Console, report: CheckReport) -> None:
+    """Prints the rows of each table by provenance."""
+    from vllm_spark.kernels.table import origins
+
+    if not report.contents:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("table", "rows with an effect", "vLLM's choice"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "vLLM's choice" else "left")
+    for content in report.contents:
+        tuned = origins(content.tuned.values())
+        tokens = f" ({_ranges(content.tuned)} tokens)" if content.tuned else ""
+        table.add_row(escape(content.table.name), escape(tuned + tokens), f"{content.default} rows")
+    console.print(table)
+    console.print()
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`1-8, 16`."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][-1] == number - 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
+def _show_uses(uses: Sequence[Use]) -> None:
+    """Prints what serving uses on a GB10 for each shape of the known models, with the reasons below."""
+    if not uses:
+        return
+    console = Console(highlight=False)
+    table = Table(title="On a GB10", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("kernel", "shape of one rank", "models", "used", "why"):
+        table.add_column(heading, overflow="fold")
+    reasons: dict[str, int] = {}
+    for use in uses:
+        number = reasons.setdefault(use.why, len(reasons) + 1)
+        table.add_row(use.kernel, escape(use.shape), escape(", ".join(use.models)), escape(use.what), f"({number})")
+    console.print()
+    console.print(table)
+    for reason, number in reasons.items():
+        console.print(f"({number}) {escape(reason)}.", soft_wrap=True)
+
+
 def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     """Rows of a table that have the same finding."""
     found: dict[tuple[Path, str, str], list[int]] = {}
@@ -250,10 +303,24 @@ def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     return found
 
 
-def _to_json(report: CheckReport) -> str:
+def _to_json(report: CheckReport, uses: Sequence[Use]) -> str:
     return json.dumps(
         {
             "tables": [str(path) for path in report.tables],
+            "rows": [
+                {
+                    "table": str(content.table),
+                    "tuned": {
+                        str(rows): None if source is None else source.model_dump(mode="json", exclude_defaults=True)
+                        for rows, source in content.tuned.items()
+                    },
+                    "default": content.default,
+                }
+                for content in report.contents
+            ],
+            "uses": [
+                dataclasses.asdict(use) | {"table": None if use.table is None else str(use.table)} for use in uses
+            ],
             "findings": [
                 {"table": str(found.table), "tokens": found.row, "kind": found.kind, "sentence": found.sentence}
                 for found in report.findings

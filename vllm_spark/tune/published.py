@@ -1,7 +1,7 @@
 """Writes the tables that come with this project: `python -m vllm_spark.tune.published`.
 
-They are made of the sets in `configs/published/`. Rows around those of a set are the installed vLLM's own choice; serving
-replaces them by those of its own version. A table that would have no row with an effect is not written.
+They are made of the sets in `configs/published/`. Rows around those of a set are the installed vLLM's own choice;
+serving replaces them by those of its own version.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def write_tables(configs: Path, folder: Path) -> list[Path]:
                 "another version of vLLM"
             )
         place = folder / fused_moe_table.FOLDER
-        written.append(
-            store_fused_moe_table(published.shape.table, published.device, table, provenance, place)
-        )
+        written.append(store_fused_moe_table(published.shape.table, published.device, table, provenance, place))
     return written
 
 

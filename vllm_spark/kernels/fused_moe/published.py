@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.finding import spans
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, has_default, pinned_rows, vllm_row
-from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeTable
+from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape, FusedMoeTable
 from vllm_spark.kernels.fused_moe.vllm_rows import rows_around, vllm_rows_provenance
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance, read_json, row_numbers
 from vllm_spark.records import first_fault
@@ -106,6 +106,52 @@ def load_published_set(path: Path) -> PublishedSet:
         raise ConfigurationError(f"{path} is not a published set: {error}") from None
 
 
+class LeftOut(BaseModel):
+    """A set that is not used.
+
+    Attributes:
+        source: repository and commit, or page.
+        grade: `A` and `B` as in `Provenance`; `C` origin unclear, copied or derived; `X` not usable.
+        experts: of the shape in its name.
+        size_n: likewise.
+        dtype: likewise.
+        block_shape: likewise.
+        reason: why it is not used.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(min_length=1)
+    grade: Literal["A", "B", "C", "X"]
+    experts: int
+    size_n: int
+    dtype: str | None
+    block_shape: tuple[int, int] | None
+    reason: str = Field(min_length=1)
+
+    @property
+    def shape(self) -> FusedMoeShape:
+        """The shape that it is for."""
+        return FusedMoeShape(self.experts, self.size_n, self.dtype, self.block_shape)
+
+
+def sets_left_out(configs: Path) -> list[LeftOut]:
+    """The sets in `left_out.json` of `configs`.
+
+    Raises:
+        ConfigurationError: it cannot be read or is invalid.
+    """
+    path = configs / "left_out.json"
+    try:
+        return [LeftOut.model_validate(each) for each in read_json(path)["sets"]]
+    except OSError as error:
+        raise ConfigurationError(f"the list {path} cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is not a list of published sets: {first_fault(error)}") from None
+    except (ValueError, KeyError) as error:
+        raise ConfigurationError(f"{path} is not a list of published sets: {error}") from None
+
+
 def published_sets(configs: Path) -> dict[str, PublishedSet]:
     """The sets in the folder `published` of `configs`, by the names of their files.
 
@@ -141,6 +187,8 @@ def published_table(published: PublishedSet, versions: Mapping[str, str]) -> tup
     noted = FusedMoeProvenance(
         models=published.models,
         group_size=shape.group_size or None,
+        hidden=shape.hidden,
+        top_k=shape.top_k,
         rows=dict.fromkeys(around, default) | sources,
     )
     return table, noted

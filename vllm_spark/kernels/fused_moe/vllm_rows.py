@@ -72,9 +72,7 @@ def effective_rows(
 
     For int4 vLLM's choice is not known, so each row that is not noted as vLLM's choice counts.
     """
-    tuned = [
-        tokens for tokens in rows if (source := provenance.rows.get(tokens)) is None or not repeats_vllm(source)
-    ]
+    tuned = [tokens for tokens in rows if (source := provenance.rows.get(tokens)) is None or not repeats_vllm(source)]
     if not has_default(shape):
         return tuned
     experts, steps = _experts(shape), spans(rows, _LARGEST_STEP)

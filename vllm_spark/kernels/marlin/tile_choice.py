@@ -10,6 +10,7 @@ from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.lookup import find_marlin_table
 from vllm_spark.kernels.marlin.rules import Gemm, Tile, blocks_fault
 from vllm_spark.kernels.marlin.table import Kernel, MarlinParameters, MarlinShape, MarlinTable
+from vllm_spark.kernels.table import origins
 
 logger = logging.getLogger("vllm_spark")
 
@@ -119,16 +120,12 @@ class MarlinCalls:
     def _log_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
         if shape not in self._logged:
             self._logged.add(shape)
-            origins = dict.fromkeys(
-                row.provenance.summary() for _, row in sorted(table.rows.items()) if row.provenance is not None
-            )
+            effective = table.effective_rows
             logger.info(
-                "Tuned Marlin table for %s: %s (rows %d-%d, %s); other steps use vLLM's default.",
+                "Marlin table for %s: %s (%s); other steps use vLLM's default.",
                 describe(shape),
                 path,
-                min(table.rows),
-                max(table.rows),
-                "; ".join(origins) or "of unknown origin",
+                origins(table.rows[rows].provenance for rows in effective),
             )
 
     def _log_default(self, shape: MarlinShape) -> None:
