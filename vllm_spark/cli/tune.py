@@ -25,6 +25,7 @@ from vllm_spark.tune.plan import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
+    from vllm_spark.kernels.fused_moe.published import LeftOut
     from vllm_spark.tune.coverage import Use
     from vllm_spark.tune.timing import HangError
 
@@ -107,6 +108,35 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the engines' output there, into a folder for each size, and keep it",
     )
 
+    times = parser.add_argument_group("rows from times that were measured elsewhere, without a GPU")
+    times.add_argument(
+        "--from-times",
+        type=user_path,
+        metavar="FILE",
+        help="comma-separated times of the Triton kernel for the model's experts (columns: M, BLOCK_M, BLOCK_N, "
+        "BLOCK_K, GROUP_M, num_warps, num_stages, kernel_us); writes a table of the rows that are faster than "
+        "vLLM's choice by their medians",
+    )
+    times.add_argument("--source", metavar="TEXT", help="where the times come from, for the table's provenance")
+    times.add_argument(
+        "--device", default=None, metavar="NAME", help="GPU they were measured on (default: NVIDIA_GB10)"
+    )
+    times.add_argument(
+        "--reference",
+        type=_tile,
+        metavar="MxNxK",
+        help="for int4: tile that stands for vLLM's choice in steps of few tokens, which vLLM runs with a CUDA kernel "
+        "and two different tiles",
+    )
+
+
+def _tile(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a tile: must be three numbers, as in 16x256x256")
+    size_m, size_n, size_k = map(int, parts)
+    return size_m, size_n, size_k
+
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positives(text)))
@@ -137,7 +167,36 @@ def run(args: argparse.Namespace) -> int:
     for option in ("json", "no_compile"):
         if getattr(args, option):
             raise ConfigurationError(f"--{option.replace('_', '-')} is an option of --check; leave it out")
+    if args.from_times is not None:
+        return _table_from_times(args)
+    for option in ("source", "device", "reference"):
+        if getattr(args, option) is not None:
+            raise ConfigurationError(f"--{option} is an option of --from-times; leave it out")
     return _tune(args)
+
+
+def _table_from_times(args: argparse.Namespace) -> int:
+    from vllm_spark.tune.from_times import write_table
+
+    if args.source is None:
+        raise ConfigurationError("--from-times needs --source, which says where the times come from")
+    console = wide_console()
+    outcome = write_table(
+        model=args.model,
+        tp=args.tp,
+        times=args.from_times,
+        source=args.source,
+        device=args.device,
+        reference=args.reference,
+        out=args.out,
+        on_note=lambda note: console.print(escape(note)),
+    )
+    console.print(outcome.table)
+    if outcome.path is None:
+        console.print("No row is faster than vLLM's choice by these times; no table was written.")
+    else:
+        console.print(f"Written: {escape(str(outcome.path))}", soft_wrap=True)
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -190,10 +249,12 @@ def _check(args: argparse.Namespace) -> int:
 
     folders = list(args.check)
     uses: list[Use] = []
+    left_out: list[LeftOut] = []
     if not folders:
+        from vllm_spark.kernels.fused_moe.published import sets_left_out
         from vllm_spark.tune.coverage import uses as uses_of_known_models
 
-        uses = uses_of_known_models()
+        uses, left_out = uses_of_known_models(), sets_left_out(shipped_folder())
         own = user_folder()
         folders = [shipped_folder(), *([own] if own is not None and _may_be_there(own) else [])]
     if not args.json:
@@ -202,9 +263,10 @@ def _check(args: argparse.Namespace) -> int:
             report = check_tables(folders, compile_kernels=not args.no_compile)
         _show(report, folders)
         _show_uses(uses)
+        _show_left_out(left_out)
     else:
         report = check_tables(folders, compile_kernels=not args.no_compile)
-        print(_to_json(report, uses), flush=True)
+        print(_to_json(report, uses, left_out), flush=True)
     if not report.tables:
         return EXIT_USAGE
     return 1 if report.failed else 0
@@ -258,7 +320,7 @@ def _show_contents(console: Console, report: CheckReport) -> None:
         table.add_column(heading, overflow="fold", justify="right" if heading == "vLLM's choice" else "left")
     for content in report.contents:
         tuned = origins(content.tuned.values())
-        tokens = f" ({_ranges(content.tuned)} tokens)" if content.tuned else ""
+        tokens = f": for {_ranges(content.tuned)} tokens" if content.tuned else ""
         table.add_row(escape(content.table.name), escape(tuned + tokens), f"{content.default} rows")
     console.print(table)
     console.print()
@@ -293,6 +355,21 @@ def _show_uses(uses: Sequence[Use]) -> None:
         console.print(f"({number}) {escape(reason)}.", soft_wrap=True)
 
 
+def _show_left_out(sets: Sequence[LeftOut]) -> None:
+    if not sets:
+        return
+    console = Console(highlight=False)
+    table = Table(title="Left out", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("published set", "grade", "shape", "why"):
+        table.add_column(heading, overflow="fold")
+    for each in sets:
+        shape = f"E={each.experts}, N={each.size_n}, {each.dtype or 'bfloat16'}"
+        blocks = "" if each.block_shape is None else " in blocks"
+        table.add_row(escape(each.source), each.grade, escape(shape + blocks), escape(each.reason))
+    console.print()
+    console.print(table)
+
+
 def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     """Rows of a table that have the same finding."""
     found: dict[tuple[Path, str, str], list[int]] = {}
@@ -303,7 +380,7 @@ def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     return found
 
 
-def _to_json(report: CheckReport, uses: Sequence[Use]) -> str:
+def _to_json(report: CheckReport, uses: Sequence[Use], left_out: Sequence[LeftOut]) -> str:
     return json.dumps(
         {
             "tables": [str(path) for path in report.tables],
@@ -321,6 +398,7 @@ def _to_json(report: CheckReport, uses: Sequence[Use]) -> str:
             "uses": [
                 dataclasses.asdict(use) | {"table": None if use.table is None else str(use.table)} for use in uses
             ],
+            "left_out": [each.model_dump(mode="json") for each in left_out],
             "findings": [
                 {"table": str(found.table), "tokens": found.row, "kind": found.kind, "sentence": found.sentence}
                 for found in report.findings

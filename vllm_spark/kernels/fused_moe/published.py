@@ -25,6 +25,9 @@ from vllm_spark.records import first_fault
 FOLDER = "published"
 """Folder of the sets in `configs/`."""
 
+_LARGEST_IN_STEPS = 256
+"""Tokens up to which a table has a row for each step, if vLLM's choice is known."""
+
 
 class PublishedRow(FusedMoeParameters):
     """Parameters for one number of tokens.
@@ -48,7 +51,7 @@ class PublishedSet(BaseModel):
     Attributes:
         source: repository and commit, or page.
         page: the files there.
-        grade: as in `Provenance`.
+        grade: as in `Provenance`; None if nobody has judged it.
         device: on which it was measured.
         machine: as the source describes it.
         date: of the measurement.
@@ -64,11 +67,11 @@ class PublishedSet(BaseModel):
 
     source: str = Field(min_length=1)
     page: str = Field(min_length=1)
-    grade: Literal["A", "B"]
+    grade: Literal["A", "B"] | None = None
     device: str
-    machine: str
+    machine: str | None = None
     date: datetime.date
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(default_factory=dict)
     measured: str = Field(min_length=1)
     shape: FusedMoeExperts
     models: tuple[str, ...]
@@ -86,7 +89,7 @@ class PublishedSet(BaseModel):
             gain=row.gain,
             source=self.source,
             grade=self.grade,
-            note="; ".join([f"{self.page}; {self.machine}; {self.measured}", *([row.note] if row.note else [])]),
+            note="; ".join(each for each in (self.page, self.machine, self.measured, row.note) if each),
         )
 
 
@@ -169,20 +172,24 @@ def published_table(published: PublishedSet, versions: Mapping[str, str]) -> tup
         versions: of the installed software; vLLM's choice is that of its version.
     """
     shape, device, largest = published.shape, published.device, max(published.rows)
-    if has_default(shape.table):
+    if has_default(shape.table) and largest <= _LARGEST_IN_STEPS:
         rows, sources = _each_step(published)
         around = rows_around(rows, largest, shape, device)
         # Another version of vLLM replaces these rows when it reads the table.
         default = vllm_rows_provenance(shape, device, {"vllm": versions["vllm"]})
     else:
-        # A row for each step would be thousands.
         rows = {tokens: row.parameters() for tokens, row in published.rows.items()}
         sources = {tokens: published.provenance(tokens) for tokens in published.rows}
         own = (*range(1, min(published.rows)), *published.vllm)
         around = {tokens: vllm_row(shape, device, tokens) for tokens in own} | pinned_rows(shape, device, largest)
-        # Without a version: the rule of vLLM 0.32 is valid with each version. Earlier ones choose blocks of 3 or 5
+        # Int4: without a version, since the rule of vLLM 0.32 is valid with each. Earlier ones choose blocks of 3 or 5
         # rows, which the kernel does not have.
-        default = Provenance(kind="derived", rule=VLLM_DEFAULT)
+        known = has_default(shape.table)
+        default = (
+            vllm_rows_provenance(shape, device, {"vllm": versions["vllm"]})
+            if known
+            else Provenance(kind="derived", rule=VLLM_DEFAULT)
+        )
     table = FusedMoeTable(dict(sorted((around | rows).items())), published.versions.get("triton"))
     noted = FusedMoeProvenance(
         models=published.models,
