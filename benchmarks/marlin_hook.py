@@ -82,7 +82,7 @@ def tables(shapes: Mapping[MarlinShape, Mapping[str, int]]) -> Iterator[None]:
         place = lookup.user_folder()
         assert place is not None
         for shape, tile in shapes.items():
-            row = MarlinRow(**tile, block_size_m=8, provenance=SOURCE)
+            row = MarlinRow.model_validate({**tile, "block_size_m": 8, "provenance": SOURCE})
             store_marlin_table(
                 MarlinTable(device=GB10.name, shape=shape, rows={1: row, 2: row}), place / marlin_table.FOLDER
             )

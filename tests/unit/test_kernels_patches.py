@@ -127,8 +127,11 @@ def test_only_a_process_with_tuned_rows_replaces_marlins_operator(
     original = unpatched.moe_wna16_marlin_gemm
     monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     monkeypatch.setattr(runtime, "_active", None)
-    for tile, replaced in (({"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}, False), ({}, True)):
-        store_marlin(folders.user, **tile)
+    monkeypatch.setattr(
+        runtime, "apply_all", lambda when, names: patching.apply_all(when, names - {"fused-moe-tables"})
+    )
+    for tile, replaced in (({"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}, False), (CHANGES, True)):
+        store_marlin(folders.user, W13, **tile)
         runtime.start()
         assert (unpatched.moe_wna16_marlin_gemm is not original) == replaced
         runtime.stop(runtime._WHOLE_PROCESS)

@@ -25,7 +25,7 @@ from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, store_fused_moe_table
 from vllm_spark.kernels.fused_moe.vllm_rows import effective_rows, outdated_rows, refreshed_rows
 from vllm_spark.kernels.table import Provenance, origins
-from vllm_spark.tune import published as writer
+from vllm_spark.tune.fused_moe import published as writer
 
 from .tuning_outcomes import BF16, FP8_BLOCK, INT4
 
@@ -127,8 +127,8 @@ def test_sets_that_are_left_out_are_named_with_a_reason_in_the_documentation() -
     for each in left_out:
         assert each.source in text, each.source
         assert each.reason in text, each.reason
-    for each in SETS.values():
-        assert each.source in text, each.source
+    for published in SETS.values():
+        assert published.source in text, published.source
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_one_sentence_for_a_broken_set(tmp_path: Path, change: dict[str, Any], w
 
 def test_a_set_that_says_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {key: value for key, value in vllm_row(BF16, GB10.name, 1).items() if key != "SPLIT_K"}
-    made = a_set(BF16, (1,)).model_copy(update={"rows": {1: PublishedRow(**own)}})
+    made = a_set(BF16, (1,)).model_copy(update={"rows": {1: PublishedRow.model_validate(own)}})
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "nothing.json").write_text(made.model_dump_json())
     with pytest.raises(ConfigurationError, match="each row of the published set nothing is what vLLM"):

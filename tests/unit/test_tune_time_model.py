@@ -38,7 +38,7 @@ def test_columns_that_blocks_share() -> None:
 
 
 def test_more_loads_under_way_are_faster_until_the_memory_is_full() -> None:
-    slow = CONSTANTS.model_copy(update={"column_us": 0.0, "sum_us": 0.0, "latency_ns": 2400.0})
+    slow = CONSTANTS.model_copy(update={"column_us": 0.0, "sum_us": 0.0, "latency_ns": 6000.0})
     one, two = (predict(W13, 47, tile(128, 64, blocks), 48, slow) for blocks in (1, 2))
     assert two < one
     narrow = slow.model_copy(update={"bandwidth": 50.0})

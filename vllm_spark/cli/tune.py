@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table_from_times(args: argparse.Namespace) -> int:
-    from vllm_spark.tune.from_times import write_table
+    from vllm_spark.tune.fused_moe.times_table import write_table
 
     if args.source is None:
         raise ConfigurationError("--from-times needs --source, which says where the times come from")

@@ -91,10 +91,10 @@ def uses() -> list[Use]:
         for experts in _triton_shapes(label, layer):
             _add(triton, experts, label)
     found = [_of_marlin(shape, models) for shape, models in marlin.items()]
-    for shape, models in triton.items():
-        use = _of_triton(shape, models)
+    for experts, models in triton.items():
+        use = _of_triton(experts, models)
         # Int4 experts run on Marlin by default. A shape without a table on Triton is not worth a line.
-        if not shape.is_int4 or use.table is not None:
+        if not experts.is_int4 or use.table is not None:
             found.append(use)
     reason = "vLLM reads no table for such weights"
     return found + [

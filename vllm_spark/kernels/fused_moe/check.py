@@ -10,7 +10,15 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import DEVICES, Device
 from vllm_spark.kernels.finding import Finding, device_findings, provenance_findings, reach_findings, spans
 from vllm_spark.kernels.fused_moe.compile import INT4, Compiled, CompileError
-from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS, INT4_GROUPS_IN_TILE, LARGE_TOKENS, default_row, has_default
+from vllm_spark.kernels.fused_moe.shapes import (
+    CUDA_BLOCKS_M,
+    CUDA_TOKENS_OF_AN_EXPERT,
+    INT4_GROUPS,
+    INT4_GROUPS_IN_TILE,
+    LARGE_TOKENS,
+    default_row,
+    has_default,
+)
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -42,17 +50,13 @@ _KNOWN = (*_NEEDED, "SPLIT_K")
 _POWERS = (*_BLOCKS, "num_warps")
 _CHECKED_TOKENS = 16_384
 
-_CUDA_TOKENS_OF_AN_EXPERT = 6
-"""Up to so many tokens for each expert, on average, vLLM runs int4 experts with its CUDA kernel `moe_wna16_gemm`."""
-
 _LARGEST_TOP_K = 32
 """A table's name does not contain the number of experts of a token; no known model has more."""
 
-_IGNORED_BY_CUDA = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
-"""Parameters that this kernel does not have, and their usual values."""
+_IGNORED_BY_CUDA = {"GROUP_SIZE_M": (1,), "num_warps": (4, 8), "num_stages": (3,)}
+"""Parameters that this kernel does not have, and their usual values; large tiles spill on Triton with 4 warps."""
 
-_LARGEST_CUDA_BLOCK = 64
-"""Rows of an expert in a block of this kernel."""
+_LARGEST_CUDA_BLOCK = CUDA_BLOCKS_M[-1]
 
 
 def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: Path | None) -> Iterator[Finding]:
@@ -172,7 +176,7 @@ def _check_effect(
     """Rows that are noted as tuned and that vLLM chooses itself, and a table with no other rows."""
     effective = effective_rows(table.rows, provenance, shape, device)
     if not effective:
-        yield Finding(path, None, "note", "it has no effect: each row is vLLM's choice; remove it")
+        yield Finding(path, None, "note", "it has no effect, since each row is vLLM's choice, and can be removed")
         return
     for row in table.rows:
         source = provenance.rows.get(row)
@@ -182,7 +186,9 @@ def _check_effect(
         return
     for row, (_, last) in spans(table.rows, _CHECKED_TOKENS).items():
         values = table.rows[row]
-        ignored = {key: values[key] for key, usual in _IGNORED_BY_CUDA.items() if values.get(key, usual) != usual}
+        ignored = {
+            key: values[key] for key, usual in _IGNORED_BY_CUDA.items() if values.get(key, usual[0]) not in usual
+        }
         if ignored and _is_cuda(shape, last):
             words = ", ".join(f"{key}={value}" for key, value in ignored.items())
             yield Finding(
@@ -192,7 +198,7 @@ def _check_effect(
 
 def _is_cuda(shape: FusedMoeShape, tokens: int) -> bool:
     """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, whatever the experts of a token."""
-    return tokens * _LARGEST_TOP_K <= _CUDA_TOKENS_OF_AN_EXPERT * shape.experts
+    return tokens * _LARGEST_TOP_K <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
 
 
 def _differences(default: Mapping[str, int], row: Mapping[str, int]) -> str:
@@ -238,7 +244,7 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
             f"BLOCK_SIZE_M={row['BLOCK_SIZE_M']} is more than {_LARGEST_CUDA_BLOCK}, the maximum of vLLM's kernel for "
             "few tokens"
         )
-    if integers and "BLOCK_SIZE_K" in row and tokens <= _CUDA_TOKENS_OF_AN_EXPERT * shape.experts:
+    if integers and "BLOCK_SIZE_K" in row and tokens <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts:
         # The CUDA kernel fails on other ratios. A token has one expert, at least.
         for group in INT4_GROUPS if group_size is None else (group_size,):
             if row["BLOCK_SIZE_K"] // group not in INT4_GROUPS_IN_TILE:

@@ -21,6 +21,12 @@ INT4_GROUPS = (32, 64, 128)
 INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
 """Numbers of groups along a tile's depth that this kernel supports."""
 
+CUDA_TOKENS_OF_AN_EXPERT = 6
+"""Tokens of an expert, on average, up to which vLLM takes this kernel."""
+
+CUDA_BLOCKS_M = (16, 32, 64)
+"""Rows of an expert in a block of this kernel that are worth a trial; 64 is its maximum."""
+
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
 
@@ -152,11 +158,20 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
 
     Earlier versions omit `GROUP_SIZE_M`, and do not round 3, 5, 6 and 7 rows up; the kernel supports neither.
     """
-    if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
+    if runs_on_cuda_kernel(shape, tokens):
         size_m = min(16, 1 << (tokens - 1).bit_length())
     else:
         size_m = next((size for limit, size in ((20, 16), (40, 32)) if tokens <= limit), 64)
     return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+
+
+def runs_on_cuda_kernel(shape: FusedMoeExperts, tokens: int) -> bool:
+    """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, not with Triton.
+
+    That kernel (`moe_wna16_gemm`) has a tile, and neither `GROUP_SIZE_M`, warps nor stages.
+    """
+    few = tokens * shape.top_k <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
+    return shape.is_int4 and shape.group_size in INT4_GROUPS and few
 
 
 def has_default(shape: FusedMoeShape) -> bool:

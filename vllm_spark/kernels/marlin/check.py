@@ -43,7 +43,7 @@ def check_marlin_table(path: Path) -> Iterator[Finding]:
         yield from provenance_findings(path, rows, table.device, entry.provenance)
     yield from reach_findings(path, table.rows)
     if not table.effective_rows:
-        yield Finding(path, None, "note", "it has no effect: each row is vLLM's choice; remove it")
+        yield Finding(path, None, "note", "it has no effect, since each row is vLLM's choice, and can be removed")
     if table.shape.kernel != "dense":
         yield from _check_block_sizes(path, table)
 

@@ -20,7 +20,7 @@ from vllm_spark.files import read_regular
 from vllm_spark.kernels.devices import DEVICES
 from vllm_spark.kernels.finding import TOLERATED_LOSS
 from vllm_spark.kernels.fused_moe.check import shared_bytes
-from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS, FusedMoeExperts, vllm_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, runs_on_cuda_kernel, vllm_row
 from vllm_spark.kernels.table import LARGEST_ROW
 
 COLUMNS = ("M", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages", "kernel_us")
@@ -28,8 +28,8 @@ COLUMNS = ("M", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_st
 
 _LARGEST_FILE = 64 << 20
 _NAMES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
-_USUAL = {"GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
-"""Values of parameters that vLLM's CUDA kernel for int4 does not have."""
+_USUAL = {"GROUP_SIZE_M": 1, "num_warps": 8, "num_stages": 3}
+"""Parameters that vLLM's CUDA kernel for int4 does not have: with these, Triton's kernel does not spill either."""
 
 Tile = tuple[int, int, int]
 Candidate = tuple[int, ...]
@@ -125,11 +125,6 @@ def evaluate(
 
 
 Medians = Mapping[Candidate, tuple[float, int]]
-
-
-def runs_on_cuda_kernel(shape: FusedMoeExperts, tokens: int) -> bool:
-    """Whether vLLM runs these experts with its CUDA kernel for int4 weights, not with Triton."""
-    return shape.is_int4 and shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts
 
 
 def _medians(candidates: Mapping[Candidate, list[float]], shape: FusedMoeExperts, tokens: int) -> Medians:

@@ -13,9 +13,9 @@ from vllm_spark.compat.versions import installed_vllm
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.published import PublishedRow, PublishedSet, published_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, runs_on_cuda_kernel
 from vllm_spark.kernels.lookup import user_folder
-from vllm_spark.tune.fused_moe.from_times import SizeResult, Tile, evaluate, read_times, runs_on_cuda_kernel
+from vllm_spark.tune.fused_moe.from_times import SizeResult, Tile, evaluate, read_times
 from vllm_spark.tune.plan import check_folder, make_plan
 from vllm_spark.tune.tables import NewFusedMoeTable, store_tables
 
@@ -102,7 +102,7 @@ def _as_set(
         shape=shape,
         models=(label,),
         rows={
-            tokens: PublishedRow(**each.row, gain=round(each.gain, 4) if each.gain is not None else None)
+            tokens: PublishedRow.model_validate({**each.row, "gain": round(each.gain or 0.0, 4)})
             for tokens, each in used.items()
         },
         vllm=tuple(each.tokens for each in results if not each.used and min(used) < each.tokens < max(used)),

@@ -1,4 +1,4 @@
-"""Writes the tables that come with this project: `python -m vllm_spark.tune.published`.
+"""Writes the tables that come with this project: `python -m vllm_spark.tune.fused_moe.published`.
 
 They are made of the sets in `configs/published/`. Rows around those of a set are the installed vLLM's own choice;
 serving replaces them by those of its own version.
