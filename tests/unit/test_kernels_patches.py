@@ -127,9 +127,8 @@ def test_only_a_process_with_tuned_rows_replaces_marlins_operator(
     original = unpatched.moe_wna16_marlin_gemm
     monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
     monkeypatch.setattr(runtime, "_active", None)
-    monkeypatch.setattr(
-        runtime, "apply_all", lambda when, names: patching.apply_all(when, names - {"fused-moe-tables"})
-    )
+    marlin = {"marlin-parameters"}
+    monkeypatch.setattr(runtime, "apply_all", lambda when, names: patching.apply_all(when, names & marlin))
     for tile, replaced in (({"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}, False), (CHANGES, True)):
         store_marlin(folders.user, W13, **tile)
         runtime.start()

@@ -54,7 +54,8 @@ def test_the_space_passes_the_check(tmp_path: Path, shape: FusedMoeExperts) -> N
     outcomes = [fused(rows, shape=shape, parameters=space[rows * len(space) // 9]) for rows in range(1, 9) if space]
     for table in new_tables(outcomes, {}, GB10, VERSIONS):
         (path,) = store_tables([table], tmp_path)
-        assert list(check_fused_moe_table(path, None, None)) == []
+        found = list(check_fused_moe_table(path, None, None))
+        assert [each for each in found if each.kind == "error"] == []
 
 
 @pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL])

@@ -1,7 +1,7 @@
 """Parameters of the FusedMoE kernel that others measured on a GB10, and the tables made of them.
 
 A set is what one source measured for one shape: a file in `configs/published/`, with the source of each row. Its table
-has these rows, and vLLM's own choice for all other steps (`published_table`); `python -m vllm_spark.tune.fused_moe.published`
+has these rows, and vLLM's own choice for all other steps (`published_table`); `vllm_spark/tune/fused_moe/published.py`
 writes the tables of all sets into `configs/`.
 """
 
