@@ -348,6 +348,22 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     assert lines[1].startswith("No tuned Marlin table for down of 128 experts")
 
 
+def test_widths_that_no_table_has_cost_no_look_up(
+    folders: Folders, operator: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store_marlin(folders.shipped)
+    calls = MarlinCalls(operator, GB10, {(W13.size_n, W13.size_k)})
+    caplog.set_level(logging.INFO)
+    assert calls.overrides(*call(operator, W2, 1)) == {}
+    assert "No tuned Marlin table for down of 128 experts" in caplog.text
+    monkeypatch.setattr(calls, "_choose", None)
+    monkeypatch.setattr(calls, "_argument", None)
+    assert calls.overrides(*call(operator, W2, 2)) == {}
+    monkeypatch.undo()
+    assert calls.overrides(*call(operator, W13, 1)) == CHANGES
+    assert calls.overrides(*call(operator, W13, 2)) == CHANGES, "a table has these widths"
+
+
 # ---- the Triton kernel's tables ----
 
 

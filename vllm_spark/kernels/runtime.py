@@ -127,9 +127,11 @@ def has_tables(device: str) -> bool:
 def marlin_calls(operator: Callable[..., Any]) -> MarlinCalls | None:
     """Overrides by tables in calls of Marlin's operator for experts; None if no table changes a call on this device."""
     device = this_device()
-    if not lookup.marlin_tables_for_experts(device.name):
+    tables = lookup.marlin_tables_for_experts(device.name)
+    if not tables:
         return None
-    return MarlinCalls(list(inspect.signature(operator).parameters), device)
+    widths = {(table.shape.size_n, table.shape.size_k) for table in tables}
+    return MarlinCalls(list(inspect.signature(operator).parameters), device, widths)
 
 
 def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
