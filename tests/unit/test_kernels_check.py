@@ -218,10 +218,10 @@ def test_a_block_that_the_kernel_for_few_tokens_does_not_have(tmp_path: Path) ->
 
 
 def test_parameters_that_the_kernel_for_few_tokens_ignores(tmp_path: Path) -> None:
-    store_int4(tmp_path, SMALL | {"GROUP_SIZE_M": 64, "num_warps": 8, "num_stages": 2})
+    store_int4(tmp_path, SMALL | {"GROUP_SIZE_M": 64, "num_warps": 2, "num_stages": 2})
     notes = {finding.row: finding.sentence for finding in check_tables([tmp_path], False).findings}
     assert set(notes) == {1, 2, 4, 8, 16}, "steps of 33 tokens and more may run on Triton"
-    assert "GROUP_SIZE_M=64, num_warps=8, num_stages=2 has no effect" in notes[1]
+    assert "GROUP_SIZE_M=64, num_warps=2, num_stages=2 has no effect" in notes[1]
 
 
 def test_a_table_without_effect(tmp_path: Path) -> None:
@@ -295,7 +295,8 @@ MEASURED_ON_H200 = Provenance(
 
 def test_a_device_on_which_it_was_measured(tmp_path: Path) -> None:
     """A user's own GPU: fine, and said that its limits are not known."""
-    store_marlin(tmp_path, {1: {"provenance": MEASURED_ON_H200}}, device="NVIDIA_H200")
+    tile = {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 2}
+    store_marlin(tmp_path, {1: {**tile, "provenance": MEASURED_ON_H200}}, device="NVIDIA_H200")
     # Rows above those that were measured are vLLM's own rule.
     store_fused_moe(tmp_path, BLOCK, {1: SMALL}, device="NVIDIA_H200", tuned_is=MEASURED_ON_H200)
     report = check_tables([tmp_path])
@@ -613,7 +614,7 @@ def test_a_name_that_serving_does_not_look_for(tmp_path: Path) -> None:
 
 
 def test_a_table_loose_in_a_folder_is_fine_and_must_be_moved(tmp_path: Path) -> None:
-    path = store_marlin(tmp_path, {1: {}})
+    path = store_marlin(tmp_path, {1: {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 2}})
     path.rename(tmp_path / path.name)
     (found,) = check_tables([tmp_path]).findings
     assert (found.kind, "only from a folder named marlin" in found.sentence) == ("note", True)
