@@ -4,7 +4,7 @@
 
 The operator is a function with vLLM's parameters that does nothing, so no GPU is needed and only Python is measured.
 The arguments are those of a decode step of Qwen3-30B-A3B in int4 on one of two ranks. The candidates take turns in
-every round.
+every round. Times are of the processor, so other programs on the machine matter little.
 """
 
 from __future__ import annotations
