@@ -14,6 +14,7 @@
 
 #include "cpu/cpu_rank.hpp"
 #include "gpu/gpu_rank.hpp"
+#include "gpu/machine_probe.hpp"
 #include "support/errors.hpp"
 #include "transport/wire_probe.hpp"
 
@@ -214,6 +215,7 @@ void bind_rank(py::module_& module) {
       // It may wait 20 ms for the peer's reason (Endpoint::end_waits).
       .def("abort", &Rank::abort, Unlocked())
       .def("close", &Rank::close, Unlocked())
+      .def("wake_proxy", &Rank::wake_proxy)
       .def("hold_proxy", &Rank::hold_proxy)
       .def("deliver",
            [](Rank& rank, const std::string& announcement) {
@@ -286,6 +288,26 @@ void bind_options(py::module_& module) {
            }),
            py::kw_only(), py::arg("packet_threads"), py::arg("payload_threads"), py::arg("payload_blocks"),
            py::arg("payload_bytes_per_block"), py::arg("payload_message_bytes"), py::arg("dependent_launch"));
+}
+
+void bind_machine_probe(py::module_& module) {
+  using device::MachineProbe;
+  py::class_<MachineProbe, Held<MachineProbe>>(module, "MachineProbe")
+      .def(py::init([](const py::bytes& kernels) {
+             std::string image = kernels;
+             return make_unlocked<MachineProbe>(image);
+           }),
+           py::arg("kernels"))
+      .def(
+          "round_trip",
+          [](const MachineProbe& self, uint32_t count, double timeout_s, uintptr_t handle) {
+            return self.round_trip(std::max(count, 2u), timeout_of("timeout_s", timeout_s), stream(handle));
+          },
+          Unlocked(), py::arg("count"), py::arg("timeout_s"), py::arg("stream"))
+      .def(
+          "launch_nothing",
+          [](const MachineProbe& self, uintptr_t handle) { self.launch_nothing(stream(handle)); },
+          py::arg("stream"));
 }
 
 void bind_wire_probe(py::module_& module) {
@@ -369,12 +391,13 @@ PYBIND11_MODULE(_native, module) {
 
   using device::GpuRank;
   auto device_runtime = py::class_<GpuRank, Rank, Held<GpuRank>>(module, "DeviceRuntime");
-  device_runtime.def(
-      py::init([](const Options& options, const device::LaunchShape& shape, const py::bytes& kernels) {
-        std::string image = kernels;
-        return make_unlocked<GpuRank>(options, shape, image);
-      }),
-      py::arg("options"), py::arg("shape"), py::arg("kernels"));
+  device_runtime.def(py::init([](const Options& options, const device::LaunchShape& shape,
+                                 const py::bytes& kernels, bool driver_memory) {
+                       std::string image = kernels;
+                       return make_unlocked<GpuRank>(options, shape, image, driver_memory);
+                     }),
+                     py::arg("options"), py::arg("shape"), py::arg("kernels"),
+                     py::arg("driver_memory") = false);
   // A launch takes microseconds, but it waits while the driver's queue of launches is full, as it is when the
   // kernels in front wait for the peer. `check` reads a word that the kernels write, and calls no driver.
   device_runtime
@@ -394,6 +417,7 @@ PYBIND11_MODULE(_native, module) {
       .def("check", &GpuRank::check);
 
   bind_wire_probe(module);
+  bind_machine_probe(module);
 }
 
 }  // namespace spark

@@ -1,13 +1,19 @@
-"""Leaves out the thorough tests where they were not asked for, and shares out the tests among workers."""
+"""Leaves out thorough tests unless they were asked for, shares out tests among workers, compiles their programs."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from . import notices
+from .native.emulated_nics import EmulatedNics
+from .native.programs import Programs, need
 from .thorough import THOROUGH
+from .workers import shared_folder
 
 if TYPE_CHECKING:
     from xdist.remote import Producer
@@ -46,3 +52,21 @@ def pytest_testnodedown(node: WorkerController) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     notices.show(terminalreporter, config)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """Programs and libraries of tests/native, compiled once in a run; skips the test where there is no g++."""
+    need("g++", "g++")
+    folder = shared_folder(tmp_path_factory) / "programs"
+    folder.mkdir(exist_ok=True)
+    return Programs(folder)
+
+
+@pytest.fixture
+def nics(programs: Programs) -> Iterator[EmulatedNics]:
+    """Two rails between processes of this machine."""
+    with tempfile.TemporaryDirectory(prefix="vllm-spark-nics-") as folder:
+        nics = EmulatedNics(Path(folder), programs.libibverbs("verbs_emulated.cpp"))
+        yield nics
+        nics.close()

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <thread>
 
+#include "../support/device_order.hpp"
 #include "../support/errors.hpp"
 #include "reduce.hpp"
 
@@ -87,7 +88,7 @@ class CpuRank::Wait {
 
   // The peer may have called an operation whose size takes the other protocol.
   void check_other_protocol() {
-    uint64_t flag = rank_.mine_.recv_flag(sequence_).load(std::memory_order_acquire);
+    uint64_t flag = load_from_device(rank_.mine_.recv_flag(sequence_));
     if (flag_sequence(flag) == sequence_) rank_.check_tag(operation_, sequence_, flag_tag(flag));
     uint64_t header = rank_.mine_.recv_packets(sequence_)[0].load(std::memory_order_relaxed);
     if (half_arrived(header, sequence_)) rank_.check_tag(operation_, sequence_, half_data(header));
@@ -262,23 +263,26 @@ const std::byte* CpuRank::receive(const Operation& operation, uint32_t sequence,
 const std::byte* CpuRank::receive_packets(const Operation& operation, uint32_t sequence, size_t bytes) {
   const std::atomic<uint64_t>* packets = mine_.recv_packets(sequence);
   Wait wait(*this, operation, sequence);
-  auto take = [&](size_t half, std::memory_order order) {
-    uint64_t value = packets[half].load(order);
+  auto take = [&](size_t half) {
+    uint64_t value = packets[half].load(std::memory_order_relaxed);
     while (!half_arrived(value, sequence)) {
       wait.step();
-      value = packets[half].load(order);
+      value = packets[half].load(std::memory_order_relaxed);
     }
     return half_data(value);
   };
-  // Acquire: pairs with the release in `send`. Only with it may this rank write the slot that the peer has
-  // read.
-  check_tag(operation, sequence, take(0, std::memory_order_acquire));
+  uint32_t tag = take(0);
+  // Acquire: pairs with the release in `send`, or with a NIC's write. Only with it may this rank write the
+  // slot that the peer has read.
+  acquire_from_device();
+  acquired(packets[0]);
+  check_tag(operation, sequence, tag);
   // Implied by the tag and the place in it. Awaited nevertheless, so that no part of this message arrives
   // later.
-  take(1, std::memory_order_relaxed);
+  take(1);
   size_t words = 2 * (packet_count(bytes) - 1);
   for (size_t word = 0; word < words; ++word) {
-    uint32_t value = take(2 + word, std::memory_order_relaxed);
+    uint32_t value = take(2 + word);
     std::memcpy(scratch_.get() + word * sizeof value, &value, sizeof value);
   }
   return scratch_.get();
@@ -288,10 +292,11 @@ const std::byte* CpuRank::receive_payload(const Operation& operation, uint32_t s
   Wait wait(*this, operation, sequence);
   for (uint32_t stripe = 0; stripe < stripes_of(bytes); ++stripe) {
     // Acquire: pairs with the release (or the NIC's ordered write) of the flag after the payload.
-    uint64_t flag = mine_.recv_flag(sequence, stripe).load(std::memory_order_acquire);
+    const std::atomic<uint64_t>& word = mine_.recv_flag(sequence, stripe);
+    uint64_t flag = load_from_device(word);
     while (flag_sequence(flag) != sequence) {
       wait.step();
-      flag = mine_.recv_flag(sequence, stripe).load(std::memory_order_acquire);
+      flag = load_from_device(word);
     }
     // Also before the next stripe: the peer may have sent another operation, which has fewer of them.
     check_tag(operation, sequence, flag_tag(flag));

@@ -68,12 +68,6 @@ int device_attribute(int attribute, const char* what) {
   return value;
 }
 
-unsigned char* device_pointer(void* memory) {
-  DevicePointer pointer = 0;
-  Driver::get().check(Driver::get().host_device_pointer(&pointer, memory, 0), "map host memory into the GPU");
-  return reinterpret_cast<unsigned char*>(pointer);
-}
-
 }  // namespace
 
 const Driver& Driver::get() {
@@ -106,6 +100,12 @@ int compute_capability() {
 int multiprocessors() {
   constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
   return device_attribute(kMultiprocessors, "tell how many multiprocessors the GPU has");
+}
+
+unsigned char* device_pointer(void* memory) {
+  DevicePointer pointer = 0;
+  Driver::get().check(Driver::get().host_device_pointer(&pointer, memory, 0), "map host memory into the GPU");
+  return reinterpret_cast<unsigned char*>(pointer);
 }
 
 CurrentContext::CurrentContext(void* context) : pushed_(Driver::get().context_push(context) == 0) {}

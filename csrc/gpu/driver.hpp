@@ -84,9 +84,15 @@ void* current_context();
 
 // Of the calling thread's GPU; they throw CollectiveError.
 int compute_capability();  // 90 for 9.0
+// From this one on, kernels wait for the one before them (csrc/kernels/progress.cuh), and setup.py leaves no
+// such GPU with code that does not.
+constexpr int kFirstWithDependentLaunch = 90;
 int multiprocessors();
 
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;
+
+// The GPU's address of host memory that the driver has registered or allocated. Throws CollectiveError.
+unsigned char* device_pointer(void* memory);
 
 // Host memory that the GPU reads and writes, registered for the life of this object. Does not own the memory.
 class RegisteredMemory {

@@ -4,20 +4,11 @@
 #include <atomic>
 
 #include "../proxy/slot_scanner.hpp"
+#include "../support/device_order.hpp"
 #include "../support/errors.hpp"
 
 namespace spark::device {
 namespace {
-
-// From this compute capability on, kernels wait for the one before them (csrc/kernels/progress.cuh), and
-// setup.py leaves no such GPU with code that does not.
-constexpr int kFirstWithDependentLaunch = 90;
-
-template <typename T>
-T load_acquire(const T& word) {
-  static_assert(std::atomic<T>::is_always_lock_free && sizeof(std::atomic<T>) == sizeof(T));
-  return reinterpret_cast<const std::atomic<T>&>(word).load(std::memory_order_acquire);
-}
 
 Progress first_progress(const Options& options) {
   Progress progress{};
@@ -34,6 +25,22 @@ void check_aligned(const Operation& operation, const void* tensor) {
                    "; clone it");
 }
 
+// Memory of the GPU's driver for a region: freed with the context current, by whichever thread drops it last.
+std::shared_ptr<std::byte> driver_memory(const Options& options) {
+  struct Owner {
+    void* context;
+    std::unique_ptr<MappedMemory> memory;
+
+    Owner(void* context, size_t bytes) : context(context), memory(std::make_unique<MappedMemory>(bytes)) {}
+    ~Owner() {
+      CurrentContext current(context);
+      memory.reset();
+    }
+  };
+  auto owner = std::make_shared<Owner>(current_context(), Endpoint::region_bytes(options));
+  return {owner, static_cast<std::byte*>(owner->memory->on_host())};
+}
+
 // The peer's GPU polls what this rank's proxy copies.
 Options polled_by_gpu(Options options) {
   options.copy_lines = true;
@@ -42,8 +49,12 @@ Options polled_by_gpu(Options options) {
 
 }  // namespace
 
-GpuRank::GpuRank(const Options& options, const LaunchShape& shape, const std::string& image)
-    : Rank(polled_by_gpu(options)), context_(current_context()), shape_(shape), gpu_([&] {
+GpuRank::GpuRank(const Options& options, const LaunchShape& shape, const std::string& image,
+                 bool uses_driver_memory)
+    : Rank(polled_by_gpu(options), uses_driver_memory ? driver_memory(options) : nullptr),
+      context_(current_context()),
+      shape_(shape),
+      gpu_([&] {
         Progress progress = first_progress(options);
         return new DriverResources{Kernels(image), nullptr, nullptr, MappedMemory(sizeof(Report)),
                                    DeviceMemory(&progress, sizeof progress)};
@@ -76,15 +87,17 @@ GpuRank::~GpuRank() {
   gpu_.reset();
 }
 
-// Registers this rank's region with the GPU only here, after the NIC has registered it: the kernel moves
-// pages out of memory that must stay movable when they are pinned first, and cannot once the GPU's driver
-// holds them.
+// Registers a region in shared memory with the GPU only here, after the NIC has registered it: the kernel
+// moves pages out of memory that must stay movable when they are pinned first, and cannot once the GPU's
+// driver holds them.
 void GpuRank::prepare() {
   const Options& options = endpoint_.options();
   const RegionLayout& layout = endpoint_.layout();
-  gpu_->mine = std::make_unique<RegisteredMemory>(endpoint_.memory(), layout.total());
-  parameters_.in = receive_slots(gpu_->mine->on_device());
-  parameters_.out = send_slots(gpu_->mine->on_device());
+  if (endpoint_.shares_memory())
+    gpu_->mine = std::make_unique<RegisteredMemory>(endpoint_.memory(), layout.total());
+  unsigned char* mine = device_pointer(endpoint_.memory());
+  parameters_.in = receive_slots(mine);
+  parameters_.out = send_slots(mine);
   if (endpoint_.peer_memory() != nullptr) {
     gpu_->theirs = std::make_unique<RegisteredMemory>(endpoint_.peer_memory(), layout.total());
     if (!options.proxied) parameters_.out = receive_slots(gpu_->theirs->on_device());
@@ -96,8 +109,7 @@ void GpuRank::prepare() {
       endpoint_.end_waits(endpoint_.peer().name() + ": " + kProcessEnded);
     });
   }
-  parameters_.abort = reinterpret_cast<const uint32_t*>(gpu_->mine->on_device() + layout.control() +
-                                                        offsetof(Control, abort));
+  parameters_.abort = reinterpret_cast<const uint32_t*>(mine + layout.control() + offsetof(Control, abort));
   parameters_.progress = reinterpret_cast<Progress*>(gpu_->progress.on_device());
   parameters_.report = reinterpret_cast<Report*>(gpu_->report.on_device());
   parameters_.timeout_ns = static_cast<uint64_t>(options.timeout.count());
@@ -162,6 +174,7 @@ void GpuRank::launch(const Operation& operation, const Call& arguments, Stream s
   dependent.value.allowed = 1;
   LaunchConfig config{
       launch.blocks, 1, 1, launch.threads, 1, 1, 0, stream, &dependent, shape_.dependent_launch ? 1u : 0u};
+  wake_proxy();  // a graph's replay does not come here
   const Driver& driver = Driver::get();
   driver.check(driver.launch(&config, gpu_->kernels.get(launch.protocol, operation.kind, operation.dtype),
                              parameters, nullptr),
@@ -170,8 +183,9 @@ void GpuRank::launch(const Operation& operation, const Call& arguments, Stream s
 
 void GpuRank::check() {
   const Failure& failure = report().failure;
-  // Acquire: pairs with the kernel's release of the code after the other words.
-  uint32_t code = load_acquire(failure.code);
+  // Pairs with the kernel's release of the code after the other words.
+  static_assert(sizeof(std::atomic<uint32_t>) == sizeof failure.code);
+  uint32_t code = load_from_device(reinterpret_cast<const std::atomic<uint32_t>&>(failure.code));
   endpoint_.check_poison();
   if (code == kNoFailure) return;
   Operation mine = Operation::from_tag(failure.expected_tag);

@@ -20,8 +20,10 @@ class GpuRank final : public Rank {
  public:
   // Makes this rank's region and its state on the current CUDA device. `image` holds the kernels. Throws
   // UsageError for impossible options and where there is no driver, CollectiveError for what the driver
-  // refuses.
-  GpuRank(const Options& options, const LaunchShape& shape, const std::string& image);
+  // refuses. The region is in memory of the GPU's driver if `uses_driver_memory`, which no other process can
+  // open, and else in shared memory.
+  GpuRank(const Options& options, const LaunchShape& shape, const std::string& image,
+          bool uses_driver_memory);
   // Waits for the GPU: memory is freed only after the last kernel that may use it.
   ~GpuRank() override;
 
@@ -53,7 +55,7 @@ class GpuRank final : public Rank {
   // Resources of the CUDA driver; they must be released with their context current.
   struct DriverResources {
     Kernels kernels;
-    std::unique_ptr<RegisteredMemory> mine;    // once connected
+    std::unique_ptr<RegisteredMemory> mine;    // once connected; null for memory of the driver
     std::unique_ptr<RegisteredMemory> theirs;  // the same, if the peer is on this machine
     MappedMemory report;
     DeviceMemory progress;

@@ -1,6 +1,7 @@
 // Every kernel of the runtime, by the name under which the host finds it (csrc/gpu/kernels.cpp).
 #include "packets.cuh"
 #include "payload.cuh"
+#include "probe.cuh"
 
 namespace {
 
@@ -29,3 +30,12 @@ SPARK_KERNEL(all_reduce_payload_float32, 576, exchange_payload, Sum<Float32>)
 SPARK_KERNEL(all_reduce_payload_float16, 576, exchange_payload, Sum<Float16>)
 SPARK_KERNEL(all_reduce_payload_bfloat16, 576, exchange_payload, Sum<BFloat16>)
 SPARK_KERNEL(all_gather_payload, 576, exchange_payload, Concatenation)
+
+extern "C" __global__ void __launch_bounds__(32, 1)
+    probe_round_trip(uint64_t* ping, const uint64_t* pong, uint32_t count, uint64_t timeout_ns) {
+  if (threadIdx.x == 0) spark::device::ping_cpu(ping, pong, count, timeout_ns);
+}
+
+extern "C" __global__ void __launch_bounds__(32, 1) probe_nothing() {
+  spark::device::do_nothing();
+}

@@ -1,24 +1,14 @@
 #include "doorbell.hpp"
 
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
+
+#include "../support/futex.hpp"
 
 namespace spark {
 namespace {
 
 // Maximum of a sleep without a wake: a bound, not a mechanism.
 constexpr timespec kLongestSleep{0, 100'000'000};
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, expected, &kLongestSleep, nullptr, 0);
-}
-
-void futex_wake(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
-}
 
 }  // namespace
 
@@ -80,8 +70,9 @@ void Doorbell::rest() {
 }
 
 void Doorbell::wake() {
-  // Relaxed: it only prevents a sleep. What was staged before is ordered by the flag of ProxyThread.
-  stopping_.store(true, std::memory_order_relaxed);
+  // Release: with the acquire in `sleep_until_rung` what the caller stored before is seen after the sleep
+  // that this call ends or prevents.
+  woken_.store(true, std::memory_order_release);
   futex_wake(region_.doorbell());
 }
 
@@ -90,10 +81,10 @@ void Doorbell::sleep_until_rung() {
   region_.proxy_asleep().store(1, std::memory_order_seq_cst);
   uint32_t last = posted_.load(std::memory_order_relaxed);
   bool rung = region_.doorbell().load(std::memory_order_seq_cst) != last;
-  // Relaxed: if this load misses a stop, and the wake came before the wait, the stop waits for kLongestSleep.
-  if (!rung && !stopping_.load(std::memory_order_relaxed)) {
+  // If this load misses a call of `wake` that comes before the wait, the caller waits for kLongestSleep.
+  if (!woken_.exchange(false, std::memory_order_acquire) && !rung) {
     // The kernel compares the word once more: if the doorbell was rung since then, the wait ends at once.
-    futex_wait(region_.doorbell(), last);
+    futex_wait(region_.doorbell(), last, kLongestSleep);
   }
   region_.proxy_asleep().store(0, std::memory_order_relaxed);
 }

@@ -29,7 +29,7 @@ class Doorbell final : public MessageSource {
     return static_cast<int32_t>(posted_.load(std::memory_order_acquire) - sequence) >= 0;
   }
 
-  // The proxy's thread calls these, and the one that stops it `wake`:
+  // The proxy's thread calls these, and any thread `wake`:
 
   bool post_staged(Transport& transport) override;
   bool end_turn(bool busy, bool under_way) override;
@@ -48,7 +48,7 @@ class Doorbell final : public MessageSource {
   Backoff backoff_;
   Clock::time_point idle_since_ = Clock::now();
   bool may_sleep_ = false;
-  std::atomic<bool> stopping_{false};
+  std::atomic<bool> woken_{false};
 };
 
 }  // namespace spark

@@ -13,7 +13,7 @@ struct ProxyCounters {
   std::atomic<uint64_t> coalesced{0};  // posts beyond the first of one turn
 };
 
-// The proxy's thread calls everything here but `wake` and `counters`.
+// The proxy's thread calls everything here but `wake` and `counters`, which any thread may call.
 class MessageSource {
  public:
   virtual ~MessageSource() = default;
@@ -29,8 +29,8 @@ class MessageSource {
   // Sleeps if `end_turn` found that the thread may.
   virtual void rest() = 0;
 
-  // Ends `rest`, also the next one, soon; called once, before the thread ends. From any thread.
-  virtual void wake() {}
+  // Ends `rest`, or the next one if the thread does not rest now, soon.
+  virtual void wake() = 0;
 
   const ProxyCounters& counters() const { return counters_; }
 

@@ -1,6 +1,7 @@
 #include "proxy_thread.hpp"
 
 #include "../support/backoff.hpp"
+#include "../support/fast_cores.hpp"
 #include "../support/thread.hpp"
 
 namespace spark {
@@ -15,7 +16,11 @@ constexpr uint32_t kTurnsPerCheck = 256;
 
 ProxyThread::ProxyThread(MessageSource& source, Transport& transport)
     : source_(source), transport_(transport) {
-  thread_ = start_thread([this] { run(); });
+  thread_ = start_thread("spark-proxy", [this] {
+    // Messages wait for every instruction of this thread.
+    stay_on_fast_cores();
+    run();
+  });
 }
 
 void ProxyThread::stop() {

@@ -5,6 +5,7 @@
 // as much.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "../region/region.hpp"
@@ -17,12 +18,18 @@ class SlotScanner final : public MessageSource {
  public:
   // For the sequence numbers after `last`, in their order, in the slots of `region`. A message's packets are
   // posted in so many `parts`, if there are enough: the first while the rest is still being scanned, and over
-  // as many rails.
-  SlotScanner(Region region, uint32_t last, uint32_t parts) : region_(region), last_(last), parts_(parts) {}
+  // as many rails. The thread rests between turns once nothing was staged, and nobody called `wake`, for
+  // `awake`.
+  SlotScanner(Region region, uint32_t last, uint32_t parts,
+              std::chrono::nanoseconds awake = std::chrono::seconds(1))
+      : region_(region), last_(last), parts_(parts), awake_(awake) {}
 
   bool post_staged(Transport& transport) override;
   bool end_turn(bool busy, bool under_way) override;
   void rest() override;
+  // Graphs are replayed, and kernels launched, without this thread's knowledge: whoever does that calls this
+  // first, so that their first message does not wait for the end of a rest.
+  void wake() override;
 
  private:
   bool post_packets(Transport& transport, uint32_t sequence);
@@ -31,8 +38,9 @@ class SlotScanner final : public MessageSource {
   void finish(uint32_t sequence);
 
   Region region_;
-  uint32_t last_;               // sequence number of the last complete message
-  uint32_t parts_;              // of a message's packets
+  uint32_t last_;   // sequence number of the last complete message
+  uint32_t parts_;  // of a message's packets
+  std::chrono::nanoseconds awake_;
   size_t staged_packets_ = 0;   // of the next message
   size_t posted_packets_ = 0;   // the same, a whole number of parts
   uint32_t pieces_ = 0;         // of the next message's payload; 0: not known yet
@@ -41,6 +49,11 @@ class SlotScanner final : public MessageSource {
   Clock::time_point idle_since_{};
   uint32_t idle_turns_ = 0;
   bool sleeps_ = false;  // between turns
+
+  // Calls of `wake`, how many of them `rest` has seen, and whether the thread sleeps.
+  std::atomic<uint32_t> calls_{0};
+  uint32_t seen_calls_ = 0;
+  std::atomic<uint32_t> asleep_{0};
 };
 
 }  // namespace spark

@@ -69,11 +69,16 @@ Options checked(const Options& options) {
 
 }  // namespace
 
-Endpoint::Endpoint(const Options& options)
-    : options_(checked(options)),
-      layout_(options.sizes),
-      memory_(SharedMemory::create(layout_.total())),
-      process_(getpid()) {
+size_t Endpoint::region_bytes(const Options& options) {
+  return RegionLayout(checked(options).sizes).total();
+}
+
+Endpoint::Endpoint(const Options& options, std::shared_ptr<std::byte> memory)
+    : options_(checked(options)), layout_(options.sizes), memory_(std::move(memory)), process_(getpid()) {
+  if (!memory_) {
+    shared_ = SharedMemory::create(layout_.total());
+    memory_ = {std::shared_ptr<void>(), shared_.data()};  // `shared_` owns it
+  }
   Region region = mine();
   RegionHeader& header = region.header();
   header.magic = kRegionMagic;
@@ -90,7 +95,7 @@ Endpoint::Endpoint(const Options& options)
   }
   if (options_.wire.rails.empty()) return;
   // A message may wait for as long as a collective may: these rails do not fail by themselves.
-  modelled_ = std::make_unique<modelled::ModelledLink>(options_.wire, memory_.data(), options_.sizes,
+  modelled_ = std::make_unique<modelled::ModelledLink>(options_.wire, this->memory(), options_.sizes,
                                                        options_.rank, options_.timeout, options_.copy_lines);
   std::string offer = modelled_->offer();
   static_assert(sizeof(verbs::LinkState) <= sizeof header.offer);
@@ -103,12 +108,15 @@ Endpoint::~Endpoint() {
   if (!owned_by_this_process()) {
     static_cast<void>(link_.release());
     static_cast<void>(modelled_.release());
+    // What frees it would call a driver that does not know the fork.
+    static_cast<void>(new std::shared_ptr<std::byte>(std::move(memory_)));
   }
   delete poison_.load(std::memory_order_relaxed);
 }
 
 Address Endpoint::address() const {
-  Address address{process_, memory_.descriptor(), {}};
+  if (!shares_memory()) throw UsageError("this rank's memory cannot be opened by another process; use rails");
+  Address address{process_, shared_.descriptor(), {}};
   std::memcpy(address.nonce, mine().header().nonce, sizeof address.nonce);
   return address;
 }
@@ -136,7 +144,7 @@ std::string Endpoint::open_link(const verbs::LinkOptions& options,
                                 const std::vector<verbs::RailAddress>& rails) {
   if (!options_.proxied)
     throw UsageError("RDMA needs the proxy; a peer on another machine is reached by no store");
-  link_ = std::make_unique<verbs::Link>(options, memory_.data(), options_.sizes, rails, options_.rank);
+  link_ = std::make_unique<verbs::Link>(options, memory(), options_.sizes, rails, options_.rank);
   return link_->offer();
 }
 

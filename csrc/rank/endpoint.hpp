@@ -47,11 +47,15 @@ struct Address {
 
 class Endpoint {
  public:
-  // Makes this rank's region. Throws UsageError for impossible options.
-  explicit Endpoint(const Options& options);
+  // Makes this rank's region: in `memory`, which is zeroed and has `region_bytes`, or, if that is null, in
+  // shared memory, as a peer on this machine needs it. Throws UsageError for impossible options.
+  explicit Endpoint(const Options& options, std::shared_ptr<std::byte> memory = nullptr);
   ~Endpoint();
   Endpoint(const Endpoint&) = delete;
   Endpoint& operator=(const Endpoint&) = delete;
+
+  // Throws UsageError for impossible options.
+  static size_t region_bytes(const Options& options);
 
   Address address() const;
   // Opens the peer's region. Both ranks must have connected before either calls a collective.
@@ -68,7 +72,7 @@ class Endpoint {
 
   const Options& options() const { return options_; }
   const RegionLayout& layout() const { return layout_; }
-  Region mine() const { return Region(memory_.data(), options_.sizes); }
+  Region mine() const { return Region(memory(), options_.sizes); }
   // Where the payload of the peer's message `sequence` is once its flags have arrived: in this rank's receive
   // slot, or, over a modelled link, which copies none, in the peer's send slot. The peer writes there again
   // only after it has received a message that this rank sent later, as for a receive slot.
@@ -86,7 +90,8 @@ class Endpoint {
   // What messages take, in words: "over loopback, direct".
   std::string path() const;
   const Peer& peer() const { return peer_; }
-  std::byte* memory() const { return memory_.data(); }
+  std::byte* memory() const { return memory_.get(); }
+  bool shares_memory() const { return shared_.data() != nullptr; }
   std::byte* peer_memory() const { return theirs_base_; }
   bool owned_by_this_process() const;
 
@@ -135,7 +140,8 @@ class Endpoint {
 
   Options options_;
   RegionLayout layout_;
-  SharedMemory memory_;
+  SharedMemory shared_;                // this rank's region, unless it was given memory for that
+  std::shared_ptr<std::byte> memory_;  // the same or that memory
   SharedMemory peer_memory_;
   std::byte* theirs_base_ = nullptr;
   std::unique_ptr<Region> theirs_;

@@ -62,15 +62,20 @@ class Rank {
   virtual CollectiveCounters counters() const = 0;
   // Null without a proxy.
   const ProxyCounters* proxy_counters() const { return source_ ? &source_->counters() : nullptr; }
+  // Ends a rest of the proxy: collectives are about to be launched. From any thread, once `start` was called.
+  void wake_proxy() {
+    if (source_) source_->wake();
+  }
   // Test hook: while held, the proxy posts nothing, as if it had not been scheduled.
   void hold_proxy(bool held) {
     if (proxy_) proxy_->hold(held);
   }
 
  protected:
-  // Makes this rank's region. Throws UsageError for impossible options. The destructor of a derived class
-  // must call `close`, which uses the functions below.
-  explicit Rank(const Options& options) : endpoint_(options) {}
+  // Makes this rank's region, as Endpoint does. The destructor of a derived class must call `close`, which
+  // uses the functions below.
+  explicit Rank(const Options& options, std::shared_ptr<std::byte> memory = nullptr)
+      : endpoint_(options, std::move(memory)) {}
 
   // After the endpoint has connected: prepares this rank's memory, and what else may fail, before the peer is
   // told that this rank is ready.

@@ -1,5 +1,7 @@
-// Threads, with a sentence where the kernel has none left.
+// Threads with names, and with a sentence where the kernel has none left.
 #pragma once
+
+#include <pthread.h>
 
 #include <string>
 #include <system_error>
@@ -10,10 +12,13 @@
 
 namespace spark {
 
+// `name`: what `top` and debuggers show, at most 15 characters.
 template <typename Body>
-std::thread start_thread(Body&& body) {
+std::thread start_thread(const char* name, Body&& body) {
   try {
-    return std::thread(std::forward<Body>(body));
+    std::thread thread(std::forward<Body>(body));
+    pthread_setname_np(thread.native_handle(), name);
+    return thread;
   } catch (const std::system_error& error) {
     throw CollectiveError("this process can start no thread (" + error.code().message() +
                           "); allow its user more processes (ulimit -u), or its container more (pids limit)");

@@ -1,6 +1,7 @@
 #include "packet_copy.hpp"
 
 #include "../region/region_layout.hpp"
+#include "../support/device_order.hpp"
 
 // ThreadSanitizer is to see every access as the atomic that it is.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
@@ -15,7 +16,7 @@ void copy_words(const std::atomic<uint64_t>* from, std::atomic<uint64_t>* to, si
   for (size_t word = begin; word < end; word += 2) {
     // Acquire and release: of a wide packet, the flag in the second half is loaded before the data of the
     // first half and stored after it.
-    uint64_t second = from[word + 1].load(std::memory_order_acquire);
+    uint64_t second = load_from_device(from[word + 1]);
     to[word].store(from[word].load(std::memory_order_relaxed), std::memory_order_relaxed);
     to[word + 1].store(second, std::memory_order_release);
   }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from tests.native.emulated_nics import EmulatedNics
+from tests.native.programs import Programs
 
 # Left to the first launch, loading a kernel of torch waits for all that runs on the GPU: on one GPU, for the other
 # rank's kernel, which waits for this rank.
@@ -39,15 +43,31 @@ def _reason_to_skip() -> str | None:
     return None
 
 
+@pytest.fixture(scope="session")
+def nics_of_this_process(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> EmulatedNics:
+    """Emulated NICs in the place of this process's own, for both ranks."""
+    library = programs.libibverbs("verbs_emulated.cpp")
+    nics = EmulatedNics(tmp_path_factory.mktemp("nics"), library)
+    os.environ["EMULATED_NICS"] = str(nics.folder)
+    # Whoever opens a library of this name from now on gets this one.
+    ctypes.CDLL(str(library / "libibverbs.so.1"), mode=ctypes.RTLD_GLOBAL)
+    return nics
+
+
 @pytest.fixture
-def make_pair() -> Iterator[Callable[..., Any]]:
-    """Makes connected pairs with the given options, and closes them; `launch` may be a shape for each rank."""
+def make_pair(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes connected pairs with the given options, and closes them.
+
+    `launch` may be a shape for each rank. With the transport `verbs` the rails are `nics_of_this_process`.
+    """
     from vllm_spark.bench.gpu_ranks import GpuPair
     from vllm_spark.collective import LaunchShape, RuntimeOptions
 
     pairs: list[GpuPair] = []
 
     def make(launch: tuple[LaunchShape | None, LaunchShape | None] = (None, None), **options: Any) -> GpuPair:
+        if options.get("transport") == "verbs":
+            request.getfixturevalue("nics_of_this_process")
         first, second = (RuntimeOptions(**{"timeout_s": 5.0, **options, "launch": shape}) for shape in launch)
         pairs.append(GpuPair((first, second)))
         return pairs[-1]

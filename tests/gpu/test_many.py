@@ -80,9 +80,8 @@ class Checker:
         self.wrong.add_((result.view(bits) != expected.view(bits)).any())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_many(make_pair: Callable[..., GpuPair], mode: dict[str, Any]) -> None:
-    pair = make_pair(timeout_s=20.0, **mode)
+def run_many(pair: GpuPair) -> None:
+    """Runs COLLECTIVES of them; fails the test if one is wrong."""
 
     def prepare(rank: int) -> tuple[Checker, list[torch.cuda.CUDAGraph]]:
         chance = random.Random(1)  # the same on both ranks
@@ -122,3 +121,8 @@ def test_many(make_pair: Callable[..., GpuPair], mode: dict[str, Any]) -> None:
     assert [wrong for wrong, _ in outcome] == [0, 0]
     counters = [runtime.counters() for runtime in pair.runtimes]
     assert [count.all_reduces + count.all_gathers for count in counters] == [done for _, done in outcome]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many(make_pair: Callable[..., GpuPair], mode: dict[str, Any]) -> None:
+    run_many(make_pair(timeout_s=20.0, **mode))

@@ -21,6 +21,7 @@ MODES = [
     pytest.param({}, id="direct"),
     pytest.param({"loopback_mode": "proxied"}, id="proxied"),
     pytest.param({"loopback_mode": "proxied", "wire": PUBLISHED_FIGURES}, id="modelled wire"),
+    pytest.param({"transport": "verbs"}, id="verbs"),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

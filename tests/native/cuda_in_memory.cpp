@@ -94,6 +94,7 @@ int cuMemHostGetDevicePointer_v2(unsigned long long* pointer, void* memory, unsi
 }
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  trace("cuda-alloc", *memory, bytes);
   return 0;
 }
 int cuMemFreeHost(void* memory) {

@@ -79,7 +79,8 @@ class Programs:
     def _library(self, source: str, name: str) -> Path:
         folder = self._folder / Path(source).stem
         folder.mkdir(exist_ok=True)
-        self._make(folder / name, "g++", *FLAGS, "-O2", "-shared", "-fPIC", HERE / source)
+        # With its own name inside: one that is loaded already is taken in the place of the machine's.
+        self._make(folder / name, "g++", *FLAGS, "-O2", "-shared", "-fPIC", f"-Wl,-soname,{name}", HERE / source)
         return folder
 
     def _once(self, *command: str | Path) -> Path:

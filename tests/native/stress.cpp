@@ -226,6 +226,7 @@ class IdleSource final : public spark::MessageSource {
   explicit IdleSource(spark::Transport& transport) : transport_(transport) {}
   bool post_staged(spark::Transport&) override { return false; }
   bool end_turn(bool, bool under_way) override { return !under_way; }
+  void wake() override {}
   void rest() override {
     if (transport_.progress()) fail("the proxy sleeps while a write is on its way", 0);
     std::this_thread::yield();

@@ -22,7 +22,7 @@ def make(rank):
         depth=2, stripes=1, first_sequence=1, largest_message=1 << 26)
     shape = _native.LaunchShape(packet_threads=288, payload_threads=256, payload_blocks=32,
         payload_bytes_per_block=4096, payload_message_bytes=1 << 17, dependent_launch=True)
-    return _native.DeviceRuntime(options, shape, b"image")
+    return _native.DeviceRuntime(options, shape, b"image", sys.argv[1] == "driver")
 
 rails = [(device, port, gids[0][1], mtu) for device, port, _, _, mtu, gids in _native.rdma_ports()]
 ranks = [make(0), make(1)]
@@ -49,10 +49,10 @@ HANDOVER = (
 )
 
 
-def run(programs: Programs, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(programs: Programs, memory: str, **variables: str) -> subprocess.CompletedProcess[str]:
     libraries = f"{programs.libcuda()}:{programs.libibverbs('verbs_in_memory.cpp')}"
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, memory],
         env={**os.environ, "LD_LIBRARY_PATH": libraries, **variables},
         capture_output=True,
         text=True,
@@ -62,24 +62,45 @@ def run(programs: Programs, **variables: str) -> subprocess.CompletedProcess[str
 
 def test_the_nic_pins_a_region_before_the_gpu_does(programs: Programs, tmp_path: Path) -> None:
     """The other way round the NIC cannot: the kernel moves no page that the GPU's driver holds."""
-    trace = tmp_path / "trace"
-    done = run(programs, TRACE=str(trace))
+    calls = traced(programs, "shared", tmp_path)
+    regions = [index for index, (call, _, _) in enumerate(calls) if call == "cuda-register"]
+    assert len(regions) == 2, "one for each rank"
+    for index in regions:
+        assert max(registrations(calls, index)) < index, calls
+
+
+def test_memory_of_the_gpus_driver_is_pinned_by_the_nic_alone(programs: Programs, tmp_path: Path) -> None:
+    """What others have run with on a GB10."""
+    calls = traced(programs, "driver", tmp_path)
+    assert all(call != "cuda-register" for call, _, _ in calls)
+    sizes = [size for call, _, size in calls if call == "cuda-alloc"]
+    largest = [index for index, (call, _, size) in enumerate(calls) if call == "cuda-alloc" and size == max(sizes)]
+    assert len(largest) == 2, "a region of each rank"
+    for index in largest:
+        assert min(registrations(calls, index)) > index, calls
+
+
+def traced(programs: Programs, memory: str, folder: Path) -> list[tuple[str, int, int]]:
+    """The calls of the driver and of the NICs, in order: name, address, bytes."""
+    trace = folder / "trace"
+    done = run(programs, memory, TRACE=str(trace))
     assert done.returncode == 0, done.stderr
     calls = [line.split() for line in trace.read_text().splitlines()]
-    regions = [(index, int(at), int(size)) for index, (call, at, size) in enumerate(calls) if call == "cuda-register"]
-    assert len(regions) == 2, "one for each rank"
-    for index, start, size in regions:
-        within = [
-            number
-            for number, (call, at, _) in enumerate(calls)
-            if call == "nic-register" and start <= int(at) < start + size
-        ]
-        assert len(within) == 4, "two rails register a sending and a receiving part each"
-        assert max(within) < index, calls
+    return [(call, int(at), int(size)) for call, at, size in calls]
+
+
+def registrations(calls: list[tuple[str, int, int]], region: int) -> list[int]:
+    """Which calls register parts of the memory of the call `region` with a NIC."""
+    _, start, size = calls[region]
+    within = [
+        number for number, (call, at, _) in enumerate(calls) if call == "nic-register" and start <= at < start + size
+    ]
+    assert len(within) == 4, "two rails register a sending and a receiving part each"
+    return within
 
 
 def test_memory_that_a_nic_cannot_pin(programs: Programs) -> None:
-    done = run(programs, REFUSE_PINNING="1")
+    done = run(programs, "shared", REFUSE_PINNING="1")
     assert done.returncode == 1
     start, _, remedy = done.stderr.strip().partition("); ")
     assert start.startswith("the RDMA device memory0 cannot pin ")

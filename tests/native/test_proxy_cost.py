@@ -1,4 +1,4 @@
-"""How many instructions of ours one posted message costs the proxy, outside the driver."""
+"""How many instructions of ours a message costs the proxy, outside the driver."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ import pytest
 from .programs import Programs, need
 
 MESSAGES = 1000
-LIMIT = 250
-"""Instructions for one message: at 3 GHz and one a cycle 0.08 us, little beside the 3 us of the wire."""
+DOORBELL = ("spark::Doorbell::post(spark::Transport&, unsigned int)", "spark::verbs::Retransmission::flush()")
+SCANNER = ("spark::SlotScanner::post_staged(spark::Transport&)",)
+LIMITS = {
+    "doorbell-packets": (DOORBELL, 350),
+    "doorbell-payload": (DOORBELL, 390),
+    "packets": (SCANNER, 5300),
+    "payload": (SCANNER, 3500),
+}
+"""For each kind of message of proxy_cost.cpp, the functions that post it, and the most instructions, 10 % more than
+measured. A GPU's packets are 855, five instructions each; its payload is eight pieces of two requests each. At 3 GHz
+and two a cycle, 5,000 instructions take 0.8 us, beside 3.3 us of the wire."""
 
 
 def own_instructions(profile: Path) -> Counter[str]:
@@ -37,17 +46,17 @@ def own_instructions(profile: Path) -> Counter[str]:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["packets", "payload"])
+@pytest.mark.parametrize("kind", LIMITS)
 def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, tmp_path: Path) -> None:
     need("valgrind", "valgrind")
+    functions, limit = LIMITS[kind]
     program = programs.link("proxy_cost.cpp", "-O3")
     driver = programs.libibverbs("verbs_in_memory.cpp")
     profile = tmp_path / "callgrind.out"
     done = subprocess.run(
         [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={profile}", "--collect-atstart=no"),
-            "--toggle-collect=spark::Doorbell::post(spark::Transport&, unsigned int)",
-            "--toggle-collect=spark::verbs::Retransmission::flush()",
+            *(f"--toggle-collect={function}" for function in functions),
             *(str(program), kind, str(MESSAGES)),
         ],
         env={"LD_LIBRARY_PATH": str(driver), "PATH": "/usr/bin:/bin"},
@@ -60,4 +69,4 @@ def test_a_posted_message_costs_few_instructions(programs: Programs, kind: str, 
     assert costs["libibverbs.so.1"] > MESSAGES, f"the driver was called: {costs}"
     ours = (sum(costs.values()) - costs["libibverbs.so.1"] - costs["libc.so.6"]) / MESSAGES
     print(f"{kind}: {ours:.0f} instructions for a message; by object {dict(costs)}")
-    assert 20 < ours <= LIMIT
+    assert 20 < ours <= limit

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .programs import BINDINGS, FLAGS, SANITIZERS, Programs, compile_with, need, without_preload
+from .programs import BINDINGS, CSRC, FLAGS, SANITIZERS, Programs, compile_with, need, without_preload
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
@@ -31,6 +31,24 @@ def test_the_bindings_compile_for_aarch64() -> None:
     need(CROSS_COMPILER, "g++-aarch64-linux-gnu")
     headers = [sysconfig.get_path("include"), str(Path(torch.__file__).with_name("include"))]
     compile_with(CROSS_COMPILER, *FLAGS, "-O1", "-fsyntax-only", *(f"-isystem{folder}" for folder in headers), BINDINGS)
+
+
+FENCED = (
+    *("proxy/slot_scanner.cpp", "cpu/cpu_rank.cpp", "gpu/gpu_rank.cpp"),
+    *("transport/link/announcements.cpp", "transport/packet_copy.cpp", "transport/modelled/nic.cpp"),
+)
+"""Sources in which a CPU loads what a device has stored."""
+
+
+@pytest.mark.parametrize("source", FENCED)
+def test_loads_of_what_a_device_has_stored_are_fenced_on_aarch64(source: str, tmp_path: Path) -> None:
+    """By a barrier for the outer shareable domain, and never by one for the inner, which leaves devices out."""
+    need(CROSS_COMPILER, "g++-aarch64-linux-gnu")
+    assembly = tmp_path / "assembly.s"
+    compile_with(CROSS_COMPILER, *FLAGS, "-O3", "-S", CSRC / source, "-o", assembly)
+    text = assembly.read_text()
+    assert text.count("dmb\toshld") + text.count("dmb oshld") >= (CSRC / source).read_text().count("from_device(")
+    assert "dmb\tishld" not in text
 
 
 @pytest.mark.thorough

@@ -30,8 +30,10 @@ _NATIVE = {"float32": _native.DType.FLOAT32, "float16": _native.DType.FLOAT16, "
 
 FAULTS = {signal.SIGUSR1, signal.SIGUSR2}
 HOLD_SECONDS = 2.0
-STALL_SECONDS = 0.5
-"""An operation that takes so long may have waited for a rail that repeated a packet until it gave up (soft-RoCE: 0.55 s
+RAIL_SECONDS = 2.0
+"""How long a rail repeats a packet until it gives up: longer than a busy host stops an emulated machine."""
+STALL_SECONDS = 1.5
+"""An operation that takes so long may have waited for a rail that repeated a packet until it gave up (soft-RoCE: 1.9 s
 and more)."""
 LONGEST_SECONDS = 240.0
 """Of an exercise that goes on for what does not come."""
@@ -152,7 +154,10 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, FAULTS)  # before any other thread exists: they inherit it
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms: %(message)s", stream=sys.stderr)
     peer = meet(args.rank, args.host, args.port, 120)
-    options = {"transport": "verbs", "timeout_s": 120.0, "slot_bytes": 1 << 18, **args.options}
+    options = {
+        **{"transport": "verbs", "timeout_s": 120.0, "slot_bytes": 1 << 18, "rail_timeout_s": RAIL_SECONDS},
+        **args.options,
+    }
     if "rails" in options:
         options["rails"] = tuple(options["rails"])
     outcome: dict[str, Any] = {"rank": args.rank}

@@ -23,11 +23,12 @@ from rich.console import Console
 from vllm_spark.bench import kernel_profile
 from vllm_spark.bench.baseline import connect_baseline, gather_last
 from vllm_spark.bench.collective import Report, Row, Settings
-from vllm_spark.bench.collective_report import as_table, format_size
+from vllm_spark.bench.collective_report import as_json, as_table, format_size
 from vllm_spark.bench.decode import engine as decode_engine
 from vllm_spark.bench.decode import measurement as decode
 from vllm_spark.bench.decode import report as decode_report
 from vllm_spark.bench.kernel_profile import KernelTime, short_name, summary
+from vllm_spark.bench.machine_times import MachineTimes
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.wire import Plan
 from vllm_spark.bench.wire_report import as_json as as_wire_json
@@ -105,9 +106,22 @@ def test_published_figures_stand_beside_the_modelled_wire() -> None:
     console.print(as_table(report, "graph", peers=True))
     shown = console.export_text()
     wire, gloo = (line for line in shown.splitlines() if line.startswith("│"))
-    assert "3.2 │ 9.1 sparknet, 9.55 libsircl" in wire
+    assert "3.2 │ │ 9.1 sparknet, 9.55 libsircl" in " ".join(wire.split())
     assert "sparknet" not in gloo
     assert " ".join(shown.split()).count("two DGX Spark") == 2, "the caption says where and when"
+
+
+def test_a_figure_with_a_gb10s_times_in_the_place_of_the_machines() -> None:
+    rows = [Row(name, mode, 8192, 1.0, 9.0, 10.0) for name in ("wire", "nccl") for mode in ("eager", "graph")]
+    times = MachineTimes(round_trip=2.66, kernel=1.17)
+    report = Report(Settings("cuda", (8192,)), "a machine", rows, "a library 1.2", 10.0, times)
+    for mode, expected in (("graph", "3.2 │ 7.0 │ 9.1"), ("eager", "3.2 │ │ 9.1")):
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(as_table(report, mode, peers=True))
+        shown = console.export_text()
+        assert expected in " ".join(shown.split())
+        assert "(2.66 us and 1.17 us; published for a GB10" in " ".join(shown.split())
+    assert json.loads(as_json(report))["machine_times_us"] == {"round_trip": 2.66, "kernel": 1.17}
 
 
 def check_baseline(rank: Rank) -> None:

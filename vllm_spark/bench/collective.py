@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_spark.bench import machine_times
 from vllm_spark.bench.baseline import Baseline, connect_baseline, gather_last
+from vllm_spark.bench.machine_times import MachineTimes
 from vllm_spark.bench.ranks import Rank, run_ranks
 from vllm_spark.bench.statistics import percentile
 from vllm_spark.collective.link_model import PUBLISHED_FIGURES, WireFigures
@@ -95,6 +97,8 @@ class Report:
     """The baseline's library and its version."""
     copy_gbytes_per_s: float = 0.0
     """The limit: bandwidth of one large copy, from the GPU to host memory or within a CPU's memory."""
+    times: MachineTimes | None = None
+    """What this machine's GPU takes; None for CPU tensors."""
 
     def median(self, candidate: str, mode: str, size: int) -> float | None:
         """Microseconds; None if that was not measured."""
@@ -118,6 +122,8 @@ def measure(settings: Settings, machine: str, on_row: Callable[[Row], None]) -> 
             on_row(value)
         elif isinstance(value, str):
             report.baseline = value
+        elif isinstance(value, MachineTimes):
+            report.times = value
         else:
             report.copy_gbytes_per_s = value
 
@@ -168,6 +174,8 @@ def _measure_rank(rank: Rank, settings: Settings, with_ours: bool) -> None:
     if with_ours and rank.index == 0:
         rank.report(baseline.library)
         rank.report(_copy_bandwidth(settings.device))
+        if settings.device == "cuda":
+            rank.report(machine_times.measure())
     timers: dict[str, Callable[[Call, torch.Tensor, int], float]] = (
         {"eager": _time_on_gpu, "graph": _GraphTimer()} if settings.device == "cuda" else {"eager": _time_on_cpu}
     )

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_spark.bench.collective import Report, shape_of
+from vllm_spark.bench.machine_times import GB10_SOURCE, MachineTimes, on_gb10
 from vllm_spark.bench.published import SOURCES, published_text
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.records import indented_json
@@ -38,10 +39,11 @@ def as_table(report: Report, mode: str, peers: bool = False) -> Table:
         caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, the modelled link has "
         f"{settings.wire.summary}. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
         "GB/s: bytes of a rank's input over the median. Floor: the modelled link's own time."
-        + ("".join(f" {name}: {source}." for name, source in SOURCES.items()) if peers else ""),
+        + ("".join(f" {name}: {source}." for name, source in SOURCES.items()) if peers else "")
+        + (_gb10_caption(report.times) if peers and report.times is not None else ""),
     )
     headings = ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}", "floor")
-    for heading in (*headings, *(["published"] if peers else [])):
+    for heading in (*headings, *(["GB10", "published"] if peers else [])):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for size in settings.sizes:
         first = format_size(size)
@@ -54,14 +56,24 @@ def as_table(report: Report, mode: str, peers: bool = False) -> Table:
             share = f"{row.gbytes_per_s / report.copy_gbytes_per_s:.0%}"
             ratio = "" if reference is None else f"{row.median / reference:.2f}"
             times = [_time(row.minimum), _time(row.median), _time(row.p99)]
-            of_wire = (
-                [_time(settings.wire.floor_us(size)), published_text(size)] if row.candidate == "wire" else ["", ""]
-            )
+            of_wire = ["", "", ""]
+            if row.candidate == "wire":
+                gb10 = ""
+                if mode == "graph" and report.times is not None:
+                    gb10 = _time(on_gb10(row.median, report.times))
+                of_wire = [_time(settings.wire.floor_us(size)), gb10, published_text(size)]
             columns = of_wire if peers else of_wire[:1]
             table.add_row(first, row.candidate, *times, f"{row.gbytes_per_s:.2f}", share, ratio, *columns)
             first = ""
         table.add_section()
     return table
+
+
+def _gb10_caption(times: MachineTimes) -> str:
+    return (
+        f" GB10: the median with a GB10's times in the place of this machine's ({times.round_trip:.2f} us and "
+        f"{times.kernel:.2f} us; {GB10_SOURCE})."
+    )
 
 
 def _time(microseconds: float) -> str:
@@ -75,6 +87,7 @@ def as_json(report: Report) -> str:
         "baseline": report.baseline,
         "settings": {**asdict(report.settings), "wire": report.settings.wire.model_dump(mode="json")},
         "copy_gbytes_per_s": report.copy_gbytes_per_s,
+        "machine_times_us": None if report.times is None else report.times._asdict(),
         "floor_us": {str(size): report.settings.wire.floor_us(size) for size in report.settings.sizes},
         "rows": [{**asdict(row), "gbytes_per_s": row.gbytes_per_s} for row in report.rows],
     }

@@ -9,6 +9,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,23 @@ class GpuPair:
 
         def connect(rank: int) -> DeviceRuntime:
             exchange = Exchange(queues[rank], queues[1 - rank])
-            runtime = DeviceRuntime.connect(rank, WORLD_SIZE, exchange, options[rank], description=f"test rank {rank}")
+            runtime = DeviceRuntime.connect(
+                rank,
+                WORLD_SIZE,
+                exchange,
+                options[rank],
+                description=f"test rank {rank}",
+                announce=partial(self._deliver, 1 - rank),
+            )
             assert isinstance(runtime, DeviceRuntime)
             return runtime
 
         self.runtimes = self.run(connect)
+
+    def _deliver(self, rank: int, announcement: bytes) -> None:
+        """Gives a rank what the other one announces of its rails; what comes before both are connected is repeated."""
+        if self.runtimes:
+            self.runtimes[rank].deliver(announcement)
 
     def run(self, body: Callable[[int], Any]) -> list[Any]:
         """`[body(0), body(1)]`, both at once, each on its rank's stream; raises the first error, if there is one."""

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_spark import _native
-from vllm_spark.collective.errors import UsageError
+from vllm_spark.collective.errors import CollectiveError, UsageError
 from vllm_spark.collective.options import KIB, PROXIED_SHAPE, LaunchShape, RuntimeOptions
-from vllm_spark.collective.runtime import Runtime, native_options
+from vllm_spark.collective.rails import Rail
+from vllm_spark.collective.rendezvous import LinkOffer
+from vllm_spark.collective.runtime import Runtime, native_options, open_link
+from vllm_spark.errors import upper_first
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger("vllm_spark")
 
 KERNELS = Path(_native.__file__).with_name("kernels.fatbin")
 """The compiled kernels; absent from a build without nvcc."""
 
 _ALIGNMENT = 16  # bytes: a kernel's vector
+
+
+def read_kernels() -> bytes:
+    """The compiled kernels; a UsageError if this build has none."""
+    try:
+        return KERNELS.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(
+            "this vllm_spark was built without nvcc and has no kernels; "
+            "install the CUDA toolkit, then reinstall vllm_spark"
+        ) from None
 
 
 def default_shape(options: RuntimeOptions) -> LaunchShape:
@@ -37,19 +54,29 @@ class DeviceRuntime(Runtime):
     device = "cuda"
 
     @classmethod
-    def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
+    def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:
+        """As the base class, with memory of the GPU's driver, or, where a NIC cannot pin that, with shared memory.
+
+        The NIC pins shared memory before the GPU's driver does (docs/decisions.md).
+        """
+        native = cls._make_native(rank, options, len(rails), driver_memory=True)
+        try:
+            return native, open_link(native, options, rails)
+        except CollectiveError as error:
+            logger.warning(
+                "%s. That was memory of the GPU's driver; memory that the NIC pins first is tried now.",
+                upper_first(str(error)),
+            )
+        return super()._open_rails(rank, options, rails)
+
+    @classmethod
+    def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int, *, driver_memory: bool = False) -> Any:
         import torch
 
-        try:
-            kernels = KERNELS.read_bytes()
-        except FileNotFoundError:
-            raise UsageError(
-                "this vllm_spark was built without nvcc and has no kernels; "
-                "install the CUDA toolkit, then reinstall vllm_spark"
-            ) from None
+        kernels = read_kernels()
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
         shape = _native.LaunchShape(**asdict(options.launch or default_shape(options)))
-        return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels)
+        return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels, driver_memory)
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:

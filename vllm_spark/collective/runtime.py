@@ -12,7 +12,7 @@ from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
 from vllm_spark.collective.link_thread import Announce, LinkThread
 from vllm_spark.collective.options import KIB, RuntimeOptions
-from vllm_spark.collective.rails import local_ports, pair
+from vllm_spark.collective.rails import Rail, local_ports, pair
 from vllm_spark.collective.rendezvous import (
     Address,
     Exchange,
@@ -153,19 +153,7 @@ class Runtime:
         mine = _ports(options)
         theirs = swap_ports(exchange, mine)
         rails = pair(mine.ports, theirs, rank)
-        native = cls._make_native(rank, options, stripes=len(rails))
-        try:
-            offer = LinkOffer(
-                native.open_link(
-                    rails=[tuple(rail) for rail in rails],
-                    timeout_s=options.link_timeout_s,
-                    rail_timeout_s=options.rail_timeout_s,
-                    traffic_class=options.traffic_class,
-                    service_level=options.service_level,
-                )
-            )
-        except CollectiveError as error:
-            offer = LinkOffer(problem=str(error))
+        native, offer = cls._open_rails(rank, options, rails)
         peer_offer = swap_offers(exchange, offer)
         problem = ""
         try:
@@ -175,6 +163,15 @@ class Runtime:
         both_ready(exchange, problem)
         native.start()
         return native
+
+    @classmethod
+    def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:
+        """The native runtime, with its memory registered for every rail, and what the peer must know to connect."""
+        native = cls._make_native(rank, options, stripes=len(rails))
+        try:
+            return native, open_link(native, options, rails)
+        except CollectiveError as error:
+            return native, LinkOffer(problem=str(error))
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
@@ -287,6 +284,14 @@ class Runtime:
         """True while no rail is open, and all messages wait for one."""
         return bool(self._native.counters()["link_lost"])
 
+    def wake_proxy(self) -> None:
+        """Ends a rest of the proxy's thread: collectives are about to be launched, as by a replay of a CUDA graph.
+
+        A proxy for CUDA tensors that had nothing to do for a second looks for messages once a millisecond. From any
+        thread.
+        """
+        self._native.wake_proxy()
+
     def abort(self, reason: str) -> None:
         """Ends every wait on both ranks with `reason`; the runtime is unusable then. From any thread."""
         self._native.abort(reason)
@@ -357,6 +362,19 @@ def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.
         timeout_s=options.timeout_s,
         first_sequence=options.first_sequence,
         largest_message=options.largest_message,
+    )
+
+
+def open_link(native: Any, options: RuntimeOptions, rails: list[Rail]) -> LinkOffer:
+    """Raises CollectiveError if a device does not open, or the memory cannot be registered with it."""
+    return LinkOffer(
+        native.open_link(
+            rails=[tuple(rail) for rail in rails],
+            timeout_s=options.link_timeout_s,
+            rail_timeout_s=options.rail_timeout_s,
+            traffic_class=options.traffic_class,
+            service_level=options.service_level,
+        )
     )
 
 

@@ -222,8 +222,11 @@ class FollowerSession:
             self._running_model = True
             self._heartbeat.model_started()
         method = EXECUTE if call.method == EXECUTE_THEN_SAMPLE else call.method
-        if method == EXECUTE and self._serves_adapters:
-            self._adapters.place_step(call.args[0])
+        if method == EXECUTE:
+            assert self._runtime is not None
+            self._runtime.wake_proxy()
+            if self._serves_adapters:
+                self._adapters.place_step(call.args[0])
         output = run_method(self._worker, method, call.args, call.kwargs)
         if output is None and call.method == EXECUTE_THEN_SAMPLE:
             output = run_method(self._worker, SAMPLE, (None,), {})

@@ -130,6 +130,8 @@ class LeaderSession:
                         "next step was due; see its log, and make a new engine"
                     )
                 )
+        if self._runtime is not None:
+            self._runtime.wake_proxy()  # this rank's worker runs the same method next
         self._send(Kind.CALL, method, args, kwargs)
 
     def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

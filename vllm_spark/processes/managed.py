@@ -28,6 +28,11 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 
+_LONGEST_TURN = 0.5
+"""Seconds of a turn of `wait_until` that count; a longer one shows that this process did not run."""
+_MOST_TIMEOUTS = 3
+"""How many times its timeout `wait_until` takes at most, whatever the machine does."""
+
 LAUNCH_VARIABLES = re.compile(rf"{PREFIX}|{OLD_PREFIX}|(RANK|LOCAL_RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$")
 """Matches variables that make a process leader or follower: this project's settings and torchrun's variables."""
 
@@ -153,20 +158,24 @@ class Process:
 
         Args:
             condition: asked ten times a second.
-            timeout: seconds.
+            timeout: seconds; those in which this process itself did not run, as on a machine that was stopped, count
+                less.
             what: the condition in words, a participle, as in "the server has not WHAT".
 
         Raises:
             ProcessError: the program ended before, or the time is over.
         """
-        deadline = time.monotonic() + timeout
+        last = begun = time.monotonic()
+        waited = 0.0
         while True:
             ended = self.exit_code  # read first: output printed before its end still counts
             if value := condition():
                 return value
             if ended is not None:
                 raise ProcessError(f"{self.name} ended with exit code {ended} before it had {what}", self)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            waited, last = waited + min(now - last, _LONGEST_TURN), now
+            if waited > timeout or now - begun > _MOST_TIMEOUTS * timeout:
                 raise ProcessError(f"{self.name} has not {what} within {timeout:g} s", self)
             time.sleep(POLL_SECONDS)
 

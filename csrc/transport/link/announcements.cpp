@@ -6,6 +6,7 @@
 #include <iterator>
 #include <utility>
 
+#include "../../support/device_order.hpp"
 #include "../../support/errors.hpp"
 #include "../../support/text.hpp"
 
@@ -51,9 +52,9 @@ bool Announcements::accept_offer(const std::string& bytes) {
 
 void Announcements::read() {
   const std::byte* inbox = memory_ + layout_.inbox();
-  // Acquire: the words after it are not read earlier. The NIC may be writing them all the same: the checksum
-  // detects that.
-  uint64_t version = reinterpret_cast<const std::atomic<uint64_t>*>(inbox)->load(std::memory_order_acquire);
+  // The words after it are not read earlier. The NIC may be writing them all the same: the checksum detects
+  // that.
+  uint64_t version = load_from_device(*reinterpret_cast<const std::atomic<uint64_t>*>(inbox));
   if (version > peer_.version) {
     LinkState state = copy_words(inbox);
     if (state.whole()) accept(state);

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../../support/backoff.hpp"
+#include "../../support/device_order.hpp"
 #include "../../support/errors.hpp"
 #include "../packet_copy.hpp"
 
@@ -271,8 +272,7 @@ int Nic::post(QueuePair& pair, ibv_send_wr* first, ibv_send_wr** failed) {
                            request->wr_id,
                            signaled};
     // The flag of a wide packet, in the second word, is loaded before its data: see packet_copy.hpp.
-    for (size_t word = write.words; word-- > 0;)
-      write.first[word] = from[word].load(std::memory_order_acquire);
+    for (size_t word = write.words; word-- > 0;) write.first[word] = load_from_device(from[word]);
     if (write.rest != nullptr) ++pair.to_copy;
     pair.on_their_way.push_back(write);
   }

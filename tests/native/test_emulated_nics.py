@@ -1,0 +1,144 @@
+"""The verbs transport between two processes, over NICs that are emulated: faults of rails under random collectives.
+
+The program of both ranks is that of tests/rdma, where real queue pairs carry the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .emulated_nics import EmulatedNics
+from .programs import without_preload
+
+BOUND = 120.0
+REPOSITORY = Path(__file__).parents[2]
+OPERATIONS = 2000
+
+
+class Ranks:
+    """Two processes of tests/rdma/exercise.py on this machine."""
+
+    def __init__(self, nics: EmulatedNics, folder: Path, port: int, *arguments: str, **options: Any) -> None:
+        words = ["--host", "127.0.0.1", "--port", str(port), "--options", json.dumps(options), *arguments]
+        self.logs = [folder / f"rank{rank}.log" for rank in (0, 1)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            command = [sys.executable, "-m", "tests.rdma.exercise", str(rank), *words]
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=without_preload() | nics.environment,
+                    cwd=REPOSITORY,
+                )
+            self.processes.append(process)
+
+    def wait_for(self, pattern: str) -> None:
+        """Waits until both have printed a line like that."""
+        deadline = time.monotonic() + BOUND
+        while not all(re.search(pattern, log.read_text(), re.MULTILINE) for log in self.logs):
+            assert time.monotonic() < deadline, [log.read_text()[-2000:] for log in self.logs]
+            time.sleep(0.05)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Both reports; each rank must have found every bit right and the same."""
+        reports = self.ended(0)
+        assert reports[0]["digest"] == reports[1]["digest"]
+        return reports
+
+    def ended(self, code: int) -> list[dict[str, Any]]:
+        """Both reports of ranks that end with this code."""
+        reports = []
+        for process, log in zip(self.processes, self.logs, strict=True):
+            assert process.wait(BOUND) == code, log.read_text()[-4000:]
+            reports.append(dict(json.loads(log.read_text().splitlines()[-1])))
+        return reports
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def start(nics: EmulatedNics, tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
+    started = []
+    ports = iter(range(29_790, 29_800))
+
+    def start(*arguments: str, **options: Any) -> Ranks:
+        started.append(Ranks(nics, tmp_path, next(ports), *arguments, **options))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.end()
+
+
+def test_both_rails_carry(nics: EmulatedNics, start: Callable[..., Ranks]) -> None:
+    for report in start("--operations", str(OPERATIONS)).finish():
+        assert report["counters"]["rail_failures"] == 0
+        posts = report["counters"]["rail_posts"][:2]
+        assert min(posts) > 0.3 * sum(posts)
+    assert min(nics.packets(0), nics.packets(1)) > 0
+
+
+FAULTS: dict[str, tuple[str, int, tuple[int, ...]]] = {
+    "a rail is out": ("cut", 1, (1,)),
+    "both rails are out": ("cut", 1, (0, 1)),
+    "a rail loses large packets": ("lose_over", 2048, (0,)),
+    "a rail is late": ("delay_us", 20_000, (0,)),
+    "posts are refused": ("refuse_posts", 3, (0, 1)),
+    "a write ends with an error": ("fail_next", 9, (0,)),
+}
+
+
+QUICK_TIMES = {"link_timeout_s": 30.0, "rail_timeout_s": 0.5}
+QUICK = {"both rails are out", "a rail loses large packets"}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[] if fault in QUICK else pytest.mark.thorough) for fault in FAULTS]
+)
+def test_no_message_is_lost_or_wrong(nics: EmulatedNics, start: Callable[..., Ranks], fault: str) -> None:
+    """The fault comes amid operations and goes after two seconds; both go on until the rails work again."""
+    field, value, rails = FAULTS[fault]
+    late = field == "delay_us"
+    ranks = start("--operations", "300", "--seconds", "4", "--recoveries", "0" if late else "1", **QUICK_TIMES)
+    ranks.wait_for("^done 200$")
+    with nics.fault(field, value, *rails):
+        time.sleep(2)
+    for report in ranks.finish():
+        counters = report["counters"]
+        assert counters["rail_failures"] == counters["rail_recoveries"]
+        assert (counters["rail_failures"] == 0) == late
+        if len(rails) == 1 and not late:
+            assert report["stalls"] <= 1, "the other rail carries on"
+
+
+@pytest.mark.thorough
+def test_a_link_that_stays_out_is_named(nics: EmulatedNics, start: Callable[..., Ranks]) -> None:
+    ranks = start("--operations", "1000000", link_timeout_s=2.0, rail_timeout_s=0.5)
+    ranks.wait_for("^done 200$")
+    nics.set("cut", 1)
+    errors = [report["error"] for report in ranks.ended(3)]
+    assert any("transport retry counter exceeded (status 12, vendor error 0x81" in error for error in errors)
+    assert all("no rail came back within 2 s" in error for error in errors)
+
+
+@pytest.mark.thorough
+def test_a_rail_that_cannot_be_connected(nics: EmulatedNics, start: Callable[..., Ranks]) -> None:
+    nics.set("refuse_connect", 1, 0)
+    for report in start("--operations", "500").finish():
+        posts = report["counters"]["rail_posts"][:2]
+        assert posts[0] == 0
+        assert posts[1] > 0
