@@ -320,7 +320,8 @@ def _show_contents(console: Console, report: CheckReport) -> None:
         table.add_column(heading, overflow="fold", justify="right" if heading == "vLLM's choice" else "left")
     for content in report.contents:
         tuned = origins(content.tuned.values())
-        tokens = f": for {_ranges(content.tuned)} tokens" if content.tuned else ""
+        steps = _ranges(content.tuned)
+        tokens = f": for {steps} token{'' if steps == '1' else 's'}" if content.tuned else ""
         table.add_row(escape(content.table.name), escape(tuned + tokens), f"{content.default} rows")
     console.print(table)
     console.print()

@@ -44,14 +44,15 @@ PRUNE_RATIO_ELSEWHERE = 1.5
 
 _SIZES_N = (32, 64, 128, 256)
 _SIZES_K = (64, 128, 256)
-_WARPS = (4, 8)
-_STAGES = (2, 3, 4, 5)
+_WARPS: tuple[int, ...] = (4, 8)
+_STAGES: tuple[int, ...] = (2, 3, 4, 5)
 _CUDA_WARPS, _CUDA_STAGES = (8,), (3,)
 
 
 def search_space(shape: FusedMoeExperts, rows: int, device: Device) -> list[FusedMoeParameters]:
     """Candidate rows for a step of `rows` tokens, before any of them is compiled."""
-    sizes_m, warps_tried, stages_tried = (16,) if rows <= 16 else (16, 32), _WARPS, _STAGES
+    sizes_m: tuple[int, ...] = (16,) if rows <= 16 else (16, 32)
+    warps_tried, stages_tried = _WARPS, _STAGES
     if runs_on_cuda_kernel(shape, rows):
         sizes_m, warps_tried, stages_tried = CUDA_BLOCKS_M, _CUDA_WARPS, _CUDA_STAGES
     return [
