@@ -20,7 +20,7 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.check import CheckReport, check_tables
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
 from vllm_spark.kernels.fused_moe.compile import Compiled, compile_row, kernel_source, unavailable
-from vllm_spark.kernels.fused_moe.shapes import default_row, default_table
+from vllm_spark.kernels.fused_moe.shapes import default_row
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -36,6 +36,8 @@ from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable,
 from vllm_spark.kernels.table import Provenance
 from vllm_spark.models.weights import Int4
 from vllm_spark.tune.fused_moe.published import write_tables
+
+from .tuning_outcomes import default_table
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 TUNED = Provenance(kind="derived", rule="a test's")

@@ -66,22 +66,6 @@ class Provenance(BaseModel):
             gaps.append("versions.vllm")
         return gaps
 
-    def summary(self) -> str:
-        """In a few words, for logs: `measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default`."""
-        if self.kind == "measured":
-            words = [f"measured on {self.device or 'an unnamed device'}"]
-            if self.date is not None:
-                words.append(self.date.isoformat())
-            if self.gain is not None:
-                words.append(f"{abs(self.gain):.1%} {'less' if self.gain >= 0 else 'more'} time than vLLM's default")
-            return ", ".join(words).replace("%", " %")
-        if self.kind == "published":
-            grade = "" if self.grade is None else f", grade {self.grade}"
-            return f"published in {self.source or 'an unnamed place'}{grade}, not measured here"
-        if self.rule == VLLM_DEFAULT:
-            return "vLLM's own choice, nothing better was measured"
-        return f"derived ({self.rule or 'no rule named'}), not measured"
-
 
 def origins(rows: Iterable[Provenance | None]) -> str:
     """How many rows come from where: `6 rows published by a/b 1234567 (grade A); 2 derived (a rule)`.
