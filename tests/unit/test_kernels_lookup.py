@@ -356,10 +356,10 @@ def test_widths_that_no_table_has_cost_no_look_up(
     caplog.set_level(logging.INFO)
     assert calls.overrides(*call(operator, W2, 1)) == {}
     assert "No tuned Marlin table for down of 128 experts" in caplog.text
-    monkeypatch.setattr(calls, "_choose", None)
-    monkeypatch.setattr(calls, "_argument", None)
-    assert calls.overrides(*call(operator, W2, 2)) == {}
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(calls, "_choose", None)
+        patched.setattr(calls, "_argument", None)
+        assert calls.overrides(*call(operator, W2, 2)) == {}
     assert calls.overrides(*call(operator, W13, 1)) == CHANGES
     assert calls.overrides(*call(operator, W13, 2)) == CHANGES, "a table has these widths"
 
