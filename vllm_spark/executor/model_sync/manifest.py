@@ -16,7 +16,7 @@ from pathlib import Path
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files.comparison import file_digest
-from vllm_spark.executor.model_files.hub_cache import refs_to
+from vllm_spark.executor.model_files.hub_cache import HubPlace, refs_to
 from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles
 from vllm_spark.executor.model_files.own import single_name
 from vllm_spark.executor.model_files.weights import is_content
@@ -154,9 +154,14 @@ def check_manifest(manifest: Manifest, wanted: LoadedFiles) -> None:
             raise RefusedError(_invalid(wanted, f"no file {name!r} with the content that was compared"))
 
 
-def is_hub_place(repository: str, commit: str) -> bool:
-    """Whether both are what a hub has, and so can name folders."""
-    return bool(_REPOSITORY.fullmatch(repository)) and ".." not in repository and bool(_COMMIT.fullmatch(commit))
+def is_hub_place(hub: HubPlace) -> bool:
+    """Whether all parts of another machine's `hub` are valid, so that they can name folders of a cache."""
+    return (
+        bool(_REPOSITORY.fullmatch(hub.repository))
+        and ".." not in hub.repository
+        and bool(_COMMIT.fullmatch(hub.commit))
+        and (hub.inside == "" or _name_problem(hub.inside) is None)
+    )
 
 
 def file_below(folder: Path, name: str, *, make_folders: bool = False) -> Path:
@@ -168,9 +173,11 @@ def file_below(folder: Path, name: str, *, make_folders: bool = False) -> Path:
         make_folders: makes the folders of `name`.
 
     Raises:
-        RefusedError: a folder of `name` is a symbolic link, or is not a folder.
+        RefusedError: a folder of `name` is a symbolic link, or is not a folder; or a part of `name` is "", "." or "..".
         OSError: a folder cannot be made.
     """
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise RefusedError(f"{name!r} is invalid: the name of a file below {folder} must not have empty, . or .. parts")
     path = folder
     for part in name.split("/")[:-1]:
         path = path / part

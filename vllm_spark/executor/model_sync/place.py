@@ -7,8 +7,6 @@ another version, which is refused, or for which another place is taken.
 from __future__ import annotations
 
 import os
-import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +17,9 @@ from vllm_spark.executor.model_files.comparison import file_digest
 from vllm_spark.executor.model_files.hub_cache import HubPlace, repository_folder
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import copied_place, mapped_place, single_name
+from vllm_spark.executor.model_files.weights import weight_files
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, file_below, is_hub_place
+from vllm_spark.executor.model_sync.staging import TREE, Staging
 
 _STAGING = ".vllm-spark-copy"
 
@@ -28,10 +28,12 @@ class Place(ABC):
     """A place for the files of one model.
 
     Attributes:
+        wanted: what goes there.
         result: the folder or file that a worker loads.
         staging: where files are until they are complete; on the same file system.
     """
 
+    wanted: LoadedFiles
     result: Path
     staging: Path
 
@@ -45,7 +47,9 @@ class Place(ABC):
 
     @abstractmethod
     def put(self, arrived: Mapping[CopiedFile, Path], manifest: Manifest) -> None:
-        """Moves complete files to where they belong, the configuration last. What is there already stays.
+        """Links complete files to where they belong, the configuration last. What is there already stays.
+
+        Where the file system has no links, they are moved. `recover` was called before.
 
         Args:
             arrived: where the files are that `find` did not find.
@@ -56,14 +60,51 @@ class Place(ABC):
             OSError: it cannot be written.
         """
 
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The folder that the names of the manifest are relative to."""
+
     def conflict(self, manifest: Manifest) -> RefusedError | None:
         """Why the files cannot go there; None if they can."""
+        if os.path.lexists(self.folder) and not os.path.isdir(self.folder):
+            kind = "a symbolic link to nothing" if os.path.islink(self.folder) else "not a folder"
+            return RefusedError(
+                f"{self.folder} on {host_name()} is {kind}, and the {self.wanted.what} is to be copied there; remove it"
+            )
         try:
             for file in manifest.files:
                 self.find(file)
+            further = _further_files(self.folder, self.wanted, manifest)
         except RefusedError as error:
             return error
-        return None
+        return RefusedError(_has_further(further, self.wanted, self.folder)) if further else None
+
+    def recover(self, staging: Staging, manifest: Manifest) -> None:
+        """Takes back what an earlier `put` that failed or was killed has left in the staging folder.
+
+        Args:
+            staging: this place's.
+            manifest: all files.
+
+        Raises:
+            OSError: the staging folder cannot be written.
+        """
+        tree = staging.tree
+        for file in manifest.files:
+            path, data = file_below(tree, self._inside(file)), staging.data(file)
+            # Without links of the file system, `put` has moved the only copy. Its ranges are compared again.
+            if not os.path.lexists(data) and path.is_file() and not path.is_symlink():
+                os.rename(path, data)
+        staging.remove_tree()
+        for file in manifest.files:
+            # Another name of a file that is where it belongs: nothing may be written to it.
+            if staging.is_linked(file):
+                staging.forget(file)
+
+    def _inside(self, file: CopiedFile) -> str:
+        """The name of a file in a new folder."""
+        return file.name
 
 
 class FolderPlace(Place):
@@ -76,30 +117,34 @@ class FolderPlace(Place):
     """
 
     def __init__(self, folder: Path, wanted: LoadedFiles, name: str | None = None) -> None:
-        self._folder, self._wanted = folder, wanted
+        self._folder, self.wanted = folder, wanted
         self.result = folder / (single_name(wanted) or "")
         # A folder that is there may be a file system of its own.
         self._exists = os.path.isdir(folder)
         self.staging = folder / _STAGING if self._exists else folder.parent / f"{_STAGING}-{name or folder.name}"
+
+    @property
+    def folder(self) -> Path:
+        """As `Place.folder`."""
+        return self._folder
 
     def find(self, file: CopiedFile) -> Path | None:
         """As `Place.find`. A small file that is not compared may differ."""
         path = file_below(self._folder, file.name)
         if not os.path.lexists(path):
             return None
-        identity = self._wanted.identity
+        identity = self.wanted.identity
         if (file.name in identity.configuration or file.name in identity.weights) and file_digest(path) != file.digest:
-            raise RefusedError(_other_version(path, self._wanted, self._folder))
+            raise RefusedError(_other_version(path, self.wanted, self._folder))
         return path
 
     def put(self, arrived: Mapping[CopiedFile, Path], manifest: Manifest) -> None:
         """As `Place.put`: at once if there is no such folder yet."""
-        target = self._folder if self._exists else self.staging / "tree"
+        target = self._folder if self._exists else self.staging / TREE
         if not self._exists:
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt
             target.mkdir()
-        for file in _configuration_last(arrived, self._wanted):
-            _move(arrived[file], file_below(target, file.name, make_folders=True), file)
+        for file in _configuration_last(arrived, self.wanted):
+            _link(arrived[file], file_below(target, file.name, make_folders=True), file)
         if not self._exists:
             os.rename(target, self._folder)
 
@@ -108,13 +153,21 @@ class SnapshotPlace(Place):
     """A commit in a hub's cache: files in `blobs/`, links to them in `snapshots/COMMIT/`, branches in `refs/`.
 
     Args:
-        hub: of the other machine; `is_hub_place`.
+        hub: of the other machine.
         wanted: what goes there.
         cache: the cache's folder; None for this user's.
+
+    Raises:
+        RefusedError: `hub` is not `is_hub_place`: it may lead out of the cache.
     """
 
     def __init__(self, hub: HubPlace, wanted: LoadedFiles, cache: str | Path | None = None) -> None:
-        self._wanted = wanted
+        if not is_hub_place(hub):
+            raise RefusedError(
+                f"the other machine has the {wanted.what} at {hub.inside!r} in commit {hub.commit!r} of "
+                f"{hub.repository!r}, which is not a place in a cache of the hub; copy the files by hand"
+            )
+        self.wanted = wanted
         self._folder = repository_folder(hub.repository, cache)
         self._snapshot = self._folder / "snapshots" / hub.commit
         self._commit = hub.commit
@@ -123,12 +176,20 @@ class SnapshotPlace(Place):
         self.result = self._snapshot / hub.inside
         self.staging = self._folder / _STAGING
 
+    @property
+    def folder(self) -> Path:
+        """As `Place.folder`."""
+        return self._snapshot / self._prefix
+
+    def _inside(self, file: CopiedFile) -> str:
+        return self._prefix + file.name
+
     def find(self, file: CopiedFile) -> Path | None:
         """As `Place.find`; also in a blob of another commit."""
         path = file_below(self._snapshot, self._prefix + file.name)
         if os.path.lexists(path):
             if file_digest(path) != file.digest:
-                raise RefusedError(_other_version(path, self._wanted, self._snapshot))
+                raise RefusedError(_other_version(path, self.wanted, self._snapshot))
             return path
         if file.blob and os.path.isfile(blob := self._folder / "blobs" / file.blob):
             return blob if blob.stat().st_size == file.size and file_digest(blob) == file.digest else None
@@ -137,22 +198,21 @@ class SnapshotPlace(Place):
     def put(self, arrived: Mapping[CopiedFile, Path], manifest: Manifest) -> None:
         """As `Place.put`: the snapshot at once if it is not there yet."""
         exists = os.path.isdir(self._snapshot)
-        target = self._snapshot if exists else self.staging / "tree"
+        target = self._snapshot if exists else self.staging / TREE
         if not exists:
-            shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
         blobs = self._folder / "blobs"
         blobs.mkdir(exist_ok=True)
-        for file in _configuration_last(manifest.files, self._wanted):
+        for file in _configuration_last(manifest.files, self.wanted):
             name = self._prefix + file.name
             path = file_below(target, name, make_folders=True)
             if os.path.lexists(path):
                 continue  # `find` has compared it
             blob = blobs / file.blob if file.blob else None
             if blob is not None and file in arrived and not os.path.lexists(blob):
-                _move(arrived[file], blob, file)
+                _link(arrived[file], blob, file)
             elif file in arrived:
-                _move(arrived[file], path, file)
+                _link(arrived[file], path, file)
                 continue
             if blob is not None:
                 os.symlink(os.path.join(*[".."] * (2 + name.count("/")), "blobs", file.blob), path)
@@ -178,7 +238,7 @@ def choose_place(
         cache: the hub cache's folder; None for this user's.
 
     Raises:
-        RefusedError: the mapped folder has another version; or this user has no home folder.
+        RefusedError: the mapped folder, or that of copied models, has another version; or this user has no home folder.
     """
     if (mapped := mapped_place(wanted, mapping)) is not None:
         place: Place = FolderPlace(mapped, wanted)
@@ -191,7 +251,7 @@ def choose_place(
             )
         return place
     hub = wanted.hub
-    if hub is not None and is_hub_place(hub.repository, hub.commit) and _is_inside(hub.inside):
+    if hub is not None and is_hub_place(hub):
         place = SnapshotPlace(hub, wanted, cache)
         if _may_write(place.staging) and place.conflict(manifest) is None:
             return place
@@ -203,7 +263,10 @@ def choose_place(
         )
     folder = copied if single_name(wanted) is None else copied.parent
     # Without the digest: if the other machine's files change meanwhile, those that stay the same are not copied again.
-    return FolderPlace(folder, wanted, folder.name.rpartition("-")[0])
+    place = FolderPlace(folder, wanted, folder.name.rpartition("-")[0])
+    if error := place.conflict(manifest):
+        raise error
+    return place
 
 
 def free_bytes(place: Place) -> int:
@@ -216,8 +279,8 @@ def _configuration_last(files: Mapping[CopiedFile, Path] | list[CopiedFile], wan
     return sorted(files, key=lambda file: (file.name in wanted.identity.configuration, file.name))
 
 
-def _move(source: Path, target: Path, file: CopiedFile) -> None:
-    """Moves a file to a name that is not in use."""
+def _link(source: Path, target: Path, file: CopiedFile) -> None:
+    """Gives a file a further name that is not in use; moves it where there are no links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
@@ -229,8 +292,6 @@ def _move(source: Path, target: Path, file: CopiedFile) -> None:
         if os.path.lexists(target):
             raise
         os.rename(source, target)
-        return
-    source.unlink()
 
 
 def _add_ref(path: Path, commit: str) -> None:
@@ -240,16 +301,42 @@ def _add_ref(path: Path, commit: str) -> None:
         path.write_text(commit)
 
 
-def _is_inside(inside: str) -> bool:
-    return all(re.fullmatch(r"[^./\0][^/\0]*", part) for part in inside.split("/")) if inside else True
-
-
 def _may_write(folder: Path) -> bool:
     """Whether this user may make the folder, or write into it."""
     for each in (folder, *folder.parents):
         if os.path.lexists(each):
             return os.path.isdir(each) and os.access(each, os.W_OK | os.X_OK)
     return False
+
+
+def _further_files(folder: Path, wanted: LoadedFiles, manifest: Manifest) -> list[str]:
+    """Names of files in a folder that would be compared, and that the other machine does not have.
+
+    Raises:
+        RefusedError: a file in it cannot be read.
+    """
+    if single_name(wanted) is not None or not os.path.isdir(folder):
+        return []
+    compared = {**wanted.identity.configuration, **wanted.identity.weights}
+    found = wanted.identity_at(folder)
+    further = {name for name in {**found.configuration, **found.weights} if name not in compared}
+    if wanted.kind == "model":
+        # Some weight files are not loaded once those that are copied are beside them.
+        here = os.listdir(folder)
+        together = sorted({*here, *(file.name for file in manifest.files)})
+        further -= {*weight_files(folder, here, wanted.load_format)} - {
+            *weight_files(folder, together, wanted.load_format)
+        }
+    return sorted(further)
+
+
+def _has_further(names: list[str], wanted: LoadedFiles, folder: Path) -> str:
+    more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+    return (
+        f"{folder} on {host_name()} has {names[0]}{more}, which the other machine's {wanted.what} does not have, and "
+        f"nothing was copied; move {folder} away, or give another folder: vllm-spark join --model-path "
+        f"{wanted.name}=FOLDER"
+    )
 
 
 def _other_version(path: Path, wanted: LoadedFiles, folder: Path) -> str:

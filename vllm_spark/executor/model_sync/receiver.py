@@ -172,6 +172,7 @@ def copy_files(
     name = f"{wanted.what} {wanted.name if wanted.hub is None else wanted.hub.repository}"
     try:
         with Staging(place.staging) as staging:
+            place.recover(staging, manifest)
             missing = [file for file in manifest.files if place.find(file) is None]
             _check_room(name, place, staging, missing)
             arrived = {file: staging.data(file) for file in missing}

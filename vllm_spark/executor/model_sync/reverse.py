@@ -151,7 +151,7 @@ def _place_of(sought: Sought, files: LoadedFiles, manifest: Manifest, cache: str
     """The place that vLLM will look at: the path that the user gave, or the hub's cache under that name."""
     if is_path(sought.name):
         place: Place = FolderPlace(Path(os.path.abspath(os.path.expanduser(sought.name))), files)
-    elif files.hub is not None and files.hub.repository == sought.name and is_hub_place(sought.name, files.hub.commit):
+    elif files.hub is not None and files.hub.repository == sought.name and is_hub_place(files.hub):
         place = SnapshotPlace(files.hub, files, cache)
     else:
         return choose_place(files, manifest, {})

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from vllm_spark.files import JOURNAL_FILE, read_regular
 
 RANGE_BYTES = 32 << 20
 """Bytes that are asked for, checked and recorded at once; the last range of a file is shorter."""
+
+TREE = "tree"
+"""The folder of the staging folder in which a new folder is made before it is renamed."""
 
 _LOCK = "lock"
 _READ = 1 << 20
@@ -173,9 +177,27 @@ class Staging:
     def remove(self) -> None:
         """Deletes the folder, once everything in it is where it belongs."""
         self.forget_others([])
+        self.remove_tree()
         (self.folder / _LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    @property
+    def tree(self) -> Path:
+        """Where a new folder is made."""
+        return self.folder / TREE
+
+    def remove_tree(self) -> None:
+        """Deletes it. Raises OSError."""
+        if os.path.lexists(self.tree):
+            shutil.rmtree(self.tree)
+
+    def is_linked(self, file: CopiedFile) -> bool:
+        """Whether the data of a file is also a file elsewhere."""
+        try:
+            return self.data(file).lstat().st_nlink > 1
+        except OSError:
+            return False
 
     def _ranges(self, file: CopiedFile) -> Path:
         return self.folder / f"{_key(file)}.ranges"

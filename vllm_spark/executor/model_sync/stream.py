@@ -89,7 +89,10 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
         events: takes lines with an `Event`.
     """
     connection: Connection | None = None
-    files: dict[str, int] = {}
+    path, descriptor = (
+        "",
+        -1,
+    )  # of the last job alone: there may be more files than descriptors, and jobs go file by file
     buffer = memoryview(bytearray(_PIECE))
 
     def report(event: Event) -> None:
@@ -99,9 +102,12 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
     try:
         for line in iter(jobs.readline, b""):
             job = from_json(line, Job)
-            if job.path not in files:
-                files[job.path] = open_data(Path(job.path))
-            descriptor, piece = files[job.path], Range(job.offset, job.length)
+            if job.path != path:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                    descriptor = -1
+                path, descriptor = job.path, open_data(Path(job.path))
+            piece = Range(job.offset, job.length)
             if job.checksum and checksum_at(descriptor, piece, buffer) == job.checksum:
                 report(Event(bytes=job.length, checksum=job.checksum))
                 continue
@@ -120,7 +126,7 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
     else:
         return
     finally:
-        for descriptor in files.values():
+        if descriptor >= 0:
             os.close(descriptor)
         if connection is not None:
             connection.close()
