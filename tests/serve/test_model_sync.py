@@ -186,7 +186,7 @@ def test_a_disk_that_gets_full_at_80_percent(pair: Pair) -> None:
         again = pair.follow()
         assert again.wait(BOUND) == 3
         assert "the model " in again.output()
-        assert "make room there, or give a folder on another disk" in again.output()
+        assert "make room there, or give another folder: vllm-spark join --model-path" in again.output()
         resize(pair.home, 2 * SIZE)
         follower = pair.follow()
         pair.assert_copied(pair.place(follower))

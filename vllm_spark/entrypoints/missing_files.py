@@ -12,10 +12,9 @@ from typing import Any
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.handshake.messages import Sought
-from vllm_spark.executor.model_files.comparison import ModelIdentity
-from vllm_spark.executor.model_files.hub_cache import cached_snapshot
+from vllm_spark.executor.model_files.hub_cache import cached_snapshot, is_path
 from vllm_spark.executor.model_files.loaded import uses_modelscope
-from vllm_spark.executor.model_files.weights import CONSOLIDATED, missing_weights
+from vllm_spark.executor.model_files.weights import CONSOLIDATED, FILE_FORMATS, missing_weights, weight_files
 
 logger = logging.getLogger("vllm_spark")
 
@@ -34,7 +33,8 @@ def fetch_missing(config: SparkConfig, args: Any) -> None:
             put where vLLM looks for that name.
 
     Raises:
-        RefusedError: a copy does not fit on the disk, or failed for another reason.
+        RefusedError: a copy does not fit on the disk, the follower was lost after it was asked, or the copy failed for
+            another reason.
     """
     global _asked
     if config.model_sync == "off" or _asked or uses_modelscope():
@@ -65,8 +65,9 @@ def fetch_missing(config: SparkConfig, args: Any) -> None:
 def _missing(args: Any) -> Iterator[Sought]:
     cache = getattr(args, "download_dir", None)
     model = _model_of(args)
-    if getattr(args, "load_format", "auto") != "dummy" and _lacks_model(model, args.revision, cache):
-        yield Sought("model", model, "model", args.revision)
+    load_format = str(getattr(args, "load_format", "auto"))
+    if _lacks_model(model, args.revision, cache, load_format):
+        yield Sought("model", _name_for_both(model), "model", args.revision)
     speculative = getattr(args, "speculative_config", None)
     if isinstance(speculative, str):
         try:
@@ -76,31 +77,45 @@ def _missing(args: Any) -> Iterator[Sought]:
     draft = speculative.get("model") if isinstance(speculative, dict) else None
     if isinstance(draft, str) and draft != model:
         revision = speculative.get("revision") if isinstance(speculative, dict) else None
-        if _lacks_model(draft, revision, cache) and ("/" in draft):
-            yield Sought("draft model", draft, "model", revision)
+        if "/" in draft and _lacks_model(draft, revision, cache, load_format):
+            yield Sought("draft model", _name_for_both(draft), "model", revision)
     tokenizer = getattr(args, "tokenizer", None)
     if isinstance(tokenizer, str) and tokenizer not in (model, draft) and _lacks(tokenizer, args.tokenizer_revision):
-        yield Sought("tokenizer", tokenizer, "tokenizer", args.tokenizer_revision)
+        yield Sought("tokenizer", _name_for_both(tokenizer), "tokenizer", args.tokenizer_revision)
     for module in getattr(args, "lora_modules", None) or []:
         path = getattr(module, "path", None)
         if isinstance(path, str) and _lacks(path, None):
-            yield Sought("adapter", path, "adapter")
+            yield Sought("adapter", _name_for_both(path), "adapter")
 
 
 def _model_of(args: Any) -> str:
     return str(getattr(args, "model_tag", None) or args.model)
 
 
-def _lacks_model(name: str, revision: str | None, cache: str | None) -> bool:
-    """Whether a model is not here, or a hub's is not complete."""
+def _name_for_both(name: str) -> str:
+    """A name that means the same on both machines: a path that is relative to this process's folder does not.
+
+    One that starts with `~` stays: it is below the home folder of each machine's user.
+    """
+    return os.path.abspath(name) if name.startswith(".") else name
+
+
+def _lacks_model(name: str, revision: str | None, cache: str | None, load_format: str) -> bool:
+    """Whether a model is not here, or a hub's is not complete; False for loaders that choose files by themselves."""
+    if load_format != "auto" and load_format not in FILE_FORMATS:
+        return False
     if _is_elsewhere(name) or os.path.exists(os.path.expanduser(name)):
         return False
     place = cached_snapshot(name, revision, cache)
     if place is None:
         return True
-    load_format = "mistral" if any(place.glob(CONSOLIDATED)) else "hf"
-    identity = ModelIdentity.of(place, load_format=load_format)
-    return not identity.weights or bool(missing_weights(place, load_format))
+    if load_format == "auto":
+        load_format = "mistral" if any(place.glob(CONSOLIDATED)) else "hf"
+    try:
+        names = os.listdir(place)
+    except OSError:
+        return False  # vLLM says what is wrong
+    return not weight_files(place, names, load_format) or bool(missing_weights(place, load_format))
 
 
 def _lacks(name: str, revision: str | None) -> bool:
@@ -117,8 +132,6 @@ def _is_elsewhere(name: str) -> bool:
 
 def _use(args: Any, sought: Sought, place: Path) -> None:
     """Has vLLM load a model from where it is, if it does not look there for the name."""
-    from vllm_spark.executor.model_sync.reverse import is_path
-
     if is_path(sought.name) or cached_snapshot(sought.name, sought.revision, getattr(args, "download_dir", None)):
         return
     if sought.what != "model":

@@ -139,18 +139,26 @@ class Listener:
             RefusedError: the offered files were changed.
         """
         for hello, control in self._accepted_followers(timeout):
+            follower: Follower | None = None
             try:
                 follower = self._make_offer(hello, control, offer)
-                if follower is not None and changed() is None:
-                    return follower
-                logger.info("%s starts again, with this leader's environment.", upper_first(control.peer))
+                if follower is None:
+                    logger.info("%s starts again, with this leader's environment.", upper_first(control.peer))
             except SparkError as error:
                 self._last_problem = f"; the last follower did not fit: {error}"
                 if self._is_new_reason(hello.host, str(error)):
                     logger.warning("%s does not fit: %s. Still waiting.", upper_first(control.peer), error)
+            change = changed()
+            if follower is not None:
+                if change is None:
+                    return follower
+                with contextlib.suppress(SparkError):  # it has the reason, or was lost meanwhile
+                    control.send(Kind.FAILURE, to_json(Reason(str(change))), timeout=GREETING_TIMEOUT)
+                follower.rpc.close()
+                follower.groups.close()
             control.close()
             self._release()
-            if (change := changed()) is not None:
+            if change is not None:
                 raise change
         raise self._no_follower(timeout)
 

@@ -34,6 +34,11 @@ class HubPlace:
     inside: str = ""
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name is a path, as vLLM takes it, and not a name of a hub."""
+    return os.path.isabs(os.path.expanduser(name)) or name.startswith(".")
+
+
 def hub_place_of(path: Path) -> HubPlace | None:
     """What `path` is if it lies in a hub's cache; None if it does not."""
     parts = path.parts

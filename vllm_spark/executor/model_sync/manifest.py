@@ -24,6 +24,7 @@ from vllm_spark.files import open_regular
 
 _MOST_FILES = 20_000
 _MOST_FOLDERS = 4  # in a name
+_LARGEST_BESIDE = 16 << 20  # bytes of a file that is not compared
 _LONGEST_PART = 200  # bytes of a file's or folder's name: file systems take 255
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
@@ -74,22 +75,33 @@ class FileState:
     Attributes:
         path: where it is.
         inode, size, changed_ns: what its content is known by.
+        compared: False for a small file beside those that are compared, which may change, as a log does.
     """
 
     path: Path
     inode: int
     size: int
     changed_ns: int
+    compared: bool = True
 
     @classmethod
-    def of(cls, path: Path) -> FileState:
+    def of(cls, path: Path, compared: bool = True) -> FileState:
         """The file at `path` now. Raises OSError."""
         found = path.stat()
-        return cls(path, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(path, found.st_ino, found.st_size, found.st_mtime_ns, compared)
+
+    def is_unchanged(self) -> bool:
+        """Whether the file is still as it was listed."""
+        try:
+            return FileState.of(self.path, self.compared) == self
+        except OSError:
+            return False
 
 
 def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
     """What is copied of `wanted`, which is on this machine: what is compared, and small files beside it.
+
+    One of those that changes while it is read is left out.
 
     Raises:
         RefusedError: a file cannot be read, or was changed since it was compared.
@@ -104,10 +116,19 @@ def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
         path = folder / name
         try:
             with open_regular(path):
-                state = FileState.of(path)
+                state = FileState.of(path, name in compared)
         except OSError as error:
+            if name not in compared:
+                continue
             raise RefusedError(f"{path} cannot be read ({error.strerror}); it was there when it was compared") from None
-        digest = file_digest(path)
+        try:
+            digest = file_digest(path)
+        except RefusedError:
+            if name in compared:
+                raise
+            continue
+        if not (state.compared or state.is_unchanged()):
+            continue
         if digest != compared.get(name, digest):
             raise RefusedError(changed(path))
         files.append(CopiedFile(name, state.size, digest, _blob(path)))
@@ -207,7 +228,15 @@ def _beside(folder: Path, compared: dict[str, str]) -> list[str]:
         and _name_problem(name) is None
         and os.access(folder / name, os.R_OK)
         and is_content(folder / name)
+        and _is_small(folder / name)
     ]
+
+
+def _is_small(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= _LARGEST_BESIDE
+    except OSError:
+        return False
 
 
 def _blob(path: Path) -> str:

@@ -19,6 +19,7 @@ from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import copied_place, mapped_place, single_name
 from vllm_spark.executor.model_files.weights import weight_files
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, file_below, is_hub_place
+from vllm_spark.executor.model_sync.remedies import Remedies, follower_remedies
 from vllm_spark.executor.model_sync.staging import TREE, Staging
 
 _STAGING = ".vllm-spark-copy"
@@ -31,11 +32,13 @@ class Place(ABC):
         wanted: what goes there.
         result: the folder or file that a worker loads.
         staging: where files are until they are complete; on the same file system.
+        remedies: what a user of this machine can do about an error.
     """
 
     wanted: LoadedFiles
     result: Path
     staging: Path
+    remedies: Remedies
 
     @abstractmethod
     def find(self, file: CopiedFile) -> Path | None:
@@ -78,7 +81,20 @@ class Place(ABC):
             further = _further_files(self.folder, self.wanted, manifest)
         except RefusedError as error:
             return error
-        return RefusedError(_has_further(further, self.wanted, self.folder)) if further else None
+        return RefusedError(self._has_further(further)) if further else None
+
+    def _has_further(self, names: list[str]) -> str:
+        more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+        return (
+            f"{self.folder} on {host_name()} has {names[0]}{more}, which the other machine's {self.wanted.what} does "
+            f"not have, and nothing was copied; move {self.folder} away, or {self.remedies.folder}"
+        )
+
+    def _other_version(self, path: Path) -> str:
+        return (
+            f"{path} on {host_name()} has other content than the other machine's {self.wanted.what}, and is not "
+            f"replaced; move {self.folder} away, or {self.remedies.folder}"
+        )
 
     def recover(self, staging: Staging, manifest: Manifest) -> None:
         """Takes back what an earlier `put` that failed or was killed has left in the staging folder.
@@ -114,9 +130,13 @@ class FolderPlace(Place):
         folder: it may be there, with some of the files.
         wanted: what goes there.
         name: of the staging folder; the folder's own by default.
+        remedies: by default a follower's.
     """
 
-    def __init__(self, folder: Path, wanted: LoadedFiles, name: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, wanted: LoadedFiles, name: str | None = None, *, remedies: Remedies | None = None
+    ) -> None:
+        self.remedies = remedies or follower_remedies(wanted.name)
         self._folder, self.wanted = folder, wanted
         self.result = folder / (single_name(wanted) or "")
         # A folder that is there may be a file system of its own.
@@ -135,7 +155,7 @@ class FolderPlace(Place):
             return None
         identity = self.wanted.identity
         if (file.name in identity.configuration or file.name in identity.weights) and file_digest(path) != file.digest:
-            raise RefusedError(_other_version(path, self.wanted, self._folder))
+            raise RefusedError(self._other_version(path))
         return path
 
     def put(self, arrived: Mapping[CopiedFile, Path], manifest: Manifest) -> None:
@@ -156,12 +176,21 @@ class SnapshotPlace(Place):
         hub: of the other machine.
         wanted: what goes there.
         cache: the cache's folder; None for this user's.
+        remedies: by default a follower's.
 
     Raises:
         RefusedError: `hub` is not `is_hub_place`: it may lead out of the cache.
     """
 
-    def __init__(self, hub: HubPlace, wanted: LoadedFiles, cache: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        hub: HubPlace,
+        wanted: LoadedFiles,
+        cache: str | Path | None = None,
+        *,
+        remedies: Remedies | None = None,
+    ) -> None:
+        self.remedies = remedies or follower_remedies(wanted.name)
         if not is_hub_place(hub):
             raise RefusedError(
                 f"the other machine has the {wanted.what} at {hub.inside!r} in commit {hub.commit!r} of "
@@ -189,7 +218,7 @@ class SnapshotPlace(Place):
         path = file_below(self._snapshot, self._prefix + file.name)
         if os.path.lexists(path):
             if file_digest(path) != file.digest:
-                raise RefusedError(_other_version(path, self.wanted, self._snapshot))
+                raise RefusedError(self._other_version(path))
             return path
         if file.blob and os.path.isfile(blob := self._folder / "blobs" / file.blob):
             return blob if blob.stat().st_size == file.size and file_digest(blob) == file.digest else None
@@ -224,7 +253,12 @@ class SnapshotPlace(Place):
 
 
 def choose_place(
-    wanted: LoadedFiles, manifest: Manifest, mapping: Mapping[str, Path], cache: str | Path | None = None
+    wanted: LoadedFiles,
+    manifest: Manifest,
+    mapping: Mapping[str, Path],
+    cache: str | Path | None = None,
+    *,
+    remedies: Remedies | None = None,
 ) -> Place:
     """The place for what the other machine has.
 
@@ -236,12 +270,14 @@ def choose_place(
         manifest: its files.
         mapping: folders of this machine, by the other one's names or paths.
         cache: the hub cache's folder; None for this user's.
+        remedies: what a user of this machine can do about an error; by default a follower's.
 
     Raises:
         RefusedError: the mapped folder, or that of copied models, has another version; or this user has no home folder.
     """
+    remedies = remedies or follower_remedies(wanted.name)
     if (mapped := mapped_place(wanted, mapping)) is not None:
-        place: Place = FolderPlace(mapped, wanted)
+        place: Place = FolderPlace(mapped, wanted, remedies=remedies)
         if error := place.conflict(manifest):
             raise error
         if not os.path.isdir(mapped.parent):
@@ -252,18 +288,15 @@ def choose_place(
         return place
     hub = wanted.hub
     if hub is not None and is_hub_place(hub):
-        place = SnapshotPlace(hub, wanted, cache)
+        place = SnapshotPlace(hub, wanted, cache, remedies=remedies)
         if _may_write(place.staging) and place.conflict(manifest) is None:
             return place
     copied = copied_place(wanted)
     if copied is None:
-        raise RefusedError(
-            f"the user on {host_name()} has no home folder for the {wanted.what}; give a folder for it: "
-            f"vllm-spark join --model-path {wanted.name}=FOLDER"
-        )
+        raise RefusedError(f"the user on {host_name()} has no home folder for the {wanted.what}; {remedies.folder}")
     folder = copied if single_name(wanted) is None else copied.parent
     # Without the digest: if the other machine's files change meanwhile, those that stay the same are not copied again.
-    place = FolderPlace(folder, wanted, folder.name.rpartition("-")[0])
+    place = FolderPlace(folder, wanted, folder.name.rpartition("-")[0], remedies=remedies)
     if error := place.conflict(manifest):
         raise error
     return place
@@ -328,19 +361,3 @@ def _further_files(folder: Path, wanted: LoadedFiles, manifest: Manifest) -> lis
             *weight_files(folder, together, wanted.load_format)
         }
     return sorted(further)
-
-
-def _has_further(names: list[str], wanted: LoadedFiles, folder: Path) -> str:
-    more = f" and {len(names) - 1} more files" if len(names) > 1 else ""
-    return (
-        f"{folder} on {host_name()} has {names[0]}{more}, which the other machine's {wanted.what} does not have, and "
-        f"nothing was copied; move {folder} away, or give another folder: vllm-spark join --model-path "
-        f"{wanted.name}=FOLDER"
-    )
-
-
-def _other_version(path: Path, wanted: LoadedFiles, folder: Path) -> str:
-    return (
-        f"{path} on {host_name()} has other content than the other machine's {wanted.what}, and is not replaced; move "
-        f"{folder} away, or give another folder: vllm-spark join --model-path {wanted.name}=FOLDER"
-    )

@@ -114,5 +114,6 @@ class CopyDisplay:
             self._bar = Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, expand=True)
             self._bar.add_task(f"{self._title}: {state.what}", total=state.total, state="")
             self._bar.start()
+            console.show_cursor(True)  # a process that is killed leaves the terminal as it is
         (task,) = self._bar.task_ids
         self._bar.update(task, completed=state.done, total=state.total, state=state_text(state))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -26,7 +27,8 @@ from vllm_spark.executor.model_files.own import content_key
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, check_manifest
 from vllm_spark.executor.model_sync.place import Place, choose_place, free_bytes
 from vllm_spark.executor.model_sync.progress import RateMeter, duration_text, size_text
-from vllm_spark.executor.model_sync.staging import Staging, ranges_of
+from vllm_spark.executor.model_sync.remedies import Remedies
+from vllm_spark.executor.model_sync.staging import Staging, is_full, ranges_of
 from vllm_spark.executor.model_sync.stream import SILENCE_TIMEOUT, Event, Job, StreamSettings, run
 from vllm_spark.processes.child import KILL_SECONDS, end_with_parent, python_module
 from vllm_spark.records import RecordError, from_json, to_json
@@ -63,6 +65,9 @@ class ProcessStream(Stream):
     Args:
         settings: how it connects.
         lock: the staging folder's, held until it has ended.
+
+    Raises:
+        PeerLostError: the process ended at its start.
     """
 
     def __init__(self, settings: StreamSettings, lock: int) -> None:
@@ -77,8 +82,17 @@ class ProcessStream(Stream):
         assert self._process.stdout is not None
         # Unbuffered on this side: a selector sees what is in the pipe alone.
         self._jobs, self.events = self._process.stdin, self._process.stdout
-        self._jobs.write(to_json(settings) + b"\n")
-        self._jobs.flush()
+        try:
+            self._jobs.write(to_json(settings) + b"\n")
+            self._jobs.flush()
+        except BrokenPipeError:
+            self.close()
+            raise PeerLostError(
+                "a process that copies files was killed or crashed at its start; see dmesg, and try again"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """As `Stream.close`: kills it."""
@@ -171,23 +185,35 @@ def copy_files(
     # Where the other side is offline, vLLM has put a path in place of the hub's name.
     name = f"{wanted.what} {wanted.name if wanted.hub is None else wanted.hub.repository}"
     try:
-        with Staging(place.staging) as staging:
+        with Staging(place.staging, place.remedies) as staging:
             place.recover(staging, manifest)
             missing = [file for file in manifest.files if place.find(file) is None]
             _check_room(name, place, staging, missing)
             arrived = {file: staging.data(file) for file in missing}
             if missing:
-                _Copy(name, content_key(wanted), manifest, missing, staging, report).run(open_streams)
+                _Copy(name, content_key(wanted), manifest, missing, staging, report, place.remedies).run(open_streams)
             place.put(arrived, manifest)
             staging.remove()
     except OSError as error:
-        raise RefusedError(
-            f"the {name} cannot be copied to {place.result} on {host_name()} ({error.strerror or error}: "
-            f"{error.filename}); let this user write there, or give another folder: vllm-spark join --model-path "
-            f"{wanted.name}=FOLDER"
-        ) from None
+        raise RefusedError(_cannot_be_written(name, place, error)) from None
     logger.info("The %s is in %s.", name, place.result)
     return place.result
+
+
+def _cannot_be_written(name: str, place: Place, error: OSError) -> str:
+    """The sentence for an error of this machine's files."""
+    reason = without_stop(error.strerror or str(error))
+    if error.filename is not None:
+        reason += f": {error.filename}"
+    if is_full(error):
+        return (
+            f"the disk of {place.staging.parent} on {host_name()} is full while the {name} is copied ({reason}); make "
+            f"room there, {place.remedies.again}"
+        )
+    sentence = f"the {name} cannot be copied to {place.result} on {host_name()} ({reason})"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{sentence}; let this user write there, or {place.remedies.folder}"
+    return sentence
 
 
 def stream_count(size: int) -> int:
@@ -207,8 +233,9 @@ class _Copy:
         missing: list[CopiedFile],
         staging: Staging,
         report: Callable[[CopyState], None],
+        remedies: Remedies,
     ) -> None:
-        self._name, self._staging, self._report = name, staging, report
+        self._name, self._staging, self._report, self._remedies = name, staging, report, remedies
         self._total = sum(file.size for file in missing)
         numbers = {file.name: number for number, file in enumerate(manifest.files)}
         self._jobs: deque[tuple[CopiedFile, Job]] = deque()
@@ -240,7 +267,7 @@ class _Copy:
         """Copies all files."""
         streams = open_streams(stream_count(self._total), self._staging.lock)
         try:
-            with _Finisher(self._name, self._staging) as finisher:
+            with _Finisher(self._name, self._staging, self._remedies, self._show) as finisher:
                 self._distribute(streams, finisher)
         finally:
             for stream in streams:
@@ -323,11 +350,11 @@ class _Copy:
         reason = without_stop(event.error)
         copied = f"{size_text(self._done)} of {size_text(self._total)} of the {self._name}"
         if event.failure == "lost":
-            return PeerLostError(f"{reason}; {copied} have arrived, and the copy continues with the rest")
+            return PeerLostError(f"{reason}; {copied} have arrived{self._remedies.rest}")
         if event.failure == "full":
             return RefusedError(
                 f"the disk of {self._staging.folder} on {host_name()} is full after {copied} ({reason}); make room "
-                "there, and the copy continues"
+                f"there, {self._remedies.again}"
             )
         if event.failure == "file":
             return RefusedError(f"{self._staging.folder} on {host_name()} cannot be written ({reason})")
@@ -341,10 +368,17 @@ class _Copy:
 
 
 class _Finisher:
-    """Writes complete files to the disk and compares them, in a thread of its own while others arrive."""
+    """Writes complete files to the disk and compares them, in a thread of its own while others arrive.
 
-    def __init__(self, name: str, staging: Staging) -> None:
-        self._name, self._staging = name, staging
+    Args:
+        name: of the model, in messages.
+        staging: where the files are.
+        remedies: what a user can do.
+        show: called about once a second while files are written after the last one has arrived.
+    """
+
+    def __init__(self, name: str, staging: Staging, remedies: Remedies, show: Callable[[], None]) -> None:
+        self._name, self._staging, self._remedies, self._show = name, staging, remedies, show
         self._files: queue.SimpleQueue[CopiedFile | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._stopped = False
@@ -357,7 +391,15 @@ class _Finisher:
     def __exit__(self, kind: object, *exception: object) -> None:
         self._stopped = kind is not None
         self._files.put(None)
-        self._thread.join()  # the disk alone bounds how long it takes to write
+        try:
+            while self._thread.is_alive():  # the disk alone bounds how long it takes to write
+                self._thread.join(_REPORT_INTERVAL)
+                if kind is None:
+                    self._show()  # the other machine waits for it
+        except BaseException:
+            self._stopped = True
+            self._thread.join()
+            raise
         if kind is None:
             self.check()
 
@@ -392,7 +434,7 @@ class _Finisher:
             self._staging.forget(file)
             raise RefusedError(
                 f"the file {file.name} of the {self._name} has another content here than on the other machine after it "
-                "was copied; it is copied again, and if that fails too, look at memory and disk of both machines"
+                f"was copied; {self._remedies.retry}, and if that fails too, look at memory and disk of both machines"
             )
 
 
@@ -404,6 +446,5 @@ def _check_room(name: str, place: Place, staging: Staging, missing: list[CopiedF
     if needed > (free := free_bytes(place)):
         raise RefusedError(
             f"the {name} needs {size_text(needed)} more on {host_name()}, and {size_text(free)} are free at "
-            f"{place.staging.parent}; make room there, or give a folder on another disk: vllm-spark join --model-path "
-            "NAME=FOLDER"
+            f"{place.staging.parent}; make room there, or {place.remedies.folder}"
         )

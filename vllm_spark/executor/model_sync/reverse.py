@@ -6,6 +6,7 @@ opens when it is told how many (SEND). Then the leader ends the session, and sta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError, upper_first
+from vllm_spark.errors import PeerLostError, RefusedError, upper_first
 from vllm_spark.executor.channel.framing import Connection, Frame, Kind
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import (
@@ -30,13 +31,14 @@ from vllm_spark.executor.handshake.messages import (
 )
 from vllm_spark.executor.handshake.server import listener_at
 from vllm_spark.executor.model_files.comparison import ModelIdentity
-from vllm_spark.executor.model_files.hub_cache import cached_snapshot, hub_place_of
+from vllm_spark.executor.model_files.hub_cache import cached_snapshot, hub_place_of, is_path
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.weights import CONSOLIDATED, missing_weights
 from vllm_spark.executor.model_sync.manifest import Manifest, is_hub_place
 from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.model_sync.receiver import MOST_STREAMS, Stream, ThreadStream, ask_for_list, copy_files
+from vllm_spark.executor.model_sync.remedies import LEADER_REMEDIES
 from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.model_sync.stream import connect_copy
 from vllm_spark.records import to_json
@@ -47,11 +49,6 @@ _SEND_TIMEOUT = 10.0
 _FIND_TIMEOUT = 300.0  # seconds for the follower to read samples of its files
 _CONNECTION_TIMEOUT = 30.0  # seconds for a copy connection that was asked for
 _SILENCE_TIMEOUT = 300.0  # seconds without a message: the leader writes to its disk
-
-
-def is_path(name: str) -> bool:
-    """Whether a model's name is a path, as vLLM takes it, and not a name of a hub."""
-    return os.path.isabs(os.path.expanduser(name)) or name.startswith(".")
 
 
 def fetch_from_follower(
@@ -70,17 +67,17 @@ def fetch_from_follower(
         For each where it is now; None if the follower does not have it either.
 
     Raises:
-        PeerLostError: no follower connected in time, or it was lost; what has arrived is not copied again.
-        RefusedError: it does not fit on the disk, or cannot be copied for another reason.
+        PeerLostError: no follower connected in time.
+        RefusedError: the follower was lost after it was asked; it does not fit on the disk; or it cannot be copied for
+            another reason. What has arrived is not copied again.
     """
     arrived: queue.SimpleQueue[Connection] = queue.SimpleQueue()
     listener = listener_at(address, config, serve_copy=arrived.put)
     control: Connection | None = None
+    names = ", ".join(f"the {each.what} {each.name}" for each in wanted)
     try:
         hello, control = listener.wait_for_any_follower(timeout)
-        logger.info(
-            "Asking the follower on %s for %s.", hello.host, ", ".join(f"the {w.what} {w.name}" for w in wanted)
-        )
+        logger.info("Asking the follower on %s for %s.", hello.host, names)
         control.send(Kind.SEARCH, to_json(Search(wanted)), timeout=_SEND_TIMEOUT)
         found = decode_frame(control.expect(Kind.FOUND, timeout=_FIND_TIMEOUT), FoundFiles).files
         if len(found) != len(wanted):
@@ -89,12 +86,21 @@ def fetch_from_follower(
         places = [
             None if files is None else copier.copy(each, files) for each, files in zip(wanted, found, strict=True)
         ]
-        control.send(Kind.LEAVE, to_json(Reason("the leader has what it asked for")), timeout=_SEND_TIMEOUT)
+        with contextlib.suppress(PeerLostError):  # all of it is here
+            control.send(Kind.LEAVE, to_json(Reason("the leader has what it asked for")), timeout=_SEND_TIMEOUT)
         return places
-    except SparkError as error:
-        if control is not None and isinstance(error, RefusedError):
-            control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_SEND_TIMEOUT)
+    except RefusedError as error:
+        if control is not None:
+            with contextlib.suppress(PeerLostError):  # the error is why
+                control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_SEND_TIMEOUT)
         raise
+    except PeerLostError as error:
+        if control is None:
+            raise
+        raise RefusedError(
+            f"the follower on {hello.host} was lost after it was asked for {names} ({error}); start this command "
+            "again, and the copy continues"
+        ) from None
     finally:
         if control is not None:
             control.close()
@@ -150,11 +156,13 @@ class _Copier:
 def _place_of(sought: Sought, files: LoadedFiles, manifest: Manifest, cache: str | None) -> Place:
     """The place that vLLM will look at: the path that the user gave, or the hub's cache under that name."""
     if is_path(sought.name):
-        place: Place = FolderPlace(Path(os.path.abspath(os.path.expanduser(sought.name))), files)
+        place: Place = FolderPlace(
+            Path(os.path.abspath(os.path.expanduser(sought.name))), files, remedies=LEADER_REMEDIES
+        )
     elif files.hub is not None and files.hub.repository == sought.name and is_hub_place(files.hub):
-        place = SnapshotPlace(files.hub, files, cache)
+        place = SnapshotPlace(files.hub, files, cache, remedies=LEADER_REMEDIES)
     else:
-        return choose_place(files, manifest, {})
+        return choose_place(files, manifest, {}, remedies=LEADER_REMEDIES)
     if error := place.conflict(manifest):
         raise error
     return place

@@ -39,17 +39,20 @@ class ModelSender:
         """Bytes that were sent."""
 
     def offer(self, files: Iterable[LoadedFiles]) -> None:
-        """From now on these may be asked for."""
+        """From now on these may be asked for. One that was offered before is listed again."""
+        offered = {content_key(each): each for each in files}
         with self._lock:
-            self._offered.update((content_key(each), each) for each in files)
+            self._offered.update(offered)
+            for key in offered:
+                self._listed.pop(key, None)
 
     def changed(self) -> RefusedError | None:
-        """Whether a file that was listed is another one now; the sentence, or None."""
+        """Whether a compared file that was listed is another one now; the sentence, or None."""
         with self._lock:
             listed = list(self._listed.values())
         for _, states in listed:
             for state in states:
-                if not _is_unchanged(state):
+                if state.compared and not state.is_unchanged():
                     return RefusedError(changed(state.path))
         return None
 
@@ -93,7 +96,7 @@ class ModelSender:
 
     def _answer(self, connection: Connection, frame: Frame, buffer: memoryview) -> None:
         if frame.kind is Kind.COPY_LIST:
-            manifest, _ = self._list(decode_frame(frame, CopyList).key)
+            manifest, _ = self._list(decode_frame(frame, CopyList).key, at_start=True)
             connection.send(Kind.COPY_FILES, to_json(manifest), timeout=_SEND_TIMEOUT)
             return
         request = decode_frame(frame, CopyRange)
@@ -107,11 +110,12 @@ class ModelSender:
             )
         self._send_range(connection, states[request.file], request, buffer)
 
-    def _list(self, key: str) -> tuple[Manifest, list[FileState]]:
+    def _list(self, key: str, *, at_start: bool = False) -> tuple[Manifest, list[FileState]]:
+        """The list for a key. At the start of a copy it is made again if a file that is not compared was changed."""
         with self._listing:  # several streams may ask at once
             with self._lock:
                 wanted, listed = self._offered.get(key), self._listed.get(key)
-            if listed is not None:
+            if listed is not None and not (at_start and _is_outdated(listed[1])):
                 return listed
             if wanted is None:
                 raise RefusedError("the other machine asked for files that were not offered; start its command again")
@@ -123,7 +127,7 @@ class ModelSender:
     def _send_range(self, connection: Connection, state: FileState, request: CopyRange, buffer: memoryview) -> None:
         try:
             with open_regular(state.path) as file:
-                if not _is_unchanged(state):
+                if state.compared and not state.is_unchanged():
                     raise RefusedError(changed(state.path))
                 descriptor, at, end = file.fileno(), request.offset, request.offset + request.length
                 while at < end:
@@ -133,7 +137,8 @@ class ModelSender:
                     connection.send_data(Kind.COPY_DATA, buffer[:count], timeout=_SEND_TIMEOUT)
                     at += count
                     self.sent += count
-                if not _is_unchanged(state):
+                # A file that is not compared may have grown, and its listed part is as before: the receiver looks.
+                if state.compared and not state.is_unchanged():
                     raise RefusedError(changed(state.path))
                 with contextlib.suppress(OSError):
                     # vLLM would count these pages as used memory.
@@ -143,8 +148,5 @@ class ModelSender:
         connection.send(Kind.COPY_END, timeout=_SEND_TIMEOUT)
 
 
-def _is_unchanged(state: FileState) -> bool:
-    try:
-        return FileState.of(state.path) == state
-    except OSError:
-        return False
+def _is_outdated(states: list[FileState]) -> bool:
+    return any(not state.compared and not state.is_unchanged() for state in states)

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_sync.manifest import CopiedFile
+from vllm_spark.executor.model_sync.remedies import Remedies, follower_remedies
 from vllm_spark.files import JOURNAL_FILE, read_regular
 
 RANGE_BYTES = 32 << 20
@@ -97,12 +98,13 @@ class Staging:
 
     Args:
         folder: made if it is not there.
+        remedies: what a user can do about an error; by default a follower's.
 
     Raises:
         RefusedError: it cannot be made, is a symbolic link, or another process copies into it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remedies: Remedies | None = None) -> None:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ class Staging:
         except OSError as error:
             raise RefusedError(
                 f"{folder} on {host_name()} cannot be made ({error.strerror}), and files are kept there while they are "
-                "copied; let this user write there, or choose another place: vllm-spark join --model-path NAME=FOLDER"
+                f"copied; let this user write there, or {(remedies or follower_remedies()).folder}"
             ) from None
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
