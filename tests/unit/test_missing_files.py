@@ -18,11 +18,12 @@ from tests.hub import COMMIT
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.entrypoints import missing_files
 from vllm_spark.entrypoints.missing_files import fetch_missing
-from vllm_spark.errors import RefusedError
-from vllm_spark.executor.channel.framing import Connection
+from vllm_spark.errors import PeerLostError, RefusedError
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.client import make_connector
 from vllm_spark.executor.handshake.leader_search import LeaderSearch
 from vllm_spark.executor.handshake.messages import CONTROL, Sought
+from vllm_spark.executor.model_files import comparison
 from vllm_spark.executor.model_files.hub_cache import cached_snapshot
 from vllm_spark.executor.model_sync import receiver, reverse
 
@@ -91,8 +92,6 @@ class Followers:
 
 
 def _answer(search: LeaderSearch, control: Connection, connector: Any, config: SparkConfig) -> None:
-    from vllm_spark.executor.channel.framing import Kind
-
     try:
         frame = control.expect(Kind.SEARCH, timeout=20)
         reverse.answer_search(control, frame, connector, config)
@@ -237,3 +236,95 @@ def test_a_model_that_the_follower_has_in_part(
     fetch_missing(config, arguments(str(here)))
     following.result(20)
     assert contents(alice) == {}
+
+
+def test_a_follower_that_is_lost_after_it_was_asked(config: SparkConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Not the same as none: what has arrived is kept, so the leader ends with the command."""
+
+    def follow() -> None:
+        connector = make_connector(config, ADDRESS, config.port)
+        while (control := connector.connect(CONTROL)) is None:
+            time.sleep(0.02)
+        control.expect(Kind.SEARCH, timeout=20)
+        control.close()
+
+    with ThreadPoolExecutor() as pool:
+        following = pool.submit(follow)
+        sentence = (
+            rf"the follower on .* was lost after it was asked for the model {AT_ALICES} \(.*\); start this "
+            "command again, and the copy continues"
+        )
+        with pytest.raises(RefusedError, match=sentence):
+            fetch_missing(config, arguments(AT_ALICES))
+        following.result(20)
+    assert not messages(caplog, "was not asked")
+
+
+@pytest.mark.parametrize("lost_at", [Kind.LEAVE, Kind.FAILURE])
+def test_a_follower_that_is_lost_at_the_end_changes_nothing(
+    model: Path,
+    alice: Path,
+    config: SparkConfig,
+    followers: Followers,
+    monkeypatch: pytest.MonkeyPatch,
+    lost_at: Kind,
+) -> None:
+    """Neither the result, nor why there is none."""
+    send = Connection.send
+
+    def lose(self: Connection, kind: Kind, *given: Any, **more: Any) -> None:
+        if kind is lost_at:
+            raise PeerLostError("the connection was reset")
+        send(self, kind, *given, **more)
+
+    monkeypatch.setattr(Connection, "send", lose)
+    here = alice / "tiny"
+    following = followers.start(config.port, f"{here}={model}", None)
+    if lost_at is Kind.FAILURE:
+        monkeypatch.setattr(receiver, "free_bytes", lambda place: 1 << 20)
+        with pytest.raises(RefusedError, match="MB more on"):
+            fetch_missing(config, arguments(str(here)))
+    else:
+        fetch_missing(config, arguments(str(here)))
+        assert contents(here).keys() == COPIED
+    with pytest.raises(PeerLostError):
+        following.result(20)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_files_are_looked_for_by_name(
+    model: Path, alice: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
+) -> None:
+    """Samples of all weights would take seconds at each start."""
+
+    def read(path: Path) -> str:
+        raise AssertionError(f"{path} was read")
+
+    as_hub(model, alice / "hub")
+    monkeypatch.setattr(comparison, "file_digest", read)
+    assert list(missing_files._missing(arguments("somebody/tiny", load_format=load_format))) == []
+    (cached_snapshot("somebody/tiny", None) / "model-1.safetensors").unlink()  # type: ignore[operator]
+    (cached_snapshot("somebody/tiny", None) / "model-2.safetensors").unlink()  # type: ignore[operator]
+    (missing,) = missing_files._missing(arguments("somebody/tiny", load_format=load_format))
+    assert missing.name == "somebody/tiny"
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "tensorizer", "sharded_state", "gguf"])
+def test_other_loaders_choose_their_files(alice: Path, tmp_path: Path, load_format: str) -> None:
+    model = tmp_path / "other"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.tensors").write_text("")
+    as_hub(model, alice / "hub")
+    assert list(missing_files._missing(arguments("somebody/tiny", load_format=load_format))) == []
+
+
+def test_a_relative_path_means_the_same_on_both_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    speculative = {"model": "./draft", "num_speculative_tokens": 2}
+    modules = [SimpleNamespace(name="sql", path="./sql")]
+    args = arguments("../tiny", tokenizer="./words", speculative_config=speculative, lora_modules=modules)
+    names = [sought.name for sought in missing_files._missing(args)]
+    assert names == [str(tmp_path.parent / "tiny"), *(str(tmp_path / name) for name in ("draft", "words", "sql"))]
+    (own,) = missing_files._missing(arguments("~/tiny"))
+    assert own.name == "~/tiny"  # below each user's home

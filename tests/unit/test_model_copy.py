@@ -18,13 +18,14 @@ import pytest
 
 from tests.hub import COMMIT, cache_model
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import RefusedError
+from vllm_spark.errors import PeerLostError, RefusedError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.executor.handshake import leader_search
 from vllm_spark.executor.handshake.client import Connector, make_connector
 from vllm_spark.executor.handshake.leader_search import Found, LeaderSearch
-from vllm_spark.executor.handshake.messages import GROUPS, RPC, Offer
+from vllm_spark.executor.handshake.messages import GROUPS, RPC, Offer, Reason, decode_frame
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import hub_place_of
@@ -404,3 +405,32 @@ def test_the_time_of_a_copy_does_not_count_as_waiting(
 
     monkeypatch.setattr(leader_search, "fetch_from_leader", slowly)
     follow(leader, once=False)
+
+
+def test_files_that_change_before_the_follower_is_taken(
+    model: Path, leaders: list[Leader], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gets the reason, and all its connections are closed; they are looked at once."""
+    looked: list[ModelSender] = []
+
+    def changed(self: ModelSender) -> RefusedError:
+        looked.append(self)
+        return RefusedError("config.json was changed after it was compared")
+
+    monkeypatch.setattr(ModelSender, "changed", changed)
+    leaders.append(leader := Leader(model))
+    config = SparkConfig(port=leader.port)
+    connector = make_connector(config, "127.0.0.1", leader.port)
+    found = LeaderSearch(config, lambda: connector, lambda *given: None, lambda environment: None, once=True).find()
+    others = [connector.connect(connection) for connection in (RPC, GROUPS)]
+    with pytest.raises(RefusedError, match="was changed after it was compared"):
+        leader.accepted.result(30)
+    reason = decode_frame(found.control.expect(Kind.FAILURE, timeout=20), Reason)
+    assert reason.sentence == "config.json was changed after it was compared"
+    for connection in (found.control, *others):
+        assert connection is not None
+        with pytest.raises(PeerLostError):
+            connection.receive(timeout=20)
+        connection.close()
+    assert len(looked) == 1
+    assert not messages(caplog, "starts again")
