@@ -267,6 +267,7 @@ def test_a_follower_that_is_lost_at_the_end_changes_nothing(
     config: SparkConfig,
     followers: Followers,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     lost_at: Kind,
 ) -> None:
     """Neither the result, nor why there is none."""
@@ -287,6 +288,7 @@ def test_a_follower_that_is_lost_at_the_end_changes_nothing(
     else:
         fetch_missing(config, arguments(str(here)))
         assert contents(here).keys() == COPIED
+    assert not messages(caplog, "was not asked")
     with pytest.raises(PeerLostError):
         following.result(20)
 

@@ -19,6 +19,7 @@ from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.framing import Connection
 from vllm_spark.executor.handshake.messages import CopyState, Sought
+from vllm_spark.executor.model_files.comparison import file_digest
 from vllm_spark.executor.model_sync import receiver, reverse
 from vllm_spark.executor.model_sync.manifest import list_files
 from vllm_spark.executor.model_sync.place import FolderPlace, Place, choose_place
@@ -159,9 +160,7 @@ def test_the_remedy_is_one_of_this_machine(
     with pytest.raises(RefusedError) as caught:
         place_of(role, model, tmp_path)
     sentences.append(str(caught.value))
-    assert [role == "follower" if "vllm-spark join --model-path" in each else None for each in sentences] == (
-        [True] * 3 if role == "follower" else [None] * 3
-    ), sentences
+    assert ["vllm-spark join --model-path" in each for each in sentences] == [role == "follower"] * 3, sentences
     assert ["--download-dir" in each for each in sentences] == [role == "leader"] * 3, sentences
 
 
@@ -192,12 +191,11 @@ def test_a_state_is_reported_while_the_last_file_is_written(
     manifest, _ = list_files(wanted)
     monkeypatch.setattr(receiver, "_REPORT_INTERVAL", 0.02)
     complete, reported, seen = threading.Event(), threading.Event(), []
-    digest = receiver.file_digest
 
     def slow_digest(path: Path) -> str:
         complete.set()
         seen.append(reported.wait(5))
-        return digest(path)
+        return file_digest(path)
 
     after: list[CopyState] = []
 
