@@ -88,6 +88,15 @@ struct Ring {
   std::abort();
 }
 
+// Takes one of a number that another process counts down, too. False if there is none.
+bool take_one(std::atomic<uint32_t>& number) {
+  uint32_t left = number.load(std::memory_order_relaxed);
+  while (left != 0) {
+    if (number.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) return true;
+  }
+  return false;
+}
+
 std::string folder() {
   const char* path = std::getenv("EMULATED_NICS");
   if (path == nullptr) violated("the variable EMULATED_NICS is not set");
@@ -257,9 +266,10 @@ bool send(QueuePair& pair) {
   return sent > 0;
 }
 
-// Completes what the peer's NIC has acknowledged. True if there was something.
-bool acknowledge(QueuePair& pair, Clock::time_point now) {
-  uint64_t consumed = pair.out->consumed.load(std::memory_order_acquire);
+// Completes what the peer's NIC has acknowledged; a cut wire carries no acknowledgements. True if there was
+// something.
+bool acknowledge(QueuePair& pair, Clock::time_point now, bool cut) {
+  uint64_t consumed = cut ? pair.acknowledged : pair.out->consumed.load(std::memory_order_acquire);
   bool moved = consumed != pair.acknowledged;
   pair.acknowledged = consumed;
   if (moved || pair.writes.empty()) pair.progress = now;
@@ -271,7 +281,7 @@ bool acknowledge(QueuePair& pair, Clock::time_point now) {
     if (pair.writes.front().signaled) complete(pair, pair.writes.front(), abi::IBV_WC_SUCCESS);
     pair.writes.pop_front();
   }
-  if (uint32_t status = pair.out->refused.load(std::memory_order_acquire)) {
+  if (uint32_t status = cut ? 0 : pair.out->refused.load(std::memory_order_acquire)) {
     fail(pair, status);
   } else if (!pair.writes.empty() && now - pair.progress > pair.patience) {
     fail(pair, abi::IBV_WC_RETRY_EXC_ERR);
@@ -317,7 +327,7 @@ bool turn() {
       moved = receive(*pair, now) || moved;
     if (pair->state != abi::IBV_QPS_RTS) continue;
     if (!cut) moved = send(*pair) || moved;
-    moved = acknowledge(*pair, now) || moved;
+    moved = acknowledge(*pair, now, cut) || moved;
   }
   return moved;
 }
@@ -358,10 +368,7 @@ int post(abi::ibv_qp* handle, abi::ibv_send_wr* request, abi::ibv_send_wr** fail
   RailControl& rail = control(pair.rail());
   for (; request != nullptr; request = request->next) {
     *failed = request;
-    if (rail.refuse_posts.load(std::memory_order_relaxed) != 0) {
-      rail.refuse_posts.fetch_sub(1, std::memory_order_relaxed);
-      return ENOMEM;
-    }
+    if (take_one(rail.refuse_posts)) return ENOMEM;
     if (pair.posted - pair.freed >= pair.cap.max_send_wr) return ENOMEM;
     if (request->opcode != abi::IBV_WR_RDMA_WRITE || request->num_sge != 1) return EINVAL;
     const abi::ibv_sge& entry = *request->sg_list;
@@ -425,9 +432,7 @@ abi::ibv_mr* ibv_reg_mr(abi::ibv_pd* domain, void* memory, size_t bytes, int acc
     errno = EINVAL;
     return nullptr;
   }
-  std::atomic<uint32_t>& refuse = control(rail_of(domain->device)).refuse_pinning;
-  if (refuse.load(std::memory_order_relaxed) != 0) {
-    refuse.fetch_sub(1, std::memory_order_relaxed);
+  if (take_one(control(rail_of(domain->device)).refuse_pinning)) {
     errno = ENOMEM;
     return nullptr;
   }
