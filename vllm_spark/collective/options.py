@@ -102,6 +102,9 @@ class RuntimeOptions:
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
+    clear_interval: int | None = None
+    """Messages between two clearings of the slots, a power of two of at least twice `depth`; a small one is for checks of
+    the clearing. None: 2^30."""
     launch: LaunchShape | None = None
     """For collectives on CUDA tensors; None: the runtime's default."""
 

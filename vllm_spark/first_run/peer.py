@@ -1,0 +1,163 @@
+"""The other machine of a first run: messages that both exchange, announcements about rails, and failures.
+
+A thread reads the connection all the time, so that a failure of the other machine ends a wait within a collective too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+
+from vllm_spark.collective import CollectiveError, Runtime
+from vllm_spark.errors import EXIT_PROBLEM, PeerLostError
+from vllm_spark.executor.channel.framing import Connection, Kind
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
+from vllm_spark.records import to_json
+
+STEP_SECONDS = 180.0
+"""Limit for what the other machine does between two messages, collectives apart: those have their own."""
+
+_SEND_SECONDS = 10.0
+
+
+class PeerFailedError(PeerLostError):
+    """A step failed on the other machine, or it was stopped there; the message has its sentence."""
+
+    exit_code = EXIT_PROBLEM
+
+
+class Peer:
+    """The other end of `connection`, which this object owns from now on."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._state = threading.Lock()
+        self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._runtime: Runtime | None = None
+        self._announcements: list[bytes] = []
+        self._closing = False
+        self._ended = threading.Event()
+        self._failure: PeerLostError | None = None
+        self._stopped = ""
+        self.name = connection.peer
+        self._thread = threading.Thread(target=self._read, name="spark-first-run", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> PeerLostError | None:
+        """Why the other machine cannot go on; None while it can."""
+        return self._failure
+
+    def exchange(self, mine: bytes) -> bytes:
+        """Sends `mine`, and returns the other machine's message for the same step.
+
+        Raises:
+            PeerFailedError: the other machine has failed.
+            PeerLostError: it is lost, or sent nothing for `STEP_SECONDS`.
+        """
+        self.check()
+        self._send(Kind.EXCHANGE, mine)
+        try:
+            theirs = self._answers.get(timeout=STEP_SECONDS)
+        except queue.Empty:
+            raise PeerLostError(
+                f"{self.name} sent nothing for {STEP_SECONDS:g} s; see what its program prints, and start both again"
+            ) from None
+        if theirs is None:
+            self.check()
+            raise PeerLostError(f"{self.name} closed the connection")
+        return theirs
+
+    def announce(self, announcement: bytes) -> None:
+        """Sends what the runtime tells the other machine's about its rails."""
+        self._send(Kind.LINK, announcement)
+
+    def watch(self, runtime: Runtime) -> None:
+        """Delivers announcements to `runtime`, and aborts it when the other machine fails, until `unwatch`."""
+        with self._state:
+            self._runtime = runtime
+            pending, self._announcements = self._announcements, []
+            failure = self._failure
+        for announcement in pending:
+            runtime.deliver(announcement)
+        if failure is not None:
+            runtime.abort(str(failure))
+
+    def unwatch(self) -> None:
+        """Forgets the runtime, before it is closed."""
+        with self._state:
+            self._runtime, self._announcements = None, []
+
+    def check(self) -> None:
+        """Raises the failure of the other machine, if there is one, or PeerLostError after `stop`."""
+        if self._failure is not None:
+            raise self._failure
+        if self._stopped:
+            raise PeerLostError(self._stopped)
+
+    def fail(self, sentence: str) -> None:
+        """Tells the other machine why this one cannot go on; does nothing if it is lost."""
+        with contextlib.suppress(PeerLostError):
+            self._send(Kind.FAILURE, to_json(Reason(sentence)))
+
+    def stop(self, sentence: str) -> None:
+        """Ends what another thread waits for, and tells the other machine why."""
+        self._stopped = sentence
+        self.fail(sentence)
+        with self._state:
+            runtime = self._runtime
+        self._abort(runtime, sentence)
+        self._answers.put(None)
+
+    def wait_for_failure(self, seconds: float) -> PeerLostError | None:
+        """The other machine's failure, if it comes within so many seconds."""
+        self._ended.wait(seconds)
+        return self._failure
+
+    def close(self) -> None:
+        """Closes the connection, and ends the thread."""
+        self._closing = True
+        self._connection.interrupt()
+        self._thread.join(5.0)
+        self._connection.close()
+
+    def _send(self, kind: Kind, payload: bytes) -> None:
+        with self._sending:
+            self._connection.send(kind, payload, timeout=_SEND_SECONDS)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                frame = self._connection.expect(Kind.EXCHANGE, Kind.LINK, Kind.FAILURE)
+                if frame.kind is Kind.EXCHANGE:
+                    self._answers.put(frame.payload)
+                elif frame.kind is Kind.LINK:
+                    self._deliver(frame.payload)
+                else:
+                    raise PeerFailedError(f"{self.name} failed: {decode_frame(frame, Reason).sentence}")
+        except PeerLostError as error:
+            if self._closing:
+                return
+            with self._state:
+                self._failure = error
+                runtime = self._runtime
+            self._abort(runtime, str(error))
+        finally:
+            self._answers.put(None)
+            self._ended.set()
+
+    def _deliver(self, announcement: bytes) -> None:
+        with self._state:
+            runtime = self._runtime
+            if runtime is None:
+                self._announcements = [announcement]  # each replaces the one before
+        if runtime is not None and not runtime.closed:
+            runtime.deliver(announcement)
+
+    @staticmethod
+    def _abort(runtime: Runtime | None, reason: str) -> None:
+        if runtime is not None and not runtime.closed:
+            with contextlib.suppress(CollectiveError):
+                runtime.abort(reason)
