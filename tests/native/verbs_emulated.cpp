@@ -57,6 +57,7 @@ struct RailControl {
   std::atomic<uint32_t> refuse_posts;    // so many of the next posts are refused (ENOMEM)
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
+  std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
 
@@ -296,6 +297,9 @@ bool receive(QueuePair& pair, Clock::time_point now) {
       fail(pair, abi::IBV_WC_WR_FLUSH_ERR);
       break;
     }
+    uint32_t flip_over = control(pair.rail()).flip_over.load(std::memory_order_relaxed);
+    // The exponent of a number of any type, and no flag of a packet.
+    if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[3] ^= 0x40;
     copy(reinterpret_cast<unsigned char*>(packet.target), packet.data, packet.bytes);
     control(pair.rail()).packets.fetch_add(1, std::memory_order_relaxed);
     ring.consumed.store(at + 1, std::memory_order_release);

@@ -82,7 +82,7 @@ def check_options(args: argparse.Namespace) -> None:
     if "leader" in flags:
         raise ConfigurationError(f"{flag_name('leader')} does not go with --first-run; use --connect")
     if args.connect:
-        useless = [name for name in ("--collectives", "--pull") if name in given]
+        useless: list[str] = [name for name in given if name in ("--collectives", "--pull")]
         if useless or "address" in flags:
             raise ConfigurationError(
                 f"{(useless or ['--address'])[0]} is an option of the machine with --listen; leave it out here"

@@ -103,8 +103,8 @@ class RuntimeOptions:
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
     clear_interval: int | None = None
-    """Messages between two clearings of the slots, a power of two of at least twice `depth`; a small one is for checks of
-    the clearing. None: 2^30."""
+    """Messages between two clearings of the slots, a power of two of at least twice `depth`. None: 2^30; a small one is
+    for checks of the clearing."""
     launch: LaunchShape | None = None
     """For collectives on CUDA tensors; None: the runtime's default."""
 

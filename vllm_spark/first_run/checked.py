@@ -40,6 +40,9 @@ class CheckedCollectives:
         smallest, largest: number of elements of the inputs.
     """
 
+    BYTES = 4
+    """Of an element, where the number of elements is given: it is float32."""
+
     def __init__(self, runtime: Runtime, seed: int, smallest: int = 1, largest: int = LARGEST) -> None:
         self._runtime, self._smallest, self._largest = runtime, smallest, largest
         self._choice = random.Random(seed)
@@ -50,14 +53,14 @@ class CheckedCollectives:
         self._wrong = torch.zeros((), dtype=torch.bool, device=runtime.device)
         self.done = 0
 
-    def run(self, dtype: torch.dtype | None = None, elements: int | None = None) -> None:
-        """Runs and checks one collective; on a GPU its result may be checked later.
+    def run(self, elements: int | None = None) -> None:
+        """Runs and checks one collective, of random size and type without `elements`; on a GPU it may check later.
 
         Raises:
             StepFailedError: a bit is wrong.
             CollectiveError: the collective failed.
         """
-        call, expected, what = self._next(dtype, elements)
+        call, expected, what = self._next(elements)
         self._compare(call(), expected)
         self.done += 1
         if self._runtime.device == "cpu" or self.done % _CHECK_INTERVAL == 0:
@@ -65,7 +68,7 @@ class CheckedCollectives:
 
     def captured(self, count: int) -> tuple[list[Callable[[], torch.Tensor]], list[torch.Tensor]]:
         """The next `count` collectives to be captured in a graph, and their expected results."""
-        drawn = [self._next(None, None)[:2] for _ in range(count)]
+        drawn = [self._next(None)[:2] for _ in range(count)]
         return [call for call, _ in drawn], [expected for _, expected in drawn]
 
     def compare(self, results: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -93,16 +96,14 @@ class CheckedCollectives:
         """The state of each rail, as of `Counters`."""
         return self._runtime.counters().rail_states
 
-    def _next(
-        self, dtype: torch.dtype | None, elements: int | None
-    ) -> tuple[Callable[[], torch.Tensor], torch.Tensor, str]:
+    def _next(self, elements: int | None) -> tuple[Callable[[], torch.Tensor], torch.Tensor, str]:
         choice = self._choice
-        dtype = dtype or choice.choice(_DTYPES)
+        dtype = torch.float32 if elements is not None else choice.choice(_DTYPES)
         if elements is None:
             low, high = math.log2(self._smallest), math.log2(self._largest)
             elements = max(self._smallest, min(self._largest, int(2 ** choice.uniform(low, high))))
         at = choice.randrange(self._largest)
-        inputs = [pool[at : at + elements] for pool in self._pools[dtype]]
+        inputs = [_cut(pool, at, elements) for pool in self._pools[dtype]]
         mine = inputs[self._runtime.rank]
         what = f"{elements} elements of {str(dtype).removeprefix('torch.')}"
         if choice.randrange(3):
@@ -115,3 +116,10 @@ class CheckedCollectives:
         found = result.view(bits)
         self._wrong |= (found != expected.view(bits)).any()
         self._digest = self._digest * _FACTOR + found.sum(dtype=torch.int64)
+
+
+def _cut(pool: torch.Tensor, at: int, elements: int) -> torch.Tensor:
+    """`elements` of the pool from `at`; it is repeated if it is too short."""
+    if at + elements > len(pool):
+        pool = pool.repeat(-(-(at + elements) // len(pool)))
+    return pool[at : at + elements]

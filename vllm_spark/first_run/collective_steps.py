@@ -14,7 +14,7 @@ from vllm_spark.first_run.result import Advice, Outcome, StepFailedError
 if TYPE_CHECKING:
     from vllm_spark.first_run.checked import CheckedCollectives
 
-COUNT = {"cuda": 2000, "cpu": 200}
+COUNT = {"cuda": 2000, "cpu": 60}
 """Collectives of each step, by device."""
 
 CLEAR_INTERVAL = 16
@@ -22,8 +22,11 @@ CLEAR_INTERVAL = 16
 
 GRAPH_COLLECTIVES, GRAPH_REPLAYS = 20, 50
 
-_LARGEST_PAYLOAD = 1 << 20
-"""Elements of the largest input of the step `payloads`: several chunks."""
+LARGEST = {"cuda": 1 << 20, "cpu": 1 << 15}
+"""Elements of the largest random input, by device."""
+
+CHUNKED_SLOTS = 3
+"""Slots that the largest input of the step `payloads` fills: it is sent in so many chunks."""
 
 _FAILED = Advice(
     "single writes work over every rail, and the protocol of collectives does not",
@@ -47,21 +50,21 @@ def run_packets(context: Context) -> Outcome:
 def run_payloads(context: Context) -> Outcome:
     """Messages of all sizes, each with its flag after the payload (Simple)."""
     with _runtime(context, "payloads", packet_bytes=0) as (runtime, make):
-        _exercise(context, make(2, 1, _LARGEST_PAYLOAD))
+        _exercise(context, make(2, 1, LARGEST[context.device]), CHUNKED_SLOTS * runtime.options.slot_bytes)
         return _outcome(context, runtime.counters(), "payload_messages", "packet_messages")
 
 
 def run_mixed(context: Context) -> Outcome:
     """Random sizes of both protocols."""
     with _runtime(context, "mixed sizes") as (runtime, make):
-        _exercise(context, make(3, 1, _LARGEST_PAYLOAD))
+        _exercise(context, make(3, 1, LARGEST[context.device]))
         return _outcome(context, runtime.counters(), "", "")
 
 
 def run_clearing(context: Context) -> Outcome:
     """The same with slots that are cleared every `CLEAR_INTERVAL` messages, as they are after 2^30 in serving."""
     with _runtime(context, "clearing of slots", clear_interval=CLEAR_INTERVAL) as (runtime, make):
-        _exercise(context, make(4, 1, _LARGEST_PAYLOAD))
+        _exercise(context, make(4, 1, LARGEST[context.device]))
         return _outcome(context, runtime.counters(), "", "")
 
 
@@ -113,7 +116,10 @@ class _Make:
         return CheckedCollectives(self._runtime, seed, smallest, largest)
 
 
-def _exercise(context: Context, checked: CheckedCollectives) -> None:
+def _exercise(context: Context, checked: CheckedCollectives, chunked_bytes: int = 0) -> None:
+    """Runs the step's number of collectives, and first one of `chunked_bytes`, if given."""
+    if chunked_bytes:
+        checked.run(elements=chunked_bytes // checked.BYTES)
     while checked.done < COUNT[context.device]:
         checked.run()
     checked.check()

@@ -22,6 +22,7 @@ PULL_SECONDS = 120.0
 """Limit for the user to pull a cable, or to put it back."""
 
 _BATCH = 20
+_START = "not all rails were open at the start"
 _HEAL = Advice(
     "a rail that fails while a model is served would stay out",
     "see the log and the kernel's messages of both machines, and send the report files to the maintainers",
@@ -47,9 +48,7 @@ def run_healing(context: Context) -> Outcome:
     """Breaks each rail in turn, on the listening machine, while collectives run."""
     figures: dict[str, float] = {}
     with _traffic(context) as (runtime, checked):
-        _until(
-            context, checked, lambda: _all_open(runtime), HEAL_SECONDS, "not all rails were open at the start", _HEAL
-        )
+        _until(context, checked, lambda: _all_open(runtime), HEAL_SECONDS, _START, _HEAL)
         for rail in range(len(context.rails)):
             name = context.rail_name(rail)
             context.say(f"breaking {name} while collectives run")
@@ -74,9 +73,7 @@ def run_pulling(context: Context) -> Outcome:
     if not context.plan.pull:
         return Outcome("without --pull no cable is pulled", skipped=True)
     with _traffic(context) as (runtime, checked):
-        _until(
-            context, checked, lambda: _all_open(runtime), HEAL_SECONDS, "not all rails were open at the start", _HEAL
-        )
+        _until(context, checked, lambda: _all_open(runtime), HEAL_SECONDS, _START, _HEAL)
         context.say(f"PULL a cable between the machines now (within {PULL_SECONDS:g} s)")
         started = time.monotonic()
         # All functions of a cable go out with it: one rail, or both.

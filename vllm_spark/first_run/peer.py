@@ -19,6 +19,10 @@ STEP_SECONDS = 180.0
 """Limit for what the other machine does between two messages, collectives apart: those have their own."""
 
 _SEND_SECONDS = 10.0
+_FRAME_SECONDS = 30.0
+"""Limit for the rest of a message that has begun to arrive."""
+
+_POLL_SECONDS = 1.0
 
 
 class PeerFailedError(PeerLostError):
@@ -38,7 +42,6 @@ class Peer:
         self._runtime: Runtime | None = None
         self._announcements: list[bytes] = []
         self._closing = False
-        self._ended = threading.Event()
         self._failure: PeerLostError | None = None
         self._stopped = ""
         self.name = connection.peer
@@ -111,11 +114,6 @@ class Peer:
         self._abort(runtime, sentence)
         self._answers.put(None)
 
-    def wait_for_failure(self, seconds: float) -> PeerLostError | None:
-        """The other machine's failure, if it comes within so many seconds."""
-        self._ended.wait(seconds)
-        return self._failure
-
     def close(self) -> None:
         """Closes the connection, and ends the thread."""
         self._closing = True
@@ -129,8 +127,10 @@ class Peer:
 
     def _read(self) -> None:
         try:
-            while True:
-                frame = self._connection.expect(Kind.EXCHANGE, Kind.LINK, Kind.FAILURE)
+            while not self._closing:
+                if not self._connection.wait(_POLL_SECONDS):
+                    continue
+                frame = self._connection.expect(Kind.EXCHANGE, Kind.LINK, Kind.FAILURE, timeout=_FRAME_SECONDS)
                 if frame.kind is Kind.EXCHANGE:
                     self._answers.put(frame.payload)
                 elif frame.kind is Kind.LINK:
@@ -146,7 +146,6 @@ class Peer:
             self._abort(runtime, str(error))
         finally:
             self._answers.put(None)
-            self._ended.set()
 
     def _deliver(self, announcement: bytes) -> None:
         with self._state:

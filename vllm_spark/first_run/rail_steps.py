@@ -18,13 +18,13 @@ from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Advice, Outcome, StepFailedError
 from vllm_spark.first_run.speed import judge_latency, judge_rates, judge_two_way
 
-SMALL, LARGE = 64, 1 << 20
+SMALL, LARGE = 64, 1 << 18
 """Bytes of a small write, and of a large one."""
 
 _WAIT_SECONDS = 20.0
 """Limit for one write; a rail whose packets are lost fails earlier."""
 
-_FIRST_COUNT, _MOST = 20, 20_000
+_FIRST_COUNT, _FIRST_WRITES, _MOST = 10, 4, 20_000
 _LATENCY_SECONDS, _BANDWIDTH_SECONDS = 0.5, 1.0
 _DEPTH = 32
 
@@ -185,7 +185,7 @@ def _exchange_writes(context: Context, probe: _native.WireProbe, rails: list[int
 
 def _stream_count(probe: _native.WireProbe, rails: list[int]) -> int:
     """How many large writes take about `_BANDWIDTH_SECONDS`."""
-    count = _DEPTH * len(rails)
+    count = _FIRST_WRITES * len(rails)
     seconds = probe.stream(rails, LARGE, count, _DEPTH)
     return max(count, min(_MOST, int(count * _BANDWIDTH_SECONDS / max(seconds, 1e-6))))
 

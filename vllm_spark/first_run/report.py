@@ -50,9 +50,7 @@ class Report:
     seconds: float = 0.0
     format: str = "vllm-spark first run 1"
     versions: Versions = dataclasses.field(default_factory=Versions.of_this_process)
-    system: str = dataclasses.field(
-        default_factory=lambda: f"{platform.system()} {platform.release()} {platform.machine()}"
-    )
+    system: str = dataclasses.field(default_factory=lambda: _kernel())
     peer: str = ""
     gpu: str = ""
     peer_gpu: str = ""
@@ -79,6 +77,11 @@ class Report:
             ConfigurationError: it cannot be written.
         """
         atomic_write_text(path, redacted(indented_json(dataclasses.asdict(self)), secret) + "\n", "report")
+
+
+def _kernel() -> str:
+    """Kernel and processor architecture: not the host name, which `platform.platform` may have."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def redacted(text: str, secret: str) -> str:

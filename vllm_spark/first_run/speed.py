@@ -18,7 +18,7 @@ TWO_WAY_GBITS = 190.0
 119, and 109 in one direction both (FujitsuPolycom/sparkring, fabric-cable-bandwidth-20261002)."""
 
 SLOW_WRITE_US = 1000.0
-"""Microseconds for a write of 64 bytes beyond which any network card is slow: ib_write_lat takes 1.7 between two GB10."""
+"""Microseconds for a write of 64 bytes beyond which any network card is slow: two GB10 take 1.7 (ib_write_lat)."""
 
 _RATIO = 3.0
 

@@ -19,11 +19,7 @@ from vllm_spark.first_run import (
     random_step,
 )
 from vllm_spark.first_run.context import Context
-from vllm_spark.first_run.peer import PeerFailedError
 from vllm_spark.first_run.result import Outcome, Status, StepFailedError, StepResult
-
-_REASON_SECONDS = 3.0
-"""How long the reason of the other machine is waited for after a step failed here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +100,8 @@ def _failed(
 ) -> StepResult:
     """The result of a step that failed here, or because of the other machine."""
     failure = context.peer.failure
-    if failure is not None and not isinstance(error, StepFailedError):
-        return result("stopped", seen=str(failure))
-    if isinstance(failure, PeerFailedError) and isinstance(error.__context__, CollectiveError):
-        # The runtime was aborted because of the other machine's failure.
-        if str(failure) in str(error.__context__):
-            return result("stopped", seen=str(failure))
-    if failure is not None and not isinstance(failure, PeerFailedError):
-        return result("stopped", seen=f"{failure}; see what its program printed, and start both again")
+    if failure is not None and (str(failure) in str(error) or not isinstance(error, StepFailedError)):
+        return result("stopped", seen=str(failure))  # it aborted what was under way here
     if isinstance(error, PeerLostError):
         return result("stopped", seen=str(error))
     context.peer.fail(f"step {step.name} ({step.title}): {error}")
