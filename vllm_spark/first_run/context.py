@@ -130,7 +130,7 @@ class Context:
             options,
             agreement={"package": __version__},
             description=f"{host_name()} (process {os.getpid()})",
-            announce=self.peer.announce,
+            announce=self.peer.begin_runtime(),
         )
         self.peer.watch(runtime)
         try:

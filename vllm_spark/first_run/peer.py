@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import struct
 import threading
 
-from vllm_spark.collective import CollectiveError, Runtime
+from vllm_spark.collective import Announce, CollectiveError, Runtime
 from vllm_spark.errors import EXIT_PROBLEM, PeerLostError
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason, decode_frame
@@ -23,6 +24,7 @@ _FRAME_SECONDS = 30.0
 """Limit for the rest of a message that has begun to arrive."""
 
 _POLL_SECONDS = 1.0
+_NUMBER = struct.Struct("<I")
 
 
 class PeerFailedError(PeerLostError):
@@ -40,7 +42,8 @@ class Peer:
         self._state = threading.Lock()
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._runtime: Runtime | None = None
-        self._announcements: list[bytes] = []
+        self._announcement: bytes | None = None
+        self._number = 0
         self._closing = False
         self._failure: PeerLostError | None = None
         self._stopped = ""
@@ -73,25 +76,33 @@ class Peer:
             raise PeerLostError(f"{self.name} closed the connection")
         return theirs
 
-    def announce(self, announcement: bytes) -> None:
-        """Sends what the runtime tells the other machine's about its rails."""
-        self._send(Kind.LINK, announcement)
+    def begin_runtime(self) -> Announce:
+        """The `announce` of the next runtime; both machines open their runtimes in the same order.
+
+        Announcements have the runtime's number: the last one of a runtime, which ends it on the other machine, may
+        arrive when that has opened its next one.
+        """
+        with self._state:
+            self._number += 1
+            self._announcement = None
+            number = _NUMBER.pack(self._number)
+        return lambda announcement: self._send(Kind.LINK, number + announcement)
 
     def watch(self, runtime: Runtime) -> None:
         """Delivers announcements to `runtime`, and aborts it when the other machine fails, until `unwatch`."""
         with self._state:
             self._runtime = runtime
-            pending, self._announcements = self._announcements, []
+            pending, self._announcement = self._announcement, None
             failure = self._failure
-        for announcement in pending:
-            runtime.deliver(announcement)
+        if pending is not None:
+            runtime.deliver(pending)
         if failure is not None:
             runtime.abort(str(failure))
 
     def unwatch(self) -> None:
         """Forgets the runtime, before it is closed."""
         with self._state:
-            self._runtime, self._announcements = None, []
+            self._runtime = None
 
     def check(self) -> None:
         """Raises the failure of the other machine, if there is one, or PeerLostError after `stop`."""
@@ -147,11 +158,14 @@ class Peer:
         finally:
             self._answers.put(None)
 
-    def _deliver(self, announcement: bytes) -> None:
+    def _deliver(self, message: bytes) -> None:
+        number, announcement = message[: _NUMBER.size], message[_NUMBER.size :]
         with self._state:
+            if number != _NUMBER.pack(self._number):
+                return
             runtime = self._runtime
             if runtime is None:
-                self._announcements = [announcement]  # each replaces the one before
+                self._announcement = announcement  # it replaces the one before
         if runtime is not None and not runtime.closed:
             runtime.deliver(announcement)
 

@@ -23,7 +23,7 @@ from vllm_spark.first_run.context import Context, Greeting, Plan
 from vllm_spark.first_run.peer import Peer, PeerFailedError
 from vllm_spark.first_run.report import Report, kernel_messages
 from vllm_spark.first_run.result import StepResult
-from vllm_spark.first_run.steps import run_steps
+from vllm_spark.first_run.sequence import run_steps
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.records import RecordError, from_json, to_json
 

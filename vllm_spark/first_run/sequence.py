@@ -10,16 +10,9 @@ from typing import Any
 
 from vllm_spark.collective import CollectiveError
 from vllm_spark.errors import PeerLostError, SparkError, described
-from vllm_spark.first_run import (
-    collective_steps,
-    healing_steps,
-    machine_step,
-    pinning_step,
-    rail_steps,
-    random_step,
-)
 from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Outcome, Status, StepFailedError, StepResult
+from vllm_spark.first_run.steps import collectives, healing, machine, pinning, rails, random_collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +34,22 @@ class _Done:
 
 def steps(context: Context) -> Iterator[Step]:
     """The steps in their order; those of the rails follow from what the step `machine` finds."""
-    yield Step("machine", "This machine", machine_step.run)
-    yield Step("pinning", "Memory for the network cards", pinning_step.run)
+    yield Step("machine", "This machine", machine.run)
+    yield Step("pinning", "Memory for the network cards", pinning.run)
     for rail in range(len(context.rails)):
         title = f"{context.rail_name(rail)[0].upper()}{context.rail_name(rail)[1:]} alone"
-        yield Step(f"rail {rail}", title, partial(rail_steps.run_alone, rail=rail))
+        yield Step(f"rail {rail}", title, partial(rails.run_alone, rail=rail))
     if len(context.rails) > 1:
-        yield Step("rails", "All rails together", rail_steps.run_together)
-    yield Step("two-way", "Both directions at once", rail_steps.run_two_way)
-    yield Step("packets", "Collectives of packets", collective_steps.run_packets)
-    yield Step("payloads", "Collectives of payloads", collective_steps.run_payloads)
-    yield Step("mixed", "Collectives of mixed sizes", collective_steps.run_mixed)
-    yield Step("graphs", "Collectives in CUDA graphs", collective_steps.run_graphs)
-    yield Step("clearing", "Clearing of slots", collective_steps.run_clearing)
-    yield Step("healing", "Rails that fail", healing_steps.run_healing)
-    yield Step("pulling", "Cables that are pulled", healing_steps.run_pulling)
-    yield Step("random", "Random collectives", random_step.run)
+        yield Step("rails", "All rails together", rails.run_together)
+    yield Step("two-way", "Both directions at once", rails.run_two_way)
+    yield Step("packets", "Collectives of packets", collectives.run_packets)
+    yield Step("payloads", "Collectives of payloads", collectives.run_payloads)
+    yield Step("mixed", "Collectives of mixed sizes", collectives.run_mixed)
+    yield Step("graphs", "Collectives in CUDA graphs", collectives.run_graphs)
+    yield Step("clearing", "Clearing of slots", collectives.run_clearing)
+    yield Step("healing", "Rails that fail", healing.run_healing)
+    yield Step("pulling", "Cables that are pulled", healing.run_pulling)
+    yield Step("random", "Random collectives", random_collectives.run)
 
 
 def run_steps(context: Context, show: Callable[[StepResult], None]) -> Iterator[StepResult]:
