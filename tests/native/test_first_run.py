@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS
+from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS
 from vllm_spark.executor.channel.addresses import LOOPBACK
 from vllm_spark.processes.local import free_ports
 
@@ -23,6 +23,14 @@ from .programs import without_preload
 BOUND = 600.0
 REPOSITORY = Path(__file__).parents[2]
 SECRET = "a secret of the first run"
+TWO_GPUS = Path("/dev/nvidia1").exists()
+"""With two GPUs each side has its own; a single one is hidden, since two processes would take turns on it."""
+OTHER_VERSION = """
+import sys, vllm_spark
+vllm_spark.__version__ = "9.9"
+from vllm_spark.cli import main
+sys.exit(main())
+"""
 SPEED = {"rail 0", "rail 1", "rails", "two-way"}
 """Steps that may warn of a slow rail where the emulated NICs share two cores with other programs."""
 
@@ -30,18 +38,27 @@ SPEED = {"rail 0", "rail 1", "rails", "two-way"}
 class Machine:
     """One side of a first run."""
 
-    def __init__(self, nics: EmulatedNics, folder: Path, name: str, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        nics: EmulatedNics,
+        folder: Path,
+        name: str,
+        *arguments: str,
+        program: tuple[str, ...] = ("-m", "vllm_spark"),
+        **environment: str,
+    ) -> None:
         self.report = folder / f"{name}.json"
         self._log = folder / f"{name}.log"
-        words = ["-m", "vllm_spark", "doctor", "--first-run", "--wait", "300", *arguments]
+        words = [*program, "doctor", "--first-run", "--wait", "300", *arguments]
         if "--report" not in arguments:
             words += ["--report", str(self.report)]
+        gpu = {"CUDA_VISIBLE_DEVICES": str(int(name == "connecting")) if TWO_GPUS else ""}
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *words],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=without_preload() | nics.environment | {"VLLMSPARK_SECRET": SECRET} | environment,
+                env=without_preload() | nics.environment | {"VLLMSPARK_SECRET": SECRET} | gpu | environment,
                 cwd=REPOSITORY,
             )
 
@@ -71,11 +88,11 @@ Start = Callable[..., tuple[Machine, Machine]]
 def start(nics: EmulatedNics, tmp_path: Path) -> Iterator[Start]:
     started: list[Machine] = []
 
-    def start(*listening: str, connecting: dict[str, str] | None = None) -> tuple[Machine, Machine]:
+    def start(*listening: str, **connecting: Any) -> tuple[Machine, Machine]:
         (port,) = free_ports(1)
         listen = ("--listen", "--address", LOOPBACK, "--port", str(port), *listening)
         started.append(Machine(nics, tmp_path, "listening", *listen))
-        started.append(Machine(nics, tmp_path, "connecting", "--connect", f"{LOOPBACK}:{port}", **(connecting or {})))
+        started.append(Machine(nics, tmp_path, "connecting", "--connect", f"{LOOPBACK}:{port}", **connecting))
         return started[0], started[1]
 
     yield start
@@ -99,12 +116,25 @@ def test_it_passes_whole(start: Start) -> None:
     for report, code in zip(reports, codes, strict=True):
         names = [step["name"] for step in report["steps"]]
         assert names == [
-            *("machine", "pinning", "rail 0", "rail 1", "rails", "two-way", "packets", "payloads", "mixed", "graphs"),
+            *(
+                "connection",
+                "machine",
+                "pinning",
+                "rail 0",
+                "rail 1",
+                "rails",
+                "two-way",
+                "packets",
+                "payloads",
+                "mixed",
+                "graphs",
+            ),
             *("clearing", "healing", "pulling", "random"),
         ]
         assert code in (0, EXIT_WARNINGS), report["reason"]
         for step in report["steps"]:
-            allowed = {"skipped"} if step["name"] in ("graphs", "pulling") else {"passed"}
+            skipped = step["name"] == "pulling" or (step["name"] == "graphs" and not TWO_GPUS)
+            allowed = {"skipped"} if skipped else {"passed"}
             if step["name"] in SPEED:
                 allowed.add("warning")
             assert step["status"] in allowed, step
@@ -180,11 +210,26 @@ def test_a_signal_ends_both(start: Start, number: signal.Signals) -> None:
 
 
 def test_another_secret(start: Start) -> None:
-    one, other = start("--wait", "1", connecting={"VLLMSPARK_SECRET": "another secret of a stranger"})
-    assert "another secret" in other.output or other.process.wait(BOUND) == EXIT_USAGE, other.output
-    report = one.ended(EXIT_LOST)
-    assert report["steps"] == []
-    assert "secret" in report["reason"]
+    one, other = start(VLLMSPARK_SECRET="another secret of a stranger")
+    failed = check_refusal(one, other, EXIT_USAGE, "another secret")
+    assert "secret" in failed["seen"]
+
+
+@pytest.mark.thorough
+def test_another_version(start: Start) -> None:
+    one, other = start(program=("-c", OTHER_VERSION))
+    failed = check_refusal(one, other, EXIT_REFUSED, "9.9")
+    assert "install the same version on both" in failed["seen"]
+
+
+def check_refusal(one: Machine, other: Machine, code: int, reason: str) -> dict[str, Any]:
+    """Both name the reason, and the one that listens goes on to wait; returns the failed step of the other."""
+    (failed,) = other.ended(code)["steps"]
+    assert (failed["name"], failed["status"]) == ("connection", "failed")
+    one.wait_for(reason)
+    one.process.send_signal(signal.SIGINT)
+    assert one.ended(128 + signal.SIGINT)["reason"] == "stopped by SIGINT"
+    return dict(failed)
 
 
 def test_a_report_that_cannot_be_written(nics: EmulatedNics, tmp_path: Path) -> None:

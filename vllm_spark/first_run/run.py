@@ -22,7 +22,7 @@ from vllm_spark.executor.channel.secret import load_secret
 from vllm_spark.first_run.context import Context, Greeting, Plan
 from vllm_spark.first_run.peer import Peer, PeerFailedError
 from vllm_spark.first_run.report import Report, kernel_messages
-from vllm_spark.first_run.result import StepResult
+from vllm_spark.first_run.result import Status, StepResult
 from vllm_spark.first_run.sequence import run_steps
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
 from vllm_spark.records import RecordError, from_json, to_json
@@ -69,6 +69,7 @@ class FirstRun:
         self._report = Report.begin(0 if request.listens else 1, host_name(), config)
         self._peer: Peer | None = None
         self._lost = False
+        self._started = time.monotonic()
         self._error: BaseException | None = None
 
     def run(self) -> int:
@@ -80,7 +81,6 @@ class FirstRun:
             SparkError: the machines did not connect; or the report cannot be written.
             StoppedError: a signal ended the run.
         """
-        started = time.monotonic()
         former = raise_on_stop_signals()
         try:
             return self._run()
@@ -88,16 +88,17 @@ class FirstRun:
             number = int(request.args[0])
             raise StoppedError(self._stop(signal.Signals(number).name), number) from None
         except SparkError as error:
-            if not self._report.reason:
-                self._report.reason = str(error)
-                self._report.result = "failed"
+            if not self._report.steps:
+                self._add_connection("failed", seen=str(error))
+            self._report.reason = self._report.reason or str(error)
+            self._report.result = "failed"
             raise
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
             if self._peer is not None:
                 self._peer.close()
-            self._report.seconds = round(time.monotonic() - started, 3)
+            self._report.seconds = round(time.monotonic() - self._started, 3)
             self._report.kernel_messages = kernel_messages(self._system)
             self._report.write(self._request.report, self._secret())
 
@@ -106,6 +107,7 @@ class FirstRun:
         self._say("waiting for the other machine" if self._request.listens else "connecting to the other machine")
         self._peer = Peer(connect(self._config, self._request.patience, COMMAND))
         context = self._greet(self._peer)
+        self._add_connection("passed", value=f"{self._peer.name}, the same versions and secret")
         # The steps have a thread of their own: the main thread handles signals while native code waits.
         thread = threading.Thread(target=self._run_steps, args=(context,), name="spark-steps", daemon=True)
         thread.start()
@@ -168,13 +170,21 @@ class FirstRun:
         else:
             self._report.result = "warning" if "warning" in statuses else "passed"
 
+    def _add_connection(self, status: Status, value: str = "", seen: str = "") -> None:
+        """Adds the connection to the report, as its first step; the error of one that failed is shown by the command."""
+        seconds = round(time.monotonic() - self._started, 3)
+        result = StepResult("connection", "Connection", status, seconds, value, seen)
+        self._report.steps.append(result)
+        if status == "passed":
+            self._show(result)
+
     def _stop(self, name: str) -> str:
         """Ends the steps on both machines; returns the sentence for this one's user."""
         self._report.result = "stopped"
         self._report.reason = f"stopped by {name}"
         if self._peer is None:
             return f"stopped by {name} while waiting for the other machine"
-        done = len(self._report.steps)
+        done = len(self._report.steps) - 1
         self._peer.stop(f"it was stopped there by {name}")
         for thread in threading.enumerate():
             if thread.name == "spark-steps":
