@@ -171,7 +171,7 @@ class FirstRun:
             self._report.result = "warning" if "warning" in statuses else "passed"
 
     def _add_connection(self, status: Status, value: str = "", seen: str = "") -> None:
-        """Adds the connection to the report, as its first step; the error of one that failed is shown by the command."""
+        """Adds the connection to the report, as its first step; the command prints the error of one that failed."""
         seconds = round(time.monotonic() - self._started, 3)
         result = StepResult("connection", "Connection", status, seconds, value, seen)
         self._report.steps.append(result)
