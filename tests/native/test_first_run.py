@@ -151,7 +151,7 @@ def test_it_passes_whole(start: Start) -> None:
 
 FAULTS: dict[str, tuple[str, int, tuple[int, ...], str, str]] = {
     "memory cannot be pinned": ("refuse_pinning", 1000, (1,), "pinning", "memory could not be registered with rail 1 "),
-    "a rail cannot be connected": ("refuse_connect", 1, (1,), "rail 1", "rail 1 (memory1) could not be connected"),
+    "a rail cannot be connected": ("refuse_connect", 1, (0,), "rail 0", "rail 0 (memory0) could not be connected"),
     "a rail is cut": ("cut", 1, (0,), "rail 0", "rail 0 (memory0) carried no write of 64 bytes"),
     "a rail loses large packets": ("lose_over", 2048, (0,), "rail 0", "carried writes of 64 bytes and none of 262144"),
     "posts are refused": ("refuse_posts", 1 << 30, (0,), "rail 0", "takes no message of 64 bytes"),
