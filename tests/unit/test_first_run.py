@@ -193,7 +193,7 @@ def test_stopping_ends_a_wait_here_and_there(monkeypatch: pytest.MonkeyPatch) ->
     with peers(monkeypatch) as (one, other), ThreadPoolExecutor() as threads:
         one.watch(runtime)
         waits = [threads.submit(one.exchange, b"")]
-        one.stop("it was stopped there by SIGINT")
+        one.stop("SIGINT")
         with pytest.raises(PeerLostError, match=r"SIGINT|closed"):
             waits[0].result(PATIENCE)
         assert runtime.aborted.is_set()

@@ -116,13 +116,13 @@ class Peer:
         with contextlib.suppress(PeerLostError):
             self._send(Kind.FAILURE, to_json(Reason(sentence)))
 
-    def stop(self, sentence: str) -> None:
-        """Ends what another thread waits for, and tells the other machine why."""
-        self._stopped = sentence
-        self.fail(sentence)
+    def stop(self, name: str) -> None:
+        """Ends what another thread waits for, and tells the other machine the name of the signal that did so."""
+        self._stopped = f"it was stopped here by {name}"
+        self.fail(f"it was stopped there by {name}")
         with self._state:
             runtime = self._runtime
-        self._abort(runtime, sentence)
+        self._abort(runtime, self._stopped)
         self._answers.put(None)
 
     def close(self) -> None:

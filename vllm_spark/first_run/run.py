@@ -69,6 +69,7 @@ class FirstRun:
         self._report = Report.begin(0 if request.listens else 1, host_name(), config)
         self._peer: Peer | None = None
         self._lost = False
+        self._ended = threading.Event()
         self._started = time.monotonic()
         self._error: BaseException | None = None
 
@@ -111,8 +112,9 @@ class FirstRun:
         # The steps have a thread of their own: the main thread handles signals while native code waits.
         thread = threading.Thread(target=self._run_steps, args=(context,), name="spark-steps", daemon=True)
         thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
+        # Not `join`: a signal that interrupts it makes Python 3.11 take the thread for ended.
+        while not self._ended.wait(0.2):
+            pass
         if self._error is not None:
             raise self._error
         return self._exit_code()
@@ -159,6 +161,8 @@ class FirstRun:
             self._conclude(context.peer)
         except BaseException as error:  # raised again in the main thread
             self._error = error
+        finally:
+            self._ended.set()
 
     def _conclude(self, peer: Peer) -> None:
         statuses = [result.status for result in self._report.steps]
@@ -185,10 +189,8 @@ class FirstRun:
         if self._peer is None:
             return f"stopped by {name} while waiting for the other machine"
         done = len(self._report.steps) - 1
-        self._peer.stop(f"it was stopped there by {name}")
-        for thread in threading.enumerate():
-            if thread.name == "spark-steps":
-                thread.join(_END_SECONDS)
+        self._peer.stop(name)
+        self._ended.wait(_END_SECONDS)
         self._report.result = "stopped"
         self._report.reason = f"stopped by {name}"
         return f"stopped by {name} after {done} steps, and the other machine was told"
