@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[str, int, tuple[int, ...], str, str]] = {
     "a rail loses large packets": ("lose_over", 2048, (0,), "rail 0", "carried writes of 64 bytes and none of 262144"),
     "posts are refused": ("refuse_posts", 1 << 30, (0,), "rail 0", "takes no message of 64 bytes"),
     "a write ends with an error": ("fail_next", 9, (0,), "rail 0", "rail 0 (memory0) carried no write of 64 bytes"),
-    "a bit is flipped": ("flip_over", 2048, (0, 1), "payloads", "has wrong bits"),
+    "a bit is flipped": ("flip_over", 2048, (0, 1), "packets", "has wrong bits"),
 }
 QUICK = {"memory cannot be pinned"}
 

@@ -44,6 +44,7 @@ constexpr uint32_t kPacketsPerTurn = 16;  // each way: the rank's threads wait f
 constexpr uint32_t kLargestPacket = 4096;
 constexpr uint32_t kRemoteAccessError = 10;  // IBV_WC_REM_ACCESS_ERR
 constexpr uint32_t kVendorError = 0x81;
+constexpr uint32_t kFlipped = 1027;  // byte of a packet in which a bit is flipped
 constexpr auto kAwake = std::chrono::milliseconds(2);
 constexpr auto kSleep = std::chrono::microseconds(100);
 
@@ -298,8 +299,8 @@ bool receive(QueuePair& pair, Clock::time_point now) {
       break;
     }
     uint32_t flip_over = control(pair.rail()).flip_over.load(std::memory_order_relaxed);
-    // The exponent of a number of any type, and no flag of a packet.
-    if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[3] ^= 0x40;
+    // The exponent of a number of any type: neither a flag of a packet nor its header, which is checked.
+    if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[kFlipped] ^= 0x40;
     copy(reinterpret_cast<unsigned char*>(packet.target), packet.data, packet.bytes);
     control(pair.rail()).packets.fetch_add(1, std::memory_order_relaxed);
     ring.consumed.store(at + 1, std::memory_order_release);
