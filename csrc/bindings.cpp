@@ -414,7 +414,9 @@ PYBIND11_MODULE(_native, module) {
             self.all_gather(pointer(in), pointer(out), outer, inner_bytes, stream(handle));
           },
           Unlocked())
-      .def("check", &GpuRank::check);
+      .def("check", &GpuRank::check)
+      .def_property_readonly_static("limits_kernel_time",
+                                    [](const py::object&) { return device::limits_kernel_time(); });
 
   bind_wire_probe(module);
   bind_machine_probe(module);

@@ -16,7 +16,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         # vLLM passes sizes by name, and no tile.
         if calls is None or "size_m" not in kwargs or "thread_k" in kwargs:
             return original(*args, **kwargs)
-        return original(*args, **{**kwargs, **calls.overrides(args, kwargs)})
+        chosen = calls.overrides(args, kwargs)
+        return original(*args, **{**kwargs, **chosen}) if chosen else original(*args, **kwargs)
 
     return moe_wna16_marlin_gemm
 

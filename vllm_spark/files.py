@@ -1,8 +1,8 @@
-"""Folders of this project (package data, the user's settings, the user's state), and reading and writing files.
+"""Folders of this project (package data, the user's settings, state and data), and reading and writing files.
 
-`configs_folder`, `configuration_folder` and `state_folder` are the folders; `atomic_write_text` writes a file. A file
-that a user names is read with `read_regular`, or `open_regular` and `read_at_most`: a device or a pipe could be read
-without end.
+`configs_folder`, `configuration_folder`, `state_folder` and `data_folder` are the folders; `atomic_write_text` writes a
+file. A file that a user names is read with `read_regular`, or `open_regular` and `read_at_most`: a device or a pipe
+could be read without end.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def configuration_folder() -> Path | None:
 def state_folder() -> Path | None:
     """The folder with the files that this project creates for this user; None without a home folder."""
     return _folder_of_user("XDG_STATE_HOME", ".local/state")
+
+
+def data_folder() -> Path | None:
+    """The folder with this user's data that is kept, such as copied models; None without a home folder."""
+    return _folder_of_user("XDG_DATA_HOME", ".local/share")
 
 
 def atomic_write_text(path: Path, text: str, what: str) -> None:

@@ -310,10 +310,7 @@ uint32_t CpuRank::stripes_of(size_t bytes) const {
 }
 
 void CpuRank::clear_if_due(uint32_t sequence) {
-  // Sequence numbers wrap after 2^32 messages, which is days of decoding. A word that no later message has
-  // overwritten would then be taken for a new one. So each slot is cleared four times in that time, after its
-  // message was read, and before the peer learns of that.
-  if (sequence % options_.clear_interval < options_.sizes.slots) mine_.clear_recv(sequence);
+  if (clears(sequence, options_.clear_interval, options_.sizes.slots)) mine_.clear_recv(sequence);
 }
 
 void CpuRank::check_tag(const Operation& operation, uint32_t sequence, uint32_t tag) const {

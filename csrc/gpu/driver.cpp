@@ -97,6 +97,11 @@ int compute_capability() {
   return 10 * device_attribute(kMajor, what) + device_attribute(kMinor, what);
 }
 
+bool limits_kernel_time() {
+  constexpr int kKernelExecTimeout = 17;  // CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT
+  return device_attribute(kKernelExecTimeout, "tell whether the time of kernels is limited") != 0;
+}
+
 int multiprocessors() {
   constexpr int kMultiprocessors = 16;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
   return device_attribute(kMultiprocessors, "tell how many multiprocessors the GPU has");

@@ -88,6 +88,8 @@ int compute_capability();  // 90 for 9.0
 // such GPU with code that does not.
 constexpr int kFirstWithDependentLaunch = 90;
 int multiprocessors();
+// Whether the driver ends kernels that run for some seconds, since a display uses the GPU.
+bool limits_kernel_time();
 
 constexpr unsigned kHostPortable = 1, kHostMapped = 2;
 

@@ -24,12 +24,11 @@ class SlotView {
     return slots_.payload + static_cast<size_t>(slot(sequence)) * rank_.payload_area;
   }
 
-  // Whether the slot of `sequence` must be cleared. Sequence numbers wrap after 2^32 messages, which is days
-  // of decoding. A word that no later message has overwritten would then be taken for a new one. So each slot
-  // is cleared four times in that time: by its sender, where the message does not reach; by its receiver,
-  // once the message is read. The peer writes there again only after this rank's next kernel has sent.
+  // Whether the slot of `sequence` must be cleared: by its sender, where the message does not reach; by its
+  // receiver, once the message is read. The peer writes there again only after this rank's next kernel has
+  // sent.
   __device__ static bool clears(const RankParameters& rank, uint32_t sequence) {
-    return (sequence & (rank.clear_interval - 1)) < rank.slots;
+    return spark::clears(sequence, rank.clear_interval, rank.slots);
   }
 
   // Clears the packets of a slot from `first_packet` on, of which this thread has number `thread` and every

@@ -102,6 +102,15 @@ SPARK_HOST_DEVICE constexpr size_t round_up(size_t value, size_t step) {
   return (value + step - 1) / step * step;
 }
 
+// Whether the slot of `sequence` must be cleared. Sequence numbers wrap after 2^32 messages, which is days of
+// decoding. A word that no later message has overwritten would then be taken for a new one. So each slot is
+// cleared once in every `interval` messages, four times in all or more: after its message was read, and
+// before the peer learns of that. Not by the first messages of a runtime, whose region is fresh, but half an
+// interval later: what is new and rare is not part of every first run.
+SPARK_HOST_DEVICE constexpr bool clears(uint32_t sequence, uint32_t interval, uint32_t slots) {
+  return ((sequence + interval / 2) & (interval - 1)) < slots;
+}
+
 // Where everything lies, in bytes from the region's start.
 class RegionLayout {
  public:

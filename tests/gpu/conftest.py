@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,11 +45,8 @@ def _reason_to_skip() -> str | None:
 @pytest.fixture(scope="session")
 def nics_of_this_process(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> EmulatedNics:
     """Emulated NICs in the place of this process's own, for both ranks."""
-    library = programs.libibverbs("verbs_emulated.cpp")
-    nics = EmulatedNics(tmp_path_factory.mktemp("nics"), library)
-    os.environ["EMULATED_NICS"] = str(nics.folder)
-    # Whoever opens a library of this name from now on gets this one.
-    ctypes.CDLL(str(library / "libibverbs.so.1"), mode=ctypes.RTLD_GLOBAL)
+    nics = EmulatedNics(tmp_path_factory.mktemp("nics"), programs.libibverbs("verbs_emulated.cpp"))
+    nics.use_in_this_process()
     return nics
 
 

@@ -153,7 +153,7 @@ def test_a_link_that_stays_out_is_named(make_pair: MakePair, nics_of_this_proces
 
     with nics_of_this_process.fault("cut", 1):
         outcomes = pair.outcomes(body)
-    assert all("no rail came back within 2 s" in str(outcome) for outcome in outcomes)
+    assert all("no rail came back within 2.0 s" in str(outcome) for outcome in outcomes)
     assert any("transport retry counter exceeded (status 12, vendor error 0x81" in str(each) for each in outcomes)
 
 

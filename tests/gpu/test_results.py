@@ -108,6 +108,23 @@ def test_random_operations_in_a_row(make_pair: MakePair, mode: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_slots_that_are_cleared_again_and_again(make_pair: MakePair, mode: dict[str, Any]) -> None:
+    """As they are once in 2^30 messages, with packets and payloads in turn."""
+    pair = make_pair(slot_bytes=64 * KIB, depth=4, clear_interval=16, **mode)
+    sizes = [17, 4096, 40_000, 3, 200_000] * 30
+
+    def body(rank: int) -> list[torch.Tensor]:
+        inputs = [torch.full((size,), 1.0 + rank + turn % 7, device="cuda") for turn, size in enumerate(sizes)]
+        torch.cuda.current_stream().synchronize()
+        return [pair.runtimes[rank].all_reduce(tensor) for tensor in inputs]
+
+    for results in pair.run(body):
+        assert all(result.eq(3.0 + 2 * (turn % 7)).all() for turn, result in enumerate(results))
+    for runtime in pair.runtimes:
+        runtime.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("shape", "dim"),
     [((4, 37_984), 1), ((1, 75_968), -1), ((6, 40), 0), ((3, 5, 16), 1), ((3, 5), 1), ((7,), 0), ((2, 0), 1)],

@@ -68,7 +68,9 @@ int cuCtxGetDevice(int* device) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : attribute == 16 ? 132 : 0;  // compute capability 9.0, 132 multiprocessors
+  // Compute capability 9.0, 132 multiprocessors, and a display if the environment says so.
+  bool display = attribute == 17 && std::getenv("DISPLAY_ON_GPU") != nullptr;
+  *value = attribute == 75 ? 9 : attribute == 16 ? 132 : display;
   return 0;
 }
 int cuCtxPushCurrent_v2(void*) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 RAILS = ("memory0", "memory1")
 _FIELDS = (
     *("cut", "port_down", "lose_over", "delay_us"),
-    *("refuse_connect", "refuse_posts", "fail_next", "refuse_pinning", "flip_over", "packets"),
+    *("refuse_connect", "refuse_posts", "fail_next", "refuse_pinning", "hang", "flip_over", "packets"),
 )
 _WORD = struct.Struct("=I")
 
@@ -35,6 +37,11 @@ class EmulatedNics:
     def environment(self) -> dict[str, str]:
         """Variables of a process that uses them."""
         return {"LD_LIBRARY_PATH": str(self._library), "EMULATED_NICS": str(self.folder)}
+
+    def use_in_this_process(self) -> None:
+        """From now on whoever opens libibverbs in this process gets this one, if nobody has opened it before."""
+        os.environ["EMULATED_NICS"] = str(self.folder)
+        ctypes.CDLL(str(self._library / "libibverbs.so.1"), mode=ctypes.RTLD_GLOBAL)
 
     def set(self, field: str, value: int, *rails: int) -> None:
         """Writes a word of `RailControl` (verbs_emulated.cpp), for these rails or, without any, for all."""

@@ -58,6 +58,7 @@ struct RailControl {
   std::atomic<uint32_t> refuse_posts;    // so many of the next posts are refused (ENOMEM)
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
+  std::atomic<uint32_t> hang;            // not zero: the device does nothing, and tells of no failure
   std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
@@ -315,6 +316,7 @@ bool turn() {
     devices[rail].active = control(rail).port_down.load(std::memory_order_relaxed) == 0;
   bool moved = false;
   for (auto& [number, pair] : pairs) {
+    if (control(pair->rail()).hang.load(std::memory_order_relaxed) != 0) continue;
     bool cut = control(pair->rail()).cut.load(std::memory_order_relaxed) != 0;
     if (!cut && (pair->state == abi::IBV_QPS_RTR || pair->state == abi::IBV_QPS_RTS))
       moved = receive(*pair, now) || moved;

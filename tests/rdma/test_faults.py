@@ -100,7 +100,8 @@ def test_no_message_is_lost_or_wrong(
 ) -> None:
     # A fault takes seconds, and the operations may be done before: they go on until the rail is back.
     until_back = ("--recoveries", "1") if least_failures else ()
-    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", *until_back, link_timeout_s=60.0, timeout_s=120.0)
+    times = {"link_timeout_s": 60.0, "timeout_s": 120.0, "rail_timeout_s": 0.5}
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", *until_back, **times)
     ranks.reach(BEFORE)
     fault(machines, ranks)
     for outcome in ranks.agree():
@@ -136,7 +137,8 @@ def most_attempts(outcome: Outcome) -> float:
 def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over: int, both_ways: bool) -> None:
     for machine in machines[: 1 + both_ways]:
         machine.rails[1].lose(over)
-    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
+    times = {"timeout_s": 120.0, "rail_timeout_s": 0.5}
+    ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), **times)
     for outcome in ranks.agree():
         counters = outcome.counters
         assert counters["rail_posts"][1] == 0

@@ -165,12 +165,16 @@ MISTAKES = {
     ),
     "another-machine": Mistake(["192.0.2.1", ADDRESS], ["--spark-address", "192.0.2.1"]),
     "long-tmpdir": Mistake(["has a path of 255 bytes", "set TMPDIR to a shorter one"], temporary=255),
-    "no-model": Mistake(["there is no folder /nowhere/model"], model="/nowhere/model"),
+    # Otherwise a follower would be asked for them first.
+    "no-model": Mistake(["there is no folder /nowhere/model"], ["--spark-model-sync", "off"], model="/nowhere/model"),
     "empty-folder": Mistake(["/empty"], model="empty"),
     "width": Mistake([_HALVES, "intermediate_size is 129"], changes={"intermediate_size": 129}),
     "no-draft": Mistake(
         ["there is no folder /nowhere/draft"],
-        ["--speculative-config", json.dumps({"model": "/nowhere/draft", "num_speculative_tokens": 1})],
+        [
+            *("--spark-model-sync", "off"),
+            *("--speculative-config", json.dumps({"model": "/nowhere/draft", "num_speculative_tokens": 1})),
+        ],
     ),
     "no-mtp": Mistake(
         ["--speculative-config is invalid", "'mtp'"],

@@ -42,6 +42,7 @@ CUDA Version                              : 13.0
 Attached GPUs                             : 1
 GPU 0000000F:01:00.0
     Product Name                          : NVIDIA GB10
+    Display Active                        : Disabled
     Product Architecture                  : Blackwell
     Clocks Event Reasons
         Idle                              : Active

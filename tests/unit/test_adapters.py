@@ -14,7 +14,7 @@ import pytest
 from vllm_spark.backend.support import adapter_refusal, adapter_refusal_in
 from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name
-from vllm_spark.executor.model_files import adapters, comparison
+from vllm_spark.executor.model_files import comparison
 from vllm_spark.executor.model_files.adapters import FollowerAdapters, LeaderAdapters
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
@@ -118,7 +118,7 @@ def test_a_step_compares_what_it_has_not_seen(ranks: Ranks, tmp_path: Path, monk
         reads.append(path)
         return ""
 
-    monkeypatch.setattr(comparison, "_digest", digest)
+    monkeypatch.setattr(comparison, "file_digest", digest)
     ranks.loaded = {1}
     for _ in range(3):
         output = step(request(adapter))
@@ -171,7 +171,7 @@ def test_a_folder_that_changes_while_it_is_compared(
         (place / "adapter_model.safetensors").write_bytes(b"newer")
         return place
 
-    monkeypatch.setattr(adapters, "find_own", find_and_change)
+    monkeypatch.setattr(ranks.follower, "_find", find_and_change)
     with pytest.raises(RefusedError, match=r"it was changed while it was compared: the weight file adapter_model"):
         ranks.leader.compare_request(request(adapter))
 

@@ -156,11 +156,11 @@ def test_a_frame_that_was_interrupted_is_not_read_on(monkeypatch: pytest.MonkeyP
 def test_a_frame_whose_sending_was_interrupted_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = connections()
 
-    def interrupted(connection: TlsConnection, data: bytes, timeout: float | None) -> None:
+    def interrupted(connection: TlsConnection, timeout: float | None, *parts: bytes) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(TlsConnection, "send", interrupted)
+        patched.setattr(TlsConnection, "send_parts", interrupted)
         with pytest.raises(KeyboardInterrupt):
             near.send(Kind.QUERY, b"call")
     with pytest.raises(ChannelError, match="a message was interrupted halfway"):

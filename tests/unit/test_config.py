@@ -42,6 +42,8 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "port": (1000, 2000, 3000),
     "secret_file": (Path("/a"), Path("/b"), Path("/c")),
     "join_timeout": (1.0, 2.0, 3.0),
+    "model_sync": ("auto", "off", "auto"),
+    "model_path": ("a=/x", "org/model=/models/a,/b=/c", "c=/y"),
     "heartbeat_timeout": (1.0, 2.0, 3.0),
     "collective_timeout": (1.0, 2.0, 3.0),
     "max_frame_mib": (1, 2, 3),
@@ -121,6 +123,15 @@ def test_a_flag_beats_the_environment_beats_a_file(name: str) -> None:
             {"environment": {"VLLMSPARK_LEADER": "[fe80::1]:29650"}, "flags": {"port": 29651}},
             ["VLLMSPARK_LEADER [fe80::1]:29650 and --spark-port 29651"],
         ),
+        (
+            {"flags": {"model_path": "/models/a"}},
+            ["--spark-model-path /models/a: '/models/a' is not NAME=FOLDER; give"],
+        ),
+        (
+            {"flags": {"model_path": "a=/x,a=/y"}},
+            ["--spark-model-path a=/x,a=/y: it has 'a' twice; give each name once"],
+        ),
+        ({"flags": {"model_sync": "on"}}, ["--spark-model-sync on", "'auto' or 'off'"]),
         ({"environment": {"VLLMSPARK_TRANSPORT": "ib"}}, ["VLLMSPARK_TRANSPORT ib", "'auto', 'verbs' or 'loopback'"]),
         ({"flags": {"address": "spark-1"}}, ["--spark-address spark-1", "not an IP address"]),
         ({"flags": {"leader": ""}}, ["--spark-leader '': it is empty", "or leave it out"]),
@@ -285,3 +296,16 @@ def test_the_reference_in_the_documents_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference(), (
         "run: vllm-spark config > docs/configuration.md"
     )
+
+
+def test_folders_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag may be repeated; `~` is this user's home, and a name may have an equals sign."""
+    monkeypatch.setenv("HOME", "/home/bob")
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ["follower"], prefix="--")
+    given = parser.parse_args(["--model-path", "org/model=~/m", "--model-path", "/alice/a=b=/disk/ab"])
+    assert SparkConfig.resolve(flags=given_flags(given), environment={}).mapped_folders == {
+        "org/model": Path("/home/bob/m"),
+        "/alice/a=b": Path("/disk/ab"),
+    }
+    assert SparkConfig().mapped_folders == {}

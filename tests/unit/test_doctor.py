@@ -279,6 +279,11 @@ def throttled(tree: Tree) -> None:
     )
 
 
+def display_in_use(tree: Tree) -> None:
+    path = tree.root / "usr/bin/nvidia-smi"
+    path.write_text(path.read_text().replace(": Disabled", ": Enabled"))
+
+
 def no_gpu(tree: Tree) -> None:
     no_nvidia_smi(tree)
     tree.remove("proc/driver/nvidia/version")
@@ -339,6 +344,7 @@ def no_gpu(tree: Tree) -> None:
         (driver_mismatch, "gpu.driver", "problem", ["NVIDIA GB10", "mismatch", "reboot"]),
         (no_nvidia_smi, "gpu.driver", "unknown", ["driver 580.95.05", "nvidia-smi is not installed"]),
         (throttled, "gpu.clock", "warning", ["HW Power Brake Slowdown", "power supply"]),
+        (display_in_use, "gpu.display", "warning", ["ends kernels", "multi-user.target"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

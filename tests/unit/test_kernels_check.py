@@ -20,11 +20,13 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.check import CheckReport, check_tables
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
 from vllm_spark.kernels.fused_moe.compile import Compiled, compile_row, kernel_source, unavailable
-from vllm_spark.kernels.fused_moe.shapes import default_row, default_table
+from vllm_spark.kernels.fused_moe.shapes import default_row
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
     FusedMoeTable,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
     provenance_path,
     store_fused_moe_table,
 )
@@ -33,7 +35,9 @@ from vllm_spark.kernels.marlin.check import _gemm
 from vllm_spark.kernels.marlin.table import MarlinRow, MarlinShape, MarlinTable, load_marlin_table, store_marlin_table
 from vllm_spark.kernels.table import Provenance
 from vllm_spark.models.weights import Int4
-from vllm_spark.tune.derive import write_tables
+from vllm_spark.tune.fused_moe.published import write_tables
+
+from .tuning_outcomes import default_table
 
 DEFAULT = Provenance(kind="derived", rule="vllm-default")
 TUNED = Provenance(kind="derived", rule="a test's")
@@ -119,19 +123,45 @@ def test_kernels_are_compiled_here() -> None:
 
 def test_every_shipped_table_passes(shipped: CheckReport) -> None:
     assert not [finding for finding in shipped.findings if finding.kind == "error"]
-    assert len(shipped.tables) >= 35
+    assert len(shipped.tables) == len(shipped.contents) >= 7
     assert shipped.compiler is not None
     assert shipped.unchecked == ()
 
 
-def test_shipped_derived_tables_are_what_the_rule_gives(tmp_path: Path) -> None:
-    """Nobody edited them by hand; a measured one may have taken a place."""
-    for path in write_tables(tmp_path):
+def test_no_shipped_row_is_without_effect(shipped: CheckReport) -> None:
+    """Each table has a row that vLLM would not choose, and no row that is called tuned is vLLM's choice."""
+    assert not [finding for finding in shipped.findings if "no effect" in finding.sentence]
+    assert all(content.tuned for content in shipped.contents)
+
+
+def test_each_shipped_row_has_a_source_and_a_grade(shipped: CheckReport) -> None:
+    for content in shipped.contents:
+        for rows, source in content.tuned.items():
+            assert source is not None
+            named = (source.kind, source.device, source.grade)
+            assert named == ("published", GB10, "A"), (content.table.name, rows)
+            assert source.source
+            assert source.date
+            assert source.versions
+            assert source.note
+            assert source.gain is None or source.gain >= 0.02, (content.table.name, rows)
+
+
+def test_shipped_tables_are_what_the_published_sets_give(tmp_path: Path) -> None:
+    """Nobody edited them by hand. Rows of vLLM's choice are those of the version that wrote them."""
+    written = write_tables(shipped_folder(), tmp_path)
+    tables = [path for path in (shipped_folder() / "fused_moe").iterdir() if not path.match("*.provenance.json")]
+    assert {path.name for path in written} == {path.name for path in tables}
+    for path in written:
         there = shipped_folder() / path.relative_to(tmp_path)
-        assert there.is_file(), path.name
-        source = there if path.name.startswith("kernel=") else provenance_path(there)
-        if '"measured"' not in source.read_text():
-            assert there.read_text() == path.read_text(), path.name
+        ours, theirs = (_tuned(each) for each in (there, path))
+        assert ours == theirs != {}, path.name
+
+
+def _tuned(path: Path) -> dict[int, tuple[dict[str, int], Provenance]]:
+    rows, provenance = load_fused_moe_table(path).rows, load_fused_moe_provenance(path)
+    assert provenance is not None
+    return {key: (rows[key], each) for key, each in provenance.rows.items() if each.grade is not None}
 
 
 def test_sound_tables_of_a_user_pass(tmp_path: Path) -> None:
@@ -161,14 +191,57 @@ def test_more_than_99_kib(tmp_path: Path) -> None:
     assert "131072 bytes of shared memory, and a block may have 101376" in the_error(tmp_path)
 
 
-def test_more_than_99_kib_that_only_the_compiler_sees(tmp_path: Path) -> None:
-    """4-bit weights are converted in shared memory, which no simple rule counts."""
+def test_more_than_99_kib_of_4_bit_weights(tmp_path: Path) -> None:
+    """They are converted in one buffer, and inputs have all stages: 2 * 128 * (5 * 64 + 128) bytes."""
     row = SMALL | {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 128, "num_stages": 6, "num_warps": 8}
     store_int4(tmp_path, row)
-    assert errors(tmp_path) == []
-    found = errors(tmp_path, compile_kernels=True)
-    assert found
-    assert all("of shared memory, and a block may have 101376" in sentence for sentence in found)
+    assert "114688 bytes of shared memory, and a block may have 101376" in errors(tmp_path)[0]
+    store_int4(tmp_path, row | {"num_stages": 5})
+    assert errors(tmp_path) == [], "98304 bytes"
+
+
+@pytest.mark.parametrize(
+    ("group", "tile", "stages"), [(128, (64, 64, 64), 3), (128, (64, 64, 32), 3), (32, (32, 128, 32), 4)]
+)
+def test_the_rule_for_4_bit_weights_is_what_the_compiler_says(group: int, tile: tuple[int, ...], stages: int) -> None:
+    sizes = dict(zip(("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K"), tile, strict=True))
+    row = SMALL | sizes | {"num_stages": stages}
+    assert shared_bytes(INT4, row) == compile_row(INT4, row, (12, 1), int4=Int4(group)).shared_bytes
+
+
+def test_a_block_that_the_kernel_for_few_tokens_does_not_have(tmp_path: Path) -> None:
+    """Of 128 experts, steps of up to 24 tokens run on it whatever the experts of a token."""
+    rows = {2**power: SMALL for power in range(11)}
+    for row, sound in ((16, False), (64, True)):
+        table = FusedMoeTable(rows | {row: SMALL | {"BLOCK_SIZE_M": 128, "num_stages": 2}})
+        provenance = FusedMoeProvenance(rows=dict.fromkeys(rows, TUNED))
+        store_fused_moe_table(INT4, GB10, table, provenance, tmp_path / "fused_moe")
+        assert [("BLOCK_SIZE_M=128 is more than 64" in each) for each in errors(tmp_path)] == ([] if sound else [True])
+
+
+def test_parameters_that_the_kernel_for_few_tokens_ignores(tmp_path: Path) -> None:
+    store_int4(tmp_path, SMALL | {"GROUP_SIZE_M": 64, "num_warps": 2, "num_stages": 2})
+    notes = {finding.row: finding.sentence for finding in check_tables([tmp_path], False).findings}
+    assert set(notes) == {1, 2, 4, 8, 16}, "steps of 33 tokens and more may run on Triton"
+    assert "GROUP_SIZE_M=64, num_warps=2, num_stages=2 has no effect" in notes[1]
+
+
+def test_a_table_without_effect(tmp_path: Path) -> None:
+    store_fused_moe(tmp_path, BLOCK, {})
+    store_marlin(tmp_path, {1: {"provenance": DEFAULT}})
+    found = check_tables([tmp_path], False)
+    none = "it has no effect, since each row is vLLM's choice, and can be removed"
+    assert [(each.kind, each.sentence) for each in found.findings] == [("note", none)] * 2
+    assert [content.tuned for content in found.contents] == [{}, {}]
+
+
+def test_a_row_that_is_called_tuned_and_is_vllms_choice(tmp_path: Path) -> None:
+    store_fused_moe(tmp_path, BLOCK, {1: default_row(BLOCK, 1), 2: SMALL | {"BLOCK_SIZE_N": 32}})
+    (found,) = check_tables([tmp_path], False).findings
+    assert (found.kind, found.row) == ("note", 1)
+    assert "it is derived, and has no effect: it is vLLM's choice" in found.sentence
+    (content,) = check_tables([tmp_path], False).contents
+    assert set(content.tuned) == {2}
 
 
 def test_spills(tmp_path: Path) -> None:
@@ -224,7 +297,8 @@ MEASURED_ON_H200 = Provenance(
 
 def test_a_device_on_which_it_was_measured(tmp_path: Path) -> None:
     """A user's own GPU: fine, and said that its limits are not known."""
-    store_marlin(tmp_path, {1: {"provenance": MEASURED_ON_H200}}, device="NVIDIA_H200")
+    tile = {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 2}
+    store_marlin(tmp_path, {1: {**tile, "provenance": MEASURED_ON_H200}}, device="NVIDIA_H200")
     # Rows above those that were measured are vLLM's own rule.
     store_fused_moe(tmp_path, BLOCK, {1: SMALL}, device="NVIDIA_H200", tuned_is=MEASURED_ON_H200)
     report = check_tables([tmp_path])
@@ -542,7 +616,7 @@ def test_a_name_that_serving_does_not_look_for(tmp_path: Path) -> None:
 
 
 def test_a_table_loose_in_a_folder_is_fine_and_must_be_moved(tmp_path: Path) -> None:
-    path = store_marlin(tmp_path, {1: {}})
+    path = store_marlin(tmp_path, {1: {"thread_k": 64, "thread_n": 128, "blocks_per_sm": 2}})
     path.rename(tmp_path / path.name)
     (found,) = check_tables([tmp_path]).findings
     assert (found.kind, "only from a folder named marlin" in found.sentence) == ("note", True)

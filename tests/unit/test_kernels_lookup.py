@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_read_costs_a_sentence(folders: Folders, caplog:
         of_triton = lookup.find_fused_moe_table(GB10.name, MOE.experts, MOE.size_n, MOE.dtype, None)
         assert of_triton is not None
         assert of_triton[0] == moe
-        assert lookup.has_marlin_tables_for_experts(GB10.name)
+        assert [table.shape for table in lookup.marlin_tables_for_experts(GB10.name)] == [W13]
         assert lookup.table_files(GB10.name, "fused_moe") == [moe]
     assert len(caplog.records) == 4
     for record in caplog.records:
@@ -317,14 +317,21 @@ def test_a_tile_that_leaves_the_blocks_open_gets_one_block(
     assert MarlinCalls(operator, GB10).overrides(*given) == expected
 
 
-def test_whether_a_device_has_tables_of_marlin_for_experts(folders: Folders) -> None:
-    assert not lookup.has_marlin_tables_for_experts(GB10.name)
+VLLMS_TILE: dict[str, Any] = {"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}
+
+
+def test_marlins_tables_for_experts_that_change_a_call(folders: Folders) -> None:
+    assert lookup.marlin_tables_for_experts(GB10.name) == []
     store_moe(folders.user, 64)
     store_marlin(folders.user, W2.model_copy(update={"kernel": "dense", "experts": 1, "top_k": 1}))
-    assert not lookup.has_marlin_tables_for_experts(GB10.name)
+    store_marlin(folders.user, W2, **VLLMS_TILE)
+    assert lookup.marlin_tables_for_experts(GB10.name) == []
     store_marlin(folders.shipped)
-    assert lookup.has_marlin_tables_for_experts(GB10.name)
-    assert not lookup.has_marlin_tables_for_experts("NVIDIA_GB1")
+    assert [table.shape for table in lookup.marlin_tables_for_experts(GB10.name)] == [W13]
+    assert lookup.marlin_tables_for_experts("NVIDIA_GB1") == []
+    lookup.clear_cache()
+    store_marlin(folders.user, **VLLMS_TILE)
+    assert lookup.marlin_tables_for_experts(GB10.name) == [], "the user's own comes first"
 
 
 def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -337,9 +344,24 @@ def test_one_line_for_each_shape(folders: Folders, operator: list[str], caplog: 
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert str(path) in lines[0]
-    assert "rows 1-8, " in lines[0]
-    assert GUESS.summary() in lines[0]
+    assert lines[0].endswith("(3 rows derived (a guess)); other steps use vLLM's default.")
     assert lines[1].startswith("No tuned Marlin table for down of 128 experts")
+
+
+def test_widths_that_no_table_has_cost_no_look_up(
+    folders: Folders, operator: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store_marlin(folders.shipped)
+    calls = MarlinCalls(operator, GB10, {(W13.size_n, W13.size_k)})
+    caplog.set_level(logging.INFO)
+    assert calls.overrides(*call(operator, W2, 1)) == {}
+    assert "No tuned Marlin table for down of 128 experts" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(calls, "_choose", None)
+        patched.setattr(calls, "_argument", None)
+        assert calls.overrides(*call(operator, W2, 2)) == {}
+    assert calls.overrides(*call(operator, W13, 1)) == CHANGES
+    assert calls.overrides(*call(operator, W13, 2)) == CHANGES, "a table has these widths"
 
 
 # ---- the Triton kernel's tables ----
@@ -370,7 +392,8 @@ def test_the_order_of_fused_moe_tables(
     lookup.clear_cache()
     store_moe(on_gb10.shipped, 64)
     assert chosen() == 64
-    assert f"from {on_gb10.shipped / 'fused_moe'} (derived (a guess), not measured)" in caplog.text
+    place = on_gb10.shipped / "fused_moe"
+    assert f"from {place} (1 row derived (a guess); other rows are vLLM's choice)" in caplog.text
     lookup.clear_cache()
     store_moe(on_gb10.user, 32)
     assert chosen() == 32
@@ -387,10 +410,10 @@ def test_a_shipped_table_that_says_nothing_leaves_vllms(on_gb10: Folders, caplog
     path = store_moe(on_gb10.shipped, 64, rule=VLLM_DEFAULT)
     assert chosen() == 256
     assert (
-        f"the table that comes with vLLM is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
+        f"the table that comes with vLLM is used: the table in {path.parent} only repeats vLLM's choice" in caplog.text
     )
     assert chosen(lambda: None) is None
-    assert f"vLLM's default is used: the table in {path.parent} only repeats vLLM's default" in caplog.text
+    assert f"vLLM's default is used: the table in {path.parent} only repeats vLLM's choice" in caplog.text
     store_moe(on_gb10.user, 64, rule=VLLM_DEFAULT)
     lookup.clear_cache()
     assert chosen() == 64, "the user's counts, whatever"
@@ -503,29 +526,122 @@ def test_tables_for_a_device(on_gb10: Folders) -> None:
     assert not runtime.has_tables("NVIDIA_GB1")
 
 
-def test_experts_whose_kernel_reads_no_table(caplog: pytest.LogCaptureFixture) -> None:
-    class MarlinExperts: ...
+class MarlinExperts:
+    """What vLLM's class of this name shows of its weights: scales of each expert, groups times output width."""
 
-    class TritonExperts: ...
+    def __init__(self, *shapes: MarlinShape) -> None:
+        for name, shape in zip(("w1_scale", "w2_scale"), shapes, strict=False):
+            groups = shape.size_k // shape.group_size if shape.group_size > 0 else 1
+            setattr(self, name, SimpleNamespace(shape=(shape.experts, groups, shape.size_n)))
 
-    class TritonWNA16Experts(TritonExperts): ...
 
-    class FallbackExperts: ...
+class TritonExperts: ...
 
-    class TritonOrDeepGemmExperts(FallbackExperts): ...
 
-    class SomeExperts: ...
+class TritonWNA16Experts(TritonExperts): ...
 
+
+class FallbackExperts: ...
+
+
+class TritonOrDeepGemmExperts(FallbackExperts): ...
+
+
+class SomeExperts: ...
+
+
+class SomeMoEMethod:
+    """A quantization method that calls the operator without an object for experts."""
+
+
+def layer(experts: object) -> SimpleNamespace:
+    return SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=experts)))
+
+
+def worker_of(*layers: object, draft: tuple[object, ...] = ()) -> SimpleNamespace:
+    drafter = SimpleNamespace(model=SimpleNamespace(modules=lambda: list(draft)))
+    return SimpleNamespace(
+        get_model=lambda: SimpleNamespace(modules=lambda: list(layers)),
+        model_runner=SimpleNamespace(drafter=drafter),
+    )
+
+
+@pytest.fixture
+def hooks(on_gb10: Folders, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the patches that are applied."""
+    applied: set[str] = set()
+    monkeypatch.setattr(runtime, "apply_all", lambda when, names: applied.update(names))
+    monkeypatch.setattr(runtime, "remove", applied.discard)
+    return applied
+
+
+MARLIN_HOOK = {"marlin-parameters"}
+
+
+def test_marlins_operator_is_replaced_for_layers_with_a_tuned_row(on_gb10: Folders, hooks: set[str]) -> None:
+    other = W13.model_copy(update={"size_n": 1536})
+    runtime.model_loaded(worker_of(layer(MarlinExperts(W13, W2))))
+    assert hooks == set(), "there is no table"
+    store_marlin(on_gb10.user, W2)
+    for layers, hooked in (
+        ((layer(MarlinExperts(W13, W2)), layer(MarlinExperts(other, W13))), True),
+        ((layer(MarlinExperts(other, W13)),), False),
+        ((layer(MarlinExperts(W2.model_copy(update={"experts": 64}), W2.model_copy(update={"experts": 64}))),), False),
+        ((layer(MarlinExperts(W13, W2.model_copy(update={"group_size": 64}))),), False),
+        ((layer(TritonExperts()), layer(SomeExperts()), SimpleNamespace()), False),
+        ((layer(MarlinExperts()),), True),  # nothing is known of its weights
+        ((SimpleNamespace(quant_method=SomeMoEMethod()),), True),
+        ((), False),
+    ):
+        runtime.model_loaded(worker_of(*layers))
+        assert hooks == (MARLIN_HOOK if hooked else set()), layers
+    runtime.model_loaded(worker_of(layer(TritonExperts()), draft=(layer(MarlinExperts(W13, W2)),)))
+    assert hooks == MARLIN_HOOK, "the draft model has such a layer"
+    runtime.model_loaded(worker_of())
+    runtime.model_loaded(SimpleNamespace())
+    assert hooks == MARLIN_HOOK, "a worker that does not show its model"
+
+
+def test_rows_of_vllms_choice_replace_nothing(on_gb10: Folders, hooks: set[str]) -> None:
+    store_marlin(on_gb10.user, **VLLMS_TILE)
+    runtime.model_loaded(worker_of(layer(MarlinExperts(W13, W2))))
+    assert hooks == set()
+
+
+def test_a_column_of_one_group(on_gb10: Folders, hooks: set[str]) -> None:
+    for group_size in (-1, 384):
+        lookup.clear_cache()
+        path = store_marlin(on_gb10.user, W2.model_copy(update={"group_size": group_size}))
+        runtime.model_loaded(worker_of(layer(MarlinExperts(W13, W2.model_copy(update={"group_size": -1})))))
+        assert hooks == MARLIN_HOOK
+        path.unlink()
+
+
+def test_experts_whose_kernel_reads_no_table(
+    on_gb10: Folders, hooks: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
     layers = [
-        SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kind())))
+        layer(kind())
         for kind in (MarlinExperts, MarlinExperts, TritonWNA16Experts, TritonOrDeepGemmExperts, SomeExperts)
     ]
     layers += [SimpleNamespace(), SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None))]
     with caplog.at_level(logging.INFO):
-        runtime.log_expert_backends(SimpleNamespace(get_model=lambda: SimpleNamespace(modules=lambda: layers)))
-        runtime.log_expert_backends(SimpleNamespace())
+        runtime.model_loaded(worker_of(*layers))
+        runtime.model_loaded(SimpleNamespace())
+    rest = [
+        "Experts of 1 layer: TritonOrDeepGemmExperts uses FusedMoE tables only for calls that it passes to Triton.",
+        "Experts of 1 layer: SomeExperts does not use tables, vLLM's own choice stays.",
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Experts of 2 layers: MarlinExperts has no tuned table for its shapes on NVIDIA_GB10; vLLM's own choice is "
+        "used.",
+        *rest,
+    ]
+    caplog.clear()
+    store_marlin(on_gb10.user)
+    with caplog.at_level(logging.INFO):
+        runtime.model_loaded(worker_of(*layers))
     assert [record.getMessage() for record in caplog.records] == [
         "Experts of 2 layers: MarlinExperts uses Marlin tables, not FusedMoE tables.",
-        "Experts of 1 layers: TritonOrDeepGemmExperts uses FusedMoE tables only for calls that it passes to Triton.",
-        "Experts of 1 layers: SomeExperts does not use tables, vLLM's own choice stays.",
+        *rest,
     ]

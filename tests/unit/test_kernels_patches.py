@@ -6,7 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,7 @@ class Engine(SimpleNamespace):
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that uses tables in this process, whose vLLM is not changed for it."""
-    monkeypatch.setattr(runtime, "apply_all", lambda when: None)
+    monkeypatch.setattr(runtime, "apply_all", lambda when, names: None)
     monkeypatch.setattr(runtime, "layers_with_atomic_add", lambda: frozenset({(512, 4096)}))
     for name in ("_active", "_widths_with_atomic_add"):
         monkeypatch.setattr(runtime, name, getattr(runtime, name))
@@ -56,7 +56,10 @@ def test_these_are_for_serving_and_those_for_tuned_parameters() -> None:
 
 
 def test_only_a_process_that_uses_tables_has_them() -> None:
-    """What vLLM loads by itself applies others, and so does a rank of a pair; tuning applies these, once."""
+    """What vLLM loads by itself applies others, and so does a rank of a pair; the look-up of tables is replaced once.
+
+    There is no table for this device's layers, so Marlin's functions are vLLM's own.
+    """
     look = """
 import json
 from vllm_spark.compat import patching as patches
@@ -74,8 +77,64 @@ print(json.dumps([before, sorted(patches._applied), marked]))
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=300, check=True)
     before, after, marked = json.loads(done.stdout.splitlines()[-1])
     assert not TUNING.intersection(before)
-    assert set(after) - set(before) == TUNING
-    assert marked == ["marlin-parameters", "fused-moe-tables"]
+    assert set(after) - set(before) == {"fused-moe-tables"}
+    assert marked == [None, "fused-moe-tables"]
+
+
+@pytest.fixture
+def unpatched() -> Iterator[Any]:
+    """vLLM's module with Marlin's operator; what was replaced in it is restored."""
+    import vllm._custom_ops as ops
+
+    original = ops.moe_wna16_marlin_gemm
+    yield ops
+    ops.moe_wna16_marlin_gemm = original
+    patching._applied.discard("marlin-parameters")
+    patching._replaced.pop("marlin-parameters", None)
+
+
+def test_vllms_own_function_comes_back(unpatched: Any) -> None:
+    original = unpatched.moe_wna16_marlin_gemm
+    for _ in range(2):
+        patching.remove("marlin-parameters")
+        assert unpatched.moe_wna16_marlin_gemm is original
+        patching.apply_all("tuning", {"marlin-parameters"})
+        assert unpatched.moe_wna16_marlin_gemm is not original
+        assert unpatched.moe_wna16_marlin_gemm.__wrapped__ is original
+    assert TUNING & patching._applied == {"marlin-parameters"} | (patching._applied & {"fused-moe-tables"})
+    patching.remove("marlin-parameters")
+    assert unpatched.moe_wna16_marlin_gemm is original
+    assert "marlin-parameters" not in patching._applied
+
+
+def test_a_function_that_something_else_replaced_since_is_left_alone(unpatched: Any) -> None:
+    patching.apply_all("tuning", {"marlin-parameters"})
+    ours = unpatched.moe_wna16_marlin_gemm
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    unpatched.moe_wna16_marlin_gemm = theirs
+    patching.remove("marlin-parameters")
+    assert unpatched.moe_wna16_marlin_gemm is theirs
+    assert "marlin-parameters" in patching._applied
+
+
+def test_only_a_process_with_tuned_rows_replaces_marlins_operator(
+    folders: Folders, unpatched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine whose layers are not known: a program that decodes with tables and without a pair."""
+    original = unpatched.moe_wna16_marlin_gemm
+    monkeypatch.setattr(runtime, "device_name", lambda: GB10.name)
+    monkeypatch.setattr(runtime, "_active", None)
+    marlin = {"marlin-parameters"}
+    monkeypatch.setattr(runtime, "apply_all", lambda when, names: patching.apply_all(when, names & marlin))
+    for tile, replaced in (({"thread_k": -1, "thread_n": -1, "blocks_per_sm": -1}, False), (CHANGES, True)):
+        store_marlin(folders.user, W13, **tile)
+        runtime.start()
+        assert (unpatched.moe_wna16_marlin_gemm is not original) == replaced
+        runtime.stop(runtime._WHOLE_PROCESS)
+        assert unpatched.moe_wna16_marlin_gemm is original
 
 
 def test_an_unknown_source_disables_one_of_them(

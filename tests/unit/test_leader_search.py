@@ -272,7 +272,7 @@ def test_a_follower_that_takes_its_time_says_what_it_does(
     model = model_at(tmp_path / "model")
     offer, downloaded = offer_of(model), threading.Event()
 
-    def find(wanted: LoadedFiles, say: Any) -> Path:
+    def find(wanted: LoadedFiles, say: Any, **more: Any) -> Path:
         say(f"downloading {wanted.name}")
         assert downloaded.wait(30)
         return model

@@ -19,7 +19,7 @@ READERS = {
     "def read(path): raise ValueError(_read_config_file(path)[1])",
     "journal": "from vllm_spark.tune.journal import Journal\n"
     "def read(path): path.rename(path.parent / 'journal.jsonl'); Journal(path.parent, 'device', {})",
-    "weights": "from vllm_spark.executor.model_files.comparison import _digest as read",
+    "weights": "from vllm_spark.executor.model_files.comparison import file_digest as read",
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, runs_on_cuda_kernel
 from vllm_spark.tune.fused_moe.search import search_space, without_slow
 from vllm_spark.tune.tables import new_tables, store_tables
 
@@ -19,6 +19,7 @@ from .tuning_outcomes import (
     BF16,
     FP8_BLOCK,
     FP8_CHANNEL,
+    INT4,
     VERSIONS,
     experts,
     fused,
@@ -31,7 +32,11 @@ def test_the_space_has_only_what_can_run(shape: FusedMoeExperts, rows: int) -> N
     space = search_space(shape, rows, GB10)
     assert len(set(space)) == len(space) < 120
     for row in space:
-        assert (row.BLOCK_SIZE_M, row.GROUP_SIZE_M, row.SPLIT_K) == (16, 1, 1)
+        assert (row.GROUP_SIZE_M, row.SPLIT_K) == (1, 1)
+        if runs_on_cuda_kernel(shape, rows):
+            assert (row.num_warps, row.num_stages) == (8, 3), "it has neither"
+        else:
+            assert row.BLOCK_SIZE_M == 16
         if shape.dtype is None:
             assert (row.num_stages - 1) * (16 + row.BLOCK_SIZE_N) * row.BLOCK_SIZE_K * 2 <= GB10.shared_bytes
         if shape.block_shape is not None:
@@ -49,7 +54,8 @@ def test_the_space_passes_the_check(tmp_path: Path, shape: FusedMoeExperts) -> N
     outcomes = [fused(rows, shape=shape, parameters=space[rows * len(space) // 9]) for rows in range(1, 9) if space]
     for table in new_tables(outcomes, {}, GB10, VERSIONS):
         (path,) = store_tables([table], tmp_path)
-        assert list(check_fused_moe_table(path, None, None)) == []
+        found = list(check_fused_moe_table(path, None, None))
+        assert [each for each in found if each.kind == "error"] == []
 
 
 @pytest.mark.parametrize("shape", [BF16, FP8_BLOCK, FP8_CHANNEL])
@@ -67,6 +73,16 @@ def test_the_space_leaves_out_no_row_that_fits(shape: FusedMoeExperts) -> None:
 def test_blocks_of_32_rows_are_tried_where_an_expert_may_have_them() -> None:
     assert {row.BLOCK_SIZE_M for row in search_space(BF16, 16, GB10)} == {16}
     assert {row.BLOCK_SIZE_M for row in search_space(BF16, 17, GB10)} == {16, 32}
+
+
+def test_a_kernel_without_warps_and_stages_is_tried_with_each_block() -> None:
+    space = search_space(INT4, 8, GB10)
+    tiles = {(row.BLOCK_SIZE_M, row.BLOCK_SIZE_N, row.BLOCK_SIZE_K) for row in space}
+    assert len(tiles) == len(space)
+    assert {row.BLOCK_SIZE_M for row in space} == {16, 32, 64}
+    few = INT4.model_copy(update={"experts": 8})
+    assert not runs_on_cuda_kernel(few, 8), "64 rows of 8 experts"
+    assert {row.num_warps for row in search_space(few, 8, GB10)} == {4, 8}
 
 
 def test_what_was_far_off_elsewhere_is_not_tried_again() -> None:

@@ -120,10 +120,13 @@ def test_every_row_says_where_it_came_from(user_folder: Path) -> None:
 @pytest.mark.parametrize("rows", [(1, 2, 3, 4, 5, 6, 7, 8), (1, 4, 8), (2,)])
 def test_tables_pass_the_check(tmp_path: Path, shape: FusedMoeExperts, rows: tuple[int, ...]) -> None:
     best = search_space(shape, 1, GB10)[0]
-    outcomes = [fused(each, shape=shape, parameters=best if each % 2 else None) for each in rows]
+    outcomes = [
+        fused(each, 0.9 if each % 2 else 1.0, shape=shape, parameters=best if each % 2 else None) for each in rows
+    ]
     (path,) = store_tables(new_tables(outcomes, {}, GB10, VERSIONS), tmp_path)
-    findings = list(check_fused_moe_table(path, None, None))
-    assert findings == []
+    findings = [finding.sentence for finding in check_fused_moe_table(path, None, None)]
+    none = "it has no effect, since each row is vLLM's choice, and can be removed"
+    assert findings == ([none] if rows == (2,) else [])
 
 
 @given(shape=experts(), above=st.integers(1, 8), tokens=st.integers(9, 30_000))

@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from vllm_spark.files import configs_folder
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, default_row
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
 from vllm_spark.tune.results import (
     FusedMoeOutcome,
@@ -78,3 +79,11 @@ def experts(draw: st.DrawFn) -> FusedMoeExperts:
 def shipped(name: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((configs_folder() / "models" / name / "config.json").read_text())
     return config
+
+
+def default_table(shape: FusedMoeShape) -> FusedMoeTable:
+    """A table that gives every step vLLM's default: vLLM takes the nearest row, so one is on both sides of a change."""
+    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
+    changes = (tokens for end in last for tokens in (end, end + 1))
+    keys = {*(2**power for power in range(14)), *changes}
+    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,8 @@ from vllm_spark.tune.plan import LARGEST_ROWS, TuningOptions, prepare
 
 if TYPE_CHECKING:
     from vllm_spark.kernels.check import CheckReport
+    from vllm_spark.kernels.fused_moe.published import LeftOut
+    from vllm_spark.tune.coverage import Use
     from vllm_spark.tune.timing import HangError
 
 SUMMARY = "find the fastest parameters of a model's experts on this GPU, and check tables of them"
@@ -106,6 +108,35 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the engines' output there, into a folder for each size, and keep it",
     )
 
+    times = parser.add_argument_group("rows from times that were measured elsewhere, without a GPU")
+    times.add_argument(
+        "--from-times",
+        type=user_path,
+        metavar="FILE",
+        help="comma-separated times of the Triton kernel for the model's experts (columns: M, BLOCK_M, BLOCK_N, "
+        "BLOCK_K, GROUP_M, num_warps, num_stages, kernel_us); writes a table of the rows that are faster than "
+        "vLLM's choice by their medians",
+    )
+    times.add_argument("--source", metavar="TEXT", help="where the times come from, for the table's provenance")
+    times.add_argument(
+        "--device", default=None, metavar="NAME", help="GPU they were measured on (default: NVIDIA_GB10)"
+    )
+    times.add_argument(
+        "--reference",
+        type=_tile,
+        metavar="MxNxK",
+        help="for int4: tile that stands for vLLM's choice in steps of few tokens, which vLLM runs with a CUDA kernel "
+        "and two different tiles",
+    )
+
+
+def _tile(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a tile: must be three numbers, as in 16x256x256")
+    size_m, size_n, size_k = map(int, parts)
+    return size_m, size_n, size_k
+
 
 def _sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(positives(text)))
@@ -136,7 +167,36 @@ def run(args: argparse.Namespace) -> int:
     for option in ("json", "no_compile"):
         if getattr(args, option):
             raise ConfigurationError(f"--{option.replace('_', '-')} is an option of --check; leave it out")
+    if args.from_times is not None:
+        return _table_from_times(args)
+    for option in ("source", "device", "reference"):
+        if getattr(args, option) is not None:
+            raise ConfigurationError(f"--{option} is an option of --from-times; leave it out")
     return _tune(args)
+
+
+def _table_from_times(args: argparse.Namespace) -> int:
+    from vllm_spark.tune.fused_moe.times_table import write_table
+
+    if args.source is None:
+        raise ConfigurationError("--from-times needs --source, which says where the times come from")
+    console = wide_console()
+    outcome = write_table(
+        model=args.model,
+        tp=args.tp,
+        times=args.from_times,
+        source=args.source,
+        device=args.device,
+        reference=args.reference,
+        out=args.out,
+        on_note=lambda note: console.print(escape(note)),
+    )
+    console.print(outcome.table)
+    if outcome.path is None:
+        console.print("No row is faster than vLLM's choice by these times; no table was written.")
+    else:
+        console.print(f"Written: {escape(str(outcome.path))}", soft_wrap=True)
+    return 0
 
 
 def _tune(args: argparse.Namespace) -> int:
@@ -188,7 +248,13 @@ def _check(args: argparse.Namespace) -> int:
     from vllm_spark.kernels.lookup import shipped_folder, user_folder
 
     folders = list(args.check)
+    uses: list[Use] = []
+    left_out: list[LeftOut] = []
     if not folders:
+        from vllm_spark.kernels.fused_moe.published import sets_left_out
+        from vllm_spark.tune.coverage import uses as uses_of_known_models
+
+        uses, left_out = uses_of_known_models(), sets_left_out(shipped_folder())
         own = user_folder()
         folders = [shipped_folder(), *([own] if own is not None and _may_be_there(own) else [])]
     if not args.json:
@@ -196,9 +262,11 @@ def _check(args: argparse.Namespace) -> int:
         with console.status(f"checking tables in {', '.join(map(str, folders))}"):
             report = check_tables(folders, compile_kernels=not args.no_compile)
         _show(report, folders)
+        _show_uses(uses)
+        _show_left_out(left_out)
     else:
         report = check_tables(folders, compile_kernels=not args.no_compile)
-        print(_to_json(report), flush=True)
+        print(_to_json(report, uses, left_out), flush=True)
     if not report.tables:
         return EXIT_USAGE
     return 1 if report.failed else 0
@@ -226,6 +294,7 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
             table.add_row(f"[{colour}]{kind}[/]", escape(path.name), ", ".join(map(str, rows)), escape(sentence))
         console.print(table)
         console.print()
+    _show_contents(console, report)
     for sentence in report.unchecked:
         console.print(f"[yellow]NOT CHECKED[/]: {escape(sentence)}", soft_wrap=True)
     if report.compiler is not None:
@@ -240,6 +309,68 @@ def _show(report: CheckReport, folders: list[Path]) -> None:
     console.print(f"{count} in {escape(places)}: {verdict}.", soft_wrap=True)
 
 
+def _show_contents(console: Console, report: CheckReport) -> None:
+    """Prints the rows of each table by provenance."""
+    from vllm_spark.kernels.table import origins
+
+    if not report.contents:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("table", "rows with an effect", "vLLM's choice"):
+        table.add_column(heading, overflow="fold", justify="right" if heading == "vLLM's choice" else "left")
+    for content in report.contents:
+        tuned = origins(content.tuned.values())
+        steps = _ranges(content.tuned)
+        tokens = f": for {steps} token{'' if steps == '1' else 's'}" if content.tuned else ""
+        table.add_row(escape(content.table.name), escape(tuned + tokens), f"{content.default} rows")
+    console.print(table)
+    console.print()
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`1-8, 16`."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][-1] == number - 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
+def _show_uses(uses: Sequence[Use]) -> None:
+    """Prints what serving uses on a GB10 for each shape of the known models, with the reasons below."""
+    if not uses:
+        return
+    console = Console(highlight=False)
+    table = Table(title="On a GB10", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("kernel", "shape of one rank", "models", "used", "why"):
+        table.add_column(heading, overflow="fold")
+    reasons: dict[str, int] = {}
+    for use in uses:
+        number = reasons.setdefault(use.why, len(reasons) + 1)
+        table.add_row(use.kernel, escape(use.shape), escape(", ".join(use.models)), escape(use.what), f"({number})")
+    console.print()
+    console.print(table)
+    for reason, number in reasons.items():
+        console.print(f"({number}) {escape(reason)}.", soft_wrap=True)
+
+
+def _show_left_out(sets: Sequence[LeftOut]) -> None:
+    if not sets:
+        return
+    console = Console(highlight=False)
+    table = Table(title="Left out", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("published set", "grade", "shape", "why"):
+        table.add_column(heading, overflow="fold")
+    for each in sets:
+        shape = f"E={each.experts}, N={each.size_n}, {each.dtype or 'bfloat16'}"
+        blocks = "" if each.block_shape is None else " in blocks"
+        table.add_row(escape(each.source), each.grade, escape(shape + blocks), escape(each.reason))
+    console.print()
+    console.print(table)
+
+
 def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     """Rows of a table that have the same finding."""
     found: dict[tuple[Path, str, str], list[int]] = {}
@@ -250,10 +381,25 @@ def _grouped(report: CheckReport) -> dict[tuple[Path, str, str], list[int]]:
     return found
 
 
-def _to_json(report: CheckReport) -> str:
+def _to_json(report: CheckReport, uses: Sequence[Use], left_out: Sequence[LeftOut]) -> str:
     return json.dumps(
         {
             "tables": [str(path) for path in report.tables],
+            "rows": [
+                {
+                    "table": str(content.table),
+                    "tuned": {
+                        str(rows): None if source is None else source.model_dump(mode="json", exclude_defaults=True)
+                        for rows, source in content.tuned.items()
+                    },
+                    "default": content.default,
+                }
+                for content in report.contents
+            ],
+            "uses": [
+                dataclasses.asdict(use) | {"table": None if use.table is None else str(use.table)} for use in uses
+            ],
+            "left_out": [each.model_dump(mode="json") for each in left_out],
             "findings": [
                 {"table": str(found.table), "tokens": found.row, "kind": found.kind, "sentence": found.sentence}
                 for found in report.findings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,16 @@ def default_shape(options: RuntimeOptions) -> LaunchShape:
     return PROXIED_SHAPE if options.proxied else LaunchShape()
 
 
+@cache
+def _warn_of_kernel_time_limit() -> None:
+    """Once in a process."""
+    logger.warning(
+        "A display uses this GPU, so its driver ends kernels that run for some seconds. A kernel that waits so long "
+        "for the other machine, as while its cable is out, ends this process (CUDA error 702, launch timeout). Serve "
+        "without a display: sudo systemctl isolate multi-user.target"
+    )
+
+
 class DeviceRuntime(Runtime):
     """Collectives on CUDA tensors with one peer: each is one kernel on the current stream, also in a CUDA graph.
 
@@ -75,6 +86,8 @@ class DeviceRuntime(Runtime):
 
         kernels = read_kernels()
         torch.zeros(1, device="cuda")  # makes the device's context current for this thread
+        if _native.DeviceRuntime.limits_kernel_time:
+            _warn_of_kernel_time_limit()
         shape = _native.LaunchShape(**asdict(options.launch or default_shape(options)))
         return _native.DeviceRuntime(native_options(rank, options, stripes), shape, kernels, driver_memory)
 

@@ -100,6 +100,8 @@ class RuntimeOptions:
     """Seconds to wait for one message, more than 0."""
     first_sequence: int = 1
     """Sequence number of the first message, a 32-bit number (for tests of its wrap-around)."""
+    clear_interval: int = 1 << 30
+    """Messages between two clearings of a slot, a power of two from the number of slots to 2^30 (less for tests)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
     clear_interval: int | None = None

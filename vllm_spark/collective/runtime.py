@@ -383,6 +383,7 @@ def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.
         wire=None if options.wire is None else _native_wire(options.wire),
         timeout_s=options.timeout_s,
         first_sequence=options.first_sequence,
+        clear_interval=options.clear_interval,
         largest_message=options.largest_message,
         **({} if options.clear_interval is None else {"clear_interval": options.clear_interval}),
     )

@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import pkgutil
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class Patch:
             calls the original with the same arguments, so it is applied without reading the source, which would slow
             down plain vLLM. `engine`: in a process that creates an engine of a pair. `leading`: in the process that
             serves clients of a pair. `serving`: in the processes that run a model for a pair, before they load it.
-            `tuning`: in those that use tuned parameters.
+            `tuning`: in those that use tuned parameters, if tables require it.
         required: whether `--spark` needs it.
     """
 
@@ -135,10 +135,15 @@ def watch_imports() -> None:
             after_import(patch.anchor.module, functools.partial(_apply_if_present, patch))
 
 
-def apply_all(when: When) -> None:
-    """Applies the patches of that time that fit the installed vLLM; warns of the others. May be called again."""
+def apply_all(when: When, names: Container[str] | None = None) -> None:
+    """Applies the patches of that time that fit the installed vLLM; warns of the others. May be called again.
+
+    Args:
+        when: as in `Patch`.
+        names: of those that are applied; None for all.
+    """
     for patch in all_patches():
-        if patch.when != when or patch.name in _applied:
+        if patch.when != when or patch.name in _applied or (names is not None and patch.name not in names):
             continue
         state = state_of(patch)
         if state == "ready":
@@ -151,6 +156,17 @@ def apply_all(when: When) -> None:
                 patch.anchor.module,
                 state,
             )
+
+
+def remove(name: str) -> None:
+    """Restores vLLM's own function, if the patch is applied and nothing else has replaced the function since."""
+    replaced = _replaced.get(name)
+    if replaced is None or name not in _applied:
+        return
+    if vars(replaced.owner).get(replaced.name) is replaced.replacement:
+        setattr(replaced.owner, replaced.name, replaced.original)
+        _applied.discard(name)
+        del _replaced[name]
 
 
 @functools.cache
@@ -168,7 +184,18 @@ def installed_source(module: str) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Replaced:
+    """What a patch has replaced: an attribute of a module or class."""
+
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+
+
 _applied: set[str] = set()
+_replaced: dict[str, _Replaced] = {}
 _watched: set[str] = set()
 
 
@@ -201,6 +228,7 @@ def _apply(patch: Patch) -> None:
             return
         replacement = _marked(patch, original)
     setattr(owner, name, replacement)
+    _replaced[patch.name] = _Replaced(owner, name, original, replacement)
     _applied.add(patch.name)
 
 

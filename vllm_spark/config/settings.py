@@ -100,6 +100,19 @@ class SparkConfig(BaseModel):
         le=86400,
         metavar="SECONDS",
     )
+    model_sync: Literal["auto", "off"] = _setting(
+        "auto",
+        "`auto`: the machine that has a model, a draft model or an adapter sends it over the link to the one that does "
+        "not. `off`: both must have it.",
+        side="leader",
+    )
+    model_path: str | None = _setting(
+        None,
+        "Folders of this machine for models that the leader calls NAME (a name of a hub, or the leader's path), "
+        "separated by commas. They are looked for there first, and copied there. The flag may be repeated.",
+        side="follower",
+        metavar="NAME=FOLDER,...",
+    )
     heartbeat_timeout: float = _setting(
         5.0,
         "Seconds without a heartbeat after which the peer counts as lost.",
@@ -265,6 +278,13 @@ class SparkConfig(BaseModel):
             ports.add(port)
         return value
 
+    @field_validator("model_path")
+    @classmethod
+    def _maps_names(cls, value: str | None) -> str | None:
+        if value is not None:
+            _mapped_folders(value)
+        return value
+
     @field_validator("depth")
     @classmethod
     def _is_power_of_two(cls, value: int) -> int:
@@ -313,6 +333,11 @@ class SparkConfig(BaseModel):
             )
         return self
 
+    @property
+    def mapped_folders(self) -> dict[str, Path]:
+        """The folders of `model_path`, absolute, by the leader's names."""
+        return _mapped_folders(self.model_path) if self.model_path is not None else {}
+
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         # vLLM logs its arguments: only what is not the default.
         fields = type(self).model_fields
@@ -360,6 +385,19 @@ class SparkConfig(BaseModel):
                     "different ports of the leader; leave one of them out"
                 )
         return config
+
+
+def _mapped_folders(value: str) -> dict[str, Path]:
+    """The folders of a value of `model_path`, by name. Raises ValueError."""
+    folders: dict[str, Path] = {}
+    for part in value.split(","):
+        name, equals, folder = part.strip().rpartition("=")
+        if not (name and equals and folder) or "\0" in part:
+            raise ValueError(f"{part.strip()!r} is not NAME=FOLDER; give a leader's model and a folder of this machine")
+        path = Path(os.path.abspath(_expand_home(folder)))
+        if folders.setdefault(name, path) != path:
+            raise ValueError(f"it has {name!r} twice; give each name once")
+    return folders
 
 
 def kind_of_many(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str | None:
@@ -454,11 +492,22 @@ def add_flags(group: Any, sides: Iterable[Side], prefix: str = FLAG + "-", names
         group.add_argument(
             *dict.fromkeys((prefix + name.replace("_", "-"), serve_flag(name))),
             dest="spark_" + name,
+            action=_Joined if name == "model_path" else "store",
             type=setting_type(name),
             default=argparse.SUPPRESS,
             metavar=_extra(field, "metavar") if choices is None else "{" + ",".join(choices) + "}",
             help=(field.description or "").replace("%", "%%") + default,
         )
+
+
+class _Joined(argparse.Action):
+    """Puts the values of a repeated option together, with commas."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Gpu:
     clock: str = ""
     """Its current clock and its maximum."""
     slowed_by: str = ""
+    display: str = ""
+    """`Enabled` while a display uses it."""
     complaint: str = ""
     """The error message of nvidia-smi."""
 
@@ -61,6 +63,7 @@ def find_gpu(system: System) -> Gpu | None:
         cuda=_field(text, "CUDA Version"),
         clock=f"{now} now, at most {most}" if now and most else "",
         slowed_by=", ".join(dict.fromkeys(_SLOWED.findall(text))),
+        display=_field(text, "Display Active"),
     )
 
 
@@ -87,6 +90,8 @@ def check_gpu(system: System, gpu: Gpu) -> Iterator[Finding]:
     yield _driver(gpu)
     if gpu.clock or gpu.slowed_by:
         yield _gpu_clock(gpu)
+    if gpu.display:
+        yield _display(gpu)
     yield _kernels()
     yield _nccl(system, gpu)
 
@@ -149,6 +154,21 @@ def _gpu_clock(gpu: Gpu) -> Finding:
         "The hardware limits the GPU's clock, because of temperature or power.",
         "nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE   # shows which\n"
         "Use the power supply that came with the machine, and switch it off and unplug it for a minute.",
+    )
+
+
+def _display(gpu: Gpu) -> Finding:
+    title = "Display on the GPU"
+    if gpu.display != "Enabled":
+        return Finding("gpu.display", title, "ok", "none")
+    return Finding(
+        "gpu.display",
+        title,
+        "warning",
+        "in use",
+        "The driver ends kernels that run for some seconds where a display uses the GPU. A kernel that waits so long "
+        "for the other machine, as while the cable is out, ends the server.",
+        "sudo systemctl isolate multi-user.target   # until the next start; set-default instead of isolate for good",
     )
 
 

@@ -30,6 +30,7 @@ from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import attach_settings
 from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, log_environment_warnings
+from vllm_spark.entrypoints.missing_files import fetch_missing
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
@@ -85,6 +86,8 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
             WORLD_SIZE,
             engine_args.tensor_parallel_size,
         )
+    if starts_engine:
+        fetch_missing(config, engine_args)
     _make_paths_absolute(engine_args)
 
     from vllm_spark.backend.platform import activate, compute_capability
@@ -216,6 +219,8 @@ def serve(config: SparkConfig, args: Any, original: Callable[[], Any]) -> None:
     check_socket_folder()
     check_link(config)
     _check_ports_differ(args, config)
+    use_vllm_logging()
+    fetch_missing(config, args)
     apply_all("leading")
     # With several API servers the process that starts them keeps its own handlers. They create vLLM's engine arguments
     # before they load this plugin.

@@ -23,7 +23,16 @@ from typing import Any, NoReturn
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import EXIT_LOST, EXIT_REFUSED, EXIT_USAGE, PeerLeftError, PeerLostError, SparkError, described
+from vllm_spark.errors import (
+    EXIT_LOST,
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    PeerLeftError,
+    PeerLostError,
+    RefusedError,
+    SparkError,
+    described,
+)
 from vllm_spark.executor.bootstrap import (
     Assignment,
     connect_runtime,
@@ -42,8 +51,11 @@ from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSear
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
-from vllm_spark.executor.model_files.loaded import FileKey
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
+from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
+from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
     COMPARE_FILES,
@@ -89,7 +101,9 @@ class FollowerSession:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
-        self._adapters = FollowerAdapters(self._loaded_adapters)
+        self._adapters = FollowerAdapters(self._loaded_adapters, self._find_adapter)
+        self._connector: Connector | None = None
+        self._leader_sends_files = False
         self._token_digest = TokenDigest()
         self._ended = threading.Event()
         self._ending_thread: threading.Thread | None = None  # the thread that set `_ended`
@@ -122,6 +136,7 @@ class FollowerSession:
         search.announce()
         _load_vllm()
         connector, control, offer, self._own_files = search.find()
+        self._connector, self._leader_sends_files = connector, offer.sends_files
         rpc, groups = connector.connect(RPC), connector.connect(GROUPS)
         if rpc is None or groups is None:
             raise PeerLostError(f"the leader at {connector.endpoint} stopped listening")
@@ -214,6 +229,21 @@ class FollowerSession:
     def _loaded_adapters(self) -> set[int]:
         loaded: set[int] = self._worker.list_loras()
         return loaded
+
+    def _find_adapter(self, wanted: LoadedFiles) -> Path:
+        """Where this machine has an adapter of the leader's, which is copied if it is not here.
+
+        Raises:
+            SparkError: it is not here and cannot be copied.
+        """
+        copies = self._leader_sends_files and may_be_copied(wanted)
+        try:
+            return find_own(wanted, mapping=self._config.mapped_folders, download=not copies)
+        except RefusedError:
+            if not copies or self._connector is None:
+                raise
+        with CopyDisplay("Copying from the leader") as display:
+            return fetch_from_leader(wanted, self._connector, self._config, display.show)
 
     def _run_step(self, call: Call) -> None:
         from vllm.v1.serial_utils import run_method

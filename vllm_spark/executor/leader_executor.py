@@ -194,15 +194,20 @@ class SparkExecutor(RankExecutor):
     def _compare_files(self, wanted: LoadedFiles) -> str | None:
         """Has the follower search for the same files; returns the sentence why it does not have them, or None."""
         session = self._running_session()
+        session.sender.offer([wanted])  # the follower may ask for them before it answers
         session.ask(COMPARE_FILES, (wanted,), {})
-        try:
-            refusal: str | None = session.answer(_COMPARE_TIMEOUT)
-        except TimeoutError:
-            return (
-                f"the follower has not answered for {_COMPARE_TIMEOUT:g} s; see the log of vllm-spark join, and load "
-                "the adapter again"
-            )
-        return refusal
+        while True:
+            sent = session.sender.sent
+            try:
+                refusal: str | None = session.answer(_COMPARE_TIMEOUT)
+            except TimeoutError:
+                if session.sender.sent > sent:
+                    continue  # it is being copied
+                return (
+                    f"the follower has not answered for {_COMPARE_TIMEOUT:g} s; see the log of vllm-spark join, and "
+                    "load the adapter again"
+                )
+            return refusal
 
     def _uninterrupted(
         self, session: LeaderSession, method: str | Callable[..., Any]
@@ -419,6 +424,7 @@ def _offer(vllm_config: Any) -> Offer:
         files=files,
         heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
         environment=recorded_environment(),
+        sends_files=settings_of(vllm_config).model_sync == "auto",
     )
 
 

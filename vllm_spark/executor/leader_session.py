@@ -35,6 +35,7 @@ from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.messages import Offer, Reason
 from vllm_spark.executor.handshake.server import Follower, Listener, listener_at
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
+from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.token_check import TokenDigest
@@ -54,8 +55,17 @@ class LeaderSession:
     Its methods may be called from one thread at a time; `fail` from any.
     """
 
-    def __init__(self, config: SparkConfig, listener: Listener, follower: Follower, status: EngineStatus) -> None:
+    def __init__(
+        self,
+        config: SparkConfig,
+        listener: Listener,
+        follower: Follower,
+        status: EngineStatus,
+        sender: ModelSender | None = None,
+    ) -> None:
         self.token_digest = TokenDigest()
+        self.sender = sender or ModelSender()
+        """Sends files that the follower lacks."""
         self._listener, self._follower, self._status = listener, follower, status
         self._runtime: collective.Runtime | None = None
         self.groups = GroupConnection(follower.groups, self.fail)
@@ -89,15 +99,18 @@ class LeaderSession:
         """
         status.clear()
         address = leader_address(config)
-        listener = listener_at(address, config)
+        sender = ModelSender()
+        sender.offer(offer.files)
+        listener = listener_at(address, config, serve_copy=sender.serve if offer.sends_files else None)
         try:
             _warn_if_shared(address)
-            follower = listener.wait_for_follower(offer, config.join_timeout)
+            follower = listener.wait_for_follower(offer, config.join_timeout, sender.changed)
         except BaseException:
             listener.close()
+            sender.close()
             raise
         logger.info("%s joined.", upper_first(follower.name))
-        session = cls(config, listener, follower, status)
+        session = cls(config, listener, follower, status, sender)
         session._heartbeat.start()
         try:
             with session.explained():
@@ -258,6 +271,7 @@ class LeaderSession:
             self._failed.set()
         logger.error("Serving ends: %s.", error)
         self._listener.close()  # further followers wait for the next leader
+        self.sender.close()
         self._status.fail(error)
         if self._runtime is not None:
             self._runtime.abort(str(error))
@@ -284,6 +298,7 @@ class LeaderSession:
             return
         self.leave(reason)
         self._listener.close()
+        self.sender.close()
         self._follower.rpc.close()
         self._follower.control.close()
         self.groups.close(PeerLeftError(reason))

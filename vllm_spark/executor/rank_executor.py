@@ -46,7 +46,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         apply_all("serving")
         tuning.start(self.vllm_config)
         UniProcExecutor._init_executor(self)
-        tuning.log_expert_backends(self.driver_worker)
+        tuning.model_loaded(self.driver_worker)
 
     @property
     def driver_worker(self) -> WorkerWrapperBase | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,18 @@ from vllm_spark.kernels.finding import Finding
 from vllm_spark.kernels.fused_moe import compile
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table
-from vllm_spark.kernels.fused_moe.table import PROVENANCE_SUFFIX
+from vllm_spark.kernels.fused_moe.table import (
+    PROVENANCE_SUFFIX,
+    FusedMoeProvenance,
+    load_fused_moe_provenance,
+    load_fused_moe_table,
+    read_file_name,
+)
+from vllm_spark.kernels.fused_moe.vllm_rows import effective_rows
 from vllm_spark.kernels.marlin import table as marlin_table
 from vllm_spark.kernels.marlin.check import check_marlin_table
+from vllm_spark.kernels.marlin.table import load_marlin_table
+from vllm_spark.kernels.table import Provenance
 
 _FOLDERS = (marlin_table.FOLDER, fused_moe_table.FOLDER)
 _NAMES = ("E=", "kernel=")
@@ -24,18 +33,35 @@ _NO_NAME = (
 
 
 @dataclass(frozen=True)
+class TableContent:
+    """The rows of a table by provenance.
+
+    Attributes:
+        table: the file.
+        tuned: provenance of each row that has an effect.
+        default: number of rows with vLLM's own choice.
+    """
+
+    table: Path
+    tuned: Mapping[int, Provenance | None]
+    default: int
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What was checked, and what was found.
 
     Attributes:
         tables: every table that was looked at.
         findings: errors and notes, in the order of the tables.
+        contents: the rows of each table that could be read, by provenance.
         compiler: version of the Triton that compiled kernels; None if none were compiled.
         unchecked: what could not be checked, and why.
     """
 
     tables: tuple[Path, ...]
     findings: tuple[Finding, ...]
+    contents: tuple[TableContent, ...]
     compiler: str | None
     unchecked: tuple[str, ...]
 
@@ -87,7 +113,26 @@ def check_tables(folders: Sequence[Path], compile_kernels: bool = True) -> Check
         )
     version = compile.triton_version() if compile_row is not None and compiled else None
     listed = tuple(path for path in tables if not path.name.endswith(PROVENANCE_SUFFIX))
-    return CheckReport(listed, tuple(findings), version, tuple(unchecked))
+    contents = tuple(content for path in listed if (content := _content(path)) is not None)
+    return CheckReport(listed, tuple(findings), contents, version, tuple(unchecked))
+
+
+def _content(path: Path) -> TableContent | None:
+    """None for a file that is not a table, about which there is an error among the findings."""
+    try:
+        if path.name.startswith("kernel="):
+            marlin = load_marlin_table(path)
+            tuned = {rows: marlin.rows[rows].provenance for rows in marlin.effective_rows}
+            return TableContent(path, tuned, len(marlin.rows) - len(tuned))
+        named = read_file_name(path.name)
+        if named is None:
+            return None
+        table = load_fused_moe_table(path)
+        provenance = load_fused_moe_provenance(path) or FusedMoeProvenance()
+    except ConfigurationError:
+        return None
+    tuned = {rows: provenance.rows.get(rows) for rows in effective_rows(table.rows, provenance, *named)}
+    return TableContent(path, tuned, len(table.rows) - len(tuned))
 
 
 def _tables(folder: Path) -> list[Path]:

@@ -57,9 +57,24 @@ def find_marlin_table(device: str, shape: MarlinShape) -> tuple[Path, MarlinTabl
     return None
 
 
-def has_marlin_tables_for_experts(device: str) -> bool:
-    """Whether there is a file that may be a table of Marlin's kernel for experts, for `device`."""
-    return any(path.name.startswith("kernel=moe_") for path in table_files(device, marlin.FOLDER))
+def marlin_tables_for_experts(device: str) -> list[MarlinTable]:
+    """Tables of Marlin's kernel for experts that serving would use on `device` and that change a call."""
+    found: dict[MarlinShape, MarlinTable] = {}
+    for path in table_files(device, marlin.FOLDER):
+        if path.name.startswith("kernel=moe_") and (used := _table_of_file(device, path)) is not None:
+            found[used.shape] = used
+    return [table for table in found.values() if table.effective_rows]
+
+
+def _table_of_file(device: str, path: Path) -> MarlinTable | None:
+    """The table that serving uses for the shape in the name of `path`: this one, or the one in an earlier folder."""
+    try:
+        shape = load_marlin_table(path).shape
+    except ConfigurationError as error:
+        logger.warning("Ignoring a tuned table: %s.", error)
+        return None
+    used = find_marlin_table(device, shape)
+    return None if used is None else used[1]
 
 
 def table_files(device: str, kind: str) -> list[Path]:

@@ -9,20 +9,22 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from vllm_spark.compat.patching import apply_all
+from vllm_spark.compat.patching import apply_all, remove
 from vllm_spark.config.attachment import add_to_compile_key
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels import lookup
 from vllm_spark.kernels.devices import DEVICES, Device, device_file_name
 from vllm_spark.kernels.fused_moe import table as fused_moe
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
-from vllm_spark.kernels.fused_moe.vllm_rows import outdated_rows, refreshed_rows
+from vllm_spark.kernels.fused_moe.vllm_rows import effective_rows, outdated_rows, refreshed_rows
 from vllm_spark.kernels.marlin import table as marlin
+from vllm_spark.kernels.marlin.layers import may_use
 from vllm_spark.kernels.marlin.table import MarlinTable, load_marlin_table
 from vllm_spark.kernels.marlin.tile_choice import MarlinCalls
+from vllm_spark.kernels.table import origins
 
 logger = logging.getLogger("vllm_spark")
 
@@ -32,6 +34,8 @@ _TABLE_READERS = ("TritonExperts", "BatchedTritonExperts")
 _FALLBACK_BASE = "FallbackExperts"
 """vLLM's class whose subclasses choose between that kernel and another one for each call."""
 
+
+_FUSED_MOE_PATCH, _MARLIN_PATCH, _ATOMIC_ADD_PATCH = "fused-moe-tables", "marlin-parameters", "marlin-atomic-add"
 
 _WHOLE_PROCESS = object()
 _active: Any = None  # configuration of the engine that uses tables now
@@ -46,12 +50,16 @@ def start(vllm_config: Any = None) -> None:
             that uses tables until it exits.
     """
     global _active, _widths_with_atomic_add
-    apply_all("tuning")
+    apply_all("tuning", {_FUSED_MOE_PATCH})
     _active = _WHOLE_PROCESS if vllm_config is None else vllm_config
     _clear_caches()
     if not has_tables(device_name()):
-        logger.info("No tuned tables for the device %s; vLLM's own parameters are used.", device_name())
+        logger.info("No tuned table for the device %s; vLLM's own parameters are used.", device_name())
     _widths_with_atomic_add = layers_with_atomic_add()
+    if _widths_with_atomic_add:
+        apply_all("tuning", {_ATOMIC_ADD_PATCH})
+    if vllm_config is None and lookup.marlin_tables_for_experts(device_name()):
+        apply_all("tuning", {_MARLIN_PATCH})  # the layers are not known here
     if vllm_config is not None and (digest := compiled_digest()) is not None:
         add_to_compile_key(vllm_config, "atomic_add", digest)
 
@@ -62,6 +70,8 @@ def stop(vllm_config: Any) -> None:
     if _active is vllm_config:
         _active = None
         _widths_with_atomic_add = frozenset()
+        for name in (_MARLIN_PATCH, _ATOMIC_ADD_PATCH):
+            remove(name)
         _clear_caches()
 
 
@@ -115,11 +125,13 @@ def has_tables(device: str) -> bool:
 
 @functools.cache
 def marlin_calls(operator: Callable[..., Any]) -> MarlinCalls | None:
-    """Overrides by tables in calls of Marlin's operator for experts; None without tables for this device."""
+    """Overrides by tables in calls of Marlin's operator for experts; None if no table changes a call on this device."""
     device = this_device()
-    if not lookup.has_marlin_tables_for_experts(device.name):
+    tables = lookup.marlin_tables_for_experts(device.name)
+    if not tables:
         return None
-    return MarlinCalls(list(inspect.signature(operator).parameters), device)
+    widths = {(table.shape.size_n, table.shape.size_k) for table in tables}
+    return MarlinCalls(list(inspect.signature(operator).parameters), device, widths)
 
 
 def layers_with_atomic_add() -> frozenset[tuple[int, int]]:
@@ -186,8 +198,9 @@ def choose_fused_moe_table(
     if found is None:
         return _fall_back(name, vllm_lookup, "no tuned table has this name" if has_tables(device) else None)
     path, rows, provenance = found
-    if provenance.is_all_default and path.is_relative_to(lookup.shipped_folder()):
-        return _fall_back(name, vllm_lookup, f"the table in {path.parent} only repeats vLLM's default")
+    effective = effective_rows(rows, provenance, shape, device)
+    if not effective and path.is_relative_to(lookup.shipped_folder()):
+        return _fall_back(name, vllm_lookup, f"the table in {path.parent} only repeats vLLM's choice")
     # A table's name does not contain the group size of int4, which vLLM passes as block_k.
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
@@ -203,8 +216,12 @@ def choose_fused_moe_table(
             "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm.__version__
         )
         rows = now
-    origins = dict.fromkeys(row.summary() for row in provenance.rows.values())
-    logger.info("Triton table %s: from %s (%s).", name, path.parent, "; ".join(origins) or "of unknown origin")
+    logger.info(
+        "Triton table %s: from %s (%s; other rows are vLLM's choice).",
+        name,
+        path.parent,
+        origins(provenance.rows.get(tokens) for tokens in effective),
+    )
     return dict(rows)
 
 
@@ -219,36 +236,63 @@ def _fall_back(name: str, vllm_lookup: Callable[[], dict[int, Any] | None], why:
     return rows
 
 
-def log_expert_backends(worker: Any) -> None:
-    """Logs the backends of a loaded model's experts that do not read FusedMoE tables, or do not in every call.
+def model_loaded(worker: Any) -> None:
+    """Replaces Marlin's operator for experts if a layer of a loaded model may have a tuned row, and logs what is used.
 
-    For the others, the table is logged when it is selected.
+    Without such a layer vLLM calls its own function, at no cost. Tables of the Triton kernel are logged when vLLM
+    selects them.
 
     Args:
         worker: vLLM's, with its model loaded.
     """
-    try:
-        modules = list(worker.get_model().modules())
-    except (AttributeError, NotImplementedError):
-        return  # a worker of another kind; only log lines are lost
     kinds: Counter[type] = Counter()
-    for module in modules:
-        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
-        experts = getattr(kernel, "fused_experts", None)
+    tables = lookup.marlin_tables_for_experts(device_name())
+    hook = False
+    for experts in _experts_of(worker):
         if experts is None:
+            hook = True  # vLLM calls the operator in a way that is not known here
             continue
-        kinds.update([type(experts)])
+        kinds[type(experts)] += 1
+        hook = hook or ("Marlin" in type(experts).__name__ and any(may_use(experts, table.shape) for table in tables))
+    if hook and tables:
+        apply_all("tuning", {_MARLIN_PATCH})
+    else:
+        remove(_MARLIN_PATCH)
     for kind, layers in kinds.items():
         ancestors = {ancestor.__name__ for ancestor in kind.__mro__}
         if ancestors.intersection(_TABLE_READERS):
             continue
         if "Marlin" in kind.__name__:
-            what = "uses Marlin tables, not FusedMoE tables"
+            what = (
+                "uses Marlin tables, not FusedMoE tables"
+                if hook and tables
+                else f"has no tuned table for its shapes on {device_name()}; vLLM's own choice is used"
+            )
         elif _FALLBACK_BASE in ancestors:
             what = "uses FusedMoE tables only for calls that it passes to Triton"
         else:
             what = "does not use tables, vLLM's own choice stays"
-        logger.info("Experts of %d layers: %s %s.", layers, kind.__name__, what)
+        logger.info("Experts of %d layer%s: %s %s.", layers, "s" if layers > 1 else "", kind.__name__, what)
+
+
+def _experts_of(worker: Any) -> Iterator[Any]:
+    """The experts' kernels of the model and of its draft model; None for one that cannot be determined."""
+    try:
+        models = [worker.get_model()]
+    except (AttributeError, NotImplementedError):
+        yield None  # a worker of another kind
+        return
+    runner = getattr(worker, "model_runner", None)
+    drafts = (getattr(getattr(runner, name, None), "model", None) for name in ("drafter", "speculator"))
+    models += [model for model in drafts if callable(getattr(model, "modules", None))]
+    for module in {id(module): module for model in models for module in model.modules()}.values():
+        method = getattr(module, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if experts is not None:
+            yield experts
+        elif "MoE" in type(method).__name__:
+            yield None
 
 
 def _clear_caches() -> None:

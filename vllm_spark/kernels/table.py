@@ -8,6 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import reprlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ class Provenance(BaseModel):
         versions: of what it was measured with, for instance {"vllm": "0.33.0", "triton": "3.8.0"}.
         gain: share of the default's time that is saved, 0.05 for 5 % less; negative where it is slower.
         source: where it was published.
+        grade: of the published evidence: `A` measured on this device with a baseline, raw data or a second measurement,
+            `B` tuned there without one.
         rule: by which it was derived; `vllm-default` where the choice stays vLLM's.
         note: anything else, for people.
     """
@@ -46,6 +50,7 @@ class Provenance(BaseModel):
     versions: dict[str, str] = Field(default_factory=dict)
     gain: float | None = Field(default=None, allow_inf_nan=False)
     source: str | None = None
+    grade: Literal["A", "B"] | None = None
     rule: str | None = None
     note: str | None = None
 
@@ -61,20 +66,30 @@ class Provenance(BaseModel):
             gaps.append("versions.vllm")
         return gaps
 
-    def summary(self) -> str:
-        """In a few words, for logs: `measured on NVIDIA_GB10, 2026-11-24, 4.2 % less time than vLLM's default`."""
-        if self.kind == "measured":
-            words = [f"measured on {self.device or 'an unnamed device'}"]
-            if self.date is not None:
-                words.append(self.date.isoformat())
-            if self.gain is not None:
-                words.append(f"{abs(self.gain):.1%} {'less' if self.gain >= 0 else 'more'} time than vLLM's default")
-            return ", ".join(words).replace("%", " %")
-        if self.kind == "published":
-            return f"published in {self.source or 'an unnamed place'}, not measured here"
-        if self.rule == VLLM_DEFAULT:
-            return "vLLM's own choice, nothing better was measured"
-        return f"derived ({self.rule or 'no rule named'}), not measured"
+
+def origins(rows: Iterable[Provenance | None]) -> str:
+    """How many rows come from where: `6 rows published by a/b 1234567 (grade A); 2 derived (a rule)`.
+
+    For the log and for `vllm-spark tune --check`; rows with vLLM's own choice are not to be among them.
+    """
+    counts: Counter[str] = Counter(_origin(row) for row in rows)
+    if not counts:
+        return "no tuned row"
+    words = [f"{number} {kind}" for kind, number in counts.items()]
+    first, *others = words
+    number, _, kind = first.partition(" ")
+    return "; ".join([f"{number} row{'s' if number != '1' else ''} {kind}", *others])
+
+
+def _origin(row: Provenance | None) -> str:
+    if row is None:
+        return "of unknown origin"
+    if row.kind == "published":
+        grade = "" if row.grade is None else f" (grade {row.grade})"
+        return f"published by {row.source or 'an unnamed source'}{grade}"
+    if row.kind == "measured":
+        return f"measured on {row.device or 'an unnamed device'}"
+    return f"derived ({row.rule or 'no rule named'})"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def prepare(options: TuningOptions) -> tuple[Plan, Path]:
     folder = options.out or user_folder()
     if folder is None:
         raise ConfigurationError("this user has no home folder for the tables; give a folder with --output")
-    _check_folder(folder, "--output")
+    check_folder(folder, "--output")
     if options.plot is not None:
         from vllm_spark.bench.collective_report import check_plot
 
@@ -101,13 +101,13 @@ def prepare(options: TuningOptions) -> tuple[Plan, Path]:
         check_writable(options.plot)
     if options.decode:
         if options.keep_logs is not None:
-            _check_folder(options.keep_logs, "--keep-logs")
+            check_folder(options.keep_logs, "--keep-logs")
         for model, _ in plan.sizes:  # found out now, not after the search
             shard_as_model(regrouped_config(plan.config, model.tp), model.tp)
     return plan, folder
 
 
-def _check_folder(folder: Path, option: str) -> None:
+def check_folder(folder: Path, option: str) -> None:
     """Raises ConfigurationError if `folder`, given by `option`, cannot be created or written."""
     try:
         parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())

@@ -17,9 +17,12 @@ constexpr auto kPortInterval = std::chrono::milliseconds(100);
 // after the end of the one before as that one took, at the earliest.
 constexpr int kRestAfterAttempt = 4;
 constexpr const char* kOtherEndFailed = "its other end failed";
-// A rail that is up must be proven within this time. Longer than a NIC's retransmissions of a packet take,
-// whose failure ends the wait earlier and with the reason: this limit is for a device that completes nothing.
+// A rail that is up must be proven within this time, and one that is open must complete a write in this time
+// or in kRailTimeouts time-outs of its NIC, whichever is longer. Longer than a NIC's retransmissions of a
+// packet take, whose failure ends the wait earlier and with the reason: these limits are for a device, or a
+// driver, that hangs and completes nothing.
 constexpr auto kProofTime = std::chrono::seconds(10);
+constexpr int kRailTimeouts = 8;
 // How long a new link may be without an open rail before that is reported: a proof takes milliseconds.
 constexpr auto kStartTime = std::chrono::seconds(1);
 
@@ -164,6 +167,7 @@ std::optional<std::string> RailKeeper::maintain(Clock::time_point now) {
     for (Record& record : records_) {
       record.closed_since = now;
       record.proof_due = now + kProofTime;
+      record.progress = now;
     }
   }
   read_events();
@@ -198,12 +202,29 @@ void RailKeeper::check_proof_time(Rail& rail, Clock::time_point now) {
   fail(rail, "the device completed nothing within " + seconds_text(kProofTime));
 }
 
+void RailKeeper::check_completions(Rail& rail, Clock::time_point now) {
+  if (rail.phase() != Phase::kProven) return;
+  Record& record = this->record(rail);
+  if (rail.queued() == 0 || rail.completed() != record.completed) {
+    record.completed = rail.completed();
+    record.progress = now;
+    return;
+  }
+  // Division: the time-out of a rail may be as long as a clock counts.
+  std::chrono::nanoseconds silence = now - record.progress;
+  if (silence <= kProofTime || silence / kRailTimeouts <= options_.path_options.rail_timeout) return;
+  poll(rail);  // what arrived while this process did not run counts
+  if (rail.phase() != Phase::kProven || rail.completed() != record.completed) return;
+  fail(rail, "the device completed nothing within " + seconds_text(silence));
+}
+
 void RailKeeper::reconnect(Rail& rail, Clock::time_point now) {
   // Both ends take part in every connection: if one has failed, the other one has too, even if it has
   // not detected that.
   uint32_t peer_epoch = peer_state(rail).epoch;
   if (static_cast<int32_t>(peer_epoch - rail.epoch()) > 0) fail_after_peer(rail, peer_epoch);
   check_proof_time(rail, now);
+  check_completions(rail, now);
   if (rail.up()) return;
   Record& record = this->record(rail);
   // Only a new offer is held down. A rail that has been offered is connected when the peer has offered it
@@ -222,7 +243,9 @@ void RailKeeper::reconnect(Rail& rail, Clock::time_point now) {
   const RailState& peer = peer_state(rail);
   if (rail.phase() != Phase::kReady || peer.epoch != rail.epoch() || peer.phase < Phase::kReady) return;
   rail.mark_up();
-  record.proof_due = Clock::now() + kProofTime;
+  record.progress = Clock::now();
+  record.completed = 0;
+  record.proof_due = record.progress + kProofTime;
   announcements_.request();  // and this announcement is what proves the connection
 }
 

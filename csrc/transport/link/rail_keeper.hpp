@@ -80,6 +80,8 @@ class RailKeeper {
     HoldDown hold_down;
     Clock::time_point next_try{};      // not before that, whatever the hold-down is
     Clock::time_point proof_due{};     // while it is up and not proven
+    Clock::time_point progress{};      // when a write was completed last, or none was under way
+    uint64_t completed = 0;            // writes, then
     Clock::time_point closed_since{};  // while it is not open
     bool failed = false;               // it was open before, and its failure has been counted
     bool reported = false;             // it has been reported that it cannot be connected, or carries no data
@@ -95,6 +97,7 @@ class RailKeeper {
 
   void read_events();
   void check_proof_time(Rail& rail, Clock::time_point now);
+  void check_completions(Rail& rail, Clock::time_point now);
   void reconnect(Rail& rail, Clock::time_point now);
   void offer_or_connect(Rail& rail, Clock::time_point now);
   void open_if_proven(Rail& rail, Clock::time_point now);

@@ -8,6 +8,7 @@ namespace {
 verbs::LinkOptions link_options(Nic& nic, std::chrono::nanoseconds timeout) {
   verbs::LinkOptions options;
   options.timeout = timeout;
+  options.path_options.rail_timeout = timeout;  // as long as a message may take
   options.open_device = [&nic](const verbs::RailAddress& rail) { return nic.open(rail); };
   return options;
 }

@@ -2,8 +2,9 @@
 
 A `Connection` is a TLS connection that carries frames: a header of kind and length, then the payload. A session has
 three: *rpc* (worker calls and their replies, used by the thread that runs the model), *control* (heartbeats, failures,
-the reason for an end; used by a thread of its own) and *groups* (messages of torch's process groups). A connection is
-used by one thread at a time, or by one that sends and another that receives.
+the reason for an end; used by a thread of its own) and *groups* (messages of torch's process groups). While files of a
+model are copied it has further ones, named *copy*. A connection is used by one thread at a time, or by one that sends
+and another that receives.
 """
 
 from __future__ import annotations
@@ -64,6 +65,22 @@ class Kind(enum.IntEnum):
     """JSON: what the follower is doing before it answers an OFFER."""
     RESTART = 19
     """Empty, in answer to an OFFER: the follower reconnects from another process, with the leader's environment."""
+    COPY_LIST = 20
+    """JSON: asks for the list of files of a model, an adapter or a tokenizer."""
+    COPY_FILES = 21
+    """JSON: that list."""
+    COPY_RANGE = 22
+    """JSON: asks for a range of one of those files."""
+    COPY_DATA = 23
+    """Bytes: a piece of that range."""
+    COPY_END = 24
+    """Empty: the range is complete, and its file was not changed meanwhile."""
+    SEARCH = 25
+    """JSON: sent by a leader in place of an OFFER: what it does not have and asks its follower for."""
+    FOUND = 26
+    """JSON: which of that the follower has."""
+    SEND = 27
+    """JSON: how many copy connections the follower is to open, to send what it has."""
 
 
 class Frame(NamedTuple):
@@ -144,9 +161,21 @@ class Connection:
                 f"a {kind.name} message of {len(payload)} bytes is over the limit of {self.max_frame}; "
                 f"raise {flag_name('max_frame_mib')} on both machines"
             )
+        # One write for header and payload: one system call, one wake-up of the receiver.
+        self._send(timeout, _HEADER.pack(kind, len(payload)) + payload)
+
+    def send_data(self, kind: Kind, data: memoryview, *, timeout: float) -> None:
+        """Sends one frame with a large payload, which is not copied before it is encrypted.
+
+        Raises:
+            ConnectionClosedError, ChannelError: as `send`.
+        """
+        self._check_usable()
+        self._send(timeout, _HEADER.pack(kind, len(data)), data)
+
+    def _send(self, timeout: float | None, *parts: bytes | memoryview) -> None:
         try:
-            # One write for header and payload: one system call, one wake-up of the receiver.
-            self._tls.send(_HEADER.pack(kind, len(payload)) + payload, timeout)
+            self._tls.send_parts(timeout, *parts)
         except TimeoutError:
             raise ChannelError(f"{self.peer} cannot be reached any more: timed out") from None
         except (OSError, ValueError) as error:
@@ -179,8 +208,42 @@ class Connection:
             self._interrupted = True  # part of a frame may be read: the rest would be taken for the next one's header
             raise
 
+    def receive_data(self, kind: Kind, buffer: memoryview, *, timeout: float) -> int | Frame:
+        """Receives one frame. The payload of one of `kind` goes into `buffer`, and the result is its length.
+
+        Args:
+            kind: of frames with large payloads.
+            buffer: for the payload.
+            timeout: seconds of silence.
+
+        Returns:
+            The length, or a frame of another kind.
+
+        Raises:
+            ConnectionClosedError, ChannelError: as `receive`, or the payload is longer than `buffer`.
+        """
+        self._check_usable()
+        try:
+            deadline = time.monotonic() + timeout
+            found, length = self._receive_header(deadline, 0.0)
+            if found is not kind:
+                return Frame(found, self._read(length, deadline))
+            if length > len(buffer):
+                raise ChannelError(f"{self.peer} sent {length} bytes where at most {len(buffer)} were asked for")
+            self._fill(buffer[:length], deadline)
+            return length
+        except Exception:
+            raise
+        except BaseException:
+            self._interrupted = True
+            raise
+
     def _receive(self, timeout: float | None, spin: float) -> Frame:
         deadline = None if timeout is None else time.monotonic() + timeout
+        kind, length = self._receive_header(deadline, spin)
+        return Frame(kind, self._read(length, deadline))
+
+    def _receive_header(self, deadline: float | None, spin: float) -> tuple[Kind, int]:
         number, length = _HEADER.unpack(self._read(_HEADER.size, deadline, spin))
         try:
             kind = Kind(number)
@@ -191,7 +254,7 @@ class Connection:
                 f"{self.peer} sent a {kind.name} message of {length} bytes, over the limit of {self.max_frame}; "
                 f"raise {flag_name('max_frame_mib')} on this machine"
             )
-        return Frame(kind, self._read(length, deadline))
+        return kind, length
 
     def expect(self, *kinds: Kind, timeout: float | None = None, spin: float = 0.0) -> Frame:
         """Receives one frame that must be of one of `kinds`.
@@ -219,15 +282,18 @@ class Connection:
 
     def _read(self, size: int, deadline: float | None, spin: float = 0.0) -> bytes:
         buffer = bytearray(size)
+        self._fill(memoryview(buffer), deadline, spin)
+        return bytes(buffer)
+
+    def _fill(self, view: memoryview, deadline: float | None, spin: float = 0.0) -> None:
         try:
-            self._tls.receive_into(memoryview(buffer), deadline, spin)
+            self._tls.receive_into(view, deadline, spin)
         except EOFError:
             raise ConnectionClosedError(f"{self.peer} closed the connection") from None
         except TimeoutError:
             raise ChannelError(f"{self.peer} sent nothing in time") from None
         except (OSError, ValueError) as error:
             raise ConnectionClosedError(f"the connection to {self.peer} broke: {_reason(error)}") from None
-        return bytes(buffer)
 
 
 def _reason(error: Exception) -> str:

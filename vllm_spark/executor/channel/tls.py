@@ -154,8 +154,13 @@ class TlsConnection:
 
     def send(self, data: bytes, timeout: float | None) -> None:
         """Sends all of `data`. Raises OSError (TimeoutError after `timeout` seconds) or ssl.SSLError."""
+        self.send_parts(timeout, data)
+
+    def send_parts(self, timeout: float | None, *parts: bytes | memoryview) -> None:
+        """Sends all of `parts`, without putting them together before. Raises as `send`."""
         with self._state:
-            self._tls.write(data)
+            for part in parts:
+                self._tls.write(part)
         if timeout is None:
             self._flush()
             return
@@ -170,14 +175,16 @@ class TlsConnection:
 
         Raises EOFError at the end of the stream, OSError (TimeoutError), or ssl.SSLError.
         """
-        got = 0
-        while got < len(view):
+        got, size, read = 0, len(view), self._tls.read
+        while got < size:
             try:
                 with self._state:
-                    count = self._read(view[got:])
-                if count == 0:  # the peer ended the TLS session
-                    raise EOFError
-                got += count
+                    while got < size:  # one record at a time, and many may be here
+                        # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
+                        count = cast("int", read(size - got, view[got:] if got else view))
+                        if count == 0:  # the peer ended the TLS session
+                            raise EOFError
+                        got += count
             except ssl.SSLWantReadError:
                 self._fill(deadline, spin)
             except ssl.SSLZeroReturnError:
@@ -221,10 +228,6 @@ class TlsConnection:
             return ""
         line = self._first.strip().partition(b"\n")[0].strip().decode("ascii", "replace")
         return "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in line)
-
-    def _read(self, view: memoryview) -> int:
-        # With a buffer, `read` returns the count; the stubs only know of the form that returns bytes.
-        return cast("int", self._tls.read(len(view), view))
 
     def _fill(self, deadline: float | None, spin: float = 0.0) -> int:
         count = self._try_receive(spin) if spin else None

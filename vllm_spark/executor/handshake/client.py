@@ -7,10 +7,12 @@ import secrets
 import socket
 import ssl
 
-from vllm_spark.config.settings import split_endpoint
+from vllm_spark.config.settings import SparkConfig, split_endpoint
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError, upper_first
 from vllm_spark.executor.channel.addresses import format_endpoint, host_name
-from vllm_spark.executor.channel.framing import ChannelError, Connection, Kind
+from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB, ChannelError, Connection, Kind
+from vllm_spark.executor.channel.secret import load_secret, secret_source
 from vllm_spark.executor.channel.tls import HandshakeError, TlsConnection, explain_failure
 from vllm_spark.executor.handshake.messages import GREETING_TIMEOUT, Hello, Reason, decode_frame
 from vllm_spark.executor.handshake.versions import Versions
@@ -25,12 +27,21 @@ class Connector:
         context: TLS context of the follower.
         max_frame: limit of one message, in bytes.
         secret_source: where the secret comes from, for errors; see `channel.secret.secret_source`.
+        session: of which session; a new one by default.
     """
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext, max_frame: int, secret_source: str = "") -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext,
+        max_frame: int,
+        secret_source: str = "",
+        session: str | None = None,
+    ) -> None:
         self.host, self.port, self._context, self._max_frame = host, port, context, max_frame
         self._secret_source = secret_source
-        self._session = secrets.token_hex(16)
+        self.session = session or secrets.token_hex(16)
         self._versions = Versions.of_this_process()
         self.endpoint = format_endpoint(host, port)
         self.last_problem = ""
@@ -67,7 +78,7 @@ class Connector:
                     f"{self.endpoint} authenticated as {role!r}, not as a leader; give the address of the machine that "
                     "runs vllm serve --spark"
                 )
-            hello = Hello(connection, self._session, host_name(), os.getpid(), self._versions)
+            hello = Hello(connection, self.session, host_name(), os.getpid(), self._versions)
             opened.send(Kind.HELLO, to_json(hello), timeout=GREETING_TIMEOUT)
             answer = opened.expect(Kind.WELCOME, Kind.REFUSAL, timeout=GREETING_TIMEOUT)
         except HandshakeError as error:
@@ -87,6 +98,21 @@ class Connector:
             refusal = VersionsError if reason.final else RefusedError
             raise refusal(f"the leader at {self.endpoint} refused: {reason.sentence}")
         return opened
+
+
+def make_connector(config: SparkConfig, host: str, port: int, session: str | None = None) -> Connector:
+    """A connector of a follower with these settings.
+
+    Args:
+        config: the follower's.
+        host, port: where the leader listens.
+        session: of which session; a new one by default.
+
+    Raises:
+        ConfigurationError: there is no valid secret.
+    """
+    context = tls_context(load_secret(config, host), "follower")
+    return Connector(host, port, context, config.max_frame_mib * MIB, secret_source(config, host), session)
 
 
 def no_handshake(endpoint: str, error: HandshakeError) -> str:

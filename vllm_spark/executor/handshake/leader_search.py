@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import (
     CONTROL,
     PROGRESS_INTERVAL,
+    CopyState,
     Offer,
     Progress,
     Reason,
@@ -25,8 +25,11 @@ from vllm_spark.executor.handshake.messages import (
     serve_command,
     where_to_run,
 )
-from vllm_spark.executor.model_files.loaded import FileKey
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
+from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.progress import CopyDisplay
+from vllm_spark.executor.model_sync.reverse import answer_search
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -150,7 +153,7 @@ class LeaderSearch:
         control, frame = self._wait_for_offer(connector)
         try:
             offer = decode_frame(frame, Offer)
-            return Found(connector, control, offer, self._accept(control, offer))
+            return Found(connector, control, offer, self._accept(connector, control, offer))
         except BaseException:
             control.close()
             raise
@@ -159,9 +162,18 @@ class LeaderSearch:
         """Waits for a leader's offer; answers every `vllm-spark doctor` that listens there before."""
         while True:
             control = self._wait_for_leader(connector)
-            frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, timeout=_OFFER_TIMEOUT)
+            frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, Kind.SEARCH, timeout=_OFFER_TIMEOUT)
             if frame.kind is Kind.OFFER:
                 return control, frame
+            if frame.kind is Kind.SEARCH:
+                try:
+                    answer_search(control, frame, connector, self._config)
+                except PeerLostError as error:
+                    logger.warning("The leader that asked for a model was lost: %s.", error)
+                finally:
+                    control.close()
+                self._since = time.monotonic()
+                continue
             try:
                 self._answer_doctor(control, frame, self._config, connector.host)
             except PeerLostError as error:
@@ -190,8 +202,8 @@ class LeaderSearch:
                 return connection
             time.sleep(_RETRY_INTERVAL)
 
-    def _accept(self, control: Connection, offer: Offer) -> dict[FileKey, Path]:
-        """Searches for the files of the offer, and answers whether all of them are here."""
+    def _accept(self, connector: Connector, control: Connection, offer: Offer) -> dict[FileKey, Path]:
+        """Searches for the files of the offer, copies those that are missing, and answers whether all are here."""
         if offer.model != self._model:
             self._model = offer.model
             logger.info("The leader at %s serves %s.", self._endpoint, offer.model)
@@ -202,49 +214,78 @@ class LeaderSearch:
             raise
         own: dict[FileKey, Path] = {}
         try:
-            with _report_progress(control) as report:
+            with _ProgressReports(control) as reports:
                 for wanted in offer.files:
-                    report(f"reading the {wanted.what}")
-                    try:
-                        place = find_own(wanted, report)
-                    except RefusedError:
-                        if wanted.required:
-                            raise
-                        continue
-                    own |= dict.fromkeys(wanted.file_keys(), place)
+                    place = self._place_of(wanted, offer, connector, reports)
+                    if place is not None:
+                        own |= dict.fromkeys(wanted.file_keys(), place)
         except RefusedError as error:
             control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise
         control.send(Kind.ACCEPTANCE, timeout=_ANSWER_TIMEOUT)
         return own
 
+    def _place_of(
+        self, wanted: LoadedFiles, offer: Offer, connector: Connector, reports: _ProgressReports
+    ) -> Path | None:
+        """Where a file or folder of the offer is on this machine, once it is there; None if it need not be."""
+        reports.set(f"reading the {wanted.what}")
+        copies = offer.sends_files and may_be_copied(wanted)
+        try:
+            return find_own(wanted, reports.set, mapping=self._config.mapped_folders, download=not copies)
+        except RefusedError as refusal:
+            if not wanted.required:
+                return None
+            if not copies:
+                raise
+            logger.info("%s: the leader sends it.", upper_first(str(refusal).partition(";")[0]))
+        with CopyDisplay("Copying from the leader") as display:
 
-@contextlib.contextmanager
-def _report_progress(control: Connection) -> Iterator[Callable[[str], None]]:
-    """A context that sends PROGRESS messages to the leader; yields the function that sets their text.
+            def report(state: CopyState) -> None:
+                display.show(state)
+                reports.set(f"copying the {state.what}", state)
 
-    A thread of its own uses the connection until the context is left.
+            return fetch_from_leader(wanted, connector, self._config, report)
+
+
+class _ProgressReports:
+    """Sends PROGRESS messages to the leader while its context is open, from a thread of its own.
+
+    Args:
+        control: the connection, which that thread alone uses meanwhile.
     """
-    activity = ["reading files"]
-    done = threading.Event()
 
-    def send_reports() -> None:
-        while not done.wait(PROGRESS_INTERVAL):
-            message = to_json(Progress(activity[0]))
+    def __init__(self, control: Connection) -> None:
+        self._control = control
+        self._progress = Progress("reading files")
+        self._changed = threading.Event()
+        self._done = False
+        self._thread = threading.Thread(target=self._send, name="spark-progress", daemon=True)
+
+    def __enter__(self) -> _ProgressReports:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done = True
+        self._changed.set()
+        self._thread.join(2 * _ANSWER_TIMEOUT)
+
+    def set(self, activity: str, copy: CopyState | None = None) -> None:
+        """Sets what is sent: the state of a copy at once, the rest with the next message."""
+        if activity.startswith("downloading"):
+            logger.info("%s.", upper_first(activity))
+        self._progress = Progress(activity, copy)
+        if copy is not None:
+            self._changed.set()
+
+    def _send(self) -> None:
+        while True:
+            self._changed.wait(PROGRESS_INTERVAL)
+            self._changed.clear()
+            if self._done:
+                return
             try:
-                control.send(Kind.PROGRESS, message, timeout=_ANSWER_TIMEOUT)
+                self._control.send(Kind.PROGRESS, to_json(self._progress), timeout=_ANSWER_TIMEOUT)
             except PeerLostError:
                 return  # sending the answer raises the same error
-
-    def report(what: str) -> None:
-        if what.startswith("downloading"):
-            logger.info("%s.", upper_first(what))
-        activity[0] = what
-
-    thread = threading.Thread(target=send_reports, name="spark-progress", daemon=True)
-    thread.start()
-    try:
-        yield report
-    finally:
-        done.set()
-        thread.join(2 * _ANSWER_TIMEOUT)

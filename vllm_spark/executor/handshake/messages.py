@@ -20,11 +20,12 @@ from vllm_spark.executor.channel.addresses import is_loopback
 from vllm_spark.executor.channel.framing import ChannelError, Frame
 from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.executor.model_files.comparison import Kind as FileKind
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.records import RecordError, from_json
 
-CONTROL, RPC, GROUPS = CONNECTIONS = "control", "rpc", "groups"
-"""The connections that a follower opens."""
+CONTROL, RPC, GROUPS, COPY = CONNECTIONS = "control", "rpc", "groups", "copy"
+"""The connections that a follower opens: one of each in a session, and any number of `copy` while files are copied."""
 
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to send its HELLO."""
@@ -80,19 +81,96 @@ class Offer:
         model: its name, for messages.
         files: everything that both ranks load from files.
         heartbeat_timeout: of the session, in seconds.
+        sends_files: whether the leader sends what the follower lacks.
     """
 
     model: str
     files: list[LoadedFiles]
     heartbeat_timeout: FiniteFloat
     environment: Environment = dataclasses.field(default_factory=Environment)
+    sends_files: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyState:
+    """How far a copy is.
+
+    Attributes:
+        what: what is copied, such as "model NAME".
+        done, total: bytes.
+        rate: bytes per second, over the last seconds; 0 if it is not known yet.
+    """
+
+    what: str
+    done: int
+    total: int
+    rate: FiniteFloat = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The activity of a follower before it answers an offer; sent at least every `PROGRESS_INTERVAL`."""
+    """The activity of a follower before it answers an offer, or of a leader that copies from its follower.
+
+    Sent at least every `PROGRESS_INTERVAL`, and more often while `copy` is not None.
+    """
 
     activity: str
+    copy: CopyState | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyList:
+    """Asks for the list of files of what has this `content_key`."""
+
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyRange:
+    """Asks for a range of a file, by its number in that list; `offset` and `length` are bytes."""
+
+    key: str
+    file: int
+    offset: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sought:
+    """Something that a leader does not have, and asks its follower for before it starts.
+
+    Attributes:
+        what: how messages call it.
+        name: of a hub, or the path that the leader was given.
+        revision: of a name of a hub.
+        kind: what it is.
+    """
+
+    what: str
+    name: str
+    kind: FileKind
+    revision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What a leader asks for in place of an OFFER."""
+
+    wanted: list[Sought]
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundFiles:
+    """The answer: for each in the same order what the follower has, or None."""
+
+    files: list[LoadedFiles | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """How many copy connections a follower opens to send what it has."""
+
+    streams: int
 
 
 def decode_frame(frame: Frame, kind: type[Message]) -> Message:

@@ -34,6 +34,7 @@ from vllm_spark.executor.handshake.messages import (
     CHECK,
     CONNECTIONS,
     CONTROL,
+    COPY,
     GREETING_TIMEOUT,
     GROUPS,
     RPC,
@@ -47,6 +48,7 @@ from vllm_spark.executor.handshake.messages import (
     where_to_run,
 )
 from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -78,6 +80,7 @@ class Listener:
         secret_source: where the secret comes from, for errors; see `secret_source`.
         suggest_command: makes that command from the endpoint and the secret file.
         any_versions: accepts followers with other versions too; for checks, not for serving.
+        serve_copy: takes each copy connection of the accepted follower, in a thread of its own; None refuses them.
 
     Raises:
         ConfigurationError: the address cannot be listened on.
@@ -94,7 +97,9 @@ class Listener:
         secret_source: str = "",
         suggest_command: Callable[[str, Path | None], str] = join_command,
         any_versions: bool = False,
+        serve_copy: Callable[[Connection], None] | None = None,
     ) -> None:
+        self._serve_copy = serve_copy
         self._context, self._max_frame, self._secret_source = context, max_frame, secret_source
         self._last_problem = ""
         self._other_secret: str | None = None  # the address of the last peer, if it has another secret
@@ -117,17 +122,26 @@ class Listener:
         self._join_command = suggest_command(self.endpoint, secret_file)
         threading.Thread(target=self._accept, name="spark-listener", daemon=True).start()
 
-    def wait_for_follower(self, offer: Offer, timeout: float) -> Follower:
+    def wait_for_follower(
+        self, offer: Offer, timeout: float, changed: Callable[[], RefusedError | None] = lambda: None
+    ) -> Follower:
         """Waits for a follower that has the offered model.
 
         A follower that does not fit gets the reason, which is logged, and the wait goes on. The wait is logged too.
 
+        Args:
+            offer: the model.
+            timeout: seconds of waiting, without the time in which a follower reads or copies files.
+            changed: looks whether the offered files were changed since; returns the error, or None.
+
         Raises:
             PeerLostError: no fitting follower connected within `timeout` seconds.
+            RefusedError: the offered files were changed.
         """
         for hello, control in self._accepted_followers(timeout):
             try:
-                if (follower := self._make_offer(hello, control, offer)) is not None:
+                follower = self._make_offer(hello, control, offer)
+                if follower is not None and changed() is None:
                     return follower
                 logger.info("%s starts again, with this leader's environment.", upper_first(control.peer))
             except SparkError as error:
@@ -136,6 +150,8 @@ class Listener:
                     logger.warning("%s does not fit: %s. Still waiting.", upper_first(control.peer), error)
             control.close()
             self._release()
+            if (change := changed()) is not None:
+                raise change
         raise self._no_follower(timeout)
 
     def wait_for_any_follower(self, timeout: float) -> tuple[Hello, Connection]:
@@ -149,15 +165,23 @@ class Listener:
         raise self._no_follower(timeout)
 
     def _accepted_followers(self, timeout: float) -> Iterator[tuple[Hello, Connection]]:
-        """Followers that passed the handshake, for `timeout` seconds; logs what it waits for every 15 s."""
+        """Followers that passed the handshake, for `timeout` seconds of waiting; logs what it waits for every 15 s.
+
+        The time in which one of them is made an offer does not count: it may copy a model for hours.
+        """
         start = time.monotonic()
         next_note = 0.0
         while (waited := time.monotonic() - start) < timeout:
             if waited >= next_note:
                 self._log_waiting(waited, timeout)
                 next_note = waited + _NOTE_INTERVAL
-            with contextlib.suppress(queue.Empty):
-                yield self._control.get(timeout=min(1.0, timeout - waited))
+            try:
+                arrival = self._control.get(timeout=min(1.0, timeout - waited))
+            except queue.Empty:
+                continue
+            arrived = time.monotonic()
+            yield arrival
+            start += time.monotonic() - arrived
 
     def _no_follower(self, timeout: float) -> PeerLostError:
         sentence = (
@@ -213,13 +237,19 @@ class Listener:
     def _answer(self, hello: Hello, control: Connection) -> Frame:
         """A follower's answer to an offer. Meanwhile it reports its progress: it may have to download a model."""
         activity = ""
-        while True:
-            frame = control.expect(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS, timeout=_OFFER_TIMEOUT)
-            if frame.kind is not Kind.PROGRESS:
-                return frame
-            if (current := decode_frame(frame, Progress).activity) != activity:
-                activity = current
-                logger.info("%s is %s.", upper_first(control.peer), activity)
+        with CopyDisplay(f"Sending to {control.peer}") as display:
+            while True:
+                frame = control.expect(
+                    *(Kind.ACCEPTANCE, Kind.FAILURE, Kind.RESTART, Kind.PROGRESS), timeout=_OFFER_TIMEOUT
+                )
+                if frame.kind is not Kind.PROGRESS:
+                    return frame
+                progress = decode_frame(frame, Progress)
+                if progress.activity != activity:
+                    activity = progress.activity
+                    logger.info("%s is %s.", upper_first(control.peer), activity)
+                if progress.copy is not None:
+                    display.show(progress.copy)
 
     def _session_connection(self, name: str, session: str) -> Connection:
         """Another connection of the session; closes late connections of earlier sessions."""
@@ -278,7 +308,7 @@ class Listener:
             if hello.connection == CHECK:
                 self._answer_check(hello, connection, peer)
                 return
-            if hello.connection not in CONNECTIONS:
+            if hello.connection not in CONNECTIONS or (hello.connection == COPY and self._serve_copy is None):
                 raise ChannelError(f"its HELLO is for a connection {hello.connection!r}, which does not exist")
             if refusal := self._refusal_of(hello):
                 connection.send(Kind.REFUSAL, to_json(refusal), timeout=GREETING_TIMEOUT)
@@ -294,6 +324,9 @@ class Listener:
             connection.send(Kind.WELCOME, to_json(Welcome(host_name(), os.getpid())), timeout=GREETING_TIMEOUT)
             connection.max_frame = self._max_frame
             connection.peer = f"the follower on {hello.host} ({peer})"
+            if hello.connection == COPY and self._serve_copy is not None:
+                threading.Thread(target=self._serve_copy, args=(connection,), name="spark-copy", daemon=True).start()
+                return
             (self._control if hello.connection == CONTROL else self._session_connections[hello.connection]).put(
                 (hello, connection)
             )
@@ -364,7 +397,13 @@ class Listener:
         return None
 
 
-def listener_at(address: str, config: SparkConfig, *, any_versions: bool = False) -> Listener:
+def listener_at(
+    address: str,
+    config: SparkConfig,
+    *,
+    any_versions: bool = False,
+    serve_copy: Callable[[Connection], None] | None = None,
+) -> Listener:
     """A listener at this machine's `address`, with the port, secret and limits of the settings.
 
     Raises:
@@ -378,4 +417,5 @@ def listener_at(address: str, config: SparkConfig, *, any_versions: bool = False
         config.secret_file,
         secret_source=secret_source(config, address),
         any_versions=any_versions,
+        serve_copy=serve_copy,
     )

@@ -9,7 +9,7 @@ from importlib import metadata
 from vllm_spark import __version__
 from vllm_spark.compat.versions import installed_vllm, source_version
 
-CHANNEL_VERSION = 4
+CHANNEL_VERSION = 5
 """Version of the messages between leader and follower."""
 
 

@@ -131,17 +131,18 @@ class FollowerAdapters:
 
     Args:
         loaded: asks this rank's worker.
+        find: finds the folder of this machine that holds what the leader has; raises SparkError if there is none.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: Loaded, find: Callable[[LoadedFiles], Path] = find_own) -> None:
+        self._loaded, self._find = loaded, find
         self._own: dict[str, _Own] = {}
 
     def compare(self, wanted: LoadedFiles) -> str | None:
         """Looks for what the leader has; None if it is here, else the sentence why not."""
         try:
-            place = find_own(wanted)
-        except RefusedError as error:
+            place = self._find(wanted)
+        except SparkError as error:
             return str(error)
         # Taken before the last look at the content, which reads only what has changed meanwhile.
         signature = signature_of(place)

@@ -70,7 +70,7 @@ class ModelIdentity:
             RefusedError: the folder or a file cannot be read.
         """
         if kind == "file" or os.path.isfile(place):
-            return cls({}, {place.name: _digest(place)} if with_weights or kind == "file" else {})
+            return cls({}, {place.name: file_digest(place)} if with_weights or kind == "file" else {})
         names = _names(place)
         wanted = _CONFIGURATION[kind] + (_CONFIGURATION["tokenizer"] if with_tokenizer else ())
         configuration = [name for name in wanted if name in names and is_content(place / name)]
@@ -81,7 +81,7 @@ class ModelIdentity:
             more_configuration, more_weights = _beside(place, names)
             configuration += more_configuration
             weights += [name for name in more_weights if name not in weights] if with_weights else []
-        return cls(*({name: _digest(place / name) for name in chosen} for chosen in (configuration, weights)))
+        return cls(*({name: file_digest(place / name) for name in chosen} for chosen in (configuration, weights)))
 
     def difference(self, other: ModelIdentity, here: str = "here") -> str | None:
         """A sentence part that names what differs; None if nothing.
@@ -166,11 +166,14 @@ _digests: dict[tuple[str, int, int, int], str] = {}
 """Of files as they were read before. Models are looked at again and again while a refusal is not remedied."""
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """BLAKE2b over size and content; files over 64 MiB are sampled: both ends and 64 pieces between.
 
     Weight files are tens of gigabytes. Another checkpoint, quantization or fine-tune differs all over, and the
     start of a safetensors file lists every tensor; a single flipped byte may go unseen.
+
+    Raises:
+        RefusedError: it cannot be read.
     """
     try:
         with open_regular(path) as file:

@@ -80,6 +80,33 @@ def cached_snapshots(repository: str | None = None, cache: str | Path | None = N
             continue
 
 
+def refs_to(path: Path, place: HubPlace) -> list[str]:
+    """The branches and tags that mean the commit `place` in the cache in which `path` lies."""
+    inside = len(Path(place.inside).parts)
+    refs = path.parents[inside + 1] / "refs" if inside else path.parent.parent / "refs"
+    try:
+        return sorted(each.name for each in refs.iterdir() if _content(each) == place.commit)
+    except OSError:
+        return []
+
+
+def repository_folder(repository: str, cache: str | Path | None = None) -> Path:
+    """The folder of a repository in a cache, whether it is there or not.
+
+    Args:
+        repository: `ORGANIZATION/NAME`.
+        cache: the cache's folder; None for this user's.
+    """
+    return _folder_of(repository, cache)
+
+
+def _content(path: Path) -> str:
+    try:
+        return read_regular(path, SMALL_FILE).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def download(
     place: HubPlace, names: Sequence[str], cache: str | Path | None = None, ignore: str | Sequence[str] | None = None
 ) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
@@ -12,23 +15,34 @@ from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, cached_snapshots
 from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles, first_line
 from vllm_spark.executor.model_files.modelscope_cache import all_in_modelscope, cached_in_modelscope
+from vllm_spark.files import data_folder
+from vllm_spark.records import to_json
 
 
-def find_own(wanted: LoadedFiles, say: Callable[[str], None] = lambda activity: None) -> Path:
+def find_own(
+    wanted: LoadedFiles,
+    say: Callable[[str], None] = lambda activity: None,
+    *,
+    mapping: Mapping[str, Path] = MappingProxyType({}),
+    download: bool = True,
+) -> Path:
     """The folder or file of this machine that holds what the leader has in `wanted`.
 
-    Looked for in this user's cache of the hub (the same commit, then any other of that repository), then at the
-    leader's path, then among everything in the cache; downloaded, as the leader's vLLM would, if this user may.
+    Looked for in the folder that its name is mapped to, in this user's cache of the hub (the same commit, then any
+    other of that repository), then at the leader's path, among what was copied from a leader, then among everything in
+    the cache; downloaded, as the leader's vLLM would, if this user may.
 
     Args:
         wanted: what the leader has.
         say: called with what is being done before something that may take minutes.
+        mapping: folders of this machine, by the leader's names or paths.
+        download: False if it is not to be downloaded.
 
     Raises:
         RefusedError: it is not on this machine, or differs; the sentence names this machine and the remedy.
     """
     problem, missing = "", True
-    for place in _candidates(wanted):
+    for place in _candidates(wanted, mapping):
         difference = _difference(place, wanted)
         if difference is None:
             return place
@@ -38,7 +52,7 @@ def find_own(wanted: LoadedFiles, say: Callable[[str], None] = lambda activity: 
     if not missing and wanted.hub is not None:
         missing = cached_snapshot(wanted.hub.repository, wanted.hub.commit) is None
     failure = ""
-    if missing and (source := _source(wanted)) is not None:
+    if download and missing and (source := _source(wanted)) is not None:
         say(f"downloading {wanted.name}")
         try:
             place = source()
@@ -52,10 +66,48 @@ def find_own(wanted: LoadedFiles, say: Callable[[str], None] = lambda activity: 
     raise RefusedError(_refusal(wanted, problem, failure))
 
 
-def _candidates(wanted: LoadedFiles) -> Iterator[Path]:
+def content_key(wanted: LoadedFiles) -> str:
+    """What names the content of a model on both machines: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(wanted.kind.encode(), digest_size=16)
+    digest.update(to_json(wanted.identity))
+    return digest.hexdigest()
+
+
+def mapped_place(wanted: LoadedFiles, mapping: Mapping[str, Path]) -> Path | None:
+    """The folder of this machine that a leader's name or path is mapped to; None if it is not."""
+    names = [wanted.name, wanted.place, *([wanted.hub.repository] if wanted.hub is not None else [])]
+    return next((mapping[name] for name in names if name in mapping), None)
+
+
+def copied_place(wanted: LoadedFiles) -> Path | None:
+    """Where it is in the folder of copied models, if it is there; None for a user without a home folder."""
+    folder = data_folder()
+    if folder is None:
+        return None
+    base = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(wanted.name.rstrip("/"))).lstrip(".")[:80]
+    return folder / "models" / f"{base or wanted.kind}-{content_key(wanted)[:16]}" / (single_name(wanted) or "")
+
+
+def _copied_places(wanted: LoadedFiles) -> Iterator[Path]:
+    """Where the same content was copied to, under this name or another one."""
+    folder = data_folder()
+    if folder is not None:
+        for place in sorted((folder / "models").glob(f"*-{content_key(wanted)[:16]}")):
+            yield place / (single_name(wanted) or "")
+
+
+def single_name(wanted: LoadedFiles) -> str | None:
+    """The file's name if a single file is wanted; None if it is a folder."""
+    if wanted.kind != "file" and not wanted.single_file:
+        return None
+    name = os.path.basename(wanted.place)
+    return name if name not in ("", ".", "..") else "file"
+
+
+def _candidates(wanted: LoadedFiles, mapping: Mapping[str, Path]) -> Iterator[Path]:
     """Places of this machine that may hold it, each once, the likeliest first. Only a look at content decides."""
     seen: set[str] = set()
-    for place in _all_candidates(wanted):
+    for place in _all_candidates(wanted, mapping):
         if (name := os.path.abspath(place)) not in seen:
             seen.add(name)
             try:
@@ -67,8 +119,10 @@ def _candidates(wanted: LoadedFiles) -> Iterator[Path]:
             yield place
 
 
-def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
+def _all_candidates(wanted: LoadedFiles, mapping: Mapping[str, Path]) -> Iterator[Path]:
     hub = wanted.hub
+    if (mapped := mapped_place(wanted, mapping)) is not None:
+        yield mapped / (single_name(wanted) or "") if os.path.isdir(mapped) else mapped
     if hub is not None:
         if (snapshot := cached_snapshot(hub.repository, hub.commit)) is not None:
             yield snapshot / hub.inside
@@ -78,6 +132,7 @@ def _all_candidates(wanted: LoadedFiles) -> Iterator[Path]:
         yield from cached_in_modelscope(wanted.name)
     if wanted.origin != "object storage":
         yield Path(wanted.place)
+        yield from _copied_places(wanted)
     if hub is None and wanted.kind == "model" and wanted.origin == "path":
         yield from (place for place in _everything_cached() if _configuration_fits(place, wanted))
 

@@ -10,7 +10,15 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import DEVICES, Device
 from vllm_spark.kernels.finding import Finding, device_findings, provenance_findings, reach_findings, spans
 from vllm_spark.kernels.fused_moe.compile import INT4, Compiled, CompileError
-from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS, INT4_GROUPS_IN_TILE, LARGE_TOKENS, default_row, has_default
+from vllm_spark.kernels.fused_moe.shapes import (
+    CUDA_BLOCKS_M,
+    CUDA_TOKENS_OF_AN_EXPERT,
+    INT4_GROUPS,
+    INT4_GROUPS_IN_TILE,
+    LARGE_TOKENS,
+    default_row,
+    has_default,
+)
 from vllm_spark.kernels.fused_moe.table import (
     FusedMoeProvenance,
     FusedMoeShape,
@@ -20,6 +28,7 @@ from vllm_spark.kernels.fused_moe.table import (
     provenance_path,
     read_file_name,
 )
+from vllm_spark.kernels.fused_moe.vllm_rows import effective_rows, repeats_vllm
 from vllm_spark.kernels.table import VLLM_DEFAULT
 from vllm_spark.models.weights import Int4
 
@@ -40,6 +49,14 @@ _NEEDED = (*_BLOCKS, "GROUP_SIZE_M", "num_warps", "num_stages")
 _KNOWN = (*_NEEDED, "SPLIT_K")
 _POWERS = (*_BLOCKS, "num_warps")
 _CHECKED_TOKENS = 16_384
+
+_LARGEST_TOP_K = 32
+"""A table's name does not contain the number of experts of a token; no known model has more."""
+
+_IGNORED_BY_CUDA = {"GROUP_SIZE_M": (1,), "num_warps": (4, 8), "num_stages": (3,)}
+"""Parameters that this kernel does not have, and their usual values; large tiles spill on Triton with 4 warps."""
+
+_LARGEST_CUDA_BLOCK = CUDA_BLOCKS_M[-1]
 
 
 def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: Path | None) -> Iterator[Finding]:
@@ -80,6 +97,7 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
             yield Finding(path, row, "error", "there is provenance for it, but no such row")
     yield from _check_reach(path, table)
     yield from _check_defaults(path, shape, table, sources)
+    yield from _check_effect(path, shape, device_name, table, sources)
     if sources.is_all_default and vllm_tables is not None and (vllm_tables / path.name).is_file():
         yield Finding(
             path, None, "error", "it only repeats vLLM's default, and hides the table that comes with vLLM; remove it"
@@ -89,6 +107,9 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
         faults = list(_row_faults(shape, smallest_steps[row], values, sources.group_size))
         yield from (Finding(path, row, "error", fault) for fault in faults)
         if not faults and (device := DEVICES.get(device_name)) is not None:
+            source = sources.rows.get(row)
+            if source is not None and repeats_vllm(source):
+                continue  # vLLM runs it without a table as well
             default = has_default(shape) and values == default_row(shape, row)
             int4 = INT4 if sources.group_size is None else Int4(sources.group_size)
             yield from _check_resources(path, row, shape, values, device, compile_row, int4, default)
@@ -97,11 +118,14 @@ def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: 
 def shared_bytes(shape: FusedMoeShape, row: Mapping[str, int]) -> int | None:
     """Shared memory that the kernel will need, in bytes: all stages but the one that is being used.
 
-    Exact for bfloat16 and fp8, except that scales of blocks may add up to 512 bytes. None for weights that are
-    converted to 16 bits on the way, where only the compiler knows.
+    Exact for bfloat16 and fp8, except that scales of blocks may add up to 512 bytes. Int4 weights are converted to 16
+    bits in one buffer, and only inputs have stages. None for int8 weights with 16-bit inputs, where only the compiler
+    knows.
     """
-    if shape.dtype in ("int4_w4a16", "int8_w8a16"):
+    if shape.dtype == "int8_w8a16":
         return None
+    if shape.dtype == "int4_w4a16":
+        return 2 * row["BLOCK_SIZE_K"] * ((row.get("num_stages", 3) - 1) * row["BLOCK_SIZE_M"] + row["BLOCK_SIZE_N"])
     size_k = row["BLOCK_SIZE_K"] if shape.block_shape is None else min(row["BLOCK_SIZE_K"], *shape.block_shape)
     width = 1 if _bytes(shape) else 2
     return (row["num_stages"] - 1) * (row["BLOCK_SIZE_M"] + row["BLOCK_SIZE_N"]) * size_k * width
@@ -146,6 +170,37 @@ def _check_defaults(
                 break
 
 
+def _check_effect(
+    path: Path, shape: FusedMoeShape, device: str, table: FusedMoeTable, provenance: FusedMoeProvenance
+) -> Iterator[Finding]:
+    """Rows that are noted as tuned and that vLLM chooses itself, and a table with no other rows."""
+    effective = effective_rows(table.rows, provenance, shape, device)
+    if not effective:
+        yield Finding(path, None, "note", "it has no effect, since each row is vLLM's choice, and can be removed")
+        return
+    for row in table.rows:
+        source = provenance.rows.get(row)
+        if source is not None and not repeats_vllm(source) and row not in effective:
+            yield Finding(path, row, "note", f"it is {source.kind}, and has no effect: it is vLLM's choice")
+    if shape.dtype != "int4_w4a16":
+        return
+    for row, (_, last) in spans(table.rows, _CHECKED_TOKENS).items():
+        values = table.rows[row]
+        ignored = {
+            key: values[key] for key, usual in _IGNORED_BY_CUDA.items() if values.get(key, usual[0]) not in usual
+        }
+        if ignored and _is_cuda(shape, last):
+            words = ", ".join(f"{key}={value}" for key, value in ignored.items())
+            yield Finding(
+                path, row, "note", f"{words} has no effect: vLLM runs such steps with a CUDA kernel that ignores it"
+            )
+
+
+def _is_cuda(shape: FusedMoeShape, tokens: int) -> bool:
+    """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, whatever the experts of a token."""
+    return tokens * _LARGEST_TOP_K <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
+
+
 def _differences(default: Mapping[str, int], row: Mapping[str, int]) -> str:
     """As in `num_warps=4, not 8`."""
     keys = [key for key in dict.fromkeys((*default, *row)) if default.get(key) != row.get(key)]
@@ -184,9 +239,13 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
             f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is larger than the block of the weights, and the kernel uses {limit}; "
             f"write BLOCK_SIZE_K={limit}"
         )
-    if integers and "BLOCK_SIZE_K" in row and tokens <= 6 * shape.experts:
-        # Up to 6 tokens an expert vLLM takes a CUDA kernel, which fails on other ratios. How many experts a token has
-        # the table's name does not say: one, at the least.
+    if integers and _is_cuda(shape, tokens) and row["BLOCK_SIZE_M"] > _LARGEST_CUDA_BLOCK:
+        yield (
+            f"BLOCK_SIZE_M={row['BLOCK_SIZE_M']} is more than {_LARGEST_CUDA_BLOCK}, the maximum of vLLM's kernel for "
+            "few tokens"
+        )
+    if integers and "BLOCK_SIZE_K" in row and tokens <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts:
+        # The CUDA kernel fails on other ratios. A token has one expert, at least.
         for group in INT4_GROUPS if group_size is None else (group_size,):
             if row["BLOCK_SIZE_K"] // group not in INT4_GROUPS_IN_TILE:
                 yield (

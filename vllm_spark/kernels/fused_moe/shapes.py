@@ -1,7 +1,7 @@
 """Shapes and parameters of vLLM's Triton kernel for experts, and vLLM's own choice of parameters for them.
 
 That choice comes from a table that comes with vLLM, or else from a rule: `vllm_row` gives it for any step, and
-`pinned_rows` and `default_table` make rows that give every step the same as without a table.
+`pinned_rows` makes rows that give every step the same as without a table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from vllm_spark.kernels.fused_moe.compile import INT4, kernel_source
-from vllm_spark.kernels.fused_moe.table import FusedMoeShape, FusedMoeTable, load_fused_moe_table
+from vllm_spark.kernels.fused_moe.table import FusedMoeShape, load_fused_moe_table
 from vllm_spark.models.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
@@ -21,6 +21,12 @@ INT4_GROUPS = (32, 64, 128)
 INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
 """Numbers of groups along a tile's depth that this kernel supports."""
 
+CUDA_TOKENS_OF_AN_EXPERT = 6
+"""Tokens of an expert, on average, up to which vLLM takes this kernel."""
+
+CUDA_BLOCKS_M = (16, 32, 64)
+"""Rows of an expert in a block of this kernel that are worth a trial; 64 is its maximum."""
+
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
 
@@ -28,7 +34,6 @@ LARGE_TOKENS = 1024
 """Steps from this size on are prefill. vLLM uses a table for them even if it has no such row."""
 
 _LARGEST_PINNED = 8192
-_PINNED = tuple(2**power for power in range(14))  # 1 to 8192
 
 
 class FusedMoeParameters(BaseModel):
@@ -152,11 +157,20 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
 
     Earlier versions omit `GROUP_SIZE_M`, and do not round 3, 5, 6 and 7 rows up; the kernel supports neither.
     """
-    if shape.group_size in INT4_GROUPS and tokens * shape.top_k <= 6 * shape.experts:
+    if runs_on_cuda_kernel(shape, tokens):
         size_m = min(16, 1 << (tokens - 1).bit_length())
     else:
         size_m = next((size for limit, size in ((20, 16), (40, 32)) if tokens <= limit), 64)
     return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
+
+
+def runs_on_cuda_kernel(shape: FusedMoeExperts, tokens: int) -> bool:
+    """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, not with Triton.
+
+    That kernel (`moe_wna16_gemm`) has a tile, and neither `GROUP_SIZE_M`, warps nor stages.
+    """
+    few = tokens * shape.top_k <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
+    return shape.is_int4 and shape.group_size in INT4_GROUPS and few
 
 
 def has_default(shape: FusedMoeShape) -> bool:
@@ -175,24 +189,6 @@ def default_row(shape: FusedMoeShape, tokens: int) -> dict[str, int]:
     if shape.dtype == "fp8_w8a8" and shape.block_shape is not None:
         return _fp8_block(shape.block_shape, tokens)
     return _general(shape, tokens)
-
-
-def default_table(shape: FusedMoeShape) -> FusedMoeTable:
-    """A table that gives every step vLLM's default.
-
-    vLLM uses the nearest key. So there is a key on both sides of every change of the default.
-
-    Args:
-        shape: of the table; its default must be known (`has_default`).
-    """
-    keys = {1, *_PINNED, *default_changes(shape)}
-    return FusedMoeTable({key: default_row(shape, key) for key in sorted(keys)})
-
-
-def default_changes(shape: FusedMoeShape) -> list[int]:
-    """Both numbers of tokens around each change of the default: 8 and 9, if it changes at 9."""
-    last = [4, 8, 16, 64] if shape.block_shape is not None else [32, 64, 96, 128, 512, 129 * shape.experts - 1]
-    return [tokens for end in last for tokens in (end, end + 1)]
 
 
 def _fp8_block(block: tuple[int, int], tokens: int) -> dict[str, int]:

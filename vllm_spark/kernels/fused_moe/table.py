@@ -83,12 +83,16 @@ class FusedMoeProvenance(BaseModel):
         models: for people: whose layers have this shape, at which tensor-parallel size.
         rows: provenance for each key of the table.
         group_size: of 4-bit weights, for which the table is meant; its name does not say.
+        hidden: width of the model whose experts were measured, if only one was; the name does not say.
+        top_k: experts of a token there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: tuple[str, ...] = ()
     group_size: StrictInt | None = Field(default=None, gt=0)
+    hidden: StrictInt | None = Field(default=None, gt=0)
+    top_k: StrictInt | None = Field(default=None, gt=0)
     rows: Annotated[dict[int, Provenance], BeforeValidator(row_numbers)] = Field(default_factory=dict)
 
     @property

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+from vllm_spark.kernels.finding import spans
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, pinned_rows, vllm_has_table, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape
 from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance
+
+_LARGEST_STEP = 16_384
+"""Of tokens; the largest row is used for larger steps as well."""
 
 _ITS_TABLE = "the table that comes with vLLM"
 
@@ -58,8 +62,41 @@ def refreshed_rows(
     tuned = {tokens: row for tokens, row in rows.items() if tokens not in outdated}
     if not tuned or not has_default(shape):
         return None
-    # For these formats the choice depends neither on top_k nor on the model's width.
-    experts = FusedMoeExperts.model_validate(
+    return dict(sorted((tuned | rows_around(tuned, max(tuned), _experts(shape), device)).items()))
+
+
+def effective_rows(
+    rows: Mapping[int, Mapping[str, int]], provenance: FusedMoeProvenance, shape: FusedMoeShape, device: str
+) -> list[int]:
+    """The rows that change a step: with parameters that the installed vLLM does not choose itself.
+
+    For int4 vLLM's choice is not known, so each row that is not noted as vLLM's choice counts.
+    """
+    tuned = [tokens for tokens in rows if (source := provenance.rows.get(tokens)) is None or not repeats_vllm(source)]
+    if not has_default(shape):
+        return tuned
+    experts, steps = _experts(shape), spans(rows, _LARGEST_STEP)
+    return [
+        tokens
+        for tokens in tuned
+        if any(
+            _as_run(vllm_row(experts, device, step), shape) != _as_run(rows[tokens], shape)
+            for step in range(steps[tokens][0], steps[tokens][1] + 1)
+        )
+    ]
+
+
+def _as_run(row: Mapping[str, int], shape: FusedMoeShape) -> dict[str, int]:
+    """The parameters as the kernel uses them: it reduces `BLOCK_SIZE_K` to the block of the weights."""
+    used = {"SPLIT_K": 1, **row}
+    if shape.block_shape is not None and "BLOCK_SIZE_K" in used:
+        used["BLOCK_SIZE_K"] = min(used["BLOCK_SIZE_K"], *shape.block_shape)
+    return used
+
+
+def _experts(shape: FusedMoeShape) -> FusedMoeExperts:
+    """Experts of this shape, of a format for which vLLM's choice depends neither on top_k nor on the model's width."""
+    return FusedMoeExperts.model_validate(
         {
             "experts": shape.experts,
             "top_k": 1,
@@ -69,4 +106,3 @@ def refreshed_rows(
             "block_shape": shape.block_shape,
         }
     )
-    return dict(sorted((tuned | rows_around(tuned, max(tuned), experts, device)).items()))

@@ -42,6 +42,8 @@ def check_marlin_table(path: Path) -> Iterator[Finding]:
         yield from _check_row(path, table, rows, entry)
         yield from provenance_findings(path, rows, table.device, entry.provenance)
     yield from reach_findings(path, table.rows)
+    if not table.effective_rows:
+        yield Finding(path, None, "note", "it has no effect, since each row is vLLM's choice, and can be removed")
     if table.shape.kernel != "dense":
         yield from _check_block_sizes(path, table)
 
@@ -79,7 +81,7 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
             f"block_size_m is {entry.block_size_m}, and vLLM uses {gemm.block_size_m} for {rows} tokens; "
             "the row is never used",
         )
-    if (source := entry.provenance) is not None and source.rule == VLLM_DEFAULT and _sets_something(entry):
+    if (source := entry.provenance) is not None and source.rule == VLLM_DEFAULT and entry.has_effect:
         values = entry.model_dump(
             include={"thread_k", "thread_n", "blocks_per_sm", "use_atomic_add", "use_fp32_reduce"}
         )
@@ -104,11 +106,6 @@ def _check_row(path: Path, table: MarlinTable, rows: int, entry: MarlinRow) -> I
     tile = Tile.requested(entry.thread_k, entry.thread_n)
     if (fault := blocks_fault(entry.blocks, tile, gemm, DEVICES.get(table.device, _WITHOUT_LIMITS))) is not None:
         yield Finding(path, rows, "error", fault)
-
-
-def _sets_something(entry: MarlinRow) -> bool:
-    """Whether the row changes anything in vLLM's call."""
-    return not entry.uses_default_tile or entry.use_atomic_add or not entry.use_fp32_reduce
 
 
 def _check_block_sizes(path: Path, table: MarlinTable) -> Iterator[Finding]:

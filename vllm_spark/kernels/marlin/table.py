@@ -82,6 +82,11 @@ class MarlinParameters(BaseModel):
         return self.thread_k == -1 and self.thread_n == -1 and self.blocks_per_sm == -1
 
     @property
+    def has_effect(self) -> bool:
+        """Whether they change anything in vLLM's call."""
+        return not self.uses_default_tile or self.use_atomic_add or not self.use_fp32_reduce
+
+    @property
     def blocks(self) -> int:
         """Blocks for each multiprocessor, if a tile is given: -1 means 1 to the kernel."""
         return 1 if self.blocks_per_sm == -1 else self.blocks_per_sm
@@ -114,6 +119,11 @@ class MarlinTable(BaseModel):
     def file_name(self) -> str:
         """The file name that this table must have."""
         return self.shape.file_name(self.device)
+
+    @property
+    def effective_rows(self) -> list[int]:
+        """The rows that change a call, in ascending order."""
+        return sorted(rows for rows, entry in self.rows.items() if entry.has_effect)
 
     def row(self, rows: int) -> MarlinRow | None:
         """The entry for a step of `rows` tokens: the nearest, of two the smaller; None below the smallest row and above

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.lookup import find_marlin_table
 from vllm_spark.kernels.marlin.rules import Gemm, Tile, blocks_fault
 from vllm_spark.kernels.marlin.table import Kernel, MarlinParameters, MarlinShape, MarlinTable
+from vllm_spark.kernels.table import origins
 
 logger = logging.getLogger("vllm_spark")
 
 Key = tuple[Any, ...]
 
+_NONE: Mapping[str, int | bool] = {}
+
 
 class MarlinCalls:
     """Selects parameters for calls of `moe_wna16_marlin_gemm`, and logs the selection once for each shape.
 
-    A call costs one look-up in a dictionary. Tables are read and checked at the first call of a shape.
+    A call costs one look-up in a dictionary, of its widths alone if no table has them. Tables are read and checked at
+    the first call of a shape.
 
     Args:
         parameters: names of the operator's parameters, in order; versions of vLLM differ.
         device: that the kernel runs on.
+        widths: output and input width of each table that changes a call; None for any.
     """
 
-    def __init__(self, parameters: Sequence[str], device: Device) -> None:
+    def __init__(
+        self, parameters: Sequence[str], device: Device, widths: Container[tuple[int, int]] | None = None
+    ) -> None:
         self._places = {name: place for place, name in enumerate(parameters)}
         self._device = device
+        self._widths = widths
+        self._without: set[tuple[int, int]] = set()  # widths that no table has, and that were logged
         self._known: dict[Key, Mapping[str, int | bool]] = {}
         self._logged: set[MarlinShape] = set()
 
     def overrides(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, int | bool]:
         """The arguments that a table sets differently from vLLM; empty if the call stays unchanged."""
+        widths = (kwargs["size_n"], kwargs["size_k"])
+        if widths in self._without:
+            return _NONE
         key = (
             kwargs["size_m"],
             kwargs["size_n"],
@@ -49,6 +61,8 @@ class MarlinCalls:
         known = self._known.get(key)
         if known is None:
             known = self._known[key] = self._choose(key, str(kwargs["b_q_type"]))
+            if self._widths is not None and widths not in self._widths:
+                self._without.add(widths)
         return known
 
     def _argument(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -119,16 +133,12 @@ class MarlinCalls:
     def _log_table(self, shape: MarlinShape, path: str, table: MarlinTable) -> None:
         if shape not in self._logged:
             self._logged.add(shape)
-            origins = dict.fromkeys(
-                row.provenance.summary() for _, row in sorted(table.rows.items()) if row.provenance is not None
-            )
+            effective = table.effective_rows
             logger.info(
-                "Tuned Marlin table for %s: %s (rows %d-%d, %s); other steps use vLLM's default.",
+                "Marlin table for %s: %s (%s); other steps use vLLM's default.",
                 describe(shape),
                 path,
-                min(table.rows),
-                max(table.rows),
-                "; ".join(origins) or "of unknown origin",
+                origins(table.rows[rows].provenance for rows in effective),
             )
 
     def _log_default(self, shape: MarlinShape) -> None:
