@@ -104,9 +104,6 @@ class RuntimeOptions:
     """Messages between two clearings of a slot, a power of two from the number of slots to 2^30 (less for tests)."""
     largest_message: int = 64 * MIB
     """Bytes of the largest supported input of a collective."""
-    clear_interval: int | None = None
-    """Messages between two clearings of the slots, a power of two of at least twice `depth`. None: 2^30; a small one is
-    for checks of the clearing."""
     launch: LaunchShape | None = None
     """For collectives on CUDA tensors; None: the runtime's default."""
 

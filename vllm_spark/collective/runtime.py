@@ -385,7 +385,6 @@ def native_options(rank: int, options: RuntimeOptions, stripes: int) -> _native.
         first_sequence=options.first_sequence,
         clear_interval=options.clear_interval,
         largest_message=options.largest_message,
-        **({} if options.clear_interval is None else {"clear_interval": options.clear_interval}),
     )
 
 
