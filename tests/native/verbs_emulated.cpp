@@ -44,6 +44,7 @@ constexpr uint32_t kPacketsPerTurn = 16;  // each way: the rank's threads wait f
 constexpr uint32_t kLargestPacket = 4096;
 constexpr uint32_t kRemoteAccessError = 10;  // IBV_WC_REM_ACCESS_ERR
 constexpr uint32_t kVendorError = 0x81;
+constexpr uint32_t kFlipped = 1027;  // byte of a packet in which a bit is flipped
 constexpr auto kAwake = std::chrono::milliseconds(2);
 constexpr auto kSleep = std::chrono::microseconds(100);
 
@@ -58,6 +59,7 @@ struct RailControl {
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
   std::atomic<uint32_t> hang;            // not zero: the device does nothing, and tells of no failure
+  std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
 
@@ -307,6 +309,9 @@ bool receive(QueuePair& pair, Clock::time_point now) {
       fail(pair, abi::IBV_WC_WR_FLUSH_ERR);
       break;
     }
+    uint32_t flip_over = control(pair.rail()).flip_over.load(std::memory_order_relaxed);
+    // The exponent of a number of any type: neither a flag of a packet nor its header, which is checked.
+    if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[kFlipped] ^= 0x40;
     copy(reinterpret_cast<unsigned char*>(packet.target), packet.data, packet.bytes);
     control(pair.rail()).packets.fetch_add(1, std::memory_order_relaxed);
     ring.consumed.store(at + 1, std::memory_order_release);
