@@ -121,14 +121,19 @@ def run_rank(rank: int, port: int, seconds: float, seed: int, options: dict[str,
         mine[0] = time.monotonic() > end
         runtime._native.all_reduce(mine.ctypes.data, both.ctypes.data, 1, _native.DType.FLOAT32)
         both[0] = 2 if both[0] else 0  # both stop once one of them is to
-    # Until every rail that failed has come back.
+    # Until every rail of both that failed has come back: a rank that closes ends the other's attempts.
     until = time.monotonic() + 120
-    while runtime.counters().rail_failures > runtime.counters().rail_recoveries and time.monotonic() < until:
+    both[0] = 0
+    while both[0] < 2:
         time.sleep(0.1)
-    counters = asdict(runtime.counters())
+        counters = runtime.counters()
+        mine[0] = counters.rail_failures == counters.rail_recoveries or time.monotonic() > until
+        runtime._native.all_reduce(mine.ctypes.data, both.ctypes.data, 1, _native.DType.FLOAT32)
+    report = {"operations": exercise.done, "digest": exercise.digest.hexdigest()}
+    report["counters"] = asdict(runtime.counters())
     runtime.close()
     peer.close()
-    print(json.dumps({"operations": exercise.done, "digest": exercise.digest.hexdigest(), "counters": counters}))
+    print(json.dumps(report))
 
 
 def runtime_options(options: dict[str, Any]) -> Any:
@@ -162,11 +167,19 @@ def run_on_cpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Call
         while time.monotonic() - begun < seconds:
             time.sleep(min(10.0, seconds / 20))
             if any(rank.poll() is not None for rank in ranks):
+                for process in ranks:
+                    process.kill()
                 break
             if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
                 look(watches)
-    reports = [json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) for rank in ranks]
-    return reports, faults, watches
+    try:
+        printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"the ranks ended with {[rank.returncode for rank in ranks]}; see what they have printed")
+    return [json.loads(text.splitlines()[-1]) for text in printed], faults, watches
 
 
 def run_on_gpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]) -> Any:

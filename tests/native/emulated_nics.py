@@ -13,7 +13,7 @@ from pathlib import Path
 RAILS = ("memory0", "memory1")
 _FIELDS = (
     *("cut", "port_down", "lose_over", "delay_us"),
-    *("refuse_connect", "refuse_posts", "fail_next", "refuse_pinning", "hang", "packets"),
+    *("refuse_connect", "refuse_posts", "fail_next", "refuse_pinning", "hang", "flip_over", "packets"),
 )
 _WORD = struct.Struct("=I")
 

@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +17,7 @@ namespace abi = spark::verbs::abi;
 
 struct abi::ibv_device {
   const char* name;
-  bool active = true;  // its port
+  std::atomic<bool> active{true};  // its port
 };
 // Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
 struct abi::ibv_pd {

@@ -44,6 +44,7 @@ constexpr uint32_t kPacketsPerTurn = 16;  // each way: the rank's threads wait f
 constexpr uint32_t kLargestPacket = 4096;
 constexpr uint32_t kRemoteAccessError = 10;  // IBV_WC_REM_ACCESS_ERR
 constexpr uint32_t kVendorError = 0x81;
+constexpr uint32_t kFlipped = 1027;  // byte of a packet in which a bit is flipped
 constexpr auto kAwake = std::chrono::milliseconds(2);
 constexpr auto kSleep = std::chrono::microseconds(100);
 
@@ -58,6 +59,7 @@ struct RailControl {
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
   std::atomic<uint32_t> hang;            // not zero: the device does nothing, and tells of no failure
+  std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
 
@@ -86,6 +88,15 @@ struct Ring {
   va_end(values);
   std::fprintf(stderr, "emulated NIC: %s\n", text);
   std::abort();
+}
+
+// Takes one of a number that another process counts down, too. False if there is none.
+bool take_one(std::atomic<uint32_t>& number) {
+  uint32_t left = number.load(std::memory_order_relaxed);
+  while (left != 0) {
+    if (number.compare_exchange_weak(left, left - 1, std::memory_order_relaxed)) return true;
+  }
+  return false;
 }
 
 std::string folder() {
@@ -257,9 +268,10 @@ bool send(QueuePair& pair) {
   return sent > 0;
 }
 
-// Completes what the peer's NIC has acknowledged. True if there was something.
-bool acknowledge(QueuePair& pair, Clock::time_point now) {
-  uint64_t consumed = pair.out->consumed.load(std::memory_order_acquire);
+// Completes what the peer's NIC has acknowledged; a cut wire carries no acknowledgements. True if there was
+// something.
+bool acknowledge(QueuePair& pair, Clock::time_point now, bool cut) {
+  uint64_t consumed = cut ? pair.acknowledged : pair.out->consumed.load(std::memory_order_acquire);
   bool moved = consumed != pair.acknowledged;
   pair.acknowledged = consumed;
   if (moved || pair.writes.empty()) pair.progress = now;
@@ -271,7 +283,7 @@ bool acknowledge(QueuePair& pair, Clock::time_point now) {
     if (pair.writes.front().signaled) complete(pair, pair.writes.front(), abi::IBV_WC_SUCCESS);
     pair.writes.pop_front();
   }
-  if (uint32_t status = pair.out->refused.load(std::memory_order_acquire)) {
+  if (uint32_t status = cut ? 0 : pair.out->refused.load(std::memory_order_acquire)) {
     fail(pair, status);
   } else if (!pair.writes.empty() && now - pair.progress > pair.patience) {
     fail(pair, abi::IBV_WC_RETRY_EXC_ERR);
@@ -297,6 +309,9 @@ bool receive(QueuePair& pair, Clock::time_point now) {
       fail(pair, abi::IBV_WC_WR_FLUSH_ERR);
       break;
     }
+    uint32_t flip_over = control(pair.rail()).flip_over.load(std::memory_order_relaxed);
+    // The exponent of a number of any type: neither a flag of a packet nor its header, which is checked.
+    if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[kFlipped] ^= 0x40;
     copy(reinterpret_cast<unsigned char*>(packet.target), packet.data, packet.bytes);
     control(pair.rail()).packets.fetch_add(1, std::memory_order_relaxed);
     ring.consumed.store(at + 1, std::memory_order_release);
@@ -317,7 +332,7 @@ bool turn() {
       moved = receive(*pair, now) || moved;
     if (pair->state != abi::IBV_QPS_RTS) continue;
     if (!cut) moved = send(*pair) || moved;
-    moved = acknowledge(*pair, now) || moved;
+    moved = acknowledge(*pair, now, cut) || moved;
   }
   return moved;
 }
@@ -358,10 +373,7 @@ int post(abi::ibv_qp* handle, abi::ibv_send_wr* request, abi::ibv_send_wr** fail
   RailControl& rail = control(pair.rail());
   for (; request != nullptr; request = request->next) {
     *failed = request;
-    if (rail.refuse_posts.load(std::memory_order_relaxed) != 0) {
-      rail.refuse_posts.fetch_sub(1, std::memory_order_relaxed);
-      return ENOMEM;
-    }
+    if (take_one(rail.refuse_posts)) return ENOMEM;
     if (pair.posted - pair.freed >= pair.cap.max_send_wr) return ENOMEM;
     if (request->opcode != abi::IBV_WR_RDMA_WRITE || request->num_sge != 1) return EINVAL;
     const abi::ibv_sge& entry = *request->sg_list;
@@ -425,9 +437,7 @@ abi::ibv_mr* ibv_reg_mr(abi::ibv_pd* domain, void* memory, size_t bytes, int acc
     errno = EINVAL;
     return nullptr;
   }
-  std::atomic<uint32_t>& refuse = control(rail_of(domain->device)).refuse_pinning;
-  if (refuse.load(std::memory_order_relaxed) != 0) {
-    refuse.fetch_sub(1, std::memory_order_relaxed);
+  if (take_one(control(rail_of(domain->device)).refuse_pinning)) {
     errno = ENOMEM;
     return nullptr;
   }

@@ -17,30 +17,24 @@ import dataclasses
 import logging
 import platform
 import select
-import shlex
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from vllm_spark import __version__, _native
+from vllm_spark.bench.connection import await_connection, open_connection
 from vllm_spark.bench.statistics import machine, percentile
 from vllm_spark.collective.errors import CollectiveError
 from vllm_spark.collective.link_model import Bandwidth, Latency, RailWire, Wire, WireModel, fit
 from vllm_spark.collective.rails import Port, Rail, pair
 from vllm_spark.collective.rendezvous import LinkOffer, Ports, both_ready, swap_offers, swap_ports
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.errors import PeerLostError, RefusedError, SparkError, lower_first, without_stop
-from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint
-from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.errors import PeerLostError, RefusedError, SparkError
+from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
-from vllm_spark.executor.channel.secret import load_secret, secret_source
-from vllm_spark.executor.handshake.client import Connector
-from vllm_spark.executor.handshake.messages import CONTROL, Reason, decode_frame
-from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -48,13 +42,12 @@ KIB, MIB = 1 << 10, 1 << 20
 LATENCY_SIZES = tuple(1 << power for power in range(1, 17))
 BANDWIDTH_SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB)
 MAX_DEPTH = _native.WireProbe.MAX_DEPTH
+_COMMAND = "vllm-spark bench wire"
 _HELLO_SECONDS = 30.0
 _SEND_SECONDS = 10.0
 
 _STEP_SECONDS = 1800.0
 """Limit for one step on the other machine; a lost machine is noticed earlier by TCP or by its rail."""
-
-_RETRY_SECONDS = 0.5
 
 _PROGRESS_SECONDS = 60.0
 """Time without progress after which a rail has failed: longer than it takes to detect an unplugged cable."""
@@ -269,22 +262,7 @@ class BenchSession:
         Raises:
             SparkError: it did not connect, has other versions or another secret, or a setting is invalid.
         """
-        address = leader_address(config)
-        listener = Listener(
-            address,
-            config.port,
-            tls_context(load_secret(config, address), "leader"),
-            config.max_frame_mib * MIB,
-            config.secret_file,
-            secret_source=secret_source(config, address),
-            suggest_command=_connect_command,
-        )
-        try:
-            hello, connection = listener.wait_for_any_follower(patience)
-        finally:
-            listener.close()
-        connection.peer = f"the other machine ({hello.host})"
-        return cls(connection, "vllm-spark bench wire --connect")
+        return cls(await_connection(config, patience, _COMMAND), f"{_COMMAND} --connect")
 
     @classmethod
     def connect(cls, config: SparkConfig, patience: float) -> BenchSession:
@@ -293,21 +271,7 @@ class BenchSession:
         Raises:
             SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
         """
-        host, port = leader_endpoint(config)
-        context = tls_context(load_secret(config, host), "follower")
-        caller = Connector(host, port, context, config.max_frame_mib * MIB, secret_source(config, host))
-        end = time.monotonic() + patience
-        while (connection := caller.connect(CONTROL)) is None:
-            if time.monotonic() > end:
-                what = "no bench answered" if caller.last_problem else "nothing listened"
-                problem = f" ({lower_first(without_stop(caller.last_problem))})" if caller.last_problem else ""
-                raise PeerLostError(
-                    f"{what} at {caller.endpoint} within {patience:g} s{problem}; on that machine run: "
-                    f"vllm-spark bench wire --listen --address {host}"
-                )
-            time.sleep(_RETRY_SECONDS)
-        connection.peer = f"the other machine ({caller.endpoint})"
-        return cls(connection, "vllm-spark bench wire --listen")
+        return cls(open_connection(config, patience, _COMMAND), f"{_COMMAND} --listen")
 
     def handshake(self, mine: _Message, kind: type[_Message]) -> _Message:
         """Sends the first message, and returns the other machine's.
@@ -362,9 +326,3 @@ class BenchSession:
             with contextlib.suppress(PeerLostError):
                 self._connection.send(Kind.FAILURE, to_json(Reason(sentence)), timeout=_SEND_SECONDS)
         self._connection.close()
-
-
-def _connect_command(endpoint: str, secret_file: Path | None) -> str:
-    """The command for the other machine, if this one listens at `endpoint`."""
-    secret = f" --secret-file {shlex.quote(str(secret_file))}" if secret_file else ""
-    return f"vllm-spark bench wire --connect {endpoint}{secret}"

@@ -7,6 +7,7 @@ import shlex
 
 from rich.console import Console
 
+from vllm_spark.cli import first_run
 from vllm_spark.cli.arguments import up_to, user_path
 from vllm_spark.config.settings import (
     SparkConfig,
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wait for vllm-spark join on the other machine, and show both machines side by side",
     )
     what.add_argument(
+        "--first-run",
+        action="store_true",
+        help="run on both machines, with --listen and --connect, all that the pair needs, and write a report file",
+    )
+    what.add_argument(
         "--make-secret",
         nargs="?",
         type=user_path,
@@ -52,11 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait",
         type=up_to(86400),
         metavar="SECONDS",
-        help=f"how long --peer waits (default: {_WAIT_SECONDS:g})",
+        help=f"how long --peer and --first-run wait for the other machine (default: {_WAIT_SECONDS:g})",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object to standard output, and nothing else"
     )
+    first_run.add_arguments(parser)
     add_flags(parser, ["leader", "follower", "both"], prefix="--", names=SETTINGS)
 
 
@@ -73,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args)
     if args.make_secret is not None:
         return _make_secret(args)
+    if args.first_run:
+        return first_run.run(args, _WAIT_SECONDS if args.wait is None else args.wait)
     from vllm_spark.backend.logging import log_as
     from vllm_spark.doctor.checks import is_bare, run_checks
     from vllm_spark.doctor.report import Report, show, show_bare
@@ -122,11 +131,12 @@ def run(args: argparse.Namespace) -> int:
 def _check_options(args: argparse.Namespace) -> None:
     """Raises ConfigurationError for an option that would have no effect."""
     given = given_flags(args)
+    first_run.check_options(args)
     if args.make_secret is not None:
         useless = [*(["--json"] if args.json else []), *(["--wait"] if args.wait is not None else [])]
         if useless := [*useless, *map(flag_name, given)]:
             raise ConfigurationError(f"{useless[0]} does not go with --make-secret; leave one out")
-    elif args.wait is not None and not args.peer:
+    elif args.wait is not None and not args.peer and not args.first_run:
         raise ConfigurationError(f"--wait {args.wait:g} is the time that --peer waits; add --peer, or leave it out")
     if args.peer and "leader" in given:
         raise ConfigurationError(

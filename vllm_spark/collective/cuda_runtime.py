@@ -78,6 +78,7 @@ class DeviceRuntime(Runtime):
                 "%s. That was memory of the GPU's driver; memory that the NIC pins first is tried now.",
                 upper_first(str(error)),
             )
+        del native  # its memory is not needed beside the other
         return super()._open_rails(rank, options, rails)
 
     @classmethod

@@ -174,6 +174,21 @@ class Runtime:
             return native, LinkOffer(problem=str(error))
 
     @classmethod
+    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> None:
+        """Registers memory of a runtime's size for each of `rails`, in the order of `connect`, and releases it again.
+
+        Raises:
+            CollectiveError: a device does not open, or the memory cannot be registered with it.
+        """
+        options = cls._limited_to_device(options)
+        if options.packet_bytes is None:
+            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        native, offer = cls._open_rails(rank, options, rails)
+        native.close()
+        if offer.problem:
+            raise CollectiveError(offer.problem)
+
+    @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
         return _native.Runtime(native_options(rank, options, stripes))
 
@@ -283,6 +298,13 @@ class Runtime:
     def link_lost(self) -> bool:
         """True while no rail is open, and all messages wait for one."""
         return bool(self._native.counters()["link_lost"])
+
+    def break_rail(self, rail: int) -> None:
+        """Breaks the connection of a rail here, as a failure of its network card does; it is connected anew by itself.
+
+        For checks of that. From any thread.
+        """
+        self._native.break_rail(rail)
 
     def wake_proxy(self) -> None:
         """Ends a rest of the proxy's thread: collectives are about to be launched, as by a replay of a CUDA graph.

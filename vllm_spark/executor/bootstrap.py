@@ -206,4 +206,6 @@ def link_tolerance(runtime: collective.Runtime | None, config: SparkConfig) -> f
     """
     if runtime is None or (silence := runtime.silence) is None:
         return 0.0
-    return config.link_timeout if runtime.link_lost or silence < config.heartbeat_timeout else 0.0
+    # A rail that is out is noticed when its NIC has retransmitted for long enough, up to four times its time-out.
+    noticed = max(config.heartbeat_timeout, 4 * config.rail_timeout + 1)
+    return config.link_timeout if runtime.link_lost or silence < noticed else 0.0

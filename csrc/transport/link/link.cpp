@@ -13,14 +13,15 @@ constexpr auto kCheckInterval = std::chrono::milliseconds(1);
 // Turns of the proxy's thread between two looks for completions.
 constexpr uint32_t kTurnsPerPoll = 64;
 // Maximum time for the last messages and the last announcement: a rail may fail under them, and that takes a
-// few seconds to detect.
+// few seconds to detect, or longer if its NIC retransmits for longer.
 constexpr auto kFinishTime = std::chrono::seconds(5);
 
 }  // namespace
 
 Link::Link(const LinkOptions& options, std::byte* memory, const RegionSizes& sizes,
            const std::vector<RailAddress>& rails, int rank)
-    : rank_name_("rank " + std::to_string(rank)),
+    : finish_time_(options.path_options.beyond_failure(kFinishTime)),
+      rank_name_("rank " + std::to_string(rank)),
       announcements_(memory, RegionLayout(sizes)),
       retransmission_(keeper_, counters_, sizes),
       keeper_(options, memory, sizes, rails, rank_name_, announcements_, counters_, retransmission_) {
@@ -109,7 +110,7 @@ void Link::announce() {
 }
 
 void Link::finish() {
-  Clock::time_point end = Clock::now() + kFinishTime;
+  Clock::time_point end = Clock::now() + finish_time_;
   // The peer may still wait for what was posted, and must not receive the announcement of the end before.
   drain(end);
   announce_stop(rank_name_ + " stopped: it closed its runtime");

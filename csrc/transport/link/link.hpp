@@ -62,6 +62,7 @@ class Link final : public Transport {
   void drain(Clock::time_point end);
   bool messages_under_way() const;
 
+  std::chrono::nanoseconds finish_time_;
   std::string rank_name_, path_;
   Announcements announcements_;
   LinkCounters counters_;

@@ -17,12 +17,10 @@ constexpr auto kPortInterval = std::chrono::milliseconds(100);
 // after the end of the one before as that one took, at the earliest.
 constexpr int kRestAfterAttempt = 4;
 constexpr const char* kOtherEndFailed = "its other end failed";
-// A rail that is up must be proven within this time, and one that is open must complete a write in this time
-// or in kRailTimeouts time-outs of its NIC, whichever is longer. Longer than a NIC's retransmissions of a
-// packet take, whose failure ends the wait earlier and with the reason: these limits are for a device, or a
-// driver, that hangs and completes nothing.
-constexpr auto kProofTime = std::chrono::seconds(10);
-constexpr int kRailTimeouts = 8;
+// A rail that is up must be proven within this time, and one that is open must complete a write in this time.
+// Longer if a NIC's retransmissions of a packet may take longer, whose failure ends the wait earlier and with
+// the reason: the limit is for a device, or a driver, that hangs and completes nothing.
+constexpr auto kDeviceTime = std::chrono::seconds(10);
 // How long a new link may be without an open rail before that is reported: a proof takes milliseconds.
 constexpr auto kStartTime = std::chrono::seconds(1);
 
@@ -46,6 +44,10 @@ RailKeeper::RailKeeper(const LinkOptions& options, std::byte* memory, const Regi
                                             sizes, options.path_options, release_));
   }
   counters_.lost.store(true, std::memory_order_relaxed);  // until a rail is proven
+}
+
+std::chrono::nanoseconds RailKeeper::device_time() const {
+  return options_.path_options.beyond_failure(kDeviceTime);
 }
 
 LinkState RailKeeper::state() const {
@@ -166,7 +168,7 @@ std::optional<std::string> RailKeeper::maintain(Clock::time_point now) {
     lost_since_ = now;
     for (Record& record : records_) {
       record.closed_since = now;
-      record.proof_due = now + kProofTime;
+      record.proof_due = now + device_time();
       record.progress = now;
     }
   }
@@ -199,7 +201,7 @@ void RailKeeper::check_proof_time(Rail& rail, Clock::time_point now) {
   if (rail.phase() != Phase::kUp || now <= record(rail).proof_due) return;
   poll(rail);  // what arrived while this process did not run counts
   if (rail.phase() != Phase::kUp) return;
-  fail(rail, "the device completed nothing within " + seconds_text(kProofTime));
+  fail(rail, "the device completed nothing within " + seconds_text(device_time()));
 }
 
 void RailKeeper::check_completions(Rail& rail, Clock::time_point now) {
@@ -210,9 +212,8 @@ void RailKeeper::check_completions(Rail& rail, Clock::time_point now) {
     record.progress = now;
     return;
   }
-  // Division: the time-out of a rail may be as long as a clock counts.
   std::chrono::nanoseconds silence = now - record.progress;
-  if (silence <= kProofTime || silence / kRailTimeouts <= options_.path_options.rail_timeout) return;
+  if (silence <= device_time()) return;
   poll(rail);  // what arrived while this process did not run counts
   if (rail.phase() != Phase::kProven || rail.completed() != record.completed) return;
   fail(rail, "the device completed nothing within " + seconds_text(silence));
@@ -245,7 +246,7 @@ void RailKeeper::reconnect(Rail& rail, Clock::time_point now) {
   rail.mark_up();
   record.progress = Clock::now();
   record.completed = 0;
-  record.proof_due = record.progress + kProofTime;
+  record.proof_due = record.progress + device_time();
   announcements_.request();  // and this announcement is what proves the connection
 }
 

@@ -102,6 +102,8 @@ class RailKeeper {
   void offer_or_connect(Rail& rail, Clock::time_point now);
   void open_if_proven(Rail& rail, Clock::time_point now);
   void update_conditions(Clock::time_point now);
+  // Maximum time in which a device must complete something.
+  std::chrono::nanoseconds device_time() const;
   std::optional<std::string> check_loss(Clock::time_point now);
   std::string loss_text() const;
   std::string problems() const;

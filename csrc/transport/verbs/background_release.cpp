@@ -4,8 +4,9 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <system_error>
-#include <thread>
+
+#include "../../support/errors.hpp"
+#include "../../support/thread.hpp"
 
 namespace spark::verbs {
 namespace {
@@ -35,14 +36,21 @@ struct BackgroundRelease::State {
   }
 };
 
-BackgroundRelease::BackgroundRelease() : state_(std::make_shared<State>()) {}
+BackgroundRelease::BackgroundRelease() : state_(std::make_shared<State>()) {
+  CPU_ZERO(&processors_);
+  sched_getaffinity(0, sizeof processors_, &processors_);
+}
 
 void BackgroundRelease::release(std::shared_ptr<void> object) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   if (!state_->running) {
     try {
-      std::thread([state = state_] { state->run(); }).detach();
-    } catch (const std::system_error&) {
+      // From the proxy's thread, whose processors and name it would have.
+      start_thread("spark-release", [state = state_, processors = processors_] {
+        sched_setaffinity(0, sizeof processors, &processors);
+        state->run();
+      }).detach();
+    } catch (const CollectiveError&) {
       return;  // no thread can be started: released here, by the end of `object`, however long that takes
     }
     state_->running = true;

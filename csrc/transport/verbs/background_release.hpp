@@ -2,6 +2,8 @@
 // way, and nothing else may wait for that.
 #pragma once
 
+#include <sched.h>
+
 #include <memory>
 
 namespace spark::verbs {
@@ -20,6 +22,7 @@ class BackgroundRelease {
  private:
   struct State;
   std::shared_ptr<State> state_;
+  cpu_set_t processors_;  // of the thread that made this object
 };
 
 }  // namespace spark::verbs

@@ -2,6 +2,7 @@
 // pair.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -62,6 +63,15 @@ struct PathOptions {
   // A queue pair fails when one of its packets was retransmitted for so long and was not acknowledged. NICs
   // know powers of two, of which the next lower one is used, and may take up to four times as long.
   std::chrono::nanoseconds rail_timeout{std::chrono::milliseconds(500)};
+
+  // `least`, or longer than a NIC takes to report that a queue pair has failed.
+  std::chrono::nanoseconds beyond_failure(std::chrono::nanoseconds least) const {
+    constexpr int kMostTimeouts = 4;
+    constexpr auto kMargin = std::chrono::seconds(1);
+    // As long as a clock can count is long enough.
+    if (rail_timeout > std::chrono::hours(1)) return std::max(least, rail_timeout);
+    return std::max<std::chrono::nanoseconds>(least, kMostTimeouts * rail_timeout + kMargin);
+  }
 };
 
 class QueuePair {
