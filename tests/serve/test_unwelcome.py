@@ -67,7 +67,8 @@ class Serving:
 def serving(hosts: Hosts, tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Before the follower that fits there are some that do not."""
     port = str(hosts[0].free_port())
-    with spark_leader(hosts, tiny_moe, port, env=SECRET, wait=False) as server:
+    arguments = ["--spark-model-sync", "off"]  # else a follower copies what it lacks
+    with spark_leader(hosts, tiny_moe, port, arguments, SECRET, wait=False) as server:
         server.leader.wait_for_line("Waiting for the follower", ANSWER_SECONDS)
         turned = list(unfit_followers(hosts, port, tiny_moe, tmp_path_factory.mktemp("unfit")))
         argv = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port]
