@@ -92,7 +92,8 @@ def unfit_followers(hosts: Hosts, port: str, model: Path, folder: Path) -> Itera
     ):
         other = other_model(model, folder, name)
         hide = f"mount --bind {other} {model if name != 'none' else model.parent}"
-        process = join(hosts, port, first=hide)
+        # Without models that were copied to this user's home by other tests.
+        process = join(hosts, port, {**SECRET, "XDG_DATA_HOME": str(folder / "data")}, first=hide)
         process.wait(ANSWER_SECONDS)
         yield Turned(process, (sentence, str(model)))
 
