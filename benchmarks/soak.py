@@ -18,10 +18,10 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,29 +76,11 @@ class Watch:
         return self.descriptors[-1] - self.descriptors[0] if self.descriptors else 0
 
 
-@contextmanager
-def failing_rails(nics: EmulatedNics | None) -> Iterator[dict[str, int]]:
-    """Meanwhile one fault comes after the other; counts them."""
-    done: dict[str, int] = {}
+def failing_rails(nics: EmulatedNics | None) -> AbstractContextManager[Counter[str]]:
+    """Meanwhile one fault comes after the other; counts them. None without rails."""
     if nics is None:
-        yield done
-        return
-    chance, over = random.Random(), threading.Event()
-
-    def fail() -> None:
-        while not over.wait(chance.uniform(0, LONGEST_PAUSE)):
-            name, value, rails = chance.choice(FAULTS)
-            with nics.fault(name, value, *rails):
-                over.wait(chance.uniform(0, LONGEST_FAULT))
-            done[name] = done.get(name, 0) + 1
-
-    thread = threading.Thread(target=fail)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
+        return nullcontext(Counter[str]())
+    return nics.failing_rails(FAULTS, LONGEST_FAULT, LONGEST_PAUSE)
 
 
 def run_rank(rank: int, port: int, seconds: float, seed: int, options: dict[str, Any]) -> None:

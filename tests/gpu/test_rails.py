@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,28 +30,6 @@ FAULTS = (
 FAULT_SECONDS = 1.0
 
 
-@contextmanager
-def failing_rails(nics: EmulatedNics) -> Iterator[list[str]]:
-    """Meanwhile one fault comes after the other; yields their names."""
-    chance, over, done = random.Random(4), threading.Event(), []
-
-    def fail() -> None:
-        while not over.is_set():
-            field, value, rails = chance.choice(FAULTS)
-            with nics.fault(field, value, *rails):
-                over.wait(FAULT_SECONDS)
-            done.append(field)
-            over.wait(FAULT_SECONDS)
-
-    thread = threading.Thread(target=fail)
-    thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        thread.join()
-
-
 def ones(size: int = 64) -> torch.Tensor:
     return torch.ones(size, dtype=torch.bfloat16, device="cuda")
 
@@ -61,8 +37,8 @@ def ones(size: int = 64) -> torch.Tensor:
 def test_many_while_rails_fail(make_pair: MakePair, nics_of_this_process: EmulatedNics) -> None:
     """Eager and in graphs that are replayed meanwhile; every result is right, and every rail comes back."""
     pair = make_pair(timeout_s=50.0, **VERBS)
-    with failing_rails(nics_of_this_process) as faults:
-        while len(faults) < len(FAULTS):
+    with nics_of_this_process.failing_rails(FAULTS, FAULT_SECONDS, FAULT_SECONDS, seed=4) as faults:
+        while faults.total() < len(FAULTS):
             run_some(pair)
     for _ in range(100):  # until both rails work again
         if all(runtime.counters().rails_up == 2 for runtime in pair.runtimes):

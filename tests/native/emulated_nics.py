@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import struct
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +60,38 @@ class EmulatedNics:
             yield
         finally:
             self.set(field, 0, *rails)
+
+    @contextmanager
+    def failing_rails(
+        self,
+        faults: Sequence[tuple[str, int, tuple[int, ...]]],
+        longest_fault: float,
+        longest_pause: float,
+        seed: int | None = None,
+    ) -> Iterator[Counter[str]]:
+        """Meanwhile one fault comes after the other, chosen by chance; counts them by field.
+
+        Args:
+            faults: field, value and rails of each.
+            longest_fault, longest_pause: seconds of one, and between two.
+            seed: of the choice.
+        """
+        chance, over, done = random.Random(seed), threading.Event(), Counter[str]()
+
+        def fail() -> None:
+            while not over.wait(chance.uniform(0, longest_pause)):
+                field, value, rails = chance.choice(faults)
+                with self.fault(field, value, *rails):
+                    over.wait(chance.uniform(0, longest_fault))
+                done[field] += 1
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        try:
+            yield done
+        finally:
+            over.set()
+            thread.join()
 
     def packets(self, rail: int) -> int:
         """How many packets have arrived over a rail, both ways."""
