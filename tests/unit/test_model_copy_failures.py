@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import pty
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +26,7 @@ from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.executor.model_sync.stream import StreamSettings
 
 from .test_channel import LIMIT, connected
-from .test_model_copy_limits import ends, model, wanted_of
+from .test_model_copy_limits import ends, model, shown_on_a_terminal, wanted_of
 
 __all__ = ["ends", "model"]
 
@@ -226,14 +223,5 @@ def test_a_killed_process_leaves_the_cursor(tmp_path: Path) -> None:
         "CopyDisplay('Copying from the leader').show(CopyState('model x', 1, 2))\n"
         "os._exit(0)\n"
     )
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ.update(TERM="xterm", COLUMNS="80")
-        os.execv(sys.executable, [sys.executable, "-c", program])
-    shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal
-        while data := os.read(terminal, 1 << 16):
-            shown += data
-    os.close(terminal)
-    assert os.waitpid(child, 0)[1] == 0, shown
+    shown = shown_on_a_terminal(program, 80)
     assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0

@@ -364,6 +364,21 @@ def test_lines_without_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch:
     assert caplog.messages == ["Copying from the leader: model x: 0 bytes of 100 bytes (0 %), 10 bytes/s, 10 s left."]
 
 
+def shown_on_a_terminal(program: str, columns: int) -> bytes:
+    """Everything that a program of Python writes to a terminal of so many columns; it must end with 0."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(TERM="xterm", COLUMNS=str(columns))
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(terminal, 1 << 16):
+            shown += data
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0, shown
+    return shown
+
+
 @pytest.mark.parametrize(("width", "titled"), [(80, False), (160, True)])
 def test_a_bar_on_a_terminal(width: int, titled: bool) -> None:
     """The state is never cut off; there is a title where there is room for it."""
@@ -373,16 +388,7 @@ def test_a_bar_on_a_terminal(width: int, titled: bool) -> None:
         "with CopyDisplay('Copying from the leader') as display:\n"
         "    display.show(CopyState('model Qwen/Qwen3-30B-A3B', 15_200_000_000, 61_100_000_000, 2.9e9))\n"
     )
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ.update(TERM="xterm", COLUMNS=str(width))
-        os.execv(sys.executable, [sys.executable, "-c", program])
-    shown = b""
-    with contextlib.suppress(OSError):  # the end of a terminal
-        while data := os.read(terminal, 1 << 16):
-            shown += data
-    os.close(terminal)
-    assert os.waitpid(child, 0)[1] == 0, shown
+    shown = shown_on_a_terminal(program, width)
     text = shown.decode()
     assert "15.2 GB of 61.1 GB (24 %), 2.9 GB/s, 16 s left" in text
     assert ("Copying from the leader: model Qwen/Qwen3-30B-A3B" in text) == titled
