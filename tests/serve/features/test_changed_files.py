@@ -25,7 +25,6 @@ from tests.serve.two_users import (
     MODEL,
     OFF,
     RUNTIME_LORA,
-    STEP_SECONDS,
     WITH_ADAPTERS,
     Users,
     join,
@@ -34,6 +33,8 @@ from tests.serve.two_users import (
     tokens_of,
 )
 from vllm_spark.models.tiny import make_tiny_model
+
+from .report import EQUAL, ONE_RANK, record
 
 pytestmark = pytest.mark.thorough
 
@@ -146,6 +147,8 @@ def answers(pair: Server, expected: Tokens, users: Users) -> Tokens:
 )
 def test_both_ranks_load_what_the_leader_has(change: str, answers: Tokens, expected: Tokens) -> None:
     assert answers[change] == expected[change]
+    counted = f"{sum(map(len, answers[change]))} tokens"
+    record("other files on the follower", change, f"{EQUAL}: {counted}", stock=ONE_RANK)
 
 
 def test_weights_that_are_nowhere_change_nothing(pair: Server, answers: Tokens, users: Users) -> None:
