@@ -168,7 +168,9 @@ def test_a_call_that_times_out_leaves_the_pair_at_work(executor: Any) -> None:
 
 
 BROKEN = ValueError("no room")
-WEIGHTS_DIFFER = r"^the weights are incomplete or not the same on both machines after {} \({}ValueError: no room\); start"
+WEIGHTS_DIFFER = (
+    r"^the weights are incomplete or not the same on both machines after {} \({}ValueError: no room\); start"
+)
 
 
 @pytest.mark.parametrize(
@@ -265,9 +267,7 @@ def step_of(*requests: Any, interrupted: bool = False) -> Any:
 def serving_adapters(executor: Any) -> Any:
     """The same executor, up, of a model that is served with adapters."""
     executor._random_state, executor._started = nullcontext(), True
-    executor._adapters = LeaderAdapters(
-        executor._compare_files, executor._loaded_adapters, executor._load_adapter
-    )
+    executor._adapters = LeaderAdapters(executor._compare_files, executor._loaded_adapters, executor._load_adapter)
     yield executor
     executor.shutdown()
 

@@ -127,7 +127,7 @@ def test_salts_of_the_prefix_cache(both: SideBySide) -> None:
     prompt = list(range(5, 205))
 
     def ask(server: Server) -> list[Any]:
-        answers = []
+        answers: list[Any] = []
         for salt in ("one", "one", "two", None):
             before = server.metrics(HITS)[HITS][""]
             answers.append(tokens(complete(server, prompt=prompt, **({"cache_salt": salt} if salt else {}))))
