@@ -27,8 +27,9 @@ class SideBySide:
     stock: Server
     pair: Server
 
-    def same(self, feature: str, asked: str, ask: Callable[[Server], T], counted: Callable[[T], str]) -> T:
-        """Asks both servers, one after the other; the answers must be equal. Records the row.
+    @contextmanager
+    def same(self, feature: str, asked: str, ask: Callable[[Server], T], counted: Callable[[T], str]) -> Iterator[T]:
+        """Asks both servers, one after the other; the answers must be equal. Records the row at the end of the block.
 
         Args:
             feature: of vLLM, as the table calls it.
@@ -36,14 +37,14 @@ class SideBySide:
             ask: asks a server.
             counted: says for the table what was compared.
 
-        Returns:
-            The answer.
+        Yields:
+            The answer, of which the block looks whether it says anything about the feature.
         """
         expected = ask(self.stock)
         answer = ask(self.pair)
         assert answer == expected
+        yield answer
         record(feature, asked, f"{EQUAL}: {counted(answer)}")
-        return answer
 
 
 @contextmanager

@@ -53,10 +53,10 @@ def count(answers: Answers) -> str:
 
 
 def test_an_adapter_of_the_command_line(both: SideBySide) -> None:
-    without, with_it = both.same(
+    with both.same(
         "LoRA", "--lora-modules, in one batch with the model", lambda s: tokens(s, [model_of(s), "static"]), count
-    )
-    assert without != with_it
+    ) as (without, with_it):
+        assert without != with_it
 
 
 def test_adapters_that_are_loaded_and_unloaded(both: SideBySide, adapters: list[Path]) -> None:
@@ -65,16 +65,18 @@ def test_adapters_that_are_loaded_and_unloaded(both: SideBySide, adapters: list[
     def load(server: Server) -> list[int]:
         return [load_adapter(server, f"loaded {number}", adapters[number]).status_code for number in (1, 2, 1)]
 
-    statuses = both.same("LoRA", "/v1/load_lora_adapter, one of them twice", load, lambda found: f"statuses {found}")
-    assert statuses == [200, 200, 400]
+    with both.same(
+        "LoRA", "/v1/load_lora_adapter, one of them twice", load, lambda found: f"statuses {found}"
+    ) as statuses:
+        assert statuses == [200, 200, 400]
     names = ["static", "loaded 1", "loaded 2"]
-    one_by_one = both.same(
+    with both.same(
         "LoRA", "three adapters, room for two", lambda s: [tokens(s, [name])[0] for name in names * 2], count
-    )
-    assert one_by_one[:3] == one_by_one[3:]
-    assert len({str(answer) for answer in one_by_one}) == 3
-    together = both.same("LoRA", "three adapters in one moment", lambda s: tokens(s, names), count)
-    assert together == one_by_one[:3]
+    ) as one_by_one:
+        assert one_by_one[:3] == one_by_one[3:]
+        assert len({str(answer) for answer in one_by_one}) == 3
+    with both.same("LoRA", "three adapters in one moment", lambda s: tokens(s, names), count) as together:
+        assert together == one_by_one[:3]
 
     def unload(server: Server) -> list[int]:
         body = {"lora_name": "loaded 1"}
@@ -82,8 +84,10 @@ def test_adapters_that_are_loaded_and_unloaded(both: SideBySide, adapters: list[
         asked = {"model": "loaded 1", "prompt": "a", "max_tokens": 1}
         return [*statuses, request(server, "POST", "/v1/completions", json=asked).status_code]
 
-    statuses = both.same("LoRA", "/v1/unload_lora_adapter, then a request", unload, lambda found: f"statuses {found}")
-    assert statuses == [200, 404, 404]
+    with both.same(
+        "LoRA", "/v1/unload_lora_adapter, then a request", unload, lambda found: f"statuses {found}"
+    ) as statuses:
+        assert statuses == [200, 404, 404]
 
 
 def test_the_list_of_models(both: SideBySide) -> None:
@@ -91,5 +95,5 @@ def test_the_list_of_models(both: SideBySide) -> None:
         models = [model.model_dump() for model in server.client.models.list().data]
         return [[model["id"], model["parent"]] for model in models]
 
-    models = both.same("LoRA", "/v1/models", ask, lambda models: f"{len(models)} models")
-    assert next(name for name, parent in models if parent) == "static"
+    with both.same("LoRA", "/v1/models", ask, lambda models: f"{len(models)} models") as models:
+        assert next(name for name, parent in models if parent) == "static"

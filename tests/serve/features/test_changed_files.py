@@ -20,7 +20,7 @@ from tests.serve.adapters import make_adapter
 from tests.serve.development import DEVELOPMENT
 from tests.serve.hosts import Hosts
 from tests.serve.process import Process
-from tests.serve.servers import Server, stock_tp1
+from tests.serve.servers import Server, spark_tp2, stock_tp1
 from tests.serve.two_users import (
     MODEL,
     OFF,
@@ -182,6 +182,22 @@ def test_weights_that_bob_lacks_are_refused_without_copying(namespaces: Hosts, u
         assert "the weights cannot be reloaded on both machines: the weight file model.safetensors has" in response.text
         assert tokens_of(server, MODEL) == before
         assert_quiet(follower)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_reload_that_fails_on_one_rank_ends_the_pair(hosts: Hosts, tiny_dense: Path, rank: int) -> None:
+    """Late on the follower: the leader has the other weights by then."""
+    arguments = ["--worker-extension-cls", "tests.serve.failing_extension.Failing"]
+    environment = DEVELOPMENT | {"FAILING_RANKS": str(rank), "FAILING_IN": "reload_weights"}
+    with spark_tp2(hosts, tiny_dense, arguments, environment) as server:
+        response = reload_weights(server)
+        sentence = (
+            f"the weights are incomplete or not the same on both machines after reload_weights (the "
+            f"{('leader', 'follower')[rank]}'s worker failed: ValueError: planted failure of rank {rank}); start the"
+        )
+        assert sentence in response.text
+        assert server.leader.wait(60) != 0
+        assert server.leader.output().count(f"vllm serve --spark: {sentence}") == 1
 
 
 def assert_quiet(process: Process) -> None:

@@ -92,10 +92,10 @@ def test_a_file_with_nested_settings(both: SideBySide) -> None:
         ]
         return [(answer.choices[0].model_extra or {})["token_ids"] for answer in answers]
 
-    tokens = both.same(
+    with both.same(
         "--config", "nested options, and the pair's settings", ask, lambda found: f"{len(found)} answers"
-    )
-    assert [len(each) for each in tokens] == [SAMPLING["max_new_tokens"]] * 4
+    ) as tokens:
+        assert [len(each) for each in tokens] == [SAMPLING["max_new_tokens"]] * 4
 
 
 def test_several_names(both: SideBySide) -> None:
@@ -105,10 +105,14 @@ def test_several_names(both: SideBySide) -> None:
         labels = [server.labelled("vllm:request_success_total", model_name=name) > 0 for name in NAMES]
         return [[model.id for model in server.client.models.list().data], texts, labels]
 
-    models, texts, labels = both.same("several served names", " and ".join(NAMES), ask, lambda answer: "2 answers each")
-    assert models == NAMES
-    assert texts[0] == texts[1] != ""
-    assert labels == [True, False]  # metrics have the first name
+    with both.same("several served names", " and ".join(NAMES), ask, lambda answer: "2 answers each") as (
+        models,
+        texts,
+        labels,
+    ):
+        assert models == NAMES
+        assert texts[0] == texts[1] != ""
+        assert labels == [True, False]  # metrics have the first name
 
 
 def test_bench_serve(both: SideBySide, hosts: Hosts, tiny_dense: Path, tmp_path: Path) -> None:
@@ -126,11 +130,11 @@ def test_bench_serve(both: SideBySide, hosts: Hosts, tiny_dense: Path, tmp_path:
         found = json.loads(result.read_text())
         return [found[name] for name in ("completed", "total_input_tokens", "total_output_tokens", "generated_texts")]
 
-    completed, _, tokens, texts = both.same(
+    with both.same(
         "vllm bench serve", "8 random prompts", ask, lambda answer: f"{answer[0]} requests, {answer[2]} tokens"
-    )
-    assert (completed, tokens) == (8, 96)
-    assert len(set(texts)) > 4
+    ) as (completed, _, tokens, texts):
+        assert (completed, tokens) == (8, 96)
+        assert len(set(texts)) > 4
 
 
 def batch(hosts: Hosts, model: Path, folder: Path, more: list[str], environment: dict[str, str]) -> dict[str, Any]:

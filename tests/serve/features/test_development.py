@@ -68,12 +68,12 @@ def test_sleep_and_wake_up(both: SideBySide, level: int) -> None:
         answers += [request(server, "GET", "/is_sleeping").json(), tokens(server)]
         return answers
 
-    answers = both.same(
+    with both.same(
         "sleep and wake up", f"level {level}, with tags", ask, lambda answers: f"{len(answers)} answers"
-    )
-    assert answers[2] == {"is_sleeping": True}
-    assert answers[-2] == {"is_sleeping": False}
-    assert answers[0] == answers[-1]
+    ) as answers:
+        assert answers[2] == {"is_sleeping": True}
+        assert answers[-2] == {"is_sleeping": False}
+        assert answers[0] == answers[-1]
 
 
 def test_calls_of_workers(both: SideBySide) -> None:
@@ -84,8 +84,10 @@ def test_calls_of_workers(both: SideBySide) -> None:
         positional, named = call(server, "sleep_on", 1, 0.0), call(server, "sleep_on", rank=0, seconds=0.0)
         return [positional, named, call(server, "check_health"), nothing]
 
-    answers = both.same("/collective_rpc", "methods of an extension", ask, lambda answers: f"{len(answers)} answers")
-    assert answers == [[{"rank": 0}, {"rank": 1}]] * 2 + [[None, None], 400]
+    with both.same(
+        "/collective_rpc", "methods of an extension", ask, lambda answers: f"{len(answers)} answers"
+    ) as answers:
+        assert answers == [[{"rank": 0}, {"rank": 1}]] * 2 + [[None, None], 400]
 
 
 def test_profiles(both: SideBySide, profiles: Path) -> None:
@@ -97,9 +99,12 @@ def test_profiles(both: SideBySide, profiles: Path) -> None:
         written = [path.name for path in set(profiles.iterdir()) - before if path.name.endswith(".gz")]
         return [statuses, sorted(name.partition(".")[0] for name in written if name.startswith("rank"))]
 
-    statuses, written = both.same("profiles", "/start_profile, /stop_profile", ask, lambda answer: ", ".join(answer[1]))
-    assert statuses == [200, 200]
-    assert written == ["rank0", "rank1"]
+    with both.same("profiles", "/start_profile, /stop_profile", ask, lambda answer: ", ".join(answer[1])) as (
+        statuses,
+        written,
+    ):
+        assert statuses == [200, 200]
+        assert written == ["rank0", "rank1"]
 
 
 def test_caches_that_are_emptied(both: SideBySide) -> None:
@@ -115,12 +120,12 @@ def test_caches_that_are_emptied(both: SideBySide) -> None:
         answers += [post(server, f"/reset_{kind}_cache")[0] for kind in ("prefix", "mm", "encoder")]
         return [*answers, hits(server)]
 
-    first, second, *statuses, third = both.same(
+    with both.same(
         "reset of caches", "prefix, multimodal, encoder", ask, lambda answers: f"hits {answers[0::5]} around it"
-    )
-    assert (first, third) == (0, 0)
-    assert second > 0
-    assert statuses == [200] * 3
+    ) as (first, second, *statuses, third):
+        assert (first, third) == (0, 0)
+        assert second > 0
+        assert statuses == [200] * 3
 
 
 def test_other_weights(both: SideBySide, tiny_dense: Path, tmp_path: Path) -> None:
@@ -133,12 +138,12 @@ def test_other_weights(both: SideBySide, tiny_dense: Path, tmp_path: Path) -> No
             answers += [call(server, "reload_weights", weights_path=str(path)), tokens(server)]
         return [*answers, call(server, "reload_weights"), call(server, "compute_weight_checksums")]
 
-    first, _, second, _, third, _, checksums = both.same(
+    with both.same(
         "reload_weights",
         "a path, the first weights again",
         ask,
         lambda answers: f"{len(answers[-1][0])} checksums a rank",
-    )
-    assert first == third != second
-    assert checksums[0].keys() != checksums[1].keys()
-    assert set(checksums[0].values()) != set(checksums[1].values())
+    ) as (first, _, second, _, third, _, checksums):
+        assert first == third != second
+        assert checksums[0].keys() != checksums[1].keys()
+        assert set(checksums[0].values()) != set(checksums[1].values())

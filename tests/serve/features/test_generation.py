@@ -61,28 +61,28 @@ def test_prompts_as_embeddings(both: SideBySide, tiny_dense: Path) -> None:
     buffer = io.BytesIO()
     torch.save(rows, buffer)
     embeds = base64.b64encode(buffer.getvalue()).decode()
-    answer = both.same(
+    with both.same(
         "prompt embeddings",
         f"{len(ids)} embeddings in place of a prompt",
         lambda server: tokens(complete(server, prompt_embeds=embeds)),
         count_tokens,
-    )
-    assert answer == tokens(complete(both.pair, prompt=ids))
+    ) as answer:
+        assert answer == tokens(complete(both.pair, prompt=ids))
 
 
 def test_log_probabilities_of_a_prompt(both: SideBySide) -> None:
     def ask(server: Server) -> list[Any]:
-        (choice,) = complete(server, prompt=PROMPTS[4], prompt_logprobs=20, logprobs=20)["choices"]
+        (choice,) = complete(server, prompt=PROMPTS[4], prompt_logprobs=20, logprobs=20, ignore_eos=True)["choices"]
         return [choice["prompt_logprobs"], choice["logprobs"], choice["token_ids"]]
 
-    prompt, own, _ = both.same(
+    with both.same(
         "log-probabilities",
         "20 for each token of prompt and answer",
         ask,
         lambda answer: f"{len(answer[0])} tokens of the prompt, {len(answer[2])} of the answer, to the last bit",
-    )
-    assert all(len(position) >= 20 for position in prompt[1:])
-    assert len(set(own["token_logprobs"])) > 8
+    ) as (prompt, own, _):
+        assert all(len(position) >= 20 for position in prompt[1:])
+        assert len(set(own["token_logprobs"])) > 8
 
 
 def test_several_answers_with_their_log_probabilities(both: SideBySide) -> None:
@@ -90,10 +90,10 @@ def test_several_answers_with_their_log_probabilities(both: SideBySide) -> None:
         choices = complete(server, prompt=PROMPTS[5], n=5, seed=9, temperature=0.9, logprobs=3)["choices"]
         return [[choice["token_ids"], choice["logprobs"]["token_logprobs"]] for choice in choices]
 
-    answers = both.same(
+    with both.same(
         "n > 1", "n=5 with a seed, and log-probabilities", ask, lambda answer: f"{len(answer)} answers, to the last bit"
-    )
-    assert len({str(each) for each in answers}) == 5
+    ) as answers:
+        assert len({str(each) for each in answers}) == 5
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_structured_output(both: SideBySide, structure: dict[str, Any]) -> None:
             return [[choice["text"] for choice in each["choices"]] for each in (bound, free.result())]
 
     asked = f"{next(iter(structure))}, beside a free request"
-    bound, _ = both.same("structured output", asked, ask, lambda answer: f"{len(answer)} texts")
-    if "choice" in structure:
-        assert bound[0] in structure["choice"]
+    with both.same("structured output", asked, ask, lambda answer: f"{len(answer)} texts") as (bound, _):
+        if "choice" in structure:
+            assert bound[0] in structure["choice"]
 
 
 def test_salts_of_the_prefix_cache(both: SideBySide) -> None:
@@ -134,12 +134,12 @@ def test_salts_of_the_prefix_cache(both: SideBySide) -> None:
             answers.append([int(server.metrics(HITS)[HITS][""] - before)])
         return answers
 
-    answers = both.same(
+    with both.same(
         "prefix cache", "four requests with two salts and with none", ask, lambda answers: f"hits {answers[1::2]}"
-    )
-    first, *others = answers[::2]
-    assert all(each == first for each in others)
-    assert [hits[0] > 0 for hits in answers[1::2]] == [False, True, False, False]
+    ) as answers:
+        first, *others = answers[::2]
+        assert all(each == first for each in others)
+        assert [hits[0] > 0 for hits in answers[1::2]] == [False, True, False, False]
 
 
 def test_priorities(both: SideBySide) -> None:
@@ -168,5 +168,5 @@ def test_priorities(both: SideBySide) -> None:
                 )
         return ended
 
-    order = both.same("priorities", "four requests in the queue", ask, lambda order: f"order {order[2:]}")
-    assert order == [-1, -1, 1, 2, 3, 4]
+    with both.same("priorities", "four requests in the queue", ask, lambda order: f"order {order[2:]}") as order:
+        assert order == [-1, -1, 1, 2, 3, 4]

@@ -124,28 +124,28 @@ def label(asked: str, streamed: bool) -> str:
 
 @STREAMED
 def test_reasoning(both: SideBySide, streamed: bool) -> None:
-    answer = both.same(
+    with both.same(
         "reasoning parser",
         label("qwen3", streamed),
         lambda server: chat(server, body(server, REASONING + CONTENT), streamed=streamed),
         counted,
-    )
-    assert 4 <= len(answer["reasoning"]) <= 12
-    assert len(answer["content"]) == 6
+    ) as answer:
+        assert 4 <= len(answer["reasoning"]) <= 12
+        assert len(answer["content"]) == 6
 
 
 @STREAMED
 def test_a_tool_call_after_reasoning(both: SideBySide, streamed: bool) -> None:
-    answer = both.same(
+    with both.same(
         "tool calls",
         label("hermes, tool_choice auto, after reasoning", streamed),
         lambda server: chat(server, body(server, REASONING + CALL, tools=[TOOL]), streamed=streamed),
         counted,
-    )
-    ((name, arguments),) = answer["calls"]
-    assert (name, json.loads(arguments).keys()) == ("move_desk", {"desk", "far"})
-    assert answer["reasoning"]
-    assert answer["finish"] == "tool_calls"
+    ) as answer:
+        ((name, arguments),) = answer["calls"]
+        assert (name, json.loads(arguments).keys()) == ("move_desk", {"desk", "far"})
+        assert answer["reasoning"]
+        assert answer["finish"] == "tool_calls"
 
 
 @STREAMED
@@ -157,14 +157,14 @@ def test_a_tool_call_after_reasoning(both: SideBySide, streamed: bool) -> None:
 def test_a_tool_call_that_is_asked_for(both: SideBySide, choice: Any, streamed: bool) -> None:
     """vLLM makes the grammar of the call."""
     more = {"tools": [TOOL], "tool_choice": choice, "chat_template_kwargs": {"enable_thinking": False}}
-    answer = both.same(
+    with both.same(
         "tool calls",
         label(f"tool_choice {choice if isinstance(choice, str) else 'with a name'}", streamed),
         lambda server: chat(server, body(server, None, **more), streamed=streamed),
         counted,
-    )
-    assert answer["calls"][0][0] == "move_desk"
-    assert json.loads(answer["calls"][0][1])["desk"] in ("left", "right")
+    ) as answer:
+        assert answer["calls"][0][0] == "move_desk"
+        assert json.loads(answer["calls"][0][1])["desk"] in ("left", "right")
 
 
 def test_responses_with_reasoning(both: SideBySide) -> None:
@@ -174,5 +174,5 @@ def test_responses_with_reasoning(both: SideBySide) -> None:
         assert response.status_code == 200, response.text
         return [(item["type"], item.get("content")) for item in response.json()["output"]]
 
-    items = both.same("/v1/responses", "with a reasoning parser", ask, lambda items: f"{len(items)} items")
-    assert items
+    with both.same("/v1/responses", "with a reasoning parser", ask, lambda items: f"{len(items)} items") as items:
+        assert items
