@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tests.serve.hosts import Hosts
 from tests.serve.servers import Server
@@ -51,8 +52,20 @@ LIKELY_TAGS = {str(tiny.VOCABULARY + number): 60 for number in range(len(TAGS))}
 
 
 @pytest.fixture(scope="module")
-def both(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SideBySide]:
-    model: Path = make_model_with_tags(tmp_path_factory.mktemp("models") / "tags")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_with_tags(tmp_path_factory.mktemp("models") / "tags")
+
+
+@pytest.fixture(scope="module")
+def bias(model: Path) -> dict[str, int]:
+    """Tags in one token, and no white space where the grammar of a call leaves the choice: it might have no end."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    texts = {str(number): tokenizer.decode([number]) for number in range(tiny.VOCABULARY)}
+    return LIKELY_TAGS | {number: -100 for number, text in texts.items() if text and not text.strip()}
+
+
+@pytest.fixture(scope="module")
+def both(hosts: Hosts, model: Path) -> Iterator[SideBySide]:
     with side_by_side(hosts, model, ARGUMENTS) as servers:
         yield servers
 
@@ -154,9 +167,10 @@ def test_a_tool_call_after_reasoning(both: SideBySide, streamed: bool) -> None:
     ["required", {"type": "function", "function": {"name": "move_desk"}}],
     ids=["required", "named"],
 )
-def test_a_tool_call_that_is_asked_for(both: SideBySide, choice: Any, streamed: bool) -> None:
+def test_a_tool_call_that_is_asked_for(both: SideBySide, bias: dict[str, int], choice: Any, streamed: bool) -> None:
     """vLLM makes the grammar of the call."""
     more = {"tools": [TOOL], "tool_choice": choice, "chat_template_kwargs": {"enable_thinking": False}}
+    more |= {"parallel_tool_calls": False, "logit_bias": bias}
     with both.same(
         "tool calls",
         label(f"tool_choice {choice if isinstance(choice, str) else 'with a name'}", streamed),
