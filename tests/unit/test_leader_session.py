@@ -19,6 +19,7 @@ from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.leader_session import LeaderSession
+from vllm_spark.executor.rpc import PROFILE, PROFILE_SECONDS, decode_header, encode_result
 from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
@@ -90,6 +91,22 @@ def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listene
     with pytest.raises(PeerLostError, match=r"^the follower left: it was stopped there"), session.explained():
         calls.expect(Kind.REPLY, timeout=20)
     heartbeat.join()
+
+
+def test_a_follower_that_writes_its_profile_may_be_silent(listener: Listener) -> None:
+    """Until it has replied: torch holds the interpreter's lock meanwhile."""
+    (calls, far_calls), (control, _far_control), (groups, _far_groups) = connections(), connections(), connections()
+    session = LeaderSession(
+        SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None)
+    )
+    for method, allowed in (("check_health", 0.0), (PROFILE, PROFILE_SECONDS)):
+        session.ask(method, (), {})
+        assert session._heartbeat._tolerance() == allowed
+        number = decode_header(far_calls.expect(Kind.QUERY, timeout=20).payload).number
+        far_calls.send(Kind.REPLY, encode_result(None, number))
+        assert session.answer(20) is None
+        assert session._heartbeat._tolerance() == 0.0
+    session.close("the test is over")
 
 
 def test_nobody_waits_in_the_groups_of_a_broken_pair(listener: Listener) -> None:

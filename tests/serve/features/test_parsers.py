@@ -34,6 +34,7 @@ TOOL = {
     "type": "function",
     "function": {
         "name": "move_desk",
+        "strict": True,  # else the grammar lets arguments be any JSON, such as a number without end
         "parameters": {
             "type": "object",
             "properties": {"desk": {"type": "string", "enum": ["left", "right"]}, "far": {"type": "boolean"}},
