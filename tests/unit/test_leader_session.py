@@ -19,7 +19,7 @@ from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason
 from vllm_spark.executor.handshake.server import Follower, Listener
 from vllm_spark.executor.leader_session import LeaderSession
-from vllm_spark.executor.rpc import PROFILE, PROFILE_SECONDS, decode_header, encode_result
+from vllm_spark.executor.rpc import RELOAD_WEIGHTS, SILENT_SECONDS, decode_header, encode_result
 from vllm_spark.executor.store import PairStore
 from vllm_spark.processes.local import free_ports
 from vllm_spark.ranks import LEADER_RANK
@@ -93,13 +93,13 @@ def test_a_goodbye_counts_although_its_thread_comes_to_it_late(listener: Listene
     heartbeat.join()
 
 
-def test_a_follower_that_writes_its_profile_may_be_silent(listener: Listener) -> None:
+def test_a_follower_that_writes_a_profile_or_loads_weights_may_be_silent(listener: Listener) -> None:
     """Until it has replied: torch holds the interpreter's lock meanwhile."""
     (calls, far_calls), (control, _far_control), (groups, _far_groups) = connections(), connections(), connections()
     session = LeaderSession(
         SparkConfig(), listener, Follower("the follower", control, calls, groups), EngineStatus(None)
     )
-    for method, allowed in (("check_health", 0.0), (PROFILE, PROFILE_SECONDS)):
+    for method, allowed in (("check_health", 0.0), ("profile", SILENT_SECONDS), (RELOAD_WEIGHTS, SILENT_SECONDS)):
         session.ask(method, (), {})
         assert session._heartbeat._tolerance() == allowed
         number = decode_header(far_calls.expect(Kind.QUERY, timeout=20).payload).number

@@ -62,10 +62,10 @@ from vllm_spark.executor.rpc import (
     COMPARE_FILES,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
-    PROFILE,
-    PROFILE_SECONDS,
     RELOAD_WEIGHTS,
     SAMPLE,
+    SILENT_METHODS,
+    SILENT_SECONDS,
     WARM_UP,
     Call,
     decode_call,
@@ -116,7 +116,7 @@ class FollowerSession:
         self._heartbeat: Heartbeat | None = None
         self._failed_call = ""  # why the last QUERY failed
         self._failed_number = 0  # and its number
-        self._profile_tolerance = 0.0  # from a call of the profiler to the next call: the leader may write longer
+        self._call_tolerance = 0.0  # from one of SILENT_METHODS to the next call: the leader may take longer
         self._executor: Any = None
         self._worker: Any = None
         self._serves_adapters = False
@@ -199,7 +199,7 @@ class FollowerSession:
 
         header = decode_header(payload)
         self._token_digest.compare(header.step, header.digest)
-        self._profile_tolerance = 0.0
+        self._call_tolerance = 0.0
         if reply_to is None:
             self._run_step(decode_call(payload))
             return
@@ -208,7 +208,7 @@ class FollowerSession:
         try:
             call = decode_call(payload)
             method = call.method
-            self._profile_tolerance = PROFILE_SECONDS if method == PROFILE else 0.0
+            self._call_tolerance = SILENT_SECONDS if method in SILENT_METHODS else 0.0
             if method == COMPARE_FILES:
                 result: Any = self._compared.compare(*call.args)
             else:
@@ -297,7 +297,7 @@ class FollowerSession:
             self._runtime.deliver(announcement)
 
     def _tolerance(self) -> float:
-        return max(self._profile_tolerance, link_tolerance(self._runtime, self._leader_config))
+        return max(self._call_tolerance, link_tolerance(self._runtime, self._leader_config))
 
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())

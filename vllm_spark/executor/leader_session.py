@@ -38,8 +38,8 @@ from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderRepor
 from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import (
-    PROFILE,
-    PROFILE_SECONDS,
+    SILENT_METHODS,
+    SILENT_SECONDS,
     RemoteError,
     decode_reply,
     encode_call,
@@ -86,7 +86,7 @@ class LeaderSession:
         self._reply_pending = False  # whether the reply to the last `ask` is outstanding
         self._query_time: float | None = None  # when it was sent, while `answer` waits for its reply
         self._running_model = False
-        self._profile_tolerance = 0.0  # until the reply to a call of the profiler
+        self._call_tolerance = 0.0  # until the reply to one of SILENT_METHODS
         self._heartbeat = Heartbeat(
             follower.control,
             config.heartbeat_timeout,
@@ -95,7 +95,7 @@ class LeaderSession:
             on_report=self._take_report,
             on_end=self.fail,
             on_link=self._take_announcement,
-            tolerance=lambda: max(self._profile_tolerance, link_tolerance(self._runtime, config)),
+            tolerance=lambda: max(self._call_tolerance, link_tolerance(self._runtime, config)),
         )
 
     @classmethod
@@ -161,7 +161,7 @@ class LeaderSession:
         Raises:
             SparkError: the pair is broken.
         """
-        self._profile_tolerance = PROFILE_SECONDS if method == PROFILE else 0.0
+        self._call_tolerance = SILENT_SECONDS if method in SILENT_METHODS else 0.0
         self._send(Kind.QUERY, method, args, kwargs, self._last_query + 1)
         self._reply_pending = True
         self._last_query += 1
@@ -191,7 +191,7 @@ class LeaderSession:
                     raise TimeoutError(f"{self._follower.name} did not answer in time")
                 payload = connection.expect(Kind.REPLY).payload
                 if replied_number(payload) == self._last_query:
-                    self._reply_pending, self._profile_tolerance = False, 0.0
+                    self._reply_pending, self._call_tolerance = False, 0.0
                     return decode_reply(payload)
         finally:
             self._query_time = None

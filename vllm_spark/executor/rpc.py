@@ -42,14 +42,14 @@ RELOAD_WEIGHTS = "reload_weights"
 WEIGHT_METHODS = frozenset(
     {RELOAD_WEIGHTS, "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update"}
 )
-"""Calls that replace weights while the pair serves. If one fails on one rank alone, the ranks may have other weights."""
+"""Calls that replace weights while the pair serves. If one fails on one rank alone, the ranks' weights may differ."""
 
-PROFILE = "profile"
-"""Starts or stops a rank's profiler. torch writes a profile while it holds the interpreter's lock, so that the process
-sends no heartbeats meanwhile."""
+SILENT_METHODS = WEIGHT_METHODS | {"profile"}
+"""Calls in which a rank's process may send no heartbeats: torch writes a profile, and loads weights, while it holds the
+interpreter's lock."""
 
-PROFILE_SECONDS = 600.0
-"""Seconds of silence of a rank that may be writing its profile."""
+SILENT_SECONDS = 600.0
+"""Seconds of silence that are allowed in these."""
 
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
