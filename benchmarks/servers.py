@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, store_wire_model
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import SparkError
 from vllm_spark.processes.child import python_module
@@ -22,7 +23,7 @@ from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK
 from vllm_spark.processes.managed import Process, answers, clean_environment
 
 SERVERS = ("spark", "spark-wire", "stock", "one-rank")
-"""This project's pair, direct and over the modelled wire; vLLM's own pair; one rank of stock vLLM."""
+"""This project's pair, direct and over the modelled link of published figures; vLLM's own pair; one rank."""
 
 START_SECONDS = 300.0
 FIRST_PORT = 20000
@@ -157,7 +158,11 @@ def start_server(
     else:
         secret = {SECRET_VARIABLE: os.urandom(16).hex()}
         join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(spark_port))
-        wire = ["--spark-loopback-mode", "proxied"] if kind == "spark-wire" else []
+        wire: list[str] = []
+        if kind == "spark-wire":
+            file = place.logs / f"{name}-wire.json"
+            store_wire_model(PUBLISHED_FIGURES, file)
+            wire = ["--spark-loopback-mode", "proxied", "--spark-wire", str(file)]
         spark = ["--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)]
         second = "0" if place.one_gpu else "1"
         try:
