@@ -137,11 +137,10 @@ def show(rows: list[Row], args: argparse.Namespace, console: Console) -> None:
     by_key = {(row.server, row.streams): row for row in rows}
     table = Table("load", "server", "median", "least", "most", f"times as fast as {reference}")
     for row in rows:
-        load = (
-            f"{row.streams} stream{'s' if row.streams > 1 else ''}, {args.prompt_tokens} tokens in, {args.answer_tokens} out: tokens/s"
-            if row.streams
-            else f"a prefill of {args.prefill_tokens} tokens: seconds"
-        )
+        load = f"a prefill of {args.prefill_tokens} tokens: seconds"
+        if row.streams:
+            plural = "s" if row.streams > 1 else ""
+            load = f"{row.streams} stream{plural}, {args.prompt_tokens} tokens in, {args.answer_tokens} out: tokens/s"
         digits = 1 if row.streams else 4
         figures = [f"{value:.{digits}f}" for value in (row.median, min(row.figures), max(row.figures))]
         ratio = row.times_as_fast_as(by_key[reference, row.streams])

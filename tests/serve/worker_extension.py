@@ -134,3 +134,15 @@ class Saboteur:
         runtime = installed()
         assert runtime is not None
         runtime.all_reduce(torch.ones(8))
+
+    def break_gpu_of(self, rank: int) -> None:
+        """A kernel of one rank's GPU accesses memory that is not there, while the other rank waits in an all-reduce."""
+        from vllm_spark.collective import installed
+
+        if self.rank == rank:
+            table = torch.ones(8, device="cuda")
+            table[torch.tensor([1 << 40], device="cuda")] += 1
+        runtime = installed()
+        assert runtime is not None
+        runtime.all_reduce(torch.ones(8, device="cuda"))
+        torch.cuda.synchronize()
