@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from vllm_spark import _native
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS
 from vllm_spark.executor.channel.addresses import LOOPBACK
 from vllm_spark.processes.local import free_ports
@@ -140,7 +142,11 @@ def test_it_passes_whole(start: Start) -> None:
             assert step["status"] in allowed, step
     steps = [{step["name"]: step["figures"] for step in report["steps"]} for report in reports]
     assert steps[0]["random"]["digest"] == steps[1]["random"]["digest"]
+    config = SparkConfig()
+    packets = (16 if TWO_GPUS else 8) << 10  # the device's default
+    region = _native.region_bytes(slot_bytes=config.slot_kib << 10, packet_bytes=packets, depth=config.depth)
     for figures in steps:
+        assert figures["pinning"]["region_bytes"] == region
         assert (
             figures["packets"]["counters"]["payload_messages"] == 0 < figures["packets"]["counters"]["packet_messages"]
         )

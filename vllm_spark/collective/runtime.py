@@ -117,9 +117,7 @@ class Runtime:
         """
         if world_size != WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime connects {WORLD_SIZE} ranks")
-        options = cls._limited_to_device(options or RuntimeOptions())
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options or RuntimeOptions())
         if options.transport == "verbs" and announce is None:
             raise UsageError("verbs needs an out-of-band path to the peer; give `announce`")
         own = {"device": cls.device, **options.agreement()}
@@ -174,23 +172,35 @@ class Runtime:
             return native, LinkOffer(problem=str(error))
 
     @classmethod
-    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> None:
+    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> int:
         """Registers memory of a runtime's size for each of `rails`, in the order of `connect`, and releases it again.
+
+        Returns:
+            The size of that memory in bytes.
 
         Raises:
             CollectiveError: a device does not open, or the memory cannot be registered with it.
         """
-        options = cls._limited_to_device(options)
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options)
         native, offer = cls._open_rails(rank, options, rails)
         native.close()
         if offer.problem:
             raise CollectiveError(offer.problem)
+        return _native.region_bytes(
+            slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
+        )
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
         return _native.Runtime(native_options(rank, options, stripes))
+
+    @classmethod
+    def _completed(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """`options` within the limits of this device, and with its default for `packet_bytes`."""
+        options = cls._limited_to_device(options)
+        if options.packet_bytes is not None:
+            return options
+        return replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
