@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_spark.bench.connection import await_connection, open_connection
 from vllm_spark.cli import main
+from vllm_spark.collective import CollectiveError
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_USAGE, PeerLostError
 from vllm_spark.executor.channel.addresses import LOOPBACK
+from vllm_spark.first_run.checked import CheckedCollectives
 from vllm_spark.first_run.peer import Peer, PeerFailedError
 from vllm_spark.first_run.report import Report, redacted
 from vllm_spark.first_run.result import Advice, StepFailedError, StepResult
@@ -123,6 +126,36 @@ def test_the_report_file(tmp_path: Path) -> None:
     assert content["settings"]["address"] == "10.0.0.1"
     assert content["reason"] == "a sentence with (secret) and (public address)"
     assert "where the secret lies" not in text
+
+
+class LateFailure:
+    """The part of a runtime that checked collectives use; it fails while they wait for a result, as a GPU's does."""
+
+    device, rank, failed = "cpu", 0, False
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(tensor)] * 2)
+
+    def check(self) -> None:
+        if self.failed:
+            raise CollectiveError("the other machine stopped")
+
+
+def test_a_failed_collective_is_not_taken_for_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of a GPU are looked at together, after a failure that has not been seen yet."""
+    runtime: Any = LateFailure()
+    look = torch.Tensor.__bool__
+
+    def wait_and_look(tensor: torch.Tensor) -> bool:
+        runtime.failed = True
+        return look(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", wait_and_look)
+    with pytest.raises(CollectiveError, match="the other machine stopped"):
+        CheckedCollectives(runtime, seed=1).run()
 
 
 class Abortable:

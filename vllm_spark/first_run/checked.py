@@ -80,11 +80,11 @@ class CheckedCollectives:
 
     def check(self, what: str = "") -> None:
         """Waits for what was launched; raises as `run`."""
-        self._runtime.check()
-        if bool(self._wrong):
+        wrong = bool(self._wrong)  # waits for a GPU
+        self._runtime.check()  # a collective that failed has no result
+        if wrong:
             where = f"collective {self.done} ({what})" if what else f"one of the collectives up to {self.done}"
             raise StepFailedError(f"the result of {where} has wrong bits", ADVICE)
-        self._runtime.check()
 
     @property
     def digest(self) -> str:
