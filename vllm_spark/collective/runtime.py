@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -94,7 +93,6 @@ class Runtime:
         world_size: int,
         exchange: Exchange,
         options: RuntimeOptions | None = None,
-        agreement: Mapping[str, str] | None = None,
         description: str = "",
         announce: Announce | None = None,
     ) -> Runtime:
@@ -105,7 +103,6 @@ class Runtime:
             world_size: 2; other sizes are refused.
             exchange: sends this rank's bytes to the peer and returns the peer's; called a few times on both ranks.
             options: the same on both ranks.
-            agreement: whatever else must be equal on both ranks, by name.
             description: this rank's name in the peer's messages, such as a host name.
             announce: required for verbs: sends bytes to the peer at any later time, from a thread of the runtime's; the
                 peer passes them to its runtime's `deliver`. The ranks need it to reconnect when no rail works.
@@ -121,7 +118,7 @@ class Runtime:
         if options.transport == "verbs" and announce is None:
             raise UsageError("verbs needs an out-of-band path to the peer; give `announce`")
         own = {"device": cls.device, **options.agreement()}
-        peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
+        peer = agree(exchange, Terms(rank, world_size, description, own))
         if announce is not None and options.transport == "verbs":
             native = cls._connect_rails(rank, exchange, options, peer.description)
             link_thread = LinkThread(native, announce)

@@ -53,7 +53,7 @@ def run_healing(context: Context) -> Outcome:
             name = context.rail_name(rail)
             context.say(f"breaking {name} while collectives run")
             before = runtime.counters()
-            context.swap(_Seen(True))  # both have counted before one breaks it
+            context.meet()  # both have counted before one breaks it
             started = time.monotonic()
             if context.rank == 0:
                 runtime.break_rail(rail)

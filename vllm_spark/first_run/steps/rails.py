@@ -53,10 +53,10 @@ class _Count:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rate:
-    """What one machine has measured, in Gb/s."""
+class _Measured:
+    """What one machine has measured: Gb/s or microseconds; 0 on a machine that does not measure."""
 
-    gbits: float
+    value: float
 
 
 def run_alone(context: Context, rail: int) -> Outcome:
@@ -78,10 +78,9 @@ def run_two_way(context: Context) -> Outcome:
             names = _names(context, chosen)
             context.say(f"large writes in both directions over {names}")
             count = _agreed_count(context, partial(_stream_count, probe, chosen))
-            context.swap(_Count(count))  # both begin now
             with _explained(f"large writes in both directions over {names} failed", _LARGE):
-                mine = _Rate(_gbits(probe, chosen, count))
-            figures[_key(chosen, rails)] = mine.gbits + context.swap(mine).gbits
+                mine = _Measured(_gbits(probe, chosen, count))
+            figures[_key(chosen)] = mine.value + context.swap(mine).value
     alone = {context.rail_name(rail): figures[f"rail_{rail}_two_way_gbits"] for rail in rails}
     total = figures.get("total_two_way_gbits", figures["rail_0_two_way_gbits"])
     warning = judge_two_way(alone, total, context.judged)
@@ -92,7 +91,7 @@ def run_two_way(context: Context) -> Outcome:
     )
 
 
-def _key(chosen: list[int], rails: list[int]) -> str:
+def _key(chosen: list[int]) -> str:
     return f"rail_{chosen[0]}_two_way_gbits" if len(chosen) == 1 else "total_two_way_gbits"
 
 
@@ -109,8 +108,8 @@ def _run(context: Context, rails: list[int]) -> Outcome:
             rates = []
             for sender in (0, 1):
                 count = _agreed_count(context, partial(_stream_count, probe, chosen), sender)
-                mine = _Rate(_gbits(probe, chosen, count) if context.rank == sender else 0.0)
-                rates.append(max(mine.gbits, context.swap(mine).gbits))
+                mine = _Measured(_gbits(probe, chosen, count) if context.rank == sender else 0.0)
+                rates.append(max(mine.value, context.swap(mine).value))
     figures = {
         "small_write_us": round(latency, 3),
         "large_write_us": round(large_latency, 3),
@@ -180,7 +179,7 @@ def _exchange_writes(context: Context, probe: _native.WireProbe, rails: list[int
         median = statistics.median(probe.ping(rails, size, count))
     else:
         probe.answer(rails, size, count)
-    return max(median, context.swap(_Rate(median)).gbits)
+    return max(median, context.swap(_Measured(median)).value)
 
 
 def _stream_count(probe: _native.WireProbe, rails: list[int]) -> int:

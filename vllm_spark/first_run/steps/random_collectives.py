@@ -6,22 +6,16 @@ import dataclasses
 import time
 
 from vllm_spark.first_run.context import Context
-from vllm_spark.first_run.result import Outcome, StepFailedError
+from vllm_spark.first_run.result import Outcome
 
 DEFAULT_COLLECTIVES = {"cuda": 1_000_000, "cpu": 10_000}
 _SEED = 20
 _SAY_SECONDS = 5.0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Digest:
-    collectives: int
-    digest: str
-
-
 def run(context: Context) -> Outcome:
     """Runs as many as the plan, or the default of the device, says."""
-    from vllm_spark.first_run.checked import ADVICE, CheckedCollectives
+    from vllm_spark.first_run.checked import CheckedCollectives, compare_digests
 
     count = context.plan.collectives or DEFAULT_COLLECTIVES[context.device]
     with context.runtime() as runtime:
@@ -34,14 +28,9 @@ def run(context: Context) -> Outcome:
                 context.say(f"{checked.done} of {count} random collectives")
         checked.check()
         seconds = time.monotonic() - started
-        mine = _Digest(count, checked.digest)
-        theirs = context.swap(mine)
+        digest = compare_digests(context, checked)
         counters = dataclasses.asdict(runtime.counters())
-    if mine != theirs:
-        raise StepFailedError(
-            f"the digest of {count} results is {mine.digest} here and {theirs.digest} on the other machine", ADVICE
-        )
     return Outcome(
-        f"{count} collectives, digest {mine.digest} on both",
-        {"collectives": count, "digest": mine.digest, "seconds": round(seconds, 3), "counters": counters},
+        f"{count} collectives, digest {digest} on both",
+        {"collectives": count, "digest": digest, "seconds": round(seconds, 3), "counters": counters},
     )
