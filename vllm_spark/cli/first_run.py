@@ -117,10 +117,12 @@ def run(args: argparse.Namespace, patience: float) -> int:
     console = Console(highlight=False)
     output = _Output(console)
     request = Request(args.listen, patience, report, args.collectives, args.pull)
+    first_run = FirstRun(request, config, output.say, output.show)
     try:
-        return FirstRun(request, config, output.say, output.show).run()
+        return first_run.run()
     finally:
-        console.print(Text(f"The report is in {report}."), soft_wrap=True)
+        if first_run.report_written:
+            console.print(Text(f"The report is in {report}."), soft_wrap=True)
 
 
 class _Output:
