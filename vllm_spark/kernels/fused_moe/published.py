@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.finding import spans
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, has_default, pinned_rows, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape, FusedMoeTable
 from vllm_spark.kernels.fused_moe.vllm_rows import rows_around, vllm_rows_provenance
-from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance, read_json, row_numbers
-from vllm_spark.records import first_fault
+from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance, explained, read_json, row_numbers
 
 FOLDER = "published"
 """Folder of the sets in `configs/`."""
@@ -99,14 +97,8 @@ def load_published_set(path: Path) -> PublishedSet:
     Raises:
         ConfigurationError: it cannot be read or is not such a set; the message names the file and the fault.
     """
-    try:
+    with explained(path, "published set"):
         return PublishedSet.model_validate(read_json(path))
-    except OSError as error:
-        raise ConfigurationError(f"the published set {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a published set: {first_fault(error)}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not a published set: {error}") from None
 
 
 class LeftOut(BaseModel):
@@ -138,6 +130,14 @@ class LeftOut(BaseModel):
         return FusedMoeShape(self.experts, self.size_n, self.dtype, self.block_shape)
 
 
+class _SetsLeftOut(BaseModel):
+    """The content of `left_out.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sets: list[LeftOut]
+
+
 def sets_left_out(configs: Path) -> list[LeftOut]:
     """The sets in `left_out.json` of `configs`.
 
@@ -145,14 +145,8 @@ def sets_left_out(configs: Path) -> list[LeftOut]:
         ConfigurationError: it cannot be read or is invalid.
     """
     path = configs / "left_out.json"
-    try:
-        return [LeftOut.model_validate(each) for each in read_json(path)["sets"]]
-    except OSError as error:
-        raise ConfigurationError(f"the list {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a list of published sets: {first_fault(error)}") from None
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(f"{path} is not a list of published sets: {error}") from None
+    with explained(path, "list of published sets"):
+        return _SetsLeftOut.model_validate(read_json(path)).sets
 
 
 def published_sets(configs: Path) -> dict[str, PublishedSet]:
