@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from vllm_spark.errors import RefusedError
+from vllm_spark.errors import RefusedError, first_line
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, cached_snapshots
-from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles, first_line
+from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles
 from vllm_spark.executor.model_files.modelscope_cache import all_in_modelscope, cached_in_modelscope
 from vllm_spark.files import data_folder
 from vllm_spark.records import to_json
