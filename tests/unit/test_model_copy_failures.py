@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import pytest
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
-from vllm_spark.executor.channel.framing import Connection
+from vllm_spark.executor.channel.framing import Connection, ConnectionClosedError
 from vllm_spark.executor.handshake.messages import CopyState, Sought
 from vllm_spark.executor.model_files.comparison import file_digest
 from vllm_spark.executor.model_sync import receiver, reverse
@@ -128,6 +129,7 @@ def test_an_error_of_this_machines_files(
         assert sentence.startswith(f"the disk of {tmp_path} on {host_name()} is full")
         assert ROOM[role] in sentence
     assert (WRITE[role] in sentence) == (error.errno in (errno.EACCES, errno.EROFS))
+    assert ("look at the disk (dmesg)" in sentence) == (error.errno == errno.EIO)
     assert "None" not in sentence
 
 
@@ -178,6 +180,32 @@ def test_a_stream_whose_start_fails_leaves_no_process(tmp_path: Path, monkeypatc
         ProcessStream(StreamSettings("{}", "127.0.0.1", 1, "s"), staging.lock)
     (process,) = started
     assert process.returncode is not None
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_streams_that_cannot_be_started_leave_nothing_open(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    """Neither pipes nor connections, of those after them too."""
+    pairs = [[Connection(end, "the other machine", LIMIT) for end in connected()] for _ in range(streams + 1)]
+    (control, follower), *copies = pairs
+    arrived: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    for end, _ in copies:
+        arrived.put(end)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start") as caught:
+            reverse._Copier(control, arrived, None)._open_streams(streams, 0)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors - streams, caught.traceback
+    for _, far in copies:
+        with pytest.raises(ConnectionClosedError, match="closed the connection"):
+            far.receive(timeout=20)
+        far.close()
+    control.close()
+    follower.close()
 
 
 def test_a_state_is_reported_while_the_last_file_is_written(

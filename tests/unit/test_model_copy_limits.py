@@ -333,7 +333,7 @@ class Clock:
 
 def test_the_rate_is_that_of_the_last_seconds() -> None:
     clock = Clock()
-    meter = RateMeter(0, clock)
+    meter = RateMeter(clock)
     assert meter.rate(0) == 0.0
     for second in range(1, 31):
         clock.now = float(second)

@@ -74,11 +74,11 @@ def _missing(args: Any) -> Iterator[Sought]:
             speculative = json.loads(speculative)
         except ValueError:
             speculative = None  # vLLM says what is wrong
-    draft = speculative.get("model") if isinstance(speculative, dict) else None
-    if isinstance(draft, str) and draft != model:
-        revision = speculative.get("revision") if isinstance(speculative, dict) else None
-        if "/" in draft and _lacks_model(draft, revision, cache, load_format):
-            yield Sought("draft model", _name_for_both(draft), "model", revision)
+    speculation: dict[str, Any] = speculative if isinstance(speculative, dict) else {}
+    draft, revision = speculation.get("model"), speculation.get("revision")
+    # vLLM's methods without a draft model, such as "ngram", may be named in its place: without a slash.
+    if isinstance(draft, str) and draft != model and "/" in draft and _lacks_model(draft, revision, cache, load_format):
+        yield Sought("draft model", _name_for_both(draft), "model", revision)
     tokenizer = getattr(args, "tokenizer", None)
     if isinstance(tokenizer, str) and tokenizer not in (model, draft) and _lacks(tokenizer, args.tokenizer_revision):
         yield Sought("tokenizer", _name_for_both(tokenizer), "tokenizer", args.tokenizer_revision)

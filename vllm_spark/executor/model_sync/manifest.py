@@ -107,7 +107,7 @@ def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
         RefusedError: a file cannot be read, or was changed since it was compared.
     """
     place = Path(wanted.place)
-    compared = {**wanted.identity.configuration, **wanted.identity.weights}
+    compared = wanted.identity.digests
     alone = single_name(wanted) is not None
     folder = place.parent if alone else place
     names = [*compared, *([] if alone else _beside(folder, compared))]
@@ -170,7 +170,7 @@ def check_manifest(manifest: Manifest, wanted: LoadedFiles) -> None:
         if not _REF.fullmatch(ref):
             raise RefusedError(_invalid(wanted, f"a branch named {ref[:200]!r}"))
     digests = {file.name: file.digest for file in manifest.files}
-    for name, digest in {**wanted.identity.configuration, **wanted.identity.weights}.items():
+    for name, digest in wanted.identity.digests.items():
         if digests.get(name) != digest:
             raise RefusedError(_invalid(wanted, f"no file {name!r} with the content that was compared"))
 
