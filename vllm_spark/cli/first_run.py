@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from vllm_spark.cli.arguments import positive, user_path
+from vllm_spark.cli.arguments import add_sides, positive, user_path
 from vllm_spark.config.settings import (
     SparkConfig,
     flag_name,
     given_flags,
     log_environment_warnings,
-    setting_type,
 )
 from vllm_spark.errors import ConfigurationError, upper_first
 from vllm_spark.files import check_writable
@@ -40,14 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "with --first-run", "Neither vllm-spark join nor vllm serve may be running. It takes about 15 minutes."
     )
-    side = group.add_mutually_exclusive_group()
-    side.add_argument("--listen", action="store_true", help="wait for the other machine, and determine what is run")
-    side.add_argument(
-        "--connect",
-        type=setting_type("leader"),
-        metavar="ADDRESS[:PORT]",
-        help="run it with the machine that listens there",
-    )
+    add_sides(group, "run", required=False)
     group.add_argument(
         "--report",
         type=user_path,

@@ -181,16 +181,8 @@ def _table_from_times(args: argparse.Namespace) -> int:
     if args.source is None:
         raise ConfigurationError("--from-times needs --source, which says where the times come from")
     console = wide_console()
-    outcome = write_table(
-        model=args.model,
-        tp=args.tp,
-        times=args.from_times,
-        source=args.source,
-        device=args.device,
-        reference=args.reference,
-        out=args.out,
-        on_note=lambda note: console.print(escape(note)),
-    )
+    given = {name: getattr(args, name) for name in ("model", "tp", "source", "device", "reference", "out")}
+    outcome = write_table(**given, times=args.from_times, on_note=lambda note: console.print(escape(note)))
     console.print(outcome.table)
     if outcome.path is None:
         console.print("No row is faster than vLLM's choice by these times; no table was written.")
