@@ -52,18 +52,22 @@ COPIED = {
 @pytest.fixture(autouse=True)
 def bob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
     """The follower's user, who has a home of his own, and copies in small ranges."""
+    caplog.set_level(logging.INFO, "vllm_spark")
+    monkeypatch.setattr(leader_search, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(staging, "RANGE_BYTES", MIB)
+    return home_of(tmp_path / "bob", monkeypatch)
+
+
+def home_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes this process that of a user with this empty home, who is offline and has the secret."""
     from huggingface_hub import constants
 
-    home = tmp_path / "bob"
     home.mkdir()
-    caplog.set_level(logging.INFO, "vllm_spark")
     monkeypatch.setenv("VLLMSPARK_SECRET", SECRET.decode())
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(leader_search, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr(staging, "RANGE_BYTES", MIB)
     return home
 
 
@@ -314,27 +318,16 @@ def test_a_file_that_changes_while_it_is_copied(
         changed.write_bytes(b"changed" * 10)
         send(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelSender, "_send_range", change)
-    with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
-        follow(leader)
-    with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
-        leader.accepted.result(30)
-    monkeypatch.undo()
-    bob_again(bob, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSender, "_send_range", change)
+        with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
+            follow(leader)
+        with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
+            leader.accepted.result(30)
     assert not any(path.name == "config.json" for path in bob.rglob("*"))
     leaders.append(leader := Leader(model))
     assert_same(place_of(follow(leader)), model)
     assert_no_leftovers(bob)
-
-
-def bob_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `undo` has taken from the fixture."""
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET.decode())
-    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_what_arrived_before_is_not_copied_again_and_is_looked_at(

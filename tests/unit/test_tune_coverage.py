@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ from vllm_spark.tune.tables import new_tables, store_tables
 
 from .tuning_outcomes import VERSIONS, W13, marlin
 
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """This user's tables, of which there are none at first."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    lookup.clear_cache()
-    folder = lookup.user_folder()
-    assert folder is not None
-    yield folder
-    lookup.clear_cache()
+pytestmark = pytest.mark.usefixtures("user_tables")
 
 
 def of(model: str, kernel: str) -> list[Use]:
@@ -68,10 +58,10 @@ def test_what_is_used_and_why() -> None:
     assert without.why == "vLLM reads no table for such weights"
 
 
-def test_what_was_measured_here_is_used(user_folder: Path) -> None:
+def test_what_was_measured_here_is_used(user_tables: Path) -> None:
     (before, _) = of("qwen3-30b-a3b-int4 TP=2", "Marlin")
     assert before.table is None
-    (path,) = store_tables(new_tables([marlin(1)], {}, GB10, VERSIONS), user_folder)
+    (path,) = store_tables(new_tables([marlin(1)], {}, GB10, VERSIONS), user_tables)
     lookup.clear_cache()
     (after,) = [use for use in of("qwen3-30b-a3b-int4 TP=2", "Marlin") if use.table is not None]
     assert W13.size_n == 768
