@@ -1,9 +1,9 @@
-"""Random collectives for as long as it is told, with random faults of the rails; watches memory and descriptors.
+"""Random collectives for a given time, with random faults of the rails; memory and descriptors are watched.
 
     python -m benchmarks.soak --minutes 60 [--mode verbs] [--device cpu] [--json FILE]
 
 Two ranks run the same random collectives of tests/rdma/exercise.py (on GPUs: of tests/gpu/test_many.py, eager and in
-graphs), each of which knows both inputs and compares every bit of the result. In mode `verbs` their messages go over
+graphs), each of which draws both inputs and compares every bit of the result. In mode `verbs` their messages go over
 NICs that are emulated (tests/native/verbs_emulated.cpp), whose rails fail by chance: they are cut, lose large packets,
 are late, refuse posts, end writes with an error. At the end both ranks' digests must be equal, every rail that failed
 must have come back, and neither process may have grown by more than --growth MiB or have more descriptors than after

@@ -55,7 +55,7 @@ double MachineProbe::round_trip(uint32_t count, std::chrono::nanoseconds timeout
   Clock::time_point begun{}, latest = Clock::now() + timeout + timeout;
   uint64_t turn = 1;
   while (turn <= count) {
-    // Acquire and release as of a collective's flags, whose time this is; the words tell of nothing else.
+    // Acquire and release as of a collective's flags, whose time this is; no other data depends on the words.
     uint64_t seen = load_from_device(words.ping);
     if (seen == turn) {
       if (turn == 1) begun = Clock::now();

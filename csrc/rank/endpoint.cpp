@@ -108,7 +108,7 @@ Endpoint::~Endpoint() {
   if (!owned_by_this_process()) {
     static_cast<void>(link_.release());
     static_cast<void>(modelled_.release());
-    // What frees it would call a driver that does not know the fork.
+    // To free it would call a driver that does not support forks.
     static_cast<void>(new std::shared_ptr<std::byte>(std::move(memory_)));
   }
   delete poison_.load(std::memory_order_relaxed);

@@ -228,7 +228,7 @@ def test_a_signal_before_the_other_machine_has_answered(
         connection.expect(Kind.EXCHANGE, timeout=BOUND)
         machine.process.send_signal(signal.SIGINT)
         assert machine.ended(128 + signal.SIGINT)["reason"] == "stopped by SIGINT"
-        assert "stopped by SIGINT after 0 steps, and the other machine was told" in machine.output
+        assert "stopped by SIGINT after 0 steps, and the other machine was notified" in machine.output
         connection.close()
     finally:
         machine.process.kill()

@@ -37,7 +37,7 @@ _OPTIONS = ("listen", "connect", "report", "collectives", "pull")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that go with --first-run."""
     group = parser.add_argument_group(
-        "with --first-run", "Neither vllm-spark join nor vllm serve may be running. It takes about 15 minutes."
+        "with --first-run", "Neither vllm-spark join nor vllm serve may be running. It takes an estimated 15 minutes."
     )
     add_sides(group, "run", required=False)
     group.add_argument(
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, patience: float) -> int:
     console = Console(highlight=False)
     output = _Output(console)
     request = Request(args.listen, patience, report, args.collectives, args.pull)
-    first_run = FirstRun(request, config, output.say, output.show)
+    first_run = FirstRun(request, config, output.note, output.show)
     try:
         return first_run.run()
     finally:
@@ -123,7 +123,7 @@ class _Output:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def say(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """Prints what happens now."""
         self._console.print(Text(f"          {upper_first(line)} ...", style="dim"), soft_wrap=True)
 

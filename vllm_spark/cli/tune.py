@@ -179,7 +179,7 @@ def _table_from_times(args: argparse.Namespace) -> int:
     from vllm_spark.tune.fused_moe.times_table import write_table
 
     if args.source is None:
-        raise ConfigurationError("--from-times needs --source, which says where the times come from")
+        raise ConfigurationError("--from-times needs --source, the place where the times come from")
     console = wide_console()
     given = {name: getattr(args, name) for name in ("model", "tp", "source", "device", "reference", "out")}
     outcome = write_table(**given, times=args.from_times, on_note=lambda note: console.print(escape(note)))

@@ -161,7 +161,7 @@ class Runtime:
 
     @classmethod
     def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:
-        """The native runtime, with its memory registered for every rail, and what the peer must know to connect."""
+        """The native runtime, with its memory registered for every rail, and what the peer needs to connect."""
         native = cls._make_native(rank, options, stripes=len(rails))
         try:
             return native, open_link(native, options, rails)

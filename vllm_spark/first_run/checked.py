@@ -1,4 +1,4 @@
-"""Random collectives whose results both ranks know to the last bit, on CPU or CUDA tensors."""
+"""Random collectives whose results both ranks compute to the last bit, on CPU or CUDA tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADVICE = Advice(
 class CheckedCollectives:
     """A sequence of random collectives that is the same on both ranks.
 
-    Both ranks draw the same random numbers for both inputs, so each knows the result.
+    Both ranks draw the same random numbers for both inputs, so each computes the result.
 
     Args:
         runtime: connected.

@@ -72,7 +72,7 @@ class Greeting:
 
 @dataclasses.dataclass(frozen=True)
 class _Meeting:
-    """A message of `Context.meet`; its field tells it from other messages."""
+    """A message of `Context.meet`; its field distinguishes it from other messages."""
 
     here: bool
 
@@ -85,7 +85,7 @@ class Context:
         rank: 0 on the listening machine.
         device: `cuda` if both machines have a GPU, else `cpu`.
         judged: whether both are GB10 machines, so that figures are compared with what their network cards reach.
-        say: prints a line for the user while a step runs.
+        note: prints a line for the user while a step runs.
         ports: RDMA ports of this machine; set by the step `machine`.
         rails: this machine's ends of the rails; set by the step `machine`.
         machine: the doctor's report of this machine; set by the step `machine`.
@@ -98,7 +98,7 @@ class Context:
     system: System
     device: str
     judged: bool
-    say: Callable[[str], None]
+    note: Callable[[str], None]
     ports: list[Port] = dataclasses.field(default_factory=list)
     rails: list[Rail] = dataclasses.field(default_factory=list)
     machine: MachineReport | None = None

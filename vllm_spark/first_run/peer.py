@@ -112,12 +112,12 @@ class Peer:
             raise PeerLostError(self._stopped)
 
     def fail(self, sentence: str) -> None:
-        """Tells the other machine why this one cannot go on; does nothing if it is lost."""
+        """Sends the other machine the reason why this one cannot go on; does nothing if it is lost."""
         with contextlib.suppress(PeerLostError):
             self._send(Kind.FAILURE, to_json(Reason(sentence)))
 
     def stop(self, name: str) -> None:
-        """Ends what another thread waits for, and tells the other machine the name of the signal that did so."""
+        """Ends what another thread waits for, and sends the other machine the name of the signal."""
         self._stopped = f"it was stopped here by {name}"
         self.fail(f"it was stopped there by {name}")
         with self._state:

@@ -57,14 +57,14 @@ class FirstRun:
     Args:
         request: what the user asked for.
         config: this machine's settings.
-        say: prints a line while a step runs.
+        note: prints a line while a step runs.
         show: prints the result of a step.
     """
 
     def __init__(
-        self, request: Request, config: SparkConfig, say: Callable[[str], None], show: Callable[[StepResult], None]
+        self, request: Request, config: SparkConfig, note: Callable[[str], None], show: Callable[[StepResult], None]
     ) -> None:
-        self._request, self._config, self._say, self._show = request, config, say, show
+        self._request, self._config, self._note, self._show = request, config, note, show
         self._system = System()
         self._report = Report.begin(0 if request.listens else 1, host_name(), config)
         self._peer: Peer | None = None
@@ -108,7 +108,7 @@ class FirstRun:
 
     def _run(self) -> int:
         connect = await_connection if self._request.listens else open_connection
-        self._say("waiting for the other machine" if self._request.listens else "connecting to the other machine")
+        self._note("waiting for the other machine" if self._request.listens else "connecting to the other machine")
         self._peer = Peer(connect(self._config, self._request.patience, COMMAND))
         context = self._greet(self._peer)
         self._add_connection("passed", value=f"{self._peer.name}, the same versions and secret")
@@ -153,9 +153,9 @@ class FirstRun:
             without = " and ".join(
                 name for name, has in (("this machine", mine.has_gpu), (peer.name, theirs.has_gpu)) if not has
             )
-            self._say(f"without a usable GPU on {without}, collectives use CPU tensors")
+            self._note(f"without a usable GPU on {without}, collectives use CPU tensors")
         rank = 0 if request.listens else 1
-        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, judged, self._say)
+        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, judged, self._note)
 
     def _run_steps(self, context: Context) -> None:
         try:
@@ -191,7 +191,7 @@ class FirstRun:
         where = "while waiting for the other machine"
         if self._peer is not None:
             done = max(0, len(self._report.steps) - 1)  # but the connection
-            where = f"after {done} steps, and the other machine was told"
+            where = f"after {done} steps, and the other machine was notified"
             self._peer.stop(name)
             self._ended.wait(_END_SECONDS)
         # Last: the step that was ended has a result of its own.

@@ -21,7 +21,7 @@ from vllm_spark.records import to_json
 
 def find_own(
     wanted: LoadedFiles,
-    say: Callable[[str], None] = lambda activity: None,
+    report: Callable[[str], None] = lambda activity: None,
     *,
     mapping: Mapping[str, Path] = MappingProxyType({}),
     download: bool = True,
@@ -34,7 +34,7 @@ def find_own(
 
     Args:
         wanted: what the leader has.
-        say: called with what is being done before something that may take minutes.
+        report: called with what is being done before something that may take minutes.
         mapping: folders of this machine, by the leader's names or paths.
         download: False if it is not to be downloaded.
 
@@ -53,7 +53,7 @@ def find_own(
         missing = cached_snapshot(wanted.hub.repository, wanted.hub.commit) is None
     failure = ""
     if download and missing and (source := _source(wanted)) is not None:
-        say(f"downloading {wanted.name}")
+        report(f"downloading {wanted.name}")
         try:
             place = source()
         except Exception as error:

@@ -327,7 +327,7 @@ def _link(source: Path, target: Path, file: CopiedFile) -> None:
 
 
 def _add_ref(path: Path, commit: str) -> None:
-    """Says which commit a branch is, if that is not known here."""
+    """Records which commit a branch is, if there is no such branch here."""
     path.parent.mkdir(exist_ok=True)
     if not os.path.lexists(path):
         path.write_text(commit)

@@ -333,7 +333,7 @@ class _Copy:
     def _next_job(self, stream: Stream, running: dict[Stream, tuple[CopiedFile, Job]]) -> None:
         if self._jobs:
             running[stream] = self._jobs.popleft()
-            with contextlib.suppress(BrokenPipeError):  # its events, or their end, say why
+            with contextlib.suppress(BrokenPipeError):  # its events, or their end, have the reason
                 stream.send(running[stream][1])
 
     def _read(self, stream: Stream, line: bytearray) -> Iterator[Event]:

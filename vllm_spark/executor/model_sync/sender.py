@@ -25,7 +25,7 @@ _MOST_CONNECTIONS = 16
 
 
 class ModelSender:
-    """What this machine sends, to whoever is authenticated; nothing else. Its methods may be called from any thread."""
+    """Sends what was offered, and nothing else, to an authenticated peer. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._offered: dict[str, LoadedFiles] = {}

@@ -113,7 +113,7 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
             checksum = _fetch(connection, job, descriptor, buffer, lambda count: report(Event(bytes=count)))
             report(Event(checksum=checksum, fetched=True))
     except BrokenPipeError:
-        return  # whoever started it has ended
+        return  # the process that started this one has ended
     except PeerLostError as error:
         failure = Event(error=str(error), failure="lost")
     except SparkError as error:

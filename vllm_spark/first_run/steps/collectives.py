@@ -93,7 +93,7 @@ def run_graphs(context: Context) -> Outcome:
 
 @contextmanager
 def _runtime(context: Context, what: str, **changed: int) -> Iterator[Runtime]:
-    context.say(f"checked collectives: {what}")
+    context.note(f"checked collectives: {what}")
     try:
         with context.runtime(**changed) as runtime:
             yield runtime

@@ -19,7 +19,7 @@ def run(context: Context) -> Outcome:
     groups = [[index] for index in range(len(context.rails))]
     for indexes in [*groups, *([list(range(len(context.rails)))] if len(groups) > 1 else [])]:
         names = " and ".join(context.rail_name(index) for index in indexes)
-        context.say(f"registering memory with {names}")
+        context.note(f"registering memory with {names}")
         try:
             size = context.kind.pin(context.rank, context.options, [context.rails[index] for index in indexes])
         except CollectiveError as error:

@@ -76,7 +76,7 @@ def run_two_way(context: Context) -> Outcome:
     with _connected(context, rails) as probe:
         for chosen in [*([rail] for rail in rails), *([rails] if len(rails) > 1 else [])]:
             names = _names(context, chosen)
-            context.say(f"large writes in both directions over {names}")
+            context.note(f"large writes in both directions over {names}")
             count = _agreed_count(context, partial(_stream_count, probe, chosen))
             with _explained(f"large writes in both directions over {names} failed", _LARGE):
                 mine = _Measured(_gbits(probe, chosen, count))
@@ -99,10 +99,10 @@ def _run(context: Context, rails: list[int]) -> Outcome:
     names = _names(context, rails)
     with _connected(context, rails) as probe:
         chosen = list(range(len(rails)))
-        context.say(f"small writes over {names}")
+        context.note(f"small writes over {names}")
         with _explained(f"{names} carried no write of {SMALL} bytes", _SMALL):
             latency = _latency(context, probe, chosen, SMALL)
-        context.say(f"large writes over {names}")
+        context.note(f"large writes over {names}")
         with _explained(f"{names} carried writes of {SMALL} bytes and none of {LARGE}", _LARGE):
             large_latency = _latency(context, probe, chosen, LARGE)
             rates = []
@@ -131,7 +131,7 @@ def _names(context: Context, rails: Sequence[int]) -> str:
 def _connected(context: Context, rails: list[int]) -> Iterator[_native.WireProbe]:
     """A probe of these rails of both machines; its rails are numbered from 0."""
     names = _names(context, rails)
-    context.say(f"connecting {names}")
+    context.note(f"connecting {names}")
     offer, problem, probe = b"", "", None
     try:
         probe = _native.WireProbe(

@@ -88,8 +88,8 @@ class FusedMoeProvenance(BaseModel):
     Attributes:
         models: for people: whose layers have this shape, at which tensor-parallel size.
         rows: provenance for each key of the table.
-        group_size: of 4-bit weights, for which the table is meant; its name does not say.
-        hidden: width of the model whose experts were measured, if only one was; the name does not say.
+        group_size: of 4-bit weights, for which the table is meant; not in its name.
+        hidden: width of the model whose experts were measured, if only one was; not in the name.
         top_k: experts of a token there.
     """
 

@@ -37,7 +37,7 @@ Candidate = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SizeResult:
-    """What the times say for one number of tokens.
+    """The result of the times for one number of tokens.
 
     Attributes:
         tokens: of the step.
