@@ -43,11 +43,13 @@ def test_each_shape_has_a_reason_and_each_shipped_table_a_shape() -> None:
 
 
 def test_what_is_used_and_why() -> None:
-    (int4,) = of("qwen3.5-122b-a10b-int4 TP=2", "Triton")
-    assert int4.what == "6 rows published by vedcsolution/llama-swap 10138ad (grade A)"
+    assert of("qwen3.5-122b-a10b-int4 TP=2", "Triton") == [], "a shape on Triton without a table"
+    (int4,) = of("Laguna-S-2.1 int4 in groups of 32 TP=1", "Triton")
+    assert int4.what == "4 rows published by vladimir-voinea/gb10-laguna-s-2.1-w4a16-moe 958e599 (grade A)"
     assert int4.why.endswith("with --moe-backend triton only, since vLLM runs such experts on Marlin by default")
-    (smaller,) = of("qwen3.5-35b-a3b-int4 TP=1", "Triton")
-    assert smaller.table == int4.table
+    (smaller,) = of("Qwen3.5-35B-A3B-FP8 TP=1", "Triton")
+    (larger,) = of("Qwen3.5-122B-A10B-FP8 TP=2", "Triton")
+    assert smaller.table == larger.table is not None
     assert "measured with a model width of 3072" in smaller.why
     assert [use.what for use in of("qwen3.5-122b-a10b-int4 TP=2", "Marlin")] == ["vLLM's choice"] * 2
     (slower,) = of("Qwen3.6-35B-A3B bf16 TP=1", "Triton")
@@ -82,7 +84,7 @@ def test_the_command_prints_rows_by_provenance_and_what_is_used(capsys: pytest.C
     assert {each["grade"] for each in content["left_out"]} == {"A", "B", "C", "X"}
     assert main(["tune", "--check", "--no-compile"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("llama-swap", "(grade A)", "On a GB10", "no measurement on a GB10 is published", "Left out"):
+    for words in ("Kolibri", "(grade A)", "On a GB10", "no measurement on a GB10 is published", "Left out"):
         assert words in shown, words
 
 

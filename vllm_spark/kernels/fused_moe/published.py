@@ -174,8 +174,10 @@ def published_table(published: PublishedSet, versions: Mapping[str, str]) -> tup
     else:
         rows = {tokens: row.parameters() for tokens, row in published.rows.items()}
         sources = {tokens: published.provenance(tokens) for tokens in published.rows}
-        own = (*range(1, min(published.rows)), *published.vllm)
-        around = {tokens: vllm_row(shape, device, tokens) for tokens in own} | pinned_rows(shape, device, largest)
+        around = {tokens: vllm_row(shape, device, tokens) for tokens in published.vllm}
+        if (first := min(published.rows)) > 1:
+            around |= pinned_rows(shape, device, above=0, upto=first - 1)
+        around |= pinned_rows(shape, device, above=largest)
         # Int4: without a version, since the rule of vLLM 0.32 is valid with each. Earlier ones choose blocks of 3 or 5
         # rows, which the kernel does not have.
         known = has_default(shape.table)
