@@ -151,7 +151,7 @@ def test_a_failed_collective_is_not_taken_for_wrong_bits(monkeypatch: pytest.Mon
 
     def wait_and_look(tensor: torch.Tensor) -> bool:
         runtime.failed = True
-        return look(tensor)
+        return bool(look(tensor))
 
     monkeypatch.setattr(torch.Tensor, "__bool__", wait_and_look)
     with pytest.raises(CollectiveError, match="the other machine stopped"):
@@ -219,6 +219,24 @@ def test_a_peer_that_is_gone_aborts_what_runs(monkeypatch: pytest.MonkeyPatch) -
         assert runtime.aborted.wait(PATIENCE)
         with pytest.raises(PeerLostError, match="closed the connection"):
             one.check()
+
+
+def test_a_message_that_cannot_be_taken_ends_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's thread would end, and the other machine be blamed for it."""
+    runtime: Any = Abortable()
+
+    def fail(announcement: bytes) -> None:
+        raise KeyError(announcement)
+
+    runtime.deliver = fail
+    with peers(monkeypatch) as (one, other), ThreadPoolExecutor() as threads:
+        announces = [end.begin_runtime() for end in (one, other)]
+        one.watch(runtime)
+        waiting = threads.submit(one.exchange, b"")
+        announces[1](b"bad")
+        with pytest.raises(PeerLostError, match=r"could not be taken: KeyError: b'bad'; please report it"):
+            waiting.result(PATIENCE)
+        assert runtime.aborted.is_set()
 
 
 def test_stopping_ends_a_wait_here_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
