@@ -216,6 +216,16 @@ def test_a_model_of_the_hub(model: Path, bob: Path, tmp_path: Path, leaders: lis
     assert (place.parents[1] / "refs/main").read_text() == COMMIT
 
 
+def test_a_tag_with_other_characters_is_left_out(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
+    """It may be any name of git's, and must not keep a model from being copied."""
+    snapshot = as_hub(model, tmp_path / "alice/hub")
+    (snapshot.parents[1] / "refs" / "v1+cu130").write_text(COMMIT)
+    leaders.append(leader := Leader(snapshot, "somebody/tiny"))
+    place = place_of(follow(leader))
+    assert_same(place, model)
+    assert [ref.name for ref in (place.parents[1] / "refs").iterdir()] == ["main"]
+
+
 def test_two_versions_side_by_side(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
     """Of a repository, where files of the same content are not sent again; and of a folder."""
     other = COMMIT[::-1]

@@ -133,8 +133,9 @@ def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
             raise RefusedError(changed(path))
         files.append(CopiedFile(name, state.size, digest, _blob(path)))
         states.append(state)
-    hub = wanted.hub
-    return Manifest(files, [] if hub is None else refs_to(place, hub)), states
+    refs = [] if wanted.hub is None else refs_to(place, wanted.hub)
+    # The receiver refuses a list with others, and the copy is complete without a branch.
+    return Manifest(files, [ref for ref in refs if _REF.fullmatch(ref)]), states
 
 
 def changed(path: Path) -> str:
