@@ -128,6 +128,14 @@ def test_the_report_file(tmp_path: Path) -> None:
     assert "where the secret lies" not in text
 
 
+def test_a_secret_that_json_escapes(tmp_path: Path) -> None:
+    secret = 'a "quoted" secret\\ of these tests'
+    report = Report.begin(0, "one", SparkConfig(address="10.0.0.1"))
+    report.reason = f"a sentence with {secret}"
+    report.write(tmp_path / "report.json", secret)
+    assert json.loads((tmp_path / "report.json").read_text())["reason"] == "a sentence with (secret)"
+
+
 class LateFailure:
     """The part of a runtime that checked collectives use; it fails while they wait for a result, as a GPU's does."""
 
