@@ -300,7 +300,7 @@ void bind_machine_probe(py::module_& module) {
       .def(
           "round_trip",
           [](const MachineProbe& self, uint32_t count, double timeout_s, uintptr_t handle) {
-            return self.round_trip(std::max(count, 2u), timeout_of("timeout_s", timeout_s), stream(handle));
+            return self.round_trip(count, timeout_of("timeout_s", timeout_s), stream(handle));
           },
           Unlocked(), py::arg("count"), py::arg("timeout_s"), py::arg("stream"))
       .def(

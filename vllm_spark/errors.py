@@ -99,6 +99,11 @@ def without_stop(text: str) -> str:
     return text.rstrip(". \t\r\n")
 
 
+def first_line(error: object) -> str:
+    """The first line of an error, or of a program's output, that is not empty, without a full stop; else its type."""
+    return next((without_stop(line).strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def described(error: BaseException) -> str:
     """Type and message of an error of another program, without a full stop."""
     message = without_stop(str(error))

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from vllm_spark.processes.local import free_ports
+
 from .emulated_nics import EmulatedNics
 from .programs import without_preload
 
@@ -73,10 +75,10 @@ class Ranks:
 @pytest.fixture
 def start(nics: EmulatedNics, tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
     started = []
-    ports = iter(range(29_790, 29_800))
 
     def start(*arguments: str, **options: Any) -> Ranks:
-        started.append(Ranks(nics, tmp_path, next(ports), *arguments, **options))
+        (port,) = free_ports(1)
+        started.append(Ranks(nics, tmp_path, port, *arguments, **options))
         return started[-1]
 
     yield start

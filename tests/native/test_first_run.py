@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from vllm_spark import _native
+from vllm_spark.bench.connection import open_connection
+from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS
 from vllm_spark.executor.channel.addresses import LOOPBACK
+from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.processes.local import free_ports
 
 from .emulated_nics import EmulatedNics
@@ -140,7 +144,11 @@ def test_it_passes_whole(start: Start) -> None:
             assert step["status"] in allowed, step
     steps = [{step["name"]: step["figures"] for step in report["steps"]} for report in reports]
     assert steps[0]["random"]["digest"] == steps[1]["random"]["digest"]
+    config = SparkConfig()
+    packets = (16 if TWO_GPUS else 8) << 10  # the device's default
+    region = _native.region_bytes(slot_bytes=config.slot_kib << 10, packet_bytes=packets, depth=config.depth)
     for figures in steps:
+        assert figures["pinning"]["region_bytes"] == region
         assert (
             figures["packets"]["counters"]["payload_messages"] == 0 < figures["packets"]["counters"]["packet_messages"]
         )
@@ -207,6 +215,44 @@ def test_a_signal_ends_both(start: Start, number: signal.Signals) -> None:
     report = one.ended(128 + number)
     assert report["reason"] == f"stopped by {number.name}"
     assert f"it was stopped there by {number.name}" in failing_step(other.ended(EXIT_PROBLEM))["seen"]
+
+
+def test_a_signal_before_the_other_machine_has_answered(
+    nics: EmulatedNics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET)
+    (port,) = free_ports(1)
+    machine = Machine(nics, tmp_path, "listening", "--listen", "--address", LOOPBACK, "--port", str(port))
+    try:
+        connection = open_connection(SparkConfig(leader=LOOPBACK, port=port), BOUND, "vllm-spark x")
+        connection.expect(Kind.EXCHANGE, timeout=BOUND)
+        machine.process.send_signal(signal.SIGINT)
+        assert machine.ended(128 + signal.SIGINT)["reason"] == "stopped by SIGINT"
+        assert "stopped by SIGINT after 0 steps, and the other machine was notified" in machine.output
+        connection.close()
+    finally:
+        machine.process.kill()
+        machine.process.wait()
+
+
+def test_a_report_that_can_no_longer_be_written(nics: EmulatedNics, tmp_path: Path) -> None:
+    """It is not said to be there."""
+    (port,) = free_ports(1)
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    report = ("--report", str(folder / "report.json"))
+    machine = Machine(nics, tmp_path, "one", "--listen", "--address", LOOPBACK, "--port", str(port), *report)
+    try:
+        machine.wait_for("Waiting for the other machine")
+        folder.rmdir()
+        folder.write_text("")
+        machine.process.send_signal(signal.SIGINT)
+        assert machine.process.wait(BOUND) == EXIT_USAGE
+        assert "report.json cannot be written" in machine.output
+        assert "The report is in" not in machine.output
+    finally:
+        machine.process.kill()
+        machine.process.wait()
 
 
 def test_another_secret(start: Start) -> None:

@@ -7,8 +7,8 @@
 //
 //   EMULATED_NICS  the folder, in which `control` is written by tests (tests/native/emulated_nics.py)
 //
-// What is not like a NIC: no packet is lost but where a test wants that, and nothing is in a hurry. Real
-// queue pairs are in tests/rdma.
+// Unlike a NIC it loses packets only where a test asks for that, and its times mean nothing. Real queue pairs
+// are in tests/rdma.
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -58,7 +58,7 @@ struct RailControl {
   std::atomic<uint32_t> refuse_posts;    // so many of the next posts are refused (ENOMEM)
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
-  std::atomic<uint32_t> hang;            // not zero: the device does nothing, and tells of no failure
+  std::atomic<uint32_t> hang;            // not zero: the device does nothing, and reports no failure
   std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
@@ -184,7 +184,7 @@ struct abi::ibv_cq {
 
 namespace {
 
-// Everything below is guarded by this; never destroyed, for the NIC runs on while the process ends.
+// Everything below is guarded by this; never destroyed, because the NIC's thread runs until the process ends.
 auto& mutex = *new std::mutex;
 auto& pairs = *new std::map<uint32_t, std::unique_ptr<QueuePair>>;
 auto& regions = *new std::map<uint32_t, std::unique_ptr<Region>>;

@@ -11,41 +11,21 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.channel.framing import Connection, Kind
+from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.executor.handshake.messages import Sought
 from vllm_spark.executor.model_files.hub_cache import HubPlace
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_sync import reverse, stream
 from vllm_spark.executor.model_sync.manifest import file_below, list_files
 from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
-from vllm_spark.executor.model_sync.receiver import ThreadStream, copy_files
-from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.records import to_json
 
-from .test_channel import LIMIT, connected
-from .test_model_copy_limits import model, wanted_of
+from .test_model_copy_limits import connection_of_two, copy, model, wanted_of
 
 __all__ = ["model"]
 
 HUB = HubPlace("somebody/tiny", "0" * 40)
-
-
-def copy(wanted: LoadedFiles, place: Place) -> int:
-    """Copies over one connection from an honest sender; returns the bytes that it has sent."""
-    manifest, _ = list_files(wanted)
-    sender = ModelSender()
-    sender.offer([wanted])
-    near, far = (Connection(end, "the other machine", LIMIT) for end in connected())
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, near)
-        try:
-            copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(far)], lambda state: None, place=place)
-        finally:
-            sender.close()
-            near.close()
-            far.close()
-    return sender.sent
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -149,7 +129,7 @@ def test_the_folder_of_copied_parts_is_removed_with_a_tree_in_it(tmp_path: Path)
 
 def test_a_stream_has_one_file_open(tmp_path: Path) -> None:
     """A model may have more files than a process may have descriptors."""
-    near, far = (Connection(end, "the leader", LIMIT) for end in connected())
+    near, far = connection_of_two()
     jobs = io.BytesIO(b"".join(to_json(stream.Job("", n, str(tmp_path / f"{n}.data"), 0, 0)) + b"\n" for n in range(5)))
     numbers: list[int] = []
 

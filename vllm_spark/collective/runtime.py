@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -94,7 +93,6 @@ class Runtime:
         world_size: int,
         exchange: Exchange,
         options: RuntimeOptions | None = None,
-        agreement: Mapping[str, str] | None = None,
         description: str = "",
         announce: Announce | None = None,
     ) -> Runtime:
@@ -105,7 +103,6 @@ class Runtime:
             world_size: 2; other sizes are refused.
             exchange: sends this rank's bytes to the peer and returns the peer's; called a few times on both ranks.
             options: the same on both ranks.
-            agreement: whatever else must be equal on both ranks, by name.
             description: this rank's name in the peer's messages, such as a host name.
             announce: required for verbs: sends bytes to the peer at any later time, from a thread of the runtime's; the
                 peer passes them to its runtime's `deliver`. The ranks need it to reconnect when no rail works.
@@ -117,13 +114,11 @@ class Runtime:
         """
         if world_size != WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime connects {WORLD_SIZE} ranks")
-        options = cls._limited_to_device(options or RuntimeOptions())
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options or RuntimeOptions())
         if options.transport == "verbs" and announce is None:
             raise UsageError("verbs needs an out-of-band path to the peer; give `announce`")
         own = {"device": cls.device, **options.agreement()}
-        peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
+        peer = agree(exchange, Terms(rank, world_size, description, own))
         if announce is not None and options.transport == "verbs":
             native = cls._connect_rails(rank, exchange, options, peer.description)
             link_thread = LinkThread(native, announce)
@@ -166,7 +161,7 @@ class Runtime:
 
     @classmethod
     def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:
-        """The native runtime, with its memory registered for every rail, and what the peer must know to connect."""
+        """The native runtime, with its memory registered for every rail, and what the peer needs to connect."""
         native = cls._make_native(rank, options, stripes=len(rails))
         try:
             return native, open_link(native, options, rails)
@@ -174,23 +169,35 @@ class Runtime:
             return native, LinkOffer(problem=str(error))
 
     @classmethod
-    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> None:
+    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> int:
         """Registers memory of a runtime's size for each of `rails`, in the order of `connect`, and releases it again.
+
+        Returns:
+            The size of that memory in bytes.
 
         Raises:
             CollectiveError: a device does not open, or the memory cannot be registered with it.
         """
-        options = cls._limited_to_device(options)
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options)
         native, offer = cls._open_rails(rank, options, rails)
         native.close()
         if offer.problem:
             raise CollectiveError(offer.problem)
+        return _native.region_bytes(
+            slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
+        )
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
         return _native.Runtime(native_options(rank, options, stripes))
+
+    @classmethod
+    def _completed(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """`options` within the limits of this device, and with its default for `packet_bytes`."""
+        options = cls._limited_to_device(options)
+        if options.packet_bytes is not None:
+            return options
+        return replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:

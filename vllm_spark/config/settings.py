@@ -94,7 +94,7 @@ class SparkConfig(BaseModel):
     )
     join_timeout: float = _setting(
         600.0,
-        "Seconds that the leader waits for its follower before it gives up.",
+        "Seconds that the leader waits for its follower before it exits.",
         side="leader",
         gt=0,
         le=86400,

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,13 +41,11 @@ from vllm_spark.executor.bootstrap import (
     use_link_interface,
 )
 from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
-from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Connection, Kind
-from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.group_connection import GroupConnection
-from vllm_spark.executor.handshake.client import Connector
+from vllm_spark.executor.handshake.client import Connector, make_connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
@@ -126,12 +125,7 @@ class FollowerSession:
             RestartError: the leader has another environment; another process must start with it.
         """
         host, port = leader_endpoint(self._config)
-        context = tls_context(load_secret(self._config, host), "follower")
-        source = secret_source(self._config, host)
-
-        def connect() -> Connector:
-            return Connector(host, port, context, self._config.max_frame_mib * MIB, source)
-
+        connect = partial(make_connector, self._config, host, port)
         search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
         search.announce()
         _load_vllm()
@@ -154,11 +148,11 @@ class FollowerSession:
         for connection in (control, rpc, groups):
             connection.disable_keepalive()
         try:
-            self._follow(rpc, GroupConnection(groups, self._fail), host, port)
+            self._follow(rpc, GroupConnection(groups, self._fail), host)
         except Exception as error:
             self._fail(error)
 
-    def _follow(self, rpc: Connection, groups: GroupConnection, host: str, port: int) -> None:
+    def _follow(self, rpc: Connection, groups: GroupConnection, host: str) -> None:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(source_address(host))

@@ -219,10 +219,10 @@ class LeaderSession:
         """Ends the session if the body, in which both ranks do `work`, is interrupted on this one."""
         try:
             yield
-        except Exception:
-            raise
         except BaseException as error:
-            self.fail(SparkError(f"the leader was interrupted in {work} ({type(error).__name__}); make a new engine"))
+            if not isinstance(error, Exception):
+                name = type(error).__name__
+                self.fail(SparkError(f"the leader was interrupted in {work} ({name}); make a new engine"))
             raise
 
     def check(self) -> None:

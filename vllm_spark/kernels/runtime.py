@@ -34,7 +34,6 @@ _TABLE_READERS = ("TritonExperts", "BatchedTritonExperts")
 _FALLBACK_BASE = "FallbackExperts"
 """vLLM's class whose subclasses choose between that kernel and another one for each call."""
 
-
 _FUSED_MOE_PATCH, _MARLIN_PATCH, _ATOMIC_ADD_PATCH = "fused-moe-tables", "marlin-parameters", "marlin-atomic-add"
 
 _WHOLE_PROCESS = object()

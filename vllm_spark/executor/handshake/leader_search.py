@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -159,28 +160,31 @@ class LeaderSearch:
             raise
 
     def _wait_for_offer(self, connector: Connector) -> tuple[Connection, Frame]:
-        """Waits for a leader's offer; answers every `vllm-spark doctor` that listens there before."""
+        """Waits for a leader's offer; answers whatever else listens there before."""
         while True:
-            control = self._wait_for_leader(connector)
-            frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, Kind.SEARCH, timeout=_OFFER_TIMEOUT)
-            if frame.kind is Kind.OFFER:
-                return control, frame
-            if frame.kind is Kind.SEARCH:
-                try:
-                    answer_search(control, frame, connector, self._config)
-                except PeerLostError as error:
-                    logger.warning("The leader that asked for a model was lost: %s.", error)
-                finally:
-                    control.close()
-                self._since = time.monotonic()
-                continue
-            try:
-                self._answer_doctor(control, frame, self._config, connector.host)
-            except PeerLostError as error:
-                logger.warning("The connection to vllm-spark doctor was lost: %s.", error)
-            control.close()
+            with contextlib.ExitStack() as unused:
+                control = self._wait_for_leader(connector)
+                unused.callback(control.close)
+                frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, Kind.SEARCH, timeout=_OFFER_TIMEOUT)
+                if frame.kind is Kind.OFFER:
+                    unused.pop_all()
+                    return control, frame
+                self._answer(control, frame, connector)
             self._since = time.monotonic()
-            self.announce()
+            if frame.kind is Kind.CHECK_REQUEST:
+                self.announce()
+
+    def _answer(self, control: Connection, frame: Frame, connector: Connector) -> None:
+        """Answers a leader that asks for a model, or `vllm-spark doctor`."""
+        searches = frame.kind is Kind.SEARCH
+        try:
+            if searches:
+                answer_search(control, frame, connector, self._config)
+            else:
+                self._answer_doctor(control, frame, self._config, connector.host)
+        except PeerLostError as error:
+            peer = "the leader that asked for a model" if searches else "vllm-spark doctor"
+            logger.warning("The connection to %s was lost: %s.", peer, error)
 
     def _wait_for_leader(self, connector: Connector) -> Connection:
         """Tries to connect until a leader answers; logs that it waits at growing intervals, sooner for a new reason."""

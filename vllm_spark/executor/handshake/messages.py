@@ -27,6 +27,9 @@ from vllm_spark.records import RecordError, from_json
 CONTROL, RPC, GROUPS, COPY = CONNECTIONS = "control", "rpc", "groups", "copy"
 """The connections that a follower opens: one of each in a session, and any number of `copy` while files are copied."""
 
+LARGEST_PIECE = 256 << 10
+"""Bytes of a COPY_DATA, at most: a sender reads and encrypts them in a core's cache."""
+
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to send its HELLO."""
 

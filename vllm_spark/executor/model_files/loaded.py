@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_spark.compat.versions import installed_vllm
-from vllm_spark.errors import RefusedError
+from vllm_spark.errors import RefusedError, first_line
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
@@ -354,9 +354,3 @@ def existing_path(what: str, name: str) -> Path | None:
 def uses_modelscope() -> bool:
     """Whether names lead to ModelScope in place of the Hugging Face hub (VLLM_USE_MODELSCOPE)."""
     return os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a sentence: its first line, without a full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
