@@ -415,8 +415,8 @@ def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) 
 
 
 COLLECTIVE_SECONDS = 10.0
-"""How long a rank waits in a collective for the other one where it gets stuck below: longer than a busy machine takes to
-schedule both."""
+"""How long a rank waits in a collective for the other one where it gets stuck below: longer than a busy machine takes
+to schedule both."""
 
 
 def assert_both_end(server: Server, stream: Stream, clock: Clock, sentence: str) -> None:
