@@ -38,7 +38,7 @@ from vllm_spark.executor.handshake.server import Follower, Listener, listener_at
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
-from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
+from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.token_check import TokenDigest
 from vllm_spark.ranks import LEADER_RANK
 
@@ -85,6 +85,7 @@ class LeaderSession:
         self._their_end: float | None = None  # when the follower had, according to its heartbeats
         self._their_step = ""  # the step of vLLM's start in which the follower is
         self._collective_timeout = config.collective_timeout
+        self._starting = True  # until both ranks have finished vLLM's last call of a start
         self._running_model = False
         self._heartbeat = Heartbeat(
             follower.control,
@@ -185,7 +186,9 @@ class LeaderSession:
             SparkError: the session failed.
         """
         try:
-            return self._answer(timeout)
+            result = self._answer(timeout)
+            self._starting = self._starting and self._query_name != WARM_UP
+            return result
         except RemoteError as error:
             logger.error("%s failed:\n%s", upper_first(self._follower.name), error.details)
             raise
@@ -364,7 +367,7 @@ class LeaderSession:
             # This rank cannot receive the reply: it waits in a collective that the follower does not call.
             self.fail(RemoteError(f"{self._follower.name} failed: {theirs.failed_call}"))
         self._their_step = theirs.start_step
-        if not self._running_model and asked_at is not None:
+        if self._starting and asked_at is not None:
             self._check_start(theirs, time.monotonic())
 
     def _check_start(self, theirs: FollowerReport, now: float) -> None:
@@ -390,7 +393,7 @@ class LeaderSession:
     def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
-        return LeaderReport(step, digest.hex(), "" if self._running_model else step_of(self._caller))
+        return LeaderReport(step, digest.hex(), step_of(self._caller) if self._starting else "")
 
 
 def _warn_if_shared(address: str) -> None:
