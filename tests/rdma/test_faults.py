@@ -21,8 +21,8 @@ DURING = 200
 QUICK_SECONDS = 0.5
 """The time-out of a rail in tests whose faults may come again and again."""
 EMULATION_SECONDS = 1.0
-"""What an operation may take besides, where two processors are emulated: others use them too, such as the thread that
-looks for a peer's address, and an operation without any fault takes up to 0.3 s there."""
+"""What an operation may take besides, where two processors are emulated: without a wait for the time-out, as where the
+carrier is lost, the longest took 0.13 to 0.36 s (benchmarks/NOTES.md, entry 8)."""
 
 
 def assert_bounded(outcomes: tuple[Outcome, Outcome], rail_timeout: float) -> None:
