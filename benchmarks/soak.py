@@ -1,6 +1,6 @@
 """Random collectives for a given time, with random faults of the rails; memory and descriptors are watched.
 
-    python -m benchmarks.soak --minutes 60 [--mode verbs] [--device cpu] [--json FILE]
+    python -m benchmarks.soak --minutes 60 [--mode verbs] [--device cpu] [--seed N] [--json FILE]
 
 Two ranks run the same random collectives of tests/rdma/exercise.py (on GPUs: of tests/gpu/test_many.py, eager and in
 graphs), each of which draws both inputs and compares every bit of the result. In mode `verbs` their messages go over
@@ -32,6 +32,7 @@ import psutil
 from tests.native.emulated_nics import EmulatedNics
 from tests.native.programs import Programs, without_preload
 from vllm_spark.bench.statistics import machine
+from vllm_spark.processes.local import free_ports
 
 MODES: dict[str, dict[str, Any]] = {
     "direct": {},
@@ -77,11 +78,11 @@ class Watch:
         return self.descriptors[-1] - self.descriptors[0] if self.descriptors else 0
 
 
-def failing_rails(nics: EmulatedNics | None) -> AbstractContextManager[Counter[str]]:
+def failing_rails(nics: EmulatedNics | None, seed: int) -> AbstractContextManager[Counter[str]]:
     """Meanwhile one fault comes after the other; counts them. None without rails."""
     if nics is None:
         return nullcontext(Counter[str]())
-    return nics.failing_rails(FAULTS, LONGEST_FAULT, LONGEST_PAUSE)
+    return nics.failing_rails(FAULTS, LONGEST_FAULT, LONGEST_PAUSE, seed)
 
 
 def run_rank(rank: int, port: int, seconds: float, seed: int, options: dict[str, Any]) -> None:
@@ -130,9 +131,11 @@ def runtime_options(options: dict[str, Any]) -> Any:
     return RuntimeOptions(**{"timeout_s": 120.0, "slot_bytes": 1 << 18, "link_timeout_s": 60.0, **given})
 
 
-def run_on_cpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]) -> Any:
+def run_on_cpus(
+    mode: str, seconds: float, seed: int, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]
+) -> Any:
     """Both ranks' reports, the faults, and what their processes took."""
-    port, seed = random.randrange(20_000, 30_000), random.randrange(1 << 30)
+    (port,) = free_ports(1)
     words = [str(port), str(seconds), str(seed), json.dumps(MODES[mode])]
     environment = without_preload() | ({} if nics is None else nics.environment)
     ranks: list[subprocess.Popen[str]] = []
@@ -142,7 +145,7 @@ def run_on_cpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Call
             ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
         watches = [Watch(process.pid) for process in ranks]
         begun = time.monotonic()
-        with failing_rails(nics) as faults:
+        with failing_rails(nics, seed) as faults:
             while time.monotonic() - begun < seconds:
                 time.sleep(min(10.0, seconds / 20))
                 if any(process.poll() is not None for process in ranks):
@@ -162,8 +165,10 @@ def run_on_cpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Call
     return [json.loads(text.splitlines()[-1]) for text in printed], faults, watches
 
 
-def run_on_gpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]) -> Any:
-    """The same with both ranks as threads of this process."""
+def run_on_gpus(
+    mode: str, seconds: float, seed: int, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]
+) -> Any:
+    """The same with both ranks as threads of this process; the collectives are those of tests/gpu/test_many.py."""
     from tests.gpu.test_many import run_many
     from vllm_spark.bench.gpu_ranks import GpuPair
 
@@ -171,7 +176,7 @@ def run_on_gpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Call
     watches = [Watch(os.getpid())]
     with closing(GpuPair((options, options))) as pair:
         begun = time.monotonic()
-        with failing_rails(nics) as faults:
+        with failing_rails(nics, seed) as faults:
             while time.monotonic() - begun < seconds:
                 run_many(pair)
                 if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
@@ -214,6 +219,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=MODES, default="verbs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--growth", type=float, default=16.0, metavar="MIB")
+    parser.add_argument("--seed", type=int, help="of the collectives and the faults (default: any)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -221,6 +227,9 @@ def main() -> int:
         rank, port, seconds, seed, options = args.rank
         run_rank(int(rank), int(port), float(seconds), int(seed), json.loads(options))
         return 0
+
+    seed = random.randrange(1 << 30) if args.seed is None else args.seed
+    print(f"seed {seed}", flush=True)
 
     def look(watches: list[Watch]) -> None:
         for watch in watches:
@@ -236,13 +245,14 @@ def main() -> int:
             if args.device == "cuda":
                 nics.use_in_this_process()
         run = run_on_cpus if args.device == "cpu" else run_on_gpus
-        reports, faults, watches = run(args.mode, 60 * args.minutes, nics, look)
+        reports, faults, watches = run(args.mode, 60 * args.minutes, seed, nics, look)
     found = problems(reports, watches, args.growth)
     summary = {
         "machine": machine(),
         "device": args.device,
         "mode": args.mode,
         "minutes": args.minutes,
+        "seed": seed,
         "faults": faults,
         "ranks": reports,
         "growth_mib": [round(watch.growth, 1) for watch in watches],

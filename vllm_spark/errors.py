@@ -59,6 +59,10 @@ class PeerLostError(SparkError):
     exit_code = EXIT_LOST
 
 
+class PeerTimeoutError(PeerLostError):
+    """The peer, which is alive, did not call an operation of both ranks in time."""
+
+
 class PeerLeftError(PeerLostError):
     """The peer ended the session in order."""
 

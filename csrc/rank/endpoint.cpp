@@ -253,6 +253,8 @@ std::string Endpoint::wait_in(const std::string& where) const {
 }
 
 void Endpoint::abort(const std::string& reason) {
+  if (!owned_by_this_process())
+    return;  // a fork shares the regions, and has no right to end the ranks' waits
   poison(reason);
   end_waits(reason);
   end_peer_waits(reason);

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -124,6 +125,34 @@ class Saboteur:
             "layer names": torch_utils._USE_LAYERNAME,
             "numba": numba and numba.config.NUMBA_NUM_THREADS,
         }
+
+    def hang_in_the_next_step_on(self, rank: int, seconds: float) -> None:
+        """The next step of one rank begins so much later: its heartbeats go on, and the other one waits for it."""
+        self._before_the_next_step_on(rank, lambda: time.sleep(seconds))
+
+    def fail_in_the_next_step_on(self, rank: int) -> None:
+        """The next step of one rank raises, with the words of a GPU's error."""
+
+        def fail() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (planted)")
+
+        self._before_the_next_step_on(rank, fail)
+
+    def write_to_a_full_disk_in_the_next_step_on(self, rank: int) -> None:
+        """The next step of one rank writes where there is no room."""
+        self._before_the_next_step_on(rank, lambda: Path("/dev/full").write_text("no room"))
+
+    def _before_the_next_step_on(self, rank: int, act: Callable[[], object]) -> None:
+        runner = self.model_runner
+        execute = runner.execute_model
+
+        def execute_late(*args: object, **kwargs: object) -> object:
+            del runner.execute_model
+            act()
+            return execute(*args, **kwargs)
+
+        if self.rank == rank:
+            runner.execute_model = execute_late
 
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import weakref
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -82,6 +84,8 @@ class Runtime:
     def __init__(self, native: Any, rank: int, options: RuntimeOptions, link_thread: LinkThread | None = None) -> None:
         self._native = native
         self._link_thread = link_thread
+        # Also without a call of `close`: the link's thread holds the native runtime, and the peer would wait for it.
+        self._release = weakref.finalize(self, _release, os.getpid(), native, link_thread)
         self.rank = rank
         self.world_size = WORLD_SIZE
         self.options = options
@@ -326,10 +330,11 @@ class Runtime:
         self._native.abort(reason)
 
     def close(self) -> None:
-        """Releases everything, and ends the wait of another thread; may be called again."""
-        self._native.close()
-        if self._link_thread is not None:
-            self._link_thread.stop()
+        """Ends the peer's waits and that of another thread, and all threads; may be called again.
+
+        It is called when the runtime is dropped, and at the process's end, too. In a fork it has no effect.
+        """
+        self._release()
 
     @property
     def closed(self) -> bool:
@@ -368,6 +373,15 @@ class Runtime:
             and not tensor.is_quantized
             and tensor.numel() * tensor.element_size() <= self.options.largest_message
         )
+
+
+def _release(process: int, native: Any, link_thread: LinkThread | None) -> None:
+    """Closes the native runtime of `process`; in a fork, which shares descriptors with it, nothing is done."""
+    if os.getpid() != process:
+        return
+    native.close()
+    if link_thread is not None:
+        link_thread.stop()
 
 
 def _ports(options: RuntimeOptions) -> Ports:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_spark.backend.start_step import step_of, with_steps
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.config.settings import SparkConfig
@@ -110,6 +111,9 @@ class FollowerSession:
         self._heartbeat: Heartbeat | None = None
         self._failed_call = ""  # why the last QUERY failed
         self._failed_number = 0  # and its number
+        self._answered = 0  # the number of the last QUERY that is finished
+        self._caller: int | None = None  # the thread that runs calls
+        self._leader_step = ""  # the step of vLLM's start in which the leader is
         self._executor: Any = None
         self._worker: Any = None
         self._serves_adapters = False
@@ -159,6 +163,7 @@ class FollowerSession:
         from vllm_spark.backend.platform import activate, compute_capability
         from vllm_spark.executor.rank_executor import FollowerExecutor
 
+        self._caller = threading.get_ident()
         activate()
         check_marlin_inputs(compute_capability)
         assert self._heartbeat is not None
@@ -208,9 +213,11 @@ class FollowerSession:
             # The leader decides what to do about a failed call; it may have failed there too. If the leader waits in a
             # collective that this rank does not call, the heartbeat reports the failure.
             logger.exception("The worker failed in %s.", method)
+            error = with_steps(error, "rank 1", "rank 0", self._leader_step)
             answer = encode_error(error, header.number)
             self._failed_call = f"its worker failed in {method!r}: {described(error)}"
             self._failed_number = header.number
+        self._answered = header.number
         reply_to.send(Kind.REPLY, answer)
 
     def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -282,9 +289,11 @@ class FollowerSession:
 
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return FollowerReport(counters, self._failed_call, self._failed_number)
+        step = "" if self._running_model else step_of(self._caller)
+        return FollowerReport(counters, self._failed_call, self._failed_number, self._answered, step)
 
     def _compare_digest(self, theirs: LeaderReport) -> None:
+        self._leader_step = theirs.start_step
         self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))
 
     def _session_ended(self, error: SparkError) -> None:

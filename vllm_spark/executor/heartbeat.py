@@ -52,10 +52,17 @@ def cause_grace(error: BaseException) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LeaderReport:
-    """A leader's heartbeat: its steps so far, and the digest of what they sampled, in hexadecimal digits."""
+    """A leader's heartbeat.
+
+    Attributes:
+        step: its steps so far.
+        digest: of what they sampled, in hexadecimal digits.
+        start_step: the step of vLLM's start in which it is (`start_step.step_of`).
+    """
 
     step: int
     digest: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+    start_step: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +73,15 @@ class FollowerReport:
         counters: of its rank.
         failed_call: why the last QUERY failed; empty if it did not.
         failed_number: the number of that QUERY.
+        answered: the number of the last QUERY that it has finished.
+        start_step: the step of vLLM's start in which it is (`start_step.step_of`).
     """
 
     counters: RankCounters
     failed_call: str
     failed_number: int
+    answered: int = 0
+    start_step: str = ""
 
 
 class Heartbeat(threading.Thread):

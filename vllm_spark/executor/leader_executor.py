@@ -146,7 +146,8 @@ class SparkExecutor(RankExecutor):
         non_block: bool,
         single_value: bool,
     ) -> Any:
-        with self._call_lock, self._uninterrupted(session, method), session.explained():
+        explained = session.explained(step=method in STEP_METHODS)
+        with self._call_lock, self._uninterrupted(session, method), explained:
             if self._adapters is not None and method in (ADD_LORA, EXECUTE):
                 args, kwargs = self._with_own_adapters(session, self._adapters, str(method), args, kwargs)
             if method == COMPARE_ADAPTER:
@@ -264,12 +265,14 @@ class SparkExecutor(RankExecutor):
             if isinstance(mine, AsyncModelRunnerOutput):
                 mine = mine.get_output()
         except Exception as error:
+            explained = session.with_steps(error)
             # Received even then: the next call would take an unread reply for its own.
-            session.drain_reply(error)
-            raise
+            session.drain_reply(explained)
+            raise explained from error.__cause__
         except BaseException:
             session.fail(SparkError(f"the leader was interrupted in the call of {_name(method)}; make a new engine"))
             raise
+        session.own_part_done()
         try:
             return [mine, session.answer(None if deadline is None else deadline - time.monotonic())]
         except TimeoutError as error:
@@ -405,7 +408,7 @@ class _StepFuture(Future[Any]):
         """Waits for the copy. `timeout` is ignored, as in vLLM's own future."""
         if not self.done():
             try:
-                with self._uninterrupted, self._session.explained():
+                with self._uninterrupted, self._session.explained(step=True):
                     self.set_result(_record_step(self._session, self._output.get_output()))
             except Exception as error:
                 self.set_exception(error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         _limit_torch_threads(runtime)
         if own_process:
             _limit_numba_threads()
-        open_groups(groups, self.rank)
+        open_groups(groups, self.rank, timedelta(seconds=runtime.options.timeout_s))
         apply_all("serving")
         tuning.start(self.vllm_config)
         UniProcExecutor._init_executor(self)
