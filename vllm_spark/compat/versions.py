@@ -52,6 +52,11 @@ def source_version(version: str) -> str:
     return "+".join([public, ".".join(segments)]) if segments else public
 
 
+def vllm_source() -> str:
+    """The version of the installed vLLM's source, as `source_version`; `none` if it is not installed."""
+    return source_version(installed_vllm() or "none")
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is a CPU build."""
     return "cpu" in str(installed_vllm())
