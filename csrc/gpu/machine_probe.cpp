@@ -65,7 +65,7 @@ double MachineProbe::round_trip(uint32_t count, std::chrono::nanoseconds timeout
     }
   }
   Clock::time_point ended = Clock::now();
-  // The memory is freed after the kernel's last access.
+  // The memory is freed after the kernel's last access. An error of the kernel is why nothing was exchanged.
   driver.check(driver.context_synchronize(), "run a probe");
   if (turn <= count) {
     throw CollectiveError("the GPU and this thread have exchanged " + std::to_string(turn - 1) + " of " +
