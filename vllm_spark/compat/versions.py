@@ -69,7 +69,7 @@ def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, A
 
 
 def triton_runs_int4_experts() -> bool:
-    """Whether `--moe-backend triton` supports experts with int4 weights: 0.26 does not, 0.32 does."""
+    """Whether `--moe-backend triton` supports experts with int4 weights: 0.26 does not, 0.27 and later do."""
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 
     return hasattr(WNA16MoEBackend, "TRITON")
