@@ -76,7 +76,7 @@ class WireProbe::RailEnd {
   // True once the ping after the last one has arrived.
   bool ping_arrived() {
     auto* last = reinterpret_cast<std::atomic<std::byte>*>(resources_->received.start() + end_ - 1);
-    // Acquire: the answer must not be posted before the ping was seen.
+    // The answer must not be posted before the ping was seen.
     if (load_from_device(*last) != ping_byte(pings_received_ + 1)) return false;
     ++pings_received_;
     return true;

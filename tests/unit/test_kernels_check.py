@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.cli import main
+from vllm_spark.compat.versions import source_version
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.check import CheckReport, check_tables
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
@@ -156,6 +157,14 @@ def test_shipped_tables_are_what_the_published_sets_give(tmp_path: Path) -> None
         there = shipped_folder() / path.relative_to(tmp_path)
         ours, theirs = (_tuned(each) for each in (there, path))
         assert ours == theirs != {}, path.name
+
+
+def test_shipped_rows_of_vllms_choice_have_the_version_of_a_source() -> None:
+    """Not that of a build, of which serving has another."""
+    for path in (shipped_folder() / "fused_moe").glob("*.provenance.json"):
+        rows = FusedMoeProvenance.model_validate_json(path.read_text()).rows.values()
+        versions = {row.versions["vllm"] for row in rows if row.grade is None and "vllm" in row.versions}
+        assert versions == {source_version(version) for version in versions}, path.name
 
 
 def _tuned(path: Path) -> dict[int, tuple[dict[str, int], Provenance]]:

@@ -51,13 +51,15 @@ class Plan:
     @classmethod
     def of(cls, config: SparkConfig, collectives: int | None, pull: bool) -> Plan:
         """The plan of the listening machine, with its settings."""
-        names = (field.name for field in dataclasses.fields(cls) if field.name not in ("collectives", "pull"))
-        return cls(collectives, pull, **{name: getattr(config, name) for name in names})
+        return cls(collectives, pull, **{name: getattr(config, name) for name in cls._settings()})
 
     def applied_to(self, config: SparkConfig) -> SparkConfig:
         """This machine's settings with those of the plan."""
-        names = (field.name for field in dataclasses.fields(self) if field.name not in ("collectives", "pull"))
-        return config.model_copy(update={name: getattr(self, name) for name in names})
+        return config.model_copy(update={name: getattr(self, name) for name in self._settings()})
+
+    @classmethod
+    def _settings(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls) if field.name not in ("collectives", "pull")]
 
 
 @dataclasses.dataclass(frozen=True)

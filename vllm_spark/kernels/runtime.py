@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark.compat.patching import apply_all, remove
+from vllm_spark.compat.versions import vllm_source
 from vllm_spark.config.attachment import add_to_compile_key
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels import lookup
@@ -180,7 +181,6 @@ def choose_fused_moe_table(
         block_k: likewise.
         vllm_lookup: vLLM's own look-up.
     """
-    import vllm
     import vllm.envs as envs
 
     device = device_name()
@@ -204,7 +204,7 @@ def choose_fused_moe_table(
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
         return _fall_back(name, vllm_lookup, why)
-    outdated = outdated_rows(provenance, vllm.__version__)
+    outdated = outdated_rows(provenance, vllm_source())
     if outdated:
         versions = ", ".join(dict.fromkeys(outdated.values()))
         now = refreshed_rows(rows, outdated, shape, device)
@@ -212,7 +212,7 @@ def choose_fused_moe_table(
             why = f"the table in {path.parent} has default rows of vLLM {versions}; tune again"
             return _fall_back(name, vllm_lookup, why)
         logger.info(
-            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm.__version__
+            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm_source()
         )
         rows = now
     logger.info(

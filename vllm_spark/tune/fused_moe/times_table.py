@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vllm_spark.compat.versions import installed_vllm
+from vllm_spark.compat.versions import installed_vllm, vllm_source
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.published import PublishedRow, PublishedSet, published_table
@@ -65,8 +65,7 @@ def write_table(
     if folder is None:
         raise ConfigurationError("this user has no home folder for the tables; give a folder with --output")
     check_folder(folder, "--output")
-    version = installed_vllm()
-    if version is None:
+    if installed_vllm() is None:
         raise ConfigurationError("vLLM, whose own choice the other rows of a table have, is not installed; install it")
     measured = read_times(times)
     results = evaluate(measured, shape, name)
@@ -77,7 +76,9 @@ def write_table(
         )
     path = None
     if any(each.used for each in results):
-        table, provenance = published_table(_as_set(shape, label, name, source, times, results), {"vllm": version})
+        table, provenance = published_table(
+            _as_set(shape, label, name, source, times, results), {"vllm": vllm_source()}
+        )
         (path,) = store_tables([NewFusedMoeTable(name, shape.table, table, provenance)], folder, on_note)
     return TimesOutcome(_shown(results, shape), path, results)
 
