@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ class Ranks(threading.local):
 
     world_size = 2
     met = threading.Barrier(2)
-    sent: dict[int, Any] = {}  # noqa: RUF012  # one for both threads
+    sent: ClassVar[dict[int, Any]] = {}  # one for both threads, as the barrier
 
     def begin(self, rank: int) -> None:
         self.rank_in_group, self.cpu_group = rank, self
