@@ -1,34 +1,18 @@
-"""The table of docs/models.md, from what tests have recorded; nothing in it is written by hand.
+"""The table of docs/models.md (`tests.report` says how it comes about).
 
-    VLLMSPARK_MODELS_REPORT=new.jsonl python -m pytest tests/models
-    python -m tests.models.report new.jsonl [MORE.jsonl ...]
-
-Each passed test of tests/models adds its row to the file that `VARIABLE` names. The second command adds the rows of
-such files to `ROWS`, where a row replaces the one of the same architecture, format, speculation, vLLM and machine, and
-writes the page. Without a file it writes the page alone.
-
-This module imports neither vLLM nor torch.
+VLLMSPARK_MODELS_REPORT=new.jsonl python -m pytest tests/models
+python -m tests.models.report new.jsonl [MORE.jsonl ...]
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "VLLMSPARK_MODELS_REPORT"
-ROWS = Path(__file__).with_name("rows.jsonl")
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+from tests.report import CPU, DOCS, EQUAL, LIMIT, STOCK_LIMIT, Page, Row, vllm_version
 
-EQUAL, STOCK_LIMIT, LIMIT = "equal", "stock's limit", "limit"
-"""The first words of a result: the pair's answers are stock's; stock vLLM cannot do it there; `--spark` cannot."""
+__all__ = ["CPU", "EQUAL", "LIMIT", "STOCK_LIMIT"]
 
-CPU = "CPU"
 NO_SPECULATION = "-"
 
 HEAD = f"""# Models
@@ -44,14 +28,10 @@ of an architecture, served by stock vLLM and by a pair. The results:
 - **{LIMIT}**: stock vLLM serves it on two ranks, `--spark` does not.
 
 """
-TABLE_HEAD = """
-| architecture | class | format | speculation | vLLM | where | result |
-| --- | --- | --- | --- | --- | --- | --- |
-"""
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow(Row):
     """One architecture in one format with one kind of speculation, by one version of vLLM on one kind of machine.
 
     Attributes:
@@ -59,28 +39,34 @@ class Row:
         model_class: the class that the checkpoint's configuration names.
         format: of the weights while they are served, such as "float32" or "GPTQ INT4".
         speculation: the method and the number of drafted tokens, or `NO_SPECULATION`.
-        vllm: the version, without the build's name.
-        where: `CPU`, "two GPUs" and the like.
-        result: `EQUAL`, `STOCK_LIMIT` or `LIMIT`; then what was counted or the reason, after a colon.
     """
 
     architecture: str
     model_class: str
     format: str
     speculation: str
-    vllm: str
-    where: str
-    result: str
-
-    @property
-    def kind(self) -> str:
-        """The first word of the result."""
-        return self.result.partition(":")[0]
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells rows apart; another result with the same key replaces this one."""
         return self.architecture, self.where, self.format, self.speculation, self.vllm, self.model_class
+
+
+MODELS = Page(
+    ModelRow,
+    "VLLMSPARK_MODELS_REPORT",
+    Path(__file__).with_name("rows.jsonl"),
+    DOCS / "models.md",
+    HEAD,
+    {
+        "architecture": "architecture",
+        "model_class": "class",
+        "format": "format",
+        "speculation": "speculation",
+        "vllm": "vLLM",
+        "where": "where",
+        "result": "result",
+    },
+)
 
 
 def record(
@@ -92,47 +78,9 @@ def record(
     speculation: str = NO_SPECULATION,
     where: str = CPU,
 ) -> None:
-    """Adds a row to the file that `VARIABLE` names, if it is set; the arguments are those of `Row`.
-
-    Raises:
-        ValueError: the result begins with none of the three words.
-    """
-    vllm = version("vllm").partition("+")[0]
-    row = Row(architecture, model_class, format, speculation, vllm, where, result)
-    if row.kind not in (EQUAL, STOCK_LIMIT, LIMIT):
-        raise ValueError(f"the result {result!r} is invalid: must begin with {EQUAL!r}, {STOCK_LIMIT!r} or {LIMIT!r}")
-    file = os.environ.get(VARIABLE)
-    if file:
-        with Path(file).open("a", encoding="utf-8") as output:
-            output.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-
-
-def read_rows(files: Iterable[Path]) -> list[Row]:
-    """The rows of files, sorted; a later one replaces an earlier one with the same key."""
-    rows = (Row(**json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    by_key = {row.key: row for row in rows}
-    return [by_key[key] for key in sorted(by_key)]
-
-
-def render(rows: Sequence[Row]) -> str:
-    """The page of these rows."""
-    counts = Counter((row.where, row.vllm, row.kind) for row in rows)
-    lines = ["| where | vLLM | result | rows |", "| --- | --- | --- | --- |"]
-    lines += [_line((*key, str(count))) for key, count in sorted(counts.items())]
-    return HEAD + "\n".join(lines) + "\n" + TABLE_HEAD + "".join(_line(astuple(row)) + "\n" for row in rows)
-
-
-def _line(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
-
-
-def main() -> None:
-    """Adds the rows of the command line's files to `ROWS`, and writes the page."""
-    rows = read_rows([ROWS, *map(Path, sys.argv[1:])])
-    ROWS.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    PAGE.write_text(render(rows), encoding="utf-8")
+    """Records a row of the installed vLLM; arguments as of `ModelRow`, error as of `Page.record`."""
+    MODELS.record(ModelRow(vllm_version(), where, result, architecture, model_class, format, speculation))
 
 
 if __name__ == "__main__":
-    main()
+    MODELS.update()

@@ -63,6 +63,18 @@ def _chat_stream(client: OpenAI, model: str) -> Any:
     return text, usage
 
 
+def _responses(client: OpenAI, model: str) -> Any:
+    answer = client.responses.create(model=model, input="Which desk?", max_output_tokens=24, temperature=0)
+    assert answer.usage is not None
+    return answer.output_text, answer.status, answer.usage.output_tokens
+
+
+def _responses_stream(client: OpenAI, model: str) -> Any:
+    stream = client.responses.create(model=model, input="Whose?", max_output_tokens=24, temperature=0, stream=True)
+    events = list(stream)
+    return "".join(event.delta for event in events if event.type == "response.output_text.delta"), events[-1].type
+
+
 def _completion_stream(client: OpenAI, model: str) -> Any:
     stream = client.completions.create(model=model, prompt=PROMPTS[4], max_tokens=24, temperature=0, stream=True)
     return "".join(chunk.choices[0].text for chunk in stream)
@@ -148,6 +160,8 @@ QUESTIONS: dict[str, Question] = {
     "chat": _chat,
     "chat, streamed": _chat_stream,
     "completion, streamed": _completion_stream,
+    "/v1/responses": _responses,
+    "/v1/responses, streamed": _responses_stream,
     "n=2": _several,
     "seeds": _seeded,
     "log probabilities": _log_probabilities,

@@ -13,6 +13,7 @@ import pytest
 from vllm_spark.errors import EXIT_LOST
 
 from . import prompts
+from .features.report import EQUAL, ONE_RANK, record
 from .hosts import Hosts
 from .process import assert_all_gone
 from .servers import Server, spark_tp2
@@ -50,6 +51,8 @@ def test_every_api_server_shows_the_counters(several: Server, reference_tokens: 
     for _ in range(SCRAPES):  # each over a connection of its own, which either of them takes
         assert shown() == expected
     assert several.labelled("vllm:prompt_tokens_total") > 0, "what they count together is shown too"
+    tokens = sum(map(len, reference_tokens))
+    record("--api-server-count", "2, with metrics", f"{EQUAL}: {tokens} tokens", stock=ONE_RANK)
 
 
 def test_a_lost_follower_is_explained(several: Server) -> None:

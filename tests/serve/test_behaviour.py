@@ -16,6 +16,7 @@ from openai import APIError
 
 from . import prompts
 from .development import DEVELOPMENT, EXTENSION, call, post
+from .features.report import record
 from .hosts import Hosts
 from .questions import QUESTIONS, ask_all
 from .servers import Server, spark_tp2, stock_tp2
@@ -82,6 +83,7 @@ def answers(pair: Server) -> dict[str, Any]:
 @pytest.mark.parametrize("question", list(QUESTIONS))
 def test_same_answer_as_stock_vllm(question: str, answers: dict[str, Any], expected: dict[str, Any]) -> None:
     assert answers[question] == expected[question]
+    record("requests", question)
 
 
 def test_answers_mean_something(answers: dict[str, Any]) -> None:
@@ -92,6 +94,8 @@ def test_answers_mean_something(answers: dict[str, Any]) -> None:
     assert answers["bad requests"] == [400, 400, 400]
     assert re.fullmatch(r"[a-f]{4}-\d{3}", answers["regular expression"])
     assert_beginning_of_a_person(answers["JSON schema"][1])
+    assert answers["/v1/responses"][0]
+    assert answers["/v1/responses, streamed"][0]
 
 
 def test_mixed_requests(pair: Server, expected: dict[str, Any]) -> None:

@@ -6,47 +6,34 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 import pytest
 
 from tests.hub import COMMIT, cache_model
 from vllm_spark.models.tiny import make_tiny_model
 from vllm_spark.processes.local import CPU_ENVIRONMENT
-from vllm_spark.processes.managed import program
 
-from . import prompts
 from .adapters import RANK, make_adapter
 from .hosts import Hosts
 from .process import Process, assert_all_gone
-from .servers import START_SECONDS, Server, spark_leader, stock_tp1
-
-SECRET = {"VLLMSPARK_SECRET": "the secret of both machines"}
-MODEL, ADAPTER = "spark/tiny", "spark/sql"
-PROMPTS = prompts.PROMPTS[:4]
-WITH_ADAPTERS = ("--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2")
-OFF = ("--spark-model-sync", "off")
-STEP_SECONDS = START_SECONDS
-"""Bound for a process to import vLLM, to look at the other one, and to say so."""
-RUNTIME_LORA = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-"""On both sides: a follower with another environment than its leader's starts once more."""
-
-
-class Users(NamedTuple):
-    """Two users' folders, and one with what both see under the same path, where the follower's content may differ."""
-
-    alice: Path
-    bob: Path
-    shared: Path
-    at_bobs: Path
-
-    @staticmethod
-    def environment(home: Path) -> dict[str, str]:
-        """Of a user with that home, who is offline."""
-        return {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+from .servers import Server, stock_tp1
+from .two_users import (
+    ADAPTER,
+    MODEL,
+    OFF,
+    PROMPTS,
+    RUNTIME_LORA,
+    SECRET,
+    STEP_SECONDS,
+    WITH_ADAPTERS,
+    Users,
+    join,
+    load_adapter,
+    serve,
+    tokens_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,48 +49,6 @@ def users(tiny_dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Users:
     make_adapter(made.at_bobs / "other", seed=2)
     make_tiny_model(made.at_bobs / "draft", "dense", seed=2)
     return made
-
-
-@contextmanager
-def join(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Process]:
-    """`vllm-spark join` as bob, who sees nothing of alice's, and his own files where both have a path in common."""
-    hide = f"mount -t tmpfs none {users.alice} && mount --bind {users.at_bobs} {users.shared}"
-    command = [program("vllm-spark"), "join", "--leader", hosts[0].address, "--port", port, *more]
-    argv = ["/bin/sh", "-c", f'{hide} && exec "$@"', "sh", *command]
-    process = hosts[1].popen(
-        argv, CPU_ENVIRONMENT | SECRET | RUNTIME_LORA | users.environment(users.bob), "vllm-spark join"
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-
-
-@contextmanager
-def serve(hosts: Hosts, users: Users, port: str, *more: str) -> Iterator[Server]:
-    """`vllm serve MODEL --spark` as alice; not waited for."""
-    environment = SECRET | RUNTIME_LORA | users.environment(users.alice)
-    with spark_leader(hosts, Path(MODEL), port, more, environment, wait=False) as server:
-        yield server
-
-
-def tokens_of(server: Server, model: str) -> list[list[int]]:
-    """Greedy answers of a model or an adapter."""
-    return [
-        (
-            server.client.completions.create(
-                model=model,
-                prompt=prompt,
-                max_tokens=32,
-                temperature=0,
-                extra_body={"return_token_ids": True, "ignore_eos": True},
-            )
-            .choices[0]
-            .model_extra
-            or {}
-        )["token_ids"]
-        for prompt in PROMPTS
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +82,6 @@ def pair(hosts: Hosts, users: Users) -> Iterator[Pair]:
         server.wait_until_healthy()
         assert at_bobs.read_bytes() == right
         yield Pair(server, follower)
-
-
-def load_adapter(server: Server, name: str, path: Path | str) -> httpx.Response:
-    with httpx.Client(trust_env=False, timeout=120) as client:
-        return client.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
 
 
 def test_each_serves_from_its_own_cache(pair: Pair, stock: dict[str, list[list[int]]]) -> None:

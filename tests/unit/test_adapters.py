@@ -16,6 +16,7 @@ from vllm_spark.errors import RefusedError, SparkError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import comparison
 from vllm_spark.executor.model_files.adapters import FollowerAdapters, LeaderAdapters
+from vllm_spark.executor.model_files.compared import ComparedFiles
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
 
@@ -40,12 +41,18 @@ class Ranks:
         self.loaded: set[int] = set()
         self.compared = 0
         self.change: Callable[[LoadedFiles], LoadedFiles] = lambda wanted: wanted
-        self.leader = LeaderAdapters(self._compare, lambda: self.loaded)
-        self.follower = FollowerAdapters(lambda: self.loaded)
+        self.files = ComparedFiles()
+        self.leader = LeaderAdapters(self._compare, lambda: self.loaded, self._load)
+        self.follower = FollowerAdapters(lambda: self.loaded, self.files)
+        self.loads: list[str] = []
 
     def _compare(self, wanted: LoadedFiles) -> str | None:
         self.compared += 1
-        return self.follower.compare(self.change(wanted))
+        return self.files.compare(self.change(wanted))
+
+    def _load(self, request: LoRARequest) -> None:
+        self.loads.append(self.follower.place(request).lora_path)
+        self.loaded.add(request.lora_int_id)
 
 
 @pytest.fixture
@@ -171,7 +178,7 @@ def test_a_folder_that_changes_while_it_is_compared(
         (place / "adapter_model.safetensors").write_bytes(b"newer")
         return place
 
-    monkeypatch.setattr(ranks.follower, "_find", find_and_change)
+    monkeypatch.setattr(ranks.files, "_find", find_and_change)
     with pytest.raises(RefusedError, match=r"it was changed while it was compared: the weight file adapter_model"):
         ranks.leader.compare_request(request(adapter))
 
@@ -185,12 +192,31 @@ def test_the_same_files_written_anew_are_the_same_adapter(ranks: Ranks, tmp_path
 
 
 def test_loading_in_place_looks_at_the_files(ranks: Ranks, tmp_path: Path) -> None:
+    """Before a step and once: a worker would read them again in each step of that request."""
     adapter = make_adapter(tmp_path / "sql")
     ranks.leader.compare_step(step(request(adapter)))
     ranks.loaded = {1}
     (adapter / "adapter_model.safetensors").write_bytes(b"newer")
-    ranks.leader.compare_step(step(request(adapter, load_inplace=True)))
-    assert ranks.compared == 2
+    for _ in range(2):
+        output = step(request(adapter, load_inplace=True))
+        ranks.leader.compare_step(output)
+        ranks.follower.place_step(output)
+        (new,) = output.scheduled_new_reqs
+        assert not new.lora_request.load_inplace
+        assert ranks.compared == 2
+        assert ranks.loads == [str(adapter)]
+
+
+def test_loading_in_place_loads_what_another_folder_has(ranks: Ranks, tmp_path: Path) -> None:
+    """Under one id: what was loaded last is in memory, whatever is on disk."""
+    first, second = make_adapter(tmp_path / "first"), make_adapter(tmp_path / "second", b"another")
+    ranks.loaded = {1}
+    for adapter in (first, second):
+        ranks._load(ranks.leader.compare_request(request(adapter, load_inplace=True)))
+    ranks.leader.compare_step(step(request(second, load_inplace=True)))
+    assert ranks.loads == [str(first), str(second)]
+    ranks.leader.compare_step(step(request(first, load_inplace=True)))
+    assert ranks.loads == [str(first), str(second), str(first)]
 
 
 def test_the_sentence_is_found_in_what_vllm_makes_of_it() -> None:

@@ -27,17 +27,26 @@ from vllm_spark.executor.heartbeat import FollowerReport
 from vllm_spark.executor.leader_executor import SparkExecutor, abandon_unfinished_start
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import LeaderAdapters
-from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_header, encode_result
+from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_header, encode_error, encode_result
 from vllm_spark.kernels import runtime as serving
 
 from .test_channel import LIMIT, SECRET, connections
 
 
 class Worker:
-    """Has one method that an executor calls, and an end."""
+    """Has a few methods that an executor calls, and an end."""
 
     def __init__(self) -> None:
         self.ended = 0
+        self.weights_error: Exception | None = None
+        self.model_runner = self
+
+    def reload_weights(self, weights_iterator: Any = None, weights_path: str | None = None) -> None:
+        self.update_weights({})
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if self.weights_error is not None:
+            raise self.weights_error
 
     def compile_or_warm_up_model(self) -> None: ...
 
@@ -158,6 +167,48 @@ def test_a_call_that_times_out_leaves_the_pair_at_work(executor: Any) -> None:
     executor.shutdown()
 
 
+BROKEN = ValueError("no room")
+WEIGHTS_DIFFER = (
+    r"^the weights are incomplete or not the same on both machines after {} \({}ValueError: no room\); start"
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "on_leader", "on_follower", "sentence"),
+    [
+        ("update_weights", None, BROKEN, WEIGHTS_DIFFER.format("update_weights", "the follower's worker failed: ")),
+        ("update_weights", BROKEN, None, WEIGHTS_DIFFER.format("update_weights", "the leader's worker failed: ")),
+        ("update_weights", BROKEN, BROKEN, None),
+        ("reload_weights", None, BROKEN, WEIGHTS_DIFFER.format("reload_weights", "the follower's worker failed: ")),
+        ("reload_weights", BROKEN, BROKEN, WEIGHTS_DIFFER.format("reload_weights", "the leader's worker failed: ")),
+    ],
+)
+def test_ranks_that_may_have_different_weights_do_not_go_on(
+    executor: Any, method: str, on_leader: Exception | None, on_follower: Exception | None, sentence: str | None
+) -> None:
+    """Both have failed in `update_weights` as in stock vLLM; a failed `reload_weights` leaves no model there either.
+
+    A time-out does not count: whoever does not wait does not learn that one rank has failed.
+    """
+    session, worker = held_by(executor)
+    executor._random_state, executor._started = nullcontext(), True
+    worker.weights_error = on_leader
+
+    def answer() -> None:
+        number = call_on(executor.far_calls)
+        reply = encode_result(None, number) if on_follower is None else encode_error(on_follower, number)
+        executor.far_calls.send(Kind.REPLY, reply)
+
+    answering = threading.Timer(0.2, answer)
+    answering.start()
+    error, expected = (ValueError, "no room") if sentence is None else (SparkError, sentence)
+    with pytest.raises(error, match=expected):
+        executor.collective_rpc(method, timeout=0.05, args=([],))
+    answering.join(20)
+    assert session.failed == (sentence is not None)
+    executor.shutdown()
+
+
 def test_a_call_that_timed_out_and_failed_then_is_no_failure_of_the_next(
     executor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +267,7 @@ def step_of(*requests: Any, interrupted: bool = False) -> Any:
 def serving_adapters(executor: Any) -> Any:
     """The same executor, up, of a model that is served with adapters."""
     executor._random_state, executor._started = nullcontext(), True
-    executor._adapters = LeaderAdapters(executor._compare_files, executor._loaded_adapters)
+    executor._adapters = LeaderAdapters(executor._compare_files, executor._loaded_adapters, executor._load_adapter)
     yield executor
     executor.shutdown()
 

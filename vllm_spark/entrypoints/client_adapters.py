@@ -32,7 +32,7 @@ def compare_adapter(engine: Any, request: Any) -> None:
         return
     known = _compared.setdefault(engine, set())
     key = (request.lora_int_id, request.lora_path)
-    if key in known:
+    if key in known and not request.load_inplace:
         return
     try:
         # Its parts: vLLM's engine gets a LoRARequest in a call's arguments as a list.

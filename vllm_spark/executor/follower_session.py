@@ -51,6 +51,7 @@ from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSear
 from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
+from vllm_spark.executor.model_files.compared import ComparedFiles
 from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
@@ -61,6 +62,7 @@ from vllm_spark.executor.rpc import (
     COMPARE_FILES,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
+    RELOAD_WEIGHTS,
     SAMPLE,
     WARM_UP,
     Call,
@@ -101,7 +103,8 @@ class FollowerSession:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
-        self._adapters = FollowerAdapters(self._loaded_adapters, self._find_adapter)
+        self._compared = ComparedFiles(self._find_files)
+        self._adapters = FollowerAdapters(self._loaded_adapters, self._compared)
         self._connector: Connector | None = None
         self._leader_sends_files = False
         self._token_digest = TokenDigest()
@@ -201,9 +204,9 @@ class FollowerSession:
             call = decode_call(payload)
             method = call.method
             if method == COMPARE_FILES:
-                result: Any = self._adapters.compare(*call.args)
+                result: Any = self._compared.compare(*call.args)
             else:
-                result = run_method(self._worker, call.method, *self._with_own_adapters(call))
+                result = run_method(self._worker, call.method, *self._with_own_files(call))
             if hasattr(result, "get_output"):
                 result = result.get_output()
             answer = encode_result(result, header.number)
@@ -220,22 +223,27 @@ class FollowerSession:
         self._answered = header.number
         reply_to.send(Kind.REPLY, answer)
 
-    def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call; if it adds an adapter, with the path of this machine's folder."""
-        if call.method != ADD_LORA or not self._serves_adapters:
-            return call.args, call.kwargs
-        place = self._adapters.place
-        return tuple(place(each) for each in call.args), {name: place(each) for name, each in call.kwargs.items()}
+    def _with_own_files(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call; if it loads an adapter or weights, with the path of this machine's folder."""
+        if call.method == ADD_LORA and self._serves_adapters:
+            place = self._adapters.place
+            return tuple(place(each) for each in call.args), {name: place(each) for name, each in call.kwargs.items()}
+        leaders = call.kwargs.get("weights_path")
+        if call.method == RELOAD_WEIGHTS and leaders is not None:
+            own = self._compared.place(leaders, "model")
+            self._compared.verify(leaders)
+            return call.args, {**call.kwargs, "weights_path": str(own)}
+        return call.args, call.kwargs
 
     def _loaded_adapters(self) -> set[int]:
         loaded: set[int] = self._worker.list_loras()
         return loaded
 
-    def _find_adapter(self, wanted: LoadedFiles) -> Path:
-        """Where this machine has an adapter of the leader's, which is copied if it is not here.
+    def _find_files(self, wanted: LoadedFiles) -> Path:
+        """Where this machine has an adapter or weights of the leader's, which are copied if they are not here.
 
         Raises:
-            SparkError: it is not here and cannot be copied.
+            SparkError: they are not here and cannot be copied.
         """
         copies = self._leader_sends_files and may_be_copied(wanted)
         try:

@@ -7,6 +7,7 @@ follower, which runs it too.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -27,12 +28,12 @@ from vllm_spark.backend.logging import use_vllm_logging
 from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.attachment import settings_of
-from vllm_spark.errors import EXIT_LOST, SparkError, described
+from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError, described
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
+from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats, weights_to_reload
 from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rank_executor import RankExecutor
 from vllm_spark.executor.rpc import (
@@ -40,9 +41,12 @@ from vllm_spark.executor.rpc import (
     COMPARE_FILES,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
+    RELOAD_WEIGHTS,
     SAMPLE,
     STEP_METHODS,
     WARM_UP,
+    WEIGHT_METHODS,
+    RemoteError,
 )
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
@@ -105,7 +109,7 @@ class SparkExecutor(RankExecutor):
         with self._session.explained(), self._random_state:
             self.load_worker(self._session.groups, self._session.runtime, own_process=self._in_engine_process)
         if self.vllm_config.lora_config is not None:
-            self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
+            self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters, self._load_adapter)
 
     def collective_rpc(
         self,
@@ -150,6 +154,8 @@ class SparkExecutor(RankExecutor):
         with self._call_lock, self._uninterrupted(session, method), explained:
             if self._adapters is not None and method in (ADD_LORA, EXECUTE):
                 args, kwargs = self._with_own_adapters(session, self._adapters, str(method), args, kwargs)
+            elif method == RELOAD_WEIGHTS:
+                args, kwargs = self._with_compared_weights(args, kwargs)
             if method == COMPARE_ADAPTER:
                 if self._adapters is not None:
                     self._adapters.compare(*args)
@@ -192,6 +198,27 @@ class SparkExecutor(RankExecutor):
             raise
         return args, kwargs
 
+    def _with_compared_weights(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call that reloads weights, once both ranks have the same files; each reads its own.
+
+        Raises:
+            RefusedError: the follower has other files, or this rank none; nothing was loaded on either.
+            TypeError: vLLM's worker does not take these arguments.
+        """
+        assert self.driver_worker is not None
+        given = inspect.signature(self.driver_worker.model_runner.reload_weights).bind(*args, **kwargs).arguments
+        path = given.get("weights_path")
+        if given.get("weights_iterator") is not None:
+            return args, kwargs  # they are in the call
+        if path is None and self.vllm_config.model_config.model_weights:
+            return args, kwargs  # both ranks read the same object storage
+        wanted = weights_to_reload(self.vllm_config, None if path is None else str(path))
+        if refusal := self._compare_files(wanted):
+            raise RefusedError(f"the weights cannot be reloaded on both machines: {refusal}")
+        return (), {**given, "weights_path": wanted.place}
+
     def _compare_files(self, wanted: LoadedFiles) -> str | None:
         """Has the follower search for the same files; returns the sentence why it does not have them, or None."""
         session = self._running_session()
@@ -206,7 +233,7 @@ class SparkExecutor(RankExecutor):
                     continue  # it is being copied
                 return (
                     f"the follower has not answered for {_COMPARE_TIMEOUT:g} s; see the log of vllm-spark join, and "
-                    "load the adapter again"
+                    "try again"
                 )
             return refusal
 
@@ -221,6 +248,10 @@ class SparkExecutor(RankExecutor):
     def _loaded_adapters(self) -> set[int]:
         loaded: set[int] = run_method(self.driver_worker, "list_loras", (), {})
         return loaded
+
+    def _load_adapter(self, request: Any) -> None:
+        """Loads an adapter on both ranks, once it was compared."""
+        self._query(self._running_session(), ADD_LORA, None, (request,), {})
 
     def _step(
         self, session: LeaderSession, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], non_block: bool
@@ -257,6 +288,8 @@ class SparkExecutor(RankExecutor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> list[Any]:
+        if method in WEIGHT_METHODS:
+            timeout = None  # whether it succeeded on both ranks decides about the session
         deadline = None if timeout is None else time.monotonic() + timeout
         session.ask(method, args, kwargs)
         try:
@@ -267,7 +300,8 @@ class SparkExecutor(RankExecutor):
         except Exception as error:
             explained = session.with_steps(error)
             # Received even then: the next call would take an unread reply for its own.
-            session.drain_reply(explained)
+            succeeded_there = session.drain_reply(explained)
+            _end_with_unequal_weights(session, method, explained, on_one_rank=succeeded_there)
             raise explained from error.__cause__
         except BaseException:
             session.fail(SparkError(f"the leader was interrupted in the call of {_name(method)}; make a new engine"))
@@ -275,6 +309,9 @@ class SparkExecutor(RankExecutor):
         session.own_part_done()
         try:
             return [mine, session.answer(None if deadline is None else deadline - time.monotonic())]
+        except RemoteError as error:
+            _end_with_unequal_weights(session, method, error, on_one_rank=True)
+            raise
         except TimeoutError as error:
             raise TimeoutError(f"the call of {_name(method)} timed out after {timeout:g} s: {error}") from None
 
@@ -436,6 +473,23 @@ def _record_step(session: LeaderSession, output: Any) -> Any:
     if output is not None:
         session.record_step(output)
     return output
+
+
+def _end_with_unequal_weights(
+    session: LeaderSession, method: str | Callable[..., Any], error: Exception, *, on_one_rank: bool
+) -> None:
+    """Ends the session after a failed call, if the ranks' weights may be different or incomplete.
+
+    A failed `reload_weights` leaves layers without memory in vLLM, on whatever rank.
+    """
+    if method == RELOAD_WEIGHTS or (on_one_rank and method in WEIGHT_METHODS):
+        reason = str(error) if isinstance(error, SparkError) else f"the leader's worker failed: {described(error)}"
+        session.fail(
+            SparkError(
+                f"the weights are incomplete or not the same on both machines after {method} ({reason}); "
+                "start the server again"
+            )
+        )
 
 
 def _name(method: str | Callable[..., Any]) -> str:

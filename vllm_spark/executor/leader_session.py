@@ -208,17 +208,22 @@ class LeaderSession:
         finally:
             self._query_time = None
 
-    def drain_reply(self, error: BaseException) -> None:
+    def drain_reply(self, error: BaseException) -> bool:
         """Receives and drops the reply to the last `ask`, after this rank failed in the same call.
 
         The follower may wait in a collective that this rank does not call; if it does not reply, the session fails.
+
+        Returns:
+            Whether the call succeeded on the follower.
         """
         try:
             self._answer(_REPLY_TIMEOUT_AFTER_ERROR)
         except RemoteError:
-            return
+            return False
         except (SparkError, TimeoutError):
             self._fail_both(SparkError(f"the leader's worker failed: {described(error)}"))
+            return False
+        return True
 
     @contextlib.contextmanager
     def explained(self, *, step: bool = False) -> Iterator[None]:

@@ -2,25 +2,27 @@
 
 The leader compares an adapter with the follower's before a call or a step loads it, and each rank gets the folder that
 was compared. Where vLLM's worker may load it again (it was evicted), the states of its files are looked at again.
+
+vLLM keeps `load_inplace` in each request with such an adapter, and its worker then reads the files in every step. If the
+files change meanwhile, the leader's worker would read others than the follower's. So a step never loads in place: a call
+before it does, on both ranks, and only if the files are not those in memory.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_spark.backend.support import adapter_refusal
-from vllm_spark.errors import RefusedError, SparkError
-from vllm_spark.executor.channel.addresses import host_name
-from vllm_spark.executor.model_files.comparison import signature_of
+from vllm_spark.errors import RefusedError
+from vllm_spark.executor.model_files.compared import ComparedFiles
+from vllm_spark.executor.model_files.comparison import Signature, signature_of
 from vllm_spark.executor.model_files.loaded import LoadedFiles, adapter_files
-from vllm_spark.executor.model_files.own import find_own
 
 ADD_LORA = "add_lora"
 
-Signature = tuple[tuple[str, int, int, int], ...]
 Loaded = Callable[[], set[int]]
 """Asks a worker for the ids of the adapters that it holds in memory."""
 
@@ -40,11 +42,15 @@ class LeaderAdapters:
     Args:
         ask: asks the follower for the same files; returns None, or the sentence why it does not have them.
         loaded: asks this rank's worker.
+        load: has both ranks' workers load the adapter of a LoRARequest that was compared.
     """
 
-    def __init__(self, ask: Callable[[LoadedFiles], str | None], loaded: Loaded) -> None:
-        self._ask, self._loaded = ask, loaded
+    def __init__(
+        self, ask: Callable[[LoadedFiles], str | None], loaded: Loaded, load: Callable[[Any], object]
+    ) -> None:
+        self._ask, self._loaded, self._load = ask, loaded, load
         self._compared: dict[str, _Compared] = {}
+        self._in_memory: dict[int, _Compared] = {}  # by id, what was loaded last
 
     def compare_request(self, request: Any) -> Any:
         """A LoRARequest that names the leader's folder, which both ranks have. Compares it now.
@@ -54,6 +60,7 @@ class LeaderAdapters:
             Exception: vLLM's own, for an adapter that is not there.
         """
         compared = self.compare(request.lora_name, str(request.lora_path), request.lora_int_id)
+        self._in_memory[request.lora_int_id] = compared
         return _with_path(request, compared.place)
 
     def compare(self, name: str, path: str, adapter_id: int) -> _Compared:
@@ -84,16 +91,25 @@ class LeaderAdapters:
                 continue
             loaded = self._loaded() if loaded is None else loaded
             compared = self._compared.get(str(request.lora_path))
-            in_memory = request.lora_int_id in loaded and not request.load_inplace
-            if compared is None or not (in_memory or signature_of(compared.place) == compared.signature):
+            in_memory = request.lora_int_id in loaded
+            if request.load_inplace:
+                if not (in_memory and self._in_memory.get(request.lora_int_id) == compared and _is_unchanged(compared)):
+                    self._load(self.compare_request(request))
+                new.lora_request = _with_path(request, self._compared[str(request.lora_path)].place)
+                new.lora_request.load_inplace = False
+            elif compared is None or not (in_memory or _is_unchanged(compared)):
                 new.lora_request = self.compare_request(request)
             else:
                 new.lora_request = _with_path(request, compared.place)
         if self._compared and output.scheduled_cached_reqs.resumed_req_ids:
             loaded = self._loaded() if loaded is None else loaded
             for path, compared in list(self._compared.items()):
-                if compared.adapter_id not in loaded and signature_of(compared.place) != compared.signature:
+                if compared.adapter_id not in loaded and not _is_unchanged(compared):
                     self.compare(compared.name, path, compared.adapter_id)
+
+
+def _is_unchanged(compared: _Compared | None) -> bool:
+    return compared is not None and signature_of(compared.place) == compared.signature
 
 
 def _with_path(request: Any, place: Path) -> Any:
@@ -117,43 +133,17 @@ def _find_adapter(name: str, path: str) -> Path:
     return place
 
 
-class _Own(NamedTuple):
-    """Where this machine has an adapter, and what must be in it."""
-
-    place: Path
-    signature: Signature
-    wanted: LoadedFiles
-    adapter_id: int = 0
-
-
 class FollowerAdapters:
-    """The follower's side: finds its own folder for each adapter of the leader's.
+    """The follower's side: puts its own folder for each adapter of the leader's into calls and steps.
 
     Args:
         loaded: asks this rank's worker.
-        find: finds the folder of this machine that holds what the leader has; raises SparkError if there is none.
+        compared: this machine's folders.
     """
 
-    def __init__(self, loaded: Loaded, find: Callable[[LoadedFiles], Path] = find_own) -> None:
-        self._loaded, self._find = loaded, find
-        self._own: dict[str, _Own] = {}
-
-    def compare(self, wanted: LoadedFiles) -> str | None:
-        """Looks for what the leader has; None if it is here, else the sentence why not."""
-        try:
-            place = self._find(wanted)
-        except SparkError as error:
-            return str(error)
-        # Taken before the last look at the content, which reads only what has changed meanwhile.
-        signature = signature_of(place)
-        try:
-            difference = wanted.identity_at(place).difference(wanted.identity, f"on {host_name()}")
-        except RefusedError as error:
-            return str(error)
-        if difference:
-            return f"it was changed while it was compared: {difference} ({place}); load it again once it is complete"
-        self._own[wanted.place] = _Own(place, signature, wanted)
-        return None
+    def __init__(self, loaded: Loaded, compared: ComparedFiles) -> None:
+        self._loaded, self._compared = loaded, compared
+        self._ids: dict[str, int] = {}  # by the leader's folder
 
     def place(self, request: Any) -> Any:
         """The LoRARequest with this machine's folder, which a worker is about to load.
@@ -173,33 +163,17 @@ class FollowerAdapters:
         for new in output.scheduled_new_reqs:
             if new.lora_request is not None:
                 loaded = self._loaded() if loaded is None else loaded
-                in_memory = new.lora_request.lora_int_id in loaded and not new.lora_request.load_inplace
-                new.lora_request = self._place(new.lora_request, in_memory=in_memory)
-        if self._own and output.scheduled_cached_reqs.resumed_req_ids:
+                new.lora_request = self._place(new.lora_request, in_memory=new.lora_request.lora_int_id in loaded)
+        if self._ids and output.scheduled_cached_reqs.resumed_req_ids:
             loaded = self._loaded() if loaded is None else loaded
-            for path in self._evicted(loaded):
-                self._verify(path)
-
-    def _evicted(self, loaded: set[int]) -> Iterator[str]:
-        yield from [path for path, own in self._own.items() if own.adapter_id and own.adapter_id not in loaded]
+            for path, adapter_id in self._ids.items():
+                if adapter_id not in loaded:  # it was evicted
+                    self._compared.verify(path)
 
     def _place(self, request: Any, *, in_memory: bool) -> Any:
         path = str(request.lora_path)
-        if path not in self._own:
-            raise SparkError(f"the adapter {request.lora_name} was not compared before it is loaded; report this")
-        self._own[path] = self._own[path]._replace(adapter_id=request.lora_int_id)
+        place = self._compared.place(path, f"adapter {request.lora_name}")
+        self._ids[path] = request.lora_int_id
         if not in_memory:
-            self._verify(path)
-        return _with_path(request, self._own[path].place)
-
-    def _verify(self, path: str) -> None:
-        own = self._own[path]
-        if (signature := signature_of(own.place)) == own.signature:
-            return
-        mine = own.wanted.identity_at(own.place)
-        if difference := mine.difference(own.wanted.identity, f"on {host_name()}"):
-            raise SparkError(
-                f"the {own.wanted.what} was changed while the pair serves: {difference} ({own.place}); "
-                "load a changed adapter from a new folder on both machines"
-            )
-        self._own[path] = own._replace(signature=signature)
+            self._compared.verify(path)
+        return _with_path(request, place)

@@ -109,7 +109,11 @@ class ModelIdentity:
         return None
 
 
-def signature_of(place: Path) -> tuple[tuple[str, int, int, int], ...]:
+Signature = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, size in bytes and time of change in nanoseconds of files."""
+
+
+def signature_of(place: Path) -> Signature:
     """Name, inode, size and time of change of every file in a folder (or of one file): changes when they do.
 
     Costs some microseconds a file. An empty one stands for a place that cannot be looked at.

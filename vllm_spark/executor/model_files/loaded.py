@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator
@@ -111,6 +112,29 @@ def files_of(vllm_config: Any) -> list[LoadedFiles]:
         # A draft model has its target's tokenizer.
         unique.setdefault((files.kind, files.place, files.name, files.revision or ""), files)
     return list(unique.values())
+
+
+def weights_to_reload(vllm_config: Any, weights_path: str | None) -> LoadedFiles:
+    """The weights that the workers of a running engine are about to read.
+
+    Args:
+        vllm_config: of the engine.
+        weights_path: the model that has them, a path or a name of a hub; None if it is the engine's own.
+
+    Raises:
+        RefusedError: as `files_of`, or vLLM's loader of the engine's format cannot load into a model that has weights.
+    """
+    from vllm.model_executor.model_loader import get_model_loader
+
+    if not hasattr(get_model_loader(vllm_config.load_config), "get_all_weights"):
+        raise RefusedError(
+            f"--load-format {load_format_of(vllm_config.load_config)} is invalid for reload_weights: must be one that "
+            "reads all weights of a model, such as auto; call update_config with another one first"
+        )
+    model = copy.copy(vllm_config.model_config)
+    if weights_path is not None:
+        model.model, model.revision, model.model_weights = weights_path, None, ""
+    return _model_files(MODEL, model, vllm_config.load_config, with_tokenizer=False)
 
 
 def pin_load_formats(vllm_config: Any, files: Iterable[LoadedFiles]) -> None:
