@@ -39,7 +39,7 @@ from vllm_spark.executor.bootstrap import (
     link_tolerance,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
+from vllm_spark.executor.channel.addresses import host_name, leader_endpoint, source_address
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import MIB, Connection, Kind
 from vllm_spark.executor.channel.secret import load_secret, secret_source
@@ -48,10 +48,10 @@ from vllm_spark.executor.environment import Environment, SessionEnvironment, ado
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
-from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
+from vllm_spark.executor.handshake.messages import GROUPS, RPC, Offer, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
-from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles, weight_paths
 from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
 from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
@@ -70,6 +70,7 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
+from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.ranks import FOLLOWER_RANK
 
 logger = logging.getLogger("vllm_spark")
@@ -101,6 +102,7 @@ class FollowerSession:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
+        self._weight_files: list[Path] = []
         self._adapters = FollowerAdapters(self._loaded_adapters, self._find_adapter)
         self._connector: Connector | None = None
         self._leader_sends_files = False
@@ -132,11 +134,12 @@ class FollowerSession:
         def connect() -> Connector:
             return Connector(host, port, context, self._config.max_frame_mib * MIB, source)
 
-        search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
+        search = LeaderSearch(self._config, connect, self._answer_doctor, self._check_offer, once=self._once)
         search.announce()
         _load_vllm()
         connector, control, offer, self._own_files = search.find()
         self._connector, self._leader_sends_files = connector, offer.sends_files
+        self._weight_files = weight_paths(offer.files, self._own_files)
         rpc, groups = connector.connect(RPC), connector.connect(GROUPS)
         if rpc is None or groups is None:
             raise PeerLostError(f"the leader at {connector.endpoint} stopped listening")
@@ -162,11 +165,14 @@ class FollowerSession:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(source_address(host))
+        from vllm_spark.backend.memory_need import reserved_bytes
         from vllm_spark.backend.platform import activate, compute_capability
         from vllm_spark.executor.rank_executor import FollowerExecutor
 
         activate()
         check_marlin_inputs(compute_capability)
+        prefer_as_victim()
+        MemoryGuard(reserved_bytes(self._config), host_name(), self._memory_exhausted).start()
         assert self._heartbeat is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
@@ -179,7 +185,7 @@ class FollowerSession:
             assignment.wire,
         )
         place_files(assignment.vllm_config, self._own_files)
-        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)
+        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime, self._weight_files)
         self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
@@ -187,6 +193,16 @@ class FollowerSession:
         while True:
             frame = rpc.expect(Kind.CALL, Kind.QUERY, spin=_SPIN_SECONDS)
             self._run_call(frame.payload, rpc if frame.kind is Kind.QUERY else None)
+
+    def _check_offer(self, offer: Offer) -> None:
+        from vllm_spark.backend.memory_need import check_fits
+
+        self._environment.check(offer.environment)
+        check_fits(offer.memory, self._config, host_name())
+
+    def _memory_exhausted(self, error: SparkError) -> None:
+        self._claim_end()  # at once: an error of another thread is a symptom of it
+        self._fail(error)
 
     def _run_call(self, payload: bytes, reply_to: Connection | None) -> None:
         from vllm.v1.serial_utils import run_method

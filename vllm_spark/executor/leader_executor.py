@@ -24,15 +24,17 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_spark.backend.ipc_folder import remove_socket_folder
 from vllm_spark.backend.logging import use_vllm_logging
+from vllm_spark.backend.memory_need import check_fits, memory_need, reserved_bytes
 from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, SparkError, described
+from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats
+from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats, weight_paths
 from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rank_executor import RankExecutor
 from vllm_spark.executor.rpc import (
@@ -47,6 +49,7 @@ from vllm_spark.executor.rpc import (
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
 from vllm_spark.kernels import runtime as tuning
+from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.processes.child import in_engine_process, watch_parent
 from vllm_spark.processes.signals import ended_by_signals
 from vllm_spark.ranks import LEADER_RANK
@@ -77,6 +80,7 @@ class SparkExecutor(RankExecutor):
         self._sampling_announced = False
         self._started = self._ended = self._groups_opened = False
         self._adapters: LeaderAdapters | None = None
+        self._guard: MemoryGuard | None = None
         self._had_groups = torch.distributed.is_initialized()
         self._status = EngineStatus.from_environment()
         use_vllm_logging()
@@ -94,16 +98,25 @@ class SparkExecutor(RankExecutor):
 
     def _start(self) -> None:
         activate()
-        offer = _offer(self.vllm_config)
-        self._session = LeaderSession.start(settings_of(self.vllm_config), offer, self.vllm_config, self._status)
+        config, offer = settings_of(self.vllm_config), _offer(self.vllm_config)
+        check_fits(offer.memory, config, host_name())
+        self._session = LeaderSession.start(config, offer, self.vllm_config, self._status)
         # After the follower got the configuration with the names: each rank loads from the places that were compared.
         place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
+            prefer_as_victim()
+        self._guard = MemoryGuard(reserved_bytes(config), host_name(), self._memory_exhausted)
+        self._guard.start()
         self._random_state = WorkerRandomState()
         self._groups_opened = True
         with self._session.explained(), self._random_state:
-            self.load_worker(self._session.groups, self._session.runtime, own_process=self._in_engine_process)
+            self.load_worker(
+                self._session.groups,
+                self._session.runtime,
+                weight_paths(offer.files),
+                own_process=self._in_engine_process,
+            )
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters)
 
@@ -290,6 +303,8 @@ class SparkExecutor(RankExecutor):
             self._ended = True
             self._status.mark_ended(clean=not isinstance(sys.exc_info()[1], Exception))
         _clear_unfinished(self)
+        if self._guard is not None:
+            self._guard.stop()
         tuning.stop(self.vllm_config)
         if self._session is not None:
             self._session.close("the leader is shutting down")
@@ -335,6 +350,16 @@ class SparkExecutor(RankExecutor):
                     self._session.leave(f"its engine does not start: {reason}")
             finally:
                 os._exit(reason.exit_code)
+
+    def _memory_exhausted(self, error: SparkError) -> None:
+        """Ends the session; an engine process exits at once, because only that gives its memory back."""
+        session = self._running_session()
+        session.fail(error)
+        if self._in_engine_process:
+            try:
+                session.leave(str(error))
+            finally:
+                os._exit(error.exit_code)
 
     def _running_session(self) -> LeaderSession:
         if self._session is None:
@@ -417,14 +442,15 @@ def _offer(vllm_config: Any) -> Offer:
 
     Replaces load formats that depend on a folder's files by the resolved ones.
     """
-    files = files_of(vllm_config)
+    config, files = settings_of(vllm_config), files_of(vllm_config)
     pin_load_formats(vllm_config, files)
     return Offer(
         model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
         files=files,
-        heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
+        heartbeat_timeout=config.heartbeat_timeout,
         environment=recorded_environment(),
-        sends_files=settings_of(vllm_config).model_sync == "auto",
+        sends_files=config.model_sync == "auto",
+        memory=memory_need(vllm_config, config, sum(path.stat().st_size for path in weight_paths(files))),
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from vllm_spark.backend.memory_need import shares_memory
 from vllm_spark.collective import Runtime
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.store import INIT_METHOD, open_groups
 from vllm_spark.kernels import runtime as tuning
+from vllm_spark.memory.page_cache import PageCacheEviction
 from vllm_spark.ranks import FOLLOWER_RANK, WORLD_SIZE
 
 logger = logging.getLogger("vllm_spark")
@@ -31,12 +35,15 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
     rank: int
     _worker: WorkerWrapperBase | None = None
 
-    def load_worker(self, groups: GroupConnection, runtime: Runtime, *, own_process: bool) -> None:
+    def load_worker(
+        self, groups: GroupConnection, runtime: Runtime, weight_files: Iterable[Path], *, own_process: bool
+    ) -> None:
         """Makes this rank's worker, with its half of the model loaded, as vLLM does for a model on one machine.
 
         Args:
             groups: this rank's end of the groups connection, over which torch's process groups are opened.
             runtime: this rank's end of the collectives.
+            weight_files: that are loaded; evicted from the page cache where weights are in the same memory.
             own_process: whether this process runs nothing but this rank; False in a user's own process.
         """
         _limit_torch_threads(runtime)
@@ -45,7 +52,8 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         open_groups(groups, self.rank)
         apply_all("serving")
         tuning.start(self.vllm_config)
-        UniProcExecutor._init_executor(self)
+        with PageCacheEviction(weight_files if shares_memory() else ()):
+            UniProcExecutor._init_executor(self)
         tuning.model_loaded(self.driver_worker)
 
     @property
@@ -72,16 +80,19 @@ class FollowerExecutor(RankExecutor):
         vllm_config: the leader's configuration.
         groups: this rank's end of the groups connection.
         runtime: this rank's end of the collectives.
+        weight_files: that are loaded.
     """
 
     rank = FOLLOWER_RANK
 
-    def __init__(self, vllm_config: Any, groups: GroupConnection, runtime: Runtime) -> None:
-        self._groups, self._runtime = groups, runtime
+    def __init__(
+        self, vllm_config: Any, groups: GroupConnection, runtime: Runtime, weight_files: Iterable[Path]
+    ) -> None:
+        self._groups, self._runtime, self._weight_files = groups, runtime, weight_files
         super().__init__(vllm_config)
 
     def _init_executor(self) -> None:
-        self.load_worker(self._groups, self._runtime, own_process=True)
+        self.load_worker(self._groups, self._runtime, self._weight_files, own_process=True)
 
 
 def _limit_torch_threads(runtime: Runtime) -> None:
