@@ -115,13 +115,13 @@ class Saboteur:
         return {"rank": self.rank} | ({"more": "x" * size} if size else {})
 
     def grow_on(self, rank: int) -> None:
-        """From now on one rank allocates memory, 1.5 GiB a second, without end."""
+        """From now on one rank allocates memory, 0.8 GiB a second at most, without end."""
 
         def grow() -> None:
             kept = []
             while True:
                 kept.append(b"x" * (32 << 20))
-                time.sleep(0.02)
+                time.sleep(0.04)
 
         if self.rank == rank:
             threading.Thread(target=grow, daemon=True).start()

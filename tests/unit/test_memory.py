@@ -133,7 +133,7 @@ def test_the_reserve_is_of_the_machine_and_a_cgroup_keeps_what_the_guard_defends
     assert refused(need, DESK, SMALL) is None
     sentence = refused(replace(need, weights=3 * GIB), DESK, SMALL)
     assert sentence is not None
-    assert "kept free 0.20) are more than the 3.0 of 4.0 GiB that are available in the cgroup /small" in sentence
+    assert "kept free 0.50) are more than the 3.0 of 4.0 GiB that are available in the cgroup /small" in sentence
     assert refused(need, replace(DESK, available=3 * GIB), reserve=0) is None
     assert "kept free 1.0" in str(refused(need, replace(DESK, available=3 * GIB - 1), reserve=0))
 
@@ -156,8 +156,8 @@ def test_the_reserve_is_of_the_machine_and_a_cgroup_keeps_what_the_guard_defends
         ),
         (replace(DESK, pressure=90.0), RESERVE, "none", ""),  # of programs in a cgroup of their own
         (SMALL, RESERVE, "none", ""),
-        (replace(SMALL, available=300 * MIB), RESERVE, "warn", "0.29 of 4.0 GiB are available in the cgroup /small"),
-        (replace(SMALL, available=200 * MIB), RESERVE, "stop", "0.20 of 4.0 GiB are available in the cgroup /small"),
+        (replace(SMALL, available=700 * MIB), RESERVE, "warn", "0.68 of 4.0 GiB are available in the cgroup /small"),
+        (replace(SMALL, available=500 * MIB), RESERVE, "stop", "0.49 of 4.0 GiB are available in the cgroup /small"),
     ],
 )
 def test_the_judgement(scope: Scope, reserve: int, action: str, reason: str) -> None:
@@ -227,7 +227,7 @@ def test_a_file_is_evicted_once_it_is_unmapped_and_all_at_the_end(tmp_path: Path
     linked.symlink_to(second)
     assert cached([first, second]) == 16 * MIB
     with ObservedEviction([first, linked]) as eviction:
-        with first.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with first.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             assert mapped[:: mmap.PAGESIZE].count(b"x") == 8 * MIB // mmap.PAGESIZE
             assert eviction.seen.wait(20)
         deadline = time.monotonic() + 20

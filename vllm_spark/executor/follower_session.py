@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_spark.backend.pair_status.readings import Sensors
+from vllm_spark.backend.pair_status.report import RankReport
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.config.settings import SparkConfig
@@ -59,6 +61,7 @@ from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
     COMPARE_FILES,
+    DESCRIBE,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
     SAMPLE,
@@ -72,6 +75,7 @@ from vllm_spark.executor.rpc import (
 from vllm_spark.executor.token_check import TokenDigest
 from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.ranks import FOLLOWER_RANK
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -118,6 +122,7 @@ class FollowerSession:
         self._serves_adapters = False
         self._runtime: Runtime | None = None
         self._leader_config = config  # until the ASSIGNMENT
+        self._sensors = Sensors()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -219,6 +224,8 @@ class FollowerSession:
             method = call.method
             if method == COMPARE_FILES:
                 result: Any = self._adapters.compare(*call.args)
+            elif method == DESCRIBE:
+                result = self._described()
             else:
                 result = run_method(self._worker, call.method, *self._with_own_adapters(call))
             if hasattr(result, "get_output"):
@@ -234,6 +241,10 @@ class FollowerSession:
             self._failed_call = f"its worker failed in {method!r}: {described(error)}"
             self._failed_number = header.number
         reply_to.send(Kind.REPLY, answer)
+
+    def _described(self) -> bytes:
+        facts = self._executor.describe(self._config)
+        return to_json(RankReport(facts, local_counters(FOLLOWER_RANK, self._token_digest.state())))
 
     def _with_own_adapters(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call; if it adds an adapter, with the path of this machine's folder."""
@@ -304,7 +315,7 @@ class FollowerSession:
 
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return FollowerReport(counters, self._failed_call, self._failed_number)
+        return FollowerReport(counters, self._failed_call, self._failed_number, self._sensors.read())
 
     def _compare_digest(self, theirs: LeaderReport) -> None:
         self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))

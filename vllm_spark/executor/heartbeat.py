@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
+from vllm_spark.backend.pair_status.records import Readings
 from vllm_spark.backend.status import RankCounters
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Frame, Kind
@@ -66,11 +67,13 @@ class FollowerReport:
         counters: of its rank.
         failed_call: why the last QUERY failed; empty if it did not.
         failed_number: the number of that QUERY.
+        readings: of its machine.
     """
 
     counters: RankCounters
     failed_call: str
     failed_number: int
+    readings: Readings = dataclasses.field(default_factory=Readings)
 
 
 class Heartbeat(threading.Thread):

@@ -25,11 +25,14 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 from vllm_spark.backend.ipc_folder import remove_socket_folder
 from vllm_spark.backend.logging import use_vllm_logging
 from vllm_spark.backend.memory_need import check_fits, memory_need, reserved_bytes
+from vllm_spark.backend.pair_status.records import PairFacts
+from vllm_spark.backend.pair_status.report import RankReport
 from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, SparkError, described
 from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader_session import LeaderSession
@@ -40,11 +43,13 @@ from vllm_spark.executor.rank_executor import RankExecutor
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
+    DESCRIBE,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
     SAMPLE,
     STEP_METHODS,
     WARM_UP,
+    RemoteError,
 )
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
@@ -53,10 +58,12 @@ from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.processes.child import in_engine_process, watch_parent
 from vllm_spark.processes.signals import ended_by_signals
 from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.records import RecordError, from_json
 
 logger = logging.getLogger("vllm_spark")
 
 _COMPARE_TIMEOUT = 600.0  # seconds for the follower to search for an adapter's files
+_DESCRIBE_TIMEOUT = 30.0  # seconds for the follower to describe itself
 _EXIT_GRACE = 3.0  # seconds after a failure in which the engine may exit by itself
 
 
@@ -147,6 +154,7 @@ class SparkExecutor(RankExecutor):
         if method == WARM_UP:
             self._started = True
             _clear_unfinished(self)
+            self._run(session, DESCRIBE, _DESCRIBE_TIMEOUT, (), {}, False, True)
         return result
 
     def _run(
@@ -166,6 +174,9 @@ class SparkExecutor(RankExecutor):
                 if self._adapters is not None:
                     self._adapters.compare(*args)
                 result: Any = None if single_value else [None]
+            elif method == DESCRIBE:
+                self._record_facts(session, timeout)
+                result = None if single_value else [None]
             elif method in STEP_METHODS:
                 output = self._step(session, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
@@ -221,6 +232,25 @@ class SparkExecutor(RankExecutor):
                     "load the adapter again"
                 )
             return refusal
+
+    def _record_facts(self, session: LeaderSession, timeout: float | None) -> None:
+        """Records what the pair consists of, for its start table and status; without it the pair serves as well."""
+        try:
+            config, runtime = settings_of(self.vllm_config), session.runtime
+            mine = self.describe(config)
+            session.ask(DESCRIBE, (), {})
+            theirs = from_json(session.answer(timeout), RankReport)
+            packet_limit = runtime.options.packet_bytes or 0
+            model = str(self.vllm_config.model_config.served_model_name)
+            facts = PairFacts(model, runtime.path, packet_limit, session.endpoint, time.time(), [mine, theirs.facts])
+            self._status.write_facts(facts)
+            self._status.write(local_counters(LEADER_RANK, session.token_digest.state()))
+            self._status.write(theirs.counters)
+        except (RemoteError, TimeoutError, RecordError) as error:
+            logger.warning("The follower has not described itself (%s): there is no start table.", described(error))
+        except Exception as error:
+            session.check()  # it failed meanwhile
+            logger.warning("There is no start table: %s.", described(error), exc_info=error)
 
     def _uninterrupted(
         self, session: LeaderSession, method: str | Callable[..., Any]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark import collective
+from vllm_spark.backend.pair_status.readings import Sensors
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.collective.launch_table import load_launch_table
 from vllm_spark.config.settings import SparkConfig
@@ -39,7 +40,7 @@ from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
@@ -75,6 +76,7 @@ class LeaderSession:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
+        self._sensors = Sensors()
         self._last_query = 0  # the number of the last QUERY
         self._reply_pending = False  # whether the reply to the last `ask` is outstanding
         self._query_time: float | None = None  # when it was sent, while `answer` waits for its reply
@@ -251,6 +253,11 @@ class LeaderSession:
         assert self._runtime is not None
         return self._runtime
 
+    @property
+    def endpoint(self) -> str:
+        """Where this leader listens for its follower."""
+        return self._listener.endpoint
+
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the session fails, at once if it has."""
         with self._fail_lock:  # either `fail` sees it in the list, or this sees the failure
@@ -329,6 +336,7 @@ class LeaderSession:
 
     def _take_report(self, theirs: FollowerReport) -> None:
         self._status.write(theirs.counters)
+        self._status.write_readings(FOLLOWER_RANK, theirs.readings)
         asked_at = self._query_time
         waited = 0.0 if asked_at is None or theirs.failed_number != self._last_query else time.monotonic() - asked_at
         if waited > _REPLY_TIMEOUT_AFTER_ERROR:
@@ -342,6 +350,7 @@ class LeaderSession:
     def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
+        self._status.write_readings(LEADER_RANK, self._sensors.read())
         return LeaderReport(step, digest.hex())
 
 

@@ -37,6 +37,9 @@ COMPARE_FILES = "compare files"
 """Not a method of the worker: the follower searches for the files of its argument, and replies None or the sentence why
 it does not have them."""
 
+DESCRIBE = "describe rank"
+"""Not a method of the worker: the follower replies with the JSON of its `RankReport`."""
+
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own
 multiprocessing executor does), so the follower does not answer."""

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from typing_extensions import Self
+
 _INTERVAL = 0.25  # seconds between two looks at what is mapped
 _END_SECONDS = 10.0  # for the thread's last look: it may wait for a disk
 _MAPS = Path("/proc/self/maps")
@@ -30,7 +32,7 @@ class PageCacheEviction:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="spark-page-cache", daemon=True)
 
-    def __enter__(self) -> PageCacheEviction:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -19,8 +19,7 @@ GIB = 1 << 30
 MACHINE = "this machine"
 
 _LARGEST_FLOOR = GIB
-_FLOOR_SHARE = 20  # a floor is a twentieth of a small scope
-_FLOORS_IN_RESERVE = 8
+_FLOOR_SHARE = 8  # a floor is an eighth of a small scope, and of a large reserve
 _PRESSURE_FILE = Path("/proc/pressure/memory")
 _PRESSURE = re.compile(r"^full avg10=([\d.]+)", re.MULTILINE)
 
@@ -48,7 +47,7 @@ class Scope:
             reserve: what the settings keep free on the machine, in bytes.
         """
         floor = min(_LARGEST_FLOOR, self.total // _FLOOR_SHARE)
-        return max(floor, reserve // _FLOORS_IN_RESERVE) if self.name == MACHINE else floor
+        return max(floor, reserve // _FLOOR_SHARE) if self.name == MACHINE else floor
 
     def reserve_of(self, reserve: int) -> int:
         """Bytes that a start must leave: the reserve on the machine, elsewhere or without one the guard's floor.
