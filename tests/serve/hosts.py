@@ -82,12 +82,12 @@ class Host:
         server = None if cold or self.cgroup is not None else self._fork_server
         if server is not None and server.suits(argv, environment):
             return start(name, argv, log, environment, server)
-        return start(name, self._here(argv), log, environment)
+        return start(name, self.command(argv), log, environment)
 
     @contextmanager
     def fork_server(self) -> Iterator[None]:
         """Meanwhile this host has a process that has imported vLLM, from which `popen` forks what it can."""
-        self._fork_server = ForkServer(self._here([]), self.logs / f"host{self.index}-fork-server.log")
+        self._fork_server = ForkServer(self.command([]), self.logs / f"host{self.index}-fork-server.log")
         try:
             yield
         finally:
@@ -99,7 +99,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program on this host to its end and returns its output; raises nothing for its exit code."""
         return subprocess.run(
-            self._here(argv),
+            self.command(argv),
             env=clean_environment() | dict(env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -172,7 +172,8 @@ class Host:
                 raise RuntimeError(f"{self.interface} of host {self.index} is {seen}, its cable is {state}")
             time.sleep(POLL_SECONDS)
 
-    def _here(self, argv: Sequence[str]) -> list[str]:
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """The command that runs a program on this host, from the root namespace."""
         argv = argv if self.cgroup is None else self.cgroup.command(argv)
         if self.namespace is None:
             return list(argv)

@@ -27,14 +27,13 @@ class Sensors:
 
     def read(self) -> Readings:
         """The readings of now, or of up to five seconds ago."""
-        now = time.monotonic()
-        if not self._read_at or now - self._read_at >= _INTERVAL:
-            self._read_at = now
+        if not self._read_at or time.monotonic() - self._read_at >= _INTERVAL:
             self._readings = Readings(
                 memory_available=psutil.virtual_memory().available,
                 **self._gpu_readings(),
                 **_processor_readings(),
             )
+            self._read_at = time.monotonic()
         return self._readings
 
     def _gpu_readings(self) -> dict[str, float]:

@@ -29,10 +29,11 @@ _MOST_TABLES = 4
 
 
 class Row(NamedTuple):
-    """A line of the table: a label, and one text for both machines or one for each."""
+    """A line of the table: a label, and a text for each machine or one for the pair."""
 
     label: str
     texts: tuple[str, ...]
+    of_machines: bool = False
 
 
 def show_table(report: StatusReport, console: Console, *, now: bool) -> None:
@@ -44,22 +45,19 @@ def show_table(report: StatusReport, console: Console, *, now: bool) -> None:
         now: whether to show what the pair does now.
     """
     head, *rows = _rows(report, now=now)
-    table = Table(box=box.SIMPLE, pad_edge=False, expand=False, show_edge=False)
-    table.add_column("")
+    width = max(len(row.label) for row in rows)
+    machines = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    machines.add_column(head.label, min_width=width)
     for text in head.texts:
-        table.add_column(Text(text), overflow="fold", ratio=1)
-    common = [row for row in rows if len(row.texts) == 1]
+        machines.add_column(Text(text), overflow="fold", ratio=1)
+    pair = Table(box=None, pad_edge=False, show_header=False, padding=(0, 3, 0, 0))
+    pair.add_column(min_width=width)
+    pair.add_column(overflow="fold")
     for row in rows:
-        if len(row.texts) > 1:
-            table.add_row(Text(row.label, style="bold"), *map(Text, row.texts))
-    console.print(Text(_title(report), style="bold"))
-    console.print(table)
-    pairs = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    pairs.add_column()
-    pairs.add_column(overflow="fold")
-    for row in common:
-        pairs.add_row(Text(row.label, style="bold"), Text(row.texts[0]))
-    console.print(pairs)
+        table = machines if row.of_machines else pair
+        table.add_row(Text(row.label, style="bold"), *map(Text, row.texts))
+    for part in (Text(_title(report), style="bold"), machines, pair):
+        console.print(part)
 
 
 def lines(report: StatusReport, *, now: bool) -> Iterator[str]:
@@ -81,7 +79,7 @@ def _rows(report: StatusReport, *, now: bool) -> Iterator[Row]:
     readings = {rank: report.readings[rank] for rank in RANKS if rank < len(report.readings)}
 
     def row(label: str, text: Callable[[RankFacts], str]) -> Row:
-        return Row(label, tuple(_plain(text(rank)) for rank in ranks))
+        return Row(label, tuple(_plain(text(rank)) for rank in ranks), of_machines=True)
 
     def counted(label: str, text: Callable[[RankCounters], str]) -> Row:
         return row(label, lambda rank: text(counters[rank.rank]) if rank.rank in counters else UNKNOWN)
