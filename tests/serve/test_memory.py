@@ -78,7 +78,9 @@ def test_growth_is_stopped_before_the_kernel_acts(
             rf"{re.escape(small.cgroup.name)}, and the guard keeps 0\.50 GiB free",
             STOP_SECONDS,
         )
-        assert re.search(r"Memory runs short: (0\.\d+|1\.0) of 4\.0 GiB", server.processes[rank].output()[: stopped.start()])
+        assert re.search(
+            r"Memory runs short: (0\.\d+|1\.0) of 4\.0 GiB", server.processes[rank].output()[: stopped.start()]
+        )
         other = server.processes[FOLLOWER_RANK if rank == LEADER_RANK else LEADER_RANK]
         other.wait_for_line(re.escape(stopped[0]), STOP_SECONDS)
         assert server.leader.wait(STOP_SECONDS) == 1
