@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,7 +33,7 @@ SHOWN_LATER = (
 
 
 @pytest.fixture(scope="module")
-def guarded(hosts: Hosts, tiny_moe: Any) -> Iterator[Server]:
+def guarded(hosts: Hosts, tiny_moe: Path) -> Iterator[Server]:
     """A pair whose server requires an API key."""
     with spark_tp2(hosts, tiny_moe, ["--api-key", KEY, "--served-model-name", "tiny"]) as server:
         yield server
@@ -69,18 +69,19 @@ def test_the_start_table_is_in_the_log(guarded: Server) -> None:
     assert log.index(start[0]) < log.index("Application startup complete")
 
 
-def test_the_numbers_are_those_of_the_pair(guarded: Server, hosts: Hosts) -> None:
+def test_the_numbers_are_those_of_the_pair(guarded: Server, hosts: Hosts, tiny_moe: Path) -> None:
     guarded.client.with_options(api_key=KEY).completions.create(model="tiny", prompt="a", max_tokens=8)
     done = hosts[1].run(status(guarded, "--json"), environment(), STATUS_SECONDS)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     leader, follower = report["facts"]["ranks"]
+    weights = (tiny_moe / "model.safetensors").stat().st_size
     assert guarded.follower is not None
     assert leader["process"] in {child.pid for child in guarded.leader.descendants()}
     assert follower["process"] in {child.pid for child in guarded.follower.descendants()}
     for rank in (leader, follower):
         assert rank["kv_cache"] == pytest.approx(1 << 30, rel=0.01)
-        assert 10e6 < rank["weights"] < 20e6, "half of five million parameters in float32"
+        assert rank["weights"] == pytest.approx(weights, rel=0.1), "half of them, with twice the bytes in float32"
         assert rank["memory"] == psutil.virtual_memory().total
     exported = guarded.metrics()
     for counters in report["counters"]:
@@ -120,7 +121,7 @@ def test_another_key_is_told(guarded: Server, hosts: Hosts) -> None:
 
 
 @WIDTHS
-def test_the_start_table_on_a_terminal(hosts: Hosts, tiny_moe: Any, columns: int) -> None:
+def test_the_start_table_on_a_terminal(hosts: Hosts, tiny_moe: Path, columns: int) -> None:
     first, second = hosts
     port, secret = str(first.free_port()), {"VLLMSPARK_SECRET": "the secret of both machines"}
     variables = clean_environment() | CPU_ENVIRONMENT | secret
