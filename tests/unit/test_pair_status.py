@@ -45,7 +45,13 @@ FOLLOWER = replace(LEADER, rank=1, host="desk2", process=42, tables=[], kv_cache
 PATH_OF_DATA = "over verbs on rail 0 (rocep1s0f0) and rail 1 (roceP2p1s0f0)"
 FACTS = PairFacts("Qwen/Qwen3-30B-A3B", PATH_OF_DATA, 16384, "10.0.0.1:29650", 1.7e9, [LEADER, FOLLOWER])
 COUNTERS = RankCounters(
-    0, steps=1234567, all_reduces=99000000, all_reduce_bytes=4 * 10**11, wait_seconds=7.25, rails_up=2
+    0,
+    steps=1234567,
+    all_reduces=99000000,
+    all_reduce_bytes=4 * 10**11,
+    wait_seconds=7.25,
+    rails_up=2,
+    rail_posts=(7, 7),
 )
 READINGS = Readings(60 * GIB, 61.0, 2418.0, 3003.0, 55.5, 2800.0, 3900.0)
 REPORT = StatusReport(
@@ -127,6 +133,11 @@ def test_the_table_fits_and_has_every_row(width: int, now: bool) -> None:
     assert "desk2" in text
 
 
+def test_shared_memory_has_no_rails() -> None:
+    report = replace(REPORT, counters=[replace(COUNTERS, rail_posts=(), rails_up=0)])
+    assert by_label(report)["rails now"] == "none | not known"
+
+
 def test_a_follower_that_is_not_described_has_no_column() -> None:
     alone = replace(REPORT, facts=replace(FACTS, ranks=[LEADER]))
     assert "follower" not in by_label(alone)["machine"]
@@ -166,12 +177,18 @@ def test_a_status_keeps_facts_and_readings(monkeypatch: pytest.MonkeyPatch) -> N
         status.unpublish()
 
 
-def test_sensors_read_this_machine_and_are_not_asked_too_often() -> None:
+def test_sensors_read_this_machine() -> None:
     sensors = Sensors()
-    first = sensors.read()
-    assert first.memory_available is not None
-    assert 0 < first.memory_available < psutil.virtual_memory().total
-    assert sensors.read() is first
+    assert sensors.readings == Readings()
+    sensors.start()
+    deadline = time.monotonic() + 60  # it imports vLLM first
+    while sensors.readings == Readings() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sensors.stop()
+    assert sensors.readings.memory_available is not None
+    assert 0 < sensors.readings.memory_available < psutil.virtual_memory().total
+    sensors.join(20)
+    assert not sensors.is_alive()
 
 
 class Leader(BaseHTTPRequestHandler):

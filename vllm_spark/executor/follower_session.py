@@ -159,6 +159,7 @@ class FollowerSession:
             tolerance=self._tolerance,
         )
         self._heartbeat.start()
+        self._sensors.start()
         for connection in (control, rpc, groups):
             connection.disable_keepalive()
         try:
@@ -315,7 +316,7 @@ class FollowerSession:
 
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return FollowerReport(counters, self._failed_call, self._failed_number, self._sensors.read())
+        return FollowerReport(counters, self._failed_call, self._failed_number, self._sensors.readings)
 
     def _compare_digest(self, theirs: LeaderReport) -> None:
         self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))

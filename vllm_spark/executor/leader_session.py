@@ -114,6 +114,7 @@ class LeaderSession:
         logger.info("%s joined.", upper_first(follower.name))
         session = cls(config, listener, follower, status, sender)
         session._heartbeat.start()
+        session._sensors.start()
         try:
             with session.explained():
                 session._start_work(config, address, vllm_config)
@@ -295,6 +296,7 @@ class LeaderSession:
     def leave(self, reason: str) -> None:
         """Sends the follower the reason, and ends all waits; releases nothing that another thread may still use."""
         self._closing = True
+        self._sensors.stop()
         self._heartbeat.stop(Reason(reason))
         if self._runtime is not None:
             self._runtime.abort(reason)
@@ -350,7 +352,7 @@ class LeaderSession:
     def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
-        self._status.write_readings(LEADER_RANK, self._sensors.read())
+        self._status.write_readings(LEADER_RANK, self._sensors.readings)
         return LeaderReport(step, digest.hex())
 
 

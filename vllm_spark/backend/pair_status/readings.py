@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,51 +11,56 @@ import psutil
 
 from vllm_spark.backend.pair_status.records import Readings
 
-_INTERVAL = 5.0  # seconds for which readings count as those of now
+_INTERVAL = 5.0  # seconds between two readings
 _PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal", "acpitz")
 """Drivers of processors' temperatures; a GB10 has `acpitz`."""
 
 
-class Sensors:
-    """The sensors of this machine, and of the GPU that this process uses. For one thread."""
+class Sensors(threading.Thread):
+    """Reads the sensors of this machine, and of the GPU that this process uses, every five seconds until it is stopped.
+
+    In a thread of its own, because a driver may take long to answer, and heartbeats must not wait for it.
+    """
 
     def __init__(self) -> None:
-        self._gpu: Any = None
-        self._looked = False
-        self._read_at = 0.0
-        self._readings = Readings()
+        super().__init__(name="spark-sensors", daemon=True)
+        self._stopped = threading.Event()
+        self.readings = Readings()
+        """The last ones; nothing is known before the first."""
 
-    def read(self) -> Readings:
-        """The readings of now, or of up to five seconds ago."""
-        if not self._read_at or time.monotonic() - self._read_at >= _INTERVAL:
-            self._readings = Readings(
+    def stop(self) -> None:
+        """Ends the thread soon; does not wait for it."""
+        self._stopped.set()
+
+    def run(self) -> None:
+        """The thread's loop."""
+        gpu = None
+        with contextlib.suppress(Exception):  # without a GPU or its driver
+            gpu = _open_gpu()
+        while True:
+            self.readings = Readings(
                 memory_available=psutil.virtual_memory().available,
-                **self._gpu_readings(),
+                **({} if gpu is None else _gpu_readings(gpu)),
                 **_processor_readings(),
             )
-            self._read_at = time.monotonic()
-        return self._readings
+            if self._stopped.wait(_INTERVAL):
+                return
 
-    def _gpu_readings(self) -> dict[str, float]:
-        """Whatever NVML reports: some of it is not supported on some GPUs."""
-        if not self._looked:
-            self._looked = True
-            with contextlib.suppress(Exception):  # without a GPU or its driver
-                self._gpu = _open_gpu()
-        if self._gpu is None:
-            return {}
-        import vllm.third_party.pynvml as nvml
 
-        queries: dict[str, Callable[[], Any]] = {
-            "gpu_celsius": lambda: nvml.nvmlDeviceGetTemperature(self._gpu, nvml.NVML_TEMPERATURE_GPU),
-            "gpu_mhz": lambda: nvml.nvmlDeviceGetClockInfo(self._gpu, nvml.NVML_CLOCK_SM),
-            "gpu_most_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(self._gpu, nvml.NVML_CLOCK_SM),
-        }
-        found = {}
-        for name, query in queries.items():
-            with contextlib.suppress(nvml.NVMLError):
-                found[name] = float(query())
-        return found
+def _gpu_readings(gpu: Any) -> dict[str, float]:
+    """Whatever NVML reports: some of it is not supported on some GPUs."""
+    import vllm.third_party.pynvml as nvml
+
+    queries: dict[str, Callable[[], Any]] = {
+        "gpu_celsius": lambda: nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU),
+        "gpu_mhz": lambda: nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM),
+        "gpu_most_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM),
+    }
+    found = {}
+    for name, query in queries.items():
+        with contextlib.suppress(nvml.NVMLError):
+            found[name] = float(query())
+    return found
 
 
 def _open_gpu() -> Any:

@@ -160,6 +160,8 @@ def _collectives(counters: RankCounters) -> str:
 
 
 def _rails_now(counters: RankCounters) -> str:
+    if not counters.rail_posts:
+        return "none"
     held = f", {counters.rails_held_down} held down" if counters.rails_held_down else ""
     return (
         f"{counters.rails_up} up{held}; failed {counters.rail_failures:,} times, recovered "
