@@ -78,6 +78,18 @@ def test_a_container_of_version_1(tmp_path: Path) -> None:
     assert (group.outermost, group.pressure_file) == (True, None)
 
 
+def test_a_cgroup_inside_of_a_container(tmp_path: Path) -> None:
+    """Outside it is below the container's, whose name is no folder inside."""
+    root = machine_with(
+        tmp_path,
+        "0::/docker/a/inner\n",
+        V2_MOUNT.format(root="/docker/a"),
+        v2_files("sys/fs/cgroup", str(4 * GIB), GIB) | v2_files("sys/fs/cgroup/inner", str(2 * GIB), GIB),
+    )
+    found = [(group.name, group.available(), group.outermost) for group in memory_cgroups(root)]
+    assert found == [("/docker/a/inner", GIB, False), ("/docker/a", 3 * GIB, True)]
+
+
 def test_a_machine_without_cgroups(tmp_path: Path) -> None:
     assert memory_cgroups(tmp_path) == []
 
@@ -224,9 +236,9 @@ def test_a_file_is_evicted_once_it_is_unmapped_and_all_at_the_end(tmp_path: Path
             output.write(b"x" * (8 * MIB))
             os.fsync(output.fileno())
         file.read_bytes()
-    linked.symlink_to(second)
+    linked.symlink_to(first)
     assert cached([first, second]) == 16 * MIB
-    with ObservedEviction([first, linked]) as eviction:
+    with ObservedEviction([linked, second]) as eviction:
         with first.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             assert mapped[:: mmap.PAGESIZE].count(b"x") == 8 * MIB // mmap.PAGESIZE
             assert eviction.seen.wait(20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 _FILES: dict[int, tuple[str, str, str, str]] = {
@@ -79,8 +79,9 @@ def memory_cgroups(root: Path = Path("/")) -> list[Cgroup]:
         if path is None:
             continue
         # A container sees its own cgroup at the mount's root, under the name that it has outside or as `/`.
-        below = Path(path.removeprefix(mount.root) if path.startswith(mount.root) else path).as_posix().strip("/.")
-        folders = [mount.folder / below, *(mount.folder / below).parents] if below else [mount.folder]
+        visible = PurePosixPath(path)
+        below = visible.relative_to(mount.root if visible.is_relative_to(mount.root) else "/")
+        folders = [mount.folder / below, *(mount.folder / below).parents]
         for folder in folders:
             if (folder / _FILES[mount.version][1]).exists():
                 name = f"{mount.root.rstrip('/')}/{folder.relative_to(mount.folder).as_posix().strip('.')}"
