@@ -101,7 +101,7 @@ def main() -> int:
         parser.error(f"--only: there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
     deadline = time.monotonic() + args.seconds - RESERVED_SECONDS
     args.folder.mkdir(parents=True, exist_ok=True)
-    os.environ[report.VARIABLE] = str(args.folder / "rows.jsonl")
+    os.environ[report.MODELS.variable] = str(args.folder / "rows.jsonl")
     with (
         tempfile.TemporaryDirectory(prefix="vllm-spark-rows-") as temporary,
         (args.folder / "results.jsonl").open("a") as out,

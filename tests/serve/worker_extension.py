@@ -115,6 +115,18 @@ class Saboteur:
             time.sleep(seconds)
         return {"rank": self.rank} | ({"more": "x" * size} if size else {})
 
+    def grow_on(self, rank: int) -> None:
+        """From now on one rank allocates memory, 0.8 GiB a second at most, without end."""
+
+        def grow() -> None:
+            kept = []
+            while True:
+                kept.append(b"x" * (32 << 20))
+                time.sleep(0.04)
+
+        if self.rank == rank:
+            threading.Thread(target=grow, daemon=True).start()
+
     def environment(self, *names: str) -> dict[str, object]:
         """Variables of this rank, what vLLM took from one of them when it was imported, and numba's threads."""
         from vllm.utils import torch_utils

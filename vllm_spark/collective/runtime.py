@@ -89,6 +89,8 @@ class Runtime:
         self.rank = rank
         self.world_size = WORLD_SIZE
         self.options = options
+        self.rails: tuple[Rail, ...] = ()
+        """This rank's ends of the rails; empty without verbs."""
 
     @classmethod
     def connect(
@@ -124,10 +126,12 @@ class Runtime:
         own = {"device": cls.device, **options.agreement()}
         peer = agree(exchange, Terms(rank, world_size, description, own))
         if announce is not None and options.transport == "verbs":
-            native = cls._connect_rails(rank, exchange, options, peer.description)
+            native, rails = cls._connect_rails(rank, exchange, options, peer.description)
             link_thread = LinkThread(native, announce)
             link_thread.start()
-            return cls(native, rank, options, link_thread)
+            runtime = cls(native, rank, options, link_thread)
+            runtime.rails = tuple(rails)
+            return runtime
         return cls(cls._connect_memory(rank, exchange, options, peer.description), rank, options)
 
     @classmethod
@@ -147,8 +151,10 @@ class Runtime:
         return native
 
     @classmethod
-    def _connect_rails(cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str) -> Any:
-        """The native runtime, connected over every rail to a peer on another machine."""
+    def _connect_rails(
+        cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str
+    ) -> tuple[Any, list[Rail]]:
+        """The native runtime, connected over every rail to a peer on another machine, and this rank's ends of them."""
         mine = _ports(options)
         theirs = swap_ports(exchange, mine)
         rails = pair(mine.ports, theirs, rank)
@@ -161,7 +167,7 @@ class Runtime:
             problem = str(error)
         both_ready(exchange, problem)
         native.start()
-        return native
+        return native, rails
 
     @classmethod
     def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:

@@ -30,6 +30,7 @@ from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.attachment import attach_settings, with_entry
 from vllm_spark.config.settings import FLAG, SparkConfig, log_environment_warnings
 from vllm_spark.entrypoints.missing_files import fetch_missing
+from vllm_spark.entrypoints.pair_status import leave_start_to_the_first
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
@@ -122,6 +123,7 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
         publish_counters()
     else:
         share_counters()
+        leave_start_to_the_first(engine_args._api_process_rank)
     return vllm_config
 
 

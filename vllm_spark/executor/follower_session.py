@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_spark.backend.pair_status.readings import Sensors
+from vllm_spark.backend.pair_status.report import RankReport
 from vllm_spark.backend.start_step import step_of, with_steps
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
@@ -41,18 +43,18 @@ from vllm_spark.executor.bootstrap import (
     link_tolerance,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
+from vllm_spark.executor.channel.addresses import host_name, leader_endpoint, source_address
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.group_connection import GroupConnection
 from vllm_spark.executor.handshake.client import Connector, make_connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
-from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
+from vllm_spark.executor.handshake.messages import GROUPS, RPC, Offer, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
 from vllm_spark.executor.model_files.compared import ComparedFiles
-from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles, weight_paths
 from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
 from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
@@ -60,6 +62,7 @@ from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
     COMPARE_FILES,
+    DESCRIBE,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
     RELOAD_WEIGHTS,
@@ -72,7 +75,9 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
+from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.ranks import FOLLOWER_RANK
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -103,6 +108,7 @@ class FollowerSession:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
+        self._weight_files: list[Path] = []
         self._compared = ComparedFiles(self._find_files)
         self._adapters = FollowerAdapters(self._loaded_adapters, self._compared)
         self._connector: Connector | None = None
@@ -122,6 +128,7 @@ class FollowerSession:
         self._serves_adapters = False
         self._runtime: Runtime | None = None
         self._leader_config = config  # until the ASSIGNMENT
+        self._sensors = Sensors()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -133,11 +140,12 @@ class FollowerSession:
         """
         host, port = leader_endpoint(self._config)
         connect = partial(make_connector, self._config, host, port)
-        search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
+        search = LeaderSearch(self._config, connect, self._answer_doctor, self._check_offer, once=self._once)
         search.announce()
         _load_vllm()
         connector, control, offer, self._own_files = search.find()
         self._connector, self._leader_sends_files = connector, offer.sends_files
+        self._weight_files = weight_paths(offer.files, self._own_files)
         rpc, groups = connector.connect(RPC), connector.connect(GROUPS)
         if rpc is None or groups is None:
             raise PeerLostError(f"the leader at {connector.endpoint} stopped listening")
@@ -152,6 +160,7 @@ class FollowerSession:
             tolerance=self._tolerance,
         )
         self._heartbeat.start()
+        self._sensors.start()
         for connection in (control, rpc, groups):
             connection.disable_keepalive()
         try:
@@ -163,12 +172,15 @@ class FollowerSession:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(source_address(host))
+        from vllm_spark.backend.memory_need import reserved_bytes
         from vllm_spark.backend.platform import activate, compute_capability
         from vllm_spark.executor.rank_executor import FollowerExecutor
 
         self._caller = threading.get_ident()
         activate()
         check_marlin_inputs(compute_capability)
+        prefer_as_victim()
+        MemoryGuard(reserved_bytes(self._config), host_name(), self._memory_exhausted).start()
         assert self._heartbeat is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
@@ -181,7 +193,7 @@ class FollowerSession:
             assignment.wire,
         )
         place_files(assignment.vllm_config, self._own_files)
-        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)
+        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime, self._weight_files)
         self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
@@ -189,6 +201,16 @@ class FollowerSession:
         while True:
             frame = rpc.expect(Kind.CALL, Kind.QUERY, spin=_SPIN_SECONDS)
             self._run_call(frame.payload, rpc if frame.kind is Kind.QUERY else None)
+
+    def _check_offer(self, offer: Offer) -> None:
+        from vllm_spark.backend.memory_need import check_fits
+
+        self._environment.check(offer.environment)
+        check_fits(offer.memory, self._config, host_name())
+
+    def _memory_exhausted(self, error: SparkError) -> None:
+        self._claim_end()  # at once: an error of another thread is a symptom of it
+        self._fail(error)
 
     def _run_call(self, payload: bytes, reply_to: Connection | None) -> None:
         from vllm.v1.serial_utils import run_method
@@ -205,6 +227,8 @@ class FollowerSession:
             method = call.method
             if method == COMPARE_FILES:
                 result: Any = self._compared.compare(*call.args)
+            elif method == DESCRIBE:
+                result = self._described()
             else:
                 result = run_method(self._worker, call.method, *self._with_own_files(call))
             if hasattr(result, "get_output"):
@@ -222,6 +246,10 @@ class FollowerSession:
             self._failed_number = header.number
         self._answered = header.number
         reply_to.send(Kind.REPLY, answer)
+
+    def _described(self) -> bytes:
+        facts = self._executor.describe(self._config)
+        return to_json(RankReport(facts, local_counters(FOLLOWER_RANK, self._token_digest.state())))
 
     def _with_own_files(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call; if it loads an adapter or weights, with the path of this machine's folder."""
@@ -298,7 +326,9 @@ class FollowerSession:
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
         step = "" if self._running_model else step_of(self._caller)
-        return FollowerReport(counters, self._failed_call, self._failed_number, self._answered, step)
+        return FollowerReport(
+            counters, self._failed_call, self._failed_number, self._answered, step, self._sensors.readings
+        )
 
     def _compare_digest(self, theirs: LeaderReport) -> None:
         self._leader_step = theirs.start_step

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
+from vllm_spark.backend.pair_status.records import Readings
 from vllm_spark.backend.status import RankCounters
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Frame, Kind
@@ -75,6 +76,7 @@ class FollowerReport:
         failed_number: the number of that QUERY.
         answered: the number of the last QUERY that it has finished.
         start_step: the step of vLLM's start in which it is (`start_step.step_of`).
+        readings: of its machine.
     """
 
     counters: RankCounters
@@ -82,6 +84,7 @@ class FollowerReport:
     failed_number: int
     answered: int = 0
     start_step: str = ""
+    readings: Readings = dataclasses.field(default_factory=Readings)
 
 
 class Heartbeat(threading.Thread):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark import collective
+from vllm_spark.backend.pair_status.readings import Sensors
 from vllm_spark.backend.start_step import LOADING, step_of, unfinished, with_steps
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.collective.launch_table import load_launch_table
@@ -40,7 +41,7 @@ from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import WARM_UP, RemoteError, decode_reply, encode_call, replied_number
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
@@ -76,6 +77,7 @@ class LeaderSession:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
+        self._sensors = Sensors()
         self._last_query = 0  # the number of the last QUERY
         self._reply_pending = False  # whether the reply to the last `ask` is outstanding
         self._query_time: float | None = None  # when it was sent, while `answer` waits for its reply
@@ -120,6 +122,7 @@ class LeaderSession:
         logger.info("%s joined.", upper_first(follower.name))
         session = cls(config, listener, follower, status, sender)
         session._heartbeat.start()
+        session._sensors.start()
         try:
             with session.explained():
                 session._start_work(config, address, vllm_config)
@@ -283,6 +286,11 @@ class LeaderSession:
         assert self._runtime is not None
         return self._runtime
 
+    @property
+    def endpoint(self) -> str:
+        """Where this leader listens for its follower."""
+        return self._listener.endpoint
+
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the session fails, at once if it has."""
         with self._fail_lock:  # either `fail` sees it in the list, or this sees the failure
@@ -325,6 +333,7 @@ class LeaderSession:
     def leave(self, reason: str) -> None:
         """Sends the follower the reason, and ends all waits; releases nothing that another thread may still use."""
         self._closing = True
+        self._sensors.stop()
         self._heartbeat.stop(Reason(reason))
         if self._runtime is not None:
             self._runtime.abort(reason)
@@ -366,6 +375,7 @@ class LeaderSession:
 
     def _take_report(self, theirs: FollowerReport) -> None:
         self._status.write(theirs.counters)
+        self._status.write_readings(FOLLOWER_RANK, theirs.readings)
         asked_at = self._query_time
         waited = 0.0 if asked_at is None or theirs.failed_number != self._last_query else time.monotonic() - asked_at
         if waited > _REPLY_TIMEOUT_AFTER_ERROR:
@@ -398,6 +408,7 @@ class LeaderSession:
     def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
+        self._status.write_readings(LEADER_RANK, self._sensors.readings)
         return LeaderReport(step, digest.hex(), step_of(self._caller) if self._starting else "")
 
 

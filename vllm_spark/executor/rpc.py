@@ -37,12 +37,15 @@ COMPARE_FILES = "compare files"
 """Not a method of the worker: the follower searches for the files of its argument, and replies None or the sentence why
 it does not have them."""
 
+DESCRIBE = "describe rank"
+"""Not a method of the worker: the follower replies with the JSON of its `RankReport`."""
+
 RELOAD_WEIGHTS = "reload_weights"
 
 WEIGHT_METHODS = frozenset(
     {RELOAD_WEIGHTS, "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update"}
 )
-"""Calls that replace weights while the pair serves. If one fails on one rank alone, the ranks may have different ones."""
+"""Calls that replace weights while the pair serves. If one fails on one rank alone, the ranks' weights may differ."""
 
 STEP_METHODS = frozenset({EXECUTE, SAMPLE, "take_draft_token_ids"})
 """Calls of the decode loop: both ranks run them, only the leader's result is used (as vLLM's own

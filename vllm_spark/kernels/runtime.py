@@ -40,6 +40,12 @@ _FUSED_MOE_PATCH, _MARLIN_PATCH, _ATOMIC_ADD_PATCH = "fused-moe-tables", "marlin
 _WHOLE_PROCESS = object()
 _active: Any = None  # configuration of the engine that uses tables now
 _widths_with_atomic_add: frozenset[tuple[int, int]] = frozenset()
+_in_use: dict[str, str] = {}  # the folder of each table that was selected, by its name
+
+
+def tables_in_use() -> list[str]:
+    """The tables that this process has selected for its model so far, each with its folder."""
+    return [f"{name} ({folder})" for name, folder in _in_use.items()]
 
 
 def start(vllm_config: Any = None) -> None:
@@ -215,6 +221,7 @@ def choose_fused_moe_table(
             "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm_source()
         )
         rows = now
+    _in_use[name] = str(path.parent)
     logger.info(
         "Triton table %s: from %s (%s; other rows are vLLM's choice).",
         name,
@@ -255,6 +262,7 @@ def model_loaded(worker: Any) -> None:
         hook = hook or ("Marlin" in type(experts).__name__ and any(may_use(experts, table.shape) for table in tables))
     if hook and tables:
         apply_all("tuning", {_MARLIN_PATCH})
+        _in_use["Marlin tables for experts"] = device_name()
     else:
         remove(_MARLIN_PATCH)
     for kind, layers in kinds.items():
@@ -296,6 +304,7 @@ def _experts_of(worker: Any) -> Iterator[Any]:
 
 def _clear_caches() -> None:
     """Makes the next engine, and vLLM, read tables again."""
+    _in_use.clear()
     lookup.clear_cache()
     marlin_calls.cache_clear()
     module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")

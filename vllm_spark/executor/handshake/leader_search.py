@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, VersionsError, upper_first, without_numbers
 from vllm_spark.executor.channel.framing import Connection, Frame, Kind
-from vllm_spark.executor.environment import Environment, RestartError
+from vllm_spark.executor.environment import RestartError
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import (
     CONTROL,
@@ -69,7 +69,8 @@ class LeaderSearch:
         config: the follower's settings.
         make_connector: makes the connector of a session, for each attempt.
         answer_doctor: called when `vllm-spark doctor` listens there instead of a leader.
-        check_environment: raises RestartError unless this process has the leader's environment.
+        check_offer: raises RestartError unless this process has the leader's environment, and RefusedError unless this
+            machine has the memory for its rank.
         once: end at the first refusal.
     """
 
@@ -78,7 +79,7 @@ class LeaderSearch:
         config: SparkConfig,
         make_connector: Callable[[], Connector],
         answer_doctor: AnswerDoctor,
-        check_environment: Callable[[Environment], None],
+        check_offer: Callable[[Offer], None],
         *,
         once: bool,
     ) -> None:
@@ -88,7 +89,7 @@ class LeaderSearch:
             answer_doctor,
             once,
         )
-        self._check_environment = check_environment
+        self._check_offer = check_offer
         first = make_connector()
         self._endpoint = first.endpoint
         self._serve_command = serve_command(first.host, first.port, config)
@@ -211,18 +212,17 @@ class LeaderSearch:
         if offer.model != self._model:
             self._model = offer.model
             logger.info("The leader at %s serves %s.", self._endpoint, offer.model)
-        try:
-            self._check_environment(offer.environment)
-        except RestartError:
-            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
-            raise
         own: dict[FileKey, Path] = {}
         try:
+            self._check_offer(offer)
             with _ProgressReports(control) as reports:
                 for wanted in offer.files:
                     place = self._place_of(wanted, offer, connector, reports)
                     if place is not None:
                         own |= dict.fromkeys(wanted.file_keys(), place)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
+            raise
         except RefusedError as error:
             control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise

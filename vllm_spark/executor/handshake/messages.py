@@ -22,6 +22,7 @@ from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.executor.model_files.comparison import Kind as FileKind
 from vllm_spark.executor.model_files.loaded import LoadedFiles
+from vllm_spark.memory.need import MemoryNeed
 from vllm_spark.records import RecordError, from_json
 
 CONTROL, RPC, GROUPS, COPY = CONNECTIONS = "control", "rpc", "groups", "copy"
@@ -85,6 +86,7 @@ class Offer:
         files: everything that both ranks load from files.
         heartbeat_timeout: of the session, in seconds.
         sends_files: whether the leader sends what the follower lacks.
+        memory: what each rank allocates.
     """
 
     model: str
@@ -92,6 +94,7 @@ class Offer:
     heartbeat_timeout: FiniteFloat
     environment: Environment = dataclasses.field(default_factory=Environment)
     sends_files: bool = False
+    memory: MemoryNeed = dataclasses.field(default_factory=MemoryNeed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,10 @@ class Versions:
             python=".".join(platform.python_version_tuple()[:2]),
         )
 
+    def packages(self) -> dict[str, str]:
+        """Those that a user can install, by name."""
+        return {"vllm_spark": self.vllm_spark, "vLLM": self.vllm, "torch": self.torch, "Python": self.python}
+
     def difference(self, other: Versions, here: str, there: str) -> str | None:
         """A sentence part naming the first differing field and both values; None if all agree."""
         for field in dataclasses.fields(self):

@@ -3,9 +3,9 @@
 The leader compares an adapter with the follower's before a call or a step loads it, and each rank gets the folder that
 was compared. Where vLLM's worker may load it again (it was evicted), the states of its files are looked at again.
 
-vLLM keeps `load_inplace` in each request with such an adapter, and its worker then reads the files in every step. If the
-files change meanwhile, the leader's worker would read others than the follower's. So a step never loads in place: a call
-before it does, on both ranks, and only if the files are not those in memory.
+vLLM keeps `load_inplace` in each request with such an adapter, and its worker then reads the files in every step. If
+the files change meanwhile, the leader's worker would read others than the follower's. So a step never loads in place: a
+call before it does, on both ranks, and only if the files are not those in memory.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class LeaderAdapters:
         load: has both ranks' workers load the adapter of a LoRARequest that was compared.
     """
 
-    def __init__(
-        self, ask: Callable[[LoadedFiles], str | None], loaded: Loaded, load: Callable[[Any], object]
-    ) -> None:
+    def __init__(self, ask: Callable[[LoadedFiles], str | None], loaded: Loaded, load: Callable[[Any], object]) -> None:
         self._ask, self._loaded, self._load = ask, loaded, load
         self._compared: dict[str, _Compared] = {}
         self._in_memory: dict[int, _Compared] = {}  # by id, what was loaded last
