@@ -2,8 +2,7 @@
 
 Shards as vLLM 0.33 makes them (`vllm/model_executor/models/`): query heads, intermediate widths and the heads of linear
 attention are divided by the tensor-parallel size; key and value heads are too, and repeated where there are fewer of
-them than ranks. Routers, embeddings, the output head, vision towers and draft layers are left out: their kernels have
-no tables.
+them than ranks. Routers, embeddings, the output head, vision towers and draft layers are left out.
 """
 
 from __future__ import annotations

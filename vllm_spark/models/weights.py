@@ -88,7 +88,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
         config: the whole config.json.
 
     Raises:
-        ConfigurationError: a method, or a number of bits, that no table here is for.
+        ConfigurationError: a method, or a number of bits, that is not supported.
     """
     quantization = quantization_of(config)
     if not quantization:
@@ -111,7 +111,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
     if method not in readers:
         known = ", ".join(sorted(readers))
         raise ConfigurationError(
-            f"weights quantized by {method or 'an unnamed method'!r} have no tables; supported are {known}"
+            f"weights quantized by {method or 'an unnamed method'!r} are not supported; supported are {known}"
         )
     return readers[method](quantization), method
 
@@ -291,7 +291,7 @@ def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> We
     if kind == "float" and bits == 4 and "nvfp4" in layout:
         return Nvfp4()
     raise ConfigurationError(
-        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} has no tables; "
+        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} is not supported; "
         "supported are 4-bit and 8-bit integers with 16-bit activations, fp8, mxfp4 and nvfp4"
     )
 
@@ -301,7 +301,7 @@ def _integers(bits: int, group_size: int, zero_points: bool) -> Weights:
         return Int4(group_size, zero_points)
     if bits == 8:
         return Int8(group_size)
-    raise ConfigurationError(f"weights of {bits} bits have no tables; supported are 4 and 8 bits")
+    raise ConfigurationError(f"weights of {bits} bits are not supported; supported are 4 and 8 bits")
 
 
 def _number(config: Mapping[str, Any], key: str, method: str) -> int:

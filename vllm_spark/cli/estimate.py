@@ -1,0 +1,215 @@
+"""`vllm-spark estimate`: predicts a decode step of a model on one machine and on two."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm_spark.cli.arguments import (
+    add_wire_arguments,
+    modelled_wire,
+    positive,
+    positives,
+    up_to,
+    user_path,
+    wide_console,
+)
+from vllm_spark.errors import ConfigurationError
+from vllm_spark.files import check_writable
+
+if TYPE_CHECKING:
+    from vllm_spark.estimate.model import Model
+    from vllm_spark.estimate.pair import Settings
+
+SUMMARY = "predicted tokens per second and memory of a model on one machine and on two, without running it"
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_ACCEPTANCE = 0.6
+_KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options: model, workload, machines, link, and the files to write."""
+    parser.epilog = (
+        "Neither a GPU nor weights are needed, only the model's config.json. The result is a prediction from published "
+        "figures of a GB10; docs/estimate.md compares it with measured speeds."
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder or file with a config.json, a model of the hub, or a name in "
+        "configs/models"
+    )  # fmt: skip
+    parser.add_argument(
+        "--published", action="store_true", help="compare the prediction with measured speeds instead; no MODEL"
+    )
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
+    parser.add_argument(
+        "--context", type=positive, default=1024, metavar="TOKENS", help="of each sequence (default: 1024)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=list(_KV_BYTES), default="bfloat16", help="of the KV cache (default: bfloat16)"
+    )
+    speculation = parser.add_argument_group("speculation")
+    speculation.add_argument(
+        "--speculate", type=positive, metavar="N", help="tokens that are drafted in a step (default: none)"
+    )
+    speculation.add_argument(
+        "--acceptance",
+        type=up_to(1),
+        default=_ACCEPTANCE,
+        metavar="P",
+        help="probability that a drafted token is accepted if all before it were; vLLM's metrics have it "
+        f"(default: {_ACCEPTANCE:g})",
+    )
+    speculation.add_argument(
+        "--draft",
+        default="mtp",
+        metavar="DRAFT",
+        help="mtp: the model's own layer; ngram: no model; or, as MODEL, an EAGLE or EAGLE3 head or a smaller model "
+        "(default: mtp)",
+    )
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--gpu", default="gb10", metavar="GPU", help="gb10, h100 or h200 (default: gb10)")
+    machines.add_argument(
+        "--memory-gbytes-per-s",
+        type=up_to(1e5),
+        metavar="GB/S",
+        help="the memory's measured bandwidth; that of other kernels changes in proportion (default: a published one)",
+    )
+    machines.add_argument(
+        "--gpu-memory-utilization",
+        type=up_to(1),
+        default=0.8,
+        metavar="SHARE",
+        help="of the memory, as for vllm serve (default: 0.8)",
+    )
+    machines.add_argument(
+        "--expert-parallel", action="store_true", help="each of two machines has half of the experts, whole"
+    )
+    machines.add_argument(
+        "--collective-us",
+        type=up_to(1e6),
+        metavar="MICROSECONDS",
+        help="what a step waits for each collective, as measured; adds a column",
+    )
+    add_wire_arguments(parser)
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
+    parser.add_argument(
+        "--plot", type=user_path, metavar="FILE", help="draw tokens per second over batches (png, svg or pdf)"
+    )
+    parser.add_argument(
+        "--batches",
+        type=positives,
+        default=_BATCHES,
+        metavar="N,...",
+        help=f"of the plot (default: {','.join(map(str, _BATCHES))})",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one table and a sentence, and writes the requested files.
+
+    Raises:
+        SparkError: bad arguments, or a model that cannot be estimated.
+    """
+    if args.published:
+        if args.model is not None:
+            raise ConfigurationError(f"--published compares known set-ups, and takes no model; leave {args.model} out")
+        _show_published()
+        return 0
+    if args.model is None:
+        raise ConfigurationError(
+            "a model is missing; give a config.json, a model of the hub or a name in configs/models"
+        )
+    from vllm_spark.bench.collective_report import check_plot
+    from vllm_spark.estimate.pair import estimate, over_batches
+    from vllm_spark.estimate.report import as_json, as_table, plot
+    from vllm_spark.models.config import read_model_config
+
+    for path in filter(None, (args.json, args.plot)):
+        check_writable(path)
+    if args.plot is not None:
+        check_plot(args.plot)
+    settings = _settings(args)
+    name, config = read_model_config(args.model)
+    draft_of = _draft(args.draft, config)
+    found = estimate(name, config, settings, draft_of)
+    console = wide_console()
+    console.print(as_table(found))
+    console.print(found.verdict, soft_wrap=True)
+    if args.json is not None:
+        args.json.write_text(as_json([found]) + "\n")
+    if args.plot is not None:
+        plot(over_batches(name, config, settings, draft_of, sorted(set(args.batches))), args.plot)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The settings of the options.
+
+    Raises:
+        ConfigurationError: an unknown GPU, or a link whose options contradict each other.
+    """
+    from vllm_spark.estimate.collectives import NCCL, fixed, over_the_cable
+    from vllm_spark.estimate.gpu import GPUS, with_bandwidth
+    from vllm_spark.estimate.pair import Settings
+    from vllm_spark.estimate.step import Workload
+
+    gpu = GPUS.get(args.gpu.lower())
+    if gpu is None:
+        raise ConfigurationError(f"there are no figures of the GPU {args.gpu!r}; known are {', '.join(GPUS)}")
+    if args.memory_gbytes_per_s is not None:
+        gpu = with_bandwidth(gpu, args.memory_gbytes_per_s)
+    collectives = [over_the_cable(modelled_wire(args)), NCCL]
+    if args.collective_us is not None:
+        collectives.append(fixed(args.collective_us))
+    return Settings(
+        gpu=gpu,
+        work=Workload(args.batch, args.context, kv_bytes=_KV_BYTES[args.kv_cache_dtype]),
+        collectives=tuple(collectives),
+        drafted=args.speculate or 0,
+        acceptance=args.acceptance if args.speculate else 0.0,
+        expert_parallel=args.expert_parallel,
+        utilization=args.gpu_memory_utilization,
+    )
+
+
+def _draft(draft: str, config: Mapping[str, Any]) -> Callable[[int], Model | None]:
+    """The draft that the option names, by the number of machines."""
+    from vllm_spark.estimate.model import read_model
+    from vllm_spark.estimate.speculation import eagle_head, own_draft_layer
+    from vllm_spark.models.config import read_model_config
+
+    if draft == "ngram":
+        return lambda tp: None
+    if draft == "mtp":
+        return lambda tp: own_draft_layer(config, tp)
+
+    def from_config(tp: int) -> Model:
+        of_draft = read_model_config(draft)[1]
+        words = " ".join(map(str, of_draft.get("architectures") or ()))
+        return (eagle_head if "draft_vocab_size" in of_draft or "agle" in words else read_model)(of_draft, tp)
+
+    return from_config
+
+
+def _show_published() -> None:
+    from vllm_spark.estimate.agreement import (
+        by_others,
+        explanations,
+        mean_error,
+        own,
+        parts_table,
+        sources,
+        speeds_table,
+    )
+
+    console = wide_console()
+    others, ours = by_others(), own()
+    console.print(speeds_table(others, "Measured by others on GB10"))
+    console.print(f"Mean error {mean_error(others):.1%}, without the bad set-up. {sources(others)}.\n", soft_wrap=True)
+    console.print(parts_table(), "")
+    console.print(speeds_table(ours, "Measured by this project: Qwen3-30B-A3B INT4, a step"))
+    console.print(f"Mean error {mean_error(ours):.1%}. {sources(ours)}.\n", soft_wrap=True)
+    for line in explanations([*others, *ours]):
+        console.print(f"- {line}", soft_wrap=True)
