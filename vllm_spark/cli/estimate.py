@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
@@ -19,6 +22,7 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import check_writable
 
 if TYPE_CHECKING:
+    from vllm_spark.estimate.collectives import Collectives
     from vllm_spark.estimate.model import Model
     from vllm_spark.estimate.pair import Settings
 
@@ -26,6 +30,7 @@ SUMMARY = "predicted tokens per second and memory of a model on one machine and 
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _ACCEPTANCE = 0.6
+_MARKDOWN_WIDTH = 240
 _KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
 
 
@@ -36,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "figures of a GB10; docs/estimate.md compares it with measured speeds."
     )
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder or file with a config.json, a model of the hub, or a name in "
-        "configs/models"
-    )  # fmt: skip
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder or file with a config.json, a model of the hub, or a name in configs/models",
+    )
     parser.add_argument(
         "--published", action="store_true", help="compare the prediction with measured speeds instead; no MODEL"
     )
@@ -90,7 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--collective-us",
         type=up_to(1e6),
         metavar="MICROSECONDS",
-        help="what a step waits for each collective, as measured; adds a column",
+        help="what a step waits for each collective; in place of both columns of two machines",
+    )
+    machines.add_argument(
+        "--collectives",
+        type=user_path,
+        metavar="FILE",
+        help="the same, with the figures that vllm-spark bench collective --json FILE wrote",
     )
     add_wire_arguments(parser)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
@@ -118,9 +131,7 @@ def run(args: argparse.Namespace) -> int:
         _show_published()
         return 0
     if args.model is None:
-        raise ConfigurationError(
-            "a model is missing; give a config.json, a model of the hub or a name in configs/models"
-        )
+        raise ConfigurationError("MODEL is missing; give a config.json, a model of the hub or a name in configs/models")
     from vllm_spark.bench.collective_report import check_plot
     from vllm_spark.estimate.pair import estimate, over_batches
     from vllm_spark.estimate.report import as_json, as_table, plot
@@ -150,6 +161,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     Raises:
         ConfigurationError: an unknown GPU, or a link whose options contradict each other.
     """
+    from vllm_spark.estimate.collective_file import load_collectives
     from vllm_spark.estimate.collectives import NCCL, fixed, over_the_cable
     from vllm_spark.estimate.gpu import GPUS, with_bandwidth
     from vllm_spark.estimate.pair import Settings
@@ -160,13 +172,17 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ConfigurationError(f"there are no figures of the GPU {args.gpu!r}; known are {', '.join(GPUS)}")
     if args.memory_gbytes_per_s is not None:
         gpu = with_bandwidth(gpu, args.memory_gbytes_per_s)
-    collectives = [over_the_cable(modelled_wire(args)), NCCL]
+    collectives: tuple[Collectives, ...] = (over_the_cable(modelled_wire(args)), NCCL)
+    if args.collective_us is not None and args.collectives is not None:
+        raise ConfigurationError("--collectives and --collective-us contradict each other; leave one out")
     if args.collective_us is not None:
-        collectives.append(fixed(args.collective_us))
+        collectives = (fixed(args.collective_us),)
+    if args.collectives is not None:
+        collectives = load_collectives(args.collectives)
     return Settings(
         gpu=gpu,
         work=Workload(args.batch, args.context, kv_bytes=_KV_BYTES[args.kv_cache_dtype]),
-        collectives=tuple(collectives),
+        collectives=collectives,
         drafted=args.speculate or 0,
         acceptance=args.acceptance if args.speculate else 0.0,
         expert_parallel=args.expert_parallel,
@@ -204,7 +220,8 @@ def _show_published() -> None:
         speeds_table,
     )
 
-    console = wide_console()
+    # In a file a row must be one line of Markdown.
+    console = wide_console() if sys.stdout.isatty() else Console(width=_MARKDOWN_WIDTH)
     others, ours = by_others(), own()
     console.print(speeds_table(others, "Measured by others on GB10"))
     console.print(f"Mean error {mean_error(others):.1%}, without the bad set-up. {sources(others)}.\n", soft_wrap=True)

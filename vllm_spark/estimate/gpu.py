@@ -96,7 +96,8 @@ H200 = Gpu(
 
 - 4200 GB/s: the output head, 622 MB in 148 us, one rank (entry 13's profile).
 - 3300 GB/s and 7.0 us: Marlin's kernel for experts by itself, eight tokens and one, gate and up and down, whole and
-  half (entry 9's table): 33.1, 20.0, 20.0 and 13.5 us by this line for eight tokens, measured 32.7, 20.8, 19.7 and 14.2.
+  half (entry 9's table): 33.1, 20.0, 20.0 and 13.5 us by this line for eight tokens, 32.7, 20.8, 19.7 and 14.2
+  measured.
 - 2.5 us: norms, routing and attention in the profile of one rank (entry 13): 840 us for 336 kernels.
 - 286 and 102 us: steps less kernels, of one rank and of the pair (entry 13).
 - 700 TFLOP/s: assumed; no step here comes near it.
