@@ -12,7 +12,6 @@ from rich.console import Console
 from vllm_spark.cli.arguments import (
     add_wire_arguments,
     modelled_wire,
-    positive,
     positives,
     up_to,
     user_path,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 SUMMARY = "predicted tokens per second and memory of a model on one machine and on two, without running it"
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_MOST_SEQUENCES, _MOST_TOKENS, _MOST_DRAFTED = 1 << 16, 1 << 30, 64
 _ACCEPTANCE = 0.6
 _MARKDOWN_WIDTH = 240
 _KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
@@ -49,16 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published", action="store_true", help="compare the prediction with measured speeds instead; no MODEL"
     )
-    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default: 1)")
     parser.add_argument(
-        "--context", type=positive, default=1024, metavar="TOKENS", help="of each sequence (default: 1024)"
+        "--batch", type=up_to(_MOST_SEQUENCES, int), default=1, metavar="N", help="sequences at once (default: 1)"
+    )
+    parser.add_argument(
+        "--context",
+        type=up_to(_MOST_TOKENS, int),
+        default=1024,
+        metavar="TOKENS",
+        help="of each sequence (default: 1024)",
     )
     parser.add_argument(
         "--kv-cache-dtype", choices=list(_KV_BYTES), default="bfloat16", help="of the KV cache (default: bfloat16)"
     )
     speculation = parser.add_argument_group("speculation")
     speculation.add_argument(
-        "--speculate", type=positive, metavar="N", help="tokens that are drafted in a step (default: none)"
+        "--speculate",
+        type=up_to(_MOST_DRAFTED, int),
+        metavar="N",
+        help="tokens that are drafted in a step (default: none)",
     )
     speculation.add_argument(
         "--acceptance",
@@ -132,7 +141,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model is None:
         raise ConfigurationError("MODEL is missing; give a config.json, a model of the hub or a name in configs/models")
-    from vllm_spark.bench.collective_report import check_plot
     from vllm_spark.estimate.pair import estimate, over_batches
     from vllm_spark.estimate.report import as_json, as_table, plot
     from vllm_spark.models.config import read_model_config
@@ -140,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.plot)):
         check_writable(path)
     if args.plot is not None:
+        from vllm_spark.bench.collective_report import check_plot
+
         check_plot(args.plot)
     settings = _settings(args)
     name, config = read_model_config(args.model)
@@ -147,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     found = estimate(name, config, settings, draft_of)
     console = wide_console()
     console.print(as_table(found))
-    console.print(found.verdict, soft_wrap=True)
+    console.print(found.verdict, soft_wrap=not console.is_terminal)
     if args.json is not None:
         args.json.write_text(as_json([found]) + "\n")
     if args.plot is not None:
@@ -195,6 +205,7 @@ def _draft(draft: str, config: Mapping[str, Any]) -> Callable[[int], Model | Non
     from vllm_spark.estimate.model import read_model
     from vllm_spark.estimate.speculation import eagle_head, own_draft_layer
     from vllm_spark.models.config import read_model_config
+    from vllm_spark.models.config_values import names
 
     if draft == "ngram":
         return lambda tp: None
@@ -203,8 +214,10 @@ def _draft(draft: str, config: Mapping[str, Any]) -> Callable[[int], Model | Non
 
     def from_config(tp: int) -> Model:
         of_draft = read_model_config(draft)[1]
-        words = " ".join(map(str, of_draft.get("architectures") or ()))
-        return (eagle_head if "draft_vocab_size" in of_draft or "agle" in words else read_model)(of_draft, tp)
+        is_head = "draft_vocab_size" in of_draft or any(
+            "eagle" in name.lower() for name in names(of_draft, "architectures")
+        )
+        return (eagle_head if is_head else read_model)(of_draft, tp)
 
     return from_config
 
@@ -224,9 +237,10 @@ def _show_published() -> None:
     console = wide_console() if sys.stdout.isatty() else Console(width=_MARKDOWN_WIDTH)
     others, ours = by_others(), own()
     console.print(speeds_table(others, "Measured by others on GB10"))
-    console.print(f"Mean error {mean_error(others):.1%}, without the bad set-up. {sources(others)}.\n", soft_wrap=True)
+    flow = not console.is_terminal
+    console.print(f"Mean error {mean_error(others):.1%}, without the bad set-up. {sources(others)}.\n", soft_wrap=flow)
     console.print(parts_table(), "")
     console.print(speeds_table(ours, "Measured by this project: Qwen3-30B-A3B INT4, a step"))
-    console.print(f"Mean error {mean_error(ours):.1%}. {sources(ours)}.\n", soft_wrap=True)
+    console.print(f"Mean error {mean_error(ours):.1%}. {sources(ours)}.\n", soft_wrap=flow)
     for line in explanations([*others, *ours]):
-        console.print(f"- {line}", soft_wrap=True)
+        console.print(f"- {line}", soft_wrap=flow)

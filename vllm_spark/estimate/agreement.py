@@ -57,6 +57,8 @@ def compare(case: Published) -> Compared:
 def predict(case: Published, batch: int) -> tuple[Step, float]:
     """The step of a set-up, and its tokens per second."""
     config = read_model_config(case.model)[1] if isinstance(case.model, str) else case.model
+    if case.quantization is not None:
+        config = {**config, "quantization_config": case.quantization or None}
     if case.shard:
         config = shard_as_model(config, 2)
     model = read_model(config, case.tp, case.expert_parallel)
@@ -88,7 +90,7 @@ def speeds_table(compared: Iterable[Compared], title: str) -> Table:
     """Measured and predicted figures, with errors."""
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     for heading in ("set-up", "batch", "unit", "measured", "predicted", "error"):
-        table.add_column(heading, justify="left" if heading in ("set-up", "unit") else "right")
+        table.add_column(heading, justify="left" if heading in ("set-up", "unit") else "right", overflow="fold")
     for each in compared:
         table.add_row(
             each.case.what + (" (bad set-up)" if each.case.bad_setup else ""),

@@ -73,7 +73,8 @@ class Published:
         collectives: None on one machine.
         context: tokens of each sequence, on average.
         drafted: tokens with the EAGLE3 head above.
-        stored: format of all matrices, if another than config.json says.
+        quantization: in place of the config.json's; empty: none.
+        stored: format of all matrices and the head, if another than config.json says.
         expert_parallel: with vLLM's --enable-expert-parallel.
         compiled: with torch.compile.
         shard: one rank's half as a complete model, without collectives.
@@ -93,6 +94,7 @@ class Published:
     batches: tuple[int, ...] = (1,)
     context: int = 0
     drafted: int = 0
+    quantization: Mapping[str, Any] | None = None
     stored: Weights | None = None
     expert_parallel: bool = False
     compiled: bool = True
@@ -105,6 +107,7 @@ class Published:
 _FLASH = "flash7777/vllm-marlin-sm12x, February and March 2026, batch 1"
 _ARENA = "spark-arena.com"
 _CODER = "qwen3-coder-30b-a3b-int4"
+_AUTO_ROUND: Mapping[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}
 _CONSELARA = "conselara.dev/notes/dgx-spark-benchmarks, May 2026"
 
 BY_OTHERS: tuple[Published, ...] = (
@@ -166,6 +169,61 @@ BY_OTHERS: tuple[Published, ...] = (
         2,
         collectives=NCCL,
         context=200,
+    ),
+    Published(
+        "Qwen3-Coder-Next INT4, padded for Marlin, TP=2, NCCL outside of graphs",
+        _FLASH,
+        "tokens/s",
+        ((87.7, 87.7),),
+        "qwen3-coder-next-int4",
+        2,
+        collectives=NCCL_EAGER,
+        context=200,
+    ),
+    Published(
+        "Qwen3.5-122B-A10B GPTQ-INT4, TP=2, NCCL outside of graphs",
+        _FLASH,
+        "tokens/s",
+        ((23.8, 24.6),),
+        "qwen3.5-122b-a10b-int4",
+        2,
+        collectives=NCCL_EAGER,
+        context=200,
+    ),
+    Published(
+        "Qwen3.5-122B-A10B AutoRound INT4, TP=1",
+        "albond/DGX_Spark_Qwen3.5-122B-A10B-AR-INT4, its baseline",
+        "tokens/s",
+        ((28.3, 28.3),),
+        "qwen3.5-122b-a10b-int4",
+        1,
+        context=200,
+        quantization=_AUTO_ROUND,
+    ),
+    Published(
+        "Qwen3-Coder-30B-A3B BF16, TP=1", _FLASH, "tokens/s", ((30.6, 30.6),), _CODER, 1, context=200, quantization={}
+    ),
+    Published(
+        "the same, FP8, TP=1",
+        _FLASH,
+        "tokens/s",
+        ((50.5, 50.5),),
+        _CODER,
+        1,
+        context=200,
+        quantization={"quant_method": "fp8"},
+        why="vLLM's default tiles of that time for FP8 experts were slower than today's by more than 20 % on a GB10 "
+        "(eugr/spark-vllm-docker pull request 207).",
+    ),
+    Published(
+        "the same, NVFP4, FlashInfer's CUTLASS, TP=1",
+        _FLASH,
+        "tokens/s",
+        ((65.0, 65.0),),
+        _CODER,
+        1,
+        context=200,
+        quantization={"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]},
     ),
     Published(
         "gpt-oss-120b, all matrices in MXFP4, TP=1",
@@ -263,9 +321,9 @@ OWN: tuple[Published, ...] = (
     _own("two H200, NCCL over host memory", _H200, (4.69, 5.31, 6.11), H200, NCCL_H200),
     _own("two H200, vllm_spark direct", _H200, (3.98, 4.56, 5.32), H200, DIRECT),
     _own("two H200, vllm_spark over the modelled wire", _H200, (4.48, 5.68, 6.56), H200, MODELLED_WIRE),
-    _own("H100, one rank", _H100, (4.15, 5.15, 6.39), H100, None),
-    _own("two H100, NCCL over host memory", _H100, (4.99, 5.70, 6.47), H100, NCCL_H200),
-    _own("two H100, vllm_spark direct", _H100, (4.26, 4.85, 5.61), H100, DIRECT),
+    _own("H100, one rank, without torch.compile", _H100, (4.15, 5.15, 6.39), H100, None),
+    _own("two H100, NCCL over host memory, without torch.compile", _H100, (4.99, 5.70, 6.47), H100, NCCL_H200),
+    _own("two H100, vllm_spark direct, without torch.compile", _H100, (4.26, 4.85, 5.61), H100, DIRECT),
     _own("H100, one rank", _TUNED, (3.954, 4.963, 6.146), H100, None),
     _own("H100, one rank's half, no collectives", _TUNED, (3.627, 4.102, 4.749), H100, None, shard=True),
 )

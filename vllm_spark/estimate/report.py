@@ -16,7 +16,6 @@ from vllm_spark.records import indented_json
 
 def as_table(estimate: Estimate) -> Table:
     """Milliseconds of each part of a step, tokens per second, and memory, for each candidate."""
-    settings = estimate.settings
     table = Table(title=f"{estimate.model}: a decode step, milliseconds (predicted)", caption=_caption(estimate))
     table.add_column("")
     for each in estimate.candidates:
@@ -34,8 +33,6 @@ def as_table(estimate: Estimate) -> Table:
     table.add_row("its sequences, GB", *(f"{each.memory.sequences / 1e9:.2f}" for each in estimate.candidates))
     table.add_row("room for tokens besides", *(_room(each) for each in estimate.candidates))
     table.add_row("reads in a step, GB", *(f"{each.step.read_bytes / 1e9:.2f}" for each in estimate.candidates))
-    if settings.drafted:
-        table.title = f"{table.title}, {settings.drafted} drafted"
     return table
 
 
@@ -48,7 +45,7 @@ def _caption(estimate: Estimate) -> str:
         f"{gpu.kernel_us:g} us a kernel",
     ]
     if settings.drafted:
-        words.append(f"a drafted token is accepted with probability {settings.acceptance:g}")
+        words.append(f"{settings.drafted} drafted, each accepted with probability {settings.acceptance:g}")
     if settings.expert_parallel:
         words.append("with expert parallelism")
     words += [f"link: {each.link.summary}" for each in settings.collectives if each.link is not None]

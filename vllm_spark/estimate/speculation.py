@@ -11,6 +11,7 @@ from vllm_spark.estimate.collectives import Collectives
 from vllm_spark.estimate.gpu import Gpu
 from vllm_spark.estimate.model import Model, read_model
 from vllm_spark.estimate.step import Part, Workload, forward_us
+from vllm_spark.models.config_values import whole_number
 from vllm_spark.models.layers import Dense
 from vllm_spark.models.weights import Bf16, Int4, Mxfp4, Nvfp4
 
@@ -58,7 +59,7 @@ def eagle_head(config: Mapping[str, Any], tp: int) -> Model:
         for layer in model.layers
     ]
     layers.append(Dense("fc_proj", hidden, 3 * hidden, 1, Bf16()))  # joins the states of three layers of the target
-    vocabulary = config.get("draft_vocab_size") or model.vocabulary
+    vocabulary = whole_number(config, "draft_vocab_size") or model.vocabulary
     return replace(model, layers=tuple(layers), vocabulary=vocabulary, embeddings=False)
 
 
