@@ -115,7 +115,7 @@ BY_OTHERS: tuple[Published, ...] = (
         "Qwen3-Coder-30B-A3B INT4, EAGLE3, TP=1", _FLASH, "tokens/s", ((92, 97),), _CODER, 1, drafted=1, context=200
     ),
     Published(
-        "the same, TP=2, NCCL in graphs",
+        "Qwen3-Coder-30B-A3B INT4, EAGLE3, TP=2, NCCL in graphs",
         _FLASH,
         "tokens/s",
         ((107.8, 109.8),),
@@ -125,10 +125,10 @@ BY_OTHERS: tuple[Published, ...] = (
         drafted=1,
         context=200,
         why="NCCL is assumed to hide half of its time behind kernels, as it does on an H200; with nothing hidden the "
-        "estimate is 4 % below the figure. Its time in these graphs was not measured inside of a step.",
+        "estimate is 6 % below the figure. Its time in these graphs was not measured inside of a step.",
     ),
     Published(
-        "the same, TP=2, NCCL outside of graphs",
+        "Qwen3-Coder-30B-A3B INT4, EAGLE3, TP=2, NCCL outside of graphs",
         _FLASH,
         "tokens/s",
         ((116.3, 118.6),),
@@ -139,19 +139,19 @@ BY_OTHERS: tuple[Published, ...] = (
         context=200,
     ),
     Published(
-        "Qwen3-Coder-30B-A3B INT4, no speculation, TP=1",
+        "Qwen3-Coder-30B-A3B INT4, TP=1",
         _FLASH,
         "tokens/s",
         ((86.4, 86.9),),
         _CODER,
         1,
         context=200,
-        why="Of 13.4 ms the output head takes 3.6, at cuBLAS's rate for one row, which was measured with another width "
+        why="Of 13.5 ms the output head takes 3.6, at cuBLAS's rate for one row, which was measured with another width "
         "and half a year later. With the memory's bandwidth for it the estimate is 8 % below the figure; the rest is "
         "Marlin, which must have read faster than 187 GB/s here.",
     ),
     Published(
-        "the same, TP=2, NCCL in graphs, Ray",
+        "Qwen3-Coder-30B-A3B INT4, TP=2, NCCL in graphs, Ray",
         _FLASH,
         "tokens/s",
         ((91.6, 91.6),),
@@ -204,7 +204,7 @@ BY_OTHERS: tuple[Published, ...] = (
         "Qwen3-Coder-30B-A3B BF16, TP=1", _FLASH, "tokens/s", ((30.6, 30.6),), _CODER, 1, context=200, quantization={}
     ),
     Published(
-        "the same, FP8, TP=1",
+        "Qwen3-Coder-30B-A3B FP8, TP=1",
         _FLASH,
         "tokens/s",
         ((50.5, 50.5),),
@@ -216,7 +216,7 @@ BY_OTHERS: tuple[Published, ...] = (
         "(eugr/spark-vllm-docker pull request 207).",
     ),
     Published(
-        "the same, NVFP4, FlashInfer's CUTLASS, TP=1",
+        "Qwen3-Coder-30B-A3B NVFP4, FlashInfer's CUTLASS, TP=1",
         _FLASH,
         "tokens/s",
         ((65.0, 65.0),),
@@ -237,7 +237,7 @@ BY_OTHERS: tuple[Published, ...] = (
         kv_bytes=1,
     ),
     Published(
-        "the same, TP=2, NCCL",
+        "gpt-oss-120b, all matrices in MXFP4, TP=2, NCCL",
         _ARENA,
         "tokens/s",
         ((76.0, 76.0),),
