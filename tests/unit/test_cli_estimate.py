@@ -55,6 +55,11 @@ def test_options_change_what_they_name(tmp_path: Path) -> None:
     assert speed("--context", "50000", "--kv-cache-dtype", "fp8") > speed("--context", "50000")
     assert speed("--expert-parallel") < plain
     assert speed("--gpu", "h200") > 2 * plain
+    assert (
+        speed("--batch", "8", "--routing-skew", "0")
+        < speed("--batch", "8")
+        < speed("--batch", "8", "--routing-skew", "2")
+    )
     assert speed("--speculate", "3", "--draft", "ngram", "--acceptance", "1") > 2 * plain
 
 
@@ -118,7 +123,14 @@ def test_bad_input_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "words", [["--batch", "0"], ["--context", "9" * 30], ["--acceptance", "1.1"], ["--speculate", "65"]]
+    "words",
+    [
+        ["--batch", "0"],
+        ["--context", "9" * 30],
+        ["--acceptance", "1.1"],
+        ["--speculate", "65"],
+        ["--routing-skew", "-1"],
+    ],
 )
 def test_numbers_have_limits(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", CODER, *words]) == 2

@@ -112,13 +112,17 @@ def test_the_second_machine_halves_what_is_read_but_for_small_parts(name: str, w
 
 
 @settings(deadline=None)
-@given(st.integers(1, 512), st.integers(1, 16), st.floats(1, 500), st.floats(1, 4))
-def test_distinct_experts_are_bounded_and_grow(experts: int, top_k: int, rows: float, times: float) -> None:
+@given(st.integers(1, 512), st.integers(1, 16), st.floats(1, 500), st.floats(1, 4), st.floats(0, 3), st.floats(0, 2))
+def test_distinct_experts_are_bounded_and_grow(
+    experts: int, top_k: int, rows: float, times: float, skew: float, more: float
+) -> None:
     top_k = min(top_k, experts)
-    read = distinct_experts(experts, top_k, rows)
+    read = distinct_experts(experts, top_k, rows, skew)
+    assert distinct_experts(experts, top_k, rows, skew + more) <= read * 1.000001
+    assert distinct_experts(experts, top_k, 1, skew) == pytest.approx(top_k)
     assert min(top_k, experts) <= read * 1.000001
     assert read <= min(experts, rows * top_k) * 1.000001
-    assert distinct_experts(experts, top_k, rows * times) >= read
+    assert distinct_experts(experts, top_k, rows * times, skew) >= read
     assert read / 2 <= busier_half(experts, read) <= experts
 
 
@@ -126,13 +130,19 @@ def test_distinct_experts_are_bounded_and_grow(experts: int, top_k: int, rows: f
 def test_distinct_experts_are_the_mean_over_all_choices(experts: int, top_k: int, rows: int) -> None:
     choices = list(itertools.combinations(range(experts), top_k))
     counts = [len(set().union(*chosen)) for chosen in itertools.product(choices, repeat=rows)]
-    assert distinct_experts(experts, top_k, rows) == pytest.approx(sum(counts) / len(counts))
+    assert distinct_experts(experts, top_k, rows, skew=0) == pytest.approx(sum(counts) / len(counts))
 
 
-@pytest.mark.parametrize(("rows", "measured"), [(1, 8), (2, 12.6), (3, 17.0), (4, 21.5), (5, 24.4)])
-def test_windows_of_one_sequence_read_what_was_measured(rows: int, measured: float) -> None:
+@pytest.mark.parametrize(
+    ("sequences", "rows", "measured"),
+    [
+        *((1, 1, 8), (1, 2, 12.6), (1, 3, 17.0), (1, 4, 21.5), (1, 5, 24.4), (1, 8, 34.5)),
+        *((2, 4, 40.5), (2, 5, 48.2), (3, 4, 54.0), (4, 4, 64.8)),
+    ],
+)
+def test_sequences_read_the_experts_that_were_counted(sequences: int, rows: int, measured: float) -> None:
     """GLM-5.3-Flash on GB10 (docs/ROOFLINE.md of InterfaceX-co-jp/glm53-tensorfold-spark)."""
-    assert distinct_experts(288, 8, independent_rows(1, rows)) == pytest.approx(measured, rel=0.06)
+    assert distinct_experts(288, 8, independent_rows(sequences, rows)) == pytest.approx(measured, rel=0.06)
 
 
 def test_the_busier_of_two_halves_is_the_mean_over_all_draws() -> None:
@@ -147,7 +157,7 @@ def test_the_busier_of_two_halves_is_the_mean_over_all_draws() -> None:
 )
 def test_marlin_on_an_h200_takes_what_was_measured(experts: float, rows: int, measured_us: tuple[float, float]) -> None:
     """Whole experts of Qwen3-30B-A3B, gate and up together and down (benchmarks/NOTES.md, entry 9)."""
-    assert distinct_experts(128, 8, rows) == pytest.approx(experts, rel=0.01)
+    assert distinct_experts(128, 8, rows, skew=0) == pytest.approx(experts, rel=0.01)
     for share, measured in zip((2 / 3, 1 / 3), measured_us, strict=True):
         size = experts * 3 * 2048 * 768 * (0.5 + 2 / 128) * share
         predicted = H200.packed_us + size / H200.four_bit_gbytes_per_s / 1e3

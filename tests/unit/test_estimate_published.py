@@ -8,11 +8,22 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.cli import main
-from vllm_spark.estimate.agreement import LARGE, Compared, by_others, compare, explanations, mean_error, own, predict
+from vllm_spark.estimate.agreement import (
+    LARGE,
+    Compared,
+    by_others,
+    compare,
+    explanations,
+    mean_error,
+    own,
+    predict,
+    several_sequences,
+)
 from vllm_spark.estimate.collectives import NCCL
+from vllm_spark.estimate.experts import distinct_experts
 from vllm_spark.estimate.gpu import GB10
-from vllm_spark.estimate.published import BY_OTHERS, OWN, STEP_OF_8_47_MS, Published
-from vllm_spark.estimate.step import COLLECTIVES, HEAD, ORDER
+from vllm_spark.estimate.published import BY_OTHERS, OWN, SEVERAL_SEQUENCES, STEP_OF_8_47_MS, Published
+from vllm_spark.estimate.step import ATTENTION, COLLECTIVES, HEAD, ORDER
 
 ROOT = Path(__file__).parents[2]
 PAGE, README = ROOT / "docs" / "estimate.md", ROOT / "README.md"
@@ -40,7 +51,7 @@ def test_a_mean_leaves_out_bad_set_ups_alone() -> None:
 
 
 def test_every_large_error_is_explained() -> None:
-    large = [each for each in (*by_others(), *own()) if max(map(abs, each.errors)) > LARGE]
+    large = [each for each in (*by_others(), *several_sequences(), *own()) if max(map(abs, each.errors)) > LARGE]
     assert large
     assert all(each.case.why for each in large)
     assert len(explanations(large)) == len(large)
@@ -77,12 +88,8 @@ def test_what_the_output_head_takes_of_the_step_without_speculation() -> None:
 
 def test_what_qwen3_235b_took_longer() -> None:
     compared = compare(case("Qwen3-235B"))
-    longer = [
-        1e3 * batch * (1 / there - 1 / here)
-        for batch, there, here in zip((1, 2, 4), compared.measured, compared.predicted, strict=True)
-    ]
+    longer = [1e3 * (1 / there - 1 / here) for there, here in zip(compared.measured, compared.predicted, strict=True)]
     assert longer[0] == pytest.approx(11, abs=1)
-    assert longer[2] == pytest.approx(7, abs=1)
     step, _ = predict(compared.case, 1)
     (collectives,) = (part for part in step.parts if part.name == COLLECTIVES)
     assert collectives.kernels == 190
@@ -99,6 +106,23 @@ def test_what_the_bad_set_up_cost() -> None:
     assert predict(replace(bad, tp=1, collectives=None), 1)[1] == pytest.approx(8.2, abs=0.05)
 
 
+def test_how_fast_the_kv_cache_of_minimax_was_read() -> None:
+    near, far = (case(f"MiniMax-M2.5 INT4, TP=2, NCCL in graphs, Ray{words}") for words in ("", ", 16K"))
+    (kept,) = (part for part in predict(far, 1)[0].parts if part.name == ATTENTION)
+    (empty,) = (part for part in predict(near, 1)[0].parts if part.name == ATTENTION)
+    read = kept.read_bytes - empty.read_bytes
+    longer = 1e3 / far.values[0][0] - 1e3 / near.values[0][0]
+    assert (round(read / 1e9, 1), round(longer), round(read / longer / 1e6)) == (2.1, 14, 147)
+
+
+def test_how_many_experts_gpt_oss_can_have_read() -> None:
+    many = next(each for each in SEVERAL_SEQUENCES if each.tp == 1)
+    step_us = many.batches[-1] / many.values[-1][0] * 1e6
+    of_one = 36 * 3 * 2880 * 2880 * (0.5 + 1 / 32)  # without padding
+    assert step_us * GB10.gbytes_per_s * 1e3 / of_one == pytest.approx(50, abs=1)
+    assert round(distinct_experts(128, 4, many.batches[-1])) == 68
+
+
 def test_the_published_parts_add_up_to_the_token() -> None:
     assert sum(milliseconds for _, milliseconds, _ in STEP_OF_8_47_MS) == pytest.approx(8.47)
     named = [name for _, _, names in STEP_OF_8_47_MS for name in names]
@@ -107,7 +131,7 @@ def test_the_published_parts_add_up_to_the_token() -> None:
 
 
 def test_no_figure_lacks_its_source() -> None:
-    for each in (*BY_OTHERS, *OWN):
+    for each in (*BY_OTHERS, *SEVERAL_SEQUENCES, *OWN):
         assert each.source
         assert len(each.values) == len(each.batches)
         assert all(0 < least <= most for least, most in each.values)

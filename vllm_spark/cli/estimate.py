@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mtp: the model's own layer; ngram: no model; or, as MODEL, an EAGLE or EAGLE3 head or a smaller model "
         "(default: mtp)",
     )
+    parser.add_argument(
+        "--routing-skew",
+        type=_skew,
+        metavar="S",
+        help="of experts: the i-th most popular one is chosen in proportion to i ** -S (default: 0.68, as measured for "
+        "one model; random weights: 0; sequences about one subject: 1 and more)",
+    )
     machines = parser.add_argument_group("machines")
     machines.add_argument("--gpu", default="gb10", metavar="GPU", help="gb10, h100 or h200 (default: gb10)")
     machines.add_argument(
@@ -165,6 +172,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _skew(text: str) -> float:
+    """An exponent from 0 to 3."""
+    return 0.0 if text.strip() in ("0", "0.0") else up_to(3)(text)
+
+
 def _settings(args: argparse.Namespace) -> Settings:
     """The settings of the options.
 
@@ -173,6 +185,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     """
     from vllm_spark.estimate.collective_file import load_collectives
     from vllm_spark.estimate.collectives import NCCL, fixed, over_the_cable
+    from vllm_spark.estimate.experts import SKEW
     from vllm_spark.estimate.gpu import GPUS, with_bandwidth
     from vllm_spark.estimate.pair import Settings
     from vllm_spark.estimate.step import Workload
@@ -191,7 +204,12 @@ def _settings(args: argparse.Namespace) -> Settings:
         collectives = load_collectives(args.collectives)
     return Settings(
         gpu=gpu,
-        work=Workload(args.batch, args.context, kv_bytes=_KV_BYTES[args.kv_cache_dtype]),
+        work=Workload(
+            args.batch,
+            args.context,
+            kv_bytes=_KV_BYTES[args.kv_cache_dtype],
+            skew=SKEW if args.routing_skew is None else args.routing_skew,
+        ),
         collectives=collectives,
         drafted=args.speculate or 0,
         acceptance=args.acceptance if args.speculate else 0.0,
@@ -229,18 +247,21 @@ def _show_published() -> None:
         mean_error,
         own,
         parts_table,
+        several_sequences,
         sources,
         speeds_table,
     )
 
     # In a file a row must be one line of Markdown.
     console = wide_console() if sys.stdout.isatty() else Console(width=_MARKDOWN_WIDTH)
-    others, ours = by_others(), own()
-    console.print(speeds_table(others, "Measured by others on GB10"))
+    others, several, ours = by_others(), several_sequences(), own()
+    console.print(speeds_table(others, "One sequence, measured by others on GB10"))
     flow = not console.is_terminal
     console.print(f"Mean error {mean_error(others):.1%}, without the bad set-up. {sources(others)}.\n", soft_wrap=flow)
+    console.print(speeds_table(several, "Several sequences at once, measured by others on GB10"))
+    console.print(f"Mean error {mean_error(several):.1%}. {sources(several)}.\n", soft_wrap=flow)
     console.print(parts_table(), "")
     console.print(speeds_table(ours, "Measured by this project: Qwen3-30B-A3B INT4, a step"))
     console.print(f"Mean error {mean_error(ours):.1%}. {sources(ours)}.\n", soft_wrap=flow)
-    for line in explanations([*others, *ours]):
+    for line in explanations([*others, *several, *ours]):
         console.print(f"- {line}", soft_wrap=flow)

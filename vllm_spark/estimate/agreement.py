@@ -16,6 +16,7 @@ from vllm_spark.estimate.published import (
     EAGLE3_ACCEPTANCE,
     EAGLE3_HEAD,
     OWN,
+    SEVERAL_SEQUENCES,
     STEP_OF_8_47_MS,
     Published,
 )
@@ -67,7 +68,7 @@ def predict(case: Published, batch: int) -> tuple[Step, float]:
         model = stored_as(model, case.stored)
     head = eagle_head(EAGLE3_HEAD, case.tp) if case.drafted else None
     speculation = Speculation(case.drafted, EAGLE3_ACCEPTANCE if case.drafted else 0.0, head)
-    work = Workload(batch, case.context, kv_bytes=case.kv_bytes, compiled=case.compiled)
+    work = Workload(batch, case.context, kv_bytes=case.kv_bytes, compiled=case.compiled, skew=case.skew)
     return speed(model, work, case.gpu, case.collectives, speculation)
 
 
@@ -80,6 +81,11 @@ def mean_error(compared: Iterable[Compared]) -> float:
 def by_others() -> list[Compared]:
     """All figures of others."""
     return [compare(case) for case in BY_OTHERS]
+
+
+def several_sequences() -> list[Compared]:
+    """Figures of others with several sequences at once."""
+    return [compare(case) for case in SEVERAL_SEQUENCES]
 
 
 def own() -> list[Compared]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_spark.estimate.collectives import Collectives
-from vllm_spark.estimate.experts import busier_half, distinct_experts, independent_rows
+from vllm_spark.estimate.experts import SKEW, busier_half, distinct_experts, independent_rows
 from vllm_spark.estimate.gpu import Gpu
 from vllm_spark.estimate.model import (
     SMALL_BYTES,
@@ -60,6 +60,7 @@ class Workload:
         rows: of each sequence: 1, and one for each drafted token that is verified.
         kv_bytes: of a number in the KV cache: 2 for bfloat16, 1 for fp8.
         compiled: whether vLLM's torch.compile joins small kernels.
+        skew: of the experts' popularity, as in `experts.py`.
     """
 
     batch: int = 1
@@ -67,6 +68,7 @@ class Workload:
     rows: int = 1
     kv_bytes: float = 2
     compiled: bool = True
+    skew: float = SKEW
 
     @property
     def all_rows(self) -> int:
@@ -194,7 +196,7 @@ def _part_of(layer: Dense) -> str:
 def _experts(model: Model, work: Workload, gpu: Gpu) -> Iterator[Part]:
     for layer in model.experts:
         rows = independent_rows(work.batch, work.rows)
-        read = distinct_experts(layer.experts, layer.top_k, rows)
+        read = distinct_experts(layer.experts, layer.top_k, rows, work.skew)
         share = 1.0
         if model.expert_parallel:  # a rank has whole experts: twice the bytes of half of them
             share = 2 * busier_half(layer.experts, read) / read
