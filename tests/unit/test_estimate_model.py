@@ -56,6 +56,51 @@ NEMOTRON_3_SUPER: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 5376,
     "vocab_size": 131072,
 }
+MIMO_V2_FLASH: dict[str, Any] = {
+    "model_type": "mimo_v2_flash",
+    "hidden_size": 4096,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 48,
+    "hybrid_layer_pattern": [0, *[1, 1, 1, 1, 1, 0] * 7, 1, 1, 1, 1, 0],
+    "moe_layer_freq": [0] + [1] * 47,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 192,
+    "v_head_dim": 128,
+    "swa_num_attention_heads": 64,
+    "swa_num_key_value_heads": 8,
+    "swa_head_dim": 192,
+    "swa_v_head_dim": 128,
+    "sliding_window_size": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "vocab_size": 152576,
+}
+STEP_3_5_FLASH: dict[str, Any] = {
+    "model_type": "step3p5",
+    "hidden_size": 4096,
+    "intermediate_size": 11264,
+    "num_hidden_layers": 45,
+    "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 12,
+    "sliding_window": 512,
+    "num_attention_heads": 64,
+    "num_attention_groups": 8,
+    "head_dim": 128,
+    "attention_other_setting": {
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 96,
+        "num_attention_groups": 8,
+        "head_dim": 128,
+    },
+    "use_head_wise_attn_gate": True,
+    "moe_layers_enum": ",".join(map(str, range(3, 45))),
+    "moe_num_experts": 288,
+    "moe_top_k": 8,
+    "moe_intermediate_size": 1280,
+    "share_expert_dim": 1280,
+    "vocab_size": 128815,
+}
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -76,8 +121,10 @@ def shipped(name: str) -> dict[str, Any]:
         ("qwen3.5-122b-a10b-int4", 122),
         (DEEPSEEK_V3, 671),
         (NEMOTRON_3_SUPER, 120.6),
+        (MIMO_V2_FLASH, 309),
+        (STEP_3_5_FLASH, 196.9),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_model_has_the_parameters_in_its_name(model: str | dict[str, Any], billions: float) -> None:
     """In bfloat16, without layers that draft and without small vectors, which are less than one in a thousand."""
@@ -162,6 +209,18 @@ def test_which_layers_have_a_window(change: dict[str, Any], mixers: dict[str, in
     assert {each.mixer: each.count for each in sequence_memory(config, 1)} == mixers
 
 
+def test_layers_with_a_window_may_have_other_heads() -> None:
+    full, sliding = sequence_memory(MIMO_V2_FLASH, 2)
+    assert (full.mixer, full.count, full.token_values) == ("full", 9, 2 * (192 + 128))
+    assert (sliding.mixer, sliding.count, sliding.token_values, sliding.window) == ("sliding", 39, 4 * (192 + 128), 128)
+    shapes = {layer.name: set() for layer in model_layers(STEP_3_5_FLASH, 2)}
+    for layer in model_layers(STEP_3_5_FLASH, 2):
+        if isinstance(layer, Dense):
+            shapes[layer.name].add((layer.size_n, layer.size_k, layer.count))
+    assert shapes["self_attn.o_proj"] == {(4096, 32 * 128, 12), (4096, 48 * 128, 33)}
+    assert shapes["self_attn.g_proj"] == {(32, 4096, 12), (48, 4096, 33)}
+
+
 def test_latent_vectors_are_kept_whole_on_each_rank() -> None:
     for tp in (1, 2):
         assert sequence_memory(DEEPSEEK_V3, tp) == [SequenceMemory("latent", 512 + 64, None, 0, 61)]
@@ -238,15 +297,16 @@ def test_what_cannot_be_estimated_is_said_in_a_sentence(change: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
+LARGE = [DEEPSEEK_V3, NEMOTRON_3_SUPER, MIMO_V2_FLASH, STEP_3_5_FLASH]
+KEYS = {key for model in LARGE for key in model} - {"num_hidden_layers"}
 JUNK = st.none() | st.booleans() | st.integers(-3, 1 << 40) | st.floats() | st.text(max_size=5) | st.lists(st.none())
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(DEEPSEEK_V3 | NEMOTRON_3_SUPER)), JUNK, st.sampled_from([DEEPSEEK_V3, NEMOTRON_3_SUPER]))
+@given(st.sampled_from(sorted(KEYS)), JUNK, st.sampled_from(LARGE))
 def test_any_value_gives_a_model_or_a_sentence(key: str, value: object, config: dict[str, Any]) -> None:
-    few = {"num_hidden_layers": 9} if key != "num_hidden_layers" else {}
     with suppress(ConfigurationError):
-        assert read_model({**config, **few, key: value}, 2).weight_bytes > 0
+        assert read_model({**config, "num_hidden_layers": 9, key: value}, 2).weight_bytes > 0
 
 
 def test_an_eagle3_head_has_its_published_size() -> None:
@@ -265,8 +325,8 @@ def test_a_models_own_draft_is_one_more_layer_in_bfloat16() -> None:
     assert {type(layer.weights) for layer in draft.layers} == {Bf16}
     assert [layer.name for layer in draft.layers if isinstance(layer, Dense)][-1] == "eh_proj"
     assert any(isinstance(layer, Experts) for layer in draft.layers)
-    nested = {"model_type": "qwen3_5_moe", "text_config": {**shipped("qwen3.5-35b-a3b-int4")["text_config"]}}
-    nested["text_config"]["mtp_num_hidden_layers"] = 1
+    text = {**shipped("qwen3.5-35b-a3b-int4")["text_config"], "mtp_num_hidden_layers": 1}
+    nested = {"model_type": "qwen3_5_moe", "text_config": text}
     assert [each.mixer for each in own_draft_layer(nested, 2).memories] == ["full"]
     with pytest.raises(ConfigurationError, match="no layer that drafts; give another draft with --draft"):
         own_draft_layer(shipped("gpt-oss-120b"), 1)

@@ -123,7 +123,7 @@ def is_mlp_end(layer: Dense) -> bool:
 
 def is_shared(layer: Dense) -> bool:
     """Whether it belongs to shared experts."""
-    return "shared_expert" in layer.name
+    return "share" in layer.name
 
 
 def dense_bytes(layer: Dense) -> float:

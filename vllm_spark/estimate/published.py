@@ -336,7 +336,7 @@ SEVERAL_SEQUENCES: tuple[Published, ...] = (
         context=1088,
         stored=Mxfp4(),
         kv_bytes=1,
-        why="llama-benchy's prompts come from one book, and its sequences share experts: 32 of them read no more than 50 "
+        why="llama-benchy's prompts come from one book, and its sequences share experts: 32 read no more than 50 "
         "of 128, since more would take longer than the whole step at the memory's bandwidth; the estimate has 68.",
     ),
     Published(

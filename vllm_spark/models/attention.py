@@ -47,11 +47,11 @@ def sequence_memory(config: Mapping[str, Any], tp: int) -> list[SequenceMemory]:
     found: Counter[SequenceMemory] = Counter()
     for index in range(model.layers):
         if (mixer := model.mixer(index)) != "none":
-            found[_kept(model, mixer)] += 1
+            found[_kept(model, mixer, index)] += 1
     return [replace(each, count=count) for each, count in found.items()]
 
 
-def _kept(model: TextModel, mixer: Mixer) -> SequenceMemory:
+def _kept(model: TextModel, mixer: Mixer, index: int) -> SequenceMemory:
     if mixer == "latent":  # not divided: each rank has the latent vectors of all heads
         return SequenceMemory(mixer, model.number("kv_lora_rank") + model.number("qk_rope_head_dim"), None, 0, 0)
     if mixer == "delta":
@@ -65,8 +65,9 @@ def _kept(model: TextModel, mixer: Mixer) -> SequenceMemory:
         inner, size = heads * model.number("mamba_head_dim"), model.number("ssm_state_size")
         convolved = inner + 2 * model.share("n_groups", model.number("n_groups")) * size
         return SequenceMemory(mixer, 0, None, _state_bytes(model, inner * size, convolved, 4), 0)
-    window = model.number("sliding_window") if mixer == "sliding" else None
-    return SequenceMemory(mixer, 2 * model.own_key_heads() * model.head(), window, 0, 0)
+    window = model.number("sliding_window", "sliding_window_size") if mixer == "sliding" else None
+    heads = model.heads(index)
+    return SequenceMemory(mixer, heads.keys * (heads.width + heads.value_width), window, 0, 0)
 
 
 def _state_bytes(model: TextModel, state: int, convolved: int, default_kernel: int) -> int:

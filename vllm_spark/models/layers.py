@@ -119,13 +119,13 @@ class _Layers(TextModel):
             f"model_type {self.type or 'nothing'!r} is not supported; supported are {', '.join(sorted(_KINDS))}"
         )
 
-    def attention(self, name: str = "self_attn", gate: bool = False) -> _Found:
+    def attention(self, index: int, name: str = "self_attn", gate: bool = False) -> _Found:
         """Fused query, key and value, and the output projection; a gate doubles the queries."""
-        hidden, head = self.number("hidden_size"), self.head()
-        own, own_keys = self.own_heads(), self.own_key_heads()
-        queries = own * (2 if gate else 1)
-        yield _dense(f"{name}.qkv_proj", (queries + 2 * own_keys) * head, hidden), _QKV
-        yield _dense(f"{name}.o_proj", hidden, own * head), _NONE
+        hidden, heads = self.number("hidden_size"), self.heads(index)
+        queries = heads.queries * (2 if gate else 1)
+        fused = (queries + heads.keys) * heads.width + heads.keys * heads.value_width
+        yield _dense(f"{name}.qkv_proj", fused, hidden), _QKV
+        yield _dense(f"{name}.o_proj", hidden, heads.queries * heads.value_width), _NONE
 
     def linear_attention(self, interleaved: bool, method: str | None) -> _Found:
         """A gated delta net: fused query, key, value and gate, two small projections, and the output projection."""
@@ -145,7 +145,7 @@ class _Layers(TextModel):
 
     def latent_attention(self) -> _Found:
         """Multi-head latent attention: projections to the latent vectors, which each rank has whole, and from them."""
-        hidden, own = self.number("hidden_size"), self.own_heads()
+        hidden, own = self.number("hidden_size"), self.share("num_attention_heads", self.number("num_attention_heads"))
         rank, rope = self.number("kv_lora_rank"), self.number("qk_rope_head_dim", least=0)
         inner, value = self.number("qk_nope_head_dim"), self.number("v_head_dim")
         queries = own * (inner + rope)
@@ -184,7 +184,7 @@ class _Layers(TextModel):
         self, name: str, experts: int, what: str, intermediate: int, hidden: int | None = None, gated: bool = True
     ) -> _Found:
         """Routed experts, each sharded along its width; `hidden` is the width on which they work, if another."""
-        top_k = self.number("num_experts_per_tok", "experts_per_token")
+        top_k = self.number("num_experts_per_tok", "experts_per_token", "moe_top_k")
         if not 0 < top_k <= experts:
             raise ConfigurationError(f"num_experts_per_tok is {top_k} of {experts} experts in config.json")
         own = self.share(what, intermediate)
@@ -200,12 +200,12 @@ def _dense(name: str, size_n: int, size_k: int) -> Dense:
 
 def _plain(model: _Layers, index: int, method: str | None) -> _Found:
     """Attention and one MLP: Llama, Qwen3."""
-    yield from model.attention()
+    yield from model.attention(index)
     yield from model.mlp("mlp", "intermediate_size", model.number("intermediate_size"))
 
 
 def _qwen3_moe(model: _Layers, index: int, method: str | None) -> _Found:
-    yield from model.attention()
+    yield from model.attention(index)
     yield from _qwen_experts(model, index)
 
 
@@ -226,7 +226,7 @@ def _qwen3_5_moe(model: _Layers, index: int, method: str | None) -> _Found:
 
 def _qwen_mixed_attention(model: _Layers, index: int, method: str | None, interleaved: bool) -> _Found:
     if model.mixer(index) == "full":
-        yield from model.attention(gate=bool(model.get("attn_output_gate", True)))
+        yield from model.attention(index, gate=bool(model.get("attn_output_gate", True)))
     else:
         yield from model.linear_attention(interleaved, method)
 
@@ -242,7 +242,7 @@ def _qwen_experts(model: _Layers, index: int) -> _Found:
 
 
 def _glm4_moe(model: _Layers, index: int, method: str | None) -> _Found:
-    yield from model.attention()
+    yield from model.attention(index)
     yield from _deepseek_experts(model, index)
 
 
@@ -268,7 +268,7 @@ def _nemotron_h(model: _Layers, index: int, method: str | None) -> _Found:
     if letter == "M":
         yield from model.state_space()
     elif letter == "*":
-        yield from model.attention("mixer")
+        yield from model.attention(index, "mixer")
     elif letter == "-":
         yield from model.ungated_mlp("mixer", "intermediate_size", model.number("intermediate_size"))
     else:
@@ -284,15 +284,42 @@ def _nemotron_h(model: _Layers, index: int, method: str | None) -> _Found:
 
 
 def _minimax_m2(model: _Layers, index: int, method: str | None) -> _Found:
-    yield from model.attention()
+    yield from model.attention(index)
     inner = model.number("intermediate_size")
     yield from model.experts("block_sparse_moe.experts", model.number("num_local_experts"), "intermediate_size", inner)
 
 
 def _gpt_oss(model: _Layers, index: int, method: str | None) -> _Found:
-    yield from model.attention("attn")
+    yield from model.attention(index, "attn")
     inner = model.number("intermediate_size")
     yield from model.experts("mlp.experts", model.number("num_local_experts"), "intermediate_size", inner)
+
+
+def _mimo_v2(model: _Layers, index: int, method: str | None) -> _Found:
+    yield from model.attention(index)
+    if model.get("moe_layer_freq") is not None:
+        sparse = bool(model.entry("moe_layer_freq", index))
+    else:
+        sparse = model.entry("mlp_layer_types", index) == "sparse"
+    if not sparse:
+        yield from model.mlp("mlp", "intermediate_size", model.number("intermediate_size"))
+        return
+    inner = model.number("moe_intermediate_size")
+    yield from model.experts("mlp.experts", model.number("n_routed_experts"), "moe_intermediate_size", inner)
+
+
+def _step3p5(model: _Layers, index: int, method: str | None) -> _Found:
+    """As vLLM 0.32's: with `moe_layers_enum`, a text with the numbers of layers that have experts."""
+    yield from model.attention(index)
+    if model.get("use_head_wise_attn_gate"):
+        yield _dense("self_attn.g_proj", model.heads(index).queries, model.number("hidden_size")), _NONE
+    sparse = [word.strip() for word in str(model.get("moe_layers_enum", "")).split(",")]
+    if str(index) not in sparse:
+        yield from model.mlp("mlp", "intermediate_size", model.number("intermediate_size"))
+        return
+    inner = model.number("moe_intermediate_size")
+    yield from model.experts("moe.experts", model.number("moe_num_experts"), "moe_intermediate_size", inner)
+    yield from model.mlp("moe.share_expert", "share_expert_dim", model.number("share_expert_dim"))
 
 
 _KINDS: Mapping[str, _Kind] = {
@@ -312,6 +339,9 @@ _KINDS: Mapping[str, _Kind] = {
     "deepseek_v3": _deepseek,
     "kimi_k2": _deepseek,
     "nemotron_h": _nemotron_h,
+    "mimo_v2": _mimo_v2,
+    "mimo_v2_flash": _mimo_v2,
+    "step3p5": _step3p5,
     "minimax_m2": _minimax_m2,
     "gpt_oss": _gpt_oss,
 }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.models.config_values import LARGEST, items, whole_number
+from vllm_spark.models.config_values import LARGEST, items, section, whole_number
 
 Mixer = Literal["full", "sliding", "latent", "delta", "mamba", "none"]
 """How a layer mixes tokens: attention over all of them, over a window, over latent vectors (MLA), a gated delta net, a
@@ -17,11 +17,23 @@ MOST_LAYERS = 10_000
 
 _LATENT = frozenset({"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"})
 _DELTA = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+_MIMO = frozenset({"mimo_v2", "mimo_v2_flash"})
 _BY_WINDOW = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"})
 """Models that may have `sliding_window`, for all layers or for those of `layer_types`."""
 
 _HYBRID_LETTERS: Mapping[str, Mixer] = {"M": "mamba", "*": "full", "-": "none", "E": "none"}
 """The layers of `hybrid_override_pattern`: a layer of such a model is a mixer or an MLP, not both."""
+
+
+class Heads(NamedTuple):
+    """Attention heads of one layer on one rank."""
+
+    queries: int
+    keys: int
+    """Of keys and of values: at least one, also if there are fewer than ranks."""
+    width: int
+    """Of a query's and a key's head."""
+    value_width: int
 
 
 class TextModel:
@@ -63,6 +75,13 @@ class TextModel:
             raise ConfigurationError(f"config.json has no {key}, which determines the shapes of its layers")
         return default
 
+    def entry(self, key: str, index: int) -> Any:
+        """A layer's entry in a list with one for each layer."""
+        entries = items(self.config, key)
+        if index >= len(entries):
+            raise ConfigurationError(f"{key} in config.json has no entry for layer {index}")
+        return entries[index]
+
     def share(self, what: str, value: int) -> int:
         """This rank's share."""
         if value % self.tp:
@@ -71,26 +90,30 @@ class TextModel:
             )
         return value // self.tp
 
-    def own_heads(self) -> int:
-        """Query heads of this rank."""
-        return self.share("num_attention_heads", self.number("num_attention_heads"))
+    def heads(self, index: int) -> Heads:
+        """The heads of this layer's attention; some models have others in layers with a window."""
+        prefix, other = "", self
+        if self.mixer(index) == "sliding" and self.type in _MIMO:
+            prefix = "swa_"
+        if self.mixer(index) == "sliding" and self.get("attention_other_setting"):
+            other = TextModel({**self.config, **section(self.config, "attention_other_setting")}, self.tp)
+        what, what_of_keys = f"{prefix}num_attention_heads", f"{prefix}num_key_value_heads"
+        queries = other.number(what)
+        width = other.number(f"{prefix}head_dim", default=max(self.number("hidden_size") // queries, 1))
+        keys = other.number(what_of_keys, "num_attention_groups", default=queries)
+        values = other.number(f"{prefix}v_head_dim", default=width)
+        return Heads(self.share(what, queries), self._share_or_repeat(what_of_keys, keys), width, values)
 
-    def own_key_heads(self) -> int:
-        """Key-value heads of this rank: at least one, also if there are fewer than ranks."""
-        key_heads = self.number("num_key_value_heads", default=self.number("num_attention_heads"))
+    def _share_or_repeat(self, what: str, key_heads: int) -> int:
+        """Key-value heads of this rank."""
         if key_heads >= self.tp:
-            return self.share("num_key_value_heads", key_heads)
+            return self.share(what, key_heads)
         if self.tp % key_heads == 0:
             return 1
         raise ConfigurationError(
-            f"num_key_value_heads is {key_heads}, which {self.tp} ranks can neither divide nor repeat; "
+            f"{what} is {key_heads}, which {self.tp} ranks can neither divide nor repeat; "
             "choose another tensor-parallel size"
         )
-
-    def head(self) -> int:
-        """Width of an attention head."""
-        hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
-        return self.number("head_dim", default=max(hidden // heads, 1))
 
     def has_experts(self, index: int) -> bool:
         """Whether this layer has experts, by Qwen's rule."""
@@ -112,6 +135,8 @@ class TextModel:
             return "full" if self._is_full_attention(index) else "delta"
         if self.type == "nemotron_h":
             return _HYBRID_LETTERS[self.hybrid_letter(index)]
+        if self.type in _MIMO and self.get("hybrid_layer_pattern") is not None:
+            return "sliding" if self.entry("hybrid_layer_pattern", index) == 1 else "full"
         if self.type == "gpt_oss" and self.get("layer_types") is None:
             return "full" if index % 2 else "sliding"
         if self.get("layer_types") is not None:
@@ -137,9 +162,7 @@ class TextModel:
 
     def _layer_type(self, index: int, other: str) -> str:
         """`full_attention`, or the other type of this model."""
-        types = items(self.config, "layer_types")
-        if index >= len(types):
-            raise ConfigurationError(f"layer_types in config.json has no entry for layer {index}")
-        if types[index] not in ("full_attention", other):
-            raise ConfigurationError(f"layer {index} is of type {types[index]!r}, which is not supported")
-        return str(types[index])
+        found = self.entry("layer_types", index)
+        if found not in ("full_attention", other):
+            raise ConfigurationError(f"layer {index} is of type {found!r}, which is not supported")
+        return str(found)
