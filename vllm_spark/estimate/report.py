@@ -23,7 +23,7 @@ def as_table(estimate: Estimate) -> Table:
     for part in ORDER:
         if any(each.step.part_us(part) for each in estimate.candidates):
             table.add_row(part, *(_ms(each.step.part_us(part)) for each in estimate.candidates))
-            if part == COLLECTIVES:
+            if part == COLLECTIVES and any(each.step.hidden_us for each in estimate.candidates):
                 table.add_row("  (hidden behind kernels)", *(_hidden(each) for each in estimate.candidates))
     table.add_section()
     table.add_row("step", *(_ms(each.step.us) for each in estimate.candidates))
