@@ -44,7 +44,8 @@ def test_json_has_parts_that_add_up(tmp_path: Path) -> None:
 
 def test_options_change_what_they_name(tmp_path: Path) -> None:
     def speed(*words: str) -> float:
-        return float(str(estimated(tmp_path, CODER, *words)["two, vllm_spark"]["tokens_per_s"]))
+        _, two, *_ = estimated(tmp_path, CODER, *words).values()
+        return float(str(two["tokens_per_s"]))
 
     plain = speed()
     slow = wire_file(tmp_path / "wire.json", 40.0, 1.0)
@@ -87,13 +88,17 @@ def test_the_plot_has_a_line_for_each_candidate(tmp_path: Path) -> None:
     assert drawn.count('id="legend_') == 1
 
 
-def test_measured_collectives_are_the_candidates(tmp_path: Path) -> None:
+def test_which_collectives_are_candidates(tmp_path: Path) -> None:
     rows = [
         {"candidate": "wire", "mode": "graph", "bytes": size, "median": us} for size, us in ((4096, 8), (1 << 20, 60))
     ]
     file = tmp_path / "collectives.json"
     file.write_text(json.dumps({"rows": rows}))
     assert list(estimated(tmp_path, CODER, "--collectives", str(file))) == ["one machine", "two, wire"]
+    own, nccl = "two, vllm_spark, direct", "two, NCCL over host memory"
+    assert list(estimated(tmp_path, CODER, "--gpu", "h200")) == ["one machine", own, nccl]
+    over_the_link = ["one machine", "two, vllm_spark", "two, NCCL"]
+    assert list(estimated(tmp_path, CODER, "--gpu", "h200", "--latency-us", "3")) == over_the_link
     assert list(estimated(tmp_path, CODER, "--collective-us", "12")) == ["one machine", "two, 12 us each"]
 
 

@@ -28,6 +28,7 @@ from vllm_spark.estimate.step import (
     COLLECTIVES,
     EXPERTS,
     HOST,
+    MLP,
     ORDER,
     PROJECTIONS,
     Step,
@@ -224,6 +225,26 @@ def test_expert_parallelism_waits_for_the_rank_with_more_experts() -> None:
     assert read_model(config, 1, True) == read_model(config, 1)
 
 
+def test_many_rows_take_the_time_of_their_arithmetic() -> None:
+    rows = 1 << 14
+    dense = decode_step(MODELS["llama-3.3-70b-int4", 1], Workload(rows), GB10, None)
+    matrices, kernels = 80 * 3 * 8192 * 28672, 80 * 2
+    seconds = 2 * rows * matrices / (GB10.tflops * 1e12)
+    assert dense.part_us(MLP) == pytest.approx(seconds * 1e6 + kernels * GB10.packed_us)
+    sparse = decode_step(coder(1), Workload(rows), GB10, None)
+    seconds = 2 * rows * 8 * 48 * 3 * 2048 * 768 / (GB10.tflops * 1e12)
+    assert sparse.part_us(EXPERTS) == pytest.approx(seconds * 1e6 + 48 * 2 * GB10.packed_us)
+
+
+def test_another_bandwidth_counts_for_all_kernels() -> None:
+    half = with_bandwidth(GB10, GB10.gbytes_per_s / 2)
+    for name in ("gbytes_per_s", "four_bit_gbytes_per_s", "one_row_gbytes_per_s"):
+        assert getattr(half, name) == getattr(GB10, name) / 2
+    assert replace(half, gbytes_per_s=0, four_bit_gbytes_per_s=0, one_row_gbytes_per_s=0) == replace(
+        GB10, gbytes_per_s=0, four_bit_gbytes_per_s=0, one_row_gbytes_per_s=0
+    )
+
+
 def test_the_kv_cache_is_read_at_the_memorys_bandwidth() -> None:
     near, far = (decode_step(coder(2), Workload(1, context), GB10, None) for context in (0, 16384))
     read = 48 * 16384 * 2 * 2 * 128 * 2
@@ -255,6 +276,12 @@ def test_half_of_the_batch_on_each_machine_is_said_of_a_batch() -> None:
     alone = candidates("llama-3.3-70b-int4", work=Workload(4, 1000)).candidates[0]
     assert many.separately == pytest.approx(2 * alone.tokens_per_s)
     assert f"half of the batch each make {many.separately:.3g}." in many.verdict
+
+
+def test_sequences_keep_their_context_and_the_steps_rows() -> None:
+    asked = {"work": Workload(4, 1000), "drafted": 2, "acceptance": 0.5}
+    for each in candidates("qwen3-coder-30b-a3b-int4", **asked).candidates:
+        assert each.memory.sequences == 4 * (1000 + 3) * 48 * 2 * 4 // each.tp * 128 * 2
 
 
 @settings(max_examples=20, deadline=None)

@@ -92,7 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "one model; random weights: 0; sequences about one subject: 1 and more)",
     )
     machines = parser.add_argument_group("machines")
-    machines.add_argument("--gpu", default="gb10", metavar="GPU", help="gb10, h100 or h200 (default: gb10)")
+    machines.add_argument(
+        "--gpu", default="gb10", metavar="GPU", help="gb10; or h100 or h200, two of one host (default: gb10)"
+    )
     machines.add_argument(
         "--memory-gbytes-per-s",
         type=up_to(1e5),
@@ -183,10 +185,11 @@ def _settings(args: argparse.Namespace) -> Settings:
     Raises:
         ConfigurationError: an unknown GPU, or a link whose options contradict each other.
     """
+    from vllm_spark.collective.link_model import PUBLISHED_FIGURES
     from vllm_spark.estimate.collective_file import load_collectives
-    from vllm_spark.estimate.collectives import NCCL, fixed, over_the_cable
+    from vllm_spark.estimate.collectives import DIRECT, NCCL, NCCL_H200, fixed, over_the_cable
     from vllm_spark.estimate.experts import SKEW
-    from vllm_spark.estimate.gpu import GPUS, with_bandwidth
+    from vllm_spark.estimate.gpu import GB10, GPUS, with_bandwidth
     from vllm_spark.estimate.pair import Settings
     from vllm_spark.estimate.step import Workload
 
@@ -195,7 +198,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ConfigurationError(f"there are no figures of the GPU {args.gpu!r}; known are {', '.join(GPUS)}")
     if args.memory_gbytes_per_s is not None:
         gpu = with_bandwidth(gpu, args.memory_gbytes_per_s)
-    collectives: tuple[Collectives, ...] = (over_the_cable(modelled_wire(args)), NCCL)
+    link = modelled_wire(args)
+    collectives: tuple[Collectives, ...] = (over_the_cable(link), NCCL)
+    if gpu.name != GB10.name and link is PUBLISHED_FIGURES:  # two of one host
+        collectives = (DIRECT, NCCL_H200)
     if args.collective_us is not None and args.collectives is not None:
         raise ConfigurationError("--collectives and --collective-us contradict each other; leave one out")
     if args.collective_us is not None:
