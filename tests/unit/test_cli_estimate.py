@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ def test_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("one machine", "two, vllm_spark", "two, NCCL", "routed experts", "tokens per second", "weights, GB"):
         assert words in printed
     assert "\nTP=2 pays: two machines make" in printed
+    assert re.search(r"hidden behind kernels\) .* \(0\.\d\d\) .* \(\d\.\d\d\) ", printed)
+    assert main(["estimate", CODER, "--collective-us", "20"]) == 0
+    assert "hidden" not in capsys.readouterr().out
 
 
 def test_json_has_parts_that_add_up(tmp_path: Path) -> None:

@@ -213,12 +213,15 @@ def test_layers_with_a_window_may_have_other_heads() -> None:
     full, sliding = sequence_memory(MIMO_V2_FLASH, 2)
     assert (full.mixer, full.count, full.token_values) == ("full", 9, 2 * (192 + 128))
     assert (sliding.mixer, sliding.count, sliding.token_values, sliding.window) == ("sliding", 39, 4 * (192 + 128), 128)
-    shapes = {layer.name: set() for layer in model_layers(STEP_3_5_FLASH, 2)}
-    for layer in model_layers(STEP_3_5_FLASH, 2):
-        if isinstance(layer, Dense):
-            shapes[layer.name].add((layer.size_n, layer.size_k, layer.count))
-    assert shapes["self_attn.o_proj"] == {(4096, 32 * 128, 12), (4096, 48 * 128, 33)}
-    assert shapes["self_attn.g_proj"] == {(32, 4096, 12), (48, 4096, 33)}
+
+    def sizes(config: dict[str, Any], name: str) -> set[tuple[int, int, int]]:
+        dense = (layer for layer in model_layers(config, 2) if isinstance(layer, Dense))
+        return {(layer.size_n, layer.size_k, layer.count) for layer in dense if layer.name == f"self_attn.{name}"}
+
+    assert sizes(MIMO_V2_FLASH, "qkv_proj") == {(34 * 192 + 2 * 128, 4096, 9), (36 * 192 + 4 * 128, 4096, 39)}
+    assert sizes(MIMO_V2_FLASH, "o_proj") == {(4096, 32 * 128, 48)}
+    assert sizes(STEP_3_5_FLASH, "o_proj") == {(4096, 32 * 128, 12), (4096, 48 * 128, 33)}
+    assert sizes(STEP_3_5_FLASH, "g_proj") == {(32, 4096, 12), (48, 4096, 33)}
 
 
 def test_latent_vectors_are_kept_whole_on_each_rank() -> None:

@@ -66,8 +66,8 @@ def _kept(model: TextModel, mixer: Mixer, index: int) -> SequenceMemory:
         convolved = inner + 2 * model.share("n_groups", model.number("n_groups")) * size
         return SequenceMemory(mixer, 0, None, _state_bytes(model, inner * size, convolved, 4), 0)
     window = model.number("sliding_window", "sliding_window_size") if mixer == "sliding" else None
-    heads = model.heads(index)
-    return SequenceMemory(mixer, heads.keys * (heads.width + heads.value_width), window, 0, 0)
+    own = model.heads(index)
+    return SequenceMemory(mixer, own.keys * (own.width + own.value_width), window, 0, 0)
 
 
 def _state_bytes(model: TextModel, state: int, convolved: int, default_kernel: int) -> int:
