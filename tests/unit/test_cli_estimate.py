@@ -89,7 +89,8 @@ def test_the_plot_has_a_line_for_each_candidate(tmp_path: Path) -> None:
     assert main(["estimate", CODER, "--plot", str(file), "--batches", "1,4"]) == 0
     drawn = file.read_text()
     assert drawn.startswith("<?xml")
-    assert drawn.count('id="legend_') == 1
+    for line in ("one machine", "two, vllm_spark", "two, NCCL", "two, half of the batch each"):
+        assert f"<!-- {line} -->" in drawn
 
 
 def test_which_collectives_are_candidates(tmp_path: Path) -> None:
