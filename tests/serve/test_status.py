@@ -81,7 +81,8 @@ def test_the_numbers_are_those_of_the_pair(guarded: Server, hosts: Hosts, tiny_m
     assert follower["process"] in {child.pid for child in guarded.follower.descendants()}
     for rank in (leader, follower):
         assert rank["kv_cache"] == pytest.approx(1 << 30, rel=0.01)
-        assert rank["weights"] == pytest.approx(weights, rel=0.1), "half of them, with twice the bytes in float32"
+        # Half of them, with twice the bytes in float32, but for the output head, which vLLM's CPU build repacks.
+        assert rank["weights"] == pytest.approx(weights, rel=0.15)
         assert rank["memory"] == psutil.virtual_memory().total
     exported = guarded.metrics()
     for counters in report["counters"]:

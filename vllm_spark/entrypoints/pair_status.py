@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vllm_spark.backend.metrics import exported_status
 from vllm_spark.backend.pair_status.report import PATH, StatusReport
-from vllm_spark.backend.pair_status.table import lines, show_table
+from vllm_spark.backend.pair_status.table import UNKNOWN, lines, show_table
 from vllm_spark.records import RecordError, to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -29,7 +29,7 @@ def serve_status(app: Any) -> None:
         return
     from starlette.responses import Response
 
-    clients = _clients(app.state.args)
+    clients = _clients(app)
 
     def status(_: Any) -> Response:
         try:
@@ -50,7 +50,7 @@ def show_start(app: Any) -> None:
     if exported_status() is None or not _shows_start:
         return
     try:
-        report = _report(_clients(app.state.args))
+        report = _report(_clients(app))
     except RecordError as error:
         logger.warning("There is no start table: %s.", error)
         return
@@ -84,8 +84,11 @@ def _report(clients: str) -> StatusReport:
     return StatusReport.of(status, clients)
 
 
-def _clients(args: Any) -> str:
+def _clients(app: Any) -> str:
     """The URL of the HTTP API, from the server's command line."""
+    args = getattr(app.state, "args", None)
+    if args is None:
+        return UNKNOWN
     if getattr(args, "uds", None):
         return f"the socket {args.uds}"
     scheme = "https" if getattr(args, "ssl_keyfile", None) else "http"

@@ -73,8 +73,8 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         runtime, worker = installed(), self.driver_worker
         assert runtime is not None
         assert worker is not None
-        options = runtime.options
-        model = worker.get_model()
+        options, model = runtime.options, worker.get_model()
+        measured = int(getattr(worker.model_runner, "model_memory_usage", 0))  # by vLLM, on a GPU
         return RankFacts(
             rank=self.rank,
             host=host_name(),
@@ -83,7 +83,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
             versions=Versions.of_this_process().packages(),
             tables=tuning.tables_in_use(),
             rails=[RailFacts(rail.device, rail.port, link_rate(rail), rail.mtu) for rail in runtime.rails],
-            weights=_bytes_of([*model.parameters(), *model.buffers()]) or 0,
+            weights=measured or _bytes_of([*model.parameters(), *model.buffers()]) or 0,
             kv_cache=_bytes_of(getattr(worker.model_runner, "kv_caches", None)),
             region=region_bytes(
                 slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth

@@ -13,7 +13,7 @@ from vllm_spark.backend.pair_status.records import Readings
 
 _INTERVAL = 5.0  # seconds between two readings
 _PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal", "acpitz")
-"""Drivers of processors' temperatures; a GB10 has `acpitz`."""
+"""Drivers of processors' temperatures; ACPI's thermal zones where a processor has no driver of its own."""
 
 
 class Sensors(threading.Thread):

@@ -39,7 +39,7 @@ class RankFacts:
         versions: of the packages, by name.
         tables: names of the kernels' tables in use, each with its origin.
         rails: its ends of the rails.
-        weights: of parameters and buffers.
+        weights: as vLLM measured them, drafts included; on a CPU of the model's parameters and buffers.
         kv_cache: None if it is not known.
         region: memory of the collectives.
         reserve: what the settings leave to its machine's desktop.
