@@ -25,7 +25,7 @@ from vllm_spark.executor.handshake.leader_search import LeaderSearch
 from vllm_spark.executor.handshake.messages import CONTROL, Sought
 from vllm_spark.executor.model_files import comparison
 from vllm_spark.executor.model_files.hub_cache import cached_snapshot
-from vllm_spark.executor.model_sync import receiver, reverse
+from vllm_spark.executor.model_sync import fetch_from_follower, receiver
 
 from .test_leader_search import messages
 from .test_model_copy import AT_ALICES, COPIED, as_hub, contents, home_of, model_at
@@ -56,15 +56,19 @@ class Followers:
     def start(self, port: int, mapping: str | None, cache: Path | None) -> Future[None]:
         """One that has the mapped folders, and in its cache what is in `cache`."""
         config = SparkConfig(port=port, model_path=mapping)
-        find = reverse.find_named
+        find = fetch_from_follower.find_named
 
         def find_bobs(sought: Sought, folders: dict[str, Path]) -> Any:
             # Both users are in this process, and bob's cache is another one.
             with self._monkeypatch.context() as patch:
-                patch.setattr(reverse, "cached_snapshot", lambda name, revision: cached_snapshot(name, revision, cache))
+                patch.setattr(
+                    fetch_from_follower,
+                    "cached_snapshot",
+                    lambda name, revision: cached_snapshot(name, revision, cache),
+                )
                 return find(sought, folders)
 
-        self._monkeypatch.setattr(reverse, "find_named", find_bobs)
+        self._monkeypatch.setattr(fetch_from_follower, "find_named", find_bobs)
 
         def follow() -> None:
             connector = make_connector(config, ADDRESS, port)
@@ -85,7 +89,7 @@ class Followers:
 def _answer(search: LeaderSearch, control: Connection, connector: Any, config: SparkConfig) -> None:
     try:
         frame = control.expect(Kind.SEARCH, timeout=20)
-        reverse.answer_search(control, frame, connector, config)
+        fetch_from_follower.answer_search(control, frame, connector, config)
     finally:
         control.close()
 
@@ -205,7 +209,7 @@ def test_nobody_is_asked(
     def ask(*given: Any) -> list[Path | None]:
         raise AssertionError("a follower was asked")
 
-    monkeypatch.setattr(reverse, "fetch_from_follower", ask)
+    monkeypatch.setattr(fetch_from_follower, "fetch_from_follower", ask)
     fetch_missing(config.model_copy(update={"model_sync": setting}), arguments(model, **more))
 
 

@@ -32,7 +32,7 @@ from vllm_spark.executor.model_files.hub_cache import hub_place_of
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import copied_place
 from vllm_spark.executor.model_sync import staging
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader
 from vllm_spark.executor.model_sync.manifest import CopiedFile
 from vllm_spark.executor.model_sync.sender import ModelSender
 

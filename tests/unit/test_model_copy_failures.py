@@ -17,9 +17,9 @@ from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.framing import Connection, ConnectionClosedError
 from vllm_spark.executor.handshake.messages import CopyState, Sought
 from vllm_spark.executor.model_files.comparison import file_digest
-from vllm_spark.executor.model_sync import receiver, reverse
+from vllm_spark.executor.model_sync import fetch_from_follower, receiver
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, choose_place
 from vllm_spark.executor.model_sync.manifest import list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, choose_place
 from vllm_spark.executor.model_sync.receiver import ProcessStream, ThreadStream, ask_for_list, copy_files
 from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.executor.model_sync.stream import StreamSettings
@@ -86,7 +86,7 @@ def place_of(role: str, model: Path, tmp_path: Path) -> Place:
     wanted, bob = wanted_of(model), tmp_path / "bob"
     manifest, _ = list_files(wanted)
     if role == "leader":
-        return reverse._place_of(Sought("model", str(bob), "model"), wanted, manifest, None)
+        return fetch_from_follower._place_of(Sought("model", str(bob), "model"), wanted, manifest, None)
     return choose_place(wanted, manifest, {"/alice": bob})
 
 
@@ -189,7 +189,7 @@ def test_streams_that_cannot_be_started_leave_nothing_open(monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         with pytest.raises(RuntimeError, match="can't start") as caught:
-            reverse._Copier(control, arrived, None)._open_streams(streams, 0)
+            fetch_from_follower._Copier(control, arrived, None)._open_streams(streams, 0)
     assert len(os.listdir("/proc/self/fd")) <= descriptors - streams, caught.traceback
     for _, far in copies:
         with pytest.raises(ConnectionClosedError, match="closed the connection"):

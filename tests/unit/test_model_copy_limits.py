@@ -20,8 +20,8 @@ from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import HubPlace
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import content_key
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, check_manifest, file_below, list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.progress import CopyDisplay, RateMeter, duration_text, size_text, state_text
 from vllm_spark.executor.model_sync.receiver import ThreadStream, ask_for_list, copy_files, stream_count
 from vllm_spark.executor.model_sync.sender import ModelSender

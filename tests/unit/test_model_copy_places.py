@@ -15,9 +15,9 @@ from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.executor.handshake.messages import Sought
 from vllm_spark.executor.model_files.hub_cache import HubPlace
 from vllm_spark.executor.model_files.loaded import LoadedFiles
-from vllm_spark.executor.model_sync import reverse, stream
+from vllm_spark.executor.model_sync import fetch_from_follower, stream
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import file_below, list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.records import to_json
 
@@ -43,7 +43,7 @@ def test_a_place_in_a_snapshot_that_leads_out_of_it(
     sought = Sought("model", HUB.repository, "model")
     for place in (
         choose_place(wanted, manifest, {}, tmp_path / "hub"),
-        reverse._place_of(sought, wanted, manifest, str(tmp_path / "hub")),
+        fetch_from_follower._place_of(sought, wanted, manifest, str(tmp_path / "hub")),
     ):
         assert place.result.parent == tmp_path / "data/vllm-spark/models"
     with pytest.raises(RefusedError, match="which is not a place in a cache of the hub"):
@@ -70,7 +70,7 @@ def test_something_else_in_place_of_the_folder(model: Path, tmp_path: Path, kind
     with pytest.raises(RefusedError, match=sentence):
         choose_place(wanted, manifest, {"/alice": here})
     with pytest.raises(RefusedError, match=sentence):
-        reverse._place_of(Sought("model", str(here), "model"), wanted, manifest, None)
+        fetch_from_follower._place_of(Sought("model", str(here), "model"), wanted, manifest, None)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
@@ -171,7 +171,7 @@ def test_a_folder_with_further_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RefusedError, match=sentence):
         choose_place(wanted, manifest, {"/alice": mine})
     with pytest.raises(RefusedError, match=sentence):
-        reverse._place_of(Sought("model", str(mine), "model"), wanted, manifest, None)
+        fetch_from_follower._place_of(Sought("model", str(mine), "model"), wanted, manifest, None)
     place = choose_place(wanted, manifest, {}, tmp_path / "hub")
     assert place.result.parent == tmp_path / "data/vllm-spark/models"
 

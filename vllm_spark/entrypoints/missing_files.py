@@ -45,7 +45,7 @@ def fetch_missing(config: SparkConfig, args: Any) -> None:
     _asked = True
     # Not without need: a command line with complete files stays as quick as it is.
     from vllm_spark.executor.channel.addresses import leader_address
-    from vllm_spark.executor.model_sync.reverse import fetch_from_follower
+    from vllm_spark.executor.model_sync.fetch_from_follower import fetch_from_follower
 
     names = ", ".join(f"{each.what} {each.name}" for each in wanted)
     timeout = min(_ASK_SECONDS, config.join_timeout)

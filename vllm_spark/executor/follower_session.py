@@ -57,7 +57,7 @@ from vllm_spark.executor.model_files.compared import ComparedFiles
 from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles, weight_paths
 from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader, may_be_copied
 from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (

@@ -28,9 +28,9 @@ from vllm_spark.executor.handshake.messages import (
 )
 from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.fetch_from_follower import answer_search
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader, may_be_copied
 from vllm_spark.executor.model_sync.progress import CopyDisplay
-from vllm_spark.executor.model_sync.reverse import answer_search
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")

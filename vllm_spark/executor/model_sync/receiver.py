@@ -24,8 +24,8 @@ from vllm_spark.executor.handshake.messages import CopyList, CopyState, Reason, 
 from vllm_spark.executor.model_files.comparison import file_digest
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import content_key
+from vllm_spark.executor.model_sync.destination import Place, choose_place, free_bytes
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, check_manifest
-from vllm_spark.executor.model_sync.place import Place, choose_place, free_bytes
 from vllm_spark.executor.model_sync.progress import RateMeter, duration_text, size_text
 from vllm_spark.executor.model_sync.remedies import Remedies
 from vllm_spark.executor.model_sync.staging import Staging, is_full, ranges_of

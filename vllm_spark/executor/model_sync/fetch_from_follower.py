@@ -1,4 +1,4 @@
-"""The other direction: a leader lacks a model that its follower has, and asks for it before it starts.
+"""Copies what a follower has to its leader: one that lacks a model which its follower has asks for it before it starts.
 
 The leader listens, sends SEARCH in place of an OFFER, and copies what was found over connections that the follower
 opens when it is told how many (SEND). Then the leader ends the session, and starts as if it had always had the files.
@@ -35,8 +35,8 @@ from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import cached_snapshot, hub_place_of, is_path
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.weights import CONSOLIDATED, missing_weights
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import Manifest, is_hub_place
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.model_sync.receiver import (
     MOST_STREAMS,
