@@ -20,9 +20,9 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.marlin_times import Agreement, Constants, Measured, agreement, fit, predict
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.marlin.table import MarlinShape
-from vllm_spark.tune.marlin.time_model import Agreement, Constants, Measured, agreement, fit, predict
 from vllm_spark.tune.results import MarlinOutcome
 from vllm_spark.tune.search import CALLS
 from vllm_spark.tune.timing import route

@@ -39,9 +39,10 @@ from rich.table import Table
 from tests.serve.hosts import Hosts, two_hosts
 from vllm_spark.bench.statistics import machine
 from vllm_spark.executor.channel.certificates import tls_context
+from vllm_spark.executor.channel.framing import MIB
+from vllm_spark.executor.model_sync.receiver import MOST_STREAMS
 from vllm_spark.processes.managed import ProcessError
 
-MIB = 1 << 20
 SECRET = b"benchmark secret, 32 bytes long.."
 BOUND = 600.0
 SSHD_CONFIG = """Port 2222
@@ -139,7 +140,10 @@ def ceiling(size: int, streams: int) -> float:
     start = time.perf_counter()
     for process in processes:
         process.join(BOUND)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    if any(process.exitcode != 0 for process in processes):
+        sys.exit("a process of the TLS ceiling failed; see its output above")
+    return seconds
 
 
 def _send(server: socket.socket, size: int, barrier: Any) -> None:
@@ -165,7 +169,7 @@ def _receive(server: socket.socket, size: int, barrier: Any) -> None:
 
 def run(gigabytes: float, files: int, rounds: int) -> dict[str, Any]:
     """All rounds: seconds of each candidate, and the load of the machine before."""
-    streams = min(len(os.sched_getaffinity(0)), 8)
+    streams = min(len(os.sched_getaffinity(0)), MOST_STREAMS)
     load = os.getloadavg()[0]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="model-sync-")))

@@ -34,13 +34,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_spark.errors import SparkError
-from vllm_spark.files import configs_folder
-from vllm_spark.models.tiny import make_tiny_model
 from vllm_spark.processes.group import process_group
 
+from .served_model import MODELS, make_model
 from .servers import SERVERS, START_SECONDS, Place, Started, start_server
 
-MODELS = {"cuda": "qwen3-30b-a3b-int4", "cpu": "tiny-moe"}
 METHODS = ("none", "eagle3:1", "eagle3:3")
 ONE_GPU_SHARE = "0.42"
 SEVERAL_ON_A_GPU = ("--gpu-memory-utilization", "0.14", "--kv-cache-memory-bytes", str(2 << 30))
@@ -90,26 +88,6 @@ def make_head(folder: Path, target: Mapping[str, Any]) -> Path:
         "eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1],
     }
     (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def make_model(folder: Path, name: str) -> Path:
-    """A folder with the configuration `name` of `configs/models` and a tokenizer of as many words."""
-    if name == MODELS["cpu"]:
-        return make_tiny_model(folder, "moe")
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    folder.mkdir()
-    text = (configs_folder() / "models" / name / "config.json").read_text()
-    (folder / "config.json").write_text(text)
-    tokenizer = Tokenizer(WordLevel({f"t{token}": token for token in range(json.loads(text)["vocab_size"])}, "t0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "eos_token": "t1"})
-    )
     return folder
 
 

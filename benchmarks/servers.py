@@ -15,14 +15,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllm_spark.collective.link_model import PUBLISHED_FIGURES, store_wire_model
 from vllm_spark.config.settings import SECRET_VARIABLE
 from vllm_spark.errors import SparkError
 from vllm_spark.processes.child import python_module
 from vllm_spark.processes.local import CPU_ENVIRONMENT, LOOPBACK
 from vllm_spark.processes.managed import Process, answers, clean_environment
 
-SERVERS = ("spark", "spark-wire", "stock", "one-rank")
-"""This project's pair, direct and over the modelled wire; vLLM's own pair; one rank of stock vLLM."""
+SERVERS = ("spark", "spark-wire", "spark-verbs", "stock", "one-rank")
+"""This project's pair, direct, over the modelled link of published figures, and over this machine's RDMA devices;
+vLLM's own pair; one rank."""
 
 START_SECONDS = 300.0
 FIRST_PORT = 20000
@@ -157,14 +159,18 @@ def start_server(
     else:
         secret = {SECRET_VARIABLE: os.urandom(16).hex()}
         join = python_module("vllm_spark", "join", "--once", "--leader", LOOPBACK, "--port", str(spark_port))
-        wire = ["--spark-loopback-mode", "proxied"] if kind == "spark-wire" else []
+        path = ["--spark-transport", "verbs" if kind == "spark-verbs" else "loopback"]
+        if kind == "spark-wire":
+            file = place.logs / f"{name}-wire.json"
+            store_wire_model(PUBLISHED_FIGURES, file)
+            path += ["--spark-loopback-mode", "proxied", "--spark-wire", str(file)]
         spark = ["--spark", "--spark-address", LOOPBACK, "--spark-port", str(spark_port)]
         second = "0" if place.one_gpu else "1"
         try:
             start("vllm-spark join", join, secret | {"CUDA_VISIBLE_DEVICES": second})
             start(
                 "vllm serve --spark",
-                [*serve, *spark, "--spark-transport", "loopback", *wire],
+                [*serve, *spark, *path],
                 secret | {"CUDA_VISIBLE_DEVICES": "0"},
             )
         except SparkError:

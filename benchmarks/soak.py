@@ -1,9 +1,9 @@
-"""Random collectives for as long as it is told, with random faults of the rails; watches memory and descriptors.
+"""Random collectives for a given time, with random faults of the rails; memory and descriptors are watched.
 
-    python -m benchmarks.soak --minutes 60 [--mode verbs] [--device cpu] [--json FILE]
+    python -m benchmarks.soak --minutes 60 [--mode verbs] [--device cpu] [--seed N] [--json FILE]
 
 Two ranks run the same random collectives of tests/rdma/exercise.py (on GPUs: of tests/gpu/test_many.py, eager and in
-graphs), each of which knows both inputs and compares every bit of the result. In mode `verbs` their messages go over
+graphs), each of which draws both inputs and compares every bit of the result. In mode `verbs` their messages go over
 NICs that are emulated (tests/native/verbs_emulated.cpp), whose rails fail by chance: they are cut, lose large packets,
 are late, refuse posts, end writes with an error. At the end both ranks' digests must be equal, every rail that failed
 must have come back, and neither process may have grown by more than --growth MiB or have more descriptors than after
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ import psutil
 from tests.native.emulated_nics import EmulatedNics
 from tests.native.programs import Programs, without_preload
 from vllm_spark.bench.statistics import machine
+from vllm_spark.processes.local import free_ports
 
 MODES: dict[str, dict[str, Any]] = {
     "direct": {},
@@ -76,11 +78,11 @@ class Watch:
         return self.descriptors[-1] - self.descriptors[0] if self.descriptors else 0
 
 
-def failing_rails(nics: EmulatedNics | None) -> AbstractContextManager[Counter[str]]:
+def failing_rails(nics: EmulatedNics | None, seed: int) -> AbstractContextManager[Counter[str]]:
     """Meanwhile one fault comes after the other; counts them. None without rails."""
     if nics is None:
         return nullcontext(Counter[str]())
-    return nics.failing_rails(FAULTS, LONGEST_FAULT, LONGEST_PAUSE)
+    return nics.failing_rails(FAULTS, LONGEST_FAULT, LONGEST_PAUSE, seed)
 
 
 def run_rank(rank: int, port: int, seconds: float, seed: int, options: dict[str, Any]) -> None:
@@ -129,69 +131,67 @@ def runtime_options(options: dict[str, Any]) -> Any:
     return RuntimeOptions(**{"timeout_s": 120.0, "slot_bytes": 1 << 18, "link_timeout_s": 60.0, **given})
 
 
-def run_on_cpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]) -> Any:
+def run_on_cpus(
+    mode: str, seconds: float, seed: int, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]
+) -> Any:
     """Both ranks' reports, the faults, and what their processes took."""
-    port, seed = random.randrange(20_000, 30_000), random.randrange(1 << 30)
+    (port,) = free_ports(1)
     words = [str(port), str(seconds), str(seed), json.dumps(MODES[mode])]
     environment = without_preload() | ({} if nics is None else nics.environment)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.soak", "--rank", str(rank), *words],
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    watches = [Watch(rank.pid) for rank in ranks]
-    begun = time.monotonic()
-    with failing_rails(nics) as faults:
-        while time.monotonic() - begun < seconds:
-            time.sleep(min(10.0, seconds / 20))
-            if any(rank.poll() is not None for rank in ranks):
-                for process in ranks:
-                    process.kill()
-                break
-            if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
-                look(watches)
+    ranks: list[subprocess.Popen[str]] = []
     try:
-        printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+        for rank in ("0", "1"):
+            command = [sys.executable, "-m", "benchmarks.soak", "--rank", rank, *words]
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
+        watches = [Watch(process.pid) for process in ranks]
+        begun = time.monotonic()
+        with failing_rails(nics, seed) as faults:
+            while time.monotonic() - begun < seconds:
+                time.sleep(min(10.0, seconds / 20))
+                if any(process.poll() is not None for process in ranks):
+                    for process in ranks:
+                        process.kill()
+                    break
+                if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
+                    look(watches)
+        printed = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"the ranks ended with {[rank.returncode for rank in ranks]}; see what they have printed")
+            process.wait()
+    codes = [process.returncode for process in ranks]
+    if any(codes):
+        raise SystemExit(f"the ranks ended with {codes}; see what they have printed")
     return [json.loads(text.splitlines()[-1]) for text in printed], faults, watches
 
 
-def run_on_gpus(mode: str, seconds: float, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]) -> Any:
-    """The same with both ranks as threads of this process."""
-    import os
-
+def run_on_gpus(
+    mode: str, seconds: float, seed: int, nics: EmulatedNics | None, look: Callable[[list[Watch]], None]
+) -> Any:
+    """The same with both ranks as threads of this process; the collectives are those of tests/gpu/test_many.py."""
     from tests.gpu.test_many import run_many
     from vllm_spark.bench.gpu_ranks import GpuPair
 
     options = runtime_options(MODES[mode])
-    pair = GpuPair((options, options))
     watches = [Watch(os.getpid())]
-    begun = time.monotonic()
-    with failing_rails(nics) as faults:
-        while time.monotonic() - begun < seconds:
-            run_many(pair)
-            if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
-                look(watches)
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        counters = [runtime.counters() for runtime in pair.runtimes]
-        if all(count.rail_failures == count.rail_recoveries for count in counters):
-            break
-        time.sleep(0.1)
+    with closing(GpuPair((options, options))) as pair:
+        begun = time.monotonic()
+        with failing_rails(nics, seed) as faults:
+            while time.monotonic() - begun < seconds:
+                run_many(pair)
+                if time.monotonic() - begun > min(SETTLED_SECONDS, seconds / 4):
+                    look(watches)
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            counters = [runtime.counters() for runtime in pair.runtimes]
+            if all(count.rail_failures == count.rail_recoveries for count in counters):
+                break
+            time.sleep(0.1)
     # Each result was compared on the GPU; a digest of them would be the same by that.
     reports = [
         {"operations": count.all_reduces + count.all_gathers, "digest": "compared", "counters": asdict(count)}
         for count in counters
     ]
-    pair.close()
     return reports, faults, watches
 
 
@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=MODES, default="verbs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--growth", type=float, default=16.0, metavar="MIB")
+    parser.add_argument("--seed", type=int, help="of the collectives and the faults (default: any)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,29 +228,31 @@ def main() -> int:
         run_rank(int(rank), int(port), float(seconds), int(seed), json.loads(options))
         return 0
 
+    seed = random.randrange(1 << 30) if args.seed is None else args.seed
+    print(f"seed {seed}", flush=True)
+
     def look(watches: list[Watch]) -> None:
         for watch in watches:
             watch.look()
 
-    with tempfile.TemporaryDirectory(prefix="vllm-spark-soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vllm-spark-soak-") as folder, ExitStack() as stack:
         nics: EmulatedNics | None = None
         if args.mode == "verbs":
             for name in ("programs", "nics"):
                 (Path(folder) / name).mkdir()
             library = Programs(Path(folder) / "programs").libibverbs("verbs_emulated.cpp")
-            nics = EmulatedNics(Path(folder) / "nics", library)
+            nics = stack.enter_context(closing(EmulatedNics(Path(folder) / "nics", library)))
             if args.device == "cuda":
                 nics.use_in_this_process()
         run = run_on_cpus if args.device == "cpu" else run_on_gpus
-        reports, faults, watches = run(args.mode, 60 * args.minutes, nics, look)
-        if nics is not None:
-            nics.close()
+        reports, faults, watches = run(args.mode, 60 * args.minutes, seed, nics, look)
     found = problems(reports, watches, args.growth)
     summary = {
         "machine": machine(),
         "device": args.device,
         "mode": args.mode,
         "minutes": args.minutes,
+        "seed": seed,
         "faults": faults,
         "ranks": reports,
         "growth_mib": [round(watch.growth, 1) for watch in watches],

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <sstream>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -16,6 +16,7 @@
 #include "gpu/gpu_rank.hpp"
 #include "gpu/machine_probe.hpp"
 #include "support/errors.hpp"
+#include "support/text.hpp"
 #include "transport/wire_probe.hpp"
 
 namespace py = pybind11;
@@ -68,10 +69,8 @@ constexpr double kLongestSeconds = 1e6;
 // which is undefined for what a count of nanoseconds cannot hold.
 std::chrono::nanoseconds nanoseconds(const char* name, double seconds, double least) {
   if (!(seconds >= least && seconds <= kLongestSeconds)) {
-    std::ostringstream text;
-    text << name << " " << seconds << " is invalid: must be " << least << " to " << kLongestSeconds
-         << " seconds";
-    throw UsageError(text.str());
+    throw UsageError(std::string(name) + " " + number_text(seconds) + " is invalid: must be " +
+                     number_text(least) + " to " + number_text(kLongestSeconds) + " seconds");
   }
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
 }
@@ -301,7 +300,7 @@ void bind_machine_probe(py::module_& module) {
       .def(
           "round_trip",
           [](const MachineProbe& self, uint32_t count, double timeout_s, uintptr_t handle) {
-            return self.round_trip(std::max(count, 2u), timeout_of("timeout_s", timeout_s), stream(handle));
+            return self.round_trip(count, timeout_of("timeout_s", timeout_s), stream(handle));
           },
           Unlocked(), py::arg("count"), py::arg("timeout_s"), py::arg("stream"))
       .def(

@@ -64,6 +64,19 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 
 @pytest.fixture
+def user_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of tuned tables of a user who has none at first."""
+    from vllm_spark.kernels import lookup
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    lookup.clear_cache()
+    folder = lookup.user_folder()
+    assert folder is not None
+    yield folder
+    lookup.clear_cache()
+
+
+@pytest.fixture
 def nics(programs: Programs) -> Iterator[EmulatedNics]:
     """Two rails between processes of this machine."""
     with tempfile.TemporaryDirectory(prefix="vllm-spark-nics-") as folder:

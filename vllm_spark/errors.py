@@ -59,6 +59,10 @@ class PeerLostError(SparkError):
     exit_code = EXIT_LOST
 
 
+class PeerTimeoutError(PeerLostError):
+    """The peer, which is alive, did not call an operation of both ranks in time."""
+
+
 class PeerLeftError(PeerLostError):
     """The peer ended the session in order."""
 
@@ -97,6 +101,11 @@ def without_numbers(sentence: str) -> str:
 def without_stop(text: str) -> str:
     """`text` without a full stop at its end, as messages of other programs may have."""
     return text.rstrip(". \t\r\n")
+
+
+def first_line(error: object) -> str:
+    """The first line of an error, or of a program's output, that is not empty, without a full stop; else its type."""
+    return next((without_stop(line).strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def described(error: BaseException) -> str:

@@ -33,10 +33,11 @@ class CpuRank::CallGuard {
     try {
       rank_.endpoint_.check_usable();
     } catch (...) {
-      rank_.in_use_.store(false, std::memory_order_release);
+      rank_.in_use_.store(false, std::memory_order_release);  // for the next caller, as above
       throw;
     }
   }
+  // Release: for the next caller, as above.
   ~CallGuard() { rank_.in_use_.store(false, std::memory_order_release); }
   CallGuard(const CallGuard&) = delete;
   CallGuard& operator=(const CallGuard&) = delete;

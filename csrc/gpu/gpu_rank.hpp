@@ -11,7 +11,7 @@
 #include "../rank/rank.hpp"
 #include "../region/operation.hpp"
 #include "driver.hpp"
-#include "kernels.hpp"
+#include "kernel_image.hpp"
 #include "launch_plan.hpp"
 
 namespace spark::device {

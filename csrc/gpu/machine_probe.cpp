@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../support/backoff.hpp"
+#include "../support/device_order.hpp"
 #include "../support/errors.hpp"
 
 namespace spark::device {
@@ -40,6 +41,7 @@ MachineProbe::~MachineProbe() {
 }
 
 double MachineProbe::round_trip(uint32_t count, std::chrono::nanoseconds timeout, Stream stream) const {
+  if (count < 2) throw UsageError(std::to_string(count) + " round trips are too few to time; give 2 or more");
   const Driver& driver = Driver::get();
   MappedMemory memory(sizeof(Words));
   auto& words = *static_cast<Words*>(memory.on_host());
@@ -49,19 +51,22 @@ double MachineProbe::round_trip(uint32_t count, std::chrono::nanoseconds timeout
   void* parameters[] = {&ping, &pong, &count, &timeout_ns};
   LaunchConfig config{1, 1, 1, 32, 1, 1, 0, stream, nullptr, 0};
   driver.check(driver.launch(&config, round_trip_, parameters, nullptr), "launch a probe");
-  Clock::time_point begun{}, give_up = Clock::now() + timeout + timeout;  // the kernel gives up before
+  // Later than the kernel's own limit, which counts from its start.
+  Clock::time_point begun{}, latest = Clock::now() + timeout + timeout;
   uint64_t turn = 1;
   while (turn <= count) {
-    uint64_t seen = words.ping.load(std::memory_order_acquire);
+    // Acquire and release as of a collective's flags, whose time this is; no other data depends on the words.
+    uint64_t seen = load_from_device(words.ping);
     if (seen == turn) {
       if (turn == 1) begun = Clock::now();
       words.pong.store(turn++, std::memory_order_release);
-    } else if (seen > count || Clock::now() > give_up) {
+    } else if (seen > count || Clock::now() > latest) {
       break;
     }
   }
   Clock::time_point ended = Clock::now();
-  driver.context_synchronize();  // the memory is freed after the kernel's last access
+  // The memory is freed after the kernel's last access. An error of the kernel is why nothing was exchanged.
+  driver.check(driver.context_synchronize(), "run a probe");
   if (turn <= count) {
     throw CollectiveError("the GPU and this thread have exchanged " + std::to_string(turn - 1) + " of " +
                           std::to_string(count) + " messages; see that nothing else uses the GPU");

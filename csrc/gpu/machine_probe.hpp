@@ -19,7 +19,8 @@ class MachineProbe {
   MachineProbe& operator=(const MachineProbe&) = delete;
 
   // Nanoseconds from a store of the GPU into host memory until it sees a CPU thread's answer there, the mean
-  // of `count` in a row. Throws CollectiveError if they take longer than `timeout`.
+  // of `count` in a row, 2 or more. Throws UsageError for fewer, and CollectiveError if they take longer than
+  // `timeout` or the driver reports an error.
   double round_trip(uint32_t count, std::chrono::nanoseconds timeout, Stream stream) const;
   // Launches a kernel that does nothing but wait for the one before it, which it may start before the end of.
   void launch_nothing(Stream stream) const;

@@ -54,15 +54,11 @@ bool SlotScanner::post_staged(Transport& transport) {
 
 bool SlotScanner::post_packets(Transport& transport, uint32_t sequence) {
   const std::atomic<uint64_t>* halves = region_.send_packets(sequence);
-  // Of a wide packet, whose flag is its last word.
-  auto flag = [&](size_t packet) {
-    return packet_flag(halves[2 * packet + 1].load(std::memory_order_relaxed));
-  };
   auto acquire_packets = [&](size_t from, size_t to) {
     acquire_from_device();
     for (size_t packet = from; packet < to; ++packet) acquired(halves[2 * packet + 1]);
   };
-  uint32_t header = flag(0);
+  uint32_t header = packet_flag(halves[1].load(std::memory_order_relaxed));  // of the first wide packet
   // The slot holds a later message, so the peer has this one: a rail had failed, and the retransmission of an
   // earlier message from this slot carried this one too (docs/protocol.md, "Why that is safe").
   if (header - sequence - 1 < kFarthestAhead) {

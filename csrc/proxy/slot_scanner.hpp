@@ -18,8 +18,8 @@ class SlotScanner final : public MessageSource {
  public:
   // For the sequence numbers after `last`, in their order, in the slots of `region`. A message's packets are
   // posted in so many `parts`, if there are enough: the first while the rest is still being scanned, and over
-  // as many rails. The thread rests between turns once nothing was staged, and nobody called `wake`, for
-  // `awake`.
+  // as many rails. The thread rests between turns once nothing was staged, and `wake` was not called,
+  // for `awake`.
   SlotScanner(Region region, uint32_t last, uint32_t parts,
               std::chrono::nanoseconds awake = std::chrono::seconds(1))
       : region_(region), last_(last), parts_(parts), awake_(awake) {}
@@ -27,7 +27,7 @@ class SlotScanner final : public MessageSource {
   bool post_staged(Transport& transport) override;
   bool end_turn(bool busy, bool under_way) override;
   void rest() override;
-  // Graphs are replayed, and kernels launched, without this thread's knowledge: whoever does that calls this
+  // Graphs are replayed, and kernels launched, without this thread's knowledge: their caller calls this
   // first, so that their first message does not wait for the end of a rest.
   void wake() override;
 

@@ -108,7 +108,7 @@ Endpoint::~Endpoint() {
   if (!owned_by_this_process()) {
     static_cast<void>(link_.release());
     static_cast<void>(modelled_.release());
-    // What frees it would call a driver that does not know the fork.
+    // To free it would call a driver that does not support forks.
     static_cast<void>(new std::shared_ptr<std::byte>(std::move(memory_)));
   }
   delete poison_.load(std::memory_order_relaxed);
@@ -195,6 +195,7 @@ bool Endpoint::owned_by_this_process() const {
 }
 
 void Endpoint::check_poison() const {
+  // Acquire: pairs with the release in `poison`; the text behind the pointer is complete.
   if (const std::string* reason = poison_.load(std::memory_order_acquire)) {
     throw PoisonedError("this runtime stopped working earlier: " + *reason);
   }
@@ -203,7 +204,7 @@ void Endpoint::check_poison() const {
 void Endpoint::check_usable() {
   check_poison();
   if (closed()) throw UsageError(rank_name() + " has closed its runtime; connect a new one");
-  if (!started_.load(std::memory_order_acquire))
+  if (!started_.load(std::memory_order_acquire))  // see `start`
     throw UsageError("the runtime is not connected; exchange addresses and call connect first");
   if (!owned_by_this_process()) {
     throw UsageError("the runtime belongs to process " + std::to_string(process_) + ", not to its fork " +
@@ -252,6 +253,8 @@ std::string Endpoint::wait_in(const std::string& where) const {
 }
 
 void Endpoint::abort(const std::string& reason) {
+  if (!owned_by_this_process())
+    return;  // a fork shares the regions, and has no right to end the ranks' waits
   poison(reason);
   end_waits(reason);
   end_peer_waits(reason);
@@ -261,11 +264,12 @@ void Endpoint::end_waits(const std::string& reason) {
   if (write_abort(mine(), reason)) return;
   // The peer was first, and may have died or been stopped while it wrote: this rank's waits end all the same.
   for (auto end = Clock::now() + kReasonTime; !aborted() && Clock::now() < end;) std::this_thread::yield();
+  // Release: as in `write_abort`, for whatever has been written of the reason.
   mine().abort().store(kAborted, std::memory_order_release);
 }
 
 void Endpoint::end_peer_waits(const std::string& reason) {
-  if (!connected_.load(std::memory_order_seq_cst)) return;
+  if (!connected_.load(std::memory_order_seq_cst)) return;  // see publish_peer
   std::string sentence = rank_name() + " stopped: " + reason;
   if (link_) {
     link_->announce_stop(sentence);
@@ -305,7 +309,7 @@ void Endpoint::poison(const std::string& reason) {
 }
 
 std::string Endpoint::poison() const {
-  const std::string* reason = poison_.load(std::memory_order_acquire);
+  const std::string* reason = poison_.load(std::memory_order_acquire);  // see check_poison
   return reason == nullptr ? "" : *reason;
 }
 

@@ -111,7 +111,7 @@ class Endpoint {
   // "rank 0 waited for rank 1 on spark-b in `where`".
   std::string wait_in(const std::string& where) const;
 
-  // Ends every wait of both ranks with `reason`. From any thread.
+  // Ends every wait of both ranks with `reason`. From any thread; in a fork it has no effect.
   void abort(const std::string& reason);
   // Ends the peer's waits with `reason`, and none of this rank's.
   void end_peer_waits(const std::string& reason);

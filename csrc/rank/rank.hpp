@@ -50,7 +50,7 @@ class Rank {
   // The path of messages, in words: "over loopback, direct".
   std::string path() const { return endpoint_.path(); }
 
-  // Ends every wait of both ranks with `reason`. From any thread.
+  // Ends every wait of both ranks with `reason`. From any thread; in a fork it has no effect.
   void abort(const std::string& reason) { endpoint_.abort(reason); }
   // Ends this rank's waits, and delivers what was sent; no collective is allowed afterwards. From any thread,
   // also while another one waits.

@@ -22,7 +22,7 @@ inline void acquire_from_device() {
 #endif
 }
 
-// Tells ThreadSanitizer, which knows no fences, that a relaxed load of `word` before the last
+// Declares to ThreadSanitizer, which does not support fences, that a relaxed load of `word` before the last
 // `acquire_from_device` has seen what was stored with release. So it checks the order that ships. No code
 // without it.
 template <typename Word>
@@ -32,7 +32,7 @@ void acquired([[maybe_unused]] const std::atomic<Word>& word) {
 #endif
 }
 
-// Loads a word that a device, or another processor, stores after everything that it tells of.
+// Loads a word that a device, or another processor, stores after the data that it announces.
 template <typename Word>
 Word load_from_device(const std::atomic<Word>& word) {
   Word value = word.load(std::memory_order_relaxed);

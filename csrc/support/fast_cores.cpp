@@ -1,8 +1,10 @@
 #include "fast_cores.hpp"
 
 #include <algorithm>
-#include <fstream>
+#include <cstdlib>
 #include <vector>
+
+#include "text_file.hpp"
 
 namespace spark {
 namespace {
@@ -10,10 +12,9 @@ namespace {
 // The capacity of a core that is as fast as another kind of core, in tenths of that one's.
 constexpr int kFastTenths = 9;
 
+// 0 where the kernel has no such file.
 int capacity(const std::string& folder, int processor) {
-  int found = 0;
-  std::ifstream(folder + "/cpu" + std::to_string(processor) + "/cpu_capacity") >> found;
-  return found;
+  return std::atoi(read_text(folder + "/cpu" + std::to_string(processor) + "/cpu_capacity").c_str());
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Text for people: durations, and cutting it.
+// Text for people: numbers, durations, and cutting it.
 #pragma once
 
 #include <chrono>
@@ -7,6 +7,13 @@
 #include <string>
 
 namespace spark {
+
+// "11.7", "1e+06"
+inline std::string number_text(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
 
 // "2.5 s"
 inline std::string seconds_text(std::chrono::nanoseconds duration) {

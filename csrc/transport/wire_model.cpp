@@ -2,18 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 #include <string>
 
 #include "../support/errors.hpp"
+#include "../support/text.hpp"
 
 namespace spark {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what, double value, const std::string& rule) {
-  std::ostringstream text;
-  text << "the modelled wire's " << what << " of " << value << " is invalid: must be " << rule;
-  throw UsageError(text.str());
+  throw UsageError("the modelled wire's " + what + " of " + number_text(value) + " is invalid: must be " +
+                   rule);
 }
 
 void check_number(const std::string& what, double value) {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "../region/region_layout.hpp"
+#include "../support/device_order.hpp"
 #include "../support/errors.hpp"
 
 namespace spark::verbs {
@@ -75,8 +76,8 @@ class WireProbe::RailEnd {
   // True once the ping after the last one has arrived.
   bool ping_arrived() {
     auto* last = reinterpret_cast<std::atomic<std::byte>*>(resources_->received.start() + end_ - 1);
-    // Acquire: the answer must not be posted before the ping was seen.
-    if (last->load(std::memory_order_acquire) != ping_byte(pings_received_ + 1)) return false;
+    // The answer must not be posted before the ping was seen.
+    if (load_from_device(*last) != ping_byte(pings_received_ + 1)) return false;
     ++pings_received_;
     return true;
   }

@@ -98,6 +98,7 @@ def run_many(pair: GpuPair) -> None:
         return checker, graphs
 
     prepared = pair.run(prepare)
+    before = done_by(pair)
 
     def body(rank: int) -> tuple[int, int]:
         checker, graphs = prepared[rank]
@@ -119,8 +120,14 @@ def run_many(pair: GpuPair) -> None:
     for runtime in pair.runtimes:
         runtime.check()
     assert [wrong for wrong, _ in outcome] == [0, 0]
+    counted = [after - count for after, count in zip(done_by(pair), before, strict=True)]
+    assert counted == [done for _, done in outcome]
+
+
+def done_by(pair: GpuPair) -> list[int]:
+    """How many collectives each rank has done."""
     counters = [runtime.counters() for runtime in pair.runtimes]
-    assert [count.all_reduces + count.all_gathers for count in counters] == [done for _, done in outcome]
+    return [count.all_reduces + count.all_gathers for count in counters]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -39,7 +39,7 @@ def test_many_while_rails_fail(make_pair: MakePair, nics_of_this_process: Emulat
     pair = make_pair(timeout_s=50.0, **VERBS)
     with nics_of_this_process.failing_rails(FAULTS, FAULT_SECONDS, FAULT_SECONDS, seed=4) as faults:
         while faults.total() < len(FAULTS):
-            run_some(pair)
+            run_many(pair)
     for _ in range(100):  # until both rails work again
         if all(runtime.counters().rails_up == 2 for runtime in pair.runtimes):
             break
@@ -48,15 +48,6 @@ def test_many_while_rails_fail(make_pair: MakePair, nics_of_this_process: Emulat
         counters = runtime.counters()
         assert counters.rails_up == 2
         assert counters.rail_failures == counters.rail_recoveries > 0
-
-
-def run_some(pair: GpuPair) -> None:
-    """One round of tests/gpu/test_many.py."""
-    before = [runtime.counters() for runtime in pair.runtimes]
-    run_many(pair)
-    assert all(
-        after.counters().all_reduces > count.all_reduces for after, count in zip(pair.runtimes, before, strict=True)
-    )
 
 
 def test_a_rail_that_loses_large_packets_carries_nothing(

@@ -200,8 +200,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "minimax_m2": Architecture(
         "MiniMaxM2ForCausalLM",
-        HEADS_OF_32
-        | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128, "rotary_dim": 32}
+        # As published: for other sizes, vLLM's kernel that norms queries and keys over two GPUs gives NaN.
+        {"num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}
         | {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
         cpu_limit='assert self.scoring_func == "softmax"',
     ),
@@ -314,6 +315,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 8,
             "linear_head_dim": 32,
             "linear_num_heads": 8,
+            "mla_use_nope": True,
             "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
         },
         cpu_limit="No module named 'cutlass'",

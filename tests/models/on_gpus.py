@@ -101,7 +101,7 @@ def main() -> int:
         parser.error(f"--only: there is no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
     deadline = time.monotonic() + args.seconds - RESERVED_SECONDS
     args.folder.mkdir(parents=True, exist_ok=True)
-    os.environ[report.VARIABLE] = str(args.folder / "rows.jsonl")
+    os.environ[report.MODELS.variable] = str(args.folder / "rows.jsonl")
     with (
         tempfile.TemporaryDirectory(prefix="vllm-spark-rows-") as temporary,
         (args.folder / "results.jsonl").open("a") as out,
@@ -185,7 +185,7 @@ def _run_compared(
             with _noting_errors(result, kind, started):
                 started.wait_until_healthy(max(0.0, share * (limit - time.monotonic())))
                 result.start_seconds[kind] = round(started.ready_seconds, 1)
-                server = _as_server(started)
+                server = as_server(started)
                 lengths = row.served.prompt_lengths
                 answers[kind] = row.served.ask(server, lengths)
                 result.repeats[kind] = row.served.ask(server, lengths) == answers[kind]
@@ -218,7 +218,7 @@ def _run_sampled(
     ):
         started.wait_until_healthy(max(0.0, limit - time.monotonic()))
         result.start_seconds[PAIR] = round(started.ready_seconds, 1)
-        server = _as_server(started)
+        server = as_server(started)
         drawn = draw_tokens(server, steps, limit - RESERVED_SECONDS)
         counted = _collectives(server)
     if drawn is None:
@@ -264,7 +264,8 @@ def _traceback(error: Exception) -> list[str]:
     return [f"{type(error).__name__}: {error}", *lines[-TAIL_LINES:]]
 
 
-def _as_server(started: Started) -> Server:
+def as_server(started: Started) -> Server:
+    """The same with a client, and with leader and follower told apart."""
     *first, leader = started.processes
     return Server(started.url, leader, first[0] if first else None)
 

@@ -70,11 +70,11 @@ def test_rows_that_the_cpu_build_serves(tmp_path: Path, monkeypatch: pytest.Monk
     names = ["bfloat16", "sampled_ngram"]
     argv = ["on_gpus", str(tmp_path / "out"), "--device", "cpu", "--only", ",".join(names), "--at-once", "1"]
     monkeypatch.setattr("sys.argv", [*argv, "--seconds", "3600", "--row-seconds", str(LONG), "--steps", "500"])
-    monkeypatch.setenv(report.VARIABLE, "")
+    monkeypatch.setenv(report.MODELS.variable, "")
     assert on_gpus.main() == 0
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(result["row"], result["outcome"]) for result in results] == [(name, EQUAL) for name in names]
-    rows = report.read_rows([tmp_path / "out" / "rows.jsonl"])
+    rows = report.MODELS.read_rows([tmp_path / "out" / "rows.jsonl"])
     assert {row.kind for row in rows} == {report.EQUAL}
     assert len(rows) == len(names)
     assert (tmp_path / "out" / "logs.tar.gz").is_file()

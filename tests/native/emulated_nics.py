@@ -30,7 +30,7 @@ class EmulatedNics:
     """
 
     def __init__(self, folder: Path, library: Path) -> None:
-        self.folder, self._library = folder, library
+        self.folder, self.library = folder, library
         path = folder / "control"
         path.write_bytes(bytes(len(RAILS) * len(_FIELDS) * _WORD.size))
         with path.open("r+b") as file:
@@ -39,12 +39,12 @@ class EmulatedNics:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a process that uses them."""
-        return {"LD_LIBRARY_PATH": str(self._library), "EMULATED_NICS": str(self.folder)}
+        return {"LD_LIBRARY_PATH": str(self.library), "EMULATED_NICS": str(self.folder)}
 
     def use_in_this_process(self) -> None:
         """From now on whoever opens libibverbs in this process gets this one, if nobody has opened it before."""
         os.environ["EMULATED_NICS"] = str(self.folder)
-        ctypes.CDLL(str(self._library / "libibverbs.so.1"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(self.library / "libibverbs.so.1"), mode=ctypes.RTLD_GLOBAL)
 
     def set(self, field: str, value: int, *rails: int) -> None:
         """Writes a word of `RailControl` (verbs_emulated.cpp), for these rails or, without any, for all."""

@@ -13,8 +13,13 @@ from typing import Any
 
 import pytest
 
-from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE, EXIT_WARNINGS
+from tests.first_run_report import assert_named, assert_whole, failing_step
+from vllm_spark import _native
+from vllm_spark.bench.connection import open_connection
+from vllm_spark.config.settings import SparkConfig
+from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_REFUSED, EXIT_USAGE
 from vllm_spark.executor.channel.addresses import LOOPBACK
+from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.processes.local import free_ports
 
 from .emulated_nics import EmulatedNics
@@ -31,8 +36,6 @@ vllm_spark.__version__ = "9.9"
 from vllm_spark.cli import main
 sys.exit(main())
 """
-SPEED = {"rail 0", "rail 1", "rails", "two-way"}
-"""Steps that may warn of a slow rail where the emulated NICs share two cores with other programs."""
 
 
 class Machine:
@@ -101,52 +104,18 @@ def start(nics: EmulatedNics, tmp_path: Path) -> Iterator[Start]:
         machine.process.wait()
 
 
-def failing_step(report: dict[str, Any]) -> dict[str, Any]:
-    """The last step, which ended the run; all before it are well."""
-    *before, last = report["steps"]
-    assert all(step["status"] == "passed" or step["name"] in SPEED for step in before), before
-    return dict(last)
-
-
 @pytest.mark.thorough
 def test_it_passes_whole(start: Start) -> None:
     machines = start("--collectives", "200")
     codes = [machine.process.wait(BOUND) for machine in machines]
     reports = [machine.ended(code) for machine, code in zip(machines, codes, strict=True)]
-    for report, code in zip(reports, codes, strict=True):
-        names = [step["name"] for step in report["steps"]]
-        assert names == [
-            *(
-                "connection",
-                "machine",
-                "pinning",
-                "rail 0",
-                "rail 1",
-                "rails",
-                "two-way",
-                "packets",
-                "payloads",
-                "mixed",
-                "graphs",
-            ),
-            *("clearing", "healing", "pulling", "random"),
-        ]
-        assert code in (0, EXIT_WARNINGS), report["reason"]
-        for step in report["steps"]:
-            skipped = step["name"] == "pulling" or (step["name"] == "graphs" and not TWO_GPUS)
-            allowed = {"skipped"} if skipped else {"passed"}
-            if step["name"] in SPEED:
-                allowed.add("warning")
-            assert step["status"] in allowed, step
-    steps = [{step["name"]: step["figures"] for step in report["steps"]} for report in reports]
-    assert steps[0]["random"]["digest"] == steps[1]["random"]["digest"]
-    for figures in steps:
-        assert (
-            figures["packets"]["counters"]["payload_messages"] == 0 < figures["packets"]["counters"]["packet_messages"]
-        )
-        assert figures["payloads"]["counters"]["packet_messages"] == 0
-        assert figures["payloads"]["counters"]["chunked_operations"] == 1
-        assert figures["healing"]["counters"]["rail_recoveries"] >= 2
+    assert_whole(reports, codes, gpus=TWO_GPUS)
+    config = SparkConfig()
+    packets = (16 if TWO_GPUS else 8) << 10  # the device's default
+    region = _native.region_bytes(slot_bytes=config.slot_kib << 10, packet_bytes=packets, depth=config.depth)
+    for report in reports:
+        (figures,) = (step["figures"] for step in report["steps"] if step["name"] == "pinning")
+        assert figures["region_bytes"] == region
 
 
 FAULTS: dict[str, tuple[str, int, tuple[int, ...], str, str]] = {
@@ -168,11 +137,7 @@ def test_a_fault_is_named_by_its_step(nics: EmulatedNics, start: Start, fault: s
     field, value, rails, step, seen = FAULTS[fault]
     nics.set(field, value, *rails)
     lasts = [failing_step(machine.ended(EXIT_PROBLEM)) for machine in start()]
-    assert {last["name"] for last in lasts} == {step}
-    assert {last["status"] for last in lasts} <= {"failed", "stopped"}
-    failed = [last for last in lasts if last["status"] == "failed"]
-    assert any(seen in last["seen"] for last in failed), lasts
-    assert all(last["meaning"] and last["remedy"] for last in failed)
+    assert_named(lasts, step, seen)
 
 
 @pytest.mark.thorough
@@ -207,6 +172,44 @@ def test_a_signal_ends_both(start: Start, number: signal.Signals) -> None:
     report = one.ended(128 + number)
     assert report["reason"] == f"stopped by {number.name}"
     assert f"it was stopped there by {number.name}" in failing_step(other.ended(EXIT_PROBLEM))["seen"]
+
+
+def test_a_signal_before_the_other_machine_has_answered(
+    nics: EmulatedNics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET)
+    (port,) = free_ports(1)
+    machine = Machine(nics, tmp_path, "listening", "--listen", "--address", LOOPBACK, "--port", str(port))
+    try:
+        connection = open_connection(SparkConfig(leader=LOOPBACK, port=port), BOUND, "vllm-spark x")
+        connection.expect(Kind.EXCHANGE, timeout=BOUND)
+        machine.process.send_signal(signal.SIGINT)
+        assert machine.ended(128 + signal.SIGINT)["reason"] == "stopped by SIGINT"
+        assert "stopped by SIGINT after 0 steps, and the other machine was notified" in machine.output
+        connection.close()
+    finally:
+        machine.process.kill()
+        machine.process.wait()
+
+
+def test_a_report_that_can_no_longer_be_written(nics: EmulatedNics, tmp_path: Path) -> None:
+    """It is not said to be there."""
+    (port,) = free_ports(1)
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    report = ("--report", str(folder / "report.json"))
+    machine = Machine(nics, tmp_path, "one", "--listen", "--address", LOOPBACK, "--port", str(port), *report)
+    try:
+        machine.wait_for("Waiting for the other machine")
+        folder.rmdir()
+        folder.write_text("")
+        machine.process.send_signal(signal.SIGINT)
+        assert machine.process.wait(BOUND) == EXIT_USAGE
+        assert "report.json cannot be written" in machine.output
+        assert "The report is in" not in machine.output
+    finally:
+        machine.process.kill()
+        machine.process.wait()
 
 
 def test_another_secret(start: Start) -> None:

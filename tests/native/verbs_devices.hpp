@@ -1,6 +1,6 @@
 // What the libraries of tests in libibverbs' place have in common: two devices with an active port each,
-// named memory0 and memory1. Who includes it defines `poll` and `post`, and what is made of memory regions,
-// completion queues and queue pairs.
+// named memory0 and memory1. Who includes it defines `poll`, `post` and `tells_of_ports`, and what is made of
+// memory regions, completion queues and queue pairs.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -19,6 +19,11 @@ struct abi::ibv_device {
   const char* name;
   std::atomic<bool> active{true};  // its port
 };
+// What opened a device.
+struct OpenDevice {
+  abi::ibv_context context{};
+  bool active = true;  // what it was told last of the port, if it is told of ports
+};
 // Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
 struct abi::ibv_pd {
   const abi::ibv_device* device;
@@ -32,6 +37,7 @@ int domains = 0;  // opened so far; tests open devices from one thread
 
 int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions);
 int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr** failed);
+bool tells_of_ports();  // whether a change of a port is an event for all that have opened the device
 
 }  // namespace
 
@@ -48,16 +54,17 @@ const char* ibv_get_device_name(abi::ibv_device* device) {
   return device->name;
 }
 abi::ibv_context* ibv_open_device(abi::ibv_device* device) {
-  auto* context = new abi::ibv_context{};
-  context->device = device;
-  context->ops[abi::kPollCq] = reinterpret_cast<void*>(&poll);
-  context->ops[abi::kPostSend] = reinterpret_cast<void*>(&post);
-  context->async_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  return context;
+  auto* open = new OpenDevice;
+  open->active = device->active;
+  open->context.device = device;
+  open->context.ops[abi::kPollCq] = reinterpret_cast<void*>(&poll);
+  open->context.ops[abi::kPostSend] = reinterpret_cast<void*>(&post);
+  open->context.async_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  return &open->context;
 }
 int ibv_close_device(abi::ibv_context* context) {
   close(context->async_fd);
-  delete context;
+  delete reinterpret_cast<OpenDevice*>(context);
   return 0;
 }
 abi::ibv_pd* ibv_alloc_pd(abi::ibv_context* context) {
@@ -80,15 +87,23 @@ int _ibv_query_gid_ex(abi::ibv_context*, uint32_t port, uint32_t index, abi::ibv
   *entry = {{}, index, port, abi::IBV_GID_TYPE_ROCE_V2, 0};
   return 0;
 }
-int ibv_get_async_event(abi::ibv_context*, abi::ibv_async_event*) {
-  errno = EAGAIN;
-  return -1;
+int ibv_get_async_event(abi::ibv_context* context, abi::ibv_async_event* event) {
+  auto* open = reinterpret_cast<OpenDevice*>(context);
+  bool active = context->device->active;
+  if (!tells_of_ports() || active == open->active) {
+    errno = EAGAIN;
+    return -1;
+  }
+  open->active = active;
+  event->element.port_num = 1;
+  event->event_type = active ? abi::IBV_EVENT_PORT_ACTIVE : abi::IBV_EVENT_PORT_ERR;
+  return 0;
 }
 const char* ibv_wc_status_str(uint32_t status) {
   return status == abi::IBV_WC_RETRY_EXC_ERR ? "transport retry counter exceeded" : "an error";
 }
-const char* ibv_event_type_str(uint32_t) {
-  return "an event";
+const char* ibv_event_type_str(uint32_t event) {
+  return event == abi::IBV_EVENT_PORT_ERR ? "port error" : "port active";
 }
 int ibv_fork_init() {
   return 0;

@@ -1,14 +1,15 @@
 // A libibverbs whose NICs are threads: one in each process, or one for both ranks of a process. They send
 // packets through files of a folder that both ranks' processes see, and store what arrives in their own
-// process, 16 bytes at once, as a NIC does. They check what a NIC and the kernel check: a violation is
-// refused, or ends the process with a sentence.
+// process, 16 bytes at once, as a NIC does; every other packet from its end to its beginning, since nothing
+// defines an order within one. They check what a NIC and the kernel check: a violation is refused, or ends
+// the process with a sentence.
 //
 // Environment:
 //
 //   EMULATED_NICS  the folder, in which `control` is written by tests (tests/native/emulated_nics.py)
 //
-// What is not like a NIC: no packet is lost but where a test wants that, and nothing is in a hurry. Real
-// queue pairs are in tests/rdma.
+// Unlike a NIC it loses packets only where a test asks for that, and its times mean nothing. Real queue pairs
+// are in tests/rdma.
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -51,14 +52,14 @@ constexpr auto kSleep = std::chrono::microseconds(100);
 // What a test does to a rail, on both machines at once.
 struct RailControl {
   std::atomic<uint32_t> cut;             // not zero: nothing goes over it
-  std::atomic<uint32_t> port_down;       // not zero: its ports are down
+  std::atomic<uint32_t> port_down;       // not zero: its ports are down, and nothing goes over it
   std::atomic<uint32_t> lose_over;       // packets of more bytes are lost, again and again; zero: none
   std::atomic<uint32_t> delay_us;        // of each packet
   std::atomic<uint32_t> refuse_connect;  // not zero: no queue pair can be connected (ETIMEDOUT)
   std::atomic<uint32_t> refuse_posts;    // so many of the next posts are refused (ENOMEM)
   std::atomic<uint32_t> fail_next;       // the next write ends with this status; zero: none does
   std::atomic<uint32_t> refuse_pinning;  // so many of the next memory regions are refused (ENOMEM)
-  std::atomic<uint32_t> hang;            // not zero: the device does nothing, and tells of no failure
+  std::atomic<uint32_t> hang;            // not zero: the device does nothing, and reports no failure
   std::atomic<uint32_t> flip_over;       // a bit is flipped in packets of more bytes; zero: in none
   std::atomic<uint32_t> packets;         // that have arrived, modulo 2^32
 };
@@ -184,7 +185,7 @@ struct abi::ibv_cq {
 
 namespace {
 
-// Everything below is guarded by this; never destroyed, for the NIC runs on while the process ends.
+// Everything below is guarded by this; never destroyed, because the NIC's thread runs until the process ends.
 auto& mutex = *new std::mutex;
 auto& pairs = *new std::map<uint32_t, std::unique_ptr<QueuePair>>;
 auto& regions = *new std::map<uint32_t, std::unique_ptr<Region>>;
@@ -213,8 +214,8 @@ void fail(QueuePair& pair, uint32_t status) {
   pair.writes.clear();
 }
 
-// Copies as a NIC reads or writes memory: 16 aligned bytes at once, ascending.
-void copy(unsigned char* to, const unsigned char* from, uint32_t bytes) {
+// Copies as a NIC reads or writes memory: 16 aligned bytes at once, and less where they are not aligned.
+void copy_ascending(unsigned char* to, const unsigned char* from, uint32_t bytes) {
   typedef long long Unit __attribute__((vector_size(16), may_alias));
   constexpr uint32_t kUnit = sizeof(Unit), kHalf = sizeof(uint64_t);
   auto aligned = [](const void* pointer, uint32_t unit) {
@@ -237,6 +238,17 @@ void copy(unsigned char* to, const unsigned char* from, uint32_t bytes) {
   std::atomic_thread_fence(std::memory_order_release);
 }
 
+// The same from the end to the beginning, in steps of a cache line.
+void copy_descending(unsigned char* to, const unsigned char* from, uint32_t bytes) {
+  constexpr uint32_t kLine = 64;
+  while (bytes > 0) {
+    uint32_t beyond = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(to + bytes) % kLine);
+    uint32_t part = std::min(bytes, beyond == 0 ? kLine : beyond);
+    bytes -= part;
+    copy_ascending(to + bytes, from + bytes, part);
+  }
+}
+
 // Sends packets of what was posted. True if it sent one.
 bool send(QueuePair& pair) {
   RailControl& rail = control(pair.rail());
@@ -257,7 +269,8 @@ bool send(QueuePair& pair) {
       packet.due = (Clock::now().time_since_epoch() +
                     std::chrono::microseconds(rail.delay_us.load(std::memory_order_relaxed)))
                        .count();
-      copy(packet.data, (write.inlined.empty() ? write.source : write.inlined.data()) + write.sent, bytes);
+      copy_ascending(packet.data, (write.inlined.empty() ? write.source : write.inlined.data()) + write.sent,
+                     bytes);
       write.sent += bytes;
       write.whole = write.sent == write.bytes;
       write.last_packet = ++pair.produced;
@@ -312,7 +325,8 @@ bool receive(QueuePair& pair, Clock::time_point now) {
     uint32_t flip_over = control(pair.rail()).flip_over.load(std::memory_order_relaxed);
     // The exponent of a number of any type: neither a flag of a packet nor its header, which is checked.
     if (flip_over != 0 && packet.bytes > flip_over) ring.packets[at % kRing].data[kFlipped] ^= 0x40;
-    copy(reinterpret_cast<unsigned char*>(packet.target), packet.data, packet.bytes);
+    (at % 2 == 0 ? copy_ascending : copy_descending)(reinterpret_cast<unsigned char*>(packet.target),
+                                                     packet.data, packet.bytes);
     control(pair.rail()).packets.fetch_add(1, std::memory_order_relaxed);
     ring.consumed.store(at + 1, std::memory_order_release);
   }
@@ -327,7 +341,8 @@ bool turn() {
   bool moved = false;
   for (auto& [number, pair] : pairs) {
     if (control(pair->rail()).hang.load(std::memory_order_relaxed) != 0) continue;
-    bool cut = control(pair->rail()).cut.load(std::memory_order_relaxed) != 0;
+    bool cut = control(pair->rail()).cut.load(std::memory_order_relaxed) != 0 ||
+               control(pair->rail()).port_down.load(std::memory_order_relaxed) != 0;
     if (!cut && (pair->state == abi::IBV_QPS_RTR || pair->state == abi::IBV_QPS_RTS))
       moved = receive(*pair, now) || moved;
     if (pair->state != abi::IBV_QPS_RTS) continue;
@@ -360,6 +375,10 @@ int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
     queue->completions.pop_front();
   }
   return count;
+}
+
+bool tells_of_ports() {
+  return true;
 }
 
 int post(abi::ibv_qp* handle, abi::ibv_send_wr* request, abi::ibv_send_wr** failed) {
@@ -400,6 +419,7 @@ int post(abi::ibv_qp* handle, abi::ibv_send_wr* request, abi::ibv_send_wr** fail
       pair.writes.push_back(std::move(write));
     }
   }
+  pair.progress = Clock::now();  // as soft-RoCE: each request lets it wait anew for an acknowledgement
   return 0;
 }
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ RAIL_SECONDS = 2.0
 STALL_SECONDS = 1.5
 """An operation that takes so long may have waited for a rail that repeated a packet until it gave up (soft-RoCE: 1.9 s
 and more)."""
+PAUSE_SECONDS = 0.05
+"""A sleep that takes so much longer than it should: the machine did not run this process."""
 LONGEST_SECONDS = 240.0
 """Of an exercise that goes on for what does not come."""
 
@@ -92,6 +95,32 @@ class Exercise:
         assert result.tobytes() == wanted.tobytes(), f"operation {self.done}: {dtype}, {elements} elements differ"
         self.digest.update(result.tobytes())
         self.done += 1
+
+
+class Pauses:
+    """The time in which the machine did not run this process, measured by a thread that sleeps 5 ms at a time.
+
+    A busy host stops an emulated machine for seconds, and a busy machine a process. An operation waits for that too.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        threading.Thread(target=self._measure, daemon=True).start()
+
+    def _measure(self) -> None:
+        before = time.monotonic()
+        while True:
+            time.sleep(0.005)
+            now = time.monotonic()
+            if now - before > PAUSE_SECONDS:
+                self.seconds += now - before
+            before = now
+
+
+def longest_wait(reports: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds of the longest operation of both ranks, less those in which a machine did not run its rank."""
+    both = list(reports)
+    return float(max(report["longest"] for report in both) - sum(report["paused"] for report in both))
 
 
 def meet(rank: int, host: str, port: int, timeout: float) -> SocketPeer:
@@ -168,6 +197,7 @@ def main() -> int:
     print(f"connected {runtime.path}", flush=True)
     threading.Thread(target=fail_on_signals, args=(runtime,), daemon=True).start()
     exercise = Exercise(runtime, args.rank, args.seed, args.largest)
+    pauses = Pauses()
     started = time.monotonic()
     gaps: list[float] = []
     code = 0
@@ -189,6 +219,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - started, 3),
         "longest": round(max(gaps, default=0), 3),
         "stalls": sum(gap >= STALL_SECONDS for gap in gaps),
+        "paused": round(pauses.seconds, 3),
         "counters": dataclasses.asdict(runtime.counters()),
     }
     runtime.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -23,6 +24,7 @@ class Report(TypedDict, total=False):
     seconds: float
     longest: float
     stalls: int
+    paused: float
     counters: dict[str, Any]
 
 
@@ -60,9 +62,15 @@ class Ranks:
         ]
 
     def reach(self, operations: int) -> None:
-        """Waits until both have done that many; a multiple of 100."""
+        """Waits until both have done that many, a multiple of 100, from the start."""
         for command in self.commands:
             command.wait_for_line(rf"^done {operations}$", timeout=BOUND)
+
+    def carry_on(self, operations: int) -> None:
+        """Waits until both have done that many more, a multiple of 100."""
+        for command in self.commands:
+            done = max(map(int, re.findall(r"^done (\d+)$", command.output, re.MULTILINE)), default=0)
+            command.wait_for_line(rf"^done {done + operations}$", timeout=BOUND)
 
     def outcome(self, rank: int, timeout: float = BOUND) -> Outcome:
         """Waits for the end of one rank."""

@@ -9,12 +9,25 @@ from collections.abc import Callable
 
 import pytest
 
+from .exercise import RAIL_SECONDS, longest_wait
 from .machines import Pair
 from .ranks import Outcome, Ranks
 
 OPERATIONS = 2000
 BEFORE = 300
 """Operations that are done when the fault comes."""
+DURING = 200
+"""Operations that the healthy rail must carry while the other one is out."""
+QUICK_SECONDS = 0.5
+"""The time-out of a rail in tests whose faults may come again and again."""
+EMULATION_SECONDS = 1.0
+"""What an operation may take besides, where two processors are emulated: without a wait for the time-out, as where the
+carrier is lost, the longest took 0.13 to 0.36 s (benchmarks/NOTES.md, entry 8)."""
+
+
+def assert_bounded(outcomes: tuple[Outcome, Outcome], rail_timeout: float) -> None:
+    """No operation waited longer than for a rail's time-out."""
+    assert longest_wait(outcome.report for outcome in outcomes) <= rail_timeout + EMULATION_SECONDS
 
 
 def cut(machines: Pair, *rails: int) -> None:
@@ -55,13 +68,13 @@ def pull_end(machine: int) -> Callable[[Pair, Ranks], None]:
 
 def lose_one_rail(machines: Pair, ranks: Ranks) -> None:
     cut(machines, 1)
-    time.sleep(5)
+    ranks.carry_on(DURING)
     mend(machines, 1)
 
 
 def take_one_interface_down(machines: Pair, ranks: Ranks) -> None:
     machines[0].rails[1].down()
-    time.sleep(5)
+    ranks.carry_on(DURING)
     machines[0].rails[1].up()
 
 
@@ -81,6 +94,10 @@ def stop_a_proxy(machines: Pair, ranks: Ranks) -> None:
     ranks.commands[1].wait_for_line("^held$", timeout=60)
 
 
+ONE_RAIL = {lose_one_rail, take_one_interface_down, break_a_queue_pair}
+"""Faults that leave the other rail whole."""
+
+
 @pytest.mark.parametrize(
     ("fault", "least_failures"),
     [
@@ -88,8 +105,8 @@ def stop_a_proxy(machines: Pair, ranks: Ranks) -> None:
         pytest.param(delay_packets, 0, id="20 ms of delay", marks=pytest.mark.thorough),
         pytest.param(pull_end(0), 1, id="rank 0's cables out for 3 s"),
         pytest.param(pull_end(1), 1, id="rank 1's cables out for 3 s", marks=pytest.mark.thorough),
-        pytest.param(lose_one_rail, 1, id="one rail cut for 5 s"),
-        pytest.param(take_one_interface_down, 1, id="one interface down for 5 s", marks=pytest.mark.thorough),
+        pytest.param(lose_one_rail, 1, id="one rail cut"),
+        pytest.param(take_one_interface_down, 1, id="one interface down", marks=pytest.mark.thorough),
         pytest.param(lose_both_rails, 2, id="both rails cut for 5 s", marks=pytest.mark.thorough),
         pytest.param(break_a_queue_pair, 1, id="a queue pair in error"),
         pytest.param(stop_a_proxy, 0, id="a proxy stopped for 2 s"),
@@ -100,18 +117,22 @@ def test_no_message_is_lost_or_wrong(
 ) -> None:
     # A fault takes seconds, and the operations may be done before: they go on until the rail is back.
     until_back = ("--recoveries", "1") if least_failures else ()
-    times = {"link_timeout_s": 60.0, "timeout_s": 120.0, "rail_timeout_s": 0.5}
+    times = {"link_timeout_s": 60.0, "timeout_s": 120.0, "rail_timeout_s": QUICK_SECONDS}
     ranks = Ranks(machines, OPERATIONS, "--largest", "5000", *until_back, **times)
     ranks.reach(BEFORE)
     fault(machines, ranks)
-    for outcome in ranks.agree():
+    outcomes = ranks.agree()
+    for outcome in outcomes:
         done = outcome.report["operations"]
         assert done >= OPERATIONS if until_back else done == OPERATIONS
         assert outcome.counters["rail_failures"] >= least_failures
         record_property("longest operation, s", outcome.report["longest"])
+        record_property("machine did not run, s", outcome.report["paused"])
         if least_failures:
             assert outcome.counters["rail_recoveries"] >= 1, "the rail is back before the end"
             assert "works again, after" in outcome.output
+    if fault in ONE_RAIL:
+        assert_bounded(outcomes, QUICK_SECONDS)
 
 
 EVERYTHING, LARGE = 0, 1600
@@ -137,9 +158,11 @@ def most_attempts(outcome: Outcome) -> float:
 def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over: int, both_ways: bool) -> None:
     for machine in machines[: 1 + both_ways]:
         machine.rails[1].lose(over)
-    times = {"timeout_s": 120.0, "rail_timeout_s": 0.5}
+    times = {"timeout_s": 120.0, "rail_timeout_s": QUICK_SECONDS}
     ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), **times)
-    for outcome in ranks.agree():
+    outcomes = ranks.agree()
+    assert_bounded(outcomes, QUICK_SECONDS)
+    for outcome in outcomes:
         counters = outcome.counters
         assert counters["rail_posts"][1] == 0
         assert counters["rail_states"][1] != "open"
@@ -153,6 +176,7 @@ def test_a_rail_whose_other_end_is_not_found_does_not_end_the_start(machines: Pa
     machines[0].rails[1].forget_neighbours()
     ranks = Ranks(machines, OPERATIONS, "--largest", "5000", "--seconds", str(SECONDS), timeout_s=120.0)
     first, second = ranks.agree()
+    assert_bounded((first, second), RAIL_SECONDS)
     for outcome in (first, second):
         counters = outcome.counters
         assert counters["rail_posts"][1] == 0
@@ -174,7 +198,9 @@ def test_a_rail_that_starts_to_lose_data_stalls_one_operation(machines: Pair, ov
     ranks.reach(BEFORE)
     for machine in machines:
         machine.rails[1].lose(over)
+    ranks.carry_on(DURING)
     outcomes = ranks.agree()
+    assert_bounded(outcomes, RAIL_SECONDS)
     for outcome in outcomes:
         counters = outcome.counters
         assert counters["rail_failures"] >= 1

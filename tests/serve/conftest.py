@@ -116,9 +116,15 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         for program in process.started:
-            state = "running" if program.exit_code is None else f"exit code {program.exit_code}"
-            report.sections.append((f"{program.name} ({state}), {program.log}", program.tail(LINES_SHOWN)))
+            report.sections.append((f"{program.name} ({_state(program)}), {program.log}", program.tail(LINES_SHOWN)))
     return report
+
+
+def _state(program: process.Process) -> str:
+    try:
+        return "running" if program.exit_code is None else f"exit code {program.exit_code}"
+    except process.ProcessError as error:
+        return str(error)  # nothing may keep the other tests from running
 
 
 @pytest.hookimpl(wrapper=True)

@@ -31,6 +31,7 @@ import psutil
 
 from vllm_spark.processes.managed import POLL_SECONDS, clean_environment
 
+from .cgroups import MemoryCgroup
 from .forked_process import ForkServer
 from .process import Process, start
 
@@ -58,6 +59,8 @@ class Host:
     """What programs of this host see as /dev/shm; where hosts are only loopback addresses, they share the machine's."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of every program that `popen` starts, if it is not started with others."""
+    cgroup: MemoryCgroup | None = None
+    """In which programs of this host run that are started now; None for that of the tests."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
     _given_ports: set[int] = field(default_factory=set, repr=False)
     _fork_server: ForkServer | None = field(default=None, repr=False)
@@ -76,14 +79,15 @@ class Host:
         name = name or Path(argv[0]).name
         log = self.logs / f"host{self.index}-{next(self._numbers):02d}-{name.replace(' ', '-')}.log"
         name, environment = f"{name} on host {self.index}", clean_environment() | self.environment | dict(env or {})
-        if not cold and self._fork_server is not None and self._fork_server.suits(argv, environment):
-            return start(name, argv, log, environment, self._fork_server)
-        return start(name, self._here(argv), log, environment)
+        server = None if cold or self.cgroup is not None else self._fork_server
+        if server is not None and server.suits(argv, environment):
+            return start(name, argv, log, environment, server)
+        return start(name, self.command(argv), log, environment)
 
     @contextmanager
     def fork_server(self) -> Iterator[None]:
         """Meanwhile this host has a process that has imported vLLM, from which `popen` forks what it can."""
-        self._fork_server = ForkServer(self._here([]), self.logs / f"host{self.index}-fork-server.log")
+        self._fork_server = ForkServer(self.command([]), self.logs / f"host{self.index}-fork-server.log")
         try:
             yield
         finally:
@@ -95,7 +99,7 @@ class Host:
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program on this host to its end and returns its output; raises nothing for its exit code."""
         return subprocess.run(
-            self._here(argv),
+            self.command(argv),
             env=clean_environment() | dict(env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -110,6 +114,15 @@ class Host:
             pass
         self._given_ports.add(port)
         return port
+
+    @contextmanager
+    def within(self, cgroup: MemoryCgroup) -> Iterator[None]:
+        """Meanwhile `popen` starts programs in a cgroup."""
+        self.cgroup = cgroup
+        try:
+            yield
+        finally:
+            self.cgroup = None
 
     def unplug(self) -> None:
         """Pulls this host's cable: its own interface loses the carrier, the other host is told nothing."""
@@ -159,7 +172,9 @@ class Host:
                 raise RuntimeError(f"{self.interface} of host {self.index} is {seen}, its cable is {state}")
             time.sleep(POLL_SECONDS)
 
-    def _here(self, argv: Sequence[str]) -> list[str]:
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """The command that runs a program on this host, from the root namespace."""
+        argv = argv if self.cgroup is None else self.cgroup.command(argv)
         if self.namespace is None:
             return list(argv)
         mounted = ["sh", "-c", WITH_OWN_SHARED_MEMORY, str(self.shared_memory)]

@@ -20,10 +20,10 @@ import pytest
 from vllm_spark.backend.ipc_folder import PREFIX
 from vllm_spark.errors import EXIT_LOST
 from vllm_spark.processes.local import CPU_ENVIRONMENT
-from vllm_spark.processes.managed import program
+from vllm_spark.processes.managed import answers, program
 
 from . import prompts, shared_memory
-from .development import DEVELOPMENT, EXTENSION, post
+from .development import DEVELOPMENT, EXTENSION, call, post
 from .hosts import Hosts
 from .process import Process, assert_all_gone
 from .servers import START_SECONDS, Server, spark_leader, spark_tp2
@@ -414,6 +414,58 @@ def test_a_call_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, rank: int) 
         assert_all_gone(server.leader, timeout=20)
 
 
+COLLECTIVE_SECONDS = 10.0
+"""How long a rank waits in a collective for the other one where it gets stuck below: longer than a busy machine takes
+to schedule both."""
+
+
+def assert_both_end(server: Server, stream: Stream, clock: Clock, sentence: str) -> None:
+    """In time `/health` is red, the client is told, and the follower waits again, all with that sentence."""
+    assert server.follower is not None
+    server.leader.wait_until(lambda: not answers(f"{server.url}/health"), clock.left, "become unhealthy")
+    clock.note("/health is red")
+    stream.assert_told(clock)
+    waits_again = r"(?s)Ready: this machine runs every step.*Waiting for a leader at"
+    server.follower.wait_for_line(waits_again, clock.left)
+    clock.note("the follower waits again")
+    assert server.leader.wait(30) != 0
+    for said in (server.leader.output(), server.follower.output(), str(stream.error)):
+        assert re.search(sentence, said), said
+    assert_all_gone(server.leader, timeout=20)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.thorough)])
+def test_a_stuck_collective_makes_health_red(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
+    """A rank does not come to a collective. Both send heartbeats: nothing but the time-out ends the wait."""
+    arguments = [*EXTENSION, "--spark-collective-timeout", str(COLLECTIVE_SECONDS)]
+    with spark_tp2(hosts, tiny_moe, arguments, DEVELOPMENT) as server:
+        stream = Stream(server)
+        call(server, "hang_in_the_next_step_on", rank, 60.0)
+        clock = Clock(COLLECTIVE_SECONDS + NOTICE_SECONDS)
+        waited = f"rank {1 - rank} waited for rank {rank} .* it did not come within {COLLECTIVE_SECONDS:.1f} s"
+        assert_both_end(server, stream, clock, waited)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        ("fail_in_the_next_step_on", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+        pytest.param(
+            "write_to_a_full_disk_in_the_next_step_on",
+            r"OSError: \[Errno 28\] No space left on device",
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_a_step_that_fails_on_one_rank(hosts: Hosts, tiny_moe: Path, fault: str, seen: str, rank: int) -> None:
+    """The other rank waits in a collective of the same step, and its time-out is minutes."""
+    with spark_tp2(hosts, tiny_moe, EXTENSION, DEVELOPMENT) as server:
+        stream = Stream(server)
+        call(server, fault, rank)
+        assert_both_end(server, stream, Clock(), seen)
+
+
 @pytest.mark.parametrize(
     ("ranks", "method"),
     [
@@ -433,3 +485,71 @@ def test_a_worker_that_fails_while_the_engine_starts(hosts: Hosts, tiny_moe: Pat
         assert sentence.endswith(f"failed: ValueError: planted failure of rank {ranks[0]}.")
         assert output.count("Traceback") == 1
         assert_all_gone(server.leader)
+
+
+START_COLLECTIVE_SECONDS = 15.0
+"""The same while the engine starts, where a rank may wait for the other one to warm up."""
+
+
+def start_with(extension: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments and variables of a pair whose workers have this extension."""
+    arguments = ["--worker-extension-cls", f"tests.serve.{extension}"]
+    arguments += ["--spark-collective-timeout", str(START_COLLECTIVE_SECONDS)]
+    return arguments, {"PYTHONPATH": str(Path(__file__).parents[2]), **environment}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
+    """The other one has ended it and waits in no collective."""
+    arguments, environment = start_with("hanging_extension.Hanging", HANGING_RANK=str(rank))
+    with spark_tp2(hosts, tiny_moe, arguments, environment, wait=False) as server:
+        assert server.leader.wait(START_SECONDS) == 1
+        (sentence,) = re.findall("^vllm serve --spark: .*", server.leader.output(), re.MULTILINE)
+        who = "the leader" if rank == 0 else "the follower on .*"
+        assert re.search(
+            f"{who} has not finished compilation and warm-up within {START_COLLECTIVE_SECONDS:g} s after the other "
+            "rank; see its log, and if one machine takes longer, .* raise --spark-collective-timeout",
+            sentence,
+        )
+        assert server.follower is not None
+        server.follower.wait_for_line("(?s)has not finished compilation.*Waiting for a leader at", NOTICE_SECONDS)
+        assert_all_gone(server.leader)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+def test_autotuning_that_one_rank_has_done_before(hosts: Hosts, tiny_moe: Path, rank: int, tmp_path: Path) -> None:
+    """It goes on to the next step of the model, and the other one waits for it to tune: a dead end that is named."""
+    arguments, environment = start_with(
+        "autotuning_extension.Autotuning",
+        VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR=str(tmp_path),
+        VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS="",
+        TUNED_RANK=str(rank),
+    )
+    with spark_tp2(hosts, tiny_moe, arguments, environment, wait=False) as server:
+        assert server.leader.wait(START_SECONDS) in (1, EXIT_LOST)
+        (sentence,) = re.findall("^vllm serve --spark: .*", server.leader.output(), re.MULTILINE)
+        assert f"within {START_COLLECTIVE_SECONDS:g}" in sentence
+        assert re.search("rank . was in FlashInfer's autotuning, rank . in FlashInfer's autotuning", sentence)
+        assert "start with --no-enable-flashinfer-autotune" in sentence
+        assert_all_gone(server.leader)
+
+
+@pytest.mark.thorough
+def test_autotuning_with_a_cache_on_one_machine_or_both(hosts: Hosts, tiny_moe: Path, tmp_path: Path) -> None:
+    arguments, environment = start_with(
+        "autotuning_extension.Autotuning",
+        VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR=str(tmp_path),
+        VLLM_FLASHINFER_AUTOTUNE_SKIP_OPS="",
+        TUNED_RANK="",
+    )
+
+    def start() -> list[bool]:
+        """Whether each rank has tuned anything."""
+        with spark_tp2(hosts, tiny_moe, arguments, environment) as server:
+            return ["tuned gemm" in process.output() for process in server.processes]
+
+    assert start() == [True, True]
+    assert start() == [False, False], "both load their own"
+    (theirs,) = tmp_path.rglob("*rank1*")
+    theirs.unlink()
+    assert start() == [True, True], "what only one of them has is not used"

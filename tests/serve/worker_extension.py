@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -114,6 +115,18 @@ class Saboteur:
             time.sleep(seconds)
         return {"rank": self.rank} | ({"more": "x" * size} if size else {})
 
+    def grow_on(self, rank: int) -> None:
+        """From now on one rank allocates memory, 0.8 GiB a second at most, without end."""
+
+        def grow() -> None:
+            kept = []
+            while True:
+                kept.append(b"x" * (32 << 20))
+                time.sleep(0.04)
+
+        if self.rank == rank:
+            threading.Thread(target=grow, daemon=True).start()
+
     def environment(self, *names: str) -> dict[str, object]:
         """Variables of this rank, what vLLM took from one of them when it was imported, and numba's threads."""
         from vllm.utils import torch_utils
@@ -125,6 +138,34 @@ class Saboteur:
             "numba": numba and numba.config.NUMBA_NUM_THREADS,
         }
 
+    def hang_in_the_next_step_on(self, rank: int, seconds: float) -> None:
+        """The next step of one rank begins so much later: its heartbeats go on, and the other one waits for it."""
+        self._before_the_next_step_on(rank, lambda: time.sleep(seconds))
+
+    def fail_in_the_next_step_on(self, rank: int) -> None:
+        """The next step of one rank raises, with the words of a GPU's error."""
+
+        def fail() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (planted)")
+
+        self._before_the_next_step_on(rank, fail)
+
+    def write_to_a_full_disk_in_the_next_step_on(self, rank: int) -> None:
+        """The next step of one rank writes where there is no room."""
+        self._before_the_next_step_on(rank, lambda: Path("/dev/full").write_text("no room"))
+
+    def _before_the_next_step_on(self, rank: int, act: Callable[[], object]) -> None:
+        runner = self.model_runner
+        execute = runner.execute_model
+
+        def execute_late(*args: object, **kwargs: object) -> object:
+            del runner.execute_model
+            act()
+            return execute(*args, **kwargs)
+
+        if self.rank == rank:
+            runner.execute_model = execute_late
+
     def fail_on(self, rank: int) -> None:
         """Raises on one rank, while the other waits for it in an all-reduce."""
         from vllm_spark.collective import installed
@@ -134,3 +175,15 @@ class Saboteur:
         runtime = installed()
         assert runtime is not None
         runtime.all_reduce(torch.ones(8))
+
+    def break_gpu_of(self, rank: int) -> None:
+        """A kernel of one rank's GPU accesses memory that is not there, while the other rank waits in an all-reduce."""
+        from vllm_spark.collective import installed
+
+        if self.rank == rank:
+            table = torch.ones(8, device="cuda")
+            table[torch.tensor([1 << 40], device="cuda")] += 1
+        runtime = installed()
+        assert runtime is not None
+        runtime.all_reduce(torch.ones(8, device="cuda"))
+        torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_spark.kernels import lookup, runtime
+from vllm_spark.kernels import runtime
 from vllm_spark.kernels.marlin.table import FOLDER, Kernel, MarlinParameters, MarlinRow, MarlinShape, MarlinTable
 from vllm_spark.kernels.marlin.table import store_marlin_table as store
 from vllm_spark.models.regroup import repeat_scales
@@ -71,7 +71,7 @@ def test_tiles_agree_with_vllms_choice(weights: tuple[MarlinShape, list[Any]], r
     shape, layers = weights
     problem = MarlinProblem(shape, layers, rows, calls=1, seed=rows)
     default = problem.call(0, MarlinParameters()).clone()
-    candidates = search_space(shape, rows, runtime.this_device())
+    candidates = search_space(shape, runtime.this_device())
     assert len({(each.thread_k, each.thread_n) for each in candidates}) == 3, "every compiled tile divides these"
     for candidate in candidates:
         problem.output.fill_(torch.nan)
@@ -118,17 +118,6 @@ def experts(shape_13: MarlinShape, shape_2: MarlinShape, rows: int) -> dict[str,
     }
 
 
-@pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a user without tables."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    lookup.clear_cache()
-    folder = lookup.user_folder()
-    assert folder is not None
-    yield folder
-    lookup.clear_cache()
-
-
 @contextmanager
 def serving_with_tables() -> Iterator[None]:
     """What an engine of a pair does with its process."""
@@ -140,7 +129,7 @@ def serving_with_tables() -> Iterator[None]:
         runtime.stop(engine)
 
 
-def test_vllms_experts_run_with_the_tables_parameters(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_experts_run_with_the_tables_parameters(user_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own caller, the real operator, and a table of the user's for each of its two calls."""
     import vllm._custom_ops as ops
     from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
@@ -152,7 +141,7 @@ def test_vllms_experts_run_with_the_tables_parameters(tables: Path, monkeypatch:
         "w2-tp2": MarlinRow(thread_k=128, thread_n=128, blocks_per_sm=1, block_size_m=8, use_atomic_add=True),
     }
     for name, row in tiles.items():
-        store(MarlinTable(device=runtime.device_name(), shape=shard(name), rows={4: row}), tables / FOLDER)
+        store(MarlinTable(device=runtime.device_name(), shape=shard(name), rows={4: row}), user_tables / FOLDER)
     four, five = (experts(shard("w13-tp2"), shard("w2-tp2"), rows) for rows in (4, 5))
     default = fused_marlin_moe(**four).clone()
 

@@ -91,7 +91,7 @@ def test_marlin(kernel: str, rows: int, device: Any) -> None:
         assert outcome.tuned_us > 0
         problem = MarlinProblem(shape, layers, rows, 2, seed=1)
         wanted = problem.call(0, MARLIN_DEFAULT).clone()
-        for parameters in search_space(shape, rows, device):
+        for parameters in search_space(shape, device):
             assert distance(problem.call(0, parameters), wanted) < 0.01, parameters
 
 

@@ -65,7 +65,7 @@ def test_collective(collective: str, tmp_path: Path) -> None:
         assert 0 < row["minimum"] <= row["median"] <= row["p99"]
         assert row["gbytes_per_s"] == pytest.approx(row["bytes"] / row["median"] / 1e3)
     assert figures["baseline"].startswith("gloo through torch.distributed")
-    for heading in ("minimum", "median", "p99", "GB/s", "of the limit", "/ gloo"):
+    for heading in ("minimum", "median", "p99", "GB/s", "limit", "ratio"):
         assert heading in done.stdout
     # Not about speed: a message of 3.2 us of wire cannot take less.
     assert rows["wire", 1 << 10]["minimum"] > 3.2
@@ -92,10 +92,10 @@ def test_ratios_are_to_the_baseline_over_host_memory_in_the_same_mode() -> None:
     assert "nccl, host memory: a library 1.2" in shown
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert cells == [
-        ["4 KiB", "direct", "1.0", "3.0", "99.0", "1.37", "33%", "0.25", ""],
-        ["", "wire", "1.0", "6.0", "99.0", "0.68", "17%", "0.50", "2.8"],
-        ["", "nccl", "1.0", "4.0", "99.0", "1.02", "25%", "0.33", ""],
-        ["", "nccl, host memory", "1.0", "12.0", "99.0", "0.34", "8%", "1.00", ""],
+        ["4 KiB", "direct", "3.0", "99.0", "0.25", "", "1.0", "1.37", "33%"],
+        ["", "wire", "6.0", "99.0", "0.50", "2.8", "1.0", "0.68", "17%"],
+        ["", "nccl", "4.0", "99.0", "0.33", "", "1.0", "1.02", "25%"],
+        ["", "nccl, host memory", "12.0", "99.0", "1.00", "", "1.0", "0.34", "8%"],
     ]
 
 
@@ -106,7 +106,7 @@ def test_published_figures_stand_beside_the_modelled_wire() -> None:
     console.print(as_table(report, "graph", peers=True))
     shown = console.export_text()
     wire, gloo = (line for line in shown.splitlines() if line.startswith("│"))
-    assert "3.2 │ │ 9.1 sparknet, 9.55 libsircl" in " ".join(wire.split())
+    assert "3.2 │ │9.1 sparknet, 9.55 libsircl" in " ".join(wire.split())
     assert "sparknet" not in gloo
     assert " ".join(shown.split()).count("two DGX Spark") == 2, "the caption says where and when"
 
@@ -115,7 +115,7 @@ def test_a_figure_with_a_gb10s_times_in_the_place_of_the_machines() -> None:
     rows = [Row(name, mode, 8192, 1.0, 9.0, 10.0) for name in ("wire", "nccl") for mode in ("eager", "graph")]
     times = MachineTimes(round_trip=2.66, kernel=1.17)
     report = Report(Settings("cuda", (8192,)), "a machine", rows, "a library 1.2", 10.0, times)
-    for mode, expected in (("graph", "3.2 │ 7.0 │ 9.1"), ("eager", "3.2 │ │ 9.1")):
+    for mode, expected in (("graph", "3.2 │ 7.0 │9.1"), ("eager", "3.2 │ │9.1")):
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(as_table(report, mode, peers=True))
         shown = console.export_text()

@@ -44,6 +44,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "join_timeout": (1.0, 2.0, 3.0),
     "model_sync": ("auto", "off", "auto"),
     "model_path": ("a=/x", "org/model=/models/a,/b=/c", "c=/y"),
+    "reserve_memory": (0.0, 4.0, 8.5),
     "heartbeat_timeout": (1.0, 2.0, 3.0),
     "collective_timeout": (1.0, 2.0, 3.0),
     "max_frame_mib": (1, 2, 3),

@@ -226,7 +226,7 @@ def test_examining_imports_neither_vllm_nor_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--wait", "5"], "--wait 5 is the time that --peer waits; add --peer, or leave it out"),
+        (["--wait", "5"], "--wait 5 is the time that --peer and --first-run wait; add one of them, or leave it out"),
         (["--peer", "--leader", LINK], f"--leader {LINK} is an option of the second machine"),
         (["--make-secret", "--wait", "5"], "--wait does not go with --make-secret"),
         (["--make-secret", "--port", "5"], "--port does not go with --make-secret"),

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_spark.bench.connection import await_connection, open_connection
 from vllm_spark.cli import main
+from vllm_spark.collective import CollectiveError
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import EXIT_USAGE, PeerLostError
 from vllm_spark.executor.channel.addresses import LOOPBACK
+from vllm_spark.first_run.checked import CheckedCollectives
 from vllm_spark.first_run.peer import Peer, PeerFailedError
 from vllm_spark.first_run.report import Report, redacted
 from vllm_spark.first_run.result import Advice, StepFailedError, StepResult
@@ -125,6 +128,44 @@ def test_the_report_file(tmp_path: Path) -> None:
     assert "where the secret lies" not in text
 
 
+def test_a_secret_that_json_escapes(tmp_path: Path) -> None:
+    secret = 'a "quoted" secret\\ of these tests'
+    report = Report.begin(0, "one", SparkConfig(address="10.0.0.1"))
+    report.reason = f"a sentence with {secret}"
+    report.write(tmp_path / "report.json", secret)
+    assert json.loads((tmp_path / "report.json").read_text())["reason"] == "a sentence with (secret)"
+
+
+class LateFailure:
+    """The part of a runtime that checked collectives use; it fails while they wait for a result, as a GPU's does."""
+
+    device, rank, failed = "cpu", 0, False
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor)
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([torch.zeros_like(tensor)] * 2)
+
+    def check(self) -> None:
+        if self.failed:
+            raise CollectiveError("the other machine stopped")
+
+
+def test_a_failed_collective_is_not_taken_for_wrong_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of a GPU are looked at together, after a failure that has not been seen yet."""
+    runtime: Any = LateFailure()
+    look = torch.Tensor.__bool__
+
+    def wait_and_look(tensor: torch.Tensor) -> bool:
+        runtime.failed = True
+        return bool(look(tensor))
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", wait_and_look)
+    with pytest.raises(CollectiveError, match="the other machine stopped"):
+        CheckedCollectives(runtime, seed=1).run()
+
+
 class Abortable:
     """The part of a runtime that a peer uses."""
 
@@ -186,6 +227,24 @@ def test_a_peer_that_is_gone_aborts_what_runs(monkeypatch: pytest.MonkeyPatch) -
         assert runtime.aborted.wait(PATIENCE)
         with pytest.raises(PeerLostError, match="closed the connection"):
             one.check()
+
+
+def test_a_message_that_cannot_be_taken_ends_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's thread would end, and the other machine be blamed for it."""
+    runtime: Any = Abortable()
+
+    def fail(announcement: bytes) -> None:
+        raise KeyError(announcement)
+
+    runtime.deliver = fail
+    with peers(monkeypatch) as (one, other), ThreadPoolExecutor() as threads:
+        announces = [end.begin_runtime() for end in (one, other)]
+        one.watch(runtime)
+        waiting = threads.submit(one.exchange, b"")
+        announces[1](b"bad")
+        with pytest.raises(PeerLostError, match=r"could not be taken: KeyError: b'bad'; please report it"):
+            waiting.result(PATIENCE)
+        assert runtime.aborted.is_set()
 
 
 def test_stopping_ends_a_wait_here_and_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -475,6 +475,16 @@ def test_rows_that_another_vllm_chose_are_this_ones(
     assert rows[64]["BLOCK_SIZE_N"] == 16, "as the file says"
 
 
+def test_another_build_of_the_same_vllm_chooses_the_same(
+    on_gb10: Folders, this_vllm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the CPU build with which this project's tables are written, and the build that serves."""
+    caplog.set_level(logging.INFO)
+    tuned_with(on_gb10.user, f"{this_vllm.partition('+')[0]}+cu130", EXPERTS, {2: TUNED})
+    assert taken(EXPERTS) is not None
+    assert "were replaced" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [

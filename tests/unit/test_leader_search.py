@@ -17,6 +17,7 @@ import pytest
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import ConfigurationError, RefusedError, VersionsError
 from vllm_spark.executor.channel.certificates import PROTOCOL, tls_context
+from vllm_spark.executor.channel.framing import ChannelError, ConnectionClosedError, Kind
 from vllm_spark.executor.channel.secret import secret_source
 from vllm_spark.executor.handshake import leader_search
 from vllm_spark.executor.handshake.client import Connector
@@ -163,6 +164,21 @@ def test_what_no_waiting_heals(listener: Listener, monkeypatch: pytest.MonkeyPat
     other._make_connector = lambda: speaker
     with pytest.raises(VersionsError, match=r"vllm is .* on the leader and 0\.0\.1 on the follower"):
         other.find()
+
+
+def test_the_connection_to_a_leader_that_sends_something_else_is_closed(
+    listener: Listener, pool: ThreadPoolExecutor
+) -> None:
+    """At once, not with the error that is kept for a log."""
+    leader = pool.submit(listener.wait_for_any_follower, 20)
+    searching = pool.submit(search(listener).find)
+    _, control = leader.result(20)
+    control.send(Kind.LEAVE, timeout=20)
+    error = searching.exception(20)
+    assert isinstance(error, ChannelError), error
+    with pytest.raises(ConnectionClosedError, match="closed the connection"):
+        control.receive(timeout=20)
+    control.close()
 
 
 def test_what_is_not_a_leader_may_become_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

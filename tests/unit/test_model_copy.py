@@ -32,7 +32,7 @@ from vllm_spark.executor.model_files.hub_cache import hub_place_of
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import copied_place
 from vllm_spark.executor.model_sync import staging
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader
 from vllm_spark.executor.model_sync.manifest import CopiedFile
 from vllm_spark.executor.model_sync.sender import ModelSender
 
@@ -52,18 +52,22 @@ COPIED = {
 @pytest.fixture(autouse=True)
 def bob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
     """The follower's user, who has a home of his own, and copies in small ranges."""
+    caplog.set_level(logging.INFO, "vllm_spark")
+    monkeypatch.setattr(leader_search, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(staging, "RANGE_BYTES", MIB)
+    return home_of(tmp_path / "bob", monkeypatch)
+
+
+def home_of(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes this process that of a user with this empty home, who is offline and has the secret."""
     from huggingface_hub import constants
 
-    home = tmp_path / "bob"
     home.mkdir()
-    caplog.set_level(logging.INFO, "vllm_spark")
     monkeypatch.setenv("VLLMSPARK_SECRET", SECRET.decode())
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(leader_search, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(leader_search, "_LONGEST_PAUSE", 0.2)
-    monkeypatch.setattr(staging, "RANGE_BYTES", MIB)
     return home
 
 
@@ -212,6 +216,16 @@ def test_a_model_of_the_hub(model: Path, bob: Path, tmp_path: Path, leaders: lis
     assert (place.parents[1] / "refs/main").read_text() == COMMIT
 
 
+def test_a_tag_with_other_characters_is_left_out(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
+    """It may be any name of git's, and must not keep a model from being copied."""
+    snapshot = as_hub(model, tmp_path / "alice/hub")
+    (snapshot.parents[1] / "refs" / "v1+cu130").write_text(COMMIT)
+    leaders.append(leader := Leader(snapshot, "somebody/tiny"))
+    place = place_of(follow(leader))
+    assert_same(place, model)
+    assert [ref.name for ref in (place.parents[1] / "refs").iterdir()] == ["main"]
+
+
 def test_two_versions_side_by_side(model: Path, bob: Path, tmp_path: Path, leaders: list[Leader]) -> None:
     """Of a repository, where files of the same content are not sent again; and of a folder."""
     other = COMMIT[::-1]
@@ -314,27 +328,16 @@ def test_a_file_that_changes_while_it_is_copied(
         changed.write_bytes(b"changed" * 10)
         send(self, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ModelSender, "_send_range", change)
-    with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
-        follow(leader)
-    with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
-        leader.accepted.result(30)
-    monkeypatch.undo()
-    bob_again(bob, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelSender, "_send_range", change)
+        with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
+            follow(leader)
+        with pytest.raises(RefusedError, match=rf"{changed} on {host_name()} was changed after it was compared"):
+            leader.accepted.result(30)
     assert not any(path.name == "config.json" for path in bob.rglob("*"))
     leaders.append(leader := Leader(model))
     assert_same(place_of(follow(leader)), model)
     assert_no_leftovers(bob)
-
-
-def bob_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `undo` has taken from the fixture."""
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("VLLMSPARK_SECRET", SECRET.decode())
-    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def test_what_arrived_before_is_not_copied_again_and_is_looked_at(

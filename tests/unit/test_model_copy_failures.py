@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import subprocess
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,26 @@ import pytest
 
 from vllm_spark.errors import RefusedError
 from vllm_spark.executor.channel.addresses import host_name
-from vllm_spark.executor.channel.framing import Connection
+from vllm_spark.executor.channel.framing import Connection, ConnectionClosedError
 from vllm_spark.executor.handshake.messages import CopyState, Sought
 from vllm_spark.executor.model_files.comparison import file_digest
-from vllm_spark.executor.model_sync import receiver, reverse
+from vllm_spark.executor.model_sync import fetch_from_follower, receiver
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, choose_place
 from vllm_spark.executor.model_sync.manifest import list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, choose_place
 from vllm_spark.executor.model_sync.receiver import ProcessStream, ThreadStream, ask_for_list, copy_files
-from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.executor.model_sync.stream import StreamSettings
 
-from .test_channel import LIMIT, connected
-from .test_model_copy_limits import ends, model, shown_on_a_terminal, wanted_of
+from .test_model_copy_limits import (
+    connection_of_two,
+    ends,
+    model,
+    receive,
+    sender_of,
+    serving,
+    shown_on_a_terminal,
+    wanted_of,
+)
 
 __all__ = ["ends", "model"]
 
@@ -36,28 +43,17 @@ def test_a_log_beside_the_weights_may_grow(model: Path, tmp_path: Path, ends: tu
     log = model / "log.txt"
     log.write_text("first\n")
     wanted = wanted_of(model)
-    sender = ModelSender()
-    sender.offer([wanted])
-    near, far = ends
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, near)
-        try:
-            manifest = ask_for_list(far, wanted)
-            log.write_text("first\nsecond\n")
-            place = FolderPlace(tmp_path / "bob", wanted)
-            copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(far)], lambda state: None, place=place)
-        finally:
-            far.close()
+    sender = sender_of(wanted)
+    with serving(sender, ends) as far:
+        manifest = ask_for_list(far, wanted)
+        log.write_text("first\nsecond\n")
+        receive(wanted, manifest, FolderPlace(tmp_path / "bob", wanted), far)
     assert (tmp_path / "bob/log.txt").read_text() == "first\n"
     assert sender.changed() is None
     log.write_text("new")
-    near, far = (Connection(end, "the other machine", LIMIT) for end in connected())
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, near)
+    with serving(sender, connection_of_two()) as far:
         sizes = {file.name: file.size for file in ask_for_list(far, wanted).files}
-        far.close()
     assert sizes["log.txt"] == 3
-    sender.close()
 
 
 def test_a_large_file_beside_the_weights_is_not_copied(model: Path) -> None:
@@ -70,13 +66,9 @@ def test_a_large_file_beside_the_weights_is_not_copied(model: Path) -> None:
 
 def test_what_is_offered_again_is_listed_again(model: Path, ends: tuple[Connection, Connection]) -> None:
     wanted = wanted_of(model)
-    sender = ModelSender()
-    sender.offer([wanted])
-    near, far = ends
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, near)
+    sender = sender_of(wanted)
+    with serving(sender, ends) as far:
         ask_for_list(far, wanted)
-        far.close()
     os.utime(model / "model.safetensors", (1, 1))
     assert "was changed after it was compared" in str(sender.changed())
     sender.offer([wanted])
@@ -94,7 +86,7 @@ def place_of(role: str, model: Path, tmp_path: Path) -> Place:
     wanted, bob = wanted_of(model), tmp_path / "bob"
     manifest, _ = list_files(wanted)
     if role == "leader":
-        return reverse._place_of(Sought("model", str(bob), "model"), wanted, manifest, None)
+        return fetch_from_follower._place_of(Sought("model", str(bob), "model"), wanted, manifest, None)
     return choose_place(wanted, manifest, {"/alice": bob})
 
 
@@ -128,6 +120,7 @@ def test_an_error_of_this_machines_files(
         assert sentence.startswith(f"the disk of {tmp_path} on {host_name()} is full")
         assert ROOM[role] in sentence
     assert (WRITE[role] in sentence) == (error.errno in (errno.EACCES, errno.EROFS))
+    assert ("look at the disk (dmesg)" in sentence) == (error.errno == errno.EIO)
     assert "None" not in sentence
 
 
@@ -180,6 +173,32 @@ def test_a_stream_whose_start_fails_leaves_no_process(tmp_path: Path, monkeypatc
     assert process.returncode is not None
 
 
+@pytest.mark.parametrize("streams", [1, 2])
+def test_streams_that_cannot_be_started_leave_nothing_open(monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    """Neither pipes nor connections, of those after them too."""
+    pairs = [connection_of_two() for _ in range(streams + 1)]
+    (control, follower), *copies = pairs
+    arrived: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    for end, _ in copies:
+        arrived.put(end)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start") as caught:
+            fetch_from_follower._Copier(control, arrived, None)._open_streams(streams, 0)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors - streams, caught.traceback
+    for _, far in copies:
+        with pytest.raises(ConnectionClosedError, match="closed the connection"):
+            far.receive(timeout=20)
+        far.close()
+    control.close()
+    follower.close()
+
+
 def test_a_state_is_reported_while_the_last_file_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: tuple[Connection, Connection]
 ) -> None:
@@ -203,15 +222,9 @@ def test_a_state_is_reported_while_the_last_file_is_written(
                 reported.set()
 
     monkeypatch.setattr(receiver, "file_digest", slow_digest)
-    sender = ModelSender()
-    sender.offer([wanted])
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, ends[0])
-        try:
-            place = FolderPlace(tmp_path / "bob", wanted)
-            copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(ends[1])], report, place=place)
-        finally:
-            sender.close()
+    with serving(sender_of(wanted), ends) as far:
+        place = FolderPlace(tmp_path / "bob", wanted)
+        copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(far)], report, place=place)
     assert seen == [True, True]
 
 

@@ -8,6 +8,7 @@ import pty
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import HubPlace
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import content_key
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, check_manifest, file_below, list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.progress import CopyDisplay, RateMeter, duration_text, size_text, state_text
 from vllm_spark.executor.model_sync.receiver import ThreadStream, ask_for_list, copy_files, stream_count
 from vllm_spark.executor.model_sync.sender import ModelSender
@@ -48,11 +49,46 @@ def wanted_of(place: Path, hub: HubPlace | None = None) -> LoadedFiles:
 @pytest.fixture
 def ends() -> Iterator[tuple[Connection, Connection]]:
     """A copy connection: the sender's end and the receiver's."""
-    left, right = connected()
-    pair = (Connection(left, "the follower", LIMIT), Connection(right, "the leader", LIMIT))
+    pair = connection_of_two()
     yield pair
     for end in pair:
         end.close()
+
+
+def connection_of_two() -> tuple[Connection, Connection]:
+    left, right = connected()
+    return Connection(left, "the follower", LIMIT), Connection(right, "the leader", LIMIT)
+
+
+def sender_of(wanted: LoadedFiles) -> ModelSender:
+    sender = ModelSender()
+    sender.offer([wanted])
+    return sender
+
+
+@contextmanager
+def serving(sender: ModelSender, ends: tuple[Connection, Connection]) -> Iterator[Connection]:
+    """It answers at the first of `ends` in a thread; yields the other one, which is closed when the context is left."""
+    near, far = ends
+    with ThreadPoolExecutor() as pool:
+        pool.submit(sender.serve, near)
+        try:
+            yield far
+        finally:
+            far.close()
+
+
+def copy(wanted: LoadedFiles, place: Place, manifest: Manifest | None = None) -> int:
+    """Copies over one connection from an honest sender; returns the bytes that it has sent."""
+    sender = sender_of(wanted)
+    with serving(sender, connection_of_two()) as far:
+        receive(wanted, manifest or list_files(wanted)[0], place, far)
+    return sender.sent
+
+
+def receive(wanted: LoadedFiles, manifest: Manifest, place: Place, connection: Connection) -> None:
+    """Copies over this connection, with one stream in a thread."""
+    copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(connection)], lambda state: None, place=place)
 
 
 NAMES = {
@@ -158,7 +194,7 @@ def test_a_link_in_the_way(model: Path, tmp_path: Path) -> None:
     assert list(outside.iterdir()) == []
 
 
-def test_a_link_in_place_of_an_arriving_file(model: Path, tmp_path: Path, ends: tuple[Connection, Connection]) -> None:
+def test_a_link_in_place_of_an_arriving_file(model: Path, tmp_path: Path) -> None:
     """Another user of a shared folder could make one."""
     outside = tmp_path / "outside"
     outside.write_text("precious")
@@ -168,28 +204,15 @@ def test_a_link_in_place_of_an_arriving_file(model: Path, tmp_path: Path, ends: 
     with Staging(place.staging) as staging:
         staging.data(manifest.files[0]).symlink_to(outside)
     with pytest.raises(RefusedError, match="cannot be written"):
-        copy(wanted, manifest, place, ends)
+        copy(wanted, place)
     assert outside.read_text() == "precious"
 
 
-def copy(wanted: LoadedFiles, manifest: Manifest, place: FolderPlace, ends: tuple[Connection, Connection]) -> Path:
-    """Copies over one connection, whose other end is an honest sender."""
-    sender = ModelSender()
-    sender.offer([wanted])
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, ends[0])
-        try:
-            streams = lambda count, lock: [ThreadStream(ends[1])]  # noqa: E731
-            return copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type]
-        finally:
-            sender.close()
-
-
-def test_over_one_stream_in_a_thread(model: Path, tmp_path: Path, ends: tuple[Connection, Connection]) -> None:
+def test_over_one_stream_in_a_thread(model: Path, tmp_path: Path) -> None:
     wanted = wanted_of(model)
-    manifest, _ = list_files(wanted)
-    place = copy(wanted, manifest, FolderPlace(tmp_path / "bob", wanted), ends)
-    assert {path.name: path.read_bytes() for path in place.iterdir()} == {
+    place = FolderPlace(tmp_path / "bob", wanted)
+    copy(wanted, place)
+    assert {path.name: path.read_bytes() for path in place.result.iterdir()} == {
         path.name: path.read_bytes() for path in model.iterdir()
     }
 
@@ -225,21 +248,20 @@ def test_a_sender_that_sends_something_else(
     place = FolderPlace(tmp_path / "bob", wanted)
     with ThreadPoolExecutor() as pool:
         pool.submit(send)
-        streams = lambda count, lock: [ThreadStream(far)]  # noqa: E731
         with pytest.raises((RefusedError, PeerLostError), match=sentence):
-            copy_files(wanted, manifest, {}, streams, lambda state: None, place=place)  # type: ignore[arg-type]
+            receive(wanted, manifest, place, far)
     assert not (tmp_path / "bob").exists()
     assert all(path.stat().st_size <= 7000 for path in place.staging.glob("*.data"))
 
 
-def test_a_file_that_arrives_damaged(model: Path, tmp_path: Path, ends: tuple[Connection, Connection]) -> None:
+def test_a_file_that_arrives_damaged(model: Path, tmp_path: Path) -> None:
     """It is dropped, and never put in its place."""
     wanted = wanted_of(model)
     manifest, _ = list_files(wanted)
     place = FolderPlace(tmp_path / "bob", wanted)
     wrong = [file if file.size != 7000 else CopiedFile(file.name, file.size, DIGEST) for file in manifest.files]
     with pytest.raises(RefusedError, match=r"the file model.safetensors .* has another content here"):
-        copy(wanted, Manifest(wrong), place, ends)
+        copy(wanted, place, Manifest(wrong))
     assert not (tmp_path / "bob").exists()
 
 
@@ -267,11 +289,8 @@ def test_a_sender_gives_nothing_else(
 ) -> None:
     """Only ranges of files that it offers; what nobody honest asks for ends the connection."""
     wanted = wanted_of(model)
-    sender = ModelSender()
-    sender.offer([wanted])
-    near, far = ends
-    with ThreadPoolExecutor() as pool:
-        serving = pool.submit(sender.serve, near)
+    sender = sender_of(wanted)
+    with serving(sender, ends) as far:
         key = request_.key or content_key(wanted)
         far.send(Kind.COPY_RANGE, to_json(CopyRange(key, request_.file, request_.offset, request_.length)))
         if sentence is None:
@@ -279,8 +298,6 @@ def test_a_sender_gives_nothing_else(
                 far.receive(timeout=20)
         else:
             assert sentence in decode_frame(far.expect(Kind.FAILURE, timeout=20), Reason).sentence
-            sender.close()
-        serving.result(20)
     assert sender.sent == 0
 
 
@@ -333,7 +350,7 @@ class Clock:
 
 def test_the_rate_is_that_of_the_last_seconds() -> None:
     clock = Clock()
-    meter = RateMeter(0, clock)
+    meter = RateMeter(clock)
     assert meter.rate(0) == 0.0
     for second in range(1, 31):
         clock.now = float(second)

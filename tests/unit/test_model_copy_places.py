@@ -11,41 +11,21 @@ from pathlib import Path
 import pytest
 
 from vllm_spark.errors import RefusedError
-from vllm_spark.executor.channel.framing import Connection, Kind
+from vllm_spark.executor.channel.framing import Kind
 from vllm_spark.executor.handshake.messages import Sought
 from vllm_spark.executor.model_files.hub_cache import HubPlace
 from vllm_spark.executor.model_files.loaded import LoadedFiles
-from vllm_spark.executor.model_sync import reverse, stream
+from vllm_spark.executor.model_sync import fetch_from_follower, stream
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import file_below, list_files
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
-from vllm_spark.executor.model_sync.receiver import ThreadStream, copy_files
-from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.model_sync.staging import Staging
 from vllm_spark.records import to_json
 
-from .test_channel import LIMIT, connected
-from .test_model_copy_limits import model, wanted_of
+from .test_model_copy_limits import connection_of_two, copy, model, wanted_of
 
 __all__ = ["model"]
 
 HUB = HubPlace("somebody/tiny", "0" * 40)
-
-
-def copy(wanted: LoadedFiles, place: Place) -> int:
-    """Copies over one connection from an honest sender; returns the bytes that it has sent."""
-    manifest, _ = list_files(wanted)
-    sender = ModelSender()
-    sender.offer([wanted])
-    near, far = (Connection(end, "the other machine", LIMIT) for end in connected())
-    with ThreadPoolExecutor() as pool:
-        pool.submit(sender.serve, near)
-        try:
-            copy_files(wanted, manifest, {}, lambda *given: [ThreadStream(far)], lambda state: None, place=place)
-        finally:
-            sender.close()
-            near.close()
-            far.close()
-    return sender.sent
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -63,7 +43,7 @@ def test_a_place_in_a_snapshot_that_leads_out_of_it(
     sought = Sought("model", HUB.repository, "model")
     for place in (
         choose_place(wanted, manifest, {}, tmp_path / "hub"),
-        reverse._place_of(sought, wanted, manifest, str(tmp_path / "hub")),
+        fetch_from_follower._place_of(sought, wanted, manifest, str(tmp_path / "hub")),
     ):
         assert place.result.parent == tmp_path / "data/vllm-spark/models"
     with pytest.raises(RefusedError, match="which is not a place in a cache of the hub"):
@@ -90,7 +70,7 @@ def test_something_else_in_place_of_the_folder(model: Path, tmp_path: Path, kind
     with pytest.raises(RefusedError, match=sentence):
         choose_place(wanted, manifest, {"/alice": here})
     with pytest.raises(RefusedError, match=sentence):
-        reverse._place_of(Sought("model", str(here), "model"), wanted, manifest, None)
+        fetch_from_follower._place_of(Sought("model", str(here), "model"), wanted, manifest, None)
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
@@ -149,7 +129,7 @@ def test_the_folder_of_copied_parts_is_removed_with_a_tree_in_it(tmp_path: Path)
 
 def test_a_stream_has_one_file_open(tmp_path: Path) -> None:
     """A model may have more files than a process may have descriptors."""
-    near, far = (Connection(end, "the leader", LIMIT) for end in connected())
+    near, far = connection_of_two()
     jobs = io.BytesIO(b"".join(to_json(stream.Job("", n, str(tmp_path / f"{n}.data"), 0, 0)) + b"\n" for n in range(5)))
     numbers: list[int] = []
 
@@ -191,7 +171,7 @@ def test_a_folder_with_further_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(RefusedError, match=sentence):
         choose_place(wanted, manifest, {"/alice": mine})
     with pytest.raises(RefusedError, match=sentence):
-        reverse._place_of(Sought("model", str(mine), "model"), wanted, manifest, None)
+        fetch_from_follower._place_of(Sought("model", str(mine), "model"), wanted, manifest, None)
     place = choose_place(wanted, manifest, {}, tmp_path / "hub")
     assert place.result.parent == tmp_path / "data/vllm-spark/models"
 

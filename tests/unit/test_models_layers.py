@@ -11,9 +11,9 @@ import pytest
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Dense, Experts, Layer, model_layers
+from vllm_spark.models.regroup import layers_as_served
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4, Int8, Mxfp4, Weights
 from vllm_spark.tune.table_shapes import fused_moe_shape, marlin_shapes
-from vllm_spark.tune.tuned_model import layers_as_served
 
 MODELS = sorted(path.name for path in (configs_folder() / "models").iterdir())
 

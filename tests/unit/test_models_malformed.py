@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Experts, model_layers
-from vllm_spark.models.regroup import misaligned_groups, regrouped_config
+from vllm_spark.models.regroup import layers_as_served, misaligned_groups, regrouped_config
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.models.weights import Bf16, Fp8Block, Int4, check_quantization_is_in_config
 from vllm_spark.tune.table_shapes import fused_moe_shape, marlin_shapes
-from vllm_spark.tune.tuned_model import TunedModel, layers_as_served, shapes_of
+from vllm_spark.tune.tuned_model import TunedModel, shapes_of
 
 MODEL = "qwen3-30b-a3b-int4"
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}

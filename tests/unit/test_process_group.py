@@ -88,7 +88,7 @@ def test_the_store() -> None:
 def test_a_rank_that_does_not_come_is_named() -> None:
     error = run("late")[0]["error"]
     assert error == (
-        "PeerLostError: the other rank (rank 1) did not call barrier, operation 0 of process group 0, within 1 s"
+        "PeerTimeoutError: the other rank (rank 1) did not call barrier, operation 0 of process group 0, within 1 s"
     )
 
 
@@ -102,7 +102,7 @@ def test_different_operations_are_named() -> None:
 def test_an_operation_ends_once() -> None:
     """As torch's own: it may be waited for again, and once it is completed its outcome is there."""
     answer = run("waited_for_again")[0]
-    late = "PeerLostError: the other rank (rank 1) did not call send, operation 0 of process group 0, within 1 s"
+    late = "PeerTimeoutError: the other rank (rank 1) did not call send, operation 0 of process group 0, within 1 s"
     assert answer == {
         "before": [False, False, False],
         "waits": [True, True],

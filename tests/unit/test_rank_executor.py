@@ -73,7 +73,7 @@ def load(kind: type[RankExecutor], config: VllmConfig, groups: GroupConnection, 
     """The executor of that rank, with its worker set up."""
     executor = kind.__new__(kind)
     executor.vllm_config = config
-    executor.load_worker(groups, runtime, own_process=False)
+    executor.load_worker(groups, runtime, (), own_process=False)
     return executor
 
 
@@ -114,5 +114,5 @@ def test_vllm_sets_the_network_device_of_a_worker(
 def test_the_follower_makes_its_executor_of_a_configuration(
     vllm_config: VllmConfig, groups: GroupConnection, runtime: Any
 ) -> None:
-    executor = FollowerExecutor(vllm_config, groups, runtime)
+    executor = FollowerExecutor(vllm_config, groups, runtime, ())
     assert worker_of(executor).worker.calls == ["init_device", "load_model"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ from vllm_spark.tune.tables import new_tables, store_tables
 
 from .tuning_outcomes import VERSIONS, W13, marlin
 
-
-@pytest.fixture(autouse=True)
-def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """This user's tables, of which there are none at first."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    lookup.clear_cache()
-    folder = lookup.user_folder()
-    assert folder is not None
-    yield folder
-    lookup.clear_cache()
+pytestmark = pytest.mark.usefixtures("user_tables")
 
 
 def of(model: str, kernel: str) -> list[Use]:
@@ -53,11 +43,13 @@ def test_each_shape_has_a_reason_and_each_shipped_table_a_shape() -> None:
 
 
 def test_what_is_used_and_why() -> None:
-    (int4,) = of("qwen3.5-122b-a10b-int4 TP=2", "Triton")
-    assert int4.what == "6 rows published by vedcsolution/llama-swap 10138ad (grade A)"
+    assert of("qwen3.5-122b-a10b-int4 TP=2", "Triton") == [], "a shape on Triton without a table"
+    (int4,) = of("Laguna-S-2.1 int4 in groups of 32 TP=1", "Triton")
+    assert int4.what == "4 rows published by vladimir-voinea/gb10-laguna-s-2.1-w4a16-moe 958e599 (grade A)"
     assert int4.why.endswith("with --moe-backend triton only, since vLLM runs such experts on Marlin by default")
-    (smaller,) = of("qwen3.5-35b-a3b-int4 TP=1", "Triton")
-    assert smaller.table == int4.table
+    (smaller,) = of("Qwen3.5-35B-A3B-FP8 TP=1", "Triton")
+    (larger,) = of("Qwen3.5-122B-A10B-FP8 TP=2", "Triton")
+    assert smaller.table == larger.table is not None
     assert "measured with a model width of 3072" in smaller.why
     assert [use.what for use in of("qwen3.5-122b-a10b-int4 TP=2", "Marlin")] == ["vLLM's choice"] * 2
     (slower,) = of("Qwen3.6-35B-A3B bf16 TP=1", "Triton")
@@ -68,10 +60,10 @@ def test_what_is_used_and_why() -> None:
     assert without.why == "vLLM reads no table for such weights"
 
 
-def test_what_was_measured_here_is_used(user_folder: Path) -> None:
+def test_what_was_measured_here_is_used(user_tables: Path) -> None:
     (before, _) = of("qwen3-30b-a3b-int4 TP=2", "Marlin")
     assert before.table is None
-    (path,) = store_tables(new_tables([marlin(1)], {}, GB10, VERSIONS), user_folder)
+    (path,) = store_tables(new_tables([marlin(1)], {}, GB10, VERSIONS), user_tables)
     lookup.clear_cache()
     (after,) = [use for use in of("qwen3-30b-a3b-int4 TP=2", "Marlin") if use.table is not None]
     assert W13.size_n == 768
@@ -92,7 +84,7 @@ def test_the_command_prints_rows_by_provenance_and_what_is_used(capsys: pytest.C
     assert {each["grade"] for each in content["left_out"]} == {"A", "B", "C", "X"}
     assert main(["tune", "--check", "--no-compile"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("llama-swap", "(grade A)", "On a GB10", "no measurement on a GB10 is published", "Left out"):
+    for words in ("Kolibri", "(grade A)", "On a GB10", "no measurement on a GB10 is published", "Left out"):
         assert words in shown, words
 
 

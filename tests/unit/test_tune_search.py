@@ -246,7 +246,7 @@ def test_a_kernel_that_fails_while_it_is_timed_costs_a_sentence(
 
 
 def test_a_search_goes_on_without_what_hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = marlin_search.search_space(W13, 1, GB10)
+    space = marlin_search.search_space(W13, GB10)
     raced: list[Any] = []
 
     def runs(problem: Any, parameters: Any, kernel: str) -> bool:

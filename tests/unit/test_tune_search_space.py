@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_spark.compat.patching import installed_source
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.check import check_fused_moe_table, shared_bytes
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, runs_on_cuda_kernel
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters
 from vllm_spark.tune.fused_moe.search import search_space, without_slow
 from vllm_spark.tune.tables import new_tables, store_tables
 
@@ -33,10 +34,7 @@ def test_the_space_has_only_what_can_run(shape: FusedMoeExperts, rows: int) -> N
     assert len(set(space)) == len(space) < 120
     for row in space:
         assert (row.GROUP_SIZE_M, row.SPLIT_K) == (1, 1)
-        if runs_on_cuda_kernel(shape, rows):
-            assert (row.num_warps, row.num_stages) == (8, 3), "it has neither"
-        else:
-            assert row.BLOCK_SIZE_M == 16
+        assert row.BLOCK_SIZE_M == 16
         if shape.dtype is None:
             assert (row.num_stages - 1) * (16 + row.BLOCK_SIZE_N) * row.BLOCK_SIZE_K * 2 <= GB10.shared_bytes
         if shape.block_shape is not None:
@@ -75,14 +73,24 @@ def test_blocks_of_32_rows_are_tried_where_an_expert_may_have_them() -> None:
     assert {row.BLOCK_SIZE_M for row in search_space(BF16, 17, GB10)} == {16, 32}
 
 
-def test_a_kernel_without_warps_and_stages_is_tried_with_each_block() -> None:
+def test_int4_rows_are_those_of_tritons_kernel() -> None:
+    """Also in steps of few tokens: vLLM's class that serves runs no other."""
     space = search_space(INT4, 8, GB10)
-    tiles = {(row.BLOCK_SIZE_M, row.BLOCK_SIZE_N, row.BLOCK_SIZE_K) for row in space}
-    assert len(tiles) == len(space)
-    assert {row.BLOCK_SIZE_M for row in space} == {16, 32, 64}
-    few = INT4.model_copy(update={"experts": 8})
-    assert not runs_on_cuda_kernel(few, 8), "64 rows of 8 experts"
-    assert {row.num_warps for row in search_space(few, 8, GB10)} == {4, 8}
+    assert {row.num_warps for row in space} == {4, 8}
+    assert {row.num_stages for row in space} == {2, 3, 4, 5}
+
+
+def test_vllms_class_for_int4_experts_runs_tritons_kernel_alone() -> None:
+    """What the search, and which published rows are left out, rely on; `fused_experts` chooses between two kernels."""
+    experts = installed_source("vllm.model_executor.layers.fused_moe.experts.triton_moe")
+    functions = installed_source("vllm.model_executor.layers.fused_moe.fused_moe")
+    assert experts is not None
+    assert functions is not None
+    serving = experts.partition("class TritonWNA16Experts")[2]
+    assert serving.count("invoke_fused_moe_wna16_triton_kernel(") == 2, "gate and up, and down"
+    for name in ("invoke_fused_moe_wna16_cuda_kernel(", "dispatch_fused_moe_kernel("):
+        assert name in functions
+        assert name not in serving
 
 
 def test_what_was_far_off_elsewhere_is_not_tried_again() -> None:

@@ -11,10 +11,11 @@ import pytest
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.models.layers import Experts
+from vllm_spark.models.regroup import layers_as_served
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.models.weights import Int4
 from vllm_spark.tune.plan import backend, backend_hints, check_version_takes_int4, not_read_by_default
-from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served, marlin_shapes, shapes_of
+from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes, marlin_shapes, shapes_of
 
 from .tuning_outcomes import (
     BF16,

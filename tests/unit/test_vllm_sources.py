@@ -188,7 +188,7 @@ def sources(request: pytest.FixtureRequest) -> tuple[str, Path]:
 @functools.cache
 def _fetched() -> dict[str, Path | Exception]:
     """The folder of each release, or why there is none."""
-    found: dict[str, Path | Exception] = _tool().fetch(RELEASES, ROOT / "build" / "vllm-sources")
+    found: dict[str, Path | Exception] = fetch_tool().fetch(RELEASES, ROOT / "build" / "vllm-sources")
     return found
 
 
@@ -213,7 +213,8 @@ def test_every_all_reduce_of_one_machine_is_turned_off(sources: tuple[str, Path]
     assert names <= set(ONE_MACHINE_ALL_REDUCES)
 
 
-def _tool() -> ModuleType:
+def fetch_tool() -> ModuleType:
+    """The module tools/fetch_vllm_sources.py."""
     spec = importlib.util.spec_from_file_location("fetch_vllm_sources", ROOT / "tools" / "fetch_vllm_sources.py")
     assert spec is not None
     assert spec.loader is not None

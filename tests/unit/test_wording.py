@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_spark.errors import EXIT_LOST, PeerLostError, SparkError, described, lower_first, upper_first, without_stop
+from vllm_spark.errors import (
+    EXIT_LOST,
+    PeerLostError,
+    SparkError,
+    described,
+    first_line,
+    lower_first,
+    upper_first,
+    without_stop,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +38,13 @@ def test_one_full_stop_is_added_and_no_second(text: str) -> None:
     assert described(ValueError(text)) == "ValueError: it failed"
 
 
+@pytest.mark.parametrize("text", ["it failed", "it failed.\nsee above", "\n  it failed. \n", "it failed\r\nagain"])
+def test_the_first_line_that_is_not_empty(text: str) -> None:
+    assert first_line(ValueError(text)) == first_line(text) == "it failed"
+
+
 def test_an_error_without_a_message_is_its_type() -> None:
+    assert first_line(ValueError(" \n")) == "ValueError"
     assert described(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert described(AssertionError("")) == "AssertionError"
 

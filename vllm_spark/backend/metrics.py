@@ -98,6 +98,11 @@ def publish_counters() -> None:
         before.unpublish()
 
 
+def exported_status() -> EngineStatus | None:
+    """The status whose counters this process exports; None without one."""
+    return None if _collector is None else _collector.status
+
+
 def share_counters() -> None:
     """Exports the counters of an engine that another process started: this one is one of several API servers."""
     _export(EngineStatus.from_environment())

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed import Backend, ProcessGroup, ReduceOp, Work
 
-from vllm_spark.errors import PeerLostError, SparkError
+from vllm_spark.errors import PeerLostError, PeerTimeoutError, SparkError
 from vllm_spark.ranks import WORLD_SIZE
 
 BACKEND = "spark"
@@ -357,7 +357,7 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
             try:
                 data = self._link.take(address, operation, seconds)
             except TimeoutError:
-                raise PeerLostError(
+                raise PeerTimeoutError(
                     f"the other rank ({self._link.peer}) did not call {operation}, operation {address[2]} of "
                     f"process group {self._label}, within {seconds:g} s"
                 ) from None
@@ -381,12 +381,18 @@ class PairGroup(ProcessGroup):  # type: ignore[misc]
 
 
 _messages: Messages | None = None
+_longest = timedelta.max
 
 
-def use_messages(messages: Messages | None) -> None:
-    """Sets the carrier of messages for this process's groups of this kind; None after the session."""
-    global _messages
-    _messages = messages
+def use_messages(messages: Messages | None, longest: timedelta = timedelta.max) -> None:
+    """Sets the carrier of messages for this process's groups of this kind; None after the session.
+
+    Args:
+        messages: the carrier.
+        longest: how long an operation waits for the other rank at most by default (torch's default is half an hour).
+    """
+    global _messages, _longest
+    _messages, _longest = messages, longest
     if BACKEND not in Backend.backend_list:
         Backend.register_backend(BACKEND, _make, extended_api=True, devices=["cpu"])
 
@@ -441,7 +447,8 @@ def connecting(what: str, seconds: float) -> Iterator[None]:
 def _make(options: Any, _: Any) -> PairGroup:
     if _messages is None:
         raise SparkError(f"process groups of the kind {BACKEND!r} exist only while a pair is up")
-    return PairGroup(_messages, options.group_id, options.group_rank, options.group_size, options.timeout)
+    timeout = min(options.timeout, _longest)
+    return PairGroup(_messages, options.group_id, options.group_rank, options.group_size, timeout)
 
 
 def _reduction(asked: Any) -> tuple[str, Reduction]:

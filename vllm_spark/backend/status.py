@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from vllm_spark.backend.pair_status.records import PairFacts, Readings
 from vllm_spark.compat.patching import ANNOUNCED
 from vllm_spark.errors import SparkError
 from vllm_spark.ranks import RANKS
@@ -30,9 +31,10 @@ SERVER_STOPPED = "the server was stopped"
 """Why a request ends whose engine ended because it was told to."""
 
 _MEMORY_NAME = "vllm-spark-counters"
-_FAILURE, _RUN, _STOP = len(RANKS), len(RANKS) + 1, len(RANKS) + 2
-_SLOTS = len(RANKS) + 3
-_SLOT = 4096
+_FAILURE, _RUN, _STOP, _FACTS = range(len(RANKS), len(RANKS) + 4)
+_READINGS = _FACTS + 1  # of the first rank
+_SLOTS = _READINGS + len(RANKS)
+_SLOT = 16384
 # Length and checksum of a record: they do not match while it is half written, in whatever order the stores become
 # visible.
 _HEADER = struct.Struct("<II")
@@ -87,7 +89,7 @@ class RankCounters:
 
 
 class EngineStatus:
-    """The records of one engine: one per rank, and three for its state. Each has one writer, and is read without locks.
+    """The records of one engine: two per rank, and four of its own. Each has one writer, and is read without locks.
 
     Args:
         descriptor: of the memory; the caller closes it. None for an object that stores nothing.
@@ -212,6 +214,24 @@ class EngineStatus:
         """The ranks' records written so far."""
         payloads = [self._get(rank) for rank in RANKS]
         return [from_json(payload, RankCounters) for payload in payloads if payload is not None]
+
+    def write_facts(self, facts: PairFacts) -> None:
+        """Records what the pair consists of."""
+        self._put(_FACTS, facts)
+
+    def read_facts(self) -> PairFacts | None:
+        """What the pair consists of; None before it has started."""
+        payload = self._get(_FACTS)
+        return None if payload is None else from_json(payload, PairFacts)
+
+    def write_readings(self, rank: int, readings: Readings) -> None:
+        """Replaces what the machine of a rank measures."""
+        self._put(_READINGS + rank, readings)
+
+    def read_readings(self, rank: int) -> Readings | None:
+        """What the machine of a rank measures; None if it has not reported yet."""
+        payload = self._get(_READINGS + rank)
+        return None if payload is None else from_json(payload, Readings)
 
     def _run_record(self) -> _Run | None:
         payload = self._get(_RUN)

@@ -15,6 +15,7 @@ from vllm_spark.bench.published import SOURCES, published_text
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.records import indented_json
 
+_SHORTEST_WORDS = 10  # characters
 _UNITS = ((1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
 
 
@@ -30,21 +31,27 @@ def as_table(report: Report, mode: str, peers: bool = False) -> Table:
     Args:
         report: what was measured.
         mode: `eager` or `graph`.
-        peers: adds a column of what others published for pairs of GB10.
+        peers: shows a GB10's times and what others published for pairs of GB10, in the place of the bandwidth.
     """
     baseline = report.rows[-1].candidate
     settings = report.settings
     table = Table(
+        collapse_padding=True,
         title=f"{settings.collective} of bfloat16, {mode}, microseconds for one call",
         caption=f"{report.machine}. {baseline}: {report.baseline}. wire: proxied, the modelled link has "
-        f"{settings.wire.summary}. The limit: one large copy, {report.copy_gbytes_per_s:.1f} GB/s. "
-        "GB/s: bytes of a rank's input over the median. Floor: the modelled link's own time."
+        f"{settings.wire.summary}. Limit: share of a large copy's {report.copy_gbytes_per_s:.1f} GB/s. "
+        f"Ratio: to {baseline}. Floor: the modelled link's own time. "
+        "GB/s: bytes of a rank's input over the median."
         + ("".join(f" {name}: {source}." for name, source in SOURCES.items()) if peers else "")
         + (_gb10_caption(report.times) if peers and report.times is not None else ""),
     )
-    headings = ("size", "", "minimum", "median", "p99", "GB/s", "of the limit", f"/ {baseline}", "floor")
-    for heading in (*headings, *(["GB10", "published"] if peers else [])):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ["size", "", "median", "p99", "ratio", "floor"]
+    headings += ["GB10", "published"] if peers else ["minimum", "GB/s", "limit"]
+    for heading in headings:
+        if heading in ("", "published"):  # words, which give way on a narrow screen
+            table.add_column(heading, min_width=_SHORTEST_WORDS)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for size in settings.sizes:
         first = format_size(size)
         if settings.collective == "logits_gather":
@@ -55,15 +62,13 @@ def as_table(report: Report, mode: str, peers: bool = False) -> Table:
                 continue
             share = f"{row.gbytes_per_s / report.copy_gbytes_per_s:.0%}"
             ratio = "" if reference is None else f"{row.median / reference:.2f}"
-            times = [_time(row.minimum), _time(row.median), _time(row.p99)]
-            of_wire = ["", "", ""]
+            floor = gb10 = published = ""
             if row.candidate == "wire":
-                gb10 = ""
+                floor, published = _time(settings.wire.floor_us(size)), published_text(size)
                 if mode == "graph" and report.times is not None:
                     gb10 = _time(on_gb10(row.median, report.times))
-                of_wire = [_time(settings.wire.floor_us(size)), gb10, published_text(size)]
-            columns = of_wire if peers else of_wire[:1]
-            table.add_row(first, row.candidate, *times, f"{row.gbytes_per_s:.2f}", share, ratio, *columns)
+            more = [gb10, published] if peers else [_time(row.minimum), f"{row.gbytes_per_s:.2f}", share]
+            table.add_row(first, row.candidate, _time(row.median), _time(row.p99), ratio, floor, *more)
             first = ""
         table.add_section()
     return table

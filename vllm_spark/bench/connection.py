@@ -13,12 +13,10 @@ from pathlib import Path
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, lower_first, without_stop
 from vllm_spark.executor.channel.addresses import leader_address, leader_endpoint
-from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Connection
-from vllm_spark.executor.channel.secret import load_secret, secret_source
-from vllm_spark.executor.handshake.client import Connector
+from vllm_spark.executor.channel.framing import Connection
+from vllm_spark.executor.handshake.client import make_connector
 from vllm_spark.executor.handshake.messages import CONTROL
-from vllm_spark.executor.handshake.server import Listener
+from vllm_spark.executor.handshake.server import listener_at
 
 _RETRY_SECONDS = 0.5
 
@@ -33,16 +31,7 @@ def await_connection(config: SparkConfig, patience: float, command: str) -> Conn
     Raises:
         SparkError: it did not connect, has other versions or another secret, or a setting is invalid.
     """
-    address = leader_address(config)
-    listener = Listener(
-        address,
-        config.port,
-        tls_context(load_secret(config, address), "leader"),
-        config.max_frame_mib * MIB,
-        config.secret_file,
-        secret_source=secret_source(config, address),
-        suggest_command=partial(_connect_command, command),
-    )
+    listener = listener_at(leader_address(config), config, suggest_command=partial(_connect_command, command))
     try:
         hello, connection = listener.wait_for_any_follower(patience)
     finally:
@@ -62,8 +51,7 @@ def open_connection(config: SparkConfig, patience: float, command: str) -> Conne
         SparkError: nothing listens there, it has other versions or another secret, or a setting is invalid.
     """
     host, port = leader_endpoint(config)
-    context = tls_context(load_secret(config, host), "follower")
-    connector = Connector(host, port, context, config.max_frame_mib * MIB, secret_source(config, host))
+    connector = make_connector(config, host, port)
     end = time.monotonic() + patience
     while (connection := connector.connect(CONTROL)) is None:
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Options that several commands share: argparse types with clear errors, the console, and the modelled wire."""
+"""Options that several commands share: both sides, argparse types with clear errors, console, modelled wire."""
 
 from __future__ import annotations
 
@@ -19,6 +19,24 @@ from vllm_spark.errors import ConfigurationError
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "kib": 1 << 10, "m": 1 << 20, "mib": 1 << 20}
 _LARGEST = 64 << 20
 _FILE_WIDTH = 120  # columns, if the output is not a terminal
+
+
+def add_sides(group: Any, what: str, *, required: bool) -> None:
+    """Adds `--listen` and `--connect`, of which each of two machines has one.
+
+    Args:
+        group: of argparse, or the parser.
+        what: that the listening machine determines, a participle.
+        required: whether one of them must be given.
+    """
+    side = group.add_mutually_exclusive_group(required=required)
+    side.add_argument("--listen", action="store_true", help=f"wait for the other machine, and determine what is {what}")
+    side.add_argument(
+        "--connect",
+        type=setting_type("leader"),
+        metavar="ADDRESS[:PORT]",
+        help="connect to the machine that listens there",
+    )
 
 
 def sizes(text: str) -> tuple[int, ...]:

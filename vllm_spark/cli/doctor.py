@@ -137,7 +137,9 @@ def _check_options(args: argparse.Namespace) -> None:
         if useless := [*useless, *map(flag_name, given)]:
             raise ConfigurationError(f"{useless[0]} does not go with --make-secret; leave one out")
     elif args.wait is not None and not args.peer and not args.first_run:
-        raise ConfigurationError(f"--wait {args.wait:g} is the time that --peer waits; add --peer, or leave it out")
+        raise ConfigurationError(
+            f"--wait {args.wait:g} is the time that --peer and --first-run wait; add one of them, or leave it out"
+        )
     if args.peer and "leader" in given:
         raise ConfigurationError(
             f"--leader {given['leader']} is an option of the second machine, and --peer one of the first; leave one out"

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from vllm_spark.cli.arguments import positive, user_path
+from vllm_spark.cli.arguments import add_sides, positive, user_path
 from vllm_spark.config.settings import (
     SparkConfig,
     flag_name,
     given_flags,
     log_environment_warnings,
-    setting_type,
 )
 from vllm_spark.errors import ConfigurationError, upper_first
 from vllm_spark.files import check_writable
@@ -38,16 +37,9 @@ _OPTIONS = ("listen", "connect", "report", "collectives", "pull")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that go with --first-run."""
     group = parser.add_argument_group(
-        "with --first-run", "Neither vllm-spark join nor vllm serve may be running. It takes about 15 minutes."
+        "with --first-run", "Neither vllm-spark join nor vllm serve may be running. It takes an estimated 15 minutes."
     )
-    side = group.add_mutually_exclusive_group()
-    side.add_argument("--listen", action="store_true", help="wait for the other machine, and determine what is run")
-    side.add_argument(
-        "--connect",
-        type=setting_type("leader"),
-        metavar="ADDRESS[:PORT]",
-        help="run it with the machine that listens there",
-    )
+    add_sides(group, "run", required=False)
     group.add_argument(
         "--report",
         type=user_path,
@@ -117,10 +109,12 @@ def run(args: argparse.Namespace, patience: float) -> int:
     console = Console(highlight=False)
     output = _Output(console)
     request = Request(args.listen, patience, report, args.collectives, args.pull)
+    first_run = FirstRun(request, config, output.note, output.show)
     try:
-        return FirstRun(request, config, output.say, output.show).run()
+        return first_run.run()
     finally:
-        console.print(Text(f"The report is in {report}."), soft_wrap=True)
+        if first_run.report_written:
+            console.print(Text(f"The report is in {report}."), soft_wrap=True)
 
 
 class _Output:
@@ -129,7 +123,7 @@ class _Output:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def say(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """Prints what happens now."""
         self._console.print(Text(f"          {upper_first(line)} ...", style="dim"), soft_wrap=True)
 

@@ -121,21 +121,6 @@ def _add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     times.add_argument(
         "--device", default=None, metavar="NAME", help="GPU they were measured on (default: NVIDIA_GB10)"
     )
-    times.add_argument(
-        "--reference",
-        type=_tile,
-        metavar="MxNxK",
-        help="for int4: tile that stands for vLLM's choice in steps of few tokens, which vLLM runs with a CUDA kernel "
-        "and two different tiles",
-    )
-
-
-def _tile(text: str) -> tuple[int, int, int]:
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a tile: must be three numbers, as in 16x256x256")
-    size_m, size_n, size_k = map(int, parts)
-    return size_m, size_n, size_k
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -169,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigurationError(f"--{option.replace('_', '-')} is an option of --check; leave it out")
     if args.from_times is not None:
         return _table_from_times(args)
-    for option in ("source", "device", "reference"):
+    for option in ("source", "device"):
         if getattr(args, option) is not None:
             raise ConfigurationError(f"--{option} is an option of --from-times; leave it out")
     return _tune(args)
@@ -179,18 +164,10 @@ def _table_from_times(args: argparse.Namespace) -> int:
     from vllm_spark.tune.fused_moe.times_table import write_table
 
     if args.source is None:
-        raise ConfigurationError("--from-times needs --source, which says where the times come from")
+        raise ConfigurationError("--from-times needs --source, the place where the times come from")
     console = wide_console()
-    outcome = write_table(
-        model=args.model,
-        tp=args.tp,
-        times=args.from_times,
-        source=args.source,
-        device=args.device,
-        reference=args.reference,
-        out=args.out,
-        on_note=lambda note: console.print(escape(note)),
-    )
+    given = {name: getattr(args, name) for name in ("model", "tp", "source", "device", "out")}
+    outcome = write_table(**given, times=args.from_times, on_note=lambda note: console.print(escape(note)))
     console.print(outcome.table)
     if outcome.path is None:
         console.print("No row is faster than vLLM's choice by these times; no table was written.")

@@ -118,6 +118,13 @@ class RuntimeOptions:
             raise UsageError("a modelled wire needs loopback_mode='proxied'; with 'direct' there is none")
         if not 1 <= self.largest_message <= 64 * MIB:
             raise UsageError(f"largest_message {self.largest_message} is invalid: must be 1 to {64 * MIB}")
+        if not 0 <= self.first_sequence < 1 << 32:
+            raise UsageError(f"first_sequence {self.first_sequence} is invalid: must be 0 to {(1 << 32) - 1}")
+        if not 2 * self.depth <= self.clear_interval <= 1 << 30 or self.clear_interval & (self.clear_interval - 1):
+            raise UsageError(
+                f"clear_interval {self.clear_interval} is invalid: must be a power of two from {2 * self.depth}, the "
+                f"number of slots, to {1 << 30}"
+            )
 
     @property
     def stripes(self) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import ipaddress
 import socket
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -95,6 +96,15 @@ def local_ports(choices: Sequence[str] = ()) -> list[Port]:
                 f"the rails {', '.join(choices)} name port {port.number} of {port.device} twice; name each port once"
             )
     return chosen
+
+
+def link_rate(rail: Rail) -> str:
+    """The rate of the link at a rail's port, as `200 Gb/s`; empty if the kernel does not say."""
+    try:
+        text = Path(f"/sys/class/infiniband/{rail.device}/ports/{rail.port}/rate").read_text()
+    except OSError:
+        return ""
+    return text.partition("(")[0].strip().replace("Gb/sec", "Gb/s")
 
 
 def pair(mine: Sequence[Port], theirs: Sequence[Port], rank: int) -> list[Rail]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import weakref
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -83,9 +84,13 @@ class Runtime:
     def __init__(self, native: Any, rank: int, options: RuntimeOptions, link_thread: LinkThread | None = None) -> None:
         self._native = native
         self._link_thread = link_thread
+        # Also without a call of `close`: the link's thread holds the native runtime, and the peer would wait for it.
+        self._release = weakref.finalize(self, _release, os.getpid(), native, link_thread)
         self.rank = rank
         self.world_size = WORLD_SIZE
         self.options = options
+        self.rails: tuple[Rail, ...] = ()
+        """This rank's ends of the rails; empty without verbs."""
 
     @classmethod
     def connect(
@@ -94,7 +99,6 @@ class Runtime:
         world_size: int,
         exchange: Exchange,
         options: RuntimeOptions | None = None,
-        agreement: Mapping[str, str] | None = None,
         description: str = "",
         announce: Announce | None = None,
     ) -> Runtime:
@@ -105,7 +109,6 @@ class Runtime:
             world_size: 2; other sizes are refused.
             exchange: sends this rank's bytes to the peer and returns the peer's; called a few times on both ranks.
             options: the same on both ranks.
-            agreement: whatever else must be equal on both ranks, by name.
             description: this rank's name in the peer's messages, such as a host name.
             announce: required for verbs: sends bytes to the peer at any later time, from a thread of the runtime's; the
                 peer passes them to its runtime's `deliver`. The ranks need it to reconnect when no rail works.
@@ -117,18 +120,18 @@ class Runtime:
         """
         if world_size != WORLD_SIZE:
             raise UsageError(f"world size {world_size} is not supported; this runtime connects {WORLD_SIZE} ranks")
-        options = cls._limited_to_device(options or RuntimeOptions())
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options or RuntimeOptions())
         if options.transport == "verbs" and announce is None:
             raise UsageError("verbs needs an out-of-band path to the peer; give `announce`")
         own = {"device": cls.device, **options.agreement()}
-        peer = agree(exchange, Terms(rank, world_size, description, {**own, **(agreement or {})}))
+        peer = agree(exchange, Terms(rank, world_size, description, own))
         if announce is not None and options.transport == "verbs":
-            native = cls._connect_rails(rank, exchange, options, peer.description)
+            native, rails = cls._connect_rails(rank, exchange, options, peer.description)
             link_thread = LinkThread(native, announce)
             link_thread.start()
-            return cls(native, rank, options, link_thread)
+            runtime = cls(native, rank, options, link_thread)
+            runtime.rails = tuple(rails)
+            return runtime
         return cls(cls._connect_memory(rank, exchange, options, peer.description), rank, options)
 
     @classmethod
@@ -148,8 +151,10 @@ class Runtime:
         return native
 
     @classmethod
-    def _connect_rails(cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str) -> Any:
-        """The native runtime, connected over every rail to a peer on another machine."""
+    def _connect_rails(
+        cls, rank: int, exchange: Exchange, options: RuntimeOptions, peer: str
+    ) -> tuple[Any, list[Rail]]:
+        """The native runtime, connected over every rail to a peer on another machine, and this rank's ends of them."""
         mine = _ports(options)
         theirs = swap_ports(exchange, mine)
         rails = pair(mine.ports, theirs, rank)
@@ -162,11 +167,11 @@ class Runtime:
             problem = str(error)
         both_ready(exchange, problem)
         native.start()
-        return native
+        return native, rails
 
     @classmethod
     def _open_rails(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> tuple[Any, LinkOffer]:
-        """The native runtime, with its memory registered for every rail, and what the peer must know to connect."""
+        """The native runtime, with its memory registered for every rail, and what the peer needs to connect."""
         native = cls._make_native(rank, options, stripes=len(rails))
         try:
             return native, open_link(native, options, rails)
@@ -174,23 +179,35 @@ class Runtime:
             return native, LinkOffer(problem=str(error))
 
     @classmethod
-    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> None:
+    def pin(cls, rank: int, options: RuntimeOptions, rails: list[Rail]) -> int:
         """Registers memory of a runtime's size for each of `rails`, in the order of `connect`, and releases it again.
+
+        Returns:
+            The size of that memory in bytes.
 
         Raises:
             CollectiveError: a device does not open, or the memory cannot be registered with it.
         """
-        options = cls._limited_to_device(options)
-        if options.packet_bytes is None:
-            options = replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
+        options = cls._completed(options)
         native, offer = cls._open_rails(rank, options, rails)
         native.close()
         if offer.problem:
             raise CollectiveError(offer.problem)
+        return _native.region_bytes(
+            slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
+        )
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
         return _native.Runtime(native_options(rank, options, stripes))
+
+    @classmethod
+    def _completed(cls, options: RuntimeOptions) -> RuntimeOptions:
+        """`options` within the limits of this device, and with its default for `packet_bytes`."""
+        options = cls._limited_to_device(options)
+        if options.packet_bytes is not None:
+            return options
+        return replace(options, packet_bytes=min(cls._default_packet_bytes(options), options.slot_bytes))
 
     @classmethod
     def _limited_to_device(cls, options: RuntimeOptions) -> RuntimeOptions:
@@ -319,10 +336,11 @@ class Runtime:
         self._native.abort(reason)
 
     def close(self) -> None:
-        """Releases everything, and ends the wait of another thread; may be called again."""
-        self._native.close()
-        if self._link_thread is not None:
-            self._link_thread.stop()
+        """Ends the peer's waits and that of another thread, and all threads; may be called again.
+
+        It is called when the runtime is dropped, and at the process's end, too. In a fork it has no effect.
+        """
+        self._release()
 
     @property
     def closed(self) -> bool:
@@ -361,6 +379,15 @@ class Runtime:
             and not tensor.is_quantized
             and tensor.numel() * tensor.element_size() <= self.options.largest_message
         )
+
+
+def _release(process: int, native: Any, link_thread: LinkThread | None) -> None:
+    """Closes the native runtime of `process`; in a fork, which shares descriptors with it, nothing is done."""
+    if os.getpid() != process:
+        return
+    native.close()
+    if link_thread is not None:
+        link_thread.stop()
 
 
 def _ports(options: RuntimeOptions) -> Ports:

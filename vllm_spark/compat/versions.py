@@ -52,6 +52,11 @@ def source_version(version: str) -> str:
     return "+".join([public, ".".join(segments)]) if segments else public
 
 
+def vllm_source() -> str:
+    """The version of the installed vLLM's source, as `source_version`; `none` if it is not installed."""
+    return source_version(installed_vllm() or "none")
+
+
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is a CPU build."""
     return "cpu" in str(installed_vllm())
@@ -64,7 +69,7 @@ def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, A
 
 
 def triton_runs_int4_experts() -> bool:
-    """Whether `--moe-backend triton` supports experts with int4 weights: 0.26 does not, 0.32 does."""
+    """Whether `--moe-backend triton` supports experts with int4 weights: 0.26 does not, 0.27 and later do."""
     from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
 
     return hasattr(WNA16MoEBackend, "TRITON")

@@ -8,8 +8,10 @@ causes no recompilation. The entry's items are this project's version and values
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from vllm_spark import __version__
 from vllm_spark.config.settings import SECTION, SparkConfig
 from vllm_spark.errors import ConfigurationError
 
@@ -22,6 +24,11 @@ class SettingsEntry(dict[str, Any]):
     """
 
     settings: SparkConfig
+
+
+def with_entry(additional: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`additional` with this project's entry, to which the settings are attached later."""
+    return {**(additional or {}), SECTION: {"version": __version__}}
 
 
 def attach_settings(vllm_config: Any, config: SparkConfig) -> None:

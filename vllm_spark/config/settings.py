@@ -36,6 +36,8 @@ ENABLE_VARIABLE = variable_name("enable")
 SECRET_VARIABLE = variable_name("secret")
 """Holds the secret itself. It is not a setting: it is never sent, stored or shown."""
 DEFAULT_PORT = 29650
+DEFAULT_RESERVE_GIB = 8.0
+"""GiB of unified memory that are left to the desktop: enough for a browser and a video."""
 MINIMUM_SECRET_BYTES = 16
 _MIN_TIMEOUT = 0.001  # seconds; the smallest time-out of the runtime (tests/unit/test_session.py compares both)
 
@@ -94,7 +96,7 @@ class SparkConfig(BaseModel):
     )
     join_timeout: float = _setting(
         600.0,
-        "Seconds that the leader waits for its follower before it gives up.",
+        "Seconds that the leader waits for its follower before it exits.",
         side="leader",
         gt=0,
         le=86400,
@@ -112,6 +114,15 @@ class SparkConfig(BaseModel):
         "separated by commas. They are looked for there first, and copied there. The flag may be repeated.",
         side="follower",
         metavar="NAME=FOLDER,...",
+    )
+    reserve_memory: float | None = _setting(
+        None,
+        "GiB of this machine's memory that are left to its desktop and other programs: a start that would leave less "
+        "is refused, and an engine is stopped once less than an eighth of it is available. "
+        f"Default: {DEFAULT_RESERVE_GIB:g} where GPU and processor share their memory, as on a GB10, else 0.",
+        ge=0,
+        le=1024,
+        metavar="GIB",
     )
     heartbeat_timeout: float = _setting(
         5.0,
@@ -332,6 +343,15 @@ class SparkConfig(BaseModel):
                 "a message of the LL protocol must fit into a slot"
             )
         return self
+
+    def reserved_bytes(self, *, unified: bool) -> int:
+        """`reserve_memory` in bytes, or its default.
+
+        Args:
+            unified: whether GPU and processor share this machine's memory.
+        """
+        default = DEFAULT_RESERVE_GIB if unified else 0.0
+        return int((default if self.reserve_memory is None else self.reserve_memory) * (1 << 30))
 
     @property
     def mapped_folders(self) -> dict[str, Path]:

@@ -170,8 +170,8 @@ def _free_memory(total: int, available: int, cached: int) -> Finding:
             title,
             "note",
             value,
-            "On unified memory vLLM counts the file cache as used, and may refuse to start although the kernel would "
-            "free it (vllm issue 35313).",
+            "On unified memory some versions of vLLM count the file cache as used, and may refuse to start although "
+            "the kernel would free it (vllm issue 35313).",
             "sudo sh -c 'sync; echo 3 > /proc/sys/vm/drop_caches'   # right before the start",
         )
     return Finding("machine.memory", title, "ok", value)

@@ -25,7 +25,7 @@ _asked = False
 def fetch_missing(config: SparkConfig, args: Any) -> None:
     """Copies from the follower what `args` name and this machine lacks, if the follower has it.
 
-    Otherwise nothing is changed: vLLM downloads it, or says what is wrong. The follower is asked once in a process.
+    Otherwise nothing is changed: vLLM downloads it, or reports the error. The follower is asked once in a process.
 
     Args:
         config: the settings.
@@ -45,7 +45,7 @@ def fetch_missing(config: SparkConfig, args: Any) -> None:
     _asked = True
     # Not without need: a command line with complete files stays as quick as it is.
     from vllm_spark.executor.channel.addresses import leader_address
-    from vllm_spark.executor.model_sync.reverse import fetch_from_follower
+    from vllm_spark.executor.model_sync.fetch_from_follower import fetch_from_follower
 
     names = ", ".join(f"{each.what} {each.name}" for each in wanted)
     timeout = min(_ASK_SECONDS, config.join_timeout)
@@ -73,12 +73,12 @@ def _missing(args: Any) -> Iterator[Sought]:
         try:
             speculative = json.loads(speculative)
         except ValueError:
-            speculative = None  # vLLM says what is wrong
-    draft = speculative.get("model") if isinstance(speculative, dict) else None
-    if isinstance(draft, str) and draft != model:
-        revision = speculative.get("revision") if isinstance(speculative, dict) else None
-        if "/" in draft and _lacks_model(draft, revision, cache, load_format):
-            yield Sought("draft model", _name_for_both(draft), "model", revision)
+            speculative = None  # vLLM reports the error
+    speculation: dict[str, Any] = speculative if isinstance(speculative, dict) else {}
+    draft, revision = speculation.get("model"), speculation.get("revision")
+    # vLLM's methods without a draft model, such as "ngram", may be named in its place: without a slash.
+    if isinstance(draft, str) and draft != model and "/" in draft and _lacks_model(draft, revision, cache, load_format):
+        yield Sought("draft model", _name_for_both(draft), "model", revision)
     tokenizer = getattr(args, "tokenizer", None)
     if isinstance(tokenizer, str) and tokenizer not in (model, draft) and _lacks(tokenizer, args.tokenizer_revision):
         yield Sought("tokenizer", _name_for_both(tokenizer), "tokenizer", args.tokenizer_revision)
@@ -114,7 +114,7 @@ def _lacks_model(name: str, revision: str | None, cache: str | None, load_format
     try:
         names = os.listdir(place)
     except OSError:
-        return False  # vLLM says what is wrong
+        return False  # vLLM reports the error
     return not weight_files(place, names, load_format) or bool(missing_weights(place, load_format))
 
 

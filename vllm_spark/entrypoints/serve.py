@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from vllm_spark import __version__
 from vllm_spark.backend.ipc_folder import check_socket_folder, make_socket_folder, remove_own_socket_folder
 from vllm_spark.backend.logging import log_as, use_vllm_logging
 from vllm_spark.backend.speculation import check_draft_ranks
@@ -28,9 +27,10 @@ from vllm_spark.backend.support import (
 )
 from vllm_spark.compat.check import check_vllm
 from vllm_spark.compat.patching import apply_all
-from vllm_spark.config.attachment import attach_settings
-from vllm_spark.config.settings import FLAG, SECTION, SparkConfig, log_environment_warnings
+from vllm_spark.config.attachment import attach_settings, with_entry
+from vllm_spark.config.settings import FLAG, SparkConfig, log_environment_warnings
 from vllm_spark.entrypoints.missing_files import fetch_missing
+from vllm_spark.entrypoints.pair_status import leave_start_to_the_first
 from vllm_spark.errors import ConfigurationError, RefusedError, SparkError, StoppedError
 from vllm_spark.models.regroup import apply_regrouping
 from vllm_spark.processes.signals import StopRequest, raise_on_stop_signals
@@ -99,7 +99,7 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
         "tensor_parallel_size": WORLD_SIZE,
         "distributed_executor_backend": EXECUTOR,
         "disable_custom_all_reduce": True,  # works only between GPUs of one machine
-        "additional_config": {**(engine_args.additional_config or {}), SECTION: {"version": __version__}},
+        "additional_config": with_entry(engine_args.additional_config),
     }
     with user_errors_from_vllm(engine_args.model, engine_args), _temporarily_set(engine_args, pairs):
         disable_fused_collectives(engine_args)
@@ -123,6 +123,7 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
         publish_counters()
     else:
         share_counters()
+        leave_start_to_the_first(engine_args._api_process_rank)
     return vllm_config
 
 

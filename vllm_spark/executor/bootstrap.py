@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vllm_spark import __version__, collective
+from vllm_spark import collective
 from vllm_spark.collective import Transport
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.collective.link_model import WireFigures, load_wire_figures
@@ -122,7 +122,6 @@ def connect_runtime(
             WORLD_SIZE,
             exchange,
             runtime_options(config, launch, transport, rails, wire),
-            agreement={"package": __version__},
             description=f"{host_name()} (process {os.getpid()})",
             announce=announce,
         )

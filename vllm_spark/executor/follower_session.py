@@ -17,9 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_spark.backend.pair_status.readings import Sensors
+from vllm_spark.backend.pair_status.report import RankReport
+from vllm_spark.backend.start_step import step_of, with_steps
 from vllm_spark.backend.support import check_marlin_inputs
 from vllm_spark.collective import Runtime
 from vllm_spark.config.settings import SparkConfig
@@ -39,27 +43,26 @@ from vllm_spark.executor.bootstrap import (
     link_tolerance,
     use_link_interface,
 )
-from vllm_spark.executor.channel.addresses import leader_endpoint, source_address
-from vllm_spark.executor.channel.certificates import tls_context
-from vllm_spark.executor.channel.framing import MIB, Connection, Kind
-from vllm_spark.executor.channel.secret import load_secret, secret_source
+from vllm_spark.executor.channel.addresses import host_name, leader_endpoint, source_address
+from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import Environment, SessionEnvironment, adopt
 from vllm_spark.executor.group_connection import GroupConnection
-from vllm_spark.executor.handshake.client import Connector
+from vllm_spark.executor.handshake.client import Connector, make_connector
 from vllm_spark.executor.handshake.leader_search import AnswerDoctor, LeaderSearch
-from vllm_spark.executor.handshake.messages import GROUPS, RPC, Reason
+from vllm_spark.executor.handshake.messages import GROUPS, RPC, Offer, Reason
 from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderReport, cause_grace
 from vllm_spark.executor.model_files.adapters import ADD_LORA, FollowerAdapters
 from vllm_spark.executor.model_files.compared import ComparedFiles
-from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
+from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles, weight_paths
 from vllm_spark.executor.model_files.own import find_own
 from vllm_spark.executor.model_files.placement import place_files
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader, may_be_copied
 from vllm_spark.executor.model_sync.progress import CopyDisplay
 from vllm_spark.executor.pickling import loads_configuration
 from vllm_spark.executor.rpc import (
     COMPARE_FILES,
+    DESCRIBE,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
     RELOAD_WEIGHTS,
@@ -74,7 +77,9 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
+from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.ranks import FOLLOWER_RANK
+from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
@@ -105,6 +110,7 @@ class FollowerSession:
         self._config, self._answer_doctor, self._once = config, answer_doctor, once
         self._environment = SessionEnvironment(adopted)  # before vLLM is imported, which changes it
         self._own_files: dict[FileKey, Path] = {}  # where the leader's files are on this machine
+        self._weight_files: list[Path] = []
         self._compared = ComparedFiles(self._find_files)
         self._adapters = FollowerAdapters(self._loaded_adapters, self._compared)
         self._connector: Connector | None = None
@@ -117,11 +123,15 @@ class FollowerSession:
         self._failed_call = ""  # why the last QUERY failed
         self._failed_number = 0  # and its number
         self._call_tolerance = 0.0  # from one of SILENT_METHODS to the next call: the leader may take longer
+        self._answered = 0  # the number of the last QUERY that is finished
+        self._caller: int | None = None  # the thread that runs calls
+        self._leader_step = ""  # the step of vLLM's start in which the leader is
         self._executor: Any = None
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
         self._leader_config = config  # until the ASSIGNMENT
+        self._sensors = Sensors()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -132,17 +142,13 @@ class FollowerSession:
             RestartError: the leader has another environment; another process must start with it.
         """
         host, port = leader_endpoint(self._config)
-        context = tls_context(load_secret(self._config, host), "follower")
-        source = secret_source(self._config, host)
-
-        def connect() -> Connector:
-            return Connector(host, port, context, self._config.max_frame_mib * MIB, source)
-
-        search = LeaderSearch(self._config, connect, self._answer_doctor, self._environment.check, once=self._once)
+        connect = partial(make_connector, self._config, host, port)
+        search = LeaderSearch(self._config, connect, self._answer_doctor, self._check_offer, once=self._once)
         search.announce()
         _load_vllm()
         connector, control, offer, self._own_files = search.find()
         self._connector, self._leader_sends_files = connector, offer.sends_files
+        self._weight_files = weight_paths(offer.files, self._own_files)
         rpc, groups = connector.connect(RPC), connector.connect(GROUPS)
         if rpc is None or groups is None:
             raise PeerLostError(f"the leader at {connector.endpoint} stopped listening")
@@ -157,22 +163,27 @@ class FollowerSession:
             tolerance=self._tolerance,
         )
         self._heartbeat.start()
+        self._sensors.start()
         for connection in (control, rpc, groups):
             connection.disable_keepalive()
         try:
-            self._follow(rpc, GroupConnection(groups, self._fail), host, port)
+            self._follow(rpc, GroupConnection(groups, self._fail), host)
         except Exception as error:
             self._fail(error)
 
-    def _follow(self, rpc: Connection, groups: GroupConnection, host: str, port: int) -> None:
+    def _follow(self, rpc: Connection, groups: GroupConnection, host: str) -> None:
         assignment: Assignment = loads_configuration(rpc.expect(Kind.ASSIGNMENT, timeout=_ASSIGNMENT_TIMEOUT).payload)
         adopt(assignment.environment)
         use_link_interface(source_address(host))
+        from vllm_spark.backend.memory_need import reserved_bytes
         from vllm_spark.backend.platform import activate, compute_capability
         from vllm_spark.executor.rank_executor import FollowerExecutor
 
+        self._caller = threading.get_ident()
         activate()
         check_marlin_inputs(compute_capability)
+        prefer_as_victim()
+        MemoryGuard(reserved_bytes(self._config), host_name(), self._memory_exhausted).start()
         assert self._heartbeat is not None
         self._leader_config = assignment.config
         self._runtime = connect_runtime(
@@ -185,7 +196,7 @@ class FollowerSession:
             assignment.wire,
         )
         place_files(assignment.vllm_config, self._own_files)
-        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime)
+        self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime, self._weight_files)
         self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
@@ -193,6 +204,16 @@ class FollowerSession:
         while True:
             frame = rpc.expect(Kind.CALL, Kind.QUERY, spin=_SPIN_SECONDS)
             self._run_call(frame.payload, rpc if frame.kind is Kind.QUERY else None)
+
+    def _check_offer(self, offer: Offer) -> None:
+        from vllm_spark.backend.memory_need import check_fits
+
+        self._environment.check(offer.environment)
+        check_fits(offer.memory, self._config, host_name())
+
+    def _memory_exhausted(self, error: SparkError) -> None:
+        self._claim_end()  # at once: an error of another thread is a symptom of it
+        self._fail(error)
 
     def _run_call(self, payload: bytes, reply_to: Connection | None) -> None:
         from vllm.v1.serial_utils import run_method
@@ -211,6 +232,8 @@ class FollowerSession:
             self._call_tolerance = SILENT_SECONDS if method in SILENT_METHODS else 0.0
             if method == COMPARE_FILES:
                 result: Any = self._compared.compare(*call.args)
+            elif method == DESCRIBE:
+                result = self._described()
             else:
                 result = run_method(self._worker, call.method, *self._with_own_files(call))
             if hasattr(result, "get_output"):
@@ -222,10 +245,16 @@ class FollowerSession:
             # The leader decides what to do about a failed call; it may have failed there too. If the leader waits in a
             # collective that this rank does not call, the heartbeat reports the failure.
             logger.exception("The worker failed in %s.", method)
+            error = with_steps(error, "rank 1", "rank 0", self._leader_step)
             answer = encode_error(error, header.number)
             self._failed_call = f"its worker failed in {method!r}: {described(error)}"
             self._failed_number = header.number
+        self._answered = header.number
         reply_to.send(Kind.REPLY, answer)
+
+    def _described(self) -> bytes:
+        facts = self._executor.describe(self._config)
+        return to_json(RankReport(facts, local_counters(FOLLOWER_RANK, self._token_digest.state())))
 
     def _with_own_files(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call; if it loads an adapter or weights, with the path of this machine's folder."""
@@ -301,9 +330,13 @@ class FollowerSession:
 
     def _report(self) -> FollowerReport:
         counters = local_counters(FOLLOWER_RANK, self._token_digest.state())
-        return FollowerReport(counters, self._failed_call, self._failed_number)
+        step = "" if self._running_model else step_of(self._caller)
+        return FollowerReport(
+            counters, self._failed_call, self._failed_number, self._answered, step, self._sensors.readings
+        )
 
     def _compare_digest(self, theirs: LeaderReport) -> None:
+        self._leader_step = theirs.start_step
         self._token_digest.compare(theirs.step, bytes.fromhex(theirs.digest))
 
     def _session_ended(self, error: SparkError) -> None:

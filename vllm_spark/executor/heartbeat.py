@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
+from vllm_spark.backend.pair_status.records import Readings
 from vllm_spark.backend.status import RankCounters
 from vllm_spark.errors import PeerLeftError, PeerLostError, SparkError, described
 from vllm_spark.executor.channel.framing import ChannelError, Connection, ConnectionClosedError, Frame, Kind
@@ -52,10 +53,17 @@ def cause_grace(error: BaseException) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LeaderReport:
-    """A leader's heartbeat: its steps so far, and the digest of what they sampled, in hexadecimal digits."""
+    """A leader's heartbeat.
+
+    Attributes:
+        step: its steps so far.
+        digest: of what they sampled, in hexadecimal digits.
+        start_step: the step of vLLM's start in which it is (`start_step.step_of`).
+    """
 
     step: int
     digest: Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+    start_step: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +74,17 @@ class FollowerReport:
         counters: of its rank.
         failed_call: why the last QUERY failed; empty if it did not.
         failed_number: the number of that QUERY.
+        answered: the number of the last QUERY that it has finished.
+        start_step: the step of vLLM's start in which it is (`start_step.step_of`).
+        readings: of its machine.
     """
 
     counters: RankCounters
     failed_call: str
     failed_number: int
+    answered: int = 0
+    start_step: str = ""
+    readings: Readings = dataclasses.field(default_factory=Readings)
 
 
 class Heartbeat(threading.Thread):

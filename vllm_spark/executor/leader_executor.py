@@ -25,20 +25,32 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_spark.backend.ipc_folder import remove_socket_folder
 from vllm_spark.backend.logging import use_vllm_logging
+from vllm_spark.backend.memory_need import check_fits, memory_need, reserved_bytes
+from vllm_spark.backend.pair_status.records import PairFacts
+from vllm_spark.backend.pair_status.report import RankReport
 from vllm_spark.backend.platform import activate
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.config.attachment import settings_of
 from vllm_spark.errors import EXIT_LOST, RefusedError, SparkError, described
+from vllm_spark.executor.channel.addresses import host_name
+from vllm_spark.executor.counters import local_counters
 from vllm_spark.executor.environment import recorded_environment
 from vllm_spark.executor.handshake.messages import Offer
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.model_files.adapters import ADD_LORA, LeaderAdapters
-from vllm_spark.executor.model_files.loaded import LoadedFiles, files_of, pin_load_formats, weights_to_reload
+from vllm_spark.executor.model_files.loaded import (
+    LoadedFiles,
+    files_of,
+    pin_load_formats,
+    weight_paths,
+    weights_to_reload,
+)
 from vllm_spark.executor.model_files.placement import place_on_leader
 from vllm_spark.executor.rank_executor import RankExecutor
 from vllm_spark.executor.rpc import (
     COMPARE_ADAPTER,
     COMPARE_FILES,
+    DESCRIBE,
     EXECUTE,
     EXECUTE_THEN_SAMPLE,
     RELOAD_WEIGHTS,
@@ -51,13 +63,16 @@ from vllm_spark.executor.rpc import (
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
 from vllm_spark.kernels import runtime as tuning
+from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
 from vllm_spark.processes.child import in_engine_process, watch_parent
 from vllm_spark.processes.signals import ended_by_signals
 from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.records import RecordError, from_json
 
 logger = logging.getLogger("vllm_spark")
 
 _COMPARE_TIMEOUT = 600.0  # seconds for the follower to search for an adapter's files
+_DESCRIBE_TIMEOUT = 30.0  # seconds for the follower to describe itself
 _EXIT_GRACE = 3.0  # seconds after a failure in which the engine may exit by itself
 
 
@@ -81,6 +96,7 @@ class SparkExecutor(RankExecutor):
         self._sampling_announced = False
         self._started = self._ended = self._groups_opened = False
         self._adapters: LeaderAdapters | None = None
+        self._guard: MemoryGuard | None = None
         self._had_groups = torch.distributed.is_initialized()
         self._status = EngineStatus.from_environment()
         use_vllm_logging()
@@ -98,16 +114,25 @@ class SparkExecutor(RankExecutor):
 
     def _start(self) -> None:
         activate()
-        offer = _offer(self.vllm_config)
-        self._session = LeaderSession.start(settings_of(self.vllm_config), offer, self.vllm_config, self._status)
+        config, offer = settings_of(self.vllm_config), _offer(self.vllm_config)
+        check_fits(offer.memory, config, host_name())
+        self._session = LeaderSession.start(config, offer, self.vllm_config, self._status)
         # After the follower got the configuration with the names: each rank loads from the places that were compared.
         place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
+            prefer_as_victim()
+        self._guard = MemoryGuard(reserved_bytes(config), host_name(), self._memory_exhausted)
+        self._guard.start()
         self._random_state = WorkerRandomState()
         self._groups_opened = True
         with self._session.explained(), self._random_state:
-            self.load_worker(self._session.groups, self._session.runtime, own_process=self._in_engine_process)
+            self.load_worker(
+                self._session.groups,
+                self._session.runtime,
+                weight_paths(offer.files),
+                own_process=self._in_engine_process,
+            )
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters, self._load_adapter)
 
@@ -138,6 +163,7 @@ class SparkExecutor(RankExecutor):
         if method == WARM_UP:
             self._started = True
             _clear_unfinished(self)
+            self._run(session, DESCRIBE, _DESCRIBE_TIMEOUT, (), {}, False, True)
         return result
 
     def _run(
@@ -150,7 +176,8 @@ class SparkExecutor(RankExecutor):
         non_block: bool,
         single_value: bool,
     ) -> Any:
-        with self._call_lock, self._uninterrupted(session, method), session.explained():
+        explained = session.explained(step=method in STEP_METHODS)
+        with self._call_lock, self._uninterrupted(session, method), explained:
             if self._adapters is not None and method in (ADD_LORA, EXECUTE):
                 args, kwargs = self._with_own_adapters(session, self._adapters, str(method), args, kwargs)
             elif method == RELOAD_WEIGHTS:
@@ -159,6 +186,9 @@ class SparkExecutor(RankExecutor):
                 if self._adapters is not None:
                     self._adapters.compare(*args)
                 result: Any = None if single_value else [None]
+            elif method == DESCRIBE:
+                self._record_facts(session, timeout)
+                result = None if single_value else [None]
             elif method in STEP_METHODS:
                 output = self._step(session, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):
@@ -236,6 +266,25 @@ class SparkExecutor(RankExecutor):
                 )
             return refusal
 
+    def _record_facts(self, session: LeaderSession, timeout: float | None) -> None:
+        """Records what the pair consists of, for its start table and status; without it the pair serves as well."""
+        try:
+            config, runtime = settings_of(self.vllm_config), session.runtime
+            mine = self.describe(config)
+            session.ask(DESCRIBE, (), {})
+            theirs = from_json(session.answer(timeout), RankReport)
+            packet_limit = runtime.options.packet_bytes or 0
+            model = str(self.vllm_config.model_config.served_model_name)
+            facts = PairFacts(model, runtime.path, packet_limit, session.endpoint, time.time(), [mine, theirs.facts])
+            self._status.write_facts(facts)
+            self._status.write(local_counters(LEADER_RANK, session.token_digest.state()))
+            self._status.write(theirs.counters)
+        except (RemoteError, TimeoutError, RecordError) as error:
+            logger.warning("The follower has not described itself (%s): there is no start table.", described(error))
+        except Exception as error:
+            session.check()  # it failed meanwhile
+            logger.warning("There is no start table: %s.", described(error), exc_info=error)
+
     def _uninterrupted(
         self, session: LeaderSession, method: str | Callable[..., Any]
     ) -> contextlib.AbstractContextManager[None]:
@@ -297,13 +346,15 @@ class SparkExecutor(RankExecutor):
             if isinstance(mine, AsyncModelRunnerOutput):
                 mine = mine.get_output()
         except Exception as error:
+            explained = session.with_steps(error)
             # Received even then: the next call would take an unread reply for its own.
-            succeeded_there = session.drain_reply(error)
-            _end_with_unequal_weights(session, method, error, on_one_rank=succeeded_there)
-            raise
+            succeeded_there = session.drain_reply(explained)
+            _end_with_unequal_weights(session, method, explained, on_one_rank=succeeded_there)
+            raise explained from error.__cause__
         except BaseException:
             session.fail(SparkError(f"the leader was interrupted in the call of {_name(method)}; make a new engine"))
             raise
+        session.own_part_done()
         try:
             return [mine, session.answer(None if deadline is None else deadline - time.monotonic())]
         except RemoteError as error:
@@ -327,6 +378,8 @@ class SparkExecutor(RankExecutor):
             self._ended = True
             self._status.mark_ended(clean=not isinstance(sys.exc_info()[1], Exception))
         _clear_unfinished(self)
+        if self._guard is not None:
+            self._guard.stop()
         tuning.stop(self.vllm_config)
         if self._session is not None:
             self._session.close("the leader is shutting down")
@@ -372,6 +425,16 @@ class SparkExecutor(RankExecutor):
                     self._session.leave(f"its engine does not start: {reason}")
             finally:
                 os._exit(reason.exit_code)
+
+    def _memory_exhausted(self, error: SparkError) -> None:
+        """Ends the session; an engine process exits at once, because only that gives its memory back."""
+        session = self._running_session()
+        session.fail(error)
+        if self._in_engine_process:
+            try:
+                session.leave(str(error))
+            finally:
+                os._exit(error.exit_code)
 
     def _running_session(self) -> LeaderSession:
         if self._session is None:
@@ -442,7 +505,7 @@ class _StepFuture(Future[Any]):
         """Waits for the copy. `timeout` is ignored, as in vLLM's own future."""
         if not self.done():
             try:
-                with self._uninterrupted, self._session.explained():
+                with self._uninterrupted, self._session.explained(step=True):
                     self.set_result(_record_step(self._session, self._output.get_output()))
             except Exception as error:
                 self.set_exception(error)
@@ -454,14 +517,15 @@ def _offer(vllm_config: Any) -> Offer:
 
     Replaces load formats that depend on a folder's files by the resolved ones.
     """
-    files = files_of(vllm_config)
+    config, files = settings_of(vllm_config), files_of(vllm_config)
     pin_load_formats(vllm_config, files)
     return Offer(
         model=str(vllm_config.model_config.model_weights or vllm_config.model_config.model),
         files=files,
-        heartbeat_timeout=settings_of(vllm_config).heartbeat_timeout,
+        heartbeat_timeout=config.heartbeat_timeout,
         environment=recorded_environment(),
-        sends_files=settings_of(vllm_config).model_sync == "auto",
+        sends_files=config.model_sync == "auto",
+        memory=memory_need(vllm_config, config, sum(path.stat().st_size for path in weight_paths(files))),
     )
 
 

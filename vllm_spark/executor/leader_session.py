@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark import collective
+from vllm_spark.backend.pair_status.readings import Sensors
+from vllm_spark.backend.start_step import LOADING, step_of, unfinished, with_steps
 from vllm_spark.backend.status import EngineStatus
 from vllm_spark.collective.launch_table import load_launch_table
 from vllm_spark.config.settings import SparkConfig
@@ -40,13 +42,14 @@ from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import (
     SILENT_METHODS,
     SILENT_SECONDS,
+    WARM_UP,
     RemoteError,
     decode_reply,
     encode_call,
     replied_number,
 )
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.ranks import LEADER_RANK
+from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK
 
 logger = logging.getLogger("vllm_spark")
 
@@ -82,9 +85,17 @@ class LeaderSession:
         self._fail_lock = threading.Lock()
         self._on_failure: list[Callable[[], None]] = []
         self._closing = False
+        self._sensors = Sensors()
         self._last_query = 0  # the number of the last QUERY
         self._reply_pending = False  # whether the reply to the last `ask` is outstanding
         self._query_time: float | None = None  # when it was sent, while `answer` waits for its reply
+        self._query_name = ""
+        self._caller: int | None = None  # the thread that sent it
+        self._own_end: float | None = None  # when this rank has finished it
+        self._their_end: float | None = None  # when the follower had, according to its heartbeats
+        self._their_step = ""  # the step of vLLM's start in which the follower is
+        self._collective_timeout = config.collective_timeout
+        self._starting = True  # until both ranks have finished vLLM's last call of a start
         self._running_model = False
         self._call_tolerance = 0.0  # until the reply to one of SILENT_METHODS
         self._heartbeat = Heartbeat(
@@ -120,6 +131,7 @@ class LeaderSession:
         logger.info("%s joined.", upper_first(follower.name))
         session = cls(config, listener, follower, status, sender)
         session._heartbeat.start()
+        session._sensors.start()
         try:
             with session.explained():
                 session._start_work(config, address, vllm_config)
@@ -165,7 +177,18 @@ class LeaderSession:
         self._send(Kind.QUERY, method, args, kwargs, self._last_query + 1)
         self._reply_pending = True
         self._last_query += 1
+        self._query_name = method if isinstance(method, str) else ""
+        self._caller = threading.get_ident()
+        self._own_end = self._their_end = None
         self._query_time = time.monotonic()
+
+    def own_part_done(self) -> None:
+        """This rank has finished the call that the last `ask` sent."""
+        self._own_end = time.monotonic()
+
+    def with_steps(self, error: Exception) -> Exception:
+        """`error`, or the same with where both ranks were in vLLM's start, if it is a time-out there."""
+        return with_steps(error, "rank 0", "rank 1", self._their_step)
 
     def answer(self, timeout: float | None) -> Any:
         """The result of the last `ask`; replies to earlier calls that timed out are dropped.
@@ -176,7 +199,9 @@ class LeaderSession:
             SparkError: the session failed.
         """
         try:
-            return self._answer(timeout)
+            result = self._answer(timeout)
+            self._starting = self._starting and self._query_name != WARM_UP
+            return result
         except RemoteError as error:
             logger.error("%s failed:\n%s", upper_first(self._follower.name), error.details)
             raise
@@ -209,13 +234,17 @@ class LeaderSession:
         except RemoteError:
             return False
         except (SparkError, TimeoutError):
-            self.fail(SparkError(f"the leader's worker failed: {described(error)}"))
+            self._fail_both(SparkError(f"the leader's worker failed: {described(error)}"))
             return False
         return True
 
     @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Replaces an error by its cause, if the control connection reports one: the first error is often a symptom."""
+    def explained(self, *, step: bool = False) -> Iterator[None]:
+        """Replaces an error by its cause, if the control connection reports one: the first error is often a symptom.
+
+        Args:
+            step: whether the body is a step, after whose failure the ranks cannot go on: then the session fails, too.
+        """
         try:
             yield
         except RefusedError:
@@ -224,6 +253,8 @@ class LeaderSession:
             self._failed.wait(cause_grace(error))
             if isinstance(error, ChannelError | FrameTooLargeError):
                 self.fail(error)
+            elif step and not self._failed.is_set():
+                self._fail_both(SparkError(f"the leader's worker failed: {described(error)}"))
             if self._failure is not None and self._failure is not error:
                 raise self._failure from error
             raise
@@ -233,10 +264,10 @@ class LeaderSession:
         """Ends the session if the body, in which both ranks do `work`, is interrupted on this one."""
         try:
             yield
-        except Exception:
-            raise
         except BaseException as error:
-            self.fail(SparkError(f"the leader was interrupted in {work} ({type(error).__name__}); make a new engine"))
+            if not isinstance(error, Exception):
+                name = type(error).__name__
+                self.fail(SparkError(f"the leader was interrupted in {work} ({name}); make a new engine"))
             raise
 
     def check(self) -> None:
@@ -264,6 +295,11 @@ class LeaderSession:
         """This rank's end of the collectives."""
         assert self._runtime is not None
         return self._runtime
+
+    @property
+    def endpoint(self) -> str:
+        """Where this leader listens for its follower."""
+        return self._listener.endpoint
 
     def on_failure(self, callback: Callable[[], None]) -> None:
         """`callback` is called once when the session fails, at once if it has."""
@@ -294,6 +330,11 @@ class LeaderSession:
         for callback in self._on_failure:
             callback()
 
+    def _fail_both(self, error: SparkError) -> None:
+        """`fail`, and the follower gets the reason before it sees what follows from it: that its collectives end."""
+        self._heartbeat.send(Kind.FAILURE, Reason(str(error)))
+        self.fail(error)
+
     @property
     def closing(self) -> bool:
         """True once the follower has been sent the end of the session."""
@@ -302,6 +343,7 @@ class LeaderSession:
     def leave(self, reason: str) -> None:
         """Sends the follower the reason, and ends all waits; releases nothing that another thread may still use."""
         self._closing = True
+        self._sensors.stop()
         self._heartbeat.stop(Reason(reason))
         if self._runtime is not None:
             self._runtime.abort(reason)
@@ -343,11 +385,31 @@ class LeaderSession:
 
     def _take_report(self, theirs: FollowerReport) -> None:
         self._status.write(theirs.counters)
+        self._status.write_readings(FOLLOWER_RANK, theirs.readings)
         asked_at = self._query_time
         waited = 0.0 if asked_at is None or theirs.failed_number != self._last_query else time.monotonic() - asked_at
         if waited > _REPLY_TIMEOUT_AFTER_ERROR:
             # This rank cannot receive the reply: it waits in a collective that the follower does not call.
             self.fail(RemoteError(f"{self._follower.name} failed: {theirs.failed_call}"))
+        self._their_step = theirs.start_step
+        if self._starting and asked_at is not None:
+            self._check_start(theirs, time.monotonic())
+
+    def _check_start(self, theirs: FollowerReport, now: float) -> None:
+        """Fails a start in which one rank has finished a call and the other one has not for the collectives' time-out.
+
+        Such as for a lock that a killed process has left: that is no collective, whose wait would end by itself.
+        """
+        if theirs.answered == self._last_query and self._their_end is None:
+            self._their_end = now
+        if theirs.start_step == LOADING and self._own_end is not None:
+            self._own_end = now  # it has not begun: loading a model takes as long as its disk does
+        if self._own_end is not None and self._their_end is None and now - self._own_end > self._collective_timeout:
+            step = theirs.start_step or self._query_name
+            self._fail_both(SparkError(unfinished(self._follower.name, step, self._collective_timeout)))
+        if self._their_end is not None and self._own_end is None and now - self._their_end > self._collective_timeout:
+            step = step_of(self._caller) or self._query_name
+            self._fail_both(SparkError(unfinished("the leader", step, self._collective_timeout)))
 
     def _take_announcement(self, announcement: bytes) -> None:
         if self._runtime is not None:
@@ -356,7 +418,8 @@ class LeaderSession:
     def _report(self) -> LeaderReport:
         step, digest = self.token_digest.state()
         self._status.write(local_counters(LEADER_RANK, (step, digest)))
-        return LeaderReport(step, digest.hex())
+        self._status.write_readings(LEADER_RANK, self._sensors.readings)
+        return LeaderReport(step, digest.hex(), step_of(self._caller) if self._starting else "")
 
 
 def _warn_if_shared(address: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import cloudpickle
 
-from vllm_spark.errors import ConfigurationError, SparkError
+from vllm_spark.errors import ConfigurationError, SparkError, first_line
 
 _DEEPEST = 6
 """Levels of attributes and items that are searched for the part that cannot be pickled."""
@@ -45,7 +45,7 @@ def dumps_configuration(configuration: Any, name: str) -> bytes:
         path, part = _unpicklable_part(configuration)
         raise ConfigurationError(
             f"{'.'.join((name, *path))} is {_described(part)}, which cannot be sent to the follower "
-            f"({_first_line(error)}); give a value that can be pickled"
+            f"({first_line(error)}); give a value that can be pickled"
         ) from error
 
 
@@ -59,7 +59,7 @@ def loads_configuration(payload: bytes) -> Any:
         return pickle.loads(payload)
     except (ImportError, AttributeError) as error:
         raise SparkError(
-            f"the leader's configuration needs a module that cannot be imported here ({_first_line(error)}); install "
+            f"the leader's configuration needs a module that cannot be imported here ({first_line(error)}); install "
             "it on this machine too, or name its folder in PYTHONPATH here"
         ) from error
 
@@ -97,7 +97,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 def _can_be_pickled(value: Any) -> bool:
     try:
         dumps_by_value(value)
-    except Exception:
+    except Exception:  # whatever a part's own methods raise: `dumps_configuration` reports the first error
         return False
     return True
 
@@ -105,7 +105,3 @@ def _can_be_pickled(value: Any) -> bool:
 def _described(value: Any) -> str:
     kind = type(value)
     return f"of the type {kind.__module__}.{kind.__qualname__}".replace("builtins.", "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -37,6 +37,9 @@ COMPARE_FILES = "compare files"
 """Not a method of the worker: the follower searches for the files of its argument, and replies None or the sentence why
 it does not have them."""
 
+DESCRIBE = "describe rank"
+"""Not a method of the worker: the follower replies with the JSON of its `RankReport`."""
+
 RELOAD_WEIGHTS = "reload_weights"
 
 WEIGHT_METHODS = frozenset(

@@ -235,8 +235,14 @@ _current: tuple[PairStore, int] | None = None
 _registered = False
 
 
-def open_groups(link: GroupConnection, rank: int) -> None:
-    """Makes torch's process groups in this process, and their store, use the groups connection."""
+def open_groups(link: GroupConnection, rank: int, longest: timedelta = timedelta.max) -> None:
+    """Makes torch's process groups in this process, and their store, use the groups connection.
+
+    Args:
+        link: this rank's end of it.
+        rank: this rank.
+        longest: how long an operation of a group waits for the other rank at most by default.
+    """
     global _current, _registered
     if not _registered:
         register_rendezvous_handler("spark", _rendezvous)
@@ -245,7 +251,7 @@ def open_groups(link: GroupConnection, rank: int) -> None:
         logger.warning("%s is ignored: it would create gloo groups, which open ports of their own.", _SPLIT_GROUPS)
         os.environ[_SPLIT_GROUPS] = "0"
     _current = PairStore(link, rank), rank
-    use_messages(link)
+    use_messages(link, longest)
     if not is_initialized():
         # torch names groups by a counter, which a failed start in this process has advanced. The follower's process is
         # new, so both ranks start at 0.

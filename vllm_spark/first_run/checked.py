@@ -1,7 +1,8 @@
-"""Random collectives whose results both ranks know to the last bit, on CPU or CUDA tensors."""
+"""Random collectives whose results both ranks compute to the last bit, on CPU or CUDA tensors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_spark.collective import Runtime
+from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Advice, StepFailedError
 
 LARGEST = 64 << 10
@@ -32,19 +34,19 @@ ADVICE = Advice(
 class CheckedCollectives:
     """A sequence of random collectives that is the same on both ranks.
 
-    Both ranks draw the same random numbers for both inputs, so each knows the result.
+    Both ranks draw the same random numbers for both inputs, so each computes the result.
 
     Args:
         runtime: connected.
         seed: the same on both ranks.
-        smallest, largest: number of elements of the inputs.
+        largest: number of elements of the largest input.
     """
 
     BYTES = 4
     """Of an element, where the number of elements is given: it is float32."""
 
-    def __init__(self, runtime: Runtime, seed: int, smallest: int = 1, largest: int = LARGEST) -> None:
-        self._runtime, self._smallest, self._largest = runtime, smallest, largest
+    def __init__(self, runtime: Runtime, seed: int, largest: int = LARGEST) -> None:
+        self._runtime, self._largest = runtime, largest
         self._choice = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         pools = [torch.randn(2 * largest, generator=generator) * 100 for _ in range(2)]
@@ -80,11 +82,11 @@ class CheckedCollectives:
 
     def check(self, what: str = "") -> None:
         """Waits for what was launched; raises as `run`."""
-        self._runtime.check()
-        if bool(self._wrong):
+        wrong = bool(self._wrong)  # waits for a GPU
+        self._runtime.check()  # a collective that failed has no result
+        if wrong:
             where = f"collective {self.done} ({what})" if what else f"one of the collectives up to {self.done}"
             raise StepFailedError(f"the result of {where} has wrong bits", ADVICE)
-        self._runtime.check()
 
     @property
     def digest(self) -> str:
@@ -100,8 +102,7 @@ class CheckedCollectives:
         choice = self._choice
         dtype = torch.float32 if elements is not None else choice.choice(_DTYPES)
         if elements is None:
-            low, high = math.log2(self._smallest), math.log2(self._largest)
-            elements = max(self._smallest, min(self._largest, int(2 ** choice.uniform(low, high))))
+            elements = min(self._largest, int(2 ** choice.uniform(0, math.log2(self._largest))))
         at = choice.randrange(self._largest)
         inputs = [_cut(pool, at, elements) for pool in self._pools[dtype]]
         mine = inputs[self._runtime.rank]
@@ -116,6 +117,27 @@ class CheckedCollectives:
         found = result.view(bits)
         self._wrong |= (found != expected.view(bits)).any()
         self._digest = self._digest * _FACTOR + found.sum(dtype=torch.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Digest:
+    digest: str
+
+
+def compare_digests(context: Context, checked: CheckedCollectives) -> str:
+    """The digest of all results, which is the same on both machines.
+
+    Raises:
+        StepFailedError: it is another one there.
+    """
+    mine = _Digest(checked.digest)
+    theirs = context.swap(mine)
+    if mine != theirs:
+        raise StepFailedError(
+            f"the digest of {checked.done} results is {mine.digest} here and {theirs.digest} on the other machine",
+            ADVICE,
+        )
+    return mine.digest
 
 
 def _cut(pool: torch.Tensor, at: int, elements: int) -> torch.Tensor:

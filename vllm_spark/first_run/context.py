@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from vllm_spark import __version__
 from vllm_spark.collective import DeviceRuntime, Runtime, RuntimeOptions
 from vllm_spark.collective.launch_table import LaunchTable
 from vllm_spark.collective.rails import Port, Rail
@@ -52,13 +51,15 @@ class Plan:
     @classmethod
     def of(cls, config: SparkConfig, collectives: int | None, pull: bool) -> Plan:
         """The plan of the listening machine, with its settings."""
-        names = (field.name for field in dataclasses.fields(cls) if field.name not in ("collectives", "pull"))
-        return cls(collectives, pull, **{name: getattr(config, name) for name in names})
+        return cls(collectives, pull, **{name: getattr(config, name) for name in cls._settings()})
 
     def applied_to(self, config: SparkConfig) -> SparkConfig:
         """This machine's settings with those of the plan."""
-        names = (field.name for field in dataclasses.fields(self) if field.name not in ("collectives", "pull"))
-        return config.model_copy(update={name: getattr(self, name) for name in names})
+        return config.model_copy(update={name: getattr(self, name) for name in self._settings()})
+
+    @classmethod
+    def _settings(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls) if field.name not in ("collectives", "pull")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Greeting:
     plan: Plan | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Meeting:
+    """A message of `Context.meet`; its field distinguishes it from other messages."""
+
+    here: bool
+
+
 @dataclasses.dataclass
 class Context:
     """The state of a run on this machine.
@@ -79,7 +87,7 @@ class Context:
         rank: 0 on the listening machine.
         device: `cuda` if both machines have a GPU, else `cpu`.
         judged: whether both are GB10 machines, so that figures are compared with what their network cards reach.
-        say: prints a line for the user while a step runs.
+        note: prints a line for the user while a step runs.
         ports: RDMA ports of this machine; set by the step `machine`.
         rails: this machine's ends of the rails; set by the step `machine`.
         machine: the doctor's report of this machine; set by the step `machine`.
@@ -92,7 +100,7 @@ class Context:
     system: System
     device: str
     judged: bool
-    say: Callable[[str], None]
+    note: Callable[[str], None]
     ports: list[Port] = dataclasses.field(default_factory=list)
     rails: list[Rail] = dataclasses.field(default_factory=list)
     machine: MachineReport | None = None
@@ -128,7 +136,6 @@ class Context:
             WORLD_SIZE,
             self.peer.exchange,
             options,
-            agreement={"package": __version__},
             description=f"{host_name()} (process {os.getpid()})",
             announce=self.peer.begin_runtime(),
         )
@@ -138,6 +145,10 @@ class Context:
         finally:
             self.peer.unwatch()
             runtime.close()
+
+    def meet(self) -> None:
+        """Waits until the other machine is at the same place; raises as `swap`."""
+        self.swap(_Meeting(True))
 
     def swap(self, mine: _Message) -> _Message:
         """Sends a record, and returns the other machine's record of the same type.

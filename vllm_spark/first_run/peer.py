@@ -11,7 +11,7 @@ import struct
 import threading
 
 from vllm_spark.collective import Announce, CollectiveError, Runtime
-from vllm_spark.errors import EXIT_PROBLEM, PeerLostError
+from vllm_spark.errors import EXIT_PROBLEM, PeerLostError, described
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.handshake.messages import Reason, decode_frame
 from vllm_spark.records import to_json
@@ -112,12 +112,12 @@ class Peer:
             raise PeerLostError(self._stopped)
 
     def fail(self, sentence: str) -> None:
-        """Tells the other machine why this one cannot go on; does nothing if it is lost."""
+        """Sends the other machine the reason why this one cannot go on; does nothing if it is lost."""
         with contextlib.suppress(PeerLostError):
             self._send(Kind.FAILURE, to_json(Reason(sentence)))
 
     def stop(self, name: str) -> None:
-        """Ends what another thread waits for, and tells the other machine the name of the signal that did so."""
+        """Ends what another thread waits for, and sends the other machine the name of the signal."""
         self._stopped = f"it was stopped here by {name}"
         self.fail(f"it was stopped there by {name}")
         with self._state:
@@ -129,7 +129,7 @@ class Peer:
         """Closes the connection, and ends the thread."""
         self._closing = True
         self._connection.interrupt()
-        self._thread.join(5.0)
+        self._thread.join(_SEND_SECONDS)
         self._connection.close()
 
     def _send(self, kind: Kind, payload: bytes) -> None:
@@ -149,14 +149,21 @@ class Peer:
                 else:
                     raise PeerFailedError(f"{self.name} failed: {decode_frame(frame, Reason).sentence}")
         except PeerLostError as error:
-            if self._closing:
-                return
-            with self._state:
-                self._failure = error
-                runtime = self._runtime
-            self._abort(runtime, str(error))
+            self._end(error)
+        except Exception as error:  # a fault of this program must end the waits of other threads, too
+            sentence = f"a message of {self.name} could not be taken: {described(error)}; please report it"
+            self._end(PeerLostError(sentence))
         finally:
             self._answers.put(None)
+
+    def _end(self, failure: PeerLostError) -> None:
+        """Ends what another thread waits for with this failure, unless it is due to `close`."""
+        if self._closing:
+            return
+        with self._state:
+            self._failure = failure
+            runtime = self._runtime
+        self._abort(runtime, str(failure))
 
     def _deliver(self, message: bytes) -> None:
         number, announcement = message[: _NUMBER.size], message[_NUMBER.size :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import platform
 import re
 from datetime import datetime, timezone
@@ -85,9 +86,10 @@ def _kernel() -> str:
 
 
 def redacted(text: str, secret: str) -> str:
-    """`text` without the secret and without public addresses."""
+    """`text`, which may be JSON, without the secret and without public addresses."""
     if secret:
-        text = text.replace(secret, _SECRET)
+        for form in (json.dumps(secret, ensure_ascii=False)[1:-1], secret):
+            text = text.replace(form, _SECRET)
     return _IPV6.sub(_private_only, _IPV4.sub(_private_only, text))
 
 

@@ -43,7 +43,7 @@ class Outcome:
         figures: all of them, for the report; names end in their units.
         warning: what was seen that should be better; empty if all is well.
         advice: what the warning means, and the remedy.
-        skipped: why the step does not apply here; empty if it ran.
+        skipped: whether the step does not apply here; `value` has the reason.
     """
 
     value: str

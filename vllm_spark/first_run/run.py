@@ -57,21 +57,23 @@ class FirstRun:
     Args:
         request: what the user asked for.
         config: this machine's settings.
-        say: prints a line while a step runs.
+        note: prints a line while a step runs.
         show: prints the result of a step.
     """
 
     def __init__(
-        self, request: Request, config: SparkConfig, say: Callable[[str], None], show: Callable[[StepResult], None]
+        self, request: Request, config: SparkConfig, note: Callable[[str], None], show: Callable[[StepResult], None]
     ) -> None:
-        self._request, self._config, self._say, self._show = request, config, say, show
+        self._request, self._config, self._note, self._show = request, config, note, show
         self._system = System()
         self._report = Report.begin(0 if request.listens else 1, host_name(), config)
         self._peer: Peer | None = None
         self._lost = False
-        self._ended = threading.Event()
+        self._ended = threading.Event()  # no step runs
+        self._ended.set()
         self._started = time.monotonic()
         self._error: BaseException | None = None
+        self.report_written = False
 
     def run(self) -> int:
         """Runs all steps, writes the report, and returns the exit code.
@@ -102,15 +104,17 @@ class FirstRun:
             self._report.seconds = round(time.monotonic() - self._started, 3)
             self._report.kernel_messages = kernel_messages(self._system)
             self._report.write(self._request.report, self._secret())
+            self.report_written = True
 
     def _run(self) -> int:
         connect = await_connection if self._request.listens else open_connection
-        self._say("waiting for the other machine" if self._request.listens else "connecting to the other machine")
+        self._note("waiting for the other machine" if self._request.listens else "connecting to the other machine")
         self._peer = Peer(connect(self._config, self._request.patience, COMMAND))
         context = self._greet(self._peer)
         self._add_connection("passed", value=f"{self._peer.name}, the same versions and secret")
         # The steps have a thread of their own: the main thread handles signals while native code waits.
         thread = threading.Thread(target=self._run_steps, args=(context,), name="spark-steps", daemon=True)
+        self._ended.clear()
         thread.start()
         # Not `join`: a signal that interrupts it makes Python 3.11 take the thread for ended.
         while not self._ended.wait(0.2):
@@ -149,9 +153,9 @@ class FirstRun:
             without = " and ".join(
                 name for name, has in (("this machine", mine.has_gpu), (peer.name, theirs.has_gpu)) if not has
             )
-            self._say(f"without a usable GPU on {without}, collectives use CPU tensors")
+            self._note(f"without a usable GPU on {without}, collectives use CPU tensors")
         rank = 0 if request.listens else 1
-        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, judged, self._say)
+        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, judged, self._note)
 
     def _run_steps(self, context: Context) -> None:
         try:
@@ -184,16 +188,16 @@ class FirstRun:
 
     def _stop(self, name: str) -> str:
         """Ends the steps on both machines; returns the sentence for this one's user."""
+        where = "while waiting for the other machine"
+        if self._peer is not None:
+            done = max(0, len(self._report.steps) - 1)  # but the connection
+            where = f"after {done} steps, and the other machine was notified"
+            self._peer.stop(name)
+            self._ended.wait(_END_SECONDS)
+        # Last: the step that was ended has a result of its own.
         self._report.result = "stopped"
         self._report.reason = f"stopped by {name}"
-        if self._peer is None:
-            return f"stopped by {name} while waiting for the other machine"
-        done = len(self._report.steps) - 1
-        self._peer.stop(name)
-        self._ended.wait(_END_SECONDS)
-        self._report.result = "stopped"
-        self._report.reason = f"stopped by {name}"
-        return f"stopped by {name} after {done} steps, and the other machine was told"
+        return f"stopped by {name} {where}"
 
     def _exit_code(self) -> int:
         if self._report.result in ("failed", "stopped"):

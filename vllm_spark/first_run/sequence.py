@@ -73,7 +73,7 @@ def _run(context: Context, step: Step) -> StepResult:
         theirs = context.swap(_Done(step.name, outcome.warning))
     except (SparkError, CollectiveError) as error:
         return _failed(context, step, error, result)
-    except Exception as error:  # a fault of this program: the other machine and the report must know of it, too
+    except Exception as error:  # a fault of this program: it is sent to the other machine, and is in the report
         context.peer.fail(f"step {step.name} ({step.title}): {described(error)}")
         return result("failed", seen=f"{described(error)}; please report it")
     if outcome.skipped:

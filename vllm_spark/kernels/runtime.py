@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_spark.compat.patching import apply_all, remove
+from vllm_spark.compat.versions import vllm_source
 from vllm_spark.config.attachment import add_to_compile_key
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels import lookup
@@ -34,12 +35,17 @@ _TABLE_READERS = ("TritonExperts", "BatchedTritonExperts")
 _FALLBACK_BASE = "FallbackExperts"
 """vLLM's class whose subclasses choose between that kernel and another one for each call."""
 
-
 _FUSED_MOE_PATCH, _MARLIN_PATCH, _ATOMIC_ADD_PATCH = "fused-moe-tables", "marlin-parameters", "marlin-atomic-add"
 
 _WHOLE_PROCESS = object()
 _active: Any = None  # configuration of the engine that uses tables now
 _widths_with_atomic_add: frozenset[tuple[int, int]] = frozenset()
+_in_use: dict[str, str] = {}  # the folder of each table that was selected, by its name
+
+
+def tables_in_use() -> list[str]:
+    """The tables that this process has selected for its model so far, each with its folder."""
+    return [f"{name} ({folder})" for name, folder in _in_use.items()]
 
 
 def start(vllm_config: Any = None) -> None:
@@ -181,7 +187,6 @@ def choose_fused_moe_table(
         block_k: likewise.
         vllm_lookup: vLLM's own look-up.
     """
-    import vllm
     import vllm.envs as envs
 
     device = device_name()
@@ -205,7 +210,7 @@ def choose_fused_moe_table(
     if dtype == "int4_w4a16" and block_k and provenance.group_size not in (None, block_k):
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
         return _fall_back(name, vllm_lookup, why)
-    outdated = outdated_rows(provenance, vllm.__version__)
+    outdated = outdated_rows(provenance, vllm_source())
     if outdated:
         versions = ", ".join(dict.fromkeys(outdated.values()))
         now = refreshed_rows(rows, outdated, shape, device)
@@ -213,9 +218,10 @@ def choose_fused_moe_table(
             why = f"the table in {path.parent} has default rows of vLLM {versions}; tune again"
             return _fall_back(name, vllm_lookup, why)
         logger.info(
-            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm.__version__
+            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm_source()
         )
         rows = now
+    _in_use[name] = str(path.parent)
     logger.info(
         "Triton table %s: from %s (%s; other rows are vLLM's choice).",
         name,
@@ -256,6 +262,7 @@ def model_loaded(worker: Any) -> None:
         hook = hook or ("Marlin" in type(experts).__name__ and any(may_use(experts, table.shape) for table in tables))
     if hook and tables:
         apply_all("tuning", {_MARLIN_PATCH})
+        _in_use["Marlin tables for experts"] = device_name()
     else:
         remove(_MARLIN_PATCH)
     for kind, layers in kinds.items():
@@ -297,6 +304,7 @@ def _experts_of(worker: Any) -> Iterator[Any]:
 
 def _clear_caches() -> None:
     """Makes the next engine, and vLLM, read tables again."""
+    _in_use.clear()
     lookup.clear_cache()
     marlin_calls.cache_clear()
     module = sys.modules.get("vllm.model_executor.layers.fused_moe.fused_moe")

@@ -9,13 +9,16 @@ import datetime
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import TABLE_FILE, read_regular
+from vllm_spark.records import first_fault
 
 VLLM_DEFAULT = "vllm-default"
 """The rule of entries that leave the choice to vLLM, since nothing better was measured."""
@@ -106,6 +109,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it does not hold a JSON object")
     return content
+
+
+@contextmanager
+def explained(path: Path, what: str) -> Iterator[None]:
+    """Gives errors of reading and checking a file a sentence.
+
+    Args:
+        path: the file that the body reads.
+        what: what it is to be, such as `Marlin table`.
+
+    Raises:
+        ConfigurationError: the body raised OSError, pydantic's ValidationError, or another ValueError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"the {what} {path} cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path} is not a {what}: {first_fault(error)}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is not a {what}: {error}") from None
 
 
 def row_numbers(value: object) -> object:

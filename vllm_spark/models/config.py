@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.errors import ConfigurationError
+from vllm_spark.errors import ConfigurationError, first_line
 from vllm_spark.files import TABLE_FILE, configs_folder, read_regular
 from vllm_spark.models.weights import OTHER_QUANTIZATION_FILES, check_quantization_is_in_config, quantization_of
 
@@ -64,7 +64,6 @@ def _from_hub(model: str, name: str, remedy: str) -> Path:
     try:
         return Path(hf_hub_download(model, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(
-            f"there is no model {model!r} here, and it could not be read from the hub ({reason}); {remedy}"
+            f"there is no model {model!r} here, and it could not be read from the hub ({first_line(error)}); {remedy}"
         ) from None

@@ -18,7 +18,7 @@ from typing import Any
 from vllm_spark.compat.patching import all_patches, state_of
 from vllm_spark.config.settings import FLAG
 from vllm_spark.errors import ConfigurationError
-from vllm_spark.models.layers import Experts, model_layers
+from vllm_spark.models.layers import Experts, Layer, model_layers
 from vllm_spark.models.weights import Int4, Int8
 
 logger = logging.getLogger("vllm_spark")
@@ -110,6 +110,15 @@ def apply_regrouping(vllm_config: Any, ranks: int) -> None:
         worst.reason(),
         smaller,
     )
+
+
+def layers_as_served(config: Mapping[str, Any], tp: int) -> list[Layer]:
+    """A model's layers with the quantization groups that `vllm serve --spark` uses: smaller ones if misaligned.
+
+    Raises:
+        ConfigurationError: as for `model_layers`.
+    """
+    return model_layers(regrouped_config(config, tp), tp)
 
 
 def misaligned_groups(

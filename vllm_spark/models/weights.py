@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,16 @@ class Mxfp4:
 
 
 @dataclass(frozen=True)
+class Nvfp4:
+    """4-bit floats with one fp8 scale for each 16 of them, and one for the tensor."""
+
+
+@dataclass(frozen=True)
 class Bf16:
     """Not quantized."""
 
 
-Weights = Int4 | Int8 | Fp8Block | Fp8Channel | Mxfp4 | Bf16
+Weights = Int4 | Int8 | Fp8Block | Fp8Channel | Mxfp4 | Nvfp4 | Bf16
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
         config: the whole config.json.
 
     Raises:
-        ConfigurationError: a method, or a number of bits, that no table here is for.
+        ConfigurationError: a method, or a number of bits, that is not supported.
     """
     quantization = quantization_of(config)
     if not quantization:
@@ -99,11 +105,13 @@ def weights_reader(config: Mapping[str, Any]) -> tuple[Reader, str | None]:
         "inc": _auto_round,
         "fp8": _fp8,
         "mxfp4": _mxfp4,
+        "modelopt": _modelopt,
+        "modelopt_fp4": _modelopt,
     }
     if method not in readers:
         known = ", ".join(sorted(readers))
         raise ConfigurationError(
-            f"weights quantized by {method or 'an unnamed method'!r} have no tables; supported are {known}"
+            f"weights quantized by {method or 'an unnamed method'!r} are not supported; supported are {known}"
         )
     return readers[method](quantization), method
 
@@ -186,6 +194,21 @@ def _fp8(config: Mapping[str, Any]) -> Reader:
     return read
 
 
+def _modelopt(config: Mapping[str, Any]) -> Reader:
+    formats: Mapping[str, Weights] = {"NVFP4": Nvfp4(), "FP8": Fp8Channel()}
+    algorithm = str(config.get("quant_algo"))
+    if algorithm not in formats:
+        raise ConfigurationError(
+            f"weights quantized by ModelOpt as {algorithm} are not supported; supported are {', '.join(formats)}"
+        )
+    alone = names(config, "ignore", "exclude_modules")
+
+    def matches(part: str) -> bool:
+        return any(fnmatchcase(part, pattern) or part.startswith(f"{pattern}.") for pattern in alone)
+
+    return lambda name: Bf16() if _all_parts(name, matches) else formats[algorithm]
+
+
 def _mxfp4(config: Mapping[str, Any]) -> Reader:
     return lambda name: Mxfp4() if name.experts else Bf16()
 
@@ -265,9 +288,11 @@ def _compressed_group(group: Mapping[str, Any], config: Mapping[str, Any]) -> We
         return Fp8Channel() if widths is None else Fp8Block(widths)
     if kind == "float" and bits == 4 and "mxfp4" in layout:
         return Mxfp4()
+    if kind == "float" and bits == 4 and "nvfp4" in layout:
+        return Nvfp4()
     raise ConfigurationError(
-        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} has no tables; "
-        "supported are 4-bit and 8-bit integers with 16-bit activations, fp8 and mxfp4"
+        f"{layout or 'compressed-tensors'} with {bits} bits of type {kind!r} is not supported; "
+        "supported are 4-bit and 8-bit integers with 16-bit activations, fp8, mxfp4 and nvfp4"
     )
 
 
@@ -276,7 +301,7 @@ def _integers(bits: int, group_size: int, zero_points: bool) -> Weights:
         return Int4(group_size, zero_points)
     if bits == 8:
         return Int8(group_size)
-    raise ConfigurationError(f"weights of {bits} bits have no tables; supported are 4 and 8 bits")
+    raise ConfigurationError(f"weights of {bits} bits are not supported; supported are 4 and 8 bits")
 
 
 def _number(config: Mapping[str, Any], key: str, method: str) -> int:

@@ -23,10 +23,11 @@ from vllm_spark.kernels.marlin.table import MarlinShape
 from vllm_spark.kernels.marlin.tile_choice import describe
 from vllm_spark.kernels.table import origins
 from vllm_spark.models.layers import Experts, model_layers
+from vllm_spark.models.regroup import layers_as_served
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4, Mxfp4, Weights
 from vllm_spark.tune.plan import not_read_by_default
 from vllm_spark.tune.table_shapes import marlin_shapes
-from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes, layers_as_served
+from vllm_spark.tune.tuned_model import TunedModel, fused_moe_shapes
 
 SIZES = (1, 2)
 """Tensor parallel sizes of a GB10 and of a pair."""

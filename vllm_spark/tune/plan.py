@@ -17,11 +17,11 @@ from vllm_spark.files import check_writable
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
 from vllm_spark.kernels.lookup import user_folder
 from vllm_spark.models.config import read_model_config
-from vllm_spark.models.regroup import regrouped_config
+from vllm_spark.models.regroup import layers_as_served, regrouped_config
 from vllm_spark.models.shard import shard_as_model
 from vllm_spark.models.weights import quantization_of
 from vllm_spark.tune.results import Shape, tunable_rows
-from vllm_spark.tune.tuned_model import Kernels, TunedModel, layers_as_served, shapes_of
+from vllm_spark.tune.tuned_model import Kernels, TunedModel, shapes_of
 
 _NOTHING = {
     "auto": "it has no experts in int4 (Marlin), bfloat16 or fp8 (Triton); other kernels take no parameters, or, as "

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import SparkError, first_line
 from vllm_spark.tune.timing import HangError, Times, time_in_turns, wait_for_kernels
 
 MIN_GAIN = 0.02
@@ -158,7 +158,7 @@ def runs(problem: Problem[Parameters], parameters: Parameters, kernel: str) -> b
         try:
             wait_for_kernels(parameters)
         except RuntimeError:
-            raise SparkError(f"{kernel} failed with {parameters!r}: {_first_line(error)}") from None
+            raise SparkError(f"{kernel} failed with {parameters!r}: {first_line(error)}") from None
         return False
     return True
 
@@ -171,11 +171,7 @@ def _measure(problem: Problem[Parameters], candidates: Sequence[Parameters], rou
     except torch.cuda.OutOfMemoryError:
         raise SparkError("the GPU has no memory left for the search; stop other programs on it") from None
     except Exception as error:  # as in `runs`
-        raise SparkError(f"a kernel failed while it was timed, not in its first call: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SparkError(f"a kernel failed while it was timed, not in its first call: {first_line(error)}") from None
 
 
 def _ratios(times: Times[Parameters], candidates: Sequence[Parameters], default: Parameters) -> dict[Parameters, float]:

@@ -68,7 +68,7 @@ def fused_moe_shape(layer: Experts) -> FusedMoeShape | None:
 def padded_experts(layer: Experts) -> tuple[int, int]:
     """Widths of the model and of an expert after vLLM's padding to a multiple of a tile.
 
-    vLLM refuses misaligned quantization groups (1408 in groups of 128, on two ranks); `tuned_model.layers_as_served`
+    vLLM refuses misaligned quantization groups (1408 in groups of 128, on two ranks); `regroup.layers_as_served`
     has made them smaller before.
     """
     if isinstance(layer.weights, Mxfp4):

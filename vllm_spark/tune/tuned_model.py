@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.fused_moe.shapes import Format, FusedMoeExperts
 from vllm_spark.kernels.marlin.rules import Gemm, shape_fault
 from vllm_spark.kernels.marlin.table import MarlinShape
-from vllm_spark.models.layers import Experts, Layer, model_layers
-from vllm_spark.models.regroup import GROUP_SIZES, regrouped_config
+from vllm_spark.models.layers import Experts, Layer
+from vllm_spark.models.regroup import GROUP_SIZES
 from vllm_spark.models.weights import Bf16, Fp8Block, Fp8Channel, Int4
 from vllm_spark.tune import table_shapes
 from vllm_spark.tune.results import Shape
@@ -27,7 +27,7 @@ class TunedModel:
     Attributes:
         name: for people.
         tp: tensor parallel size; shapes are those of one rank.
-        layers: as `layers_as_served` gives them.
+        layers: as `regroup.layers_as_served` gives them.
     """
 
     name: str
@@ -38,15 +38,6 @@ class TunedModel:
     def label(self) -> str:
         """Its name in tables."""
         return f"{self.name} TP={self.tp}"
-
-
-def layers_as_served(config: Mapping[str, Any], tp: int) -> list[Layer]:
-    """A model's layers with the quantization groups that `vllm serve --spark` uses: smaller ones if misaligned.
-
-    Raises:
-        ConfigurationError: as for `model_layers`.
-    """
-    return model_layers(regrouped_config(config, tp), tp)
 
 
 def shapes_of(model: TunedModel, kernels: Kernels) -> list[Shape]:
@@ -71,7 +62,7 @@ def marlin_shapes(model: TunedModel) -> list[MarlinShape]:
     """
     shapes: dict[MarlinShape, None] = {}
     for layer in model.layers:
-        if not isinstance(layer, Experts) or not isinstance(layer.weights, Int4):
+        if not isinstance(layer, Experts) or not layer.gated or not isinstance(layer.weights, Int4):
             continue
         for shape in table_shapes.marlin_shapes(layer):
             gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type)
@@ -93,7 +84,7 @@ def fused_moe_shapes(model: TunedModel, int4: bool = False) -> list[FusedMoeExpe
     """
     shapes: dict[FusedMoeExperts, None] = {}
     for layer in model.layers:
-        if not isinstance(layer, Experts):
+        if not isinstance(layer, Experts) or not layer.gated:
             continue
         table = table_shapes.fused_moe_shape(layer)
         dtype = _FORMATS.get(type(layer.weights))

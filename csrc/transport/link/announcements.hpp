@@ -34,6 +34,7 @@ class Announcements {
   std::string encode(LinkState& state);
   // The state has changed: the next announcement is due at once.
   void request() { requested_ = true; }
+  bool requested() const { return requested_; }
   // Whether an announcement is due; `changes_only`: only after `request`.
   bool due(Clock::time_point now, bool changes_only) const {
     return requested_ || (!changes_only && now >= next_);

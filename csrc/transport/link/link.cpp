@@ -100,9 +100,13 @@ void Link::stop(const std::string& reason) {
 
 void Link::announce() {
   LinkState state = keeper_.state();
+  bool changed = announcements_.requested();
   uint32_t outbox = announcements_.publish(state, counters_.no_open_rail());
   for (auto& rail : keeper_.rails()) {
     if (!rail->up() || !rail->has_room()) continue;
+    // A NIC may wait anew for an acknowledgement with each request, as soft-RoCE does: then it would never
+    // report that a rail has failed over which announcements are repeated.
+    if (!changed && rail->announcement_under_way()) continue;
     rail->post_announcement(outbox);  // its chain is empty: whoever posts also flushes
     int error = rail->flush();
     if (error != 0) keeper_.fail_to_post(*rail, error);

@@ -46,6 +46,7 @@ RailState Rail::state() const {
 void Rail::offer() {
   connection_ = std::make_shared<Connection>(device_, address_, memory_ + layout_.inbox(),
                                              layout_.outbox() - layout_.inbox());
+  announced_ = 0;
   phase_ = Phase::kOffered;
 }
 
@@ -105,6 +106,7 @@ void Rail::post(const Write& write, bool signal) {
 
 void Rail::post_announcement(uint32_t outbox) {
   number({{}, true}, chain(layout_.outbox() + outbox * kPage, layout_.inbox(), kProofBytes), 0, true);
+  announced_ = posted();
 }
 
 void Rail::number(const Posted& posted, WriteRequest& last, uint32_t flags, bool signal) {

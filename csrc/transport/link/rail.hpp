@@ -69,6 +69,8 @@ class Rail {
   void post(const Write& write, bool signal);
   // The same for the announcement in outbox `outbox`, to the peer's inbox.
   void post_announcement(uint32_t outbox);
+  // The last announcement may not have arrived yet.
+  bool announcement_under_way() const { return connection_ && completed() < announced_; }
   // Whether there is something to flush, and whether another message needs a flush first.
   bool chained() const { return chained_ > 0; }
   bool chain_is_full() const { return chained_ + 2 > kChain; }
@@ -119,6 +121,7 @@ class Rail {
   bool open_ = false;
   uint32_t epoch_ = 1;
   uint64_t remote_base_ = 0;  // address of the peer's region, of which only the receiving part may be written
+  uint64_t announced_ = 0;    // number of the connection's last announcement
 
   std::array<WriteRequest, kChain> chain_;
   std::array<uint64_t, kChain> flag_values_{};  // of the requests that send one

@@ -1,30 +1,30 @@
 #include "pin_remedy.hpp"
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <sstream>
+#include <vector>
+
+#include "../../support/text_file.hpp"
 
 namespace spark::verbs {
 namespace {
 
 // The KiB of `name` in /proc/meminfo, or 0.
 uint64_t meminfo(const std::string& root, const std::string& name) {
-  std::ifstream file(root + "/proc/meminfo");
-  std::string word;
-  for (uint64_t value = 0; file >> word;) {
-    if (word == name + ":" && file >> value) return value;
+  const std::vector<std::string> words = words_of(read_text(root + "/proc/meminfo"));
+  for (size_t word = 0; word + 1 < words.size(); ++word) {
+    if (words[word] == name + ":") return std::strtoull(words[word + 1].c_str(), nullptr, 10);
   }
   return 0;
 }
 
 // Whether the kernel was built to reserve memory for kexec handover unless its command line forbids it.
 bool reserves_by_default(const std::string& root) {
-  std::string release, line;
-  std::ifstream(root + "/proc/sys/kernel/osrelease") >> release;
-  std::ifstream config(root + "/boot/config-" + release);
-  while (std::getline(config, line)) {
-    if (line == "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y") return true;
+  const std::vector<std::string> release = words_of(read_text(root + "/proc/sys/kernel/osrelease"));
+  if (release.empty()) return false;
+  for (const std::string& word : words_of(read_text(root + "/boot/config-" + release[0]))) {
+    if (word == "CONFIG_KEXEC_HANDOVER_ENABLE_DEFAULT=y") return true;
   }
   return false;
 }
@@ -32,9 +32,8 @@ bool reserves_by_default(const std::string& root) {
 // Whether this kernel keeps memory reserved for kexec handover. Pages that programs may move lie there when
 // memory is short, and must be moved out before they are pinned.
 bool memory_is_reserved(const std::string& root) {
-  std::ifstream file(root + "/proc/cmdline");
   std::string last;
-  for (std::string word; file >> word;) {
+  for (const std::string& word : words_of(read_text(root + "/proc/cmdline"))) {
     if (word.rfind("kho=", 0) == 0) last = word.substr(4);
   }
   // As the kernel reads a truth value: "off" in any case, and what begins with one of these letters.

@@ -61,7 +61,7 @@ struct PathOptions {
   uint8_t traffic_class = 0;
   uint8_t service_level = 0;
   // A queue pair fails when one of its packets was retransmitted for so long and was not acknowledged. NICs
-  // know powers of two, of which the next lower one is used, and may take up to four times as long.
+  // support powers of two, of which the next lower one is used, and may take up to four times as long.
   std::chrono::nanoseconds rail_timeout{std::chrono::milliseconds(500)};
 
   // `least`, or longer than a NIC takes to report that a queue pair has failed.

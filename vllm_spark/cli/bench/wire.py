@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 
-from vllm_spark.cli.arguments import positive, sizes, user_path, wide_console
-from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, log_environment_warnings, setting_type
+from vllm_spark.cli.arguments import add_sides, positive, sizes, user_path, wide_console
+from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, log_environment_warnings
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import check_writable
 
@@ -33,16 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Run it on both machines in any order: --listen on one, --connect with its address on the other. "
         "Both print and write the same figures. Neither vllm-spark join nor vllm serve may be running."
     )
-    side = parser.add_mutually_exclusive_group(required=True)
-    side.add_argument(
-        "--listen", action="store_true", help="wait for the other machine, and determine what is measured"
-    )
-    side.add_argument(
-        "--connect",
-        type=setting_type("leader"),
-        metavar="ADDRESS[:PORT]",
-        help="measure with the machine that listens there",
-    )
+    add_sides(parser, "measured", required=True)
     parser.add_argument(
         "--wait", type=positive, default=60, metavar="SECONDS", help="for the other machine (default: 60)"
     )

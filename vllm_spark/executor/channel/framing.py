@@ -202,10 +202,8 @@ class Connection:
         self._check_usable()
         try:
             return self._receive(timeout, spin)
-        except Exception:
-            raise
-        except BaseException:
-            self._interrupted = True  # part of a frame may be read: the rest would be taken for the next one's header
+        except BaseException as error:
+            self._note_interruption(error)
             raise
 
     def receive_data(self, kind: Kind, buffer: memoryview, *, timeout: float) -> int | Frame:
@@ -232,11 +230,14 @@ class Connection:
                 raise ChannelError(f"{self.peer} sent {length} bytes where at most {len(buffer)} were asked for")
             self._fill(buffer[:length], deadline)
             return length
-        except Exception:
+        except BaseException as error:
+            self._note_interruption(error)
             raise
-        except BaseException:
+
+    def _note_interruption(self, error: BaseException) -> None:
+        """Part of a frame may have been read: the rest would be taken for the header of the next one."""
+        if not isinstance(error, Exception):
             self._interrupted = True
-            raise
 
     def _receive(self, timeout: float | None, spin: float) -> Frame:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -82,9 +82,8 @@ class TlsConnection:
         self._socket = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._state = (
-            threading.Lock()
-        )  # guards OpenSSL's object, which sending and receiving share; never held during a wait
+        # Guards OpenSSL's object, which sending and receiving share; never held during a wait.
+        self._state = threading.Lock()
         self._buffer = memoryview(bytearray(_READ))
         self._first = b""  # what the peer sent first
         self._server_side = server_side

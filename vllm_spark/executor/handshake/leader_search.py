@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, VersionsError, upper_first, without_numbers
 from vllm_spark.executor.channel.framing import Connection, Frame, Kind
-from vllm_spark.executor.environment import Environment, RestartError
+from vllm_spark.executor.environment import RestartError
 from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import (
     CONTROL,
@@ -27,9 +28,9 @@ from vllm_spark.executor.handshake.messages import (
 )
 from vllm_spark.executor.model_files.loaded import FileKey, LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
-from vllm_spark.executor.model_sync.fetch import fetch_from_leader, may_be_copied
+from vllm_spark.executor.model_sync.fetch_from_follower import answer_search
+from vllm_spark.executor.model_sync.fetch_from_leader import fetch_from_leader, may_be_copied
 from vllm_spark.executor.model_sync.progress import CopyDisplay
-from vllm_spark.executor.model_sync.reverse import answer_search
 from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
@@ -68,7 +69,8 @@ class LeaderSearch:
         config: the follower's settings.
         make_connector: makes the connector of a session, for each attempt.
         answer_doctor: called when `vllm-spark doctor` listens there instead of a leader.
-        check_environment: raises RestartError unless this process has the leader's environment.
+        check_offer: raises RestartError unless this process has the leader's environment, and RefusedError unless this
+            machine has the memory for its rank.
         once: end at the first refusal.
     """
 
@@ -77,7 +79,7 @@ class LeaderSearch:
         config: SparkConfig,
         make_connector: Callable[[], Connector],
         answer_doctor: AnswerDoctor,
-        check_environment: Callable[[Environment], None],
+        check_offer: Callable[[Offer], None],
         *,
         once: bool,
     ) -> None:
@@ -87,7 +89,7 @@ class LeaderSearch:
             answer_doctor,
             once,
         )
-        self._check_environment = check_environment
+        self._check_offer = check_offer
         first = make_connector()
         self._endpoint = first.endpoint
         self._serve_command = serve_command(first.host, first.port, config)
@@ -159,28 +161,31 @@ class LeaderSearch:
             raise
 
     def _wait_for_offer(self, connector: Connector) -> tuple[Connection, Frame]:
-        """Waits for a leader's offer; answers every `vllm-spark doctor` that listens there before."""
+        """Waits for a leader's offer; answers whatever else listens there before."""
         while True:
-            control = self._wait_for_leader(connector)
-            frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, Kind.SEARCH, timeout=_OFFER_TIMEOUT)
-            if frame.kind is Kind.OFFER:
-                return control, frame
-            if frame.kind is Kind.SEARCH:
-                try:
-                    answer_search(control, frame, connector, self._config)
-                except PeerLostError as error:
-                    logger.warning("The leader that asked for a model was lost: %s.", error)
-                finally:
-                    control.close()
-                self._since = time.monotonic()
-                continue
-            try:
-                self._answer_doctor(control, frame, self._config, connector.host)
-            except PeerLostError as error:
-                logger.warning("The connection to vllm-spark doctor was lost: %s.", error)
-            control.close()
+            with contextlib.ExitStack() as unused:
+                control = self._wait_for_leader(connector)
+                unused.callback(control.close)
+                frame = control.expect(Kind.OFFER, Kind.CHECK_REQUEST, Kind.SEARCH, timeout=_OFFER_TIMEOUT)
+                if frame.kind is Kind.OFFER:
+                    unused.pop_all()
+                    return control, frame
+                self._answer(control, frame, connector)
             self._since = time.monotonic()
-            self.announce()
+            if frame.kind is Kind.CHECK_REQUEST:
+                self.announce()
+
+    def _answer(self, control: Connection, frame: Frame, connector: Connector) -> None:
+        """Answers a leader that asks for a model, or `vllm-spark doctor`."""
+        searches = frame.kind is Kind.SEARCH
+        try:
+            if searches:
+                answer_search(control, frame, connector, self._config)
+            else:
+                self._answer_doctor(control, frame, self._config, connector.host)
+        except PeerLostError as error:
+            peer = "the leader that asked for a model" if searches else "vllm-spark doctor"
+            logger.warning("The connection to %s was lost: %s.", peer, error)
 
     def _wait_for_leader(self, connector: Connector) -> Connection:
         """Tries to connect until a leader answers; logs that it waits at growing intervals, sooner for a new reason."""
@@ -207,18 +212,17 @@ class LeaderSearch:
         if offer.model != self._model:
             self._model = offer.model
             logger.info("The leader at %s serves %s.", self._endpoint, offer.model)
-        try:
-            self._check_environment(offer.environment)
-        except RestartError:
-            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
-            raise
         own: dict[FileKey, Path] = {}
         try:
+            self._check_offer(offer)
             with _ProgressReports(control) as reports:
                 for wanted in offer.files:
                     place = self._place_of(wanted, offer, connector, reports)
                     if place is not None:
                         own |= dict.fromkeys(wanted.file_keys(), place)
+        except RestartError:
+            control.send(Kind.RESTART, timeout=_ANSWER_TIMEOUT)
+            raise
         except RefusedError as error:
             control.send(Kind.FAILURE, to_json(Reason(str(error))), timeout=_ANSWER_TIMEOUT)
             raise

@@ -22,10 +22,14 @@ from vllm_spark.executor.environment import Environment
 from vllm_spark.executor.handshake.versions import Versions
 from vllm_spark.executor.model_files.comparison import Kind as FileKind
 from vllm_spark.executor.model_files.loaded import LoadedFiles
+from vllm_spark.memory.need import MemoryNeed
 from vllm_spark.records import RecordError, from_json
 
 CONTROL, RPC, GROUPS, COPY = CONNECTIONS = "control", "rpc", "groups", "copy"
 """The connections that a follower opens: one of each in a session, and any number of `copy` while files are copied."""
+
+LARGEST_PIECE = 256 << 10
+"""Bytes of a COPY_DATA, at most: a sender reads and encrypts them in a core's cache."""
 
 GREETING_TIMEOUT = 5.0
 """Seconds for one connection to authenticate and to send its HELLO."""
@@ -82,6 +86,7 @@ class Offer:
         files: everything that both ranks load from files.
         heartbeat_timeout: of the session, in seconds.
         sends_files: whether the leader sends what the follower lacks.
+        memory: what each rank allocates.
     """
 
     model: str
@@ -89,6 +94,7 @@ class Offer:
     heartbeat_timeout: FiniteFloat
     environment: Environment = dataclasses.field(default_factory=Environment)
     sends_files: bool = False
+    memory: MemoryNeed = dataclasses.field(default_factory=MemoryNeed)
 
 
 @dataclasses.dataclass(frozen=True)

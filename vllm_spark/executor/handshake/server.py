@@ -232,7 +232,7 @@ class Listener:
             SparkError: it does not fit, or its connection was lost.
         """
         control.send(Kind.OFFER, to_json(offer), timeout=GREETING_TIMEOUT)
-        answer = self._answer(hello, control)
+        answer = self._answer(control)
         if answer.kind is Kind.RESTART:
             return None
         if answer.kind is Kind.FAILURE:
@@ -242,7 +242,7 @@ class Listener:
             connection.disable_keepalive()
         return Follower(f"the follower on {hello.host} (process {hello.process})", control, rpc, groups)
 
-    def _answer(self, hello: Hello, control: Connection) -> Frame:
+    def _answer(self, control: Connection) -> Frame:
         """A follower's answer to an offer. Meanwhile it reports its progress: it may have to download a model."""
         activity = ""
         with CopyDisplay(f"Sending to {control.peer}") as display:
@@ -409,10 +409,11 @@ def listener_at(
     address: str,
     config: SparkConfig,
     *,
+    suggest_command: Callable[[str, Path | None], str] = join_command,
     any_versions: bool = False,
     serve_copy: Callable[[Connection], None] | None = None,
 ) -> Listener:
-    """A listener at this machine's `address`, with the port, secret and limits of the settings.
+    """A listener at this machine's `address`, with the port, secret and limits of the settings; see `Listener`.
 
     Raises:
         ConfigurationError: there is no valid secret, or the port cannot be listened at.
@@ -424,6 +425,7 @@ def listener_at(
         config.max_frame_mib * MIB,
         config.secret_file,
         secret_source=secret_source(config, address),
+        suggest_command=suggest_command,
         any_versions=any_versions,
         serve_copy=serve_copy,
     )

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 
 from vllm_spark import __version__
-from vllm_spark.compat.versions import installed_vllm, source_version
+from vllm_spark.compat.versions import vllm_source
 
 CHANNEL_VERSION = 5
 """Version of the messages between leader and follower."""
@@ -29,10 +29,14 @@ class Versions:
         return cls(
             channel=str(CHANNEL_VERSION),
             vllm_spark=__version__,
-            vllm=source_version(installed_vllm() or "none"),
+            vllm=vllm_source(),
             torch=_installed("torch").partition("+")[0],
             python=".".join(platform.python_version_tuple()[:2]),
         )
+
+    def packages(self) -> dict[str, str]:
+        """Those that a user can install, by name."""
+        return {"vllm_spark": self.vllm_spark, "vLLM": self.vllm, "torch": self.torch, "Python": self.python}
 
     def difference(self, other: Versions, here: str, there: str) -> str | None:
         """A sentence part naming the first differing field and both values; None if all agree."""

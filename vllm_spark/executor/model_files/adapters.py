@@ -4,8 +4,8 @@ The leader compares an adapter with the follower's before a call or a step loads
 was compared. Where vLLM's worker may load it again (it was evicted), the states of its files are looked at again.
 
 vLLM keeps `load_inplace` in each request with such an adapter, and its worker then reads the files in every step. If
-the files change meanwhile, the leader's worker would read others than the follower's. So a step never loads in place:
-a call before it does, on both ranks, and only if the files are not those in memory.
+the files change meanwhile, the leader's worker would read others than the follower's. So a step never loads in place: a
+call before it does, on both ranks, and only if the files are not those in memory.
 """
 
 from __future__ import annotations

@@ -83,6 +83,11 @@ class ModelIdentity:
             weights += [name for name in more_weights if name not in weights] if with_weights else []
         return cls(*({name: file_digest(place / name) for name in chosen} for chosen in (configuration, weights)))
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of configuration and weights together."""
+        return {**self.configuration, **self.weights}
+
     def difference(self, other: ModelIdentity, here: str = "here") -> str | None:
         """A sentence part that names what differs; None if nothing.
 

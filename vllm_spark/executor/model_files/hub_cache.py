@@ -60,24 +60,21 @@ def cached_snapshot(repository: str, revision: str | None, cache: str | Path | N
         revision: a commit, or a branch or tag that was resolved when it was downloaded; None for the default branch.
         cache: the cache's folder; None for this user's.
     """
-    folder = _folder_of(repository, cache)
+    folder = repository_folder(repository, cache)
     # vLLM may have resolved it already: a string with a commit.
     name = str(getattr(revision, "resolved", None) or revision or _DEFAULT_REVISION)
     if not name or ".." in name.split("/"):
         return None
     if os.path.isdir(snapshot := folder / _SNAPSHOTS / name):
         return snapshot
-    try:
-        commit = read_regular(folder / "refs" / name, SMALL_FILE).decode().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+    commit = _commit_in(folder / "refs" / name)
     snapshot = folder / _SNAPSHOTS / commit
     return snapshot if commit and os.path.isdir(snapshot) else None
 
 
 def cached_snapshots(repository: str | None = None, cache: str | Path | None = None) -> Iterator[Path]:
     """All snapshots of a repository, or of every model, in the cache of this user; the newest first."""
-    folders = [_folder_of(repository, cache)] if repository else sorted(_cache(cache).glob(f"{_PREFIX}*"))
+    folders = [repository_folder(repository, cache)] if repository else sorted(_cache(cache).glob(f"{_PREFIX}*"))
     for folder in folders:
         try:
             yield from sorted((folder / _SNAPSHOTS).iterdir(), key=lambda path: -path.stat().st_mtime)
@@ -87,10 +84,9 @@ def cached_snapshots(repository: str | None = None, cache: str | Path | None = N
 
 def refs_to(path: Path, place: HubPlace) -> list[str]:
     """The branches and tags that mean the commit `place` in the cache in which `path` lies."""
-    inside = len(Path(place.inside).parts)
-    refs = path.parents[inside + 1] / "refs" if inside else path.parent.parent / "refs"
+    refs = path.parents[len(Path(place.inside).parts) + 1] / "refs"
     try:
-        return sorted(each.name for each in refs.iterdir() if _content(each) == place.commit)
+        return sorted(each.name for each in refs.iterdir() if _commit_in(each) == place.commit)
     except OSError:
         return []
 
@@ -102,14 +98,7 @@ def repository_folder(repository: str, cache: str | Path | None = None) -> Path:
         repository: `ORGANIZATION/NAME`.
         cache: the cache's folder; None for this user's.
     """
-    return _folder_of(repository, cache)
-
-
-def _content(path: Path) -> str:
-    try:
-        return read_regular(path, SMALL_FILE).decode().strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+    return _cache(cache) / (_PREFIX + repository.replace("/", "--"))
 
 
 def download(
@@ -159,5 +148,9 @@ def _cache(cache: str | Path | None) -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _folder_of(repository: str, cache: str | Path | None) -> Path:
-    return _cache(cache) / (_PREFIX + repository.replace("/", "--"))
+def _commit_in(ref: Path) -> str:
+    """The commit that a file in `refs/` has; empty if it cannot be read."""
+    try:
+        return read_regular(ref, SMALL_FILE).decode().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

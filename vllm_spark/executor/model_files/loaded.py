@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vllm_spark.compat.versions import installed_vllm
-from vllm_spark.errors import RefusedError
+from vllm_spark.errors import RefusedError, first_line
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.comparison import Kind, ModelIdentity, unreadable
@@ -71,6 +71,12 @@ class LoadedFiles:
         place: FileKey = (self.kind, self.place, None)
         return [place] if self.origin == "object storage" else [place, (self.kind, self.name, self.revision)]
 
+    def weight_paths(self, place: Path) -> list[Path]:
+        """The files with its weights in `place`, which has the same content; empty if none are read from there."""
+        if not self.with_weights:
+            return []
+        return [place] if self.single_file else [place / name for name in self.identity.weights]
+
     def identity_at(self, place: Path, *, with_weights: bool | None = None) -> ModelIdentity:
         """What is in another place, read as `identity` was.
 
@@ -112,6 +118,21 @@ def files_of(vllm_config: Any) -> list[LoadedFiles]:
         # A draft model has its target's tokenizer.
         unique.setdefault((files.kind, files.place, files.name, files.revision or ""), files)
     return list(unique.values())
+
+
+def weight_paths(files: Iterable[LoadedFiles], own: Mapping[FileKey, Path] | None = None) -> list[Path]:
+    """The weight files that a rank loads.
+
+    Args:
+        files: as the leader has them.
+        own: where this machine has them; None on the leader.
+    """
+    found: list[Path] = []
+    for each in files:
+        if each.kind == "model":
+            place = Path(each.place) if own is None else own.get(each.file_keys()[0])
+            found += each.weight_paths(place) if place is not None else []
+    return found
 
 
 def weights_to_reload(vllm_config: Any, weights_path: str | None) -> LoadedFiles:
@@ -378,9 +399,3 @@ def existing_path(what: str, name: str) -> Path | None:
 def uses_modelscope() -> bool:
     """Whether names lead to ModelScope in place of the Hugging Face hub (VLLM_USE_MODELSCOPE)."""
     return os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a sentence: its first line, without a full stop."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

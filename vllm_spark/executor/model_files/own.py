@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from vllm_spark.errors import RefusedError
+from vllm_spark.errors import RefusedError, first_line
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.model_files import hub_cache
 from vllm_spark.executor.model_files.hub_cache import HubPlace, cached_snapshot, cached_snapshots
-from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles, first_line
+from vllm_spark.executor.model_files.loaded import BESIDE_WEIGHTS, LoadedFiles
 from vllm_spark.executor.model_files.modelscope_cache import all_in_modelscope, cached_in_modelscope
 from vllm_spark.files import data_folder
 from vllm_spark.records import to_json
@@ -21,7 +21,7 @@ from vllm_spark.records import to_json
 
 def find_own(
     wanted: LoadedFiles,
-    say: Callable[[str], None] = lambda activity: None,
+    report: Callable[[str], None] = lambda activity: None,
     *,
     mapping: Mapping[str, Path] = MappingProxyType({}),
     download: bool = True,
@@ -34,7 +34,7 @@ def find_own(
 
     Args:
         wanted: what the leader has.
-        say: called with what is being done before something that may take minutes.
+        report: called with what is being done before something that may take minutes.
         mapping: folders of this machine, by the leader's names or paths.
         download: False if it is not to be downloaded.
 
@@ -53,7 +53,7 @@ def find_own(
         missing = cached_snapshot(wanted.hub.repository, wanted.hub.commit) is None
     failure = ""
     if download and missing and (source := _source(wanted)) is not None:
-        say(f"downloading {wanted.name}")
+        report(f"downloading {wanted.name}")
         try:
             place = source()
         except Exception as error:

@@ -107,7 +107,7 @@ def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
         RefusedError: a file cannot be read, or was changed since it was compared.
     """
     place = Path(wanted.place)
-    compared = {**wanted.identity.configuration, **wanted.identity.weights}
+    compared = wanted.identity.digests
     alone = single_name(wanted) is not None
     folder = place.parent if alone else place
     names = [*compared, *([] if alone else _beside(folder, compared))]
@@ -133,8 +133,9 @@ def list_files(wanted: LoadedFiles) -> tuple[Manifest, list[FileState]]:
             raise RefusedError(changed(path))
         files.append(CopiedFile(name, state.size, digest, _blob(path)))
         states.append(state)
-    hub = wanted.hub
-    return Manifest(files, [] if hub is None else refs_to(place, hub)), states
+    refs = [] if wanted.hub is None else refs_to(place, wanted.hub)
+    # The receiver refuses a list with others, and the copy is complete without a branch.
+    return Manifest(files, [ref for ref in refs if _REF.fullmatch(ref)]), states
 
 
 def changed(path: Path) -> str:
@@ -170,7 +171,7 @@ def check_manifest(manifest: Manifest, wanted: LoadedFiles) -> None:
         if not _REF.fullmatch(ref):
             raise RefusedError(_invalid(wanted, f"a branch named {ref[:200]!r}"))
     digests = {file.name: file.digest for file in manifest.files}
-    for name, digest in {**wanted.identity.configuration, **wanted.identity.weights}.items():
+    for name, digest in wanted.identity.digests.items():
         if digests.get(name) != digest:
             raise RefusedError(_invalid(wanted, f"no file {name!r} with the content that was compared"))
 

@@ -26,16 +26,15 @@ class RateMeter:
     """The rate of a copy over the last ten seconds.
 
     Args:
-        done: bytes that are here at the start.
         now: the clock.
     """
 
-    def __init__(self, done: int, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._points = deque([(now(), done)])
+        self._points = deque([(now(), 0)])
 
     def rate(self, done: int) -> float:
-        """Bytes per second, once `done` bytes are here; 0 in the first second."""
+        """Bytes per second, once `done` bytes have arrived; 0 in the first second."""
         time_now = self._now()
         if time_now - self._points[-1][0] >= 0.5:
             self._points.append((time_now, done))

@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -24,8 +24,8 @@ from vllm_spark.executor.handshake.messages import CopyList, CopyState, Reason, 
 from vllm_spark.executor.model_files.comparison import file_digest
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import content_key
+from vllm_spark.executor.model_sync.destination import Place, choose_place, free_bytes
 from vllm_spark.executor.model_sync.manifest import CopiedFile, Manifest, check_manifest
-from vllm_spark.executor.model_sync.place import Place, choose_place, free_bytes
 from vllm_spark.executor.model_sync.progress import RateMeter, duration_text, size_text
 from vllm_spark.executor.model_sync.remedies import Remedies
 from vllm_spark.executor.model_sync.staging import Staging, is_full, ranges_of
@@ -108,24 +108,26 @@ class ThreadStream(Stream):
     """A stream in a thread, over a connection that is there.
 
     Args:
-        connection: taken.
+        connection: taken, also if the stream cannot be started.
+
+    Raises:
+        OSError, RuntimeError: this process may have no further file or thread.
     """
 
     def __init__(self, connection: Connection) -> None:
-        jobs, self._jobs = (
-            os.fdopen(end, mode) for end, mode in zip(os.pipe2(os.O_CLOEXEC), ("rb", "wb"), strict=True)
-        )
-        self.events, events = (
-            os.fdopen(end, mode) for end, mode in zip(os.pipe2(os.O_CLOEXEC), ("rb", "wb"), strict=True)
-        )
         self._connection = connection
+        with contextlib.ExitStack() as unused:
+            unused.callback(connection.close)
+            jobs, self._jobs = (unused.enter_context(end) for end in _pipe())
+            self.events, events = (unused.enter_context(end) for end in _pipe())
 
-        def work() -> None:
-            with jobs, events, contextlib.suppress(BrokenPipeError):
-                run(lambda: connection, jobs, events)
+            def work() -> None:
+                with jobs, events, contextlib.suppress(BrokenPipeError):
+                    run(lambda: connection, jobs, events)
 
-        self._thread = threading.Thread(target=work, name="spark-copy", daemon=True)
-        self._thread.start()
+            self._thread = threading.Thread(target=work, name="spark-copy", daemon=True)
+            self._thread.start()
+            unused.pop_all()
 
     def close(self) -> None:
         """As `Stream.close`: interrupts its connection."""
@@ -135,6 +137,22 @@ class ThreadStream(Stream):
         self._thread.join(KILL_SECONDS)
         self.events.close()
         self._connection.close()
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    return os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
+
+
+def start_all(makers: Iterable[Callable[[], Stream]]) -> list[Stream]:
+    """The streams that `makers` start; if one cannot be started, the others are closed, and its error is raised."""
+    with contextlib.ExitStack() as unused:
+        streams = []
+        for make in makers:
+            streams.append(stream := make())
+            unused.callback(stream.close)
+        unused.pop_all()
+    return streams
 
 
 OpenStreams = Callable[[int, int], list[Stream]]
@@ -213,7 +231,12 @@ def _cannot_be_written(name: str, place: Place, error: OSError) -> str:
     sentence = f"the {name} cannot be copied to {place.result} on {host_name()} ({reason})"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{sentence}; let this user write there, or {place.remedies.folder}"
-    return sentence
+    return f"{sentence}; {_again(place.remedies)}"
+
+
+def _again(remedies: Remedies) -> str:
+    """The remedy for an error of a disk whose cause is not known."""
+    return f"{remedies.retry}, and if that fails too, look at the disk (dmesg)"
 
 
 def stream_count(size: int) -> int:
@@ -251,7 +274,7 @@ class _Copy:
         self._done = 0
         self._started = time.monotonic()
         self._fetched = 0
-        self._meter = RateMeter(0)
+        self._meter = RateMeter()
         self._next_report = 0.0
         earlier = f"; {size_text(before)} have arrived in an earlier attempt" if before else ""
         logger.info(
@@ -310,7 +333,7 @@ class _Copy:
     def _next_job(self, stream: Stream, running: dict[Stream, tuple[CopiedFile, Job]]) -> None:
         if self._jobs:
             running[stream] = self._jobs.popleft()
-            with contextlib.suppress(BrokenPipeError):  # its events, or their end, say why
+            with contextlib.suppress(BrokenPipeError):  # its events, or their end, have the reason
                 stream.send(running[stream][1])
 
     def _read(self, stream: Stream, line: bytearray) -> Iterator[Event]:
@@ -357,7 +380,9 @@ class _Copy:
                 f"there, {self._remedies.again}"
             )
         if event.failure == "file":
-            return RefusedError(f"{self._staging.folder} on {host_name()} cannot be written ({reason})")
+            return RefusedError(
+                f"{self._staging.folder} on {host_name()} cannot be written ({reason}); {_again(self._remedies)}"
+            )
         return RefusedError(reason)
 
     def _show(self, *, force: bool = False) -> None:

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterable
 
 from vllm_spark.errors import RefusedError, SparkError
-from vllm_spark.executor.channel.framing import MIB, ChannelError, Connection, Frame, Kind
-from vllm_spark.executor.handshake.messages import CopyList, CopyRange, Reason, decode_frame
+from vllm_spark.executor.channel.framing import ChannelError, Connection, Frame, Kind
+from vllm_spark.executor.handshake.messages import LARGEST_PIECE, CopyList, CopyRange, Reason, decode_frame
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import content_key
 from vllm_spark.executor.model_sync.manifest import FileState, Manifest, changed, list_files
@@ -19,14 +19,13 @@ from vllm_spark.records import to_json
 
 logger = logging.getLogger("vllm_spark")
 
-_PIECE = MIB // 4  # fits into a core's cache: it is read, encrypted and sent from there
 _SEND_TIMEOUT = 60.0  # seconds for the other machine to take a piece: it may wait for its disk
 _REQUEST_TIMEOUT = 600.0  # seconds between two requests: its disk may have much to write
 _MOST_CONNECTIONS = 16
 
 
 class ModelSender:
-    """What this machine sends, to whoever is authenticated; nothing else. Its methods may be called from any thread."""
+    """Sends what was offered, and nothing else, to an authenticated peer. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._offered: dict[str, LoadedFiles] = {}
@@ -85,7 +84,7 @@ class ModelSender:
         self.close_connections()
 
     def _serve(self, connection: Connection) -> None:
-        buffer = memoryview(bytearray(_PIECE))
+        buffer = memoryview(bytearray(LARGEST_PIECE))
         while True:
             frame = connection.expect(Kind.COPY_LIST, Kind.COPY_RANGE, timeout=_REQUEST_TIMEOUT)
             try:
@@ -136,7 +135,8 @@ class ModelSender:
                         raise RefusedError(changed(state.path))
                     connection.send_data(Kind.COPY_DATA, buffer[:count], timeout=_SEND_TIMEOUT)
                     at += count
-                    self.sent += count
+                    with self._lock:
+                        self.sent += count
                 # A file that is not compared may have grown, and its listed part is as before: the receiver looks.
                 if state.compared and not state.is_unchanged():
                     raise RefusedError(changed(state.path))

@@ -33,7 +33,6 @@ TREE = "tree"
 """The folder of the staging folder in which a new folder is made before it is renamed."""
 
 _LOCK = "lock"
-_READ = 1 << 20
 _ZEROS = bytes(16)
 
 

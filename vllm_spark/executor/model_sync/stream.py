@@ -19,7 +19,7 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import PeerLostError, RefusedError, SparkError
 from vllm_spark.executor.channel.framing import MIB, ChannelError, Connection, Frame, Kind
 from vllm_spark.executor.handshake.client import Connector, make_connector
-from vllm_spark.executor.handshake.messages import COPY, CopyRange, Reason, decode_frame
+from vllm_spark.executor.handshake.messages import COPY, LARGEST_PIECE, CopyRange, Reason, decode_frame
 from vllm_spark.executor.model_sync.staging import Checksum, Range, checksum_at, is_full, open_data
 from vllm_spark.records import from_json, to_json
 
@@ -27,7 +27,6 @@ SILENCE_TIMEOUT = 60.0
 """Seconds of silence after which a copy connection counts as lost."""
 
 _REQUEST_TIMEOUT = 10.0
-_PIECE = MIB // 4  # as the sender sends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +88,9 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
         events: takes lines with an `Event`.
     """
     connection: Connection | None = None
-    path, descriptor = (
-        "",
-        -1,
-    )  # of the last job alone: there may be more files than descriptors, and jobs go file by file
-    buffer = memoryview(bytearray(_PIECE))
+    # Of the last job alone: there may be more files than descriptors, and jobs go file by file.
+    path, descriptor = "", -1
+    buffer = memoryview(bytearray(LARGEST_PIECE))
 
     def report(event: Event) -> None:
         events.write(to_json(event) + b"\n")
@@ -116,7 +113,7 @@ def run(connect: Callable[[], Connection], jobs: IO[bytes], events: IO[bytes]) -
             checksum = _fetch(connection, job, descriptor, buffer, lambda count: report(Event(bytes=count)))
             report(Event(checksum=checksum, fetched=True))
     except BrokenPipeError:
-        return  # whoever started it has ended
+        return  # the process that started this one has ended
     except PeerLostError as error:
         failure = Event(error=str(error), failure="lost")
     except SparkError as error:

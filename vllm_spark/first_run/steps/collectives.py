@@ -34,38 +34,33 @@ _FAILED = Advice(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Digest:
-    digest: str
-
-
 def run_packets(context: Context) -> Outcome:
     """Small messages, which are sent as packets with flags (LL)."""
-    with _runtime(context, "packets") as (runtime, make):
+    with _runtime(context, "packets") as runtime:
         largest = max(1, (runtime.options.packet_bytes or 0) // 8)  # an all-gather sends the input, in up to 4 bytes
-        _exercise(context, make(1, 1, largest))
-        return _outcome(context, runtime.counters(), "packet_messages", "payload_messages")
+        _exercise(context, _checked(runtime, 1, largest))
+        return _outcome(runtime.counters(), "packet_messages", "payload_messages")
 
 
 def run_payloads(context: Context) -> Outcome:
     """Messages of all sizes, each with its flag after the payload (Simple)."""
-    with _runtime(context, "payloads", packet_bytes=0) as (runtime, make):
-        _exercise(context, make(2, 1, LARGEST[context.device]), CHUNKED_SLOTS * runtime.options.slot_bytes)
-        return _outcome(context, runtime.counters(), "payload_messages", "packet_messages")
+    with _runtime(context, "payloads", packet_bytes=0) as runtime:
+        _exercise(context, _checked(runtime, 2, LARGEST[context.device]), CHUNKED_SLOTS * runtime.options.slot_bytes)
+        return _outcome(runtime.counters(), "payload_messages", "packet_messages")
 
 
 def run_mixed(context: Context) -> Outcome:
     """Random sizes of both protocols."""
-    with _runtime(context, "mixed sizes") as (runtime, make):
-        _exercise(context, make(3, 1, LARGEST[context.device]))
-        return _outcome(context, runtime.counters(), "", "")
+    with _runtime(context, "mixed sizes") as runtime:
+        _exercise(context, _checked(runtime, 3, LARGEST[context.device]))
+        return _outcome(runtime.counters())
 
 
 def run_clearing(context: Context) -> Outcome:
     """The same with slots that are cleared every `CLEAR_INTERVAL` messages, as they are after 2^30 in serving."""
-    with _runtime(context, "clearing of slots", clear_interval=CLEAR_INTERVAL) as (runtime, make):
-        _exercise(context, make(4, 1, LARGEST[context.device]))
-        return _outcome(context, runtime.counters(), "", "")
+    with _runtime(context, "clearing of slots", clear_interval=CLEAR_INTERVAL) as runtime:
+        _exercise(context, _checked(runtime, 4, LARGEST[context.device]))
+        return _outcome(runtime.counters())
 
 
 def run_graphs(context: Context) -> Outcome:
@@ -74,8 +69,10 @@ def run_graphs(context: Context) -> Outcome:
         return Outcome("a machine has no GPU: eager collectives of CPU tensors only", skipped=True)
     import torch
 
-    with _runtime(context, "CUDA graphs") as (runtime, make):
-        checked = make(5, 1, 1 << 16)
+    from vllm_spark.first_run.checked import compare_digests
+
+    with _runtime(context, "CUDA graphs") as runtime:
+        checked = _checked(runtime, 5, 1 << 16)
         calls, expected = checked.captured(GRAPH_COLLECTIVES)
         for call in calls:
             call()  # eager, before the capture
@@ -83,63 +80,48 @@ def run_graphs(context: Context) -> Outcome:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = [call() for call in calls]
-        context.swap(_Digest("captured"))
+        context.meet()
         for _ in range(GRAPH_REPLAYS):
             for result in results:
                 result.zero_()
             runtime.wake_proxy()
             graph.replay()
             checked.compare(results, expected)
-        _compare_digests(context, checked)
-        return _outcome(context, runtime.counters(), "", "")
+        compare_digests(context, checked)
+        return _outcome(runtime.counters())
 
 
 @contextmanager
-def _runtime(context: Context, what: str, **changed: int) -> Iterator[tuple[Runtime, _Make]]:
-    context.say(f"checked collectives: {what}")
+def _runtime(context: Context, what: str, **changed: int) -> Iterator[Runtime]:
+    context.note(f"checked collectives: {what}")
     try:
         with context.runtime(**changed) as runtime:
-            yield runtime, _Make(runtime)
+            yield runtime
     except CollectiveError as error:
         raise StepFailedError(f"collectives ({what}) failed ({error})", _FAILED) from None
 
 
-class _Make:
-    """Makes checked collectives of a runtime; torch is imported only then."""
+def _checked(runtime: Runtime, seed: int, largest: int) -> CheckedCollectives:
+    """The collectives of a step; torch is imported only here."""
+    from vllm_spark.first_run.checked import CheckedCollectives
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-
-    def __call__(self, seed: int, smallest: int, largest: int) -> CheckedCollectives:
-        from vllm_spark.first_run.checked import CheckedCollectives
-
-        return CheckedCollectives(self._runtime, seed, smallest, largest)
+    return CheckedCollectives(runtime, seed, largest)
 
 
 def _exercise(context: Context, checked: CheckedCollectives, chunked_bytes: int = 0) -> None:
     """Runs the step's number of collectives, and first one of `chunked_bytes`, if given."""
+    from vllm_spark.first_run.checked import compare_digests
+
     if chunked_bytes:
         checked.run(elements=chunked_bytes // checked.BYTES)
     while checked.done < COUNT[context.device]:
         checked.run()
     checked.check()
-    _compare_digests(context, checked)
+    compare_digests(context, checked)
 
 
-def _compare_digests(context: Context, checked: CheckedCollectives) -> None:
-    from vllm_spark.first_run.checked import ADVICE
-
-    mine = _Digest(checked.digest)
-    theirs = context.swap(mine)
-    if mine != theirs:
-        raise StepFailedError(
-            f"the digest of {checked.done} results is {mine.digest} here and {theirs.digest} on the other machine",
-            ADVICE,
-        )
-
-
-def _outcome(context: Context, counters: Counters, used: str, unused: str) -> Outcome:
-    """The figures; fails where messages did not use the protocol that the step is about."""
+def _outcome(counters: Counters, used: str = "", unused: str = "") -> Outcome:
+    """The figures; fails where messages did not use the protocol that the step is about, if it is about one."""
     figures = dataclasses.asdict(counters)
     if used and (figures[unused] or not figures[used]):
         raise StepFailedError(

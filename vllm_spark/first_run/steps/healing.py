@@ -51,9 +51,9 @@ def run_healing(context: Context) -> Outcome:
         _until(context, checked, lambda: _all_open(runtime), HEAL_SECONDS, _START, _HEAL)
         for rail in range(len(context.rails)):
             name = context.rail_name(rail)
-            context.say(f"breaking {name} while collectives run")
+            context.note(f"breaking {name} while collectives run")
             before = runtime.counters()
-            context.swap(_Seen(True))  # both have counted before one breaks it
+            context.meet()  # both have counted before one breaks it
             started = time.monotonic()
             if context.rank == 0:
                 runtime.break_rail(rail)
@@ -74,12 +74,12 @@ def run_pulling(context: Context) -> Outcome:
         return Outcome("without --pull no cable is pulled", skipped=True)
     with _traffic(context) as (runtime, checked):
         _until(context, checked, lambda: _all_open(runtime), HEAL_SECONDS, _START, _HEAL)
-        context.say(f"PULL a cable between the machines now (within {PULL_SECONDS:g} s)")
+        context.note(f"PULL a cable between the machines now (within {PULL_SECONDS:g} s)")
         started = time.monotonic()
         # All functions of a cable go out with it: one rail, or both.
         _until(context, checked, lambda: not _all_open(runtime), PULL_SECONDS, "no rail went out", _PULL)
         out = time.monotonic() - started
-        context.say(f"a rail is out after {out:.0f} s; PUT THE CABLE BACK now (within {PULL_SECONDS:g} s)")
+        context.note(f"a rail is out after {out:.0f} s; PUT THE CABLE BACK now (within {PULL_SECONDS:g} s)")
         _until(context, checked, lambda: _all_open(runtime), PULL_SECONDS, "not all rails came back", _PULL)
         counters = dataclasses.asdict(runtime.counters())
     seconds = round(time.monotonic() - started, 3)

@@ -12,7 +12,7 @@ from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Advice, Outcome, StepFailedError
 
 CHECKED = ("machine.memlock", "machine.handover", "rdma.", "link.")
-"""Beginnings of the ids of the doctor's findings that say whether the pair can work."""
+"""Beginnings of the ids of the doctor's findings that decide whether the pair can work."""
 
 _NO_RAIL = Advice(
     "the machines are joined by no cable that both use for RDMA",
@@ -22,7 +22,7 @@ _NO_RAIL = Advice(
 
 def run(context: Context) -> Outcome:
     """Fails where no rail is there, or a finding of the doctor is a problem; warnings of the doctor are one here."""
-    context.say("checking this machine")
+    context.note("checking this machine")
     try:
         mine = Ports(tuple(local_ports(split_rails(context.config.rails))))
     except CollectiveError as error:

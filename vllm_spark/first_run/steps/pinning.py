@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vllm_spark import _native
 from vllm_spark.collective import CollectiveError
 from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Advice, Outcome, StepFailedError
@@ -16,17 +15,15 @@ _ADVICE = Advice(
 
 def run(context: Context) -> Outcome:
     """Registers the region with each rail alone, and then with all of them, as the product does."""
+    size = 0
     groups = [[index] for index in range(len(context.rails))]
     for indexes in [*groups, *([list(range(len(context.rails)))] if len(groups) > 1 else [])]:
         names = " and ".join(context.rail_name(index) for index in indexes)
-        context.say(f"registering memory with {names}")
+        context.note(f"registering memory with {names}")
         try:
-            context.kind.pin(context.rank, context.options, [context.rails[index] for index in indexes])
+            size = context.kind.pin(context.rank, context.options, [context.rails[index] for index in indexes])
         except CollectiveError as error:
             raise StepFailedError(f"memory could not be registered with {names} ({error})", _ADVICE) from None
-    options = context.options
-    packets = options.packet_bytes if options.packet_bytes is not None else 0
-    size = _native.region_bytes(slot_bytes=options.slot_bytes, packet_bytes=packets, depth=options.depth)
     with_gpu = " and with the GPU" if context.device == "cuda" else ""
     return Outcome(
         f"{size / 1e6:.1f} MB with {len(context.rails)} rails{with_gpu}",

@@ -53,10 +53,10 @@ class _Count:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rate:
-    """What one machine has measured, in Gb/s."""
+class _Measured:
+    """What one machine has measured: Gb/s or microseconds; 0 on a machine that does not measure."""
 
-    gbits: float
+    value: float
 
 
 def run_alone(context: Context, rail: int) -> Outcome:
@@ -76,12 +76,11 @@ def run_two_way(context: Context) -> Outcome:
     with _connected(context, rails) as probe:
         for chosen in [*([rail] for rail in rails), *([rails] if len(rails) > 1 else [])]:
             names = _names(context, chosen)
-            context.say(f"large writes in both directions over {names}")
+            context.note(f"large writes in both directions over {names}")
             count = _agreed_count(context, partial(_stream_count, probe, chosen))
-            context.swap(_Count(count))  # both begin now
             with _explained(f"large writes in both directions over {names} failed", _LARGE):
-                mine = _Rate(_gbits(probe, chosen, count))
-            figures[_key(chosen, rails)] = mine.gbits + context.swap(mine).gbits
+                mine = _Measured(_gbits(probe, chosen, count))
+            figures[_key(chosen)] = mine.value + context.swap(mine).value
     alone = {context.rail_name(rail): figures[f"rail_{rail}_two_way_gbits"] for rail in rails}
     total = figures.get("total_two_way_gbits", figures["rail_0_two_way_gbits"])
     warning = judge_two_way(alone, total, context.judged)
@@ -92,7 +91,7 @@ def run_two_way(context: Context) -> Outcome:
     )
 
 
-def _key(chosen: list[int], rails: list[int]) -> str:
+def _key(chosen: list[int]) -> str:
     return f"rail_{chosen[0]}_two_way_gbits" if len(chosen) == 1 else "total_two_way_gbits"
 
 
@@ -100,17 +99,17 @@ def _run(context: Context, rails: list[int]) -> Outcome:
     names = _names(context, rails)
     with _connected(context, rails) as probe:
         chosen = list(range(len(rails)))
-        context.say(f"small writes over {names}")
+        context.note(f"small writes over {names}")
         with _explained(f"{names} carried no write of {SMALL} bytes", _SMALL):
             latency = _latency(context, probe, chosen, SMALL)
-        context.say(f"large writes over {names}")
+        context.note(f"large writes over {names}")
         with _explained(f"{names} carried writes of {SMALL} bytes and none of {LARGE}", _LARGE):
             large_latency = _latency(context, probe, chosen, LARGE)
             rates = []
             for sender in (0, 1):
                 count = _agreed_count(context, partial(_stream_count, probe, chosen), sender)
-                mine = _Rate(_gbits(probe, chosen, count) if context.rank == sender else 0.0)
-                rates.append(max(mine.gbits, context.swap(mine).gbits))
+                mine = _Measured(_gbits(probe, chosen, count) if context.rank == sender else 0.0)
+                rates.append(max(mine.value, context.swap(mine).value))
     figures = {
         "small_write_us": round(latency, 3),
         "large_write_us": round(large_latency, 3),
@@ -132,7 +131,7 @@ def _names(context: Context, rails: Sequence[int]) -> str:
 def _connected(context: Context, rails: list[int]) -> Iterator[_native.WireProbe]:
     """A probe of these rails of both machines; its rails are numbered from 0."""
     names = _names(context, rails)
-    context.say(f"connecting {names}")
+    context.note(f"connecting {names}")
     offer, problem, probe = b"", "", None
     try:
         probe = _native.WireProbe(
@@ -180,7 +179,7 @@ def _exchange_writes(context: Context, probe: _native.WireProbe, rails: list[int
         median = statistics.median(probe.ping(rails, size, count))
     else:
         probe.answer(rails, size, count)
-    return max(median, context.swap(_Rate(median)).gbits)
+    return max(median, context.swap(_Measured(median)).value)
 
 
 def _stream_count(probe: _native.WireProbe, rails: list[int]) -> int:

@@ -6,42 +6,31 @@ import dataclasses
 import time
 
 from vllm_spark.first_run.context import Context
-from vllm_spark.first_run.result import Outcome, StepFailedError
+from vllm_spark.first_run.result import Outcome
 
 DEFAULT_COLLECTIVES = {"cuda": 1_000_000, "cpu": 10_000}
 _SEED = 20
-_SAY_SECONDS = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Digest:
-    collectives: int
-    digest: str
+_NOTE_SECONDS = 5.0
 
 
 def run(context: Context) -> Outcome:
-    """Runs as many as the plan, or the default of the device, says."""
-    from vllm_spark.first_run.checked import ADVICE, CheckedCollectives
+    """Runs the number of the plan, or the default of the device."""
+    from vllm_spark.first_run.checked import CheckedCollectives, compare_digests
 
     count = context.plan.collectives or DEFAULT_COLLECTIVES[context.device]
     with context.runtime() as runtime:
         checked = CheckedCollectives(runtime, _SEED)
-        started = said = time.monotonic()
+        started = noted = time.monotonic()
         while checked.done < count:
             checked.run()
-            if time.monotonic() - said > _SAY_SECONDS:
-                said = time.monotonic()
-                context.say(f"{checked.done} of {count} random collectives")
+            if time.monotonic() - noted > _NOTE_SECONDS:
+                noted = time.monotonic()
+                context.note(f"{checked.done} of {count} random collectives")
         checked.check()
         seconds = time.monotonic() - started
-        mine = _Digest(count, checked.digest)
-        theirs = context.swap(mine)
+        digest = compare_digests(context, checked)
         counters = dataclasses.asdict(runtime.counters())
-    if mine != theirs:
-        raise StepFailedError(
-            f"the digest of {count} results is {mine.digest} here and {theirs.digest} on the other machine", ADVICE
-        )
     return Outcome(
-        f"{count} collectives, digest {mine.digest} on both",
-        {"collectives": count, "digest": mine.digest, "seconds": round(seconds, 3), "counters": counters},
+        f"{count} collectives, digest {digest} on both",
+        {"collectives": count, "digest": digest, "seconds": round(seconds, 3), "counters": counters},
     )

@@ -11,7 +11,6 @@ from vllm_spark.kernels.devices import DEVICES, Device
 from vllm_spark.kernels.finding import Finding, device_findings, provenance_findings, reach_findings, spans
 from vllm_spark.kernels.fused_moe.compile import INT4, Compiled, CompileError
 from vllm_spark.kernels.fused_moe.shapes import (
-    CUDA_BLOCKS_M,
     CUDA_TOKENS_OF_AN_EXPERT,
     INT4_GROUPS,
     INT4_GROUPS_IN_TILE,
@@ -53,10 +52,8 @@ _CHECKED_TOKENS = 16_384
 _LARGEST_TOP_K = 32
 """A table's name does not contain the number of experts of a token; no known model has more."""
 
-_IGNORED_BY_CUDA = {"GROUP_SIZE_M": (1,), "num_warps": (4, 8), "num_stages": (3,)}
-"""Parameters that this kernel does not have, and their usual values; large tiles spill on Triton with 4 warps."""
-
-_LARGEST_CUDA_BLOCK = CUDA_BLOCKS_M[-1]
+_LARGEST_CUDA_BLOCK = 64
+"""Rows of an expert in a block of vLLM's CUDA kernel for int4."""
 
 
 def check_fused_moe_table(path: Path, compile_row: Compile | None, vllm_tables: Path | None) -> Iterator[Finding]:
@@ -182,22 +179,10 @@ def _check_effect(
         source = provenance.rows.get(row)
         if source is not None and not repeats_vllm(source) and row not in effective:
             yield Finding(path, row, "note", f"it is {source.kind}, and has no effect: it is vLLM's choice")
-    if shape.dtype != "int4_w4a16":
-        return
-    for row, (_, last) in spans(table.rows, _CHECKED_TOKENS).items():
-        values = table.rows[row]
-        ignored = {
-            key: values[key] for key, usual in _IGNORED_BY_CUDA.items() if values.get(key, usual[0]) not in usual
-        }
-        if ignored and _is_cuda(shape, last):
-            words = ", ".join(f"{key}={value}" for key, value in ignored.items())
-            yield Finding(
-                path, row, "note", f"{words} has no effect: vLLM runs such steps with a CUDA kernel that ignores it"
-            )
 
 
 def _is_cuda(shape: FusedMoeShape, tokens: int) -> bool:
-    """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, whatever the experts of a token."""
+    """Whether vLLM 0.26 runs int4 experts with its CUDA kernel in a step of `tokens`, whatever `top_k` is."""
     return tokens * _LARGEST_TOP_K <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
 
 
@@ -241,8 +226,8 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
         )
     if integers and _is_cuda(shape, tokens) and row["BLOCK_SIZE_M"] > _LARGEST_CUDA_BLOCK:
         yield (
-            f"BLOCK_SIZE_M={row['BLOCK_SIZE_M']} is more than {_LARGEST_CUDA_BLOCK}, the maximum of vLLM's kernel for "
-            "few tokens"
+            f"BLOCK_SIZE_M={row['BLOCK_SIZE_M']} is more than {_LARGEST_CUDA_BLOCK}, the maximum of the CUDA kernel "
+            "with which vLLM 0.26 runs steps of few tokens"
         )
     if integers and "BLOCK_SIZE_K" in row and tokens <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts:
         # The CUDA kernel fails on other ratios. A token has one expert, at least.
@@ -250,7 +235,7 @@ def _row_faults(shape: FusedMoeShape, tokens: int, row: Mapping[str, int], group
             if row["BLOCK_SIZE_K"] // group not in INT4_GROUPS_IN_TILE:
                 yield (
                     f"BLOCK_SIZE_K={row['BLOCK_SIZE_K']} is {row['BLOCK_SIZE_K'] // group} groups of {group}, "
-                    "and vLLM's kernel for few tokens takes 1, 2, 4 or 8"
+                    "and the CUDA kernel with which vLLM 0.26 runs steps of few tokens takes 1, 2, 4 or 8"
                 )
                 return
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_spark.errors import SparkError
+from vllm_spark.errors import SparkError, first_line
 from vllm_spark.kernels.fused_moe.table import FusedMoeShape
 from vllm_spark.models.weights import Int4
 
@@ -176,7 +176,7 @@ def _compile(
             warnings.simplefilter("ignore")  # about Triton's future defaults
             result = triton.compile(ASTSource(function, signature, used, attributes), target=target, options=options)
     except Exception as error:  # Triton raises whatever its passes raise
-        raise CompileError(f"Triton refuses {_words(values | options)}: {_first_line(error)}") from None
+        raise CompileError(f"Triton refuses {_words(values | options)}: {first_line(error)}") from None
     registers, spilled = _assemble(result.asm["ptx"])
     return Compiled(result.metadata.shared, registers, spilled)
 
@@ -282,11 +282,11 @@ def _assemble(ptx: str) -> tuple[int, int]:
         except subprocess.TimeoutExpired:
             raise CompileError(f"the assembler took more than {_TIMEOUT_SECONDS:g} s for a kernel") from None
     if done.returncode:
-        raise CompileError(f"the assembler refuses a kernel: {_first_line(done.stderr)}")
+        raise CompileError(f"the assembler refuses a kernel: {first_line(done.stderr)}")
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     if registers is None or not spills:
-        raise CompileError(f"the assembler did not print a kernel's registers: {_first_line(done.stderr)}")
+        raise CompileError(f"the assembler did not print a kernel's registers: {first_line(done.stderr)}")
     return int(registers[1]), max(spills)
 
 
@@ -306,7 +306,3 @@ def _assembler() -> Path:
 
 def _words(values: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _first_line(error: object) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

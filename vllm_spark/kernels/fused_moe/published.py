@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.finding import spans
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, FusedMoeParameters, has_default, pinned_rows, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape, FusedMoeTable
 from vllm_spark.kernels.fused_moe.vllm_rows import rows_around, vllm_rows_provenance
-from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance, read_json, row_numbers
-from vllm_spark.records import first_fault
+from vllm_spark.kernels.table import VLLM_DEFAULT, Provenance, explained, read_json, row_numbers
 
 FOLDER = "published"
 """Folder of the sets in `configs/`."""
@@ -51,7 +49,7 @@ class PublishedSet(BaseModel):
     Attributes:
         source: repository and commit, or page.
         page: the files there.
-        grade: as in `Provenance`; None if nobody has judged it.
+        grade: as in `Provenance`; None if it was not judged.
         device: on which it was measured.
         machine: as the source describes it.
         date: of the measurement.
@@ -99,14 +97,8 @@ def load_published_set(path: Path) -> PublishedSet:
     Raises:
         ConfigurationError: it cannot be read or is not such a set; the message names the file and the fault.
     """
-    try:
+    with explained(path, "published set"):
         return PublishedSet.model_validate(read_json(path))
-    except OSError as error:
-        raise ConfigurationError(f"the published set {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a published set: {first_fault(error)}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not a published set: {error}") from None
 
 
 class LeftOut(BaseModel):
@@ -138,6 +130,14 @@ class LeftOut(BaseModel):
         return FusedMoeShape(self.experts, self.size_n, self.dtype, self.block_shape)
 
 
+class _SetsLeftOut(BaseModel):
+    """The content of `left_out.json`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sets: list[LeftOut]
+
+
 def sets_left_out(configs: Path) -> list[LeftOut]:
     """The sets in `left_out.json` of `configs`.
 
@@ -145,14 +145,8 @@ def sets_left_out(configs: Path) -> list[LeftOut]:
         ConfigurationError: it cannot be read or is invalid.
     """
     path = configs / "left_out.json"
-    try:
-        return [LeftOut.model_validate(each) for each in read_json(path)["sets"]]
-    except OSError as error:
-        raise ConfigurationError(f"the list {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a list of published sets: {first_fault(error)}") from None
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(f"{path} is not a list of published sets: {error}") from None
+    with explained(path, "list of published sets"):
+        return _SetsLeftOut.model_validate(read_json(path)).sets
 
 
 def published_sets(configs: Path) -> dict[str, PublishedSet]:
@@ -180,8 +174,10 @@ def published_table(published: PublishedSet, versions: Mapping[str, str]) -> tup
     else:
         rows = {tokens: row.parameters() for tokens, row in published.rows.items()}
         sources = {tokens: published.provenance(tokens) for tokens in published.rows}
-        own = (*range(1, min(published.rows)), *published.vllm)
-        around = {tokens: vllm_row(shape, device, tokens) for tokens in own} | pinned_rows(shape, device, largest)
+        around = {tokens: vllm_row(shape, device, tokens) for tokens in published.vllm}
+        if (first := min(published.rows)) > 1:
+            around |= pinned_rows(shape, device, above=0, upto=first - 1)
+        around |= pinned_rows(shape, device, above=largest)
         # Int4: without a version, since the rule of vLLM 0.32 is valid with each. Earlier ones choose blocks of 3 or 5
         # rows, which the kernel does not have.
         known = has_default(shape.table)

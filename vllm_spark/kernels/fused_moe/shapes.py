@@ -16,16 +16,13 @@ from vllm_spark.kernels.fused_moe.table import FusedMoeShape, load_fused_moe_tab
 from vllm_spark.models.weights import Int4
 
 INT4_GROUPS = (32, 64, 128)
-"""Group sizes for which vLLM has a special kernel, with its own rule, for steps of few tokens."""
+"""Group sizes for which vLLM's default has a rule of its own in steps of few tokens (`is_small_int4`)."""
 
 INT4_GROUPS_IN_TILE = (1, 2, 4, 8)
-"""Numbers of groups along a tile's depth that this kernel supports."""
+"""Numbers of groups along a tile's depth that vLLM's CUDA kernel for int4 supports (`is_small_int4`)."""
 
 CUDA_TOKENS_OF_AN_EXPERT = 6
 """Tokens of an expert, on average, up to which vLLM takes this kernel."""
-
-CUDA_BLOCKS_M = (16, 32, 64)
-"""Rows of an expert in a block of this kernel that are worth a trial; 64 is its maximum."""
 
 Format = Literal["fp8_w8a8", "int4_w4a16"]
 """vLLM's names of the formats that are searched for; bfloat16 has no name (None)."""
@@ -124,15 +121,19 @@ def vllm_has_table(shape: FusedMoeExperts, device: str) -> bool:
     return source is not None and (source.parent / "configs" / shape.table.file_name(device)).is_file()
 
 
-def pinned_rows(shape: FusedMoeExperts, device: str, above: int) -> dict[int, dict[str, int]]:
-    """Rows that give every step of more than `above` tokens vLLM's own choice.
+def pinned_rows(shape: FusedMoeExperts, device: str, above: int, upto: int | None = None) -> dict[int, dict[str, int]]:
+    """Rows that give every step of more than `above` tokens, and at most `upto` if given, vLLM's own choice.
 
-    vLLM uses the nearest row. So there is one at `above` + 1, one at each power of two, and one on both sides of every
-    change.
+    vLLM uses the nearest row. So there is one at `above` + 1, one at each power of two, one on both sides of every
+    change, and one at `upto`.
     """
     choose = _vllm_choice(shape, device)
-    first, last = above + 1, max(_LARGEST_PINNED, 129 * shape.experts)
-    keys = {first, *(2**power for power in range(last.bit_length()) if 2**power > above)}
+    first, last = above + 1, upto or max(_LARGEST_PINNED, 129 * shape.experts)
+    keys = {
+        first,
+        *([] if upto is None else [upto]),
+        *(2**power for power in range(last.bit_length()) if 2**power > above),
+    }
     before = choose(first)
     for tokens in range(first + 1, last + 1):
         now = choose(tokens)
@@ -157,17 +158,19 @@ def _int4_row(shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
 
     Earlier versions omit `GROUP_SIZE_M`, and do not round 3, 5, 6 and 7 rows up; the kernel supports neither.
     """
-    if runs_on_cuda_kernel(shape, tokens):
+    if is_small_int4(shape, tokens):
         size_m = min(16, 1 << (tokens - 1).bit_length())
     else:
         size_m = next((size for limit, size in ((20, 16), (40, 32)) if tokens <= limit), 64)
     return {"BLOCK_SIZE_M": size_m, "GROUP_SIZE_M": 1, "SPLIT_K": 1}
 
 
-def runs_on_cuda_kernel(shape: FusedMoeExperts, tokens: int) -> bool:
-    """Whether vLLM runs int4 experts with its CUDA kernel in a step of `tokens`, not with Triton.
+def is_small_int4(shape: FusedMoeExperts, tokens: int) -> bool:
+    """Whether vLLM's default for int4 follows the rule for few tokens in a step of `tokens`.
 
-    That kernel (`moe_wna16_gemm`) has a tile, and neither `GROUP_SIZE_M`, warps nor stages.
+    In such a step vLLM's function `fused_experts` runs a CUDA kernel (`moe_wna16_gemm`), which has a tile, and neither
+    `GROUP_SIZE_M`, warps nor stages. `benchmark_moe` measures that function, and vLLM 0.26 serves with it. The class
+    that serves with `--moe-backend triton` since vLLM 0.27, `TritonWNA16Experts`, always runs Triton's kernel.
     """
     few = tokens * shape.top_k <= CUDA_TOKENS_OF_AN_EXPERT * shape.experts
     return shape.is_int4 and shape.group_size in INT4_GROUPS and few

@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
-from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import atomic_write_text
-from vllm_spark.kernels.table import LARGEST_ROW, VLLM_DEFAULT, Provenance, is_row_number, read_json, row_numbers
-from vllm_spark.records import first_fault
+from vllm_spark.kernels.table import (
+    LARGEST_ROW,
+    VLLM_DEFAULT,
+    Provenance,
+    explained,
+    is_row_number,
+    read_json,
+    row_numbers,
+)
 
 FOLDER = "fused_moe"
 """Folder of these tables, in `configs/` and in a user's folder of tuned tables."""
@@ -82,8 +88,8 @@ class FusedMoeProvenance(BaseModel):
     Attributes:
         models: for people: whose layers have this shape, at which tensor-parallel size.
         rows: provenance for each key of the table.
-        group_size: of 4-bit weights, for which the table is meant; its name does not say.
-        hidden: width of the model whose experts were measured, if only one was; the name does not say.
+        group_size: of 4-bit weights, for which the table is meant; not in its name.
+        hidden: width of the model whose experts were measured, if only one was; not in the name.
         top_k: experts of a token there.
     """
 
@@ -112,31 +118,8 @@ def load_fused_moe_table(path: Path) -> FusedMoeTable:
     Raises:
         ConfigurationError: it cannot be read, or vLLM could not use it; the message names the file and the fault.
     """
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise ConfigurationError(f"the FusedMoE table {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not a FusedMoE table: {error}") from None
-    version = content.pop("triton_version", None)
-    rows: dict[int, dict[str, int]] = {}
-    for key, values in content.items():
-        if not is_row_number(key):
-            raise ConfigurationError(
-                f"{path} is not a FusedMoE table: {reprlib.repr(key)} is not a number of tokens from 1 to {LARGEST_ROW}"
-            )
-        if not isinstance(values, dict) or not all(
-            type(value) is int and abs(value) < 2**31 for value in values.values()
-        ):
-            raise ConfigurationError(
-                f"{path} is not a FusedMoE table: row {key} must map names to 32-bit whole numbers"
-            )
-        rows[int(key)] = values
-    if not rows:
-        raise ConfigurationError(f"{path} is not a FusedMoE table: it has no rows")
-    if version is not None and not isinstance(version, str):
-        raise ConfigurationError(f"{path} is not a FusedMoE table: triton_version is {version!r}, not text")
-    return FusedMoeTable(rows, version)
+    with explained(path, "FusedMoE table"):
+        return _checked_table(read_json(path))
 
 
 def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
@@ -146,16 +129,11 @@ def load_fused_moe_provenance(table: Path) -> FusedMoeProvenance | None:
         ConfigurationError: there is one, and it cannot be read or holds something else.
     """
     path = provenance_path(table)
-    try:
-        return FusedMoeProvenance.model_validate(read_json(path))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigurationError(f"the provenance {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a provenance file: {first_fault(error)}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not a provenance file: {error}") from None
+    with explained(path, "provenance file"):
+        try:
+            return FusedMoeProvenance.model_validate(read_json(path))
+        except FileNotFoundError:
+            return None
 
 
 def store_fused_moe_table(
@@ -175,3 +153,22 @@ def store_fused_moe_table(
     content |= {str(tokens): table.rows[tokens] for tokens in sorted(table.rows)}
     atomic_write_text(path, json.dumps(content, indent=2) + "\n", "table")
     return path
+
+
+def _checked_table(content: dict[str, Any]) -> FusedMoeTable:
+    """Raises ValueError for what vLLM could not use."""
+    version = content.pop("triton_version", None)
+    rows: dict[int, dict[str, int]] = {}
+    for key, values in content.items():
+        if not is_row_number(key):
+            raise ValueError(f"{reprlib.repr(key)} is not a number of tokens from 1 to {LARGEST_ROW}")
+        if not isinstance(values, dict) or not all(
+            type(value) is int and abs(value) < 2**31 for value in values.values()
+        ):
+            raise ValueError(f"row {key} must map names to 32-bit whole numbers")
+        rows[int(key)] = values
+    if not rows:
+        raise ValueError("it has no rows")
+    if version is not None and not isinstance(version, str):
+        raise ValueError(f"triton_version is {version!r}, not text")
+    return FusedMoeTable(rows, version)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
+from vllm_spark.compat.versions import source_version
 from vllm_spark.kernels.finding import spans
 from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, has_default, pinned_rows, vllm_has_table, vllm_row
 from vllm_spark.kernels.fused_moe.table import FusedMoeProvenance, FusedMoeShape
@@ -44,11 +45,11 @@ def repeats_vllm(row: Provenance) -> bool:
 
 
 def outdated_rows(provenance: FusedMoeProvenance, vllm: str) -> dict[int, str]:
-    """Rows that repeat the choice of another version of vLLM than `vllm`, with that version."""
+    """Rows that repeat the choice of another version of vLLM's source than `vllm`, with that version."""
     return {
         tokens: row.versions["vllm"]
         for tokens, row in provenance.rows.items()
-        if repeats_vllm(row) and row.versions.get("vllm", vllm) != vllm
+        if repeats_vllm(row) and source_version(row.versions.get("vllm", vllm)) != source_version(vllm)
     }
 
 

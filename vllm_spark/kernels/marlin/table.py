@@ -9,12 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
-from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import atomic_write_text
-from vllm_spark.kernels.table import Provenance, read_json, row_numbers
-from vllm_spark.records import first_fault
+from vllm_spark.kernels.table import Provenance, explained, read_json, row_numbers
 
 FOLDER = "marlin"
 """Folder of these tables, in `configs/` and in a user's folder of tuned tables."""
@@ -140,14 +138,8 @@ def load_marlin_table(path: Path) -> MarlinTable:
     Raises:
         ConfigurationError: it cannot be read or is not such a table; the message names the file and the fault.
     """
-    try:
+    with explained(path, "Marlin table"):
         return MarlinTable.model_validate(read_json(path))
-    except OSError as error:
-        raise ConfigurationError(f"the Marlin table {path} cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise ConfigurationError(f"{path} is not a Marlin table: {first_fault(error)}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is not a Marlin table: {error}") from None
 
 
 def store_marlin_table(table: MarlinTable, folder: Path) -> Path:

@@ -107,7 +107,7 @@ class MarlinCalls:
             row = table.row(rows)
             if row is None:
                 return {}
-            if fault := self._fault(row, shape, rows, top_k, block_size_m, workspace):
+            if fault := self._fault(row, shape, block_size_m, workspace):
                 logger.warning("Ignoring tuned parameters for %d rows in %s: %s.", rows, path, fault)
                 return {}
             return _arguments(row)
@@ -115,9 +115,7 @@ class MarlinCalls:
             self._log_default(shapes[0])
         return {}
 
-    def _fault(
-        self, row: MarlinParameters, shape: MarlinShape, rows: int, top_k: int, block_size_m: int, workspace: int
-    ) -> str | None:
+    def _fault(self, row: MarlinParameters, shape: MarlinShape, block_size_m: int, workspace: int) -> str | None:
         """Why the parameters cannot be used for this call; None if they can."""
         if row.block_size_m is not None and row.block_size_m != block_size_m:
             return f"they are for block_size_m={row.block_size_m}, and vLLM uses block_size_m={block_size_m} here"

@@ -3,7 +3,8 @@
 Noise decides which of many candidates is the fastest: of 32 repetitions of one kernel on a GB10, the fastest was 2 to
 4 % faster than their median. So candidates that run the same kernel are repetitions of each other, their median counts,
 and of those within the noise of the fastest the one is taken that is within it for most numbers of tokens. A row is
-used only where vLLM's own choice was measured as well and took longer.
+used only where vLLM's own choice was measured as well and took longer. Times of int4 in steps of few tokens are left
+out: `benchmark_moe` measures another kernel there than serves (`is_small_int4`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vllm_spark.files import read_regular
 from vllm_spark.kernels.devices import DEVICES
 from vllm_spark.kernels.finding import TOLERATED_LOSS
 from vllm_spark.kernels.fused_moe.check import shared_bytes
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, runs_on_cuda_kernel, vllm_row
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, is_small_int4, vllm_row
 from vllm_spark.kernels.table import LARGEST_ROW
 
 COLUMNS = ("M", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages", "kernel_us")
@@ -28,16 +29,13 @@ COLUMNS = ("M", "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_st
 
 _LARGEST_FILE = 64 << 20
 _NAMES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
-_USUAL = {"GROUP_SIZE_M": 1, "num_warps": 8, "num_stages": 3}
-"""Parameters that vLLM's CUDA kernel for int4 does not have: with these, Triton's kernel does not spill either."""
 
-Tile = tuple[int, int, int]
 Candidate = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SizeResult:
-    """What the times say for one number of tokens.
+    """The result of the times for one number of tokens.
 
     Attributes:
         tokens: of the step.
@@ -96,70 +94,59 @@ def evaluate(
     times: Mapping[int, Mapping[Candidate, list[float]]],
     shape: FusedMoeExperts,
     device: str,
-    reference: Tile | None = None,
 ) -> list[SizeResult]:
-    """The row for each number of tokens.
+    """The row for each number of tokens for which the kernel that serves was measured.
 
     Args:
         times: as `read_times` returns them.
         shape: that was measured.
         device: on which, as in names of tables.
-        reference: tile whose time stands for vLLM's choice where vLLM runs int4 experts with its CUDA kernel, whose
-            tiles differ between the two GEMMs and so are not among the candidates.
 
     Raises:
         ConfigurationError: no candidate for a size can run on the device.
     """
-    medians = {tokens: _medians(its, shape, tokens) for tokens, its in sorted(times.items())}
+    medians = {
+        tokens: _medians(its, shape) for tokens, its in sorted(times.items()) if not is_small_int4(shape, tokens)
+    }
     results = []
     for tokens, known in medians.items():
-        fitting = {key: value for key, value in known.items() if _fits(_row(key, shape, tokens), shape, device)}
+        fitting = {key: value for key, value in known.items() if _fits(_row(key), shape, device)}
         if not fitting:
             raise ConfigurationError(f"no candidate for {tokens} tokens fits the shared memory of {device}")
-        chosen = _chosen(fitting, _comparable(medians, shape, tokens))
+        chosen = _chosen(fitting, medians.values())
         time, repetitions = fitting[chosen]
-        theirs = _vllm_time(known, shape, device, tokens, reference)
+        theirs = _vllm_time(known, shape, device, tokens)
         used = theirs is not None and time < (1 - TOLERATED_LOSS) * theirs
-        results.append(SizeResult(tokens, _row(chosen, shape, tokens), time, repetitions, theirs, used))
+        results.append(SizeResult(tokens, _row(chosen), time, repetitions, theirs, used))
     return results
 
 
 Medians = Mapping[Candidate, tuple[float, int]]
 
 
-def _medians(candidates: Mapping[Candidate, list[float]], shape: FusedMoeExperts, tokens: int) -> Medians:
+def _medians(candidates: Mapping[Candidate, list[float]], shape: FusedMoeExperts) -> Medians:
     """Median and number of the times of each kernel that differs."""
     merged: dict[Candidate, list[float]] = {}
     for candidate, its in candidates.items():
-        merged.setdefault(_kernel(candidate, shape, tokens), []).extend(its)
+        merged.setdefault(_kernel(candidate, shape), []).extend(its)
     return {key: (statistics.median(its), len(its)) for key, its in merged.items()}
 
 
-def _kernel(candidate: Candidate, shape: FusedMoeExperts, tokens: int) -> Candidate:
+def _kernel(candidate: Candidate, shape: FusedMoeExperts) -> Candidate:
     """The part of a candidate that makes a difference."""
     size_m, size_n, size_k, *rest = candidate
-    if runs_on_cuda_kernel(shape, tokens):
-        return size_m, size_n, size_k
     if shape.block_shape is not None:
         size_k = min(size_k, *shape.block_shape)
     return size_m, size_n, size_k, *rest
 
 
-def _row(kernel: Candidate, shape: FusedMoeExperts, tokens: int) -> dict[str, int]:
-    row = dict(zip(_NAMES, kernel, strict=False))
-    return {**row, "SPLIT_K": 1, **(_USUAL if runs_on_cuda_kernel(shape, tokens) else {})}
+def _row(kernel: Candidate) -> dict[str, int]:
+    return {**dict(zip(_NAMES, kernel, strict=True)), "SPLIT_K": 1}
 
 
 def _fits(row: Mapping[str, int], shape: FusedMoeExperts, device: str) -> bool:
-    """Also rows of the CUDA kernel must fit Triton's: experts with another top_k use the same table."""
     needed, limits = shared_bytes(shape.table, row), DEVICES.get(device)
     return needed is None or limits is None or needed <= limits.shared_bytes
-
-
-def _comparable(medians: Mapping[int, Medians], shape: FusedMoeExperts, tokens: int) -> list[Medians]:
-    """The medians of all sizes that run on the same kernel."""
-    cuda = runs_on_cuda_kernel(shape, tokens)
-    return [known for other, known in medians.items() if runs_on_cuda_kernel(shape, other) == cuda]
 
 
 def _chosen(fitting: Medians, others: Iterable[Medians]) -> Candidate:
@@ -177,20 +164,14 @@ def _within_noise(known: Medians) -> list[Candidate]:
     return [candidate for candidate, (time, _) in known.items() if time <= (1 + TOLERATED_LOSS) * fastest]
 
 
-def _vllm_time(
-    known: Medians, shape: FusedMoeExperts, device: str, tokens: int, reference: Tile | None
-) -> float | None:
+def _vllm_time(known: Medians, shape: FusedMoeExperts, device: str, tokens: int) -> float | None:
     """The median of vLLM's own choice, if it is among the candidates."""
-    own: Candidate | None
-    if runs_on_cuda_kernel(shape, tokens):
-        own = reference
-    else:
-        row = vllm_row(shape, device, tokens)
-        if shape.is_int4:  # vLLM completes it; Triton's own defaults for the rest
-            wide = (32, 64) if tokens == 1 else (64, 32)
-            row |= {"BLOCK_SIZE_N": wide[0], "BLOCK_SIZE_K": wide[1], "num_warps": 4, "num_stages": 3}
-        own = _kernel(tuple(row[name] for name in _NAMES), shape, tokens)
-    return None if own is None or own not in known else known[own][0]
+    row = vllm_row(shape, device, tokens)
+    if shape.is_int4:  # vLLM completes it; Triton's own defaults for the rest
+        wide = (32, 64) if tokens == 1 else (64, 32)
+        row |= {"BLOCK_SIZE_N": wide[0], "BLOCK_SIZE_K": wide[1], "num_warps": 4, "num_stages": 3}
+    own = _kernel(tuple(row[name] for name in _NAMES), shape)
+    return known[own][0] if own in known else None
 
 
 def _positive(text: str) -> int:

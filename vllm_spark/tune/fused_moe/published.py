@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_spark.compat.versions import installed_vllm
+from vllm_spark.compat.versions import installed_vllm, vllm_source
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.files import configs_folder
 from vllm_spark.kernels.fused_moe import table as fused_moe_table
@@ -25,9 +25,9 @@ def write_tables(configs: Path, folder: Path) -> list[Path]:
         ConfigurationError: vLLM, whose choice the other rows have, is not installed; a set is invalid, or has no row
             that differs from vLLM's choice; or a table cannot be written.
     """
-    version = installed_vllm()
-    if version is None or kernel_source() is None:
+    if installed_vllm() is None or kernel_source() is None:
         raise ConfigurationError("vLLM, whose own choice the tables have in most rows, is not installed; install it")
+    version = vllm_source()
     written = []
     for name, published in published_sets(configs).items():
         table, provenance = published_table(published, {"vllm": version})

@@ -7,8 +7,6 @@ vLLM's space of 1920 rows is reduced to some dozens:
 - `GROUP_SIZE_M` orders an expert's blocks of rows; there is only one, so it is 1.
 - Rows that do not fit into shared memory, do not compile in time, or spill registers are excluded (`trial`).
 - fp8 in blocks: the kernel limits `BLOCK_SIZE_K` to the block, so larger values are duplicates.
-- int4 in a step of few tokens: vLLM runs a CUDA kernel, which has no warps and no stages. On a GB10 its blocks of 32
-  and 64 rows were the fastest for one token already.
 - int4: a tile has 1, 2, 4 or 8 whole groups, as vLLM's kernels require, and a column has whole tiles, since the kernel
   does not check for the end of the weights.
 - A tile wider than both matrices is excluded.
@@ -25,13 +23,7 @@ from functools import partial
 from vllm_spark.errors import SparkError
 from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.fused_moe.check import shared_bytes
-from vllm_spark.kernels.fused_moe.shapes import (
-    CUDA_BLOCKS_M,
-    INT4_GROUPS_IN_TILE,
-    FusedMoeExperts,
-    FusedMoeParameters,
-    runs_on_cuda_kernel,
-)
+from vllm_spark.kernels.fused_moe.shapes import INT4_GROUPS_IN_TILE, FusedMoeExperts, FusedMoeParameters
 from vllm_spark.tune.fused_moe.problem import ExpertsWeights, FusedMoeProblem, expert_bytes, layer_bytes, random_weights
 from vllm_spark.tune.fused_moe.trial import Trials
 from vllm_spark.tune.results import FusedMoeOutcome
@@ -44,21 +36,16 @@ PRUNE_RATIO_ELSEWHERE = 1.5
 
 _SIZES_N = (32, 64, 128, 256)
 _SIZES_K = (64, 128, 256)
-_WARPS: tuple[int, ...] = (4, 8)
-_STAGES: tuple[int, ...] = (2, 3, 4, 5)
-_CUDA_WARPS, _CUDA_STAGES = (8,), (3,)
+_WARPS = (4, 8)
+_STAGES = (2, 3, 4, 5)
 
 
 def search_space(shape: FusedMoeExperts, rows: int, device: Device) -> list[FusedMoeParameters]:
     """Candidate rows for a step of `rows` tokens, before any of them is compiled."""
-    sizes_m: tuple[int, ...] = (16,) if rows <= 16 else (16, 32)
-    warps_tried, stages_tried = _WARPS, _STAGES
-    if runs_on_cuda_kernel(shape, rows):
-        sizes_m, warps_tried, stages_tried = CUDA_BLOCKS_M, _CUDA_WARPS, _CUDA_STAGES
     return [
         each
         for size_m, size_n, size_k, warps, stages in itertools.product(
-            sizes_m, _SIZES_N, _SIZES_K, warps_tried, stages_tried
+            (16,) if rows <= 16 else (16, 32), _SIZES_N, _SIZES_K, _WARPS, _STAGES
         )
         if _fits(
             shape,

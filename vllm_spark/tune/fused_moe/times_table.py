@@ -9,13 +9,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vllm_spark.compat.versions import installed_vllm
+from vllm_spark.compat.versions import installed_vllm, vllm_source
 from vllm_spark.errors import ConfigurationError
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.fused_moe.published import PublishedRow, PublishedSet, published_table
-from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts, runs_on_cuda_kernel
+from vllm_spark.kernels.fused_moe.shapes import FusedMoeExperts
 from vllm_spark.kernels.lookup import user_folder
-from vllm_spark.tune.fused_moe.from_times import SizeResult, Tile, evaluate, read_times
+from vllm_spark.tune.fused_moe.from_times import SizeResult, evaluate, read_times
 from vllm_spark.tune.plan import check_folder, make_plan
 from vllm_spark.tune.tables import NewFusedMoeTable, store_tables
 
@@ -41,7 +41,6 @@ def write_table(
     times: Path,
     source: str,
     device: str | None = None,
-    reference: Tile | None = None,
     out: Path | None = None,
     on_note: Callable[[str], None] = lambda sentence: None,
 ) -> TimesOutcome:
@@ -53,9 +52,8 @@ def write_table(
         times: file of them, as for `read_times`.
         source: where they come from.
         device: on which they were measured; None for a GB10.
-        reference: as for `evaluate`.
         out: folder of the table; None for the one that serving reads.
-        on_note: called with a sentence about a table that was backed up.
+        on_note: called with a sentence about times that are left out, or a table that was backed up.
 
     Raises:
         ConfigurationError: the model has not exactly one shape of experts for Triton, the times cannot be used, or the
@@ -67,13 +65,20 @@ def write_table(
     if folder is None:
         raise ConfigurationError("this user has no home folder for the tables; give a folder with --output")
     check_folder(folder, "--output")
-    version = installed_vllm()
-    if version is None:
+    if installed_vllm() is None:
         raise ConfigurationError("vLLM, whose own choice the other rows of a table have, is not installed; install it")
-    results = evaluate(read_times(times), shape, name, reference)
+    measured = read_times(times)
+    results = evaluate(measured, shape, name)
+    if left_out := sorted(measured.keys() - {each.tokens for each in results}):
+        on_note(
+            f"Left out, because vLLM's benchmark measures another kernel of int4 there than serves: the times for "
+            f"{', '.join(map(str, left_out))} tokens"
+        )
     path = None
     if any(each.used for each in results):
-        table, provenance = published_table(_as_set(shape, label, name, source, times, results), {"vllm": version})
+        table, provenance = published_table(
+            _as_set(shape, label, name, source, times, results), {"vllm": vllm_source()}
+        )
         (path,) = store_tables([NewFusedMoeTable(name, shape.table, table, provenance)], folder, on_note)
     return TimesOutcome(_shown(results, shape), path, results)
 
@@ -111,16 +116,13 @@ def _as_set(
 
 def _shown(results: Sequence[SizeResult], shape: FusedMoeExperts) -> Table:
     table = Table(title=f"{shape.describe()}: microseconds, medians", title_justify="left", box=None)
-    for heading in ("tokens", "kernel", "tile", "warps, stages", "times", "median", "vLLM's choice", "gain", ""):
-        table.add_column(heading, justify="left" if heading in ("kernel", "tile", "") else "right")
+    for heading in ("tokens", "tile", "warps, stages", "times", "median", "vLLM's choice", "gain", ""):
+        table.add_column(heading, justify="left" if heading in ("tile", "") else "right")
     for each in results:
-        cuda = runs_on_cuda_kernel(shape, each.tokens)
-        tile = " x ".join(str(each.row[f"BLOCK_SIZE_{axis}"]) for axis in "MNK")
         table.add_row(
             str(each.tokens),
-            "CUDA" if cuda else "Triton",
-            tile,
-            "-" if cuda else f"{each.row['num_warps']}, {each.row['num_stages']}",
+            " x ".join(str(each.row[f"BLOCK_SIZE_{axis}"]) for axis in "MNK"),
+            f"{each.row['num_warps']}, {each.row['num_stages']}",
             str(each.repetitions),
             f"{each.microseconds:.1f}",
             "not measured" if each.vllm_us is None else f"{each.vllm_us:.1f}",

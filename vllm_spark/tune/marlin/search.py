@@ -14,7 +14,7 @@ from vllm_spark.tune.results import BLOCK_SIZE_M, MARLIN_DEFAULT, MarlinOutcome
 from vllm_spark.tune.search import CALLS, cold_layers, find, runs
 
 
-def search_space(shape: MarlinShape, rows: int, device: Device) -> list[MarlinParameters]:
+def search_space(shape: MarlinShape, device: Device) -> list[MarlinParameters]:
     """Every compiled tile that divides the matrix, with every number of blocks that can be resident together."""
     gemm = Gemm(True, shape.size_n, shape.size_k, shape.group_size, shape.quant_type, BLOCK_SIZE_M)
     return [
@@ -69,7 +69,7 @@ def search(
         SparkError: a kernel failed.
     """
     problem, others = (MarlinProblem(shape, layers, rows, CALLS, seed=rows + more) for more in (0, 100))
-    space = (each for each in search_space(shape, rows, device) if each not in hung)
+    space = (each for each in search_space(shape, device) if each not in hung)
     candidates = [each for each in space if runs(problem, each, "Marlin")]
     found = find(problem, others, MARLIN_DEFAULT, candidates, rounds)
     return MarlinOutcome(

@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from benchmarks.marlin_times import Constants, Measured, agreement, fit, partition, predict
 from vllm_spark.kernels.devices import GB10
 from vllm_spark.kernels.marlin.table import MarlinParameters
 from vllm_spark.tune.marlin.search import search_space
-from vllm_spark.tune.marlin.time_model import Constants, Measured, agreement, fit, partition, predict, ranking
 
 from .tuning_outcomes import W13
 
@@ -54,22 +54,21 @@ def test_constants_come_back_from_times(noise: float) -> None:
     times = [
         Measured(shape, active, each, predict(shape, active, each, 48, CONSTANTS) * draw.gauss(1, noise))
         for shape in SHAPES[:2]
-        for rows, active in ACTIVE.items()
-        for each in search_space(shape, rows, GB10)
+        for active in ACTIVE.values()
+        for each in search_space(shape, GB10)
     ]
     found = fit(times, 48)
     for shape in SHAPES[2:]:
-        for rows, active in ACTIVE.items():
-            candidates = search_space(shape, rows, GB10)
-            true = {each: predict(shape, active, each, 48, CONSTANTS) for each in candidates}
-            for each, time in true.items():
-                assert predict(shape, active, each, 48, found) == pytest.approx(time, rel=0.06)
-            first, _ = ranking(shape, active, candidates, GB10, found)[0]
+        for active in ACTIVE.values():
+            true = {each: predict(shape, active, each, 48, CONSTANTS) for each in search_space(shape, GB10)}
+            predicted = {each: predict(shape, active, each, 48, found) for each in true}
+            assert predicted == pytest.approx(true, rel=0.06)
+            first = min(predicted, key=predicted.__getitem__)
             assert true[first] <= 1.03 * min(true.values())
 
 
 def test_agreement_with_measurements() -> None:
-    candidates = search_space(W13, 1, GB10)
+    candidates = search_space(W13, GB10)
     ratios = {each: predict(W13, 8, each, 48, CONSTANTS) / 20 for each in candidates}
     same = agreement(W13, 1, 8, ratios, 48, CONSTANTS)
     assert same.excess == 0

@@ -4,23 +4,22 @@ The kernel divides all slices (`thread_k` rows of a column that is one tile wide
 stripe of slices may end within a column, and the blocks that share a column add their sums one after the other. A block
 loads `STAGES - 1` slices ahead of the one that it multiplies. So the model has five constants of a GPU: a start, the
 memory's bandwidth, its latency, the beginning of a column, and the handing over of a sum. `fit` determines them from
-times, and `ranking` orders all candidates of a shape.
+times, and `predict` gives the time of a candidate.
 
-It is not used for tables that come with this project: its constants for a GB10 are not known, and it has not been
-confirmed on another GPU yet (benchmarks/marlin_model.py compares it with measurements).
+It is no part of the product: its constants for a GB10 are not known, and it has not been confirmed on another GPU yet
+(benchmarks/marlin_model.py compares it with measurements).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_spark.kernels.devices import Device
 from vllm_spark.kernels.marlin.rules import QUANTIZATIONS, STAGES, Tile
 from vllm_spark.kernels.marlin.table import MarlinParameters, MarlinShape
 
@@ -103,18 +102,6 @@ def predict(
     """Microseconds of one call; arguments as for `partition`."""
     work = partition(shape, active, parameters, multiprocessors)
     return constants.start_us + _load_us(work, constants.bandwidth, constants.latency_ns) + _rest_us(work, constants)
-
-
-def ranking(
-    shape: MarlinShape,
-    active: float,
-    candidates: Iterable[MarlinParameters],
-    device: Device,
-    constants: Constants,
-) -> list[tuple[MarlinParameters, float]]:
-    """The candidates with their predicted microseconds, the fastest first."""
-    times = [(each, predict(shape, active, each, device.multiprocessors, constants)) for each in candidates]
-    return sorted(times, key=lambda pair: pair[1])
 
 
 @dataclass(frozen=True)

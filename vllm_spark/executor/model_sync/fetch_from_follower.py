@@ -1,4 +1,4 @@
-"""The other direction: a leader lacks a model that its follower has, and asks for it before it starts.
+"""Copies what a follower has to its leader: one that lacks a model which its follower has asks for it before it starts.
 
 The leader listens, sends SEARCH in place of an OFFER, and copies what was found over connections that the follower
 opens when it is told how many (SEND). Then the leader ends the session, and starts as if it had always had the files.
@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from vllm_spark.config.settings import SparkConfig
@@ -34,10 +35,17 @@ from vllm_spark.executor.model_files.comparison import ModelIdentity
 from vllm_spark.executor.model_files.hub_cache import cached_snapshot, hub_place_of, is_path
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.weights import CONSOLIDATED, missing_weights
+from vllm_spark.executor.model_sync.destination import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.manifest import Manifest, is_hub_place
-from vllm_spark.executor.model_sync.place import FolderPlace, Place, SnapshotPlace, choose_place
 from vllm_spark.executor.model_sync.progress import CopyDisplay
-from vllm_spark.executor.model_sync.receiver import MOST_STREAMS, Stream, ThreadStream, ask_for_list, copy_files
+from vllm_spark.executor.model_sync.receiver import (
+    MOST_STREAMS,
+    Stream,
+    ThreadStream,
+    ask_for_list,
+    copy_files,
+    start_all,
+)
 from vllm_spark.executor.model_sync.remedies import LEADER_REMEDIES
 from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.model_sync.stream import connect_copy
@@ -134,7 +142,13 @@ class _Copier:
             return copy_files(files, manifest, {}, self._open_streams, report, place=place)
 
     def _open_streams(self, count: int, lock: int) -> list[Stream]:
-        return [ThreadStream(connection) for connection in self._connections(count)]
+        connections = self._connections(count)
+        with contextlib.ExitStack() as unused:
+            for connection in connections:
+                unused.callback(connection.close)
+            streams = start_all(partial(ThreadStream, connection) for connection in connections)
+            unused.pop_all()
+        return streams
 
     def _connections(self, count: int) -> list[Connection]:
         self._control.send(Kind.SEND, to_json(Send(count)), timeout=_SEND_TIMEOUT)
@@ -156,9 +170,7 @@ class _Copier:
 def _place_of(sought: Sought, files: LoadedFiles, manifest: Manifest, cache: str | None) -> Place:
     """The place that vLLM will look at: the path that the user gave, or the hub's cache under that name."""
     if is_path(sought.name):
-        place: Place = FolderPlace(
-            Path(os.path.abspath(os.path.expanduser(sought.name))), files, remedies=LEADER_REMEDIES
-        )
+        place: Place = FolderPlace(_path_of(sought.name), files, remedies=LEADER_REMEDIES)
     elif files.hub is not None and files.hub.repository == sought.name and is_hub_place(files.hub):
         place = SnapshotPlace(files.hub, files, cache, remedies=LEADER_REMEDIES)
     else:
@@ -166,6 +178,11 @@ def _place_of(sought: Sought, files: LoadedFiles, manifest: Manifest, cache: str
     if error := place.conflict(manifest):
         raise error
     return place
+
+
+def _path_of(name: str) -> Path:
+    """The absolute path on this machine that a name which is a path means."""
+    return Path(os.path.abspath(os.path.expanduser(name)))
 
 
 def answer_search(control: Connection, frame: Frame, connector: Connector, config: SparkConfig) -> None:
@@ -206,7 +223,7 @@ def answer_search(control: Connection, frame: Frame, connector: Connector, confi
                     display.show(state)
     finally:
         sender.close()
-    logger.info("%s.", upper_first("the leader has what it asked for"))
+    logger.info("The leader at %s has what it asked for.", connector.endpoint)
 
 
 _ORDERS = (Kind.SEND, Kind.PROGRESS, Kind.LEAVE, Kind.FAILURE)
@@ -222,7 +239,7 @@ def find_named(sought: Sought, mapping: Mapping[str, Path]) -> LoadedFiles | Non
     if (mapped := mapping.get(sought.name)) is not None:
         place: Path | None = mapped
     elif is_path(sought.name):
-        place = Path(os.path.abspath(os.path.expanduser(sought.name)))
+        place = _path_of(sought.name)
     else:
         place = cached_snapshot(sought.name, sought.revision)
     if place is None or not os.path.isdir(place):

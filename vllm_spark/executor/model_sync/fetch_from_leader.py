@@ -11,7 +11,14 @@ from vllm_spark.executor.handshake.client import Connector
 from vllm_spark.executor.handshake.messages import CopyState
 from vllm_spark.executor.model_files.loaded import LoadedFiles
 from vllm_spark.executor.model_files.own import find_own
-from vllm_spark.executor.model_sync.receiver import ProcessStream, Stream, ThreadStream, ask_for_list, copy_files
+from vllm_spark.executor.model_sync.receiver import (
+    ProcessStream,
+    Stream,
+    ThreadStream,
+    ask_for_list,
+    copy_files,
+    start_all,
+)
 from vllm_spark.executor.model_sync.stream import StreamSettings, connect_copy
 
 
@@ -48,12 +55,4 @@ def _open_streams(connector: Connector, config: SparkConfig, count: int, lock: i
     if count == 1:  # little to copy: a process would take longer to start
         return [ThreadStream(connect_copy(connector))]
     settings = StreamSettings(config.model_dump_json(), connector.host, connector.port, connector.session)
-    streams: list[Stream] = []
-    try:
-        for _ in range(count):
-            streams.append(ProcessStream(settings, lock))
-    except BaseException:
-        for stream in streams:
-            stream.close()
-        raise
-    return streams
+    return start_all([partial(ProcessStream, settings, lock)] * count)

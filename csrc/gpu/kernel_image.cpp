@@ -1,4 +1,4 @@
-#include "kernels.hpp"
+#include "kernel_image.hpp"
 
 #include <algorithm>
 #include <limits>

@@ -153,8 +153,7 @@ class FolderPlace(Place):
         path = file_below(self._folder, file.name)
         if not os.path.lexists(path):
             return None
-        identity = self.wanted.identity
-        if (file.name in identity.configuration or file.name in identity.weights) and file_digest(path) != file.digest:
+        if file.name in self.wanted.identity.digests and file_digest(path) != file.digest:
             raise RefusedError(self._other_version(path))
         return path
 
@@ -328,7 +327,7 @@ def _link(source: Path, target: Path, file: CopiedFile) -> None:
 
 
 def _add_ref(path: Path, commit: str) -> None:
-    """Says which commit a branch is, if that is not known here."""
+    """Records which commit a branch is, if there is no such branch here."""
     path.parent.mkdir(exist_ok=True)
     if not os.path.lexists(path):
         path.write_text(commit)
@@ -350,9 +349,7 @@ def _further_files(folder: Path, wanted: LoadedFiles, manifest: Manifest) -> lis
     """
     if single_name(wanted) is not None or not os.path.isdir(folder):
         return []
-    compared = {**wanted.identity.configuration, **wanted.identity.weights}
-    found = wanted.identity_at(folder)
-    further = {name for name in {**found.configuration, **found.weights} if name not in compared}
+    further = wanted.identity_at(folder).digests.keys() - wanted.identity.digests.keys()
     if wanted.kind == "model":
         # Some weight files are not loaded once those that are copied are beside them.
         here = os.listdir(folder)
