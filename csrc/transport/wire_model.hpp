@@ -37,7 +37,7 @@ class WireModel {
  public:
   using Time = std::chrono::nanoseconds;  // since any moment, the same one in all calls
 
-  // Throws UsageError for figures that are no model: no rail, a curve without points or that descends,
+  // Throws UsageError for figures that describe no link: no rail, a curve without points or that descends,
   // negative or infinite numbers.
   explicit WireModel(const WireFigures& figures);
 

@@ -158,7 +158,7 @@ class EngineStatus:
         self._put(_RUN, _Run(os.getpid(), ended=True, clean=clean))
 
     def mark_stop_requested(self) -> None:
-        """Records that the running engine is told to end; however it ends, that is no failure of it from now on.
+        """Records that the running engine is told to end; however it ends, it does not count as a failure now.
 
         Does nothing if it does not run: the reason why it ended stays.
         """

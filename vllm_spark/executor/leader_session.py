@@ -398,7 +398,7 @@ class LeaderSession:
     def _check_start(self, theirs: FollowerReport, now: float) -> None:
         """Fails a start in which one rank has finished a call and the other one has not for the collectives' time-out.
 
-        Such as for a lock that a killed process has left: that is no collective, whose wait would end by itself.
+        Such as for a lock that a killed process has left: such a wait is not a collective, which would time out.
         """
         if theirs.answered == self._last_query and self._their_end is None:
             self._their_end = now

@@ -43,7 +43,7 @@ struct QueuePair;
 // it runs.
 class Nic {
  public:
-  // Throws UsageError for figures that are no model. `memory` is this rank's region. `clock` must outlive it,
+  // Throws UsageError for figures that describe no link. `memory` is this rank's region. `clock` must outlive it,
   // and it must outlive its devices. `copy_lines`: the peer polls packets from a GPU (packet_copy.hpp).
   Nic(const WireFigures& figures, std::byte* memory, const RegionLayout& layout, NicClock& clock,
       bool copy_lines);
