@@ -1,6 +1,7 @@
 """Gives an engine of a pair time to end its requests and its session when the server is stopped.
 
-Records first that the engine is told to end: vLLM kills it if it has not ended after that time, which does not count as a crash.
+Records first that the engine is told to end: vLLM kills it if it has not ended after that time, which does not count as
+a crash.
 """
 
 from __future__ import annotations

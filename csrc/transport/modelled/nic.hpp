@@ -43,8 +43,8 @@ struct QueuePair;
 // it runs.
 class Nic {
  public:
-  // Throws UsageError for figures that describe no link. `memory` is this rank's region. `clock` must outlive it,
-  // and it must outlive its devices. `copy_lines`: the peer polls packets from a GPU (packet_copy.hpp).
+  // Throws UsageError for figures that describe no link. `memory` is this rank's region. `clock` must outlive
+  // it, and it must outlive its devices. `copy_lines`: the peer polls packets from a GPU (packet_copy.hpp).
   Nic(const WireFigures& figures, std::byte* memory, const RegionLayout& layout, NicClock& clock,
       bool copy_lines);
   Nic(const Nic&) = delete;
