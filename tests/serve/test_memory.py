@@ -28,7 +28,8 @@ LIMIT = 4 * GIB
 STOP_SECONDS = 60.0
 WIDE = 65536
 """Intermediate size of a model whose weights are large enough to be seen in the page cache: 400 MB in bfloat16."""
-BOTH = pytest.mark.parametrize("rank", [LEADER_RANK, FOLLOWER_RANK], ids=["leader", "follower"])
+LEADER = pytest.param(LEADER_RANK, id="leader")
+FOLLOWER = pytest.param(FOLLOWER_RANK, id="follower", marks=pytest.mark.thorough)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def small(pytestconfig: pytest.Config) -> Iterator[MemoryCgroup]:
         pytest.skip(f"needs memory cgroups: {error}")
 
 
-@BOTH
+@pytest.mark.parametrize("rank", [LEADER, FOLLOWER])
 def test_a_start_that_does_not_fit_is_refused_with_the_sum(
     namespaces: Hosts, small: MemoryCgroup, tmp_path: Path, rank: int
 ) -> None:
@@ -67,7 +68,8 @@ def test_a_start_that_does_not_fit_is_refused_with_the_sum(
     assert small.oom_kills() == 0
 
 
-@BOTH
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [LEADER, FOLLOWER])
 def test_growth_is_stopped_before_the_kernel_acts(
     namespaces: Hosts, small: MemoryCgroup, tiny_dense: Path, rank: int
 ) -> None:

@@ -146,6 +146,8 @@ def test_the_reserve_is_of_the_machine_and_a_cgroup_keeps_what_the_guard_defends
     sentence = refused(replace(need, weights=3 * GIB), DESK, SMALL)
     assert sentence is not None
     assert "kept free 0.50) are more than the 3.0 of 4.0 GiB that are available in the cgroup /small" in sentence
+    both = refused(replace(need, weights=130 * GIB), DESK, SMALL)
+    assert "in the cgroup /small" in str(both), "where less is left, though neither has enough"
     assert refused(need, replace(DESK, available=3 * GIB), reserve=0) is None
     assert "kept free 1.0" in str(refused(need, replace(DESK, available=3 * GIB - 1), reserve=0))
 

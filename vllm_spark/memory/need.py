@@ -44,31 +44,30 @@ class MemoryNeed:
 
 
 def refusal(need: MemoryNeed, scopes: Iterable[Scope], memory: int, reserve: int, host: str, flag: str) -> str | None:
-    """Why a start does not fit, with the sum and the remedy, without a full stop; None if it fits.
+    """Why a start does not fit where least memory is left, with the sum and the remedy; None if it fits.
 
     Args:
         need: what the rank allocates.
-        scopes: of the machine.
+        scopes: of the machine; at least one.
         memory: what vLLM sees as the machine's memory, of which it takes `utilization`.
         reserve: what the settings keep free on the machine.
         host: the machine's name.
         flag: the option of the reserve.
     """
-    for scope in scopes:
-        kept = scope.reserve_of(reserve)
-        wanted = need.total(memory) + kept
-        if wanted > scope.available:
-            kept_for = f"desktop {gib(kept)} by {flag}" if kept == reserve else f"kept free {gib(kept)}"
-            of = "" if need.kv_cache is not None else f" as the rest of {need.utilization:g} x {gib(memory)}"
-            where = f"the memory of {host}"
-            return (
-                f"the start does not fit into {where}: {gib(wanted)} GiB (weights {gib(need.weights)}, "
-                f"KV cache {gib(need.kv_cache_of(memory))}{of}, graphs and activations {gib(need.graphs)}, "
-                f"region {gib(need.region)}, {kept_for}) are more than the {gib(scope.available)} of "
-                f"{gib(scope.total)} GiB that are available in {scope.name}; "
-                f"{_remedy(need, scope.available - kept, memory, host)}"
-            )
-    return None
+    scope = min(scopes, key=lambda each: each.available - each.reserve_of(reserve))  # what fits there fits elsewhere
+    kept = scope.reserve_of(reserve)
+    wanted = need.total(memory) + kept
+    if wanted <= scope.available:
+        return None
+    kept_for = f"desktop {gib(kept)} by {flag}" if kept == reserve else f"kept free {gib(kept)}"
+    of = "" if need.kv_cache is not None else f" as the rest of {need.utilization:g} x {gib(memory)}"
+    return (
+        f"the start does not fit into the memory of {host}: {gib(wanted)} GiB (weights {gib(need.weights)}, "
+        f"KV cache {gib(need.kv_cache_of(memory))}{of}, graphs and activations {gib(need.graphs)}, "
+        f"region {gib(need.region)}, {kept_for}) are more than the {gib(scope.available)} of "
+        f"{gib(scope.total)} GiB that are available in {scope.name}; "
+        f"{_remedy(need, scope.available - kept, memory, host)}"
+    )
 
 
 def _remedy(need: MemoryNeed, left: int, memory: int, host: str) -> str:
