@@ -17,6 +17,7 @@ from vllm_spark.errors import EXIT_LOST
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import clean_environment, program
 
+from .counters import settled
 from .hosts import Hosts
 from .servers import COMMON_ARGUMENTS, START_SECONDS, Server, spark_tp2
 
@@ -84,7 +85,7 @@ def test_the_numbers_are_those_of_the_pair(guarded: Server, hosts: Hosts, tiny_m
         # Half of them, with twice the bytes in float32, but for the output head, which vLLM's CPU build repacks.
         assert rank["weights"] == pytest.approx(weights, rel=0.15)
         assert rank["memory"] == psutil.virtual_memory().total
-    exported = guarded.metrics()
+    exported = settled(guarded)
     for counters in report["counters"]:
         rank = str(counters["rank"])
         assert 8 <= counters["steps"] <= exported["vllm_spark_steps_total"][rank]

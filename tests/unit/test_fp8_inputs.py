@@ -86,7 +86,7 @@ from vllm_spark.collective.launch_table import LaunchTable
 assignment = Assignment(None, SparkConfig(), LaunchTable(), {})
 calls = SimpleNamespace(expect=lambda *kinds, timeout: SimpleNamespace(payload=pickle.dumps(assignment)))
 try:
-    FollowerSession(SparkConfig(), print)._follow(calls, None, "127.0.0.1", 1)
+    FollowerSession(SparkConfig(), print)._follow(calls, None, "127.0.0.1")
 except Exception as error:
     print(type(error).__name__, error.exit_code, error)
 """
