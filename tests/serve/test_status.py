@@ -72,6 +72,7 @@ def test_the_start_table_is_in_the_log(guarded: Server) -> None:
 
 def test_the_numbers_are_those_of_the_pair(guarded: Server, hosts: Hosts, tiny_moe: Path) -> None:
     guarded.client.with_options(api_key=KEY).completions.create(model="tiny", prompt="a", max_tokens=8)
+    settled(guarded)
     done = hosts[1].run(status(guarded, "--json"), environment(), STATUS_SECONDS)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
