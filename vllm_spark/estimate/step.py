@@ -132,8 +132,8 @@ def decode_step(model: Model, work: Workload, gpu: Gpu, collectives: Collectives
     return Step(joined(parts), max(0.0, alone - exposed))
 
 
-def forward_us(model: Model, work: Workload, gpu: Gpu, collectives: Collectives | None) -> Part:
-    """A draft's forward pass as one part: without the host, which the step that drafts has already."""
+def draft_pass(model: Model, work: Workload, gpu: Gpu, collectives: Collectives | None) -> Part:
+    """A draft's forward pass as one part, without time of the host: that is in the step which drafts."""
     parts = list(_forward(model, work, gpu))
     calls = collective_calls(model, work.all_rows) if collectives is not None and model.tp > 1 else []
     waits = sum(count * collectives.exposed_us(size) for size, count in calls) if collectives is not None else 0.0
