@@ -267,7 +267,7 @@ def _traceback(error: Exception) -> list[str]:
 
 
 def as_server(started: Started) -> Server:
-    """The same with a client, and with leader and follower told apart."""
+    """The same with a client, and with leader and follower by name."""
     *first, leader = started.processes
     return Server(started.url, leader, first[0] if first else None)
 

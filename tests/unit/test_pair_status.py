@@ -1,4 +1,4 @@
-"""The status of a pair: its records, the table and the lines, and what `vllm-spark status` says without a pair."""
+"""The status of a pair: its records, the table and the lines, and what `vllm-spark status` prints without a pair."""
 
 from __future__ import annotations
 

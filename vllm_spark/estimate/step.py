@@ -39,8 +39,8 @@ ORDER = (EXPERTS, SHARED, MLP, PROJECTIONS, LINEAR, HEAD, ATTENTION, STATES, ROU
 
 _MIXING_KERNELS: Mapping[Mixer, int] = {"full": 4, "sliding": 4, "latent": 5, "delta": 4, "mamba": 3}
 """Kernels without weights of a layer that mixes tokens. `latent`: norms, rotary embedding, writing the cache, attention
-and its reduction; `delta`: convolution, gates, recurrence, gated norm; `mamba`: convolution, recurrence, gated norm. Of
-`delta` and `mamba` nobody here has a profile."""
+and its reduction; `delta`: convolution, gates, recurrence, gated norm; `mamba`: convolution, recurrence, gated norm.
+There is no profile of `delta` and `mamba`."""
 
 _ROUTING_KERNELS, _EXPERT_KERNELS, _MLP_KERNELS = 3, 2, 1
 _SHARED_KERNELS = 3  # activation, gate, sum
