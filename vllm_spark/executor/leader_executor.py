@@ -428,6 +428,8 @@ class SparkExecutor(RankExecutor):
 
     def _memory_exhausted(self, error: SparkError) -> None:
         """Ends the session; an engine process exits at once, because only that gives its memory back."""
+        if self._ended:  # the guard had read the memory before `shutdown` stopped it
+            return
         session = self._running_session()
         session.fail(error)
         if self._in_engine_process:
