@@ -33,6 +33,7 @@ def test_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("one machine", "two, vllm_spark", "two, NCCL", "routed experts", "tokens per second", "weights, GB"):
         assert words in printed
     assert "\nTP=2 pays: two machines make" in printed
+    assert "collectives (vllm_spark) take" in printed
     assert re.search(r"hidden behind kernels\) .* \(0\.\d\d\) .* \(\d\.\d\d\) ", printed)
     assert main(["estimate", CODER, "--collective-us", "20"]) == 0
     assert "hidden" not in capsys.readouterr().out
