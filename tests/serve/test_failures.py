@@ -518,7 +518,7 @@ def test_an_engine_that_never_answers_its_server(hosts: Hosts, tiny_moe: Path, s
         assert_all_gone(server.leader)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
     """The other one has ended it and waits in no collective."""
     arguments, environment = start_with("hanging_extension.Hanging", HANGING_RANK=str(rank))
@@ -536,7 +536,8 @@ def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank
         assert_all_gone(server.leader)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [0, 1])
 def test_autotuning_that_one_rank_has_done_before(hosts: Hosts, tiny_moe: Path, rank: int, tmp_path: Path) -> None:
     """It goes on to the next step of the model, and the other one waits for it to tune: a dead end that is named."""
     arguments, environment = start_with(
