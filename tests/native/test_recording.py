@@ -26,6 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
 def recorded(rank: int, exchange: Pipe, options: dict[str, Any]) -> tuple[int, RuntimeRecords, int, RuntimeRecords]:
     with connect(rank, exchange, slot_bytes=SLOT, packet_bytes=PACKETS, **options) as runtime:
         runtime.all_reduce(torch.ones(8))
+        exchange(b"")
         before = time.monotonic_ns()
         runtime.start_recording(100)
         runtime.all_reduce(torch.ones(64))

@@ -132,7 +132,10 @@ def test_parts_that_do_not_add_up(capsys: pytest.CaptureFixture[str]) -> None:
             {status.PATH: (200, to_json(replace(REPORT, facts=None, failure="the cable is out")))},
             "serves no pair now, its engine has failed: the cable is out",
         ),
-        ({"start": None}, "takes no traces (HTTP status 404: Not Found); use the version of vllm-spark that serves there"),
+        (
+            {"start": None},
+            "takes no traces (HTTP status 404: Not Found); use the version of vllm-spark that serves there",
+        ),
         ({"start": (503, b"the engine has failed: x")}, "takes no traces (HTTP status 503: the engine has failed: x)"),
         (
             {"start": (200, to_json(TraceAnswer(refusal="this server does not permit traces")))},

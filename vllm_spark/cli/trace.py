@@ -125,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
     }
     write_trace(args.out, pair, lanes, about)
     if args.image is not None:
-        draw(pair, args.image, f"{model}, decode, {pair.sequences} sequence{'s' if pair.sequences > 1 else ''}")
+        name = Path(model).name  # of a model that is called by its folder
+        draw(pair, args.image, f"{name}, decode, {pair.sequences} sequence{'s' if pair.sequences > 1 else ''}")
     console = wide_console()
     if not in_time or len(pair.chosen) < args.steps:
         console.print(f"{len(pair.chosen)} decode steps were recorded, of {args.steps}.")

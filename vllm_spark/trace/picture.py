@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_spark.errors import ConfigurationError
+from vllm_spark.estimate.step import ATTENTION, EXPERTS, HOST, NORMS, ROUTER, STATES
+from vllm_spark.recording import parts
 from vllm_spark.recording.parts import COLLECTIVES, READ, SEND, WAITS
+from vllm_spark.trace.kernel_parts import COPIES, MATRICES
 from vllm_spark.trace.step_parts import ORDER
 from vllm_spark.trace.timeline import Interval, PairTimeline, innermost, within
 
@@ -16,10 +19,31 @@ FORMATS = (".png", ".svg", ".pdf")
 
 _ROLES = ("leader", "follower")
 _WAIT = "#d62728"
-_COLOURS = (
-    *("#7f7f7f", "#4c78a8", "#b279a2", "#e377c2", "#9ecae9", "#88d27a", "#54a24b", "#f2cf5b", "#ff9da6", "#79706e"),
-    *("#72b7b2", "#bab0ac", "#d6a5c9", "#eeca3b", "#8c564b", "#17becf", "#bcbd22", "#c5b0d5", "#aec7e8", "#dbdb8d"),
-)
+_COLOURS = {
+    parts.REQUESTS: "#bab0ac",
+    parts.SCHEDULE: "#4c78a8",
+    parts.SEND: "#b279a2",
+    parts.READ: "#e377c2",
+    parts.PREPARE: "#9ecae9",
+    parts.FORWARD: "#88d27a",
+    parts.COLLECTIVES: "#f58518",
+    parts.HEAD: "#f2cf5b",
+    parts.SAMPLE: "#72b7b2",
+    parts.DRAFT: "#d6a5c9",
+    parts.OUTPUT: "#79706e",
+    parts.UPDATE: "#1f4e79",
+    parts.WORKER: "#d3d3d3",
+    parts.LOOP: "#c5b0d5",
+    EXPERTS: "#54a24b",
+    MATRICES: "#8cd17d",
+    ATTENTION: "#59a9e0",
+    STATES: "#2e5f8a",
+    ROUTER: "#e377c2",
+    NORMS: "#c7e9c0",
+    COPIES: "#9d755d",
+    HOST: "#eeeeee",
+    **dict.fromkeys(parts.WAITS, _WAIT),
+}
 _LANE, _HEIGHT = 1.0, 0.62
 _LABEL_SHARE = 0.055  # of the width, from which on a part has its name in it
 _ZOOMED_COLLECTIVES = 6
@@ -46,8 +70,7 @@ def draw(pair: PairTimeline, path: Path, title: str) -> None:
     zoom = _zoomed(pair, window.start, window.end)
     figure = Figure(figsize=(13, (1.1 + 0.75 * len(lanes)) * (2 if zoom else 1) + 1.3), layout="constrained")
     panels = figure.subplots(2 if zoom else 1, 1, squeeze=False)[:, 0]
-    colours = _colours(lanes)
-    used = _panel(panels[0], lanes, window.start, window.end, window.start, colours)
+    used = _panel(panels[0], lanes, window.start, window.end, window.start)
     _arrows(panels[0], pair, number, lanes, window.start)
     panels[0].set_title(
         f"{title}\na step of {(window.end - window.start) / 1e3:,.0f} us, the median of {len(pair.chosen)}; "
@@ -55,10 +78,10 @@ def draw(pair: PairTimeline, path: Path, title: str) -> None:
         fontsize=10,
     )
     if zoom:
-        used |= _panel(panels[1], lanes, *zoom, window.start, colours)
+        used |= _panel(panels[1], lanes, *zoom, window.start)
         panels[1].set_title("a part of it", fontsize=9)
     panels[-1].set_xlabel("microseconds since the leader began with the step")
-    _legend(figure, used, colours)
+    _legend(figure, used)
     try:
         figure.savefig(path, dpi=_DPI)
     except OSError as error:
@@ -87,20 +110,12 @@ def _lanes(pair: PairTimeline) -> list[tuple[str, list[Interval]]]:
     return lanes
 
 
-def _colours(lanes: Sequence[tuple[str, list[Interval]]]) -> dict[str, str]:
-    present = {each.part for _, intervals in lanes for each in intervals}
-    working = [part for part in ORDER if part in present and part not in WAITS]
-    colours = {part: _COLOURS[index % len(_COLOURS)] for index, part in enumerate(working)}
-    return colours | dict.fromkeys(WAITS, _WAIT)
-
-
 def _panel(
     axes: Any,
     lanes: Sequence[tuple[str, list[Interval]]],
     start: int,
     end: int,
     zero: int,
-    colours: dict[str, str],
 ) -> set[str]:
     """Draws what lies between two times, and returns its parts."""
     used: set[str] = set()
@@ -109,7 +124,7 @@ def _panel(
         found = within(intervals, start, end)
         for part in {each.part for each in found}:
             bars = [((each.start - zero) / 1e3, (each.end - each.start) / 1e3) for each in found if each.part == part]
-            axes.broken_barh(bars, (bottom, _HEIGHT), facecolors=colours[part], linewidth=0)
+            axes.broken_barh(bars, (bottom, _HEIGHT), facecolors=_COLOURS[part], linewidth=0)
         used |= {each.part for each in found}
         for each in found:
             if each.end - each.start >= _LABEL_SHARE * (end - start):
@@ -153,10 +168,10 @@ def _zoomed(pair: PairTimeline, start: int, end: int) -> tuple[int, int] | None:
     return chosen[0].start - margin, chosen[-1].end + margin
 
 
-def _legend(figure: Any, used: set[str], colours: dict[str, str]) -> None:
+def _legend(figure: Any, used: set[str]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colours[part], label=part) for part in ORDER if part in used and part not in WAITS]
+    handles = [Patch(color=_COLOURS[part], label=part) for part in ORDER if part in used and part not in WAITS]
     waits = [part for part in ORDER if part in used & WAITS]
     if waits:
         handles.append(Patch(color=_WAIT, label="waits: " + ", ".join(waits)))
