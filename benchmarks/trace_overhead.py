@@ -2,10 +2,9 @@
 
     python -m benchmarks.trace_overhead --out trace.json --image trace.png --json FILE
 
-Two pairs of the same model are served over the modelled link, one with `--spark-trace off`, one with `on`. Each round
-asks the first one, the second one, and the second one by `vllm-spark trace`, for the same tokens. The figures are the
-medians of each round; the ratios those of the rounds' ratios. The last round's trace and picture are kept. Needs two
-GPUs; `--device cpu` has both ranks of both pairs on this machine's cores.
+A pair is served over the modelled link. Each round asks it, and asks it by `vllm-spark trace`, for the same tokens. The
+figures are the medians of each round; the ratio is the median of the rounds' ratios. The last round's trace and picture
+are kept. Needs two GPUs; `--device cpu` has both ranks on this machine's cores.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from .servers import START_SECONDS, Place, Started, start_server
 
 ROOM = 64  # tokens of the context, for the steps before and after those that are recorded
 LOAD_SECONDS = 600.0
-NOT_PERMITTED, PERMITTED, RECORDED = "off", "on, nothing recorded", "on, recorded"
+PLAIN, RECORDED = "nothing recorded", "recorded"
 
 
 def plain(server: Started, args: argparse.Namespace) -> float:
@@ -59,17 +57,13 @@ def recorded(server: Started, args: argparse.Namespace, out: Path, image: Path |
     return statistics.median(json.loads(out.read_text())["otherData"]["token_interval_at_client_us"])
 
 
-def measure(servers: dict[str, Started], args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+def measure(server: Started, args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Figures of each kind, one a round; the first round is not counted."""
-    figures: dict[str, list[float]] = {NOT_PERMITTED: [], PERMITTED: [], RECORDED: []}
+    figures: dict[str, list[float]] = {PLAIN: [], RECORDED: []}
     for turn in range(args.rounds + 1):
         last = turn == args.rounds
         out = args.out if last and args.out is not None else folder / "trace.json"
-        found = {
-            NOT_PERMITTED: plain(servers["off"], args),
-            PERMITTED: plain(servers["on"], args),
-            RECORDED: recorded(servers["on"], args, out, args.image if last else None),
-        }
+        found = {PLAIN: plain(server, args), RECORDED: recorded(server, args, out, args.image if last else None)}
         if turn > 0:
             for kind, figure in found.items():
                 figures[kind].append(figure)
@@ -77,23 +71,24 @@ def measure(servers: dict[str, Started], args: argparse.Namespace, folder: Path)
 
 
 def show(figures: dict[str, list[float]], console: Console) -> None:
-    """A table; ratios are to the server that does not permit traces."""
-    table = Table("--spark-trace", "us between tokens, median", "least", "most", "ratio to off")
+    """A table."""
+    table = Table("steps", "us between tokens, median", "least", "most", "ratio")
     for kind, values in figures.items():
-        ratio = statistics.median(mine / off for mine, off in zip(values, figures[NOT_PERMITTED], strict=True))
+        ratio = statistics.median(mine / other for mine, other in zip(values, figures[PLAIN], strict=True))
         shown = [f"{value:,.0f}" for value in (statistics.median(values), min(values), max(values))]
         table.add_row(kind, *shown, f"{ratio:.3f}")
     console.print(table)
 
 
 def main() -> int:
-    """Starts both pairs, measures and shows."""
+    """Starts the pair, measures and shows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=sorted(MODELS), default="cuda")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--prompt-tokens", type=positive, default=128)
     parser.add_argument("--steps", type=positive, default=100)
     parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--start-seconds", type=float, default=START_SECONDS, help="for the pair to become healthy")
     parser.add_argument("--out", type=Path, help="keep the last trace there")
     parser.add_argument("--image", type=Path, help="and its picture there")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -108,15 +103,11 @@ def main() -> int:
     with process_group("trace-overhead", console, args.keep_logs) as group, ExitStack() as stack:
         model = make_model(group.folder / "model", MODELS[args.device])
         place = Place(args.device, group.logs, group.folder / "caches")
-        servers = {}
-        for value in ("off", "on"):
-            more = ["--spark-trace", value, "--served-model-name", MODELS[args.device]]
-            servers[value] = start_server("spark-wire", value, model, [*arguments, *more], place)
-            stack.callback(servers[value].stop)
-        deadline = time.monotonic() + START_SECONDS
-        for started in servers.values():
-            started.wait_until_healthy(max(0.0, deadline - time.monotonic()))
-        figures = measure(servers, args, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        more = ["--spark-trace", "on", "--served-model-name", MODELS[args.device]]
+        server = start_server("spark-wire", "spark", model, [*arguments, *more], place)
+        stack.callback(server.stop)
+        server.wait_until_healthy(args.start_seconds)
+        figures = measure(server, args, Path(stack.enter_context(tempfile.TemporaryDirectory())))
     if args.json is not None:
         args.json.write_text(json.dumps(figures))
     show(figures, console)

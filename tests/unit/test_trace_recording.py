@@ -11,6 +11,7 @@ import pytest
 
 from vllm_spark.collective import RuntimeRecords
 from vllm_spark.executor.tracing.leader import LeaderTrace
+from vllm_spark.executor.tracing.worker import worker_functions
 from vllm_spark.recording import parts
 from vllm_spark.recording.kernels import kernels_of, unix_minus_monotonic
 from vllm_spark.recording.probes import Probes
@@ -160,6 +161,16 @@ def test_what_something_else_has_replaced_since_stays() -> None:
     thing.one = 7
     probes.restore()
     assert thing.one == 7
+
+
+def test_the_model_runner_without_scopes_is_timed_by_its_functions() -> None:
+    runner = type("GPUModelRunner", (), {"__module__": "vllm.v1.worker.gpu.model_runner", "model": None})()
+    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+    assert {part for _, _, part in worker_functions(worker)} == {
+        *(parts.PREPARE, parts.FORWARD, parts.HEAD, parts.SAMPLE, parts.OUTPUT)
+    }
+    assert worker_functions(SimpleNamespace(model_runner=Engine())) == []
+    assert worker_functions(None) == []
 
 
 class Event:

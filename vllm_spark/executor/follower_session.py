@@ -202,7 +202,7 @@ class FollowerSession:
         self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime, self._weight_files)
         self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
-        self._trace = FollowerTrace(self, self._runtime)
+        self._trace = FollowerTrace(self, self._runtime, self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:

@@ -11,6 +11,7 @@ from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.framing import Connection, Kind
 from vllm_spark.executor.rpc import CLOCK, EXECUTE, EXECUTE_THEN_SAMPLE, TRACE_CLOCK, TRACE_START, Call
+from vllm_spark.executor.tracing.worker import worker_functions
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.recording import parts
 from vllm_spark.recording.recorder import Recorder
@@ -27,10 +28,11 @@ class FollowerTrace:
     Args:
         session: the object that runs the leader's calls.
         runtime: this rank's end of the collectives.
+        worker: vLLM's, which runs the model.
     """
 
-    def __init__(self, session: Any, runtime: Runtime) -> None:
-        self._session, self._runtime = session, runtime
+    def __init__(self, session: Any, runtime: Runtime, worker: Any) -> None:
+        self._session, self._runtime, self._worker = session, runtime, worker
         self._recorder: Recorder | None = None
 
     def answer(self, call: Call, connection: Connection) -> Any:
@@ -64,6 +66,7 @@ class FollowerTrace:
                 (session, "_run_call", parts.LOOP),
                 (sys.modules[type(session).__module__], "decode_call", parts.READ),
                 (session, "_run_step", parts.WORKER),
+                *worker_functions(self._worker),
             ],
             (session, "_run_step", _output_of_call),
         )

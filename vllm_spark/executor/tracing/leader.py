@@ -9,6 +9,7 @@ from vllm_spark.errors import described
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.rpc import EXECUTE, TRACE_RESULT, TRACE_START, RemoteError
+from vllm_spark.executor.tracing.worker import worker_functions
 from vllm_spark.ranks import LEADER_RANK
 from vllm_spark.recording import parts
 from vllm_spark.recording.clock_offset import ClockOffset, estimate
@@ -80,6 +81,7 @@ class LeaderTrace:
                 (executor, "_step", parts.WORKER),
                 (executor, "_announce_step", parts.SEND),
                 (self._future, "result", parts.WAIT_DEVICE),
+                *worker_functions(executor.driver_worker),
             ],
             (executor, "_step", _output_of_step),
         )
