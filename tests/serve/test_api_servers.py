@@ -18,11 +18,13 @@ from .hosts import Hosts
 from .process import assert_all_gone
 from .servers import Server, spark_tp2
 
+pytestmark = pytest.mark.thorough
+
 SCRAPES = 16
 LOST = "the follower on .* (closed the connection|broke)"
 
 
-@pytest.fixture(scope="module", params=["flags", pytest.param("environment", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["flags", "environment"])
 def several(hosts: Hosts, tiny_moe: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """With `--spark`, and with VLLMSPARK_ENABLE besides: all processes read that one for themselves."""
     enabled = {"VLLMSPARK_ENABLE": "1"} if request.param == "environment" else {}

@@ -498,7 +498,27 @@ def start_with(extension: str, **environment: str) -> tuple[list[str], dict[str,
     return arguments, {"PYTHONPATH": str(Path(__file__).parents[2]), **environment}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("silent", ["killed", "hangs"])
+def test_an_engine_that_never_answers_its_server(hosts: Hosts, tiny_moe: Path, silent: str) -> None:
+    """It has started, and vLLM's server does not look after it before it serves. A signal must end that wait too."""
+    arguments, environment = start_with("silent_extension.Silent", SILENT=silent)
+    with spark_tp2(hosts, tiny_moe, arguments, environment, wait=False) as server:
+        if silent == "hangs":
+            server.leader.wait_for_line("The engine has been asked", START_SECONDS)
+            server.leader.terminate()
+        status = server.leader.wait(START_SECONDS if silent == "killed" else STOP_SECONDS)
+        (sentence,) = re.findall("^vllm serve --spark: .*", server.leader.output(), re.MULTILINE)
+        if silent == "killed":
+            assert re.search(r"the engine \(process \d+\) was killed or crashed .*; start it again", sentence)
+            assert status == 1
+        else:
+            assert "stopped by SIGTERM before it served" in sentence
+            assert status == 128 + signal.SIGTERM
+        assert "Traceback" not in server.leader.output()
+        assert_all_gone(server.leader)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
     """The other one has ended it and waits in no collective."""
     arguments, environment = start_with("hanging_extension.Hanging", HANGING_RANK=str(rank))
@@ -516,7 +536,8 @@ def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank
         assert_all_gone(server.leader)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [0, 1])
 def test_autotuning_that_one_rank_has_done_before(hosts: Hosts, tiny_moe: Path, rank: int, tmp_path: Path) -> None:
     """It goes on to the next step of the model, and the other one waits for it to tune: a dead end that is named."""
     arguments, environment = start_with(

@@ -102,13 +102,8 @@ print("one rank:", json.dumps(tokens_of(LLM(model, **common))))
 """
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("", id="before-the-groups", marks=pytest.mark.thorough),
-        pytest.param(WARM_UP, id="last-call"),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["", WARM_UP], ids=["before-the-groups", "last-call"])
 def test_a_follower_killed_while_the_engine_starts(
     hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], method: str
 ) -> None:

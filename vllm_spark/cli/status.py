@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(answer.decode())
     elif report.facts is None:
-        reason = "its engine has failed: " + report.failure if report.failure else "its engine has not started yet"
-        raise NoAnswerError(f"{url} serves no pair now, {lower_first(reason)}")
+        state = f"has failed: {lower_first(report.failure)}" if report.failure else "has not started yet"
+        raise NoAnswerError(f"{url} serves no pair now, its engine {state}")
     elif sys.stdout.isatty():
         show_table(report, Console(highlight=False), now=True)
     else:

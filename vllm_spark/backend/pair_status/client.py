@@ -47,11 +47,14 @@ class LeaderApi:
     Args:
         url: as `checked_url` returns it.
         key: the API key; by default that of the variable KEY_VARIABLE.
+
+    Raises:
+        ConfigurationError: no HTTP header can contain the key.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
+        self._key = _checked_key(key or os.environ.get(KEY_VARIABLE, ""))
 
     def ask(self, path: str, body: Any = None, *, seconds: float = _SECONDS, largest: int = _LARGEST) -> bytes:
         """The answer to a GET, or with a `body`, which is sent as JSON, to a POST.
@@ -105,17 +108,35 @@ def checked_url(url: str) -> str:
     """The URL without a path that clients of the API may have.
 
     Raises:
-        ConfigurationError: it is not one of HTTP.
+        ConfigurationError: it is not one of HTTP, or has more than host, port and path.
     """
     full = url if "://" in url else f"http://{url}"
     try:
         parts = urllib.parse.urlsplit(full)
+        (parts.hostname or "").encode("idna")  # as for the name's look-up
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         valid = False
-    if not valid:
+    if not valid or "@" in parts.netloc or parts.query or parts.fragment or not _fits_a_path(parts.path):
         raise ConfigurationError(f"--url {url} is invalid: must be as {DEFAULT_URL}")
     return full.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _checked_key(key: str) -> str:
+    """The API key.
+
+    Raises:
+        ConfigurationError: no HTTP header can contain it.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(
+            f"the API key of --api-key or {KEY_VARIABLE} is invalid: must consist of printable ASCII characters"
+        )
+    return key
+
+
+def _fits_a_path(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:
