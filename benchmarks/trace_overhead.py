@@ -54,7 +54,8 @@ def recorded(server: Started, args: argparse.Namespace, out: Path, image: Path |
     ]
     if code := vllm_spark(words):
         raise SparkError(f"vllm-spark {' '.join(words)} ended with exit code {code}")
-    return statistics.median(json.loads(out.read_text())["otherData"]["token_interval_at_client_us"])
+    intervals: list[float] = json.loads(out.read_text())["otherData"]["token_interval_at_client_us"]
+    return statistics.median(intervals)
 
 
 def measure(server: Started, args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:

@@ -40,7 +40,7 @@ class Recorder:
         self._left = request.steps + 1  # the last one ends where another one begins
         self._probes = Probes()
         self._kernels = KernelRecorder()
-        self._deadline = time.monotonic() + request.seconds
+        self._deadline = 0.0
         self._running = False
 
     def start(self, functions: list[tuple[Any, str, str]], step: tuple[Any, str, Callable[..., Any]]) -> None:
@@ -59,6 +59,7 @@ class Recorder:
         self._probes.replace(owner, name, functools.partial(self._noting_steps, output_of))
         if (scopes := _scopes_module()) is not None:
             self._probes.replace(scopes, SCOPES_FUNCTION, lambda _: self.spans.scope)
+        self._deadline = time.monotonic() + self._request.seconds  # the profiler's start may have taken seconds
         self._running = True
 
     @property
