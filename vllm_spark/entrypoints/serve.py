@@ -20,6 +20,7 @@ from vllm_spark.backend.support import (
     adapter_refusal_in,
     check_configuration,
     check_divisible,
+    check_experts,
     check_marlin_inputs,
     check_supported,
     disable_fused_collectives,
@@ -108,6 +109,7 @@ def configure(engine_args: Any, config: SparkConfig, create: Callable[[], Any]) 
     vllm_config.parallel_config.placement_group = vllm_config.parallel_config.ray_runtime_env = None
     check_configuration(vllm_config)
     check_divisible(vllm_config)
+    check_experts(vllm_config)
     check_draft_ranks(vllm_config)
     apply_regrouping(vllm_config, WORLD_SIZE)
     if starts_engine:
