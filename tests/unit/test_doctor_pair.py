@@ -17,6 +17,7 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor import pair
 from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.pair import compare
 from vllm_spark.doctor.remote import CheckRequest, request_report, send_report
 from vllm_spark.doctor.report import Report
@@ -229,11 +230,11 @@ def called(caller: Connector) -> Connection:
     return connection
 
 
-def visiting(patience: float = 60.0) -> tuple[int, Any]:
+def visiting(patience: float = 60.0, model: ModelQuestion | None = None) -> tuple[int, Any]:
     """A doctor in a thread of its own: its port, and its outcome to come."""
     (port,) = free_ports(1)
     pool = ThreadPoolExecutor(1)
-    outcome = pool.submit(request_report, SparkConfig(address="127.0.0.1", port=port), patience)
+    outcome = pool.submit(request_report, SparkConfig(address="127.0.0.1", port=port), patience, model)
     pool.shutdown(wait=False)
     return port, outcome
 
@@ -313,7 +314,7 @@ def test_a_question_that_is_none() -> None:
         send_report(connection, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
     connection.close()
     assert outcome.exception(30) is not None
-    assert to_json(CheckRequest("desk1")) == b'{"host":"desk1"}'
+    assert to_json(CheckRequest("desk1")) == b'{"host":"desk1","model":null}'
 
 
 def test_a_leader_still_refuses_another_version() -> None:

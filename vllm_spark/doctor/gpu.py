@@ -34,6 +34,8 @@ class Gpu:
     slowed_by: str = ""
     display: str = ""
     """`Enabled` while a display uses it."""
+    memory: int = 0
+    """Bytes of its own memory; 0 if it shares the machine's, as a GB10 does."""
     complaint: str = ""
     """The error message of nvidia-smi."""
 
@@ -64,6 +66,7 @@ def find_gpu(system: System) -> Gpu | None:
         clock=f"{now} now, at most {most}" if now and most else "",
         slowed_by=", ".join(dict.fromkeys(_SLOWED.findall(text))),
         display=_field(text, "Display Active"),
+        memory=_own_memory(text),
     )
 
 
@@ -246,6 +249,11 @@ def _torch_cuda() -> str | None:
 def _field(text: str, name: str) -> str:
     found = re.search(rf"^\s*{name}\s*: (.*)$", text, re.MULTILINE)
     return found[1].strip() if found else ""
+
+
+def _own_memory(text: str) -> int:
+    found = re.search(r"^ *FB Memory Usage\n +Total +: (\d+) MiB", text, re.MULTILINE)
+    return int(found[1]) << 20 if found else 0
 
 
 def _clock(text: str, section: str) -> str:

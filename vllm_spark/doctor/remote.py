@@ -10,6 +10,7 @@ import logging
 
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.checks import MachineReport, run_checks
+from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import host_name, leader_address
@@ -29,13 +30,21 @@ _END_REASON = "the remote check is complete"
 
 @dataclasses.dataclass(frozen=True)
 class CheckRequest:
-    """The request for a report; `host` is the machine that sends it."""
+    """The request for a report; `host` is the machine that sends it, `model` one that it is to serve."""
 
     host: str
+    model: ModelQuestion | None = None
 
 
-def request_report(config: SparkConfig, patience: float) -> tuple[MachineReport, str]:
+def request_report(
+    config: SparkConfig, patience: float, model: ModelQuestion | None = None
+) -> tuple[MachineReport, str]:
     """Waits at most `patience` seconds for a follower, and returns its report and its IP address.
+
+    Args:
+        config: this machine's settings.
+        patience: seconds to wait for a follower.
+        model: that the follower is asked about; None to ask about none.
 
     Raises:
         SparkError: no follower connected, it did not answer, or a setting is invalid.
@@ -50,7 +59,7 @@ def request_report(config: SparkConfig, patience: float) -> tuple[MachineReport,
     try:
         there = connection.peer_address
         logger.info("The follower on %s (%s) has connected; requesting its report.", hello.host, there)
-        connection.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name())), timeout=_SEND_SECONDS)
+        connection.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name(), model)), timeout=_SEND_SECONDS)
         machine = decode_frame(connection.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
         connection.send(Kind.LEAVE, to_json(Reason(_END_REASON)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
@@ -75,8 +84,8 @@ def send_report(connection: Connection, question: Frame, config: SparkConfig, le
     Raises:
         PeerLostError: the connection is lost.
     """
-    host = decode_frame(question, CheckRequest).host
-    logger.info("vllm-spark doctor on %s (%s) requests a report of this machine.", host, leader)
-    machine = run_checks(System(), config, leader, thorough=True)
+    request = decode_frame(question, CheckRequest)
+    logger.info("vllm-spark doctor on %s (%s) requests a report of this machine.", request.host, leader)
+    machine = run_checks(System(), config, leader, thorough=True, model=request.model)
     connection.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
     connection.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)
