@@ -22,6 +22,7 @@ from vllm_spark.config.settings import (
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, OtherSecretError, SparkError
 
 if TYPE_CHECKING:
+    from vllm_spark.doctor.checks import MachineReport
     from vllm_spark.doctor.finding import Finding
     from vllm_spark.doctor.model.question import ModelQuestion
 
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
 
         question, of_model = examine(args.model, config)
     machine = run_checks(system, config, leader, thorough=thorough, model=question)
-    peer, together = None, []
+    peer: MachineReport | None = None
+    together: list[Finding] = []
     if args.peer:
         from vllm_spark.doctor.network import opening
         from vllm_spark.doctor.pair import compare, distinguish_hosts, other_secret, peer_missing, port_reached
@@ -134,14 +136,16 @@ def run(args: argparse.Namespace) -> int:
                 from vllm_spark.model_check.checks import with_files
 
                 question = with_files(question, config)
-            peer, there = request_report(config, _WAIT_SECONDS if args.wait is None else args.wait, question)
+            wait = _WAIT_SECONDS if args.wait is None else args.wait
+            peer, there = request_report(config, wait, question, together.append)
         except OtherSecretError as error:
-            together = [other_secret(str(error), same_secret_command(config, error.peer))]
+            together += [other_secret(str(error), same_secret_command(config, error.peer))]
         except SparkError as error:
-            together = [peer_missing(str(error), command)]
+            together += [peer_missing(str(error), command)]
         else:
             machine, peer = distinguish_hosts(machine, peer, address, there)
-            together = [port_reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
+            reached = port_reached(peer.host, format_endpoint(address, config.port))
+            together = [reached, *together, *compare(system, machine, peer)]
     if peer is None:
         others = [finding for finding in machine.findings if finding.area != "model"]
         own = [finding for finding in machine.findings if finding.area == "model"]

@@ -7,7 +7,7 @@ import re
 from vllm_spark.compat.versions import is_cpu_build
 from vllm_spark.config.settings import SparkConfig, flag_name
 from vllm_spark.doctor.finding import Finding
-from vllm_spark.doctor.gpu import Gpu
+from vllm_spark.doctor.gpu.reading import Gpu
 from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import upper_first
