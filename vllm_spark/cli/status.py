@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.backend.pair_status.table import lines, show_table
     from vllm_spark.records import RecordError, from_json
 
-    url = _checked(args.url)
-    answer = _fetch(url, args.api_key or os.environ.get(KEY_VARIABLE, ""))
+    url = checked_url(args.url)
+    answer = fetch_status(url, args.api_key or os.environ.get(KEY_VARIABLE, ""))
     try:
         report = from_json(answer, StatusReport)
     except RecordError as error:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.failure is None else EXIT_LOST
 
 
-def _checked(url: str) -> str:
+def checked_url(url: str) -> str:
     """The URL without a path that clients of the API may have.
 
     Raises:
@@ -100,8 +100,12 @@ def _checked(url: str) -> str:
     return full.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def _fetch(url: str, key: str) -> bytes:
-    """The answer of the server at `url`. Proxies are not asked: the leader is one of two machines on a desk."""
+def fetch_status(url: str, key: str) -> bytes:
+    """The answer of the server at `url`. Proxies are not asked: the leader is one of two machines on a desk.
+
+    Raises:
+        SparkError: no server of a pair answers there, or it requires another key.
+    """
     from vllm_spark.backend.pair_status.report import PATH
 
     request = urllib.request.Request(url + PATH, headers={"Authorization": f"Bearer {key}"} if key else {})
