@@ -6,7 +6,7 @@ loads `STAGES - 1` slices ahead of the one that it multiplies. So the model has 
 memory's bandwidth, its latency, the beginning of a column, and the handing over of a sum. `fit` determines them from
 times, and `predict` gives the time of a candidate.
 
-It is no part of the product: its constants for a GB10 are not known, and it has not been confirmed on another GPU yet
+It is not part of the product: its constants for a GB10 are not known, and it has not been confirmed on another GPU yet
 (benchmarks/marlin_model.py compares it with measurements).
 """
 

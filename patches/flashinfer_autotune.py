@@ -1,8 +1,9 @@
 """Keeps FlashInfer's autotuner of a pair from a cache that only one rank can use.
 
 vLLM 0.27 to 0.31 load rank 0's cache on both ranks. FlashInfer keeps entries of experts by rank: rank 0 finds its own
-and does not tune, while rank 1 tunes and waits for rank 0 to measure with it, for ever (vLLM's issue 57423). There both
-ranks begin without a cache. vLLM 0.26 uses none with several ranks, and 0.32 one for each rank, if all have theirs.
+and does not tune, while rank 1 tunes and waits without end for rank 0 to measure with it (vLLM's issue 57423). With
+these versions both ranks begin without a cache. vLLM 0.26 uses none with several ranks, and 0.32 one for each rank, if
+all have theirs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     name="flashinfer-autotune",
     anchor=Anchor("vllm.model_executor.warmup.kernel_warmup:flashinfer_autotune"),
-    reason="vLLM 0.27 to 0.31 wait for ever if rank 0 has a cache of FlashInfer's autotuner",
+    reason="vLLM 0.27 to 0.31 wait without end if rank 0 has a cache of FlashInfer's autotuner",
     feature="a start with FlashInfer's autotuning after the first one (start with --no-enable-flashinfer-autotune)",
     fingerprints={
         "b1b7b5aca090": "0.26.0, 0.27.0, 0.28.0, 0.29.0, 0.30.0, 0.31.0",

@@ -46,7 +46,7 @@ def failing_step(report: Report) -> dict[str, Any]:
 
 
 def assert_named(lasts: Sequence[Mapping[str, Any]], step: str, seen: str) -> None:
-    """Fails the test unless that step ended both runs, and says that it has seen this, and what to do."""
+    """Fails the test unless that step ended both runs, with `seen` in its finding, the meaning and the remedy."""
     assert {last["name"] for last in lasts} == {step}
     assert {last["status"] for last in lasts} <= {"failed", "stopped"}
     failed = [last for last in lasts if last["status"] == "failed"]

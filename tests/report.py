@@ -47,7 +47,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What tells rows apart; another result with the same key replaces this one."""
+        """What distinguishes rows; another result with the same key replaces this one."""
         raise NotImplementedError
 
 

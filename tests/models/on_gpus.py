@@ -53,6 +53,8 @@ FIRST_SHARE = 0.8
 """Of a row's time, for stock vLLM to start: the pair, which starts beside it, can still be asked in the rest."""
 TAIL_LINES = 25
 MESSAGE_LENGTH = 240
+LOG_PREFIX = re.compile(r"^\(.*?\) (?:ERROR .*?\] )?")
+"""Of a line in vLLM's logs: process, time and place."""
 SMALL_ON_A_GPU = (
     *("--gpu-memory-utilization", "0.06"),
     *("--kv-cache-memory-bytes", str(1 << 30)),  # or each rank measures what the others leave it
@@ -191,14 +193,14 @@ def _run_compared(
                 result.repeats[kind] = row.served.ask(server, lengths) == answers[kind]
                 if kind == PAIR:
                     counted = _collectives(server)
-    if STOCK not in result.start_seconds and "has not become healthy" in _message(result, STOCK):
+    if STOCK not in result.start_seconds and "has not become healthy" in message(result, STOCK):
         result.outcome = FAILED  # too slow here, which says nothing of it
     elif time.monotonic() > limit and len(answers) < len(servers):
         result.outcome = FAILED  # it was ended here: that says nothing of it
     elif STOCK not in answers:
-        result.outcome, result.result = FAILED, f"{report.STOCK_LIMIT}: `{_message(result, STOCK)}`"
+        result.outcome, result.result = FAILED, f"{report.STOCK_LIMIT}: `{message(result, STOCK)}`"
     elif PAIR not in answers:
-        result.outcome, result.result = FAILED, f"{report.LIMIT}: `{_message(result, PAIR)}`"
+        result.outcome, result.result = FAILED, f"{report.LIMIT}: `{message(result, PAIR)}`"
     elif answers[STOCK] != answers[PAIR] or not counted.endswith(" 0 fallbacks"):
         result.outcome = OTHER
         result.errors["answers"] = [counted, *_differences(answers[STOCK], answers[PAIR])]
@@ -253,7 +255,7 @@ def _noting_errors(result: Result, kind: str, started: Started) -> Iterator[None
     except (SparkError, OpenAIError, OSError) as error:
         lines = [f"{type(error).__name__}: {error}"]
         for process in started.processes:
-            lines += [f"== {process.name}", *_own_errors(process.output()), "..."]
+            lines += [f"== {process.name}", *own_errors(process.output()), "..."]
             lines += process.tail(TAIL_LINES).splitlines()
         result.errors[kind] = [line[:400] for line in lines]
         started.kill()
@@ -265,21 +267,38 @@ def _traceback(error: Exception) -> list[str]:
 
 
 def as_server(started: Started) -> Server:
-    """The same with a client, and with leader and follower told apart."""
+    """The same with a client, and with leader and follower by name."""
     *first, leader = started.processes
     return Server(started.url, leader, first[0] if first else None)
 
 
-def _own_errors(output: str) -> list[str]:
-    """The first few different exceptions in a log: the cause comes first."""
-    return list(dict.fromkeys(ERROR.findall(_without_colours(output))))[:6]
+def own_errors(output: str) -> list[str]:
+    """The first few different exceptions in a log: the cause comes first. One of pydantic has its reason beside it."""
+    text = _without_colours(output)
+    found = (
+        f"{each[1]}{_validation_fault(text[each.end() :])}" if "validation error" in each[1] else each[1]
+        for each in ERROR.finditer(text)
+    )
+    return list(dict.fromkeys(found))[:6]
+
+
+def _validation_fault(following: str) -> str:
+    """The first fault in the lines after the heading of a ValidationError: the field, if there is one, and the message.
+
+    A field has a line to itself, and the message is indented below it.
+    """
+    lines = [LOG_PREFIX.sub("", line) for line in following.splitlines()[1:3]]
+    for count, line in enumerate(lines):
+        if line.startswith("  "):
+            return "".join(f": {part.strip()}" for part in [*lines[:count], line.partition(" [type=")[0]])
+    return ""
 
 
 def _without_colours(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def _message(result: Result, kind: str) -> str:
+def message(result: Result, kind: str) -> str:
     """The first exception of a server that failed, in one line, without names of temporary files."""
     lines = result.errors.get(kind, [""])
     found = next((line for line in lines[1:] if ERROR.match(line)), lines[0])

@@ -1,7 +1,9 @@
-"""The table of docs/models.md (`tests.report` says how it comes about).
+"""The table of docs/models.md.
 
-VLLMSPARK_MODELS_REPORT=new.jsonl python -m pytest tests/models
-python -m tests.models.report new.jsonl [MORE.jsonl ...]
+    VLLMSPARK_MODELS_REPORT=new.jsonl python -m pytest tests/models
+    python -m tests.models.report new.jsonl [MORE.jsonl ...]
+
+`tests.report` describes what both commands do. Without a file the second one writes the page alone.
 """
 
 from __future__ import annotations

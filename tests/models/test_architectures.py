@@ -21,13 +21,9 @@ from .answers import Answers, generated_together
 from .architectures import ARCHITECTURES, Architecture
 from .random_weights import make_checkpoint
 
-ALWAYS = frozenset({"llama"})
-"""Architectures that each run of the tests tries, beside the tiny Qwen3 and Qwen3-MoE of tests/serve."""
 
-
-@pytest.mark.parametrize(
-    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.thorough) for name in ARCHITECTURES]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_pair_answers_as_stock(hosts: Hosts, host: Host, name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = make_checkpoint(tmp_path / name, architecture)

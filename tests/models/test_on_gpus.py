@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 
 from benchmarks.servers import Place
 
 from . import on_gpus, report
 from .gpu_rows import ROWS
-from .on_gpus import EQUAL, FAILED, NOT_RUN, Models, run_row
+from .on_gpus import EQUAL, FAILED, NOT_RUN, STOCK, Models, Result, message, own_errors, run_row
 
 LONG = 900.0
 
@@ -53,6 +54,25 @@ def test_a_model_that_cannot_be_made(place: Place, tmp_path: Path, monkeypatch: 
     assert "NoSuchForCausalLM" in result.errors["model"][0]
 
 
+class SchedulerConfig(BaseModel):
+    """As vLLM's, whose errors have several lines."""
+
+    max_num_batched_tokens: int = Field(ge=4)
+
+
+@pytest.mark.parametrize("prefix", ["", "(EngineCore pid=7) ERROR 01-02 03:04:05 [core.py:8] "])
+def test_an_error_of_several_lines_is_recorded_with_its_reason(prefix: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        SchedulerConfig(max_num_batched_tokens=1)
+    lines = f"Traceback (most recent call last):\npydantic_core.ValidationError: {raised.value}".splitlines()
+    log = "".join(f"{prefix}{line}\n" for line in [*lines, "RuntimeError: the engine has failed"])
+    result = Result("row", errors={STOCK: ["SparkError: it ended", *own_errors(log)]})
+    assert message(result, STOCK) == (
+        "pydantic_core.ValidationError: 1 validation error for SchedulerConfig: max_num_batched_tokens: "
+        "Input should be greater than or equal to 4"
+    )
+
+
 @pytest.mark.thorough
 def test_servers_that_end_while_they_start(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = replace(ROWS["bfloat16"], arguments=("--max-num-batched-tokens", "1"))
@@ -60,7 +80,7 @@ def test_servers_that_end_while_they_start(place: Place, tmp_path: Path, monkeyp
     result = run_row("refused", place, Models(tmp_path), time.monotonic() + LONG, row_seconds=LONG)
     assert result.outcome == FAILED
     assert result.result.startswith(f"{report.STOCK_LIMIT}: `")
-    assert "SchedulerConfig" in result.result, "the first line of pydantic's error"
+    assert "max_num_batched_tokens" in result.result
     assert any("max_num_batched_tokens" in line for line in result.errors["spark"])
     assert not running_below(tmp_path)
 

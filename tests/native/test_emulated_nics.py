@@ -166,7 +166,7 @@ def drop(rank: int, exchange: Pipe, folder: Path, library: Path) -> str:
 
 
 def test_a_runtime_that_is_dropped_is_closed(nics: EmulatedNics) -> None:
-    """Its thread ends, and the peer is told: not only by `close`."""
+    """Its thread ends, and the peer gets the reason, without a call of `close`."""
     threads, error = values(drop, nics.folder, nics.library)
     assert "spark-link" not in threads
     assert error == "rank 0 stopped: it closed its runtime"

@@ -193,7 +193,7 @@ def test_a_signal_before_the_other_machine_has_answered(
 
 
 def test_a_report_that_can_no_longer_be_written(nics: EmulatedNics, tmp_path: Path) -> None:
-    """It is not said to be there."""
+    """The output does not claim that it exists."""
     (port,) = free_ports(1)
     folder = tmp_path / "reports"
     folder.mkdir()

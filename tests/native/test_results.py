@@ -260,7 +260,9 @@ def mixed(rank: int, exchange: Pipe, options: dict[str, Any], operations: int) -
         return {"sequence": counters.last_sequence, "bytes": counters.all_reduce_bytes}
 
 
-@pytest.mark.parametrize("mode", ["direct", "proxied", "proxied over two modelled rails"])
+@pytest.mark.parametrize(
+    "mode", ["direct", pytest.param("proxied", marks=pytest.mark.thorough), "proxied over two modelled rails"]
+)
 def test_ten_thousand_mixed_operations(mode: str) -> None:
     first, second = values(mixed, MODES[mode], 10_000)
     assert first == second

@@ -1,6 +1,6 @@
 // What the libraries of tests in libibverbs' place have in common: two devices with an active port each,
-// named memory0 and memory1. Who includes it defines `poll`, `post` and `tells_of_ports`, and what is made of
-// memory regions, completion queues and queue pairs.
+// named memory0 and memory1. The source that includes it defines `poll`, `post` and
+// `reports_ports`, and what is made of memory regions, completion queues and queue pairs.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -22,7 +22,7 @@ struct abi::ibv_device {
 // What opened a device.
 struct OpenDevice {
   abi::ibv_context context{};
-  bool active = true;  // what it was told last of the port, if it is told of ports
+  bool active = true;  // the port's state that was reported last
 };
 // Each rail opens its device for itself, and has one domain: the ranks' rails in the order of their opening.
 struct abi::ibv_pd {
@@ -37,7 +37,7 @@ int domains = 0;  // opened so far; tests open devices from one thread
 
 int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions);
 int post(abi::ibv_qp* pair, abi::ibv_send_wr* request, abi::ibv_send_wr** failed);
-bool tells_of_ports();  // whether a change of a port is an event for all that have opened the device
+bool reports_ports();  // whether a change of a port is an event for all that have opened the device
 
 }  // namespace
 
@@ -90,7 +90,7 @@ int _ibv_query_gid_ex(abi::ibv_context*, uint32_t port, uint32_t index, abi::ibv
 int ibv_get_async_event(abi::ibv_context* context, abi::ibv_async_event* event) {
   auto* open = reinterpret_cast<OpenDevice*>(context);
   bool active = context->device->active;
-  if (!tells_of_ports() || active == open->active) {
+  if (!reports_ports() || active == open->active) {
     errno = EAGAIN;
     return -1;
   }

@@ -377,7 +377,7 @@ int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
   return count;
 }
 
-bool tells_of_ports() {
+bool reports_ports() {
   return true;
 }
 

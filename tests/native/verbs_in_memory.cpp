@@ -30,7 +30,7 @@ int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
 }
 
 // Both ranks have opened the same devices.
-bool tells_of_ports() {
+bool reports_ports() {
   return false;
 }
 

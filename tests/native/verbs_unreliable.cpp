@@ -278,8 +278,8 @@ int poll(abi::ibv_cq* queue, int entries, abi::ibv_wc* completions) {
   return count;
 }
 
-// Both ranks have opened the same devices, and a test lets a port be down for one that asks.
-bool tells_of_ports() {
+// Both ranks have opened the same devices, and in a test a port is down for one of them.
+bool reports_ports() {
   return false;
 }
 

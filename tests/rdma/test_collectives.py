@@ -6,10 +6,12 @@ import os
 
 import pytest
 
+from tests.thorough import examples
+
 from .machines import Pair
 from .ranks import Ranks
 
-OPERATIONS = int(os.environ.get("VLLMSPARK_RDMA_OPERATIONS", "3000"))
+OPERATIONS = int(os.environ.get("VLLMSPARK_RDMA_OPERATIONS", examples(1500, 3000)))
 """For a release, 20000: some three minutes."""
 KIB, MIB = 1 << 10, 1 << 20
 

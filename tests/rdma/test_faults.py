@@ -101,15 +101,15 @@ ONE_RAIL = {lose_one_rail, take_one_interface_down, break_a_queue_pair}
 @pytest.mark.parametrize(
     ("fault", "least_failures"),
     [
-        pytest.param(lose_packets, 0, id="five packets of a hundred lost"),
+        pytest.param(lose_packets, 0, id="five packets of a hundred lost", marks=pytest.mark.thorough),
         pytest.param(delay_packets, 0, id="20 ms of delay", marks=pytest.mark.thorough),
         pytest.param(pull_end(0), 1, id="rank 0's cables out for 3 s"),
         pytest.param(pull_end(1), 1, id="rank 1's cables out for 3 s", marks=pytest.mark.thorough),
         pytest.param(lose_one_rail, 1, id="one rail cut"),
         pytest.param(take_one_interface_down, 1, id="one interface down", marks=pytest.mark.thorough),
         pytest.param(lose_both_rails, 2, id="both rails cut for 5 s", marks=pytest.mark.thorough),
-        pytest.param(break_a_queue_pair, 1, id="a queue pair in error"),
-        pytest.param(stop_a_proxy, 0, id="a proxy stopped for 2 s"),
+        pytest.param(break_a_queue_pair, 1, id="a queue pair in error", marks=pytest.mark.thorough),
+        pytest.param(stop_a_proxy, 0, id="a proxy stopped for 2 s", marks=pytest.mark.thorough),
     ],
 )
 def test_no_message_is_lost_or_wrong(
@@ -147,13 +147,11 @@ def most_attempts(outcome: Outcome) -> float:
     return 2 + math.log2(outcome.report["seconds"] + 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("over", "both_ways"),
-    [
-        pytest.param(EVERYTHING, True, id="everything", marks=pytest.mark.thorough),
-        pytest.param(LARGE, True, id="large packets"),
-        pytest.param(LARGE, False, id="large packets of one rank", marks=pytest.mark.thorough),
-    ],
+    [(EVERYTHING, True), (LARGE, True), (LARGE, False)],
+    ids=["everything", "large packets", "large packets of one rank"],
 )
 def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over: int, both_ways: bool) -> None:
     for machine in machines[: 1 + both_ways]:
@@ -171,6 +169,7 @@ def test_a_rail_that_connects_and_loses_data_is_never_used(machines: Pair, over:
         assert outcome.output.count("is connected, but carries no data: no message of 4096 bytes was acknowledged") == 1
 
 
+@pytest.mark.thorough
 def test_a_rail_whose_other_end_is_not_found_does_not_end_the_start(machines: Pair) -> None:
     machines[1].rails[1].answer_no_arp()
     machines[0].rails[1].forget_neighbours()

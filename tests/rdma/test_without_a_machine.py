@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .machines import Pair
 from .ranks import Ranks
 from .test_faults import BEFORE
 
 
+@pytest.mark.thorough
 def test_a_killed_machine_is_noticed_by_the_link(machines: Pair) -> None:
     ranks = Ranks(machines, 10**6, link_timeout_s=5.0, timeout_s=120.0)
     ranks.reach(BEFORE)

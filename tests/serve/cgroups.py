@@ -18,7 +18,7 @@ _ENTER = {
 
 
 class CannotMakeCgroups(Exception):
-    """This machine does not let us make memory cgroups; the message says why."""
+    """Memory cgroups cannot be made on this machine; the message has the reason."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from vllm_spark.errors import EXIT_LOST
 from . import prompts
 from .features.report import EQUAL, ONE_RANK, record
 from .hosts import Hosts
-from .process import assert_all_gone
+from .process import assert_all_gone, descendant
 from .servers import Server, spark_tp2
+
+pytestmark = pytest.mark.thorough
 
 SCRAPES = 16
 LOST = "the follower on .* (closed the connection|broke)"
 
 
-@pytest.fixture(scope="module", params=["flags", pytest.param("environment", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["flags", "environment"])
 def several(hosts: Hosts, tiny_moe: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
     """With `--spark`, and with VLLMSPARK_ENABLE besides: all processes read that one for themselves."""
     enabled = {"VLLMSPARK_ENABLE": "1"} if request.param == "environment" else {}
@@ -57,7 +59,7 @@ def test_every_api_server_shows_the_counters(several: Server, reference_tokens: 
 
 def test_a_lost_follower_is_explained(several: Server) -> None:
     assert several.follower is not None
-    session = several.follower.descendants()[0]
+    session = descendant(several.follower, "vllm_spark.entrypoints.follower_process")
     os.kill(session.pid, signal.SIGKILL)
     several.leader.wait_for_line(f"Serving ends: .*{LOST}", 20.0)
     assert several.leader.wait(60) == EXIT_LOST

@@ -195,6 +195,7 @@ def test_drift_of_the_leader_ends_in_an_error(hosts: Hosts, tiny_moe: Path) -> N
         assert_drift_is_found(server, 0)
 
 
+@pytest.mark.thorough
 def test_ngram_speculation(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
     speculation = json.dumps({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4})
     arguments = ["--speculative-config", speculation, *EXTENSION]

@@ -25,7 +25,7 @@ from vllm_spark.processes.managed import answers, program
 from . import prompts, shared_memory
 from .development import DEVELOPMENT, EXTENSION, call, post
 from .hosts import Hosts
-from .process import Process, assert_all_gone
+from .process import Process, assert_all_gone, descendant
 from .servers import START_SECONDS, Server, spark_leader, spark_tp2
 
 NOTICE_SECONDS = 5.0
@@ -91,12 +91,7 @@ class Follower:
 
     def session(self) -> psutil.Process:
         """The process that follows the present leader."""
-        (session,) = (
-            child
-            for child in self.process.descendants()
-            if "vllm_spark.entrypoints.follower_process" in child.cmdline()
-        )
-        return session
+        return descendant(self.process, "vllm_spark.entrypoints.follower_process")
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +188,7 @@ LOST = "Serving ends: .*the follower on .* (closed the connection|broke)"
 
 def engine_of(server: Server) -> psutil.Process:
     """The engine's process, which vLLM calls VLLM::EngineCore."""
-    (engine,) = (child for child in server.leader.descendants() if "EngineCore" in " ".join(child.cmdline()))
-    return engine
+    return descendant(server.leader, "EngineCore")
 
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])
@@ -498,7 +492,27 @@ def start_with(extension: str, **environment: str) -> tuple[list[str], dict[str,
     return arguments, {"PYTHONPATH": str(Path(__file__).parents[2]), **environment}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("silent", ["killed", "hangs"])
+def test_an_engine_that_never_answers_its_server(hosts: Hosts, tiny_moe: Path, silent: str) -> None:
+    """It has started, and vLLM's server does not look after it before it serves. A signal must end that wait too."""
+    arguments, environment = start_with("silent_extension.Silent", SILENT=silent)
+    with spark_tp2(hosts, tiny_moe, arguments, environment, wait=False) as server:
+        if silent == "hangs":
+            server.leader.wait_for_line("The engine has been asked", START_SECONDS)
+            server.leader.terminate()
+        status = server.leader.wait(START_SECONDS if silent == "killed" else STOP_SECONDS)
+        (sentence,) = re.findall("^vllm serve --spark: .*", server.leader.output(), re.MULTILINE)
+        if silent == "killed":
+            assert re.search(r"the engine \(process \d+\) was killed or crashed .*; start it again", sentence)
+            assert status == 1
+        else:
+            assert "stopped by SIGTERM before it served" in sentence
+            assert status == 128 + signal.SIGTERM
+        assert "Traceback" not in server.leader.output()
+        assert_all_gone(server.leader)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
 def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank: int) -> None:
     """The other one has ended it and waits in no collective."""
     arguments, environment = start_with("hanging_extension.Hanging", HANGING_RANK=str(rank))
@@ -516,7 +530,8 @@ def test_a_rank_that_does_not_end_its_warm_up(hosts: Hosts, tiny_moe: Path, rank
         assert_all_gone(server.leader)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.thorough), 1])
+@pytest.mark.thorough
+@pytest.mark.parametrize("rank", [0, 1])
 def test_autotuning_that_one_rank_has_done_before(hosts: Hosts, tiny_moe: Path, rank: int, tmp_path: Path) -> None:
     """It goes on to the next step of the model, and the other one waits for it to tune: a dead end that is named."""
     arguments, environment = start_with(

@@ -17,7 +17,7 @@ from vllm_spark.variables import variable_name
 
 from . import prompts
 from .hosts import Hosts
-from .process import assert_all_gone
+from .process import assert_all_gone, descendant
 from .servers import COMMON_ARGUMENTS, Server
 
 ROOT = Path(__file__).parents[2]
@@ -102,13 +102,8 @@ print("one rank:", json.dumps(tokens_of(LLM(model, **common))))
 """
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("", id="before-the-groups", marks=pytest.mark.thorough),
-        pytest.param(WARM_UP, id="last-call"),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["", WARM_UP], ids=["before-the-groups", "last-call"])
 def test_a_follower_killed_while_the_engine_starts(
     hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]], method: str
 ) -> None:
@@ -184,10 +179,7 @@ def test_a_users_own_child_process_is_not_ended(
     leader.wait_for_line("^the start failed: (the connection to )?the follower on .* start it again if it ended", 200)
     tokens = leader.wait_for_line(r"^generated: (\[\d+, .*\])$", 200)[1]
     assert json.loads(tokens) == reference_tokens[1]
-    (session,) = (
-        child for child in follower.descendants() if "vllm_spark.entrypoints.follower_process" in child.cmdline()
-    )
-    session.kill()
+    descendant(follower, "vllm_spark.entrypoints.follower_process").kill()
     leader.wait_for_line("^generating failed: (the connection to )?the follower on .* start it again if it ended", 60)
     leader.wait_for_line("^the user's finally ran$", 60)
     assert leader.wait(60) == 0

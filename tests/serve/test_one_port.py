@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from vllm_spark.errors import EXIT_PROBLEM
 from vllm_spark.processes.local import CPU_ENVIRONMENT
 from vllm_spark.processes.managed import program
@@ -56,6 +58,7 @@ def default_route(host: Host) -> Iterator[None]:
         host.run(["ip", "route", "delete", *route])
 
 
+@pytest.mark.thorough
 def test_a_firewall_that_lets_nothing_through(namespaces: Hosts, tiny_moe: Path) -> None:
     """Both sides say so, and how to open the port; the leader stops waiting when it was told to.
 

@@ -123,7 +123,7 @@ def test_another_key_is_told(guarded: Server, hosts: Hosts) -> None:
         )
 
 
-@WIDTHS
+@pytest.mark.parametrize("columns", [80, pytest.param(160, marks=pytest.mark.thorough)])
 def test_the_start_table_on_a_terminal(hosts: Hosts, tiny_moe: Path, columns: int) -> None:
     first, second = hosts
     port, secret = str(first.free_port()), {"VLLMSPARK_SECRET": "the secret of both machines"}

@@ -65,6 +65,7 @@ def test_dense_model(hosts: Hosts, host: Host, tiny_dense: Path) -> None:
     assert together == expected
 
 
+@pytest.mark.thorough
 def test_compiled_model(hosts: Hosts, tiny_moe: Path, reference_tokens: list[list[int]]) -> None:
     """Compiled graphs see collectives as opaque operators that leave their input alone."""
     with spark_tp2(hosts, tiny_moe, ["--no-enforce-eager"]) as server:

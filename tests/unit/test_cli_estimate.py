@@ -33,6 +33,7 @@ def test_the_table_and_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("one machine", "two, vllm_spark", "two, NCCL", "routed experts", "tokens per second", "weights, GB"):
         assert words in printed
     assert "\nTP=2 pays: two machines make" in printed
+    assert "collectives (vllm_spark) take" in printed
     assert re.search(r"hidden behind kernels\) .* \(0\.\d\d\) .* \(\d\.\d\d\) ", printed)
     assert main(["estimate", CODER, "--collective-us", "20"]) == 0
     assert "hidden" not in capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_options_change_what_they_name(tmp_path: Path) -> None:
         < speed("--batch", "8")
         < speed("--batch", "8", "--routing-skew", "2")
     )
+    assert speed("--batch", "8", "--routing-skew", "0.00") == speed("--batch", "8", "--routing-skew", "0")
     assert speed("--speculate", "3", "--draft", "ngram", "--acceptance", "1") > 2 * plain
 
 
@@ -115,6 +117,9 @@ def test_which_collectives_are_candidates(tmp_path: Path) -> None:
         (["no-such-model"], "there is no model 'no-such-model' here"),
         ([CODER, "--gpu", "b200"], "there are no figures of the GPU 'b200'; known are gb10, h100, h200"),
         ([CODER, "--speculate", "1"], "the model has no layer that drafts; give another draft with --draft"),
+        ([CODER, "--acceptance", "0.5"], "--acceptance 0.5 is for speculation; add --speculate, or leave it out"),
+        ([CODER, "--draft", "ngram"], "--draft ngram is for speculation; add --speculate, or leave it out"),
+        ([CODER, "--batches", "1,2"], "--batches 1,2 is for the plot; add --plot, or leave it out"),
         ([CODER, "--collective-us", "9", "--collectives", "x"], "--collectives and --collective-us contradict"),
         ([CODER, "--wire", "x", "--latency-us", "3"], "--wire x and --latency-us contradict each other"),
         ([CODER, "--plot", "plot.txt"], "--plot plot.txt must end in .png, .svg, .pdf"),

@@ -329,6 +329,7 @@ def test_measured_collectives_are_read_from_the_benchmarks_file(tmp_path: Path) 
         ("[]", "are invalid"),
         (json.dumps({"rows": measured_rows(median=-1)}), "rows.0.median"),
         (json.dumps({"rows": []}), "have no times in CUDA graphs"),
+        (json.dumps({"rows": measured_rows(), "settings": {"collective": "all_gather"}}), "settings.collective"),
         (None, "cannot be read (No such file or directory)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Parts of the first run: options, judgements, the report, and the connection of both machines."""
+"""Parts of the first run: options, limits of speed, the report, and the connection of both machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vllm_spark.first_run.checked import CheckedCollectives
 from vllm_spark.first_run.peer import Peer, PeerFailedError
 from vllm_spark.first_run.report import Report, redacted
 from vllm_spark.first_run.result import Advice, StepFailedError, StepResult
-from vllm_spark.first_run.speed import judge_latency, judge_rates, judge_two_way
+from vllm_spark.first_run.speed import check_latency, check_rates, check_two_way
 from vllm_spark.processes.local import free_ports
 
 PATIENCE = 60.0
@@ -51,7 +51,7 @@ def test_options_that_do_not_fit(capsys: pytest.CaptureFixture[str], arguments: 
 
 
 @pytest.mark.parametrize(
-    ("alone", "total", "judged", "seen"),
+    ("alone", "total", "limits_apply", "seen"),
     [
         ({"rail 0": 213.0, "rail 1": 212.0}, 380.0, True, None),
         (
@@ -65,9 +65,9 @@ def test_options_that_do_not_fit(capsys: pytest.CaptureFixture[str], arguments: 
         ({"rail 0": 20.0, "rail 1": 5.0}, 25.0, False, "rail 1 reached 5.0 Gb/s in both directions, and rail 0 20.0"),
     ],
 )
-def test_two_way_rates(alone: dict[str, float], total: float, judged: bool, seen: str | None) -> None:
+def test_two_way_rates(alone: dict[str, float], total: float, limits_apply: bool, seen: str | None) -> None:
     """The figures are those of good and bad cables between GB10 machines."""
-    warning = judge_two_way(alone, total, judged)
+    warning = check_two_way(alone, total, limits_apply)
     assert (warning is None) == (seen is None)
     if warning is not None and seen is not None:
         assert warning[0].startswith(seen)
@@ -76,13 +76,13 @@ def test_two_way_rates(alone: dict[str, float], total: float, judged: bool, seen
 
 def test_rates_of_one_direction_and_latencies() -> None:
     ways = {"there": 92.6, "back": 97.3}
-    assert judge_rates("rail 0", ways, 1, judged=True) is None
-    assert judge_rates("both", ways, 2, judged=False) is None
-    slow = judge_rates("both", ways, 2, judged=True)
+    assert check_rates("rail 0", ways, 1, limits_apply=True) is None
+    assert check_rates("both", ways, 2, limits_apply=False) is None
+    slow = check_rates("both", ways, 2, limits_apply=True)
     assert slow is not None
     assert slow[0] == "both reached 92.6 Gb/s there, less than 171.0"
-    assert judge_latency({"rail 0": 2.0}) is None
-    late = judge_latency({"rail 0": 2.0, "rail 1": 20_000.0})
+    assert check_latency({"rail 0": 2.0}) is None
+    late = check_latency({"rail 0": 2.0, "rail 1": 20_000.0})
     assert late is not None
     assert late[0] == "a small write over rail 1 takes 20000 us, more than 1000"
 

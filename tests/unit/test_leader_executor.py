@@ -137,6 +137,17 @@ def test_nothing_of_an_ended_engine_is_kept(executor: SparkExecutor) -> None:
     assert leader_executor._unfinished is None
 
 
+def test_a_guard_that_is_late_does_not_end_the_process(executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had read the memory before the shutdown stopped it."""
+    session, _ = held_by(executor)
+    executor.shutdown()
+    executor._in_engine_process = True
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    executor._memory_exhausted(SparkError("the memory runs out"))
+    assert (ended, session.failed) == ([], False)
+
+
 def call_on(follower: Connection) -> int:
     """Takes the next call there, and returns its number."""
     return decode_header(follower.expect(Kind.QUERY, timeout=20).payload).number

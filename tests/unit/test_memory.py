@@ -1,4 +1,4 @@
-"""Memory: cgroups of both versions, the sum that refuses a start, the guard's judgement, and the page cache."""
+"""Memory: cgroups of both versions, the sum that refuses a start, the guard's decision, and the page cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.errors import SparkError
 from vllm_spark.memory import guard
 from vllm_spark.memory.cgroups import memory_cgroups
-from vllm_spark.memory.guard import MemoryGuard, judge
+from vllm_spark.memory.guard import MemoryGuard, decide
 from vllm_spark.memory.need import MemoryNeed, refusal
 from vllm_spark.memory.page_cache import PageCacheEviction
 from vllm_spark.memory.scopes import GIB, MACHINE, Scope, container_memory, gib, read_scopes
@@ -174,10 +174,10 @@ def test_the_reserve_is_of_the_machine_and_a_cgroup_keeps_what_the_guard_defends
         (replace(SMALL, available=500 * MIB), RESERVE, "stop", "0.49 of 4.0 GiB are available in the cgroup /small"),
     ],
 )
-def test_the_judgement(scope: Scope, reserve: int, action: str, reason: str) -> None:
-    judged = judge(scope, reserve)
-    assert judged.action == action
-    assert reason in judged.reason
+def test_the_decision(scope: Scope, reserve: int, action: str, reason: str) -> None:
+    decided = decide(scope, reserve)
+    assert decided.action == action
+    assert reason in decided.reason
 
 
 def test_the_guard_warns_once_and_stops_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

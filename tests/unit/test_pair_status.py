@@ -1,4 +1,4 @@
-"""The status of a pair: its records, the table and the lines, and what `vllm-spark status` says without a pair."""
+"""The status of a pair: its records, the table and the lines, and what `vllm-spark status` prints without a pair."""
 
 from __future__ import annotations
 
@@ -248,6 +248,7 @@ def test_the_command_prints_lines_or_json(capsys: pytest.CaptureFixture[str]) ->
             {PATH: (200, to_json(replace(REPORT, facts=None, failure="the cable is out")))},
             "serves no pair now, its engine has failed: the cable is out",
         ),
+        ({PATH: (200, to_json(replace(REPORT, facts=replace(FACTS, started=1e300))))}, "is not a status ("),
     ],
 )
 def test_what_is_no_status_is_one_sentence(
@@ -275,6 +276,16 @@ def test_another_key_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert main(["status", "--url", url, "--api-key", "sesame"]) == 0
 
 
+@pytest.mark.parametrize("key", ["ses\name", "Ключ"])
+def test_a_key_that_no_header_can_have_is_one_sentence(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the key, which is a secret."""
+    with server({PATH: (200, to_json(REPORT))}) as url:
+        assert main(["status", "--url", url, "--api-key", key]) == EXIT_USAGE
+    assert capsys.readouterr().err == (
+        "vllm-spark: the API key of --api-key or VLLM_API_KEY is invalid: must consist of printable ASCII characters.\n"
+    )
+
+
 def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     (port,) = free_ports(1)
     assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == EXIT_LOST
@@ -284,7 +295,13 @@ def test_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("url", ["ftp://desk1", "http://", "http://desk1:0", "http://desk1:99999", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://desk1", "http://", "http://desk1:0", "http://desk1:99999", "http://[::1"),
+        *("http://a..b", "http://desk1/ä", "http://desk1/a b", "http://me:key@desk1", "desk1:8000?x", "desk1#x"),
+    ],
+)
 def test_a_url_that_is_none(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", url]) == EXIT_USAGE
     assert capsys.readouterr().err == f"vllm-spark: --url {url} is invalid: must be as http://localhost:8000.\n"

@@ -2,7 +2,8 @@
 
 vLLM measures, tunes and captures on each rank by itself, with collectives in between. What a rank has in its own caches
 (of torch.compile, of FlashInfer's autotuner) may make it take another path, or another time, than the other one. Then
-one of them waits in a collective that the other does not call, until its time-out. These functions say where both were.
+one of them waits in a collective that the other does not call, until its time-out. These functions determine the
+step of each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def step_of(thread: int | None) -> str:
 
 
 def with_steps(error: Exception, rank: str, peer: str, peer_step: str) -> Exception:
-    """`error`, or the same with the steps in which both ranks were, if it is a time-out in one of this rank's.
+    """`error`, or the same error with the steps in which both ranks were, if it is a time-out in a step of this rank.
 
     Args:
         error: with its traceback.

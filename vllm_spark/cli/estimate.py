@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ SUMMARY = "predicted tokens per second and memory of a model on one machine and 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_SEQUENCES, _MOST_TOKENS, _MOST_DRAFTED = 1 << 16, 1 << 30, 64
 _ACCEPTANCE = 0.6
+_DRAFT = "mtp"
+_LARGEST_SKEW = 3.0
 _MARKDOWN_WIDTH = 240
 _KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
 
@@ -62,28 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache-dtype", choices=list(_KV_BYTES), default="bfloat16", help="of the KV cache (default: bfloat16)"
     )
-    speculation = parser.add_argument_group("speculation")
-    speculation.add_argument(
-        "--speculate",
-        type=up_to(_MOST_DRAFTED, int),
-        metavar="N",
-        help="tokens that are drafted in a step (default: none)",
-    )
-    speculation.add_argument(
-        "--acceptance",
-        type=up_to(1),
-        default=_ACCEPTANCE,
-        metavar="P",
-        help="probability that a drafted token is accepted if all before it were; vLLM's metrics have it "
-        f"(default: {_ACCEPTANCE:g})",
-    )
-    speculation.add_argument(
-        "--draft",
-        default="mtp",
-        metavar="DRAFT",
-        help="mtp: the model's own layer; ngram: no model; or, as MODEL, an EAGLE or EAGLE3 head or a smaller model "
-        "(default: mtp)",
-    )
     parser.add_argument(
         "--routing-skew",
         type=_skew,
@@ -91,38 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of experts: the i-th most popular one is chosen in proportion to i ** -S (default: 0.68, as measured for "
         "one model; random weights: 0; sequences about one subject: 1 and more)",
     )
-    machines = parser.add_argument_group("machines")
-    machines.add_argument(
-        "--gpu", default="gb10", metavar="GPU", help="gb10; or h100 or h200, two of one host (default: gb10)"
-    )
-    machines.add_argument(
-        "--memory-gbytes-per-s",
-        type=up_to(1e5),
-        metavar="GB/S",
-        help="the memory's measured bandwidth; that of other kernels changes in proportion (default: a published one)",
-    )
-    machines.add_argument(
-        "--gpu-memory-utilization",
-        type=up_to(1),
-        default=0.8,
-        metavar="SHARE",
-        help="of the memory, as for vllm serve (default: 0.8)",
-    )
-    machines.add_argument(
-        "--expert-parallel", action="store_true", help="each of two machines has half of the experts, whole"
-    )
-    machines.add_argument(
-        "--collective-us",
-        type=up_to(1e6),
-        metavar="MICROSECONDS",
-        help="what a step waits for each collective; in place of both columns of two machines",
-    )
-    machines.add_argument(
-        "--collectives",
-        type=user_path,
-        metavar="FILE",
-        help="the same, with the figures that vllm-spark bench collective --json FILE wrote",
-    )
+    _add_speculation(parser.add_argument_group("speculation"))
+    _add_machines(parser.add_argument_group("machines"))
     add_wire_arguments(parser)
     parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there as well")
     parser.add_argument(
@@ -131,9 +82,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batches",
         type=positives,
-        default=_BATCHES,
         metavar="N,...",
         help=f"of the plot (default: {','.join(map(str, _BATCHES))})",
+    )
+
+
+def _add_speculation(group: Any) -> None:
+    group.add_argument(
+        "--speculate",
+        type=up_to(_MOST_DRAFTED, int),
+        metavar="N",
+        help="tokens that are drafted in a step (default: none)",
+    )
+    group.add_argument(
+        "--acceptance",
+        type=up_to(1),
+        metavar="P",
+        help="probability that a drafted token is accepted if all before it were; vLLM's metrics have it "
+        f"(default: {_ACCEPTANCE:g})",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="DRAFT",
+        help="mtp: the model's own layer; ngram: no model; or, as MODEL, an EAGLE or EAGLE3 head or a smaller model "
+        f"(default: {_DRAFT})",
+    )
+
+
+def _add_machines(group: Any) -> None:
+    group.add_argument(
+        "--gpu", default="gb10", metavar="GPU", help="gb10; or h100 or h200, two of one host (default: gb10)"
+    )
+    group.add_argument(
+        "--memory-gbytes-per-s",
+        type=up_to(1e5),
+        metavar="GB/S",
+        help="the memory's measured bandwidth; that of other kernels changes in proportion (default: a published one)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=up_to(1),
+        default=0.8,
+        metavar="SHARE",
+        help="of the memory, as for vllm serve (default: 0.8)",
+    )
+    group.add_argument(
+        "--expert-parallel", action="store_true", help="each of two machines has half of the experts, whole"
+    )
+    group.add_argument(
+        "--collective-us",
+        type=up_to(1e6),
+        metavar="MICROSECONDS",
+        help="what a step waits for each collective; in place of both columns of two machines",
+    )
+    group.add_argument(
+        "--collectives",
+        type=user_path,
+        metavar="FILE",
+        help="the same, with the figures that vllm-spark bench collective --json FILE wrote",
     )
 
 
@@ -150,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model is None:
         raise ConfigurationError("MODEL is missing; give a config.json, a model of the hub or a name in configs/models")
+    _check_options(args)
     from vllm_spark.estimate.pair import estimate, over_batches
     from vllm_spark.estimate.report import as_json, as_table, plot
     from vllm_spark.models.config import read_model_config
@@ -162,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     settings = _settings(args)
     name, config = read_model_config(args.model)
-    draft_of = _draft(args.draft, config)
+    draft_of = _draft(args.draft or _DRAFT, config)
     found = estimate(name, config, settings, draft_of)
     console = wide_console()
     console.print(as_table(found))
@@ -170,13 +177,33 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         args.json.write_text(as_json([found]) + "\n")
     if args.plot is not None:
-        plot(over_batches(name, config, settings, draft_of, sorted(set(args.batches))), args.plot)
+        batches = sorted(set(args.batches or _BATCHES))
+        plot(over_batches(name, config, settings, draft_of, batches), args.plot)
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ConfigurationError for an option without the one that it is for, or for two that contradict each other."""
+    if args.speculate is None:
+        for name, value in (("acceptance", args.acceptance), ("draft", args.draft)):
+            if value is not None:
+                raise ConfigurationError(f"--{name} {value} is for speculation; add --speculate, or leave it out")
+    if args.batches is not None and args.plot is None:
+        given = ",".join(map(str, args.batches))
+        raise ConfigurationError(f"--batches {given} is for the plot; add --plot, or leave it out")
+    if args.collective_us is not None and args.collectives is not None:
+        raise ConfigurationError("--collectives and --collective-us contradict each other; leave one out")
 
 
 def _skew(text: str) -> float:
     """An exponent from 0 to 3."""
-    return 0.0 if text.strip() in ("0", "0.0") else up_to(3)(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _LARGEST_SKEW:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {_LARGEST_SKEW:g}")
+    return value
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -202,8 +229,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     collectives: tuple[Collectives, ...] = (over_the_cable(link), NCCL)
     if gpu.name != GB10.name and link is PUBLISHED_FIGURES:  # two of one host
         collectives = (DIRECT, NCCL_H200)
-    if args.collective_us is not None and args.collectives is not None:
-        raise ConfigurationError("--collectives and --collective-us contradict each other; leave one out")
     if args.collective_us is not None:
         collectives = (fixed(args.collective_us),)
     if args.collectives is not None:
@@ -218,7 +243,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         ),
         collectives=collectives,
         drafted=args.speculate or 0,
-        acceptance=args.acceptance if args.speculate else 0.0,
+        acceptance=(args.acceptance or _ACCEPTANCE) if args.speculate else 0.0,
         expert_parallel=args.expert_parallel,
         utilization=args.gpu_memory_utilization,
     )
@@ -236,6 +261,7 @@ def _draft(draft: str, config: Mapping[str, Any]) -> Callable[[int], Model | Non
     if draft == "mtp":
         return lambda tp: own_draft_layer(config, tp)
 
+    @functools.cache
     def from_config(tp: int) -> Model:
         of_draft = read_model_config(draft)[1]
         is_head = "draft_vocab_size" in of_draft or any(

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vllm_spark.cli.arguments import user_path, words
-from vllm_spark.cli.status import DEFAULT_URL, KEY_VARIABLE, checked_url, fetch_status
+from vllm_spark.cli.status import DEFAULT_URL, KEY_VARIABLE, checked_key, checked_url, fetch_status
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, split_endpoint
 from vllm_spark.errors import ConfigurationError, SparkError
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if os.path.lexists(path):
         raise ConfigurationError(f"{path} exists already, and is not overwritten; give another file, or delete it")
     url, problem = checked_url(args.url), ""
-    key = args.api_key or os.environ.get(KEY_VARIABLE, "")
+    key = checked_key(args.api_key or os.environ.get(KEY_VARIABLE, ""))
     try:
         config = SparkConfig.resolve(flags=given_flags(args))
     except SparkError as error:  # that may be what the report is about

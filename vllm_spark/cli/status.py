@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from vllm_spark.records import RecordError, from_json
 
     url = checked_url(args.url)
-    answer = fetch_status(url, args.api_key or os.environ.get(KEY_VARIABLE, ""))
+    answer = fetch_status(url, checked_key(args.api_key or os.environ.get(KEY_VARIABLE, "")))
     try:
         report = from_json(answer, StatusReport)
     except RecordError as error:
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(answer.decode())
     elif report.facts is None:
-        reason = "its engine has failed: " + report.failure if report.failure else "its engine has not started yet"
-        raise _NoAnswerError(f"{url} serves no pair now, {lower_first(reason)}")
+        state = f"has failed: {lower_first(report.failure)}" if report.failure else "has not started yet"
+        raise _NoAnswerError(f"{url} serves no pair now, its engine {state}")
     elif sys.stdout.isatty():
         show_table(report, Console(highlight=False), now=True)
     else:
@@ -87,17 +87,35 @@ def checked_url(url: str) -> str:
     """The URL without a path that clients of the API may have.
 
     Raises:
-        ConfigurationError: it is not one of HTTP.
+        ConfigurationError: it is not one of HTTP, or has more than host, port and path.
     """
     full = url if "://" in url else f"http://{url}"
     try:
         parts = urllib.parse.urlsplit(full)
+        (parts.hostname or "").encode("idna")  # as for the name's look-up
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
         valid = False
-    if not valid:
+    if not valid or "@" in parts.netloc or parts.query or parts.fragment or not _fits_a_path(parts.path):
         raise ConfigurationError(f"--url {url} is invalid: must be as {DEFAULT_URL}")
     return full.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def checked_key(key: str) -> str:
+    """The API key.
+
+    Raises:
+        ConfigurationError: no HTTP header can contain it.
+    """
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(
+            f"the API key of --api-key or {KEY_VARIABLE} is invalid: must consist of printable ASCII characters"
+        )
+    return key
+
+
+def _fits_a_path(text: str) -> bool:
+    return text.isascii() and text.isprintable() and " " not in text
 
 
 def fetch_status(url: str, key: str) -> bytes:

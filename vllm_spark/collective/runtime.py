@@ -193,9 +193,7 @@ class Runtime:
         native.close()
         if offer.problem:
             raise CollectiveError(offer.problem)
-        return _native.region_bytes(
-            slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
-        )
+        return region_bytes(options)
 
     @classmethod
     def _make_native(cls, rank: int, options: RuntimeOptions, stripes: int) -> Any:
@@ -379,6 +377,13 @@ class Runtime:
             and not tensor.is_quantized
             and tensor.numel() * tensor.element_size() <= self.options.largest_message
         )
+
+
+def region_bytes(options: RuntimeOptions) -> int:
+    """Bytes of the memory that a rank shares with its peer, with the options of a runtime that was connected."""
+    return _native.region_bytes(
+        slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
+    )
 
 
 def _release(process: int, native: Any, link_thread: LinkThread | None) -> None:

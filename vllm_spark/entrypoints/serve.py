@@ -269,6 +269,12 @@ def exit_with_sentence(args: Any) -> Iterator[None]:
         if failure is None:
             raise
         _exit_with(failure)
+    except Exception:
+        # vLLM's EngineDeadError, if its engine ended before the server served.
+        death = engine_death()
+        if death is None:
+            raise
+        _exit_with(death)
     finally:
         # Not only at exit: a second signal may end the process before, now that vLLM's handlers are gone.
         remove_own_socket_folder()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -22,15 +22,21 @@ class _Row(BaseModel):
     median: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+class _Settings(BaseModel):
+    collective: Literal["all_reduce"] = "all_reduce"
+
+
 class _Report(BaseModel):
     rows: list[_Row]
+    settings: _Settings = _Settings()
 
 
 def load_collectives(path: Path) -> tuple[Collectives, ...]:
-    """Every candidate that was measured in CUDA graphs, in the order of the file.
+    """Every candidate whose all-reduce was measured in CUDA graphs, in the order of the file.
 
     Raises:
-        ConfigurationError: the file does not exist, is another, or has no times in graphs of two sizes or more.
+        ConfigurationError: the file cannot be read, has times of another collective than an all-reduce, or no times in
+            graphs of two sizes or more.
     """
     try:
         report = _Report.model_validate_json(read_regular(path, TABLE_FILE))

@@ -64,7 +64,7 @@ GB10 = Gpu(
     pair_us=100,
     tflops=110,
 )
-"""Published by others; nobody of this project has one.
+"""Published by others; this project has not measured one.
 
 - 235 GB/s: streaming reads on a DGX Spark (InterfaceX-co-jp/glm53-tensorfold-spark, docs/ROOFLINE.md, W11); antirez/ds4
   pull request 773 has 231 to 234 of the data sheet's 273.

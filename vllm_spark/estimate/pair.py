@@ -11,10 +11,13 @@ from vllm_spark.estimate.gpu import Gpu
 from vllm_spark.estimate.memory import Memory, memory_of
 from vllm_spark.estimate.model import Model, read_model
 from vllm_spark.estimate.speculation import Speculation
-from vllm_spark.estimate.step import Step, Workload, decode_step, joined
+from vllm_spark.estimate.step import COLLECTIVES, Step, Workload, decode_step, joined
 
 PAYS = 1.1
 """Two machines pay from this multiple of one machine's tokens on; the model is not more exact than that."""
+
+_TWO = "two, "
+"""What names of candidates of two machines begin with."""
 
 DraftOf = Callable[[int], Model | None]
 """The part of the draft of one of this many ranks; None: a draft that costs nothing."""
@@ -81,7 +84,7 @@ class Estimate:
 
     @property
     def verdict(self) -> str:
-        """Whether TP=2 pays, in one sentence."""
+        """Whether TP=2 pays with the first implementation of collectives, in one sentence."""
         one, two = self.candidates[0], self.candidates[1]
         if not two.memory.fits:
             return (
@@ -95,11 +98,11 @@ class Estimate:
             )
         ratio = two.tokens_per_s / one.tokens_per_s
         pays = "pays" if ratio >= PAYS else "hardly pays" if ratio >= 1 else "does not pay"
-        waits = two.step.part_us("collectives") / two.step.us
+        waits = two.step.part_us(COLLECTIVES) / two.step.us
         sentence = (
             f"TP=2 {pays}: two machines make {ratio:.2f} times the tokens of one at batch {self.settings.work.batch} "
-            f"({two.tokens_per_s:.3g} and {one.tokens_per_s:.3g} per second), and collectives take {waits:.0%} of "
-            "their step"
+            f"({two.tokens_per_s:.3g} and {one.tokens_per_s:.3g} per second), and collectives "
+            f"({two.name.removeprefix(_TWO)}) take {waits:.0%} of their step"
         )
         if self.separately is not None:
             sentence += f"; two machines that serve half of the batch each make {self.separately:.3g}"
@@ -142,7 +145,7 @@ def candidate(
         settings.gpu.memory_gb * 1e9 * settings.utilization,
         collectives.rank_bytes if collectives is not None else 0.0,
     )
-    name = "one machine" if collectives is None else f"two, {collectives.name}"
+    name = "one machine" if collectives is None else f"{_TWO}{collectives.name}"
     return Candidate(name, tp, step, tokens_per_s, memory)
 
 

@@ -10,9 +10,10 @@ from vllm_spark.errors import ConfigurationError
 from vllm_spark.estimate.collectives import Collectives
 from vllm_spark.estimate.gpu import Gpu
 from vllm_spark.estimate.model import Model, read_model
-from vllm_spark.estimate.step import Part, Workload, forward_us
+from vllm_spark.estimate.step import Part, Workload, draft_pass
 from vllm_spark.models.config_values import whole_number
 from vllm_spark.models.layers import Dense
+from vllm_spark.models.text_model import TextModel
 from vllm_spark.models.weights import Bf16, Int4, Mxfp4, Nvfp4
 
 
@@ -39,7 +40,7 @@ class Speculation:
         """The forward passes of the draft, one for each drafted token."""
         if self.draft is None:
             return []
-        return [forward_us(self.draft, replace(work, rows=1), gpu, collectives)] * self.drafted
+        return [draft_pass(self.draft, replace(work, rows=1), gpu, collectives)] * self.drafted
 
 
 def eagle_head(config: Mapping[str, Any], tp: int) -> Model:
@@ -71,8 +72,8 @@ def own_draft_layer(config: Mapping[str, Any], tp: int) -> Model:
     Raises:
         ConfigurationError: the model has none, or is not supported.
     """
-    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
-    assert isinstance(text, Mapping)
+    language_model = TextModel(config, tp)
+    text = language_model.config
     if not any(text.get(key) or config.get(key) for key in _MTP_KEYS):
         raise ConfigurationError(
             f"config.json has none of {', '.join(_MTP_KEYS)}, so the model has no layer that drafts; give another "
@@ -80,9 +81,9 @@ def own_draft_layer(config: Mapping[str, Any], tp: int) -> Model:
         )
     one = {**text, "num_hidden_layers": 1, "layer_types": ["full_attention"], "first_k_dense_replace": 0}
     one |= {"full_attention_interval": 1, "hybrid_override_pattern": "*E"}
-    if str(text.get("model_type")) == "nemotron_h":
+    if language_model.type == "nemotron_h":
         one["num_hidden_layers"] = 2
-    whole = {**config, "text_config": one} if text is not config else one
+    whole = {**config, "text_config": one} if language_model.nested else one
     model = read_model(whole, tp)
     layers = tuple(
         replace(layer, weights=Bf16()) if isinstance(layer.weights, Int4 | Mxfp4 | Nvfp4) else layer

@@ -39,8 +39,8 @@ ORDER = (EXPERTS, SHARED, MLP, PROJECTIONS, LINEAR, HEAD, ATTENTION, STATES, ROU
 
 _MIXING_KERNELS: Mapping[Mixer, int] = {"full": 4, "sliding": 4, "latent": 5, "delta": 4, "mamba": 3}
 """Kernels without weights of a layer that mixes tokens. `latent`: norms, rotary embedding, writing the cache, attention
-and its reduction; `delta`: convolution, gates, recurrence, gated norm; `mamba`: convolution, recurrence, gated norm. Of
-`delta` and `mamba` nobody here has a profile."""
+and its reduction; `delta`: convolution, gates, recurrence, gated norm; `mamba`: convolution, recurrence, gated norm.
+There is no profile of `delta` and `mamba`."""
 
 _ROUTING_KERNELS, _EXPERT_KERNELS, _MLP_KERNELS = 3, 2, 1
 _SHARED_KERNELS = 3  # activation, gate, sum
@@ -132,8 +132,8 @@ def decode_step(model: Model, work: Workload, gpu: Gpu, collectives: Collectives
     return Step(joined(parts), max(0.0, alone - exposed))
 
 
-def forward_us(model: Model, work: Workload, gpu: Gpu, collectives: Collectives | None) -> Part:
-    """A draft's forward pass as one part: without the host, which the step that drafts has already."""
+def draft_pass(model: Model, work: Workload, gpu: Gpu, collectives: Collectives | None) -> Part:
+    """A draft's forward pass as one part, without time of the host: that is in the step which drafts."""
     parts = list(_forward(model, work, gpu))
     calls = collective_calls(model, work.all_rows) if collectives is not None and model.tp > 1 else []
     waits = sum(count * collectives.exposed_us(size) for size, count in calls) if collectives is not None else 0.0

@@ -77,7 +77,7 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
-from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
+from vllm_spark.memory.guard import MemoryGuard, raise_oom_score
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.records import to_json
 
@@ -182,7 +182,7 @@ class FollowerSession:
         self._caller = threading.get_ident()
         activate()
         check_marlin_inputs(compute_capability)
-        prefer_as_victim()
+        raise_oom_score()
         MemoryGuard(reserved_bytes(self._config), host_name(), self._memory_exhausted).start()
         assert self._heartbeat is not None
         self._leader_config = assignment.config

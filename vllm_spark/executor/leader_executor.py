@@ -63,7 +63,7 @@ from vllm_spark.executor.rpc import (
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
 from vllm_spark.kernels import runtime as tuning
-from vllm_spark.memory.guard import MemoryGuard, prefer_as_victim
+from vllm_spark.memory.guard import MemoryGuard, raise_oom_score
 from vllm_spark.processes.child import in_engine_process, watch_parent
 from vllm_spark.processes.signals import ended_by_signals
 from vllm_spark.ranks import LEADER_RANK
@@ -121,7 +121,7 @@ class SparkExecutor(RankExecutor):
         place_on_leader(self.vllm_config, offer.files)
         if self._in_engine_process:
             self._session.on_failure(_end_process_soon)
-            prefer_as_victim()
+            raise_oom_score()
         self._guard = MemoryGuard(reserved_bytes(config), host_name(), self._memory_exhausted)
         self._guard.start()
         self._random_state = WorkerRandomState()
@@ -428,6 +428,8 @@ class SparkExecutor(RankExecutor):
 
     def _memory_exhausted(self, error: SparkError) -> None:
         """Ends the session; an engine process exits at once, because only that gives its memory back."""
+        if self._ended:  # the guard had read the memory before `shutdown` stopped it
+            return
         session = self._running_session()
         session.fail(error)
         if self._in_engine_process:

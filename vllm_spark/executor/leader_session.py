@@ -187,7 +187,7 @@ class LeaderSession:
         self._own_end = time.monotonic()
 
     def with_steps(self, error: Exception) -> Exception:
-        """`error`, or the same with where both ranks were in vLLM's start, if it is a time-out there."""
+        """As `start_step.with_steps`, of this session."""
         return with_steps(error, "rank 0", "rank 1", self._their_step)
 
     def answer(self, timeout: float | None) -> Any:
@@ -331,7 +331,7 @@ class LeaderSession:
             callback()
 
     def _fail_both(self, error: SparkError) -> None:
-        """`fail`, and the follower gets the reason before it sees what follows from it: that its collectives end."""
+        """`fail`, and the follower gets the reason before its collectives end, which follows from it."""
         self._heartbeat.send(Kind.FAILURE, Reason(str(error)))
         self.fail(error)
 

@@ -19,11 +19,11 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_spark._native import region_bytes
 from vllm_spark.backend.memory_need import reserved_bytes, shares_memory
 from vllm_spark.backend.pair_status.records import RailFacts, RankFacts
 from vllm_spark.collective import Runtime, installed
 from vllm_spark.collective.rails import link_rate
+from vllm_spark.collective.runtime import region_bytes
 from vllm_spark.compat.patching import apply_all
 from vllm_spark.config.settings import SparkConfig
 from vllm_spark.executor.channel.addresses import host_name
@@ -73,7 +73,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
         runtime, worker = installed(), self.driver_worker
         assert runtime is not None
         assert worker is not None
-        options, model = runtime.options, worker.get_model()
+        model = worker.get_model()
         measured = int(getattr(worker.model_runner, "model_memory_usage", 0))  # by vLLM, on a GPU
         return RankFacts(
             rank=self.rank,
@@ -85,9 +85,7 @@ class RankExecutor(UniProcExecutor):  # type: ignore[misc]
             rails=[RailFacts(rail.device, rail.port, link_rate(rail), rail.mtu) for rail in runtime.rails],
             weights=measured or _bytes_of([*model.parameters(), *model.buffers()]) or 0,
             kv_cache=_bytes_of(getattr(worker.model_runner, "kv_caches", None)),
-            region=region_bytes(
-                slot_bytes=options.slot_bytes, packet_bytes=options.packet_bytes or 0, depth=options.depth
-            ),
+            region=region_bytes(runtime.options),
             reserve=reserved_bytes(config),
             memory=psutil.virtual_memory().total,
         )

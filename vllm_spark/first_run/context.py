@@ -86,7 +86,7 @@ class Context:
     Attributes:
         rank: 0 on the listening machine.
         device: `cuda` if both machines have a GPU, else `cpu`.
-        judged: whether both are GB10 machines, so that figures are compared with what their network cards reach.
+        limits_apply: whether both are GB10 machines, so that figures are compared with what their network cards reach.
         note: prints a line for the user while a step runs.
         ports: RDMA ports of this machine; set by the step `machine`.
         rails: this machine's ends of the rails; set by the step `machine`.
@@ -99,7 +99,7 @@ class Context:
     peer: Peer
     system: System
     device: str
-    judged: bool
+    limits_apply: bool
     note: Callable[[str], None]
     ports: list[Port] = dataclasses.field(default_factory=list)
     rails: list[Rail] = dataclasses.field(default_factory=list)

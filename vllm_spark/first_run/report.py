@@ -38,7 +38,7 @@ class Report:
         reason: the sentence of the step that did not pass; empty if all is well.
         host, peer: names of both machines.
         device: whose tensors the collectives had.
-        judged: whether figures were compared with those of a GB10.
+        limits_apply: whether figures were compared with those of a GB10.
         kernel_messages: about network cards, GPU and memory; None if this user may not read them.
     """
 
@@ -56,7 +56,7 @@ class Report:
     gpu: str = ""
     peer_gpu: str = ""
     device: str = ""
-    judged: bool = False
+    limits_apply: bool = False
     steps: list[StepResult] = dataclasses.field(default_factory=list)
     machine: MachineReport | None = None
     kernel_messages: list[str] | None = None

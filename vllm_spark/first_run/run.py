@@ -145,17 +145,17 @@ class FirstRun:
             raise SparkError("both machines were started with --connect; start one with --listen")
         peer.name = f"the other machine ({theirs.first_run_host})"
         device = "cuda" if mine.has_gpu and theirs.has_gpu else "cpu"
-        judged = GB10 in mine.gpu and GB10 in theirs.gpu
+        limits_apply = GB10 in mine.gpu and GB10 in theirs.gpu
         report = self._report
         report.peer, report.gpu, report.peer_gpu = theirs.first_run_host, mine.gpu, theirs.gpu
-        report.device, report.judged = device, judged
+        report.device, report.limits_apply = device, limits_apply
         if device == "cpu":
             without = " and ".join(
                 name for name, has in (("this machine", mine.has_gpu), (peer.name, theirs.has_gpu)) if not has
             )
             self._note(f"without a usable GPU on {without}, collectives use CPU tensors")
         rank = 0 if request.listens else 1
-        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, judged, self._note)
+        return Context(rank, plan, plan.applied_to(self._config), peer, self._system, device, limits_apply, self._note)
 
     def _run_steps(self, context: Context) -> None:
         try:

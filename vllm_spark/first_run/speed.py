@@ -1,4 +1,4 @@
-"""Judges measured times and rates: absolute limits hold for GB10 machines, comparisons of rails for all."""
+"""Checks measured times and rates: absolute limits hold for GB10 machines, comparisons of rails for all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _LATE = Advice(
 )
 
 
-def judge_latency(latencies: Mapping[str, float]) -> tuple[str, Advice] | None:
+def check_latency(latencies: Mapping[str, float]) -> tuple[str, Advice] | None:
     """A warning for times of small writes, in microseconds by rail; None if all is well."""
     for name, latency in latencies.items():
         if latency > SLOW_WRITE_US:
@@ -45,31 +45,31 @@ def judge_latency(latencies: Mapping[str, float]) -> tuple[str, Advice] | None:
     return None
 
 
-def judge_rates(names: str, rates: Mapping[str, float], rails: int, judged: bool) -> tuple[str, Advice] | None:
+def check_rates(names: str, rates: Mapping[str, float], rails: int, limits_apply: bool) -> tuple[str, Advice] | None:
     """A warning for rates of one direction at a time, in Gb/s by direction.
 
     Args:
         names: the rails.
         rates: by direction.
         rails: their number.
-        judged: whether absolute limits hold.
+        limits_apply: whether absolute limits hold.
     """
     least = FUNCTION_GBITS * ONE_WAY_SHARE * rails
     for way, rate in rates.items():
-        if judged and rate < least:
+        if limits_apply and rate < least:
             return f"{names} reached {rate:.1f} Gb/s {way}, less than {least:.1f}", _SLOW
     return _uneven(rates, f"Gb/s over {names}", _SLOW)
 
 
-def judge_two_way(alone: Mapping[str, float], total: float, judged: bool) -> tuple[str, Advice] | None:
+def check_two_way(alone: Mapping[str, float], total: float, limits_apply: bool) -> tuple[str, Advice] | None:
     """A warning for rates of both directions together, in Gb/s.
 
     Args:
         alone: by rail.
         total: of all rails at once.
-        judged: whether absolute limits hold.
+        limits_apply: whether absolute limits hold.
     """
-    if judged:
+    if limits_apply:
         for name, rate in alone.items():
             if rate < TWO_WAY_GBITS:
                 return f"{name} reached {rate:.1f} Gb/s in both directions, less than {TWO_WAY_GBITS:g}", _CABLE

@@ -202,8 +202,8 @@ def choose_fused_moe_table(
     found = lookup.find_fused_moe_table(device, experts, size_n, dtype, block_shape)
     if found is None:
         return _fall_back(name, vllm_lookup, "no tuned table has this name" if has_tables(device) else None)
-    path, rows, provenance = found
-    effective = effective_rows(rows, provenance, shape, device)
+    path, stored, provenance = found
+    effective = effective_rows(stored, provenance, shape, device)
     if not effective and path.is_relative_to(lookup.shipped_folder()):
         return _fall_back(name, vllm_lookup, f"the table in {path.parent} only repeats vLLM's choice")
     # A table's name does not contain the group size of int4, which vLLM passes as block_k.
@@ -211,16 +211,11 @@ def choose_fused_moe_table(
         why = f"the table in {path.parent} is for groups of {provenance.group_size}, not {block_k}"
         return _fall_back(name, vllm_lookup, why)
     outdated = outdated_rows(provenance, vllm_source())
-    if outdated:
+    rows = _refreshed(stored, outdated, shape, device)
+    if rows is None:
         versions = ", ".join(dict.fromkeys(outdated.values()))
-        now = refreshed_rows(rows, outdated, shape, device)
-        if now is None:
-            why = f"the table in {path.parent} has default rows of vLLM {versions}; tune again"
-            return _fall_back(name, vllm_lookup, why)
-        logger.info(
-            "Triton table %s: default rows of vLLM %s were replaced by those of %s.", name, versions, vllm_source()
-        )
-        rows = now
+        why = f"the table in {path.parent} has default rows of vLLM {versions}; tune again"
+        return _fall_back(name, vllm_lookup, why)
     _in_use[name] = str(path.parent)
     logger.info(
         "Triton table %s: from %s (%s; other rows are vLLM's choice).",
@@ -229,6 +224,24 @@ def choose_fused_moe_table(
         origins(provenance.rows.get(tokens) for tokens in effective),
     )
     return dict(rows)
+
+
+def _refreshed(
+    rows: dict[int, dict[str, int]], outdated: dict[int, str], shape: FusedMoeShape, device: str
+) -> dict[int, dict[str, int]] | None:
+    """The rows with the installed vLLM's choice in place of an earlier version's; None if its choice is not known."""
+    if not outdated:
+        return rows
+    now = refreshed_rows(rows, outdated, shape, device)
+    if now is not None:
+        versions = ", ".join(dict.fromkeys(outdated.values()))
+        logger.info(
+            "Triton table %s: default rows of vLLM %s were replaced by those of %s.",
+            shape.file_name(device),
+            versions,
+            vllm_source(),
+        )
+    return now
 
 
 def _fall_back(name: str, vllm_lookup: Callable[[], dict[int, Any] | None], why: str | None) -> dict[int, Any] | None:

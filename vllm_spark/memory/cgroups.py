@@ -38,7 +38,7 @@ class Cgroup:
     outermost: bool
 
     def limit(self) -> int | None:
-        """Its limit in bytes; None if it has none or the kernel does not say."""
+        """Its limit in bytes; None if it has none, or it cannot be read."""
         return _number(self.folder / _FILES[self.version][0])
 
     def available(self) -> int | None:

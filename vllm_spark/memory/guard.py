@@ -15,25 +15,25 @@ from vllm_spark.memory.scopes import GIB, Scope, gib, read_scopes
 logger = logging.getLogger("vllm_spark")
 
 STALLED = 20.0
-"""Percent of the last ten seconds in which all programs waited for memory: then it has run out, whatever is said to be
-available. A desktop does not react any more at such values."""
+"""Percent of the last ten seconds in which all programs waited for memory: then it has run out, even if the kernel
+reports some as available. A desktop does not react any more at such values."""
 
 _WARNING_FLOORS = 2
 _FASTEST_GROWTH = 8 * GIB  # bytes per second: faster than programs touch new memory
-_SHORTEST, _LONGEST = 0.05, 1.0  # seconds between two looks
-_OOM_SCORE = Path("/proc/self/oom_score_adj")
-_FIRST_VICTIM = 900  # of at most 1000
+_SHORTEST, _LONGEST = 0.05, 1.0  # seconds between two readings
+_OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
+_OOM_SCORE = 900  # of at most 1000
 
 
-class Judgement(NamedTuple):
-    """What the guard does about a scope, and the part of a sentence that says why."""
+class Decision(NamedTuple):
+    """The guard's action for a scope, and its reason as a part of a sentence."""
 
     action: Literal["none", "warn", "stop"]
     reason: str = ""
 
 
-def judge(scope: Scope, reserve: int) -> Judgement:
-    """Whether memory runs out in a scope.
+def decide(scope: Scope, reserve: int) -> Decision:
+    """The action for a scope: `stop` where memory runs out, `warn` where it is about to.
 
     Args:
         scope: as it is now.
@@ -42,16 +42,16 @@ def judge(scope: Scope, reserve: int) -> Judgement:
     floor = scope.floor(reserve)
     where = f"{gib(scope.available)} of {gib(scope.total)} GiB are available in {scope.name}"
     if scope.available < floor:
-        return Judgement("stop", f"{where}, and the guard keeps {gib(floor)} GiB free")
+        return Decision("stop", f"{where}, and the guard keeps {gib(floor)} GiB free")
     if scope.pressure is not None and scope.pressure >= STALLED and scope.available < scope.reserve_of(reserve):
-        return Judgement("stop", f"{where}, and programs waited for memory in {scope.pressure:.0f} % of the last 10 s")
+        return Decision("stop", f"{where}, and programs waited for memory in {scope.pressure:.0f} % of the last 10 s")
     if scope.available < _WARNING_FLOORS * floor:
-        return Judgement("warn", f"{where}; the engine is stopped below {gib(floor)} GiB")
-    return Judgement("none")
+        return Decision("warn", f"{where}; the engine is stopped below {gib(floor)} GiB")
+    return Decision("none")
 
 
 class MemoryGuard(threading.Thread):
-    """Looks at memory up to twenty times a second, the less there is the more often, until it is stopped.
+    """Reads what is available every second, and up to twenty times a second where it is little, until it is stopped.
 
     Args:
         reserve: what the settings keep free on the machine, in bytes.
@@ -81,34 +81,34 @@ class MemoryGuard(threading.Thread):
         while not self._stopped.wait(interval):
             scopes = read_scopes()
             for scope in scopes:
-                judgement = judge(scope, self._reserve)
-                if judgement.action == "stop":
+                decision = decide(scope, self._reserve)
+                if decision.action == "stop":
                     self._on_exhausted(
                         SparkError(
-                            f"the memory of {self._host} runs out: {judgement.reason}; end other programs there, or "
+                            f"the memory of {self._host} runs out: {decision.reason}; end other programs there, or "
                             "give vLLM less (a smaller KV cache or --gpu-memory-utilization)"
                         )
                     )
                     return
-                self._warn(scope, judgement)
+                self._warn(scope, decision)
             slack = min(scope.available - scope.floor(self._reserve) for scope in scopes)
             interval = min(_LONGEST, max(_SHORTEST, slack / _FASTEST_GROWTH))
 
-    def _warn(self, scope: Scope, judgement: Judgement) -> None:
+    def _warn(self, scope: Scope, decision: Decision) -> None:
         """Logs a warning once, and again only after there was enough memory in between."""
-        if judgement.action == "none":
+        if decision.action == "none":
             if scope.available > 2 * _WARNING_FLOORS * scope.floor(self._reserve):
                 self._warned.discard(scope.name)
         elif scope.name not in self._warned:
             self._warned.add(scope.name)
-            logger.warning("Memory runs short: %s.", judgement.reason)
+            logger.warning("Memory runs short: %s.", decision.reason)
 
 
-def prefer_as_victim() -> None:
-    """Has the kernel kill this process before others, should memory run out faster than the guard can look.
+def raise_oom_score() -> None:
+    """Lets the kernel's OOM killer choose this process first, if memory runs out faster than the guard reacts.
 
     The kernel chooses by resident memory, to which a GPU's allocations of unified memory do not belong: it would kill
     the desktop.
     """
     with contextlib.suppress(OSError):  # a kernel without it
-        _OOM_SCORE.write_text(str(_FIRST_VICTIM))
+        _OOM_SCORE_FILE.write_text(str(_OOM_SCORE))

@@ -1,4 +1,4 @@
-"""What a start needs of memory on a machine, and the sentence that refuses one that does not fit."""
+"""The memory that a start needs on a machine, and the sentence that refuses one that does not fit."""
 
 from __future__ import annotations
 

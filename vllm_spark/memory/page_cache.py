@@ -15,8 +15,8 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-_INTERVAL = 0.25  # seconds between two looks at what is mapped
-_END_SECONDS = 10.0  # for the thread's last look: it may wait for a disk
+_INTERVAL = 0.25  # seconds between two readings of what is mapped
+_END_SECONDS = 10.0  # for the end of the thread, which may wait for a disk
 _MAPS = Path("/proc/self/maps")
 
 
@@ -33,16 +33,19 @@ class PageCacheEviction:
         self._thread = threading.Thread(target=self._follow, name="spark-page-cache", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if self._files:
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
-        self._thread.join(_END_SECONDS)
+        if self._files:
+            self._thread.join(_END_SECONDS)
         for file in sorted(self._files):
             evict(file)
 
     def _follow(self) -> None:
+        """Evicts each file once it is not mapped any more, until the context ends."""
         mapped: set[str] = set()
         while not self._ended.wait(_INTERVAL):
             now = self._mapped()

@@ -1,7 +1,7 @@
 """Where memory can run out: in the machine, and in each cgroup of this process that has a lower limit.
 
-`read_scopes` reads them, `container_memory` the size of all. A scope's `reserve_of` is what a start leaves there, and
-`floor` what the guard defends.
+`read_scopes` reads them, and `container_memory` the memory of this machine or container. A scope's `reserve_of` is what
+a start leaves there, and its `floor` what the guard keeps free.
 """
 
 from __future__ import annotations

@@ -59,20 +59,20 @@ def _kept(model: TextModel, mixer: Mixer, index: int) -> SequenceMemory:
         keys = model.share("linear_num_key_heads", model.number("linear_num_key_heads"))
         values = model.share("linear_num_value_heads", model.number("linear_num_value_heads"))
         convolved = 2 * keys * key + values * value
-        return SequenceMemory(mixer, 0, None, _state_bytes(model, values * key * value, convolved, 4), 0)
+        return SequenceMemory(mixer, 0, None, _state_bytes(model, values * key * value, convolved), 0)
     if mixer == "mamba":
         heads = model.share("mamba_num_heads", model.number("mamba_num_heads"))
         inner, size = heads * model.number("mamba_head_dim"), model.number("ssm_state_size")
         convolved = inner + 2 * model.share("n_groups", model.number("n_groups")) * size
-        return SequenceMemory(mixer, 0, None, _state_bytes(model, inner * size, convolved, 4), 0)
+        return SequenceMemory(mixer, 0, None, _state_bytes(model, inner * size, convolved), 0)
     window = model.number("sliding_window", "sliding_window_size") if mixer == "sliding" else None
     own = model.heads(index)
     return SequenceMemory(mixer, own.keys * (own.width + own.value_width), window, 0, 0)
 
 
-def _state_bytes(model: TextModel, state: int, convolved: int, default_kernel: int) -> int:
-    """Bytes of a state and of the inputs that its convolution remembers, which are bfloat16."""
-    kernel = model.number("linear_conv_kernel_dim", "conv_kernel", default=default_kernel)
+def _state_bytes(model: TextModel, state: int, convolved: int) -> int:
+    """Bytes of a state, and of the inputs of its convolution that are kept, which are bfloat16."""
+    kernel = model.number("linear_conv_kernel_dim", "conv_kernel", default=4)
     wide = model.get("mamba_ssm_dtype", _STATE_TYPES.get(model.type, "bfloat16")) == "float32"
     return state * (4 if wide else 2) + convolved * (kernel - 1) * 2
 

@@ -18,8 +18,12 @@ from vllm_spark.errors import StoppedError
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest(BaseException):
-    """A stop signal. Like KeyboardInterrupt it is not an Exception, so that error handlers do not catch it."""
+class StopRequest(SystemExit):
+    """A stop signal.
+
+    It is not an Exception, so that error handlers do not catch it, and it is a SystemExit, because event loops only log
+    any other exception that a signal's handler raises while one of their callbacks runs.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

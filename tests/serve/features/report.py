@@ -1,7 +1,9 @@
-"""The table of docs/features.md (`tests.report` says how it comes about).
+"""The table of docs/features.md.
 
-VLLMSPARK_THOROUGH=1 VLLMSPARK_FEATURES_REPORT=new.jsonl python -m pytest tests/serve
-python -m tests.serve.features.report new.jsonl [MORE.jsonl ...]
+    VLLMSPARK_THOROUGH=1 VLLMSPARK_FEATURES_REPORT=new.jsonl python -m pytest tests/serve
+    python -m tests.serve.features.report new.jsonl [MORE.jsonl ...]
+
+`tests.report` describes what both commands do. Without a file the second one writes the page alone.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ class SideBySide:
             feature: of vLLM, as the table calls it.
             asked: what was asked.
             ask: asks a server.
-            counted: says for the table what was compared.
+            counted: what was compared, as text for the table.
 
         Yields:
-            The answer, of which the block looks whether it says anything about the feature.
+            The answer; the block checks that it depends on the feature.
         """
         expected = ask(self.stock)
         answer = ask(self.pair)

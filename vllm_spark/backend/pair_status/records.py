@@ -9,6 +9,8 @@ from pydantic import Field, FiniteFloat
 
 from vllm_spark.ranks import RANKS
 
+_YEAR_10000 = 253_402_300_800  # seconds since 1970; later dates cannot be shown
+
 
 @dataclasses.dataclass(frozen=True)
 class RailFacts:
@@ -69,7 +71,7 @@ class PairFacts:
         path: the way of the collectives' messages, such as `over loopback, direct`.
         packet_limit: bytes; larger messages use the Simple protocol.
         endpoint: where the leader listens for its follower.
-        started: seconds since 1970.
+        started: seconds since 1970, before the year 10000.
         ranks: both, in rank order; only the leader's if the follower did not describe itself.
     """
 
@@ -77,7 +79,7 @@ class PairFacts:
     path: str
     packet_limit: int
     endpoint: str
-    started: FiniteFloat
+    started: Annotated[FiniteFloat, Field(ge=0, lt=_YEAR_10000)]
     ranks: list[RankFacts]
 
 

@@ -14,7 +14,7 @@ PATH = "/v1/spark/status"
 
 @dataclasses.dataclass(frozen=True)
 class RankReport:
-    """What a rank says of itself once it has started."""
+    """A rank's description of itself once it has started."""
 
     facts: RankFacts
     counters: RankCounters

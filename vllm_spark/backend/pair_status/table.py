@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -19,8 +19,6 @@ from vllm_spark.backend.pair_status.report import StatusReport
 from vllm_spark.backend.status import RankCounters
 from vllm_spark.memory.scopes import gib
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK, RANKS
-
-T = TypeVar("T")
 
 UNKNOWN = "not known"
 _ROLES = {LEADER_RANK: "leader", FOLLOWER_RANK: "follower"}

@@ -16,7 +16,7 @@ from vllm_spark.collective import CollectiveError
 from vllm_spark.collective.rendezvous import LinkOffer, both_ready, swap_offers
 from vllm_spark.first_run.context import Context
 from vllm_spark.first_run.result import Advice, Outcome, StepFailedError
-from vllm_spark.first_run.speed import judge_latency, judge_rates, judge_two_way
+from vllm_spark.first_run.speed import check_latency, check_rates, check_two_way
 
 SMALL, LARGE = 64, 1 << 18
 """Bytes of a small write, and of a large one."""
@@ -83,7 +83,7 @@ def run_two_way(context: Context) -> Outcome:
             figures[_key(chosen)] = mine.value + context.swap(mine).value
     alone = {context.rail_name(rail): figures[f"rail_{rail}_two_way_gbits"] for rail in rails}
     total = figures.get("total_two_way_gbits", figures["rail_0_two_way_gbits"])
-    warning = judge_two_way(alone, total, context.judged)
+    warning = check_two_way(alone, total, context.limits_apply)
     return Outcome(
         f"{', '.join(f'{rate:.1f}' for rate in alone.values())} Gb/s alone, {total:.1f} Gb/s together",
         {name: round(value, 3) for name, value in figures.items()},
@@ -116,8 +116,8 @@ def _run(context: Context, rails: list[int]) -> Outcome:
         "gbits": [round(rate, 3) for rate in rates],
     }
     names_of_ways = ("from the listening machine", "to the listening machine")
-    warning = judge_latency({names: latency}) or judge_rates(
-        names, dict(zip(names_of_ways, rates, strict=True)), len(rails), context.judged
+    warning = check_latency({names: latency}) or check_rates(
+        names, dict(zip(names_of_ways, rates, strict=True)), len(rails), context.limits_apply
     )
     value = f"{latency:.1f} us for {SMALL} bytes, {rates[0]:.1f} and {rates[1]:.1f} Gb/s"
     return Outcome(value, figures, *(warning or ("", None)))

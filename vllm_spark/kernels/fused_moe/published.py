@@ -49,7 +49,7 @@ class PublishedSet(BaseModel):
     Attributes:
         source: repository and commit, or page.
         page: the files there.
-        grade: as in `Provenance`; None if it was not judged.
+        grade: as in `Provenance`; None if it was not graded.
         device: on which it was measured.
         machine: as the source describes it.
         date: of the measurement.
