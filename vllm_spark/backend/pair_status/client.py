@@ -48,13 +48,17 @@ class LeaderApi:
         url: as `checked_url` returns it.
         key: the API key; by default that of the variable KEY_VARIABLE.
 
+    Attributes:
+        url: as given.
+        key: the API key; empty without one.
+
     Raises:
         ConfigurationError: no HTTP header can contain the key.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url
-        self._key = _checked_key(key or os.environ.get(KEY_VARIABLE, ""))
+        self.key = _checked_key(key or os.environ.get(KEY_VARIABLE, ""))
 
     def ask(self, path: str, body: Any = None, *, seconds: float = _SECONDS, largest: int = _LARGEST) -> bytes:
         """The answer to a GET, or with a `body`, which is sent as JSON, to a POST.
@@ -70,7 +74,7 @@ class LeaderApi:
     @contextlib.contextmanager
     def stream(self, path: str, body: Any = None, *, seconds: float) -> Iterator[Any]:
         """The response to `ask`, to be read piece by piece; errors are the same."""
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         data = None
         if body is not None:
             headers["Content-Type"] = "application/json"
