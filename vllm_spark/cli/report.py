@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_spark.backend.pair_status.client import LeaderApi, checked_url
 from vllm_spark.cli.arguments import user_path
-from vllm_spark.cli.status import add_server_arguments, read_status
+from vllm_spark.cli.status import add_server_arguments
 from vllm_spark.config.settings import SparkConfig, add_flags, given_flags, split_endpoint
 from vllm_spark.errors import ConfigurationError, SparkError
 
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigurationError: the file exists, or cannot be written; or an option is invalid.
     """
+    from vllm_spark.backend.pair_status.report import PATH
     from vllm_spark.bug_report.contents import Section, sections
     from vllm_spark.bug_report.file import write_report
     from vllm_spark.bug_report.redaction import Redaction
@@ -66,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     def status() -> str:
         try:
-            answer, _ = read_status(api)
-            return answer.decode(errors="replace")
+            return api.ask(PATH).decode(errors="replace")  # as it came: it may be another version's
         except SparkError as error:
             return f"{error}."
 
