@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from vllm_spark.processes.managed import POLL_SECONDS, Process, ProcessError
 
 from .forked_process import ForkedProcess, ForkServer
 
-__all__ = ["Process", "ProcessError", "assert_all_gone", "end_all", "start", "started"]
+__all__ = ["Process", "ProcessError", "assert_all_gone", "descendant", "end_all", "start", "started"]
 
 started: list[Process] = []
 """Every process that a test module has started, newest last; `end_all` empties it between modules."""
@@ -26,6 +29,20 @@ def start(
         process = ForkedProcess(server, name, argv, log, environment)
     started.append(process)
     return process
+
+
+def descendant(process: Process, command: str) -> psutil.Process:
+    """The one process among the descendants of `process` whose command line contains `command`.
+
+    What that process starts shows the same command line for a moment, between fork and exec; it does not count.
+    """
+    found = {}
+    for child in process.descendants():
+        with suppress(psutil.NoSuchProcess):
+            if command in " ".join(child.cmdline()):
+                found[child.pid] = (child, child.ppid())
+    (only,) = (child for child, parent in found.values() if parent not in found)
+    return only
 
 
 def end_all() -> None:

@@ -15,7 +15,7 @@ from vllm_spark.errors import EXIT_LOST
 from . import prompts
 from .features.report import EQUAL, ONE_RANK, record
 from .hosts import Hosts
-from .process import assert_all_gone
+from .process import assert_all_gone, descendant
 from .servers import Server, spark_tp2
 
 pytestmark = pytest.mark.thorough
@@ -59,7 +59,7 @@ def test_every_api_server_shows_the_counters(several: Server, reference_tokens: 
 
 def test_a_lost_follower_is_explained(several: Server) -> None:
     assert several.follower is not None
-    session = several.follower.descendants()[0]
+    session = descendant(several.follower, "vllm_spark.entrypoints.follower_process")
     os.kill(session.pid, signal.SIGKILL)
     several.leader.wait_for_line(f"Serving ends: .*{LOST}", 20.0)
     assert several.leader.wait(60) == EXIT_LOST

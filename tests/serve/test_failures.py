@@ -25,7 +25,7 @@ from vllm_spark.processes.managed import answers, program
 from . import prompts, shared_memory
 from .development import DEVELOPMENT, EXTENSION, call, post
 from .hosts import Hosts
-from .process import Process, assert_all_gone
+from .process import Process, assert_all_gone, descendant
 from .servers import START_SECONDS, Server, spark_leader, spark_tp2
 
 NOTICE_SECONDS = 5.0
@@ -91,12 +91,7 @@ class Follower:
 
     def session(self) -> psutil.Process:
         """The process that follows the present leader."""
-        (session,) = (
-            child
-            for child in self.process.descendants()
-            if "vllm_spark.entrypoints.follower_process" in child.cmdline()
-        )
-        return session
+        return descendant(self.process, "vllm_spark.entrypoints.follower_process")
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +188,7 @@ LOST = "Serving ends: .*the follower on .* (closed the connection|broke)"
 
 def engine_of(server: Server) -> psutil.Process:
     """The engine's process, which vLLM calls VLLM::EngineCore."""
-    (engine,) = (child for child in server.leader.descendants() if "EngineCore" in " ".join(child.cmdline()))
-    return engine
+    return descendant(server.leader, "EngineCore")
 
 
 @pytest.mark.parametrize("busy", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["idle", "generating"])

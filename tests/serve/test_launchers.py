@@ -17,7 +17,7 @@ from vllm_spark.variables import variable_name
 
 from . import prompts
 from .hosts import Hosts
-from .process import assert_all_gone
+from .process import assert_all_gone, descendant
 from .servers import COMMON_ARGUMENTS, Server
 
 ROOT = Path(__file__).parents[2]
@@ -179,10 +179,7 @@ def test_a_users_own_child_process_is_not_ended(
     leader.wait_for_line("^the start failed: (the connection to )?the follower on .* start it again if it ended", 200)
     tokens = leader.wait_for_line(r"^generated: (\[\d+, .*\])$", 200)[1]
     assert json.loads(tokens) == reference_tokens[1]
-    (session,) = (
-        child for child in follower.descendants() if "vllm_spark.entrypoints.follower_process" in child.cmdline()
-    )
-    session.kill()
+    descendant(follower, "vllm_spark.entrypoints.follower_process").kill()
     leader.wait_for_line("^generating failed: (the connection to )?the follower on .* start it again if it ended", 60)
     leader.wait_for_line("^the user's finally ran$", 60)
     assert leader.wait(60) == 0
