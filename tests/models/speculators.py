@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,7 @@ class MtpModel:
         drafted: tokens to draft, by so many runs of these layers.
         arguments: further ones of `vllm serve`.
         several_tokens: whether stock vLLM's CPU build ends at a prompt of one token.
+        cpu_limits: what stock vLLM's CPU build prints in versions in which it cannot do it, by version.
     """
 
     model_class: str
@@ -222,6 +223,7 @@ class MtpModel:
     drafted: int = 1
     arguments: tuple[str, ...] = ()
     several_tokens: bool = False
+    cpu_limits: Mapping[str, str] = field(default_factory=dict)
 
 
 def _of_architecture(name: str) -> Callable[[Path], Path]:
@@ -298,6 +300,7 @@ MTP_MODELS = {
         _DEEPSEEK_GAINS,
         {"num_nextn_predict_layers": 1},
         dtype="bfloat16",
+        cpu_limits={"0.26.0": "MLA is not supported on CPU"},
     ),
     "qwen3_next": MtpModel(
         "Qwen3NextForCausalLM",
@@ -310,6 +313,7 @@ MTP_MODELS = {
         gain=0.0,
         arguments=_NO_PREFIX_CACHE,
         dtype="bfloat16",
+        cpu_limits={"0.26.0": "must be contiguous at last dimension"},  # its kernel for delta nets, when it is asked
     ),
     "qwen3_5": MtpModel(
         "Qwen3_5ForConditionalGeneration",
@@ -324,6 +328,7 @@ MTP_MODELS = {
         text_config=True,
         dtype="bfloat16",
         several_tokens=True,
+        cpu_limits={"0.26.0": "Failed to apply Qwen3VLProcessor on data"},
     ),
 }
 
