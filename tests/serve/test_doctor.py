@@ -136,7 +136,7 @@ def pair_findings(hosts: Hosts, follower: Waiting) -> dict[str, dict[str, str]]:
 WAYS = {"pair.packets", "pair.ports", "pair.clocks"}
 
 
-def test_ways_between_both_machines(namespaces: Hosts) -> None:
+def test_the_path_between_both_machines(namespaces: Hosts) -> None:
     """Nothing is found on a healthy pair; a firewall, and a bridge that drops full packets, are."""
     first, second = namespaces
     follower = start_follower(namespaces)

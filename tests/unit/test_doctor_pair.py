@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor import pair, ways
+from vllm_spark.doctor import network_path, pair
 from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.model.question import ModelQuestion
@@ -224,7 +224,7 @@ def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
     ],
 )
 def test_clocks(ahead: float, status: str, parts: list[str]) -> None:
-    found = ways.check_clocks("desk2", ahead)
+    found = network_path.check_clocks("desk2", ahead)
     assert_complete(found)
     assert found.status == status
     for part in parts:
@@ -237,7 +237,7 @@ def test_a_clock_that_is_behind_is_seen_in_the_report(monkeypatch: pytest.Monkey
     connection = called(follower(port))
     question = connection.expect(Kind.CHECK_REQUEST, timeout=30)
     machine = run_checks(System(), SparkConfig())
-    late = dataclasses.replace(machine, host="desk2", ways=ways.Ways(time.time() - 3600, 0, None))
+    late = dataclasses.replace(machine, host="desk2", path_probe=network_path.PathProbe(time.time() - 3600, 0, None))
     connection.send(Kind.CHECK_REPORT, to_json(late))
     connection.expect(Kind.LEAVE, timeout=30)
     outcome.result(30)
@@ -247,12 +247,12 @@ def test_a_clock_that_is_behind_is_seen_in_the_report(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("cpu", [True, False])
 def test_ports_that_a_firewall_closes(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ways, "is_cpu_build", lambda: cpu)
-    found = ways.check_ports("desk2", False, True)
+    monkeypatch.setattr(network_path, "is_cpu_build", lambda: cpu)
+    found = network_path.check_ports("desk2", False, True)
     assert (found.status, found.value) == ("note" if cpu else "problem", "closed from here to desk2")
     assert "# there" in found.remedy
-    assert ways.check_ports("desk2", False, False).value == "closed from here to desk2 and from desk2 to here"
-    assert "# here" in ways.check_ports("desk2", True, False).remedy
+    assert network_path.check_ports("desk2", False, False).value == "closed from here to desk2 and from desk2 to here"
+    assert "# here" in network_path.check_ports("desk2", True, False).remedy
 
 
 # --- the visit -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vllm_spark.doctor.rails import Rail, active, find_rails, interface_towards
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
 from vllm_spark.doctor.software import check_software
 from vllm_spark.doctor.system import System, check_handover
-from vllm_spark.doctor.ways import Ways
+from vllm_spark.doctor.network_path import PathProbe
 from vllm_spark.executor.channel.addresses import host_name, is_loopback
 from vllm_spark.executor.handshake.versions import Versions
 
@@ -28,14 +28,14 @@ from vllm_spark.executor.handshake.versions import Versions
 class MachineReport:
     """The report of one machine: the reply to a CHECK_REQUEST, and a part of `--json`.
 
-    `ways` is a follower's part of the checks between both machines; None on the machine that asks.
+    `path_probe` is a follower's part of the checks between both machines; None on the machine that asks.
     """
 
     host: str
     versions: Versions
     rails: list[Rail]
     findings: list[Finding]
-    ways: Ways | None = None
+    path_probe: PathProbe | None = None
 
 
 def run_checks(

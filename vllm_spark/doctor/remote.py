@@ -18,7 +18,7 @@ from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.system import System
-from vllm_spark.doctor.ways import Ways, check_clocks, check_packets, check_ports, open_port, reaches
+from vllm_spark.doctor.network_path import PathProbe, check_clocks, check_packets, check_ports, open_port, reaches
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import (
     host_name,
@@ -68,7 +68,7 @@ def request_report(
         config: this machine's settings.
         patience: seconds to wait for a follower.
         model: that the follower is asked about; None to ask about none.
-        found: called with each finding about the ways between both machines, also if the follower is lost afterwards.
+        found: called with each finding about the network path between both machines, also if the follower is lost afterwards.
 
     Raises:
         SparkError: no follower connected, it did not answer, or a setting is invalid.
@@ -88,10 +88,10 @@ def request_report(
         with open_port(address) as port:
             connection.send(Kind.CHECK_REQUEST, to_json(CheckRequest(host_name(), model, port)), timeout=_SEND_SECONDS)
             machine = decode_frame(connection.expect(Kind.CHECK_REPORT, timeout=_CHECK_SECONDS), MachineReport)
-        if machine.ways is not None:
-            found(check_clocks(machine.host, machine.ways.time - time.time()))
-            arrived = not machine.ways.port or reaches(there, machine.ways.port)
-            found(check_ports(machine.host, arrived, machine.ways.reached))
+        if machine.path_probe is not None:
+            found(check_clocks(machine.host, machine.path_probe.time - time.time()))
+            arrived = not machine.path_probe.port or reaches(there, machine.path_probe.port)
+            found(check_ports(machine.host, arrived, machine.path_probe.reached))
         connection.send(Kind.LEAVE, to_json(Reason(_END_REASON)), timeout=_SEND_SECONDS)
     except PeerLostError as error:
         raise PeerLostError(
@@ -120,6 +120,6 @@ def send_report(connection: Connection, question: Frame, config: SparkConfig, le
     machine = run_checks(System(), config, leader, thorough=True, model=request.model)
     reached = reaches(leader, request.port) if request.port else None
     with open_port(source_address(leader) or leader) as port:
-        machine = dataclasses.replace(machine, ways=Ways(time.time(), port, reached))
+        machine = dataclasses.replace(machine, path_probe=PathProbe(time.time(), port, reached))
         connection.send(Kind.CHECK_REPORT, to_json(machine), timeout=_SEND_SECONDS)
         connection.expect(Kind.LEAVE, timeout=_CHECK_SECONDS)

@@ -1,4 +1,4 @@
-"""Checks of the ways between both machines' addresses, with packets that must arrive: full packets, TCP ports, clocks.
+"""Checks of the network path between both machines, with packets that must arrive: full packets, TCP ports, clocks.
 
 `doctor --peer` runs them while the other machine is connected: it sends packets there, and each machine listens for the
 other at a TCP port that the kernel chose.
@@ -27,12 +27,15 @@ _HEADERS = 28  # bytes of IPv4 and ICMP
 _ECHO_SECONDS, _ATTEMPTS = 1.0, 3
 _CONNECT_SECONDS = 3.0
 _ECHO_REQUEST, _ECHO_REPLY = 8, 0
-_MTU_DISCOVER, _PROBE = 10, 3  # IP_MTU_DISCOVER, IP_PMTUDISC_PROBE: never in fragments, whatever the kernel has learnt
+_MTU_DISCOVER, _PROBE = (
+    10,
+    3,
+)  # IP_MTU_DISCOVER, IP_PMTUDISC_PROBE: never in fragments, whatever path MTU the kernel has cached
 _NOTED_SKEW, _WRONG_CLOCK = 1.0, 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Ways:
+class PathProbe:
     """The follower's part of these checks.
 
     Attributes:
