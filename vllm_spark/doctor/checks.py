@@ -15,11 +15,11 @@ from vllm_spark.doctor.model.files import check_files, check_files_of, only_conf
 from vllm_spark.doctor.model.memory import check_memory
 from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.network import check_firewall, check_network, check_reach, check_shared
+from vllm_spark.doctor.network_path import PathProbe
 from vllm_spark.doctor.rails import Rail, active, find_rails, interface_towards
 from vllm_spark.doctor.rdma_mtu import check_rdma_mtu, measured_mtus
 from vllm_spark.doctor.software import check_software
 from vllm_spark.doctor.system import System, check_handover
-from vllm_spark.doctor.network_path import PathProbe
 from vllm_spark.executor.channel.addresses import host_name, is_loopback
 from vllm_spark.executor.handshake.versions import Versions
 

@@ -30,7 +30,7 @@ _ECHO_REQUEST, _ECHO_REPLY = 8, 0
 _MTU_DISCOVER, _PROBE = (
     10,
     3,
-)  # IP_MTU_DISCOVER, IP_PMTUDISC_PROBE: never in fragments, whatever path MTU the kernel has cached
+)  # IP_MTU_DISCOVER, IP_PMTUDISC_PROBE: no fragments, whatever path MTU is cached
 _NOTED_SKEW, _WRONG_CLOCK = 1.0, 60.0  # seconds
 
 

@@ -17,8 +17,8 @@ from vllm_spark.config.settings import SparkConfig
 from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
 from vllm_spark.doctor.model.question import ModelQuestion
-from vllm_spark.doctor.system import System
 from vllm_spark.doctor.network_path import PathProbe, check_clocks, check_packets, check_ports, open_port, reaches
+from vllm_spark.doctor.system import System
 from vllm_spark.errors import PeerLostError
 from vllm_spark.executor.channel.addresses import (
     host_name,
@@ -68,7 +68,7 @@ def request_report(
         config: this machine's settings.
         patience: seconds to wait for a follower.
         model: that the follower is asked about; None to ask about none.
-        found: called with each finding about the network path between both machines, also if the follower is lost afterwards.
+        found: called with each finding about the network path, also if the follower is lost afterwards.
 
     Raises:
         SparkError: no follower connected, it did not answer, or a setting is invalid.

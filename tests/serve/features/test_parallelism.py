@@ -1,4 +1,4 @@
-"""PathProbe of vLLM to divide work that are not half of each layer: each runs on a pair as on stock, or is one sentence."""
+"""Ways of vLLM to divide work that are not half of each layer: each runs on a pair as on stock, or is one sentence."""
 
 from __future__ import annotations
 
