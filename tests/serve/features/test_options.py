@@ -64,7 +64,7 @@ def test_defaults_of_requests(both: SideBySide) -> None:
     with both.same(
         "--generation-config, --override-generation-config",
         "a request without options",
-        lambda server: complete(server)["choices"][0]["token_ids"],
+        lambda server: complete(server, max_tokens=None)["choices"][0]["token_ids"],
         count_tokens,
     ) as tokens:
         assert len(tokens) == OVERRIDDEN["max_new_tokens"]
