@@ -130,6 +130,22 @@ py::dict counters_of(const Rank& rank) {
   return values;
 }
 
+py::tuple records_of(const RankRecords& records) {
+  static const char* const kinds[] = {"", "all_reduce", "all_gather", ""};
+  py::list operations, posts;
+  for (const OperationRecord& record : records.operations) {
+    operations.append(py::make_tuple(kinds[static_cast<uint32_t>(record.operation.kind) & 3u], record.bytes,
+                                     record.sequence, record.messages, record.packets, record.start_ns,
+                                     record.sent_ns, record.wait_ns, record.arrived_ns, record.end_ns,
+                                     record.waited_ns));
+  }
+  for (const PostRecord& record : records.posts) {
+    auto time = std::chrono::duration_cast<std::chrono::nanoseconds>(record.time.time_since_epoch()).count();
+    posts.append(py::make_tuple(record.sequence, record.piece, record.bytes, record.packets, time));
+  }
+  return py::make_tuple(operations, posts, records.lost);
+}
+
 device::Stream stream(uintptr_t handle) {
   return reinterpret_cast<device::Stream>(handle);
 }
@@ -215,6 +231,8 @@ void bind_rank(py::module_& module) {
       .def("abort", &Rank::abort, Unlocked())
       .def("close", &Rank::close, Unlocked())
       .def("wake_proxy", &Rank::wake_proxy)
+      .def("start_recording", &Rank::start_recording, py::arg("capacity"))
+      .def("stop_recording", [](Rank& rank) { return records_of(rank.stop_recording()); })
       .def("hold_proxy", &Rank::hold_proxy)
       .def("deliver",
            [](Rank& rank, const std::string& announcement) {

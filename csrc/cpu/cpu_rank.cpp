@@ -16,6 +16,14 @@ constexpr auto kPeerCheckInterval = std::chrono::milliseconds(20);
 // Minimum of a stripe: a shorter one costs more for its flag than it gains.
 constexpr size_t kSmallestStripe = 32 << 10;
 
+int64_t nanoseconds_of(Clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
+int64_t now_ns() {
+  return nanoseconds_of(Clock::now());
+}
+
 }  // namespace
 
 // One caller at a time: collectives are ordered, and two threads have no order.
@@ -56,6 +64,10 @@ class CpuRank::Wait {
     if (start_ == Clock::time_point{}) return;
     auto waited = static_cast<uint64_t>((Clock::now() - start_).count());
     rank_.counters_.wait_ns.fetch_add(waited, std::memory_order_relaxed);
+    if (OperationRecord* record = rank_.recorded_) {
+      if (record->wait_ns == 0) record->wait_ns = nanoseconds_of(start_);
+      record->waited_ns += static_cast<int64_t>(waited);
+    }
   }
 
   // Called between two loads of the awaited word. Throws when the wait has failed, but only after the word
@@ -177,6 +189,17 @@ void CpuRank::exchange(const Operation& operation, const std::byte* in, uint64_t
   if (chunks > 1) counters_.chunked_operations.fetch_add(1, std::memory_order_relaxed);
   auto length = [&](uint64_t index) { return static_cast<size_t>(std::min(chunk, bytes - index * chunk)); };
   uint32_t base = sequence_.load(std::memory_order_relaxed) + 1;
+  recorded_ = nullptr;
+  if (operations_.on()) {
+    record_ = OperationRecord();
+    record_.operation = operation;
+    record_.bytes = bytes;
+    record_.sequence = base;
+    record_.messages = static_cast<uint32_t>(chunks);
+    record_.packets = bytes <= options_.sizes.packet_bytes;
+    record_.start_ns = now_ns();
+    recorded_ = &record_;
+  }
   try {
     uint64_t sent = 0;
     for (uint64_t index = 0; index < chunks; ++index) {
@@ -186,9 +209,15 @@ void CpuRank::exchange(const Operation& operation, const std::byte* in, uint64_t
       for (; sent < std::min(chunks, index + options_.depth); ++sent) {
         send(operation, in + sent * chunk, length(sent));
       }
+      if (recorded_ && index == 0) record_.sent_ns = now_ns();
       const std::byte* theirs = receive(operation, base + static_cast<uint32_t>(index), length(index));
+      if (recorded_) record_.arrived_ns = now_ns();
       consume(theirs, index * chunk, length(index));
       clear_if_due(base + static_cast<uint32_t>(index));
+    }
+    if (recorded_) {
+      record_.end_ns = now_ns();
+      operations_.add(record_);
     }
   } catch (const CollectiveError& error) {
     endpoint_.poison(error.what());

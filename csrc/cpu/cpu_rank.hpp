@@ -70,6 +70,10 @@ class CpuRank final : public Rank {
   std::atomic<uint32_t> sequence_;
   std::atomic<bool> in_use_{false};
   Counters counters_;
+  // Set while an operation runs that is recorded. Not a local variable, so that one that is not costs
+  // nothing.
+  OperationRecord* recorded_ = nullptr;
+  OperationRecord record_;
 };
 
 }  // namespace spark

@@ -40,7 +40,7 @@ bool Doorbell::post_staged(Transport& transport) {
 void Doorbell::post(Transport& transport, uint32_t sequence) {
   const SendDescriptor& whole = region_.descriptor(sequence);
   if (whole.stripes == 1) {
-    transport.post(sequence, whole);
+    post_part(transport, sequence, whole);
     return;
   }
   uint64_t step = stripe_bytes(whole.bytes, whole.stripes);
@@ -50,7 +50,7 @@ void Doorbell::post(Transport& transport, uint32_t sequence) {
     part.piece = stripe;
     part.offset = static_cast<uint32_t>(from);
     part.bytes = to - from;
-    transport.post(sequence, part);
+    post_part(transport, sequence, part);
   }
 }
 

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "../support/backoff.hpp"
+#include "../support/recording.hpp"
 #include "../transport/transport.hpp"
 
 namespace spark {
@@ -13,7 +15,17 @@ struct ProxyCounters {
   std::atomic<uint64_t> coalesced{0};  // posts beyond the first of one turn
 };
 
-// The proxy's thread calls everything here but `wake` and `counters`, which any thread may call.
+// A message, or a part of one, that the proxy has given to the transport. It leaves with the next `flush`,
+// which follows in the same turn.
+struct PostRecord {
+  uint32_t sequence;
+  uint32_t piece;
+  uint64_t bytes;  // with the flags of packets
+  bool packets;
+  Clock::time_point time;
+};
+
+// The proxy's thread calls everything here but `wake`, `counters` and `recording`, which any thread may call.
 class MessageSource {
  public:
   virtual ~MessageSource() = default;
@@ -33,8 +45,16 @@ class MessageSource {
   virtual void wake() = 0;
 
   const ProxyCounters& counters() const { return counters_; }
+  Recording<PostRecord>& recording() { return recording_; }
 
  protected:
+  void post_part(Transport& transport, uint32_t sequence, const SendDescriptor& part) {
+    if (recording_.on()) {
+      recording_.add({sequence, part.piece, part.bytes, part.protocol == Protocol::kPackets, Clock::now()});
+    }
+    transport.post(sequence, part);
+  }
+
   void count(uint32_t posts) {
     counters_.posts.fetch_add(posts, std::memory_order_relaxed);
     counters_.coalesced.fetch_add(posts - 1, std::memory_order_relaxed);
@@ -42,6 +62,7 @@ class MessageSource {
 
  private:
   ProxyCounters counters_;
+  Recording<PostRecord> recording_;
 };
 
 }  // namespace spark

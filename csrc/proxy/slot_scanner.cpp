@@ -82,8 +82,9 @@ bool SlotScanner::post_packets(Transport& transport, uint32_t sequence) {
     // Acquire: what the previous kernels read from receive slots was read before these packets were stored,
     // and the transport's writes that follow tell the peer so.
     acquire_packets(posted_packets_, end);
-    transport.post(sequence, {Protocol::kPackets, tag, (end - posted_packets_) * sizeof(WidePacket), 0,
-                              static_cast<uint32_t>(posted_packets_ * sizeof(WidePacket))});
+    post_part(transport, sequence,
+              {Protocol::kPackets, tag, (end - posted_packets_) * sizeof(WidePacket), 0,
+               static_cast<uint32_t>(posted_packets_ * sizeof(WidePacket))});
     transport.flush();
     posted_packets_ = end;
     ++posts;
@@ -118,7 +119,8 @@ bool SlotScanner::post_pieces(Transport& transport, uint32_t sequence) {
     auto piece = static_cast<uint32_t>(__builtin_ctzll(left));
     acquired(region_.send_flag_value(sequence, piece));
     const Flag& flag = region_.send_flag(sequence, piece);
-    transport.post(sequence, {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
+    post_part(transport, sequence,
+              {Protocol::kPayload, flag_tag(flag.value), flag.bytes, piece, flag.offset});
   }
   transport.flush();
   posted_pieces_ |= found;

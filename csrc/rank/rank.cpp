@@ -1,5 +1,8 @@
 #include "rank.hpp"
 
+#include <tuple>
+#include <utility>
+
 #include "../support/errors.hpp"
 
 namespace spark {
@@ -36,6 +39,22 @@ void Rank::start() {
     proxy_ = std::make_unique<ProxyThread>(*source_, endpoint_.transport());
   }
   endpoint_.start();
+}
+
+void Rank::start_recording(size_t capacity) {
+  operations_.start(capacity);
+  if (source_) source_->recording().start(capacity);
+}
+
+RankRecords Rank::stop_recording() {
+  RankRecords records;
+  std::tie(records.operations, records.lost) = operations_.stop();
+  if (source_) {
+    auto [posts, lost] = source_->recording().stop();
+    records.posts = std::move(posts);
+    records.lost += lost;
+  }
+  return records;
 }
 
 void Rank::close() {

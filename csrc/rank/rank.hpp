@@ -25,6 +25,28 @@ struct CollectiveCounters {
   uint32_t last_sequence = 0;
 };
 
+// A collective on CPU memory. Times are of the steady clock; 0 where there is none.
+struct OperationRecord {
+  Operation operation{};
+  uint64_t bytes = 0;
+  uint32_t sequence = 0;  // of its first message
+  uint32_t messages = 0;
+  bool packets = false;  // the LL protocol
+  int64_t start_ns = 0;
+  int64_t sent_ns = 0;     // its first messages, as many as may be in flight, were staged or stored
+  int64_t wait_ns = 0;     // when it first found that the peer's message was not there yet
+  int64_t arrived_ns = 0;  // the peer's last message was there
+  int64_t end_ns = 0;
+  int64_t waited_ns = 0;  // in all
+};
+
+// What a rank did while it was recorded.
+struct RankRecords {
+  std::vector<OperationRecord> operations;  // on a GPU none: kernels run without the host
+  std::vector<PostRecord> posts;            // without a proxy none
+  uint64_t lost = 0;                        // records that found no room
+};
+
 class Rank {
  public:
   virtual ~Rank();
@@ -66,6 +88,10 @@ class Rank {
   void wake_proxy() {
     if (source_) source_->wake();
   }
+  // Records collectives and posted messages, up to `capacity` of each, until `stop_recording`, which returns
+  // them. From any thread, one at a time, once `start` was called.
+  void start_recording(size_t capacity);
+  RankRecords stop_recording();
   // Test hook: while held, the proxy posts nothing, as if it had not been scheduled.
   void hold_proxy(bool held) {
     if (proxy_) proxy_->hold(held);
@@ -86,6 +112,7 @@ class Rank {
   virtual void wait_until_idle() = 0;
 
   Endpoint endpoint_;
+  Recording<OperationRecord> operations_;
 
  private:
   bool started_ = false;

@@ -59,6 +59,8 @@ class Host:
     """What programs of this host see as /dev/shm; where hosts are only loopback addresses, they share the machine's."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables of every program that `popen` starts, if it is not started with others."""
+    clock: Path | None = None
+    """The time namespace of programs that are started now; None for that of the tests."""
     cgroup: MemoryCgroup | None = None
     """In which programs of this host run that are started now; None for that of the tests."""
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False)
@@ -79,7 +81,8 @@ class Host:
         name = name or Path(argv[0]).name
         log = self.logs / f"host{self.index}-{next(self._numbers):02d}-{name.replace(' ', '-')}.log"
         name, environment = f"{name} on host {self.index}", clean_environment() | self.environment | dict(env or {})
-        server = None if cold or self.cgroup is not None else self._fork_server
+        own = self.cgroup is not None or self.clock is not None
+        server = None if cold or own else self._fork_server
         if server is not None and server.suits(argv, environment):
             return start(name, argv, log, environment, server)
         return start(name, self.command(argv), log, environment)
@@ -123,6 +126,29 @@ class Host:
             yield
         finally:
             self.cgroup = None
+
+    @contextmanager
+    def clock_ahead(self, seconds: int) -> Iterator[None]:
+        """Meanwhile `popen` starts programs whose monotonic clock is ahead of the tests', in a time namespace.
+
+        With 0 seconds they have the tests' clock, for a machine that does not let us make one.
+        """
+        if seconds == 0:
+            yield
+            return
+        argv = ["unshare", "--time", "--monotonic", str(seconds), "--fork", "--kill-child", "sleep", "infinity"]
+        with subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True) as holder:
+            try:
+                self.clock = Path(f"/proc/{holder.pid}/ns/time_for_children")
+                deadline = time.monotonic() + CARRIER_SECONDS
+                while self.clock.readlink() == Path("/proc/self/ns/time_for_children").readlink():
+                    if holder.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError(f"`{' '.join(argv)}` made no time namespace")
+                    time.sleep(POLL_SECONDS)
+                yield
+            finally:
+                self.clock = None
+                os.killpg(holder.pid, signal.SIGKILL)
 
     def unplug(self) -> None:
         """Pulls this host's cable: its own interface loses the carrier, the other host is told nothing."""
@@ -175,6 +201,7 @@ class Host:
     def command(self, argv: Sequence[str]) -> list[str]:
         """The command that runs a program on this host, from the root namespace."""
         argv = argv if self.cgroup is None else self.cgroup.command(argv)
+        argv = argv if self.clock is None else ["nsenter", f"--time={self.clock}", *argv]
         if self.namespace is None:
             return list(argv)
         mounted = ["sh", "-c", WITH_OWN_SHARED_MEMORY, str(self.shared_memory)]

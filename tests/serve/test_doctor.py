@@ -125,3 +125,35 @@ def test_without_a_secret_nobody_is_waited_for(hosts: Hosts, tmp_path: Path) -> 
     assert "> vllm-spark doctor --make-secret" in process.output()
     assert "make one with `vllm-spark doctor --make-secret`" in " ".join(process.output().split())
     assert "Waiting for the follower" not in process.output()
+
+
+def pair_findings(hosts: Hosts, follower: Waiting) -> dict[str, dict[str, str]]:
+    """What a doctor on the first host finds between both."""
+    process = doctor(hosts, follower.port, "--json", "--wait", str(ANSWER_SECONDS))
+    return {found["id"]: found for found in json.loads(process.output().splitlines()[-1])["pair"]}
+
+
+WAYS = {"pair.packets", "pair.ports", "pair.clocks"}
+
+
+def test_the_path_between_both_machines(namespaces: Hosts) -> None:
+    """Nothing is found on a healthy pair; a firewall, and a bridge that drops full packets, are."""
+    first, second = namespaces
+    follower = start_follower(namespaces)
+    try:
+        healthy = pair_findings(namespaces, follower)
+        assert {healthy[name]["status"] for name in WAYS} == {"ok"}, healthy
+        assert healthy["pair.packets"]["value"] == f"1500 bytes, eth0 to {second.address} and back"
+        with second.firewall(int(follower.port)):
+            assert pair_findings(namespaces, follower)["pair.ports"]["value"].startswith("closed from here to ")
+        with first.firewall(int(follower.port)):
+            assert pair_findings(namespaces, follower)["pair.ports"]["value"].endswith(" to here")
+        for host in namespaces:  # the bridge stays at 1500
+            assert host.run(["ip", "link", "set", "eth0", "mtu", "9000"]).returncode == 0
+        cut = pair_findings(namespaces, follower)["pair.packets"]
+        assert cut["status"] == "problem"
+        assert cut["value"] == f"9000 bytes of eth0 are lost on the way to {second.address}, 1500 arrive"
+    finally:
+        for host in namespaces:
+            host.run(["ip", "link", "set", "eth0", "mtu", "1500"])
+        follower.process.terminate()

@@ -113,6 +113,18 @@ def test_the_status_without_a_terminal_is_lines(guarded: Server, hosts: Hosts) -
     assert "\x1b" not in done.stdout
 
 
+def test_a_pair_that_does_not_permit_traces(guarded: Server, hosts: Hosts, tmp_path: Path) -> None:
+    """Here and not beside the other traces: this pair was started without the setting."""
+    words = [program("vllm-spark"), "trace", "--url", guarded.url, "--out", str(tmp_path / "trace.json")]
+    done = hosts[0].run(words, environment(), STATUS_SECONDS)
+    assert (done.returncode, done.stdout) == (EXIT_LOST, "")
+    assert done.stderr == (
+        f"vllm-spark: {guarded.url} records nothing: this server does not permit traces; start vllm serve with "
+        "--spark-trace on.\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_key_is_told(guarded: Server, hosts: Hosts) -> None:
     for key in (None, "other"):
         done = hosts[0].run(status(guarded), environment(key), STATUS_SECONDS)

@@ -44,12 +44,27 @@ GPU 0000000F:01:00.0
     Product Name                          : NVIDIA GB10
     Display Active                        : Disabled
     Product Architecture                  : Blackwell
+    Performance State                     : P8
     Clocks Event Reasons
         Idle                              : Active
         HW Slowdown                       : Not Active
             HW Thermal Slowdown           : Not Active
             HW Power Brake Slowdown       : Not Active
         SW Thermal Slowdown               : Not Active
+    FB Memory Usage
+        Total                             : N/A
+        Used                              : N/A
+    Utilization
+        GPU                               : 0 %
+        Memory                            : 0 %
+    Temperature
+        GPU Current Temp                  : 41 C
+        GPU T.Limit Temp                  : N/A
+        GPU Slowdown Temp                 : N/A
+    GPU Power Readings
+        Average Power Draw                : N/A
+        Instantaneous Power Draw          : 4.52 W
+        Current Power Limit               : N/A
     Clocks
         Graphics                          : 208 MHz
         SM                                : 208 MHz
@@ -59,6 +74,13 @@ GPU 0000000F:01:00.0
         Graphics                          : 3003 MHz
         SM                                : 3003 MHz
         Memory                            : N/A
+    Processes
+        GPU instance ID                   : N/A
+        Compute instance ID               : N/A
+        Process ID                        : 2177
+            Type                          : G
+            Name                          : /usr/lib/xorg/Xorg
+            Used GPU Memory               : 43 MiB
 """
 
 PING = """#!/bin/sh
@@ -97,6 +119,13 @@ class Tree:
         """Makes a program."""
         self.write(f"usr/bin/{name}", script)
         (self.root / f"usr/bin/{name}").chmod(0o755)
+
+    def nvidia_smi(self, old: str, new: str) -> None:
+        """Replaces a part of what nvidia-smi prints."""
+        path = self.root / "usr/bin/nvidia-smi"
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new))
 
     def link(self, path: str, target: str) -> None:
         """Makes a symbolic link."""
@@ -168,6 +197,7 @@ def gb10(root: Path, host: int = 1) -> Tree:
         f"Cached: {8 * GIB_IN_KIB} kB\nSwapTotal: {16 * GIB_IN_KIB} kB\nSwapFree: {16 * GIB_IN_KIB} kB\n"
         "CmaTotal: 131072 kB\nCmaFree: 65536 kB",
     )
+    tree.write("proc/mounts", "proc /proc proc rw 0 0\ntmpfs /dev/shm tmpfs rw,nosuid,nodev,inode64 0 0")
     tree.write("proc/cmdline", "BOOT_IMAGE=/boot/vmlinuz-6.14.0-1015-nvidia ro quiet")
     tree.write("proc/sys/kernel/osrelease", "6.14.0-1015-nvidia")
     tree.write("boot/config-6.14.0-1015-nvidia", "CONFIG_CMA=y")

@@ -62,6 +62,7 @@ GOOD: dict[str, tuple[Any, Any, Any]] = {
     "packet_kib": (1, 2, 4),
     "launch_table": (Path("/a"), Path("/b"), Path("/c")),
     "depth": (1, 2, 8),
+    "trace": ("off", "on", "off"),
 }
 
 

@@ -120,7 +120,10 @@ def test_a_healthy_machine(tree: Tree, tmp_path: Path) -> None:
     assert values["link.address"] == "enP2p1s0f0np0 10.0.1.1/24, enp1s0f0np0 10.0.0.1/24"
     assert values["link.peer"] == "10.0.0.2 through enp1s0f0np0 (rocep1s0f0)"
     assert values["gpu.driver"] == "NVIDIA GB10, driver 580.95.05, CUDA 13.0, torch for CUDA 13.0"
-    assert values["gpu.clock"] == "208 MHz now, at most 3003 MHz"
+    assert values["gpu.clock"] == "208 MHz now, at most 3003 MHz, P8, 5 W"
+    assert values["gpu.temperature"] == "41 degrees"
+    assert values["gpu.programs"] == "none"
+    assert values["machine.shm"] == "half of the memory"
     assert values["machine.clocks"] == "2.81 of 2.81 GHz, 3.90 of 3.90 GHz"
 
 
@@ -273,15 +276,57 @@ def no_nvidia_smi(tree: Tree) -> None:
 
 
 def throttled(tree: Tree) -> None:
-    path = tree.root / "usr/bin/nvidia-smi"
-    path.write_text(
-        path.read_text().replace("Power Brake Slowdown       : Not Active", "Power Brake Slowdown       : Active")
-    )
+    tree.nvidia_smi("Power Brake Slowdown       : Not Active", "Power Brake Slowdown       : Active")
+
+
+def slowed_by_heat(tree: Tree) -> None:
+    tree.nvidia_smi("SW Thermal Slowdown               : Not Active", "SW Thermal Slowdown               : Active")
+
+
+def computing(tree: Tree, mhz: int, watts: str = "60.10") -> None:
+    """A program computes at this clock."""
+    tree.nvidia_smi("GPU                               : 0 %", "GPU                               : 96 %")
+    tree.nvidia_smi(": P8", ": P0")
+    tree.nvidia_smi(": 4.52 W", f": {watts} W")
+    tree.nvidia_smi("SM                                : 208 MHz", f"SM                                : {mhz} MHz")
+
+
+def stuck_clock(tree: Tree) -> None:
+    computing(tree, 611, "15.30")
+
+
+def limited_clock(tree: Tree) -> None:
+    computing(tree, 2100)
+
+
+def hot(tree: Tree) -> None:
+    tree.nvidia_smi(": 41 C", ": 92 C")
+
+
+def another_job(tree: Tree) -> None:
+    tree.nvidia_smi("Type                          : G", "Type                          : C")
+    tree.nvidia_smi("/usr/lib/xorg/Xorg", "python3 train.py")
+
+
+def another_engine(tree: Tree) -> None:
+    another_job(tree)
+    tree.nvidia_smi("python3 train.py", "VLLM::EngineCore")
 
 
 def display_in_use(tree: Tree) -> None:
-    path = tree.root / "usr/bin/nvidia-smi"
-    path.write_text(path.read_text().replace(": Disabled", ": Enabled"))
+    tree.nvidia_smi(": Disabled", ": Enabled")
+
+
+def memlock_of_a_container(tree: Tree) -> None:
+    tree.write("proc/self/limits", "Max locked memory         65536                65536                bytes")
+
+
+def shm_of_a_container(tree: Tree) -> None:
+    tree.write("proc/mounts", "shm /dev/shm tmpfs rw,nosuid,nodev,noexec,relatime,size=65536k,inode64 0 0")
+
+
+def shm_in_megabytes(tree: Tree) -> None:
+    tree.write("proc/mounts", "shm /dev/shm tmpfs rw,size=512m 0 0")
 
 
 def no_gpu(tree: Tree) -> None:
@@ -343,6 +388,15 @@ def no_gpu(tree: Tree) -> None:
         (swapped, "machine.swap", "warning", ["7.0 of 16.0 GiB used", "swapoff"]),
         (driver_mismatch, "gpu.driver", "problem", ["NVIDIA GB10", "mismatch", "reboot"]),
         (no_nvidia_smi, "gpu.driver", "unknown", ["driver 580.95.05", "nvidia-smi is not installed"]),
+        (memlock_of_a_container, "machine.memlock", "problem", ["64 KiB", "docker run --ulimit memlock=-1"]),
+        (shm_of_a_container, "machine.shm", "warning", ["64 MiB", "SIGBUS", "docker run --shm-size 8g"]),
+        (shm_in_megabytes, "machine.shm", "warning", ["512 MiB"]),
+        (stuck_clock, "gpu.clock", "warning", ["611 MHz now", "P0, 15 W, 96 % busy", "60 to 80 %", "unplug"]),
+        (limited_clock, "gpu.clock", "note", ["2100 MHz now", "15 to 35 %", "nvidia-smi -rgc"]),
+        (slowed_by_heat, "gpu.clock", "warning", ["slowed: SW Thermal Slowdown"]),
+        (hot, "gpu.temperature", "warning", ["92 degrees", "-lgc 0,2100"]),
+        (another_job, "gpu.programs", "warning", ["python3 train.py (process 2177, 43 MiB)", "kill 2177"]),
+        (another_engine, "gpu.programs", "note", ["VLLM::EngineCore"]),
         (throttled, "gpu.clock", "warning", ["HW Power Brake Slowdown", "power supply"]),
         (display_in_use, "gpu.display", "warning", ["ends kernels", "multi-user.target"]),
     ],
@@ -356,6 +410,22 @@ def test_a_fault(tree: Tree, fault: Callable[[Tree], None], name: str, status: s
     assert found.status == status
     for part in parts:
         assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+@pytest.mark.parametrize("mhz", [208, 2411, 3003])
+def test_a_clock_that_is_well(tree: Tree, mhz: int) -> None:
+    """Low while nothing runs, or as high as a GB10's under load."""
+    if mhz > 208:
+        computing(tree, mhz)
+    assert findings(tree)["gpu.clock"].status == "ok"
+
+
+def test_nvidia_smi_of_another_version(tree: Tree) -> None:
+    """What it leaves out is not reported, and fails nothing."""
+    tree.program("nvidia-smi", "#!/bin/sh\necho 'Driver Version : 580.95.05'")
+    found = findings(tree)
+    assert not {"gpu.clock", "gpu.temperature", "gpu.display"} & found.keys()
+    assert found["gpu.programs"].value == "none"
 
 
 def test_one_neighbour_is_the_other_machine(tree: Tree) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor import pair
+from vllm_spark.doctor import network_path, pair
 from vllm_spark.doctor.checks import MachineReport, run_checks
 from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.model.question import ModelQuestion
 from vllm_spark.doctor.pair import compare
 from vllm_spark.doctor.remote import CheckRequest, request_report, send_report
 from vllm_spark.doctor.report import Report
+from vllm_spark.doctor.system import System
 from vllm_spark.errors import ConfigurationError, PeerLostError, RefusedError
 from vllm_spark.executor.channel.certificates import tls_context
 from vllm_spark.executor.channel.framing import Connection, Frame, Kind
@@ -213,6 +215,46 @@ def test_side_by_side(trees: tuple[Tree, Tree]) -> None:
     assert text.count("Same MTU on both: ") == 1
 
 
+@pytest.mark.parametrize(
+    ("ahead", "status", "parts"),
+    [
+        (0.4, "ok", ["less than 1 s apart"]),
+        (-7.0, "note", ["desk2 is 7.0 s behind this machine", "both logs", "timedatectl set-ntp true"]),
+        (7200.0, "warning", ["desk2 is 7,200.0 s ahead of this machine", "downloads"]),
+    ],
+)
+def test_clocks(ahead: float, status: str, parts: list[str]) -> None:
+    found = network_path.check_clocks("desk2", ahead)
+    assert_complete(found)
+    assert found.status == status
+    for part in parts:
+        assert part in f"{found.value}\n{found.explanation}\n{found.remedy}"
+
+
+def test_a_clock_that_is_behind_is_seen_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Finding] = []
+    port, outcome = visiting(found=seen.append)
+    connection = called(follower(port))
+    question = connection.expect(Kind.CHECK_REQUEST, timeout=30)
+    machine = run_checks(System(), SparkConfig())
+    late = dataclasses.replace(machine, host="desk2", path_probe=network_path.PathProbe(time.time() - 3600, 0, None))
+    connection.send(Kind.CHECK_REPORT, to_json(late))
+    connection.expect(Kind.LEAVE, timeout=30)
+    outcome.result(30)
+    assert [one.value for one in seen if one.id == "pair.clocks"] == ["desk2 is 3,600.0 s behind this machine"]
+    assert question.kind is Kind.CHECK_REQUEST
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_ports_that_a_firewall_closes(cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_path, "is_cpu_build", lambda: cpu)
+    found = network_path.check_ports("desk2", False, True)
+    assert (found.status, found.value) == ("note" if cpu else "problem", "closed from here to desk2")
+    assert "# there" in found.remedy
+    assert network_path.check_ports("desk2", False, False).value == "closed from here to desk2 and from desk2 to here"
+    assert "# here" in network_path.check_ports("desk2", True, False).remedy
+
+
 # --- the visit -------------------------------------------------------------------------------------------------------
 
 
@@ -229,17 +271,20 @@ def called(caller: Connector) -> Connection:
     return connection
 
 
-def visiting(patience: float = 60.0) -> tuple[int, Any]:
+def visiting(
+    patience: float = 60.0, model: ModelQuestion | None = None, found: Callable[[Finding], None] = lambda finding: None
+) -> tuple[int, Any]:
     """A doctor in a thread of its own: its port, and its outcome to come."""
     (port,) = free_ports(1)
     pool = ThreadPoolExecutor(1)
-    outcome = pool.submit(request_report, SparkConfig(address="127.0.0.1", port=port), patience)
+    outcome = pool.submit(request_report, SparkConfig(address="127.0.0.1", port=port), patience, model, found)
     pool.shutdown(wait=False)
     return port, outcome
 
 
 def test_a_follower_is_examined_and_let_go() -> None:
-    port, outcome = visiting()
+    seen: list[Finding] = []
+    port, outcome = visiting(found=seen.append)
     caller = follower(port)
     connection = called(caller)
     question = connection.expect(Kind.CHECK_REQUEST, timeout=30)
@@ -248,6 +293,7 @@ def test_a_follower_is_examined_and_let_go() -> None:
     send_report(connection, question, SparkConfig(), "127.0.0.1")
     machine, address = outcome.result(30)
     assert address == "127.0.0.1"
+    assert [(one.id, one.status) for one in seen] == [("pair.clocks", "ok"), ("pair.ports", "ok")]
     assert machine.versions == Versions.of_this_process()
     assert {"rdma.devices", "software.vllm"} <= {found.id for found in machine.findings}
 
@@ -313,7 +359,7 @@ def test_a_question_that_is_none() -> None:
         send_report(connection, Frame(Kind.CHECK_REQUEST, b"[]"), SparkConfig(), "127.0.0.1")
     connection.close()
     assert outcome.exception(30) is not None
-    assert to_json(CheckRequest("desk1")) == b'{"host":"desk1"}'
+    assert to_json(CheckRequest("desk1")) == b'{"host":"desk1","model":null,"port":0}'
 
 
 def test_a_leader_still_refuses_another_version() -> None:

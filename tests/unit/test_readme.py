@@ -1,4 +1,4 @@
-"""README.md: its commands have options that exist, and its tables name what there is."""
+"""README.md and docs/trace.md: their commands have options that exist, and its tables name what there is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import pytest
 from vllm_spark.cli import COMMANDS, _load
 from vllm_spark.config.settings import SparkConfig, serve_flag, side_of
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+TRACE = (ROOT / "docs" / "trace.md").read_text()
 VALUES = {"ADDRESS": "10.0.0.1", "PORT": "29650"}
 """Values for placeholders of options that check their values."""
 
 
-def commands(program: str) -> list[str]:
-    """The commands of README that start `program`, in blocks and in the text, without their comments."""
-    blocks = [line.strip() for line in README.splitlines() if line.startswith("    ")]
-    inline = [" ".join(each.split()) for each in re.findall(r"`([^`]+)`", README)]
+def commands(program: str, text: str = README) -> list[str]:
+    """The commands of a text that start `program`, in blocks and between words, without their comments."""
+    blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    inline = [" ".join(each.split()) for each in re.findall(r"`([^`]+)`", text)]
     found = []
     for line in [*blocks, *inline]:
         line = line.removeprefix("ExecStart=%h/vllm/bin/")
@@ -30,8 +32,8 @@ def commands(program: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("command", commands("vllm-spark"))
-def test_a_command_of_readme_is_accepted(command: str) -> None:
+@pytest.mark.parametrize("command", list(dict.fromkeys((*commands("vllm-spark"), *commands("vllm-spark", TRACE)))))
+def test_a_command_of_the_documentation_is_accepted(command: str) -> None:
     name, *words = [VALUES.get(word, word) for word in shlex.split(command)[1:]]
     parser = argparse.ArgumentParser(prog=name, allow_abbrev=False, exit_on_error=False)
     _load(name).add_arguments(parser)
@@ -47,7 +49,7 @@ def test_the_first_commands_name_the_addresses() -> None:
 
 def test_every_flag_of_vllm_serve_in_readme_exists() -> None:
     flags = {serve_flag(name) for name in SparkConfig.model_fields if side_of(name) != "follower"}
-    named = set(re.findall(r"--spark-[a-z-]*[a-z]", README))
+    named = set(re.findall(r"--spark-[a-z-]*[a-z]", README + TRACE))
     assert named - flags == set()
     assert named
 

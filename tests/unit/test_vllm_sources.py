@@ -14,6 +14,7 @@ import pytest
 from vllm_spark.backend.platform import ONE_MACHINE_ALL_REDUCES
 from vllm_spark.compat.hooks import HOOKS, Hook
 from vllm_spark.compat.patching import Anchor, all_patches
+from vllm_spark.recording.parts import SCOPES
 
 ROOT = Path(__file__).parents[2]
 RELEASES = ("0.26.0", "0.32.0", "0.33.0")
@@ -165,9 +166,32 @@ TUNING: tuple[Hook, ...] = (
 )
 """What tuned parameters and repeated scales rely on."""
 
+ENGINE = "vllm.v1.engine.core:EngineCoreProc"
+TRACING: tuple[Hook, ...] = (
+    Hook(
+        Anchor("vllm.v1.utils:record_function_or_nullcontext", "source"),
+        "calls the function in _PROFILER_FUNC, if there is one, for each scope of the model runner",
+        {"7fb1f604e7b5": SAME},
+    ),
+    Hook(
+        Anchor(f"{ENGINE}.run_busy_loop", "source"),
+        "calls the two below by their names",
+        {"ea4a9db06dea": "0.26.0", "fc678d24e3e0": "0.32.0, 0.33.0"},
+    ),
+    Hook(Anchor(f"{ENGINE}._process_input_queue"), "the part of clients' requests", {"2534f0e6fa77": SAME}),
+    Hook(Anchor(f"{ENGINE}._process_engine_step"), "the part around a step", {"50a97b384537": SAME}),
+    Hook(
+        Anchor("vllm.v1.core.sched.scheduler:Scheduler.schedule"),
+        "a part, with which a step begins",
+        {"cde460894da8": SAME},
+    ),
+    Hook(Anchor("vllm.v1.core.sched.scheduler:Scheduler.update_from_output"), "a part", {"ec49609035ab": SAME}),
+)
+"""What traces of steps replace while they are recorded."""
+
 ANCHORS: list[tuple[Anchor, dict[str, str]]] = [
     *((patch.anchor, dict(patch.fingerprints)) for patch in all_patches()),
-    *((hook.anchor, dict(hook.fingerprints)) for hook in (*HOOKS, *GROUPS, *TUNING)),
+    *((hook.anchor, dict(hook.fingerprints)) for hook in (*HOOKS, *GROUPS, *TUNING, *TRACING)),
 ]
 
 
@@ -190,6 +214,13 @@ def _fetched() -> dict[str, Path | Exception]:
     """The folder of each release, or why there is none."""
     found: dict[str, Path | Exception] = fetch_tool().fetch(RELEASES, ROOT / "build" / "vllm-sources")
     return found
+
+
+@pytest.mark.timeout(900)
+def test_the_scopes_of_the_model_runner(sources: tuple[str, Path]) -> None:
+    _, folder = sources
+    text = (folder / "vllm" / "v1" / "worker" / "gpu_model_runner.py").read_text(encoding="utf-8")
+    assert set(SCOPES) <= set(re.findall(r'record_function_or_nullcontext\(\s*"([^"]+)"', text))
 
 
 @pytest.mark.timeout(900)

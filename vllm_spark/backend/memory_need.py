@@ -10,13 +10,10 @@ from vllm.platforms import current_platform
 
 from vllm_spark.config.settings import SparkConfig, flag_name
 from vllm_spark.errors import RefusedError
-from vllm_spark.memory.need import MemoryNeed, refusal
-from vllm_spark.memory.scopes import GIB, container_memory, read_scopes
+from vllm_spark.memory.need import MemoryNeed, graphs_and_activations, refusal
+from vllm_spark.memory.scopes import container_memory, read_scopes
 from vllm_spark.ranks import WORLD_SIZE
 
-_GRAPHS, _ACTIVATIONS, _ACTIVATIONS_ON_CPU = GIB, GIB, GIB // 4
-"""Estimates in bytes, for the sum alone: vLLM measures both after it has loaded the model. What it measures differs
-with the model and with the largest batch."""
 _LARGEST_PACKETS = 128 << 10  # bytes; the largest default of the LL protocol's limit
 
 
@@ -36,9 +33,7 @@ def memory_need(vllm_config: Any, config: SparkConfig, weights: int) -> MemoryNe
     if not shares_memory():
         return MemoryNeed(region=region)
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    graphs = _ACTIVATIONS_ON_CPU
-    if current_platform.is_cuda():
-        graphs = _ACTIVATIONS if model.enforce_eager else _ACTIVATIONS + _GRAPHS
+    graphs = graphs_and_activations(gpu=current_platform.is_cuda(), eager=model.enforce_eager)
     return MemoryNeed(
         weights=int(weights * _widening(model)) // WORLD_SIZE,
         graphs=graphs,

@@ -146,13 +146,20 @@ def check_configuration(vllm_config: Any) -> None:
 def check_divisible(vllm_config: Any) -> None:
     """Raises ConfigurationError if the model, or the draft model, cannot be split into two equal halves."""
     experts = vllm_config.parallel_config.enable_expert_parallel
-    _check_halves(vllm_config.model_config.hf_text_config, experts, "this model")
+    check_halves(vllm_config.model_config.hf_text_config, experts, "this model")
     draft = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
     if draft is not None and draft is not vllm_config.model_config:
-        _check_halves(draft.hf_text_config, experts, f"the draft model {draft.model}")
+        check_halves(draft.hf_text_config, experts, f"the draft model {draft.model}")
 
 
-def _check_halves(model: Any, experts: bool, name: str) -> None:
+def check_halves(model: Any, experts: bool, name: str) -> None:
+    """Raises ConfigurationError if heads, widths or experts of a model cannot be split into two equal halves.
+
+    Args:
+        model: an object whose attributes are the values of its config.json.
+        experts: whether experts are distributed whole (`--enable-expert-parallel`).
+        name: of the model, in the sentence.
+    """
     dimensions = ["num_attention_heads", "intermediate_size", "moe_intermediate_size"]
     if experts:
         dimensions += ["num_experts", "n_routed_experts", "num_local_experts"]

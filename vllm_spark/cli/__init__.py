@@ -15,7 +15,7 @@ from vllm_spark import __version__
 from vllm_spark.errors import EXIT_USAGE, SparkError
 
 PROGRAM = "vllm-spark"
-COMMANDS = ("doctor", "demo", "join", "status", "bench", "tune", "estimate", "patches", "config")
+COMMANDS = ("doctor", "demo", "join", "status", "trace", "report", "bench", "tune", "estimate", "patches", "config")
 """Every subcommand, in the order of the help page; each is the module of that name in this package."""
 
 EXIT_INTERRUPTED = 130

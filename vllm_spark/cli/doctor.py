@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from vllm_spark.cli import first_run
-from vllm_spark.cli.arguments import up_to, user_path
+from vllm_spark.cli.arguments import up_to, user_path, words
 from vllm_spark.config.settings import (
     SparkConfig,
     add_flags,
@@ -19,7 +21,12 @@ from vllm_spark.config.settings import (
 )
 from vllm_spark.errors import EXIT_PROBLEM, EXIT_USAGE, EXIT_WARNINGS, ConfigurationError, OtherSecretError, SparkError
 
-SUMMARY = "check the cable, the RDMA devices, the GPU and the software, and print how to fix problems"
+if TYPE_CHECKING:
+    from vllm_spark.doctor.checks import MachineReport
+    from vllm_spark.doctor.finding import Finding
+    from vllm_spark.doctor.model.question import ModelQuestion
+
+SUMMARY = "check the cable, the RDMA devices, the GPU, the software and a model, and print how to fix problems"
 
 SETTINGS = ("address", "leader", "port", "secret_file")
 """The settings of serve and join that this command has as options."""
@@ -33,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         f"exit code: 0 no problems, {EXIT_WARNINGS} only warnings, {EXIT_PROBLEM} a problem that keeps the pair from "
         f"working, {EXIT_USAGE} wrong usage or settings"
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=words,
+        metavar="MODEL",
+        help="also check a model before it is served, as vllm serve is given it (a folder, or a name of the hub that "
+        "was downloaded), or a name in configs/models: whether two ranks can divide it and it fits, its files, tuned "
+        "tables, and predicted speed. Nothing is downloaded",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -95,8 +111,15 @@ def run(args: argparse.Namespace) -> int:
     system = System()
     leader = split_endpoint(config.leader)[0] if config.leader else None
     thorough = args.peer or leader is not None
-    machine = run_checks(system, config, leader, thorough=thorough)
-    peer, together = None, []
+    question: ModelQuestion | None = None
+    of_model: list[Finding] = []
+    if args.model is not None:
+        from vllm_spark.model_check.checks import examine
+
+        question, of_model = examine(args.model, config)
+    machine = run_checks(system, config, leader, thorough=thorough, model=question)
+    peer: MachineReport | None = None
+    together: list[Finding] = []
     if args.peer:
         from vllm_spark.doctor.network import opening
         from vllm_spark.doctor.pair import compare, distinguish_hosts, other_secret, peer_missing, port_reached
@@ -109,19 +132,31 @@ def run(args: argparse.Namespace) -> int:
             address = leader_address(config)
             if not is_loopback(address):
                 command = opening(system, config.port, interface_of(address))
-            peer, there = request_report(config, _WAIT_SECONDS if args.wait is None else args.wait)
+            if question is not None:
+                from vllm_spark.model_check.checks import with_files
+
+                question = with_files(question, config)
+            wait = _WAIT_SECONDS if args.wait is None else args.wait
+            peer, there = request_report(config, wait, question, together.append)
         except OtherSecretError as error:
-            together = [other_secret(str(error), same_secret_command(config, error.peer))]
+            together += [other_secret(str(error), same_secret_command(config, error.peer))]
         except SparkError as error:
-            together = [peer_missing(str(error), command)]
+            together += [peer_missing(str(error), command)]
         else:
             machine, peer = distinguish_hosts(machine, peer, address, there)
-            together = [port_reached(peer.host, format_endpoint(address, config.port)), *compare(system, machine, peer)]
+            reached = port_reached(peer.host, format_endpoint(address, config.port))
+            together = [reached, *together, *compare(system, machine, peer)]
+    if peer is None:
+        others = [finding for finding in machine.findings if finding.area != "model"]
+        own = [finding for finding in machine.findings if finding.area == "model"]
+        machine = dataclasses.replace(machine, findings=[*others, *of_model, *own])
+    else:
+        together += of_model
     report = Report.of(machine, peer, together)
     console = Console(highlight=False)
     if args.json:
         print(to_json(report).decode(), flush=True)
-    elif is_bare(machine) and not thorough and not given_flags(args):
+    elif is_bare(machine) and not thorough and not given_flags(args) and args.model is None:
         show_bare(console)
     else:
         show(report, console)
@@ -132,6 +167,9 @@ def _check_options(args: argparse.Namespace) -> None:
     """Raises ConfigurationError for an option that would have no effect."""
     given = given_flags(args)
     first_run.check_options(args)
+    if args.model is not None and (args.first_run or args.make_secret is not None):
+        other = "--first-run" if args.first_run else "--make-secret"
+        raise ConfigurationError(f"the model {args.model} does not go with {other}; leave one out")
     if args.make_secret is not None:
         useless = [*(["--json"] if args.json else []), *(["--wait"] if args.wait is not None else [])]
         if useless := [*useless, *map(flag_name, given)]:

@@ -25,7 +25,7 @@ from vllm_spark.collective.link_thread import Announce
 from vllm_spark.collective.options import LaunchShape, LoopbackMode, RuntimeOptions, Transport
 from vllm_spark.collective.rails import Port, local_ports
 from vllm_spark.collective.rendezvous import machine_identity
-from vllm_spark.collective.runtime import Counters, Runtime
+from vllm_spark.collective.runtime import Counters, OperationRecord, PostRecord, Runtime, RuntimeRecords
 from vllm_spark.collective.socket_peer import SocketPeer
 
 __all__ = [
@@ -39,10 +39,13 @@ __all__ = [
     "LaunchShape",
     "LoopbackMode",
     "MismatchError",
+    "OperationRecord",
     "PoisonedError",
     "Port",
+    "PostRecord",
     "Runtime",
     "RuntimeOptions",
+    "RuntimeRecords",
     "SocketPeer",
     "Transport",
     "UsageError",

@@ -7,7 +7,7 @@ import os
 import weakref
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_spark import _native
 from vllm_spark.collective.errors import CollectiveError, UsageError
@@ -70,6 +70,68 @@ class Counters:
     link_lost: bool
     """True while no rail is open; at the start too, for the milliseconds until one is proven."""
     last_sequence: int
+
+
+class OperationRecord(NamedTuple):
+    """A collective on CPU tensors that was recorded; times are `time.monotonic_ns()`.
+
+    Attributes:
+        kind: `all_reduce` or `all_gather`.
+        bytes: of this rank's input.
+        sequence: of its first message.
+        messages: that it was cut into.
+        packets: whether it used the LL protocol, else Simple.
+        start: when it was called.
+        sent: when this rank's first messages were staged, or stored in the peer's memory.
+        wait: when it first found that the peer's message had not arrived; 0 if it had.
+        arrived: when the peer's last message had arrived.
+        end: when the result was complete.
+        waited: nanoseconds that it waited for the peer.
+    """
+
+    kind: str
+    bytes: int
+    sequence: int
+    messages: int
+    packets: bool
+    start: int
+    sent: int
+    wait: int
+    arrived: int
+    end: int
+    waited: int
+
+
+class PostRecord(NamedTuple):
+    """A message, or a part of one, that the proxy posted to the transport while it was recorded.
+
+    Attributes:
+        sequence: of the message.
+        piece: of its payload; 0 with the LL protocol.
+        bytes: with the flags of packets.
+        packets: whether it uses the LL protocol.
+        time: when it was posted, `time.monotonic_ns()`.
+    """
+
+    sequence: int
+    piece: int
+    bytes: int
+    packets: bool
+    time: int
+
+
+class RuntimeRecords(NamedTuple):
+    """What a runtime recorded: collectives (none on a GPU), posted messages (none without a proxy).
+
+    Attributes:
+        operations: in the order of their calls.
+        posts: in the order of their times.
+        lost: how many more there were than had room.
+    """
+
+    operations: list[OperationRecord]
+    posts: list[PostRecord]
+    lost: int
 
 
 class Runtime:
@@ -328,6 +390,17 @@ class Runtime:
         thread.
         """
         self._native.wake_proxy()
+
+    def start_recording(self, capacity: int) -> None:
+        """Records collectives and posted messages, the first `capacity` of each, until `stop_recording`."""
+        self._native.start_recording(capacity)
+
+    def stop_recording(self) -> RuntimeRecords:
+        """Ends the recording, and returns it; empty if there was none."""
+        operations, posts, lost = self._native.stop_recording()
+        return RuntimeRecords(
+            [OperationRecord(*record) for record in operations], [PostRecord(*record) for record in posts], lost
+        )
 
     def abort(self, reason: str) -> None:
         """Ends every wait on both ranks with `reason`; the runtime is unusable then. From any thread."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -60,6 +62,23 @@ def vllm_source() -> str:
 def is_cpu_build() -> bool:
     """Whether the installed vLLM is a CPU build."""
     return "cpu" in str(installed_vllm())
+
+
+_SHARE = re.compile(r"^    gpu_memory_utilization: float = Field\(default=([\d.]+)", re.MULTILINE)
+_USUAL_SHARE = 0.92
+
+
+def default_memory_share() -> float:
+    """vLLM's default of `--gpu-memory-utilization`, from its source and without importing it; 0.92 if not found."""
+    spec = importlib.util.find_spec("vllm")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        try:
+            found = _SHARE.search((Path(folder) / "config" / "cache.py").read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        if found is not None:
+            return float(found[1])
+    return _USUAL_SHARE
 
 
 def accepted_arguments(function: Any, candidates: dict[str, Any]) -> dict[str, Any]:

@@ -242,6 +242,13 @@ class SparkConfig(BaseModel):
         metavar="N",
     )
 
+    trace: Literal["off", "on"] = _setting(
+        "off",
+        "`on`: clients that may use the API may also record steps of both machines with `vllm-spark trace`. A trace "
+        "has names of kernels, sizes and times, and nothing of prompts and answers.",
+        side="leader",
+    )
+
     @field_validator("address", "leader")
     @classmethod
     def _is_ip(cls, value: str | None, info: Any) -> str | None:

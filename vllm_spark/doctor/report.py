@@ -18,6 +18,7 @@ AREAS = {
     "gpu": "GPU",
     "machine": "The machine",
     "software": "Software",
+    "model": "The model",
     "pair": "Both together",
 }
 _MARKS: dict[Status, tuple[str, str]] = {

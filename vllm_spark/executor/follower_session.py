@@ -69,6 +69,7 @@ from vllm_spark.executor.rpc import (
     SAMPLE,
     SILENT_METHODS,
     SILENT_SECONDS,
+    TRACE_METHODS,
     WARM_UP,
     Call,
     decode_call,
@@ -77,6 +78,7 @@ from vllm_spark.executor.rpc import (
     encode_result,
 )
 from vllm_spark.executor.token_check import TokenDigest
+from vllm_spark.executor.tracing.follower import FollowerTrace
 from vllm_spark.memory.guard import MemoryGuard, raise_oom_score
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.records import to_json
@@ -130,6 +132,7 @@ class FollowerSession:
         self._worker: Any = None
         self._serves_adapters = False
         self._runtime: Runtime | None = None
+        self._trace: FollowerTrace | None = None
         self._leader_config = config  # until the ASSIGNMENT
         self._sensors = Sensors()
         self._outputs: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -199,6 +202,7 @@ class FollowerSession:
         self._executor = FollowerExecutor(assignment.vllm_config, groups, self._runtime, self._weight_files)
         self._worker = self._executor.driver_worker
         self._serves_adapters = assignment.vllm_config.lora_config is not None
+        self._trace = FollowerTrace(self, self._runtime, self._worker)
         threading.Thread(target=self._read_outputs, name="spark-outputs", daemon=True).start()
         logger.info("This rank's half of the model is loaded.")
         while True:
@@ -234,6 +238,9 @@ class FollowerSession:
                 result: Any = self._compared.compare(*call.args)
             elif method == DESCRIBE:
                 result = self._described()
+            elif method in TRACE_METHODS:
+                assert self._trace is not None
+                result = self._trace.answer(call, reply_to)
             else:
                 result = run_method(self._worker, call.method, *self._with_own_files(call))
             if hasattr(result, "get_output"):

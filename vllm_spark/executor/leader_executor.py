@@ -56,12 +56,14 @@ from vllm_spark.executor.rpc import (
     RELOAD_WEIGHTS,
     SAMPLE,
     STEP_METHODS,
+    TRACE,
     WARM_UP,
     WEIGHT_METHODS,
     RemoteError,
 )
 from vllm_spark.executor.store import close_groups
 from vllm_spark.executor.token_check import WorkerRandomState
+from vllm_spark.executor.tracing.leader import LeaderTrace
 from vllm_spark.kernels import runtime as tuning
 from vllm_spark.memory.guard import MemoryGuard, raise_oom_score
 from vllm_spark.processes.child import in_engine_process, watch_parent
@@ -97,6 +99,7 @@ class SparkExecutor(RankExecutor):
         self._started = self._ended = self._groups_opened = False
         self._adapters: LeaderAdapters | None = None
         self._guard: MemoryGuard | None = None
+        self._trace: LeaderTrace | None = None
         self._had_groups = torch.distributed.is_initialized()
         self._status = EngineStatus.from_environment()
         use_vllm_logging()
@@ -133,6 +136,7 @@ class SparkExecutor(RankExecutor):
                 weight_paths(offer.files),
                 own_process=self._in_engine_process,
             )
+        self._trace = LeaderTrace(config.trace == "on", self._session, _StepFuture)
         if self.vllm_config.lora_config is not None:
             self._adapters = LeaderAdapters(self._compare_files, self._loaded_adapters, self._load_adapter)
 
@@ -189,6 +193,10 @@ class SparkExecutor(RankExecutor):
             elif method == DESCRIBE:
                 self._record_facts(session, timeout)
                 result = None if single_value else [None]
+            elif method == TRACE:
+                assert self._trace is not None
+                answer = self._trace.answer(str(args[0]), self)
+                result = answer if single_value else [answer]
             elif method in STEP_METHODS:
                 output = self._step(session, str(method), args, kwargs, non_block)
                 if isinstance(output, Future):

@@ -40,8 +40,10 @@ from vllm_spark.executor.heartbeat import FollowerReport, Heartbeat, LeaderRepor
 from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import (
+    CLOCK,
     SILENT_METHODS,
     SILENT_SECONDS,
+    TRACE_CLOCK,
     WARM_UP,
     RemoteError,
     decode_reply,
@@ -50,12 +52,15 @@ from vllm_spark.executor.rpc import (
 )
 from vllm_spark.executor.token_check import TokenDigest
 from vllm_spark.ranks import FOLLOWER_RANK, LEADER_RANK
+from vllm_spark.recording.clock_offset import RoundTrip
 
 logger = logging.getLogger("vllm_spark")
 
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _ASSIGNMENT_TIMEOUT = 60.0
 _DRAIN_TIMEOUT = 600.0  # seconds for the reply to a call that timed out, once the next step needs the follower
+_CLOCK_TIMEOUT = 10.0  # seconds for one round trip of a comparison of clocks
+_CLOCK_SPIN = 0.002  # seconds in which it is awaited without sleeping
 _REPLY_TIMEOUT_AFTER_ERROR = 20.0  # seconds for one rank to finish a call in which the other failed
 
 
@@ -151,21 +156,27 @@ class LeaderSession:
             self._running_model = True
             self._heartbeat.model_started()
         if self._reply_pending:
-            # The follower sends that reply before it reads another call, and the socket's buffers may not hold it.
-            try:
-                self._answer(_DRAIN_TIMEOUT)
-            except RemoteError:
-                pass  # the caller has timed out already
-            except TimeoutError:
-                self.fail(
-                    SparkError(
-                        f"{self._follower.name} has not finished a call that timed out, {_DRAIN_TIMEOUT:g} s after the "
-                        "next step was due; see its log, and make a new engine"
-                    )
-                )
+            self._await_pending_reply()
         if self._runtime is not None:
             self._runtime.wake_proxy()  # this rank's worker runs the same method next
         self._send(Kind.CALL, method, args, kwargs)
+
+    def _await_pending_reply(self) -> None:
+        """Receives the reply to a call that timed out.
+
+        The follower sends it before it reads another message, and the socket's buffers may not hold it.
+        """
+        try:
+            self._answer(_DRAIN_TIMEOUT)
+        except RemoteError:
+            pass  # the caller has timed out already
+        except TimeoutError:
+            self.fail(
+                SparkError(
+                    f"{self._follower.name} has not finished a call that timed out, {_DRAIN_TIMEOUT:g} s after the "
+                    "next step was due; see its log, and make a new engine"
+                )
+            )
 
     def ask(self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Has the follower run a worker method; `answer` returns its result.
@@ -181,6 +192,26 @@ class LeaderSession:
         self._caller = threading.get_ident()
         self._own_end = self._their_end = None
         self._query_time = time.monotonic()
+
+    def compare_clocks(self, count: int) -> list[RoundTrip]:
+        """Exchanges `count` short messages with the follower, as fast as both can.
+
+        Raises:
+            SparkError: the session is over, or the channel broke.
+        """
+        if self._reply_pending:
+            self._await_pending_reply()
+        connection, trips = self._follower.rpc, []
+        self.ask(TRACE_CLOCK, (count,), {})
+        for _ in range(count):
+            sent = time.monotonic_ns()
+            connection.send(Kind.CLOCK, timeout=_CLOCK_TIMEOUT)
+            frame = connection.expect(Kind.CLOCK, timeout=_CLOCK_TIMEOUT, spin=_CLOCK_SPIN)
+            arrived = time.monotonic_ns()
+            received, answered = CLOCK.unpack(frame.payload)
+            trips.append(RoundTrip(sent, received, answered, arrived))
+        self.answer(_CLOCK_TIMEOUT)
+        return trips
 
     def own_part_done(self) -> None:
         """This rank has finished the call that the last `ask` sent."""

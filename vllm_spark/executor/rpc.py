@@ -47,9 +47,20 @@ WEIGHT_METHODS = frozenset(
 )
 """Calls that replace weights while the pair serves. If one fails on one rank alone, the ranks' weights may differ."""
 
-SILENT_METHODS = WEIGHT_METHODS | {"profile"}
-"""Calls in which a rank's process may send no heartbeats: torch writes a profile, and loads weights, while it holds the
-interpreter's lock."""
+TRACE = "trace"
+"""Not a method of the worker: an API server asks the leader's engine to record steps, or for what was recorded."""
+
+TRACE_CLOCK, TRACE_START, TRACE_RESULT = "compare clocks", "start a trace", "result of a trace"
+TRACE_METHODS = frozenset({TRACE_CLOCK, TRACE_START, TRACE_RESULT})
+"""Not methods of the worker: the follower answers as many CLOCK frames as the argument says, records, and replies with
+the JSON of its `RankRecording`."""
+
+CLOCK = struct.Struct("<QQ")
+"""The payload of the follower's CLOCK frames: when it received and when it sent, in nanoseconds of its clock."""
+
+SILENT_METHODS = WEIGHT_METHODS | {"profile", TRACE_START, TRACE_RESULT}
+"""Calls in which a rank's process may send no heartbeats: torch starts and writes a profile, and loads weights, while
+it holds the interpreter's lock."""
 
 SILENT_SECONDS = 600.0
 """Seconds of silence that are allowed in these."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from vllm_spark.bench.connection import await_connection, open_connection
 from vllm_spark.collective.cuda_runtime import KERNELS
 from vllm_spark.config.settings import SparkConfig
-from vllm_spark.doctor.gpu import GB10, find_gpu
+from vllm_spark.doctor.gpu.reading import GB10, find_gpu
 from vllm_spark.doctor.system import System
 from vllm_spark.errors import EXIT_LOST, EXIT_PROBLEM, EXIT_WARNINGS, PeerLostError, SparkError, StoppedError
 from vllm_spark.executor.channel.addresses import host_name, leader_address, leader_endpoint

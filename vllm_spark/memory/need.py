@@ -8,10 +8,26 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vllm_spark.memory.scopes import Scope, gib
+from vllm_spark.memory.scopes import GIB, Scope, gib
 
 Size = Annotated[int, Field(ge=0)]
 """Bytes."""
+
+_GRAPHS, _ACTIVATIONS, _ACTIVATIONS_ON_CPU = GIB, GIB, GIB // 4
+"""Estimates in bytes, for the sum alone: vLLM measures both after it has loaded the model. What it measures differs
+with the model and with the largest batch."""
+
+
+def graphs_and_activations(*, gpu: bool, eager: bool = False) -> int:
+    """An estimate in bytes.
+
+    Args:
+        gpu: whether a GPU computes.
+        eager: whether it does so without CUDA graphs.
+    """
+    if not gpu:
+        return _ACTIVATIONS_ON_CPU
+    return _ACTIVATIONS if eager else _ACTIVATIONS + _GRAPHS
 
 
 @dataclasses.dataclass(frozen=True)

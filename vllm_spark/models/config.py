@@ -17,8 +17,12 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 """A model's name on the hub: OWNER/NAME, which is not a path."""
 
 
-def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
+def read_model_config(model: str, *, cached_only: bool = False) -> tuple[str, dict[str, Any]]:
     """The name of a model and the content of its config.json.
+
+    Args:
+        model: a folder or file, a name in `configs/models`, or one on the hub.
+        cached_only: whether a name on the hub is looked up in this user's cache alone.
 
     Raises:
         ConfigurationError: the file is missing or not a JSON object, or the quantization is described in another file.
@@ -35,7 +39,7 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
     if path is None:
         if not _HUB_NAME.fullmatch(model):
             raise ConfigurationError(f"there is no model {model!r} here; {remedy}")
-        path = _from_hub(model, "config.json", remedy)
+        path = _from_hub(model, "config.json", remedy, cached_only)
     try:
         config = json.loads(read_regular(path, TABLE_FILE))
     except OSError as error:
@@ -48,12 +52,12 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
         if on_hub and not quantization_of(config):
             for name in OTHER_QUANTIZATION_FILES:
                 with suppress(ConfigurationError):  # it has none
-                    _from_hub(model, name, remedy)
+                    _from_hub(model, name, remedy, cached_only)
         check_quantization_is_in_config(config, path.parent)
     return (path.parent.name if path.name == "config.json" and path.parent.parent == shipped else model), config
 
 
-def _from_hub(model: str, name: str, remedy: str) -> Path:
+def _from_hub(model: str, name: str, remedy: str, cached_only: bool) -> Path:
     """The file `name` of a model that vLLM would load by this name."""
     try:
         from huggingface_hub import hf_hub_download
@@ -62,8 +66,18 @@ def _from_hub(model: str, name: str, remedy: str) -> Path:
         raise ConfigurationError(f"there is no model {model!r} here; {remedy}") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it retries for half a minute, and logs each time
     try:
-        return Path(hf_hub_download(model, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigurationError(
-            f"there is no model {model!r} here, and it could not be read from the hub ({first_line(error)}); {remedy}"
-        ) from None
+        return Path(hf_hub_download(model, name, local_files_only=cached_only))
+    except LocalEntryNotFoundError as error:
+        if cached_only:
+            raise ConfigurationError(
+                f"the {name} of {model} is not in this user's cache of the hub; hf download {model} {name}"
+            ) from None
+        raise _unreachable(model, error, remedy) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _unreachable(model, error, remedy) from None
+
+
+def _unreachable(model: str, error: Exception, remedy: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"there is no model {model!r} here, and it could not be read from the hub ({first_line(error)}); {remedy}"
+    )

@@ -88,16 +88,10 @@ def apply_regrouping(vllm_config: Any, ranks: int) -> None:
         return
     config = _Attributes(model_config.hf_config, model_config.hf_text_config)
     found = misaligned_groups(config, group_size, ranks, vllm_config.parallel_config.enable_expert_parallel)
-    if not found:
+    plan = _plan(found, described, group_size, vllm_config.load_config.load_format)
+    if plan is None or not plan.repeated:
         return
-    smaller = math.gcd(group_size, *(each.per_rank for each in found))
-    # Of several, the one with the smallest possible groups.
-    worst = min(found, key=lambda each: math.gcd(group_size, each.per_rank))
-    if reason := _obstacle(described, group_size, smaller, vllm_config.load_config.load_format):
-        if described["quant_method"] != "compressed-tensors" and all(each.experts for each in found):
-            return  # vLLM has a (slow) kernel for these
-        remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
-        raise ConfigurationError(f"{worst.reason()} ({reason}); {remedy}, or serve it without {FLAG}")
+    worst, smaller = plan.worst, plan.smaller
     drafts = _drafts_of_the_same_weights(vllm_config, described, group_size)
     request = [str(described["quant_method"]), group_size // smaller]
     for hf_config in (model_config.hf_config, *drafts):
@@ -110,6 +104,48 @@ def apply_regrouping(vllm_config: Any, ranks: int) -> None:
         worst.reason(),
         smaller,
     )
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How groups that are not aligned to the shards are served.
+
+    Attributes:
+        worst: of the misaligned widths the one with the smallest possible groups.
+        smaller: group size with which all of them would be aligned.
+        repeated: whether scales are repeated for groups of that size; else vLLM's slow kernel runs the experts.
+    """
+
+    worst: MisalignedGroups
+    smaller: int
+    repeated: bool
+
+
+def planned_groups(config: Mapping[str, Any], ranks: int) -> GroupPlan | None:
+    """How `apply_regrouping` serves the model of a config.json; None if its groups are aligned, or it has none.
+
+    Raises:
+        ConfigurationError: they are misaligned and cannot be made smaller; or as for `regrouped_config`.
+    """
+    described = _description(_owner(config))
+    group_size = None if described is None else _group_size(described)
+    if described is None or group_size is None or group_size <= 0:
+        return None
+    return _plan(misaligned_groups(config, group_size, ranks, False), described, group_size, "auto")
+
+
+def _plan(
+    found: list[MisalignedGroups], described: MutableMapping[str, Any], group_size: int, load_format: Any
+) -> GroupPlan | None:
+    if not found:
+        return None
+    smaller = math.gcd(group_size, *(each.per_rank for each in found))
+    worst = min(found, key=lambda each: math.gcd(group_size, each.per_rank))
+    reason = _obstacle(described, group_size, smaller, load_format)
+    if reason and (described["quant_method"] == "compressed-tensors" or not all(each.experts for each in found)):
+        remedy = f"use a checkpoint with groups of {smaller}" if smaller in GROUP_SIZES else "use another checkpoint"
+        raise ConfigurationError(f"{worst.reason()} ({reason}); {remedy}, or serve it without {FLAG}")
+    return GroupPlan(worst, smaller, repeated=not reason)  # vLLM has a (slow) kernel for experts alone
 
 
 def layers_as_served(config: Mapping[str, Any], tp: int) -> list[Layer]:
@@ -217,11 +253,7 @@ def regrouped_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
         fitting = copy.deepcopy(dict(config))
     except RecursionError:
         raise ConfigurationError("config.json is nested too deeply; correct it") from None
-    text = fitting.get("text_config")
-    owner = SimpleNamespace(**fitting)
-    if isinstance(text, dict):
-        owner.text_config = SimpleNamespace(**text)
-    described = _description(owner)
+    described = _description(_owner(fitting))
     group_size = None if described is None else _group_size(described)
     if described is None or group_size is None or group_size <= 0:
         return fitting
@@ -229,6 +261,14 @@ def regrouped_config(config: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     if smaller != group_size and smaller in GROUP_SIZES and _obstacle_in_format(described, group_size) is None:
         _set_group_size(described, smaller)
     return fitting
+
+
+def _owner(config: Mapping[str, Any]) -> SimpleNamespace:
+    """The content of a config.json as attributes, as vLLM has it; the objects in it are not copied."""
+    owner = SimpleNamespace(**config)
+    if isinstance(text := config.get("text_config"), dict):
+        owner.text_config = SimpleNamespace(**text)
+    return owner
 
 
 def repeat_scales(weights: Iterable[tuple[str, Any]], hf_config: Any) -> Iterator[tuple[str, Any]]:

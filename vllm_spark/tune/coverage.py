@@ -79,10 +79,19 @@ class Use:
 
 def uses() -> list[Use]:
     """What serving uses on a GB10, with this user's tables and this project's, for each shape of the known models."""
+    return uses_of(_known_experts())
+
+
+def uses_of(labelled: Iterable[tuple[str, Experts | str]]) -> list[Use]:
+    """The same for some models.
+
+    Args:
+        labelled: a label and the experts of one rank; a format's name, if vLLM has no tables for it.
+    """
     marlin: dict[MarlinShape, list[str]] = {}
     triton: dict[FusedMoeExperts, list[str]] = {}
     without: dict[str, list[str]] = {}
-    for label, layer in _known_experts():
+    for label, layer in labelled:
         if isinstance(layer, str):
             without.setdefault(layer, []).append(label)
             continue

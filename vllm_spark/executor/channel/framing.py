@@ -81,6 +81,8 @@ class Kind(enum.IntEnum):
     """JSON: which of that the follower has."""
     SEND = 27
     """JSON: how many copy connections the follower is to open, to send what it has."""
+    CLOCK = 28
+    """Empty from the leader; the follower answers with the times of its clock, to compare both."""
 
 
 class Frame(NamedTuple):

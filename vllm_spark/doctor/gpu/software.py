@@ -1,8 +1,7 @@
-"""Checks of the GPU: driver and CUDA versions, clocks, kernels in this build, and the NCCL in use."""
+"""Checks of the GPU's software: driver and CUDA versions, kernels in this build, and the NCCL in use."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import re
@@ -12,59 +11,11 @@ from pathlib import Path
 
 from vllm_spark.compat.versions import is_cpu_build
 from vllm_spark.doctor.finding import Finding
+from vllm_spark.doctor.gpu.reading import GB10, Gpu
+from vllm_spark.doctor.gpu.state import check_state
 from vllm_spark.doctor.system import System
 
-_PROC = "proc/driver/nvidia"
-_DRIVER = re.compile(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b")
-_SLOWED = re.compile(r"^\s*(HW [\w ]*?(?:Slowdown|Brake))\s*: Active", re.MULTILINE)
 _NCCL_VARIABLE = "VLLM_NCCL_SO_PATH"
-GB10 = "GB10"
-"""Part of the name of the supported GPU."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    """The first GPU, as the driver describes it. Unknown values are empty."""
-
-    model: str
-    driver: str
-    cuda: str = ""
-    clock: str = ""
-    """Its current clock and its maximum."""
-    slowed_by: str = ""
-    display: str = ""
-    """`Enabled` while a display uses it."""
-    complaint: str = ""
-    """The error message of nvidia-smi."""
-
-
-def find_gpu(system: System) -> Gpu | None:
-    """The machine's GPU; None without a GPU or a driver."""
-    version = system.text(f"{_PROC}/version")
-    models = [
-        model[1].strip()
-        for path in system.glob(f"{_PROC}/gpus/*/information")
-        if (model := re.search(r"^Model:(.*)$", system.text(path) or "", re.MULTILINE))
-    ]
-    answer = system.run("nvidia-smi", "-q")
-    if version is None and (answer is None or answer[0] != 0):
-        return None
-    number = _DRIVER.search(version or "")
-    gpu = Gpu(model=models[0] if models else "", driver=number[1] if number else "")
-    if answer is None:
-        return dataclasses.replace(gpu, complaint="nvidia-smi is not installed, or timed out")
-    code, text = answer
-    if code != 0:
-        return dataclasses.replace(gpu, complaint=text.splitlines()[0] if text else f"exit code {code}")
-    now, most = _clock(text, "Clocks"), _clock(text, "Max Clocks")
-    return Gpu(
-        model=gpu.model or _field(text, "Product Name"),
-        driver=_field(text, "Driver Version") or gpu.driver,
-        cuda=_field(text, "CUDA Version"),
-        clock=f"{now} now, at most {most}" if now and most else "",
-        slowed_by=", ".join(dict.fromkeys(_SLOWED.findall(text))),
-        display=_field(text, "Display Active"),
-    )
 
 
 def missing() -> Finding:
@@ -88,10 +39,7 @@ def missing() -> Finding:
 def check_gpu(system: System, gpu: Gpu) -> Iterator[Finding]:
     """Findings about the GPU."""
     yield _driver(gpu)
-    if gpu.clock or gpu.slowed_by:
-        yield _gpu_clock(gpu)
-    if gpu.display:
-        yield _display(gpu)
+    yield from check_state(gpu)
     yield _kernels()
     yield _nccl(system, gpu)
 
@@ -139,37 +87,6 @@ def _driver(gpu: Gpu) -> Finding:
             "sudo apt update && sudo apt full-upgrade   # a driver of at least 580 has CUDA 13; then restart",
         )
     return Finding("gpu.driver", title, "ok", f"{value}, torch for CUDA {wanted}" if wanted else value)
-
-
-def _gpu_clock(gpu: Gpu) -> Finding:
-    title = "GPU clock"
-    value = gpu.clock + (f", slowed: {gpu.slowed_by}" if gpu.slowed_by else "")
-    if not gpu.slowed_by:
-        return Finding("gpu.clock", title, "ok", value)
-    return Finding(
-        "gpu.clock",
-        title,
-        "warning",
-        value,
-        "The hardware limits the GPU's clock, because of temperature or power.",
-        "nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE   # shows which\n"
-        "Use the power supply that came with the machine, and switch it off and unplug it for a minute.",
-    )
-
-
-def _display(gpu: Gpu) -> Finding:
-    title = "Display on the GPU"
-    if gpu.display != "Enabled":
-        return Finding("gpu.display", title, "ok", "none")
-    return Finding(
-        "gpu.display",
-        title,
-        "warning",
-        "in use",
-        "The driver ends kernels that run for some seconds where a display uses the GPU. A kernel that waits so long "
-        "for the other machine, as while the cable is out, ends the server.",
-        "sudo systemctl isolate multi-user.target   # until the next start; set-default instead of isolate for good",
-    )
 
 
 def _kernels() -> Finding:
@@ -241,13 +158,3 @@ def _torch_cuda() -> str | None:
         return None
     found = re.search(r"^cuda[^=]*= *(?:'([\d.]+)'|\"([\d.]+)\"|(None))", source, re.MULTILINE)
     return None if found is None else found[1] or found[2] or ""
-
-
-def _field(text: str, name: str) -> str:
-    found = re.search(rf"^\s*{name}\s*: (.*)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
-def _clock(text: str, section: str) -> str:
-    found = re.search(rf"^ *{section}\n(?:  .*\n)*? +SM +: (\d+ MHz)", text, re.MULTILINE)
-    return found[1] if found else ""
