@@ -86,7 +86,7 @@ def test_a_trace_of_both_ranks(permitting: Server, hosts: Hosts, tmp_path: Path)
         assert {event["args"]["sequence"] for event in collectives} <= {event["args"]["sequence"] for event in posts}
     for lane in about["parts_us"]:
         assert lane["agrees"], lane
-        assert abs(lane["sum_of_parts_mean"] / lane["step"]["mean"] - 1) <= 0.03
+        assert abs(lane["sum_of_parts"] - 1) <= 0.03
         assert lane["steps"] == STEPS
     uncertainty = about["clock_uncertainty_ns"]
     if has_time_namespaces():
@@ -121,7 +121,9 @@ def test_a_trace_has_nothing_of_other_users_prompts(permitting: Server, hosts: H
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_ended(permitting: Server, hosts: Hosts, tmp_path: Path, number: signal.Signals) -> None:
     """The next one records as the first; after SIGKILL once the recording has ended by itself."""
-    words = command(permitting, "--steps", "900", "--seconds", "15", "--out", str(tmp_path / "ended.json"))
+    seconds = "60" if number is signal.SIGINT else "15"
+    load = ("--batch", "8", "--steps", "800", "--seconds", seconds)
+    words = command(permitting, *load, "--out", str(tmp_path / "ended.json"))
     before = permitting.leader.output().count(COMPLETIONS)
     process = hosts[0].popen(words, environment(), "vllm-spark trace", cold=True)
     permitting.leader.wait_until(

@@ -242,7 +242,7 @@ def test_the_table(kernels: bool) -> None:
     assert text.count("whole step") == (2 if kernels else 1)
     assert "Times of different ranks compare within 11.0 us" in text
     assert "tokens arrived every 1,310.0 us" in text
-    assert "add up to 1,300.0 of 1,300.0 us, 100.0% of the measured step (means of 11 steps)." in text
+    assert "add up to 100.0% of the measured step (median of 11 steps)." in text
 
 
 def test_records_that_found_no_room_are_told() -> None:

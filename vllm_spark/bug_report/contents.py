@@ -21,13 +21,14 @@ from vllm_spark.doctor.system import System
 from vllm_spark.errors import described
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.handshake.versions import Versions
+from vllm_spark.variables import OLD_PREFIX, PREFIX
 
 LOG_LINES = 300
 """Of each log, the last ones."""
 
 _LOG_BYTES = 1 << 20
 _WIDTH = 100
-_PREFIXES = ("VLLMSPARK_", "SPARK_", "VLLM_", "NCCL_", "CUDA_", "HF_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_")
+_PREFIXES = (PREFIX, OLD_PREFIX, "VLLM_", "NCCL_", "CUDA_", "HF_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_")
 _NAMES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "GLOO_SOCKET_IFNAME", "RANK", "WORLD_SIZE", "MASTER_ADDR")
 _UNITS = ("vllm-spark-join", "vllm-spark-serve")
 """The systemd user units of README.md."""

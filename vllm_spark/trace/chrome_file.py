@@ -197,8 +197,8 @@ def _lane_of(lane: LaneParts) -> dict[str, Any]:
         "rank": lane.rank,
         "lane": lane.lane,
         "steps": lane.steps,
-        "step": {"median": lane.step.median, "p90": lane.step.p90, "mean": lane.mean},
-        "sum_of_parts_mean": lane.sum_mean,
+        "step": {"median": lane.step.median, "p90": lane.step.p90},
+        "sum_of_parts": lane.covered,
         "agrees": lane.agrees,
         "parts": {part.part: {"median": part.median, "p90": part.p90} for part in lane.parts},
     }

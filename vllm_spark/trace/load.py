@@ -14,6 +14,8 @@ from vllm_spark.errors import EXIT_LOST, SparkError
 
 _TOKEN_IDS = range(3, 103)  # of prompts: every vocabulary has them
 _PROMPT_TOKENS_PER_STEP = 1024  # vLLM takes more of a prompt in one step
+_LATER = 10.0
+"""Seconds after the end of `run` until a silent connection times out: the end decides first, and is no error."""
 
 
 class Load:
@@ -77,7 +79,7 @@ class Load:
             "stream": True,
         }
         try:
-            with self._api.stream("/v1/completions", body, seconds=seconds) as response:
+            with self._api.stream("/v1/completions", body, seconds=seconds + _LATER) as response:
                 for line in response:
                     if self._stopped.is_set():
                         return

@@ -50,13 +50,10 @@ def sentences(pair: PairTimeline, lanes: Sequence[LaneParts], arrivals: Sequence
 
 
 def _sum(lane: LaneParts) -> str:
-    what = f"Rank {lane.rank}, {lane.lane}: the parts add up to {lane.sum_mean:,.1f} of {lane.mean:,.1f} us"
+    what = f"Rank {lane.rank}, {lane.lane}: the parts add up to {lane.covered:.1%} of the measured step"
     if lane.agrees:
-        return f"{what}, {lane.covered:.1%} of the measured step (means of {lane.steps} steps)."
-    return (
-        f"{what}, {lane.covered:.1%} of the measured step: they DIFFER by more than {TOLERANCE:.0%}, so part of the "
-        "step is not explained."
-    )
+        return f"{what} (median of {lane.steps} steps)."
+    return f"{what}: they DIFFER by more than {TOLERANCE:.0%}, so part of the step is not explained."
 
 
 def _table(kind: str, lanes: Sequence[LaneParts], sequences: int) -> Table:
