@@ -27,7 +27,7 @@ COMPLETIONS = "POST /v1/completions"
 KEY = "sesame"
 SECONDS = 120.0
 RECORDED = (0, EXIT_WARNINGS)
-"""Exit codes of a trace that was written. A few steps on a busy machine may not add up; the test of 50 requires it."""
+"""Exit codes of a trace that was written. Few steps on a busy machine may not add up; the first test requires it."""
 STEPS = 20
 AHEAD = 1234
 """Seconds that the second host's clock is ahead: CLOCK_MONOTONIC of a time namespace."""

@@ -31,7 +31,7 @@ class Window(NamedTuple):
     Attributes:
         start: when it began.
         end: when the next one began.
-        measured: its length by the calls of the worker (of a GPU by its kernels), in nanoseconds.
+        measured: its length in nanoseconds; of a GPU, whose gaps are the host's part, by the calls of the worker.
         intervals: that fill it, but for what has no part; none overlap.
     """
 
@@ -165,7 +165,7 @@ def _rank(recording: RankRecording, to_leader: Callable[[int], int], first: str)
         recording,
         to_leader,
         spans,
-        _windows(begins, marks, innermost(spans)),
+        _windows(begins, innermost(spans)),
         _gpu(recording, to_leader, marks) if recording.kernels else (),
     )
 
@@ -185,10 +185,10 @@ def _begin(starts: Sequence[int], after: int, mark: int) -> int:
     return starts[index] if index >= 0 and starts[index] > after else mark
 
 
-def _windows(begins: Sequence[int], marks: Sequence[int], intervals: Sequence[Interval]) -> tuple[Window | None, ...]:
+def _windows(begins: Sequence[int], intervals: Sequence[Interval]) -> tuple[Window | None, ...]:
     windows: list[Window | None] = [
-        Window(begin, end, following - mark, tuple(within(intervals, begin, end)))
-        for begin, end, mark, following in zip(begins, begins[1:], marks, marks[1:], strict=False)
+        Window(begin, end, end - begin, tuple(within(intervals, begin, end)))
+        for begin, end in itertools.pairwise(begins)
     ]
     return (*windows, None)
 
