@@ -140,8 +140,7 @@ py::tuple records_of(const RankRecords& records) {
                                      record.waited_ns));
   }
   for (const PostRecord& record : records.posts) {
-    auto time = std::chrono::duration_cast<std::chrono::nanoseconds>(record.time.time_since_epoch()).count();
-    posts.append(py::make_tuple(record.sequence, record.piece, record.bytes, record.packets, time));
+    posts.append(py::make_tuple(record.sequence, record.piece, record.bytes, record.packets, record.time_ns));
   }
   return py::make_tuple(operations, posts, records.lost);
 }

@@ -16,10 +16,6 @@ constexpr auto kPeerCheckInterval = std::chrono::milliseconds(20);
 // Minimum of a stripe: a shorter one costs more for its flag than it gains.
 constexpr size_t kSmallestStripe = 32 << 10;
 
-int64_t nanoseconds_of(Clock::time_point time) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
-}
-
 int64_t now_ns() {
   return nanoseconds_of(Clock::now());
 }

@@ -22,7 +22,7 @@ struct PostRecord {
   uint32_t piece;
   uint64_t bytes;  // with the flags of packets
   bool packets;
-  Clock::time_point time;
+  int64_t time_ns;  // of the steady clock
 };
 
 // The proxy's thread calls everything here but `wake`, `counters` and `recording`, which any thread may call.
@@ -50,7 +50,8 @@ class MessageSource {
  protected:
   void post_part(Transport& transport, uint32_t sequence, const SendDescriptor& part) {
     if (recording_.on()) {
-      recording_.add({sequence, part.piece, part.bytes, part.protocol == Protocol::kPackets, Clock::now()});
+      recording_.add({sequence, part.piece, part.bytes, part.protocol == Protocol::kPackets,
+                      nanoseconds_of(Clock::now())});
     }
     transport.post(sequence, part);
   }

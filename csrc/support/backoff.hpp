@@ -11,6 +11,10 @@ namespace spark {
 
 using Clock = std::chrono::steady_clock;
 
+inline int64_t nanoseconds_of(Clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
 struct BackoffTimes {
   std::chrono::nanoseconds spin{20'000};
   std::chrono::nanoseconds yield{2'000'000};

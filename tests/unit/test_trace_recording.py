@@ -13,6 +13,7 @@ from vllm_spark.collective import RuntimeRecords
 from vllm_spark.executor.tracing.leader import LeaderTrace
 from vllm_spark.executor.tracing.worker import worker_functions
 from vllm_spark.recording import parts
+from vllm_spark.recording.clock_offset import ClockOffset
 from vllm_spark.recording.kernels import kernels_of, unix_minus_monotonic
 from vllm_spark.recording.probes import Probes
 from vllm_spark.recording.recorder import Recorder
@@ -106,6 +107,25 @@ def test_it_ends_after_its_time() -> None:
     engine.loop(scheduled(1))
     assert "step" not in vars(engine)
     assert len(recorder.result().steps) == 2
+
+
+def test_a_start_that_fails_leaves_nothing() -> None:
+    class Fixed:
+        __slots__ = ()
+
+        def step(self, output: Any) -> int:
+            return 0
+
+    engine, runtime = Engine(), Runtime()
+    loop = vars(Engine)["loop"]
+    given: Any = runtime
+    recorder = Recorder(0, "desk1", TraceRequest("start"), given)
+    functions = [(Engine, "loop", parts.LOOP), (Fixed(), "step", parts.WORKER)]
+    with pytest.raises(TypeError):
+        recorder.start(functions, (engine, "step", lambda each: each))
+    assert vars(Engine)["loop"] is loop
+    assert not recorder.running
+    assert not runtime.recording
 
 
 def test_an_error_of_a_step_is_a_span_and_passes() -> None:
@@ -257,3 +277,18 @@ def test_only_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(SimpleNamespace(close=trace._recorder.stop)):
         answer = from_json(trace.answer(to_json(TraceRequest("start")).decode(), None), TraceAnswer)
         assert answer.refusal == "another trace is being recorded; wait for its end, and try again"
+
+
+def test_an_error_of_the_leaders_profiler_is_told() -> None:
+    def fail() -> None:
+        raise RuntimeError("another profiler is active")
+
+    session: Any = Session()
+    trace = LeaderTrace(True, session, object)
+    recorder: Any = SimpleNamespace(result=fail, running=False)
+    trace._recorder, trace._before = recorder, ClockOffset(0, 0, 0, 1)
+    answer = from_json(trace.answer(to_json(TraceRequest("collect")).decode(), None), TraceAnswer)
+    assert answer.refusal.startswith("the leader cannot record: ")
+    assert "another profiler is active" in answer.refusal
+    answer = from_json(trace.answer(to_json(TraceRequest("collect")).decode(), None), TraceAnswer)
+    assert answer.refusal == "no trace was started"

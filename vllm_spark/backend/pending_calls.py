@@ -17,14 +17,14 @@ from typing import Any
 logger = logging.getLogger("vllm_spark")
 
 INTERVAL = 0.5
-"""Seconds between two looks at the engine."""
+"""Seconds between two readings of whether the engine has ended."""
 
 
 def fail_calls_of_dead_engine(client: Any) -> None:
     """Starts a thread that ends the waits of `client` once its engine has ended; it ends with the client.
 
     Args:
-        client: vLLM's `MPClient`, as an instance that may be collected as before.
+        client: vLLM's `MPClient`; the thread has a weak reference to it.
     """
     reference = weakref.ref(client)
     threading.Thread(target=_watch, args=(reference, client.resources), name="spark-pending-calls", daemon=True).start()

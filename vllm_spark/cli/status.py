@@ -49,14 +49,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(answer.decode())
     elif report.facts is None:
-        state = f"has failed: {lower_first(report.failure)}" if report.failure else "has not started yet"
-        raise NoAnswerError(f"{url} serves no pair now, its engine {state}")
+        raise no_pair(url, report)
     elif sys.stdout.isatty():
         show_table(report, Console(highlight=False), now=True)
     else:
         for line in lines(report, now=True):
             print(line)
     return 0 if report.failure is None else EXIT_LOST
+
+
+def no_pair(url: str, report: StatusReport) -> NoAnswerError:
+    """The error that the server at `url` serves no pair now, and why."""
+    state = f"has failed: {lower_first(report.failure)}" if report.failure else "has not started yet"
+    return NoAnswerError(f"{url} serves no pair now, its engine {state}")
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from pathlib import Path
 
 from vllm_spark.backend.pair_status.client import LeaderApi, NoAnswerError, StatusError, checked_url
 from vllm_spark.cli.arguments import up_to, user_path, wide_console
-from vllm_spark.cli.status import add_server_arguments, read_status
-from vllm_spark.errors import EXIT_LOST, EXIT_WARNINGS, SparkError, lower_first
+from vllm_spark.cli.status import add_server_arguments, no_pair, read_status
+from vllm_spark.errors import EXIT_LOST, EXIT_WARNINGS, SparkError
 from vllm_spark.recording.records import (
     MOST_SECONDS,
     MOST_SEQUENCES,
@@ -153,10 +154,7 @@ def _model(api: LeaderApi) -> str:
     """
     _, report = read_status(api)
     if report.facts is None or report.failure is not None:
-        state = f"has failed: {lower_first(report.failure)}" if report.failure else "has not started yet"
-        raise NoAnswerError(f"{api.url} serves no pair now, its engine {state}")
-    import json
-
+        raise no_pair(api.url, report)
     try:
         return str(json.loads(api.ask("/v1/models"))["data"][0]["id"])
     except (StatusError, ValueError, KeyError, IndexError, TypeError) as error:

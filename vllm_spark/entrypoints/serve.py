@@ -271,9 +271,11 @@ def exit_with_sentence(args: Any) -> Iterator[None]:
         if failure is None:
             raise
         _exit_with(failure)
-    except Exception:
-        # vLLM's EngineDeadError, if its engine ended before the server served.
-        death = engine_death()
+    except Exception as error:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        # Its engine ended before the server served.
+        death = engine_death() if isinstance(error, EngineDeadError) else None
         if death is None:
             raise
         _exit_with(death)

@@ -41,6 +41,8 @@ from vllm_spark.executor.model_sync.sender import ModelSender
 from vllm_spark.executor.pickling import dumps_by_value
 from vllm_spark.executor.rpc import (
     CLOCK,
+    CLOCK_SPIN,
+    CLOCK_TIMEOUT,
     SILENT_METHODS,
     SILENT_SECONDS,
     TRACE_CLOCK,
@@ -59,8 +61,6 @@ logger = logging.getLogger("vllm_spark")
 _REMEDY = "see what vllm-spark join printed there, start it again if it ended, and then this server"
 _ASSIGNMENT_TIMEOUT = 60.0
 _DRAIN_TIMEOUT = 600.0  # seconds for the reply to a call that timed out, once the next step needs the follower
-_CLOCK_TIMEOUT = 10.0  # seconds for one round trip of a comparison of clocks
-_CLOCK_SPIN = 0.002  # seconds in which it is awaited without sleeping
 _REPLY_TIMEOUT_AFTER_ERROR = 20.0  # seconds for one rank to finish a call in which the other failed
 
 
@@ -205,12 +205,12 @@ class LeaderSession:
         self.ask(TRACE_CLOCK, (count,), {})
         for _ in range(count):
             sent = time.monotonic_ns()
-            connection.send(Kind.CLOCK, timeout=_CLOCK_TIMEOUT)
-            frame = connection.expect(Kind.CLOCK, timeout=_CLOCK_TIMEOUT, spin=_CLOCK_SPIN)
+            connection.send(Kind.CLOCK, timeout=CLOCK_TIMEOUT)
+            frame = connection.expect(Kind.CLOCK, timeout=CLOCK_TIMEOUT, spin=CLOCK_SPIN)
             arrived = time.monotonic_ns()
             received, answered = CLOCK.unpack(frame.payload)
             trips.append(RoundTrip(sent, received, answered, arrived))
-        self.answer(_CLOCK_TIMEOUT)
+        self.answer(CLOCK_TIMEOUT)
         return trips
 
     def own_part_done(self) -> None:

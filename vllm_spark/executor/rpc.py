@@ -58,6 +58,10 @@ the JSON of its `RankRecording`."""
 CLOCK = struct.Struct("<QQ")
 """The payload of the follower's CLOCK frames: when it received and when it sent, in nanoseconds of its clock."""
 
+CLOCK_TIMEOUT, CLOCK_SPIN = 10.0, 0.002
+"""Seconds for one round trip of CLOCK frames, and those in which either side awaits one without sleeping: a process
+that sleeps answers later."""
+
 SILENT_METHODS = WEIGHT_METHODS | {"profile", TRACE_START, TRACE_RESULT}
 """Calls in which a rank's process may send no heartbeats: torch starts and writes a profile, and loads weights, while
 it holds the interpreter's lock."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,8 @@ from vllm_spark.models.regroup import layers_as_served, planned_groups
 from vllm_spark.models.weights import Fp8Block, Int4, Int8
 from vllm_spark.ranks import WORLD_SIZE
 
+_SMALLEST_GROUP = 32
+"""Marlin's; a larger group is a multiple of it."""
 _DIVIDED_INPUTS = ("o_proj", "out_proj", "down_proj")
 _COUNTS = (
     (("num_attention_heads",), "heads"),
@@ -126,7 +127,7 @@ def _groups(name: str, config: Mapping[str, Any]) -> Finding:
             f"In config.json {plan.worst.reason()}. vLLM then runs the experts with its own kernel in place of Marlin, "
             "which is slower.",
             f"vllm-spark estimate {name}   # with Marlin; a checkpoint with groups of {plan.smaller} would reach it"
-            if plan.smaller >= math.gcd(plan.smaller, 32) == 32
+            if plan.smaller % _SMALLEST_GROUP == 0
             else f"vllm serve {name}   # one machine alone, without --spark",
         )
     return Finding(

@@ -25,8 +25,9 @@ class KernelRecorder:
         if not torch.cuda.is_available():
             return
         torch.cuda.synchronize()  # excludes earlier kernels
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self._profiler.start()
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        profiler.start()
+        self._profiler = profiler
 
     def stop(self) -> None:
         """Ends the profiler, once everything that was launched has ended."""

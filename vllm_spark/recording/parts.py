@@ -1,7 +1,7 @@
 """The names of what a rank does in a step.
 
 Parts of the host's thread. Kernels of a GPU have the names of `vllm_spark.estimate.step`, as have these where they mean
-the same (`trace/names.py` and its test compare them).
+the same (`vllm_spark/trace/kernel_parts.py`).
 """
 
 from __future__ import annotations

@@ -44,23 +44,27 @@ class Recorder:
         self._running = False
 
     def start(self, functions: list[tuple[Any, str, str]], step: tuple[Any, str, Callable[..., Any]]) -> None:
-        """Begins.
+        """Begins; if that fails, nothing stays replaced.
 
         Args:
             functions: that are spans: the object or class, the attribute, the part.
             step: that runs a worker's call: the object, the attribute, and a function that gets the arguments of each
                 call and returns vLLM's SchedulerOutput if a step begins with it, else None.
         """
-        self._kernels.start()
-        self._runtime.start_recording(_OPERATIONS)
-        for owner, name, part in functions:
-            self._probes.replace(owner, name, self.spans.timed(part))
-        owner, name, output_of = step
-        self._probes.replace(owner, name, functools.partial(self._noting_steps, output_of))
-        if (scopes := _scopes_module()) is not None:
-            self._probes.replace(scopes, SCOPES_FUNCTION, lambda _: self.spans.scope)
-        self._deadline = time.monotonic() + self._request.seconds  # the profiler's start may have taken seconds
         self._running = True
+        try:
+            self._kernels.start()
+            self._runtime.start_recording(_OPERATIONS)
+            for owner, name, part in functions:
+                self._probes.replace(owner, name, self.spans.timed(part))
+            owner, name, output_of = step
+            self._probes.replace(owner, name, functools.partial(self._noting_steps, output_of))
+            if (scopes := _scopes_module()) is not None:
+                self._probes.replace(scopes, SCOPES_FUNCTION, lambda _: self.spans.scope)
+        except BaseException:
+            self.result()  # puts back what has been replaced
+            raise
+        self._deadline = time.monotonic() + self._request.seconds  # the profiler's start may have taken seconds
 
     @property
     def running(self) -> bool:

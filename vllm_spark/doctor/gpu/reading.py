@@ -120,7 +120,7 @@ def _first(text: str, *names: str) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    found = re.match(r"[\d.]+", text)
+    found = re.match(r"\d+(?:\.\d+)?", text)
     return float(found[0]) if found else None
 
 

@@ -10,16 +10,22 @@ from vllm_spark.collective import Runtime
 from vllm_spark.errors import SparkError
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.channel.framing import Connection, Kind
-from vllm_spark.executor.rpc import CLOCK, EXECUTE, EXECUTE_THEN_SAMPLE, TRACE_CLOCK, TRACE_START, Call
+from vllm_spark.executor.rpc import (
+    CLOCK,
+    CLOCK_SPIN,
+    CLOCK_TIMEOUT,
+    EXECUTE,
+    EXECUTE_THEN_SAMPLE,
+    TRACE_CLOCK,
+    TRACE_START,
+    Call,
+)
 from vllm_spark.executor.tracing.worker import worker_functions
 from vllm_spark.ranks import FOLLOWER_RANK
 from vllm_spark.recording import parts
 from vllm_spark.recording.recorder import Recorder
 from vllm_spark.recording.records import TraceRequest
 from vllm_spark.records import to_json
-
-_CLOCK_SECONDS = 10.0  # for one round trip
-_SPIN_SECONDS = 0.002  # as in the loop of calls: a sleeping process answers later
 
 
 class FollowerTrace:
@@ -84,6 +90,6 @@ def answer_clock(connection: Connection, count: int) -> None:
         ChannelError: the leader is lost, or sends something else.
     """
     for _ in range(count):
-        connection.expect(Kind.CLOCK, timeout=_CLOCK_SECONDS, spin=_SPIN_SECONDS)
+        connection.expect(Kind.CLOCK, timeout=CLOCK_TIMEOUT, spin=CLOCK_SPIN)
         received = time.monotonic_ns()
-        connection.send(Kind.CLOCK, CLOCK.pack(received, time.monotonic_ns()), timeout=_CLOCK_SECONDS)
+        connection.send(Kind.CLOCK, CLOCK.pack(received, time.monotonic_ns()), timeout=CLOCK_TIMEOUT)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm_spark.config.settings import serve_flag
-from vllm_spark.errors import described
+from vllm_spark.errors import SparkError, described
 from vllm_spark.executor.channel.addresses import host_name
 from vllm_spark.executor.leader_session import LeaderSession
 from vllm_spark.executor.rpc import EXECUTE, TRACE_RESULT, TRACE_START, RemoteError
@@ -16,6 +17,8 @@ from vllm_spark.recording.clock_offset import ClockOffset, estimate
 from vllm_spark.recording.recorder import Recorder
 from vllm_spark.recording.records import PairRecording, RankRecording, TraceAnswer, TraceRequest
 from vllm_spark.records import RecordError, from_json, to_json
+
+logger = logging.getLogger("vllm_spark")
 
 _ROUND_TRIPS = 400  # some 20 ms
 _SECONDS = 60.0  # for the follower to start, or to send what it recorded
@@ -52,6 +55,12 @@ class LeaderTrace:
         except (RemoteError, TimeoutError) as error:
             self._drop()
             answer = TraceAnswer(refusal=f"the follower cannot record: {described(error)}; see its log")
+        except SparkError:
+            raise
+        except Exception as error:  # such as torch's, if another profiler uses the GPU
+            logger.exception("A trace failed.")
+            self._drop()
+            answer = TraceAnswer(refusal=f"the leader cannot record: {described(error)}; see its log")
         return to_json(answer).decode()
 
     def _answered(self, request: TraceRequest, executor: Any) -> TraceAnswer:
